@@ -1,0 +1,93 @@
+# Every target does the set-up it needs and can be repeated. Bare `make` lists them.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench pins
+
+VENV := .venv
+DEMO ?= demo
+
+# Run, not only looked up: a version manager's shim stands on PATH for Pythons that are not there.
+# ensurepip, because some distributions ship a Python that cannot make virtual environments.
+PYTHON ?= $(shell for p in python3.12 python3.11; do \
+	$$p -c 'import ensurepip' >/dev/null 2>&1 && { echo $$p; break; }; done)
+
+# Recipes call `python`, `courier`, … of the virtual environment.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+help:
+	@echo 'make demo    a small synthetic shop in $(DEMO)/ and three nights of features for it'
+	@echo 'make test    the tests'
+	@echo 'make check   what CI runs: format check, lint, types, tests'
+	@echo 'make bench   the benchmarks in tests/benchmarks'
+	@echo 'make pins    requirements.txt anew after a change of setup.py (needs uv)'
+	@echo
+	@echo 'The first of them installs the pinned packages into $(VENV): some minutes, about 8 GB.'
+
+# ---- set-up --------------------------------------------------------------------------------------
+# Two stamps inside the virtual environment, each written last. A killed install leaves none, and
+# the next one starts from nothing: pip takes a half-copied package for an installed one.
+
+PINNED := $(VENV)/pinned-packages-installed
+READY := $(VENV)/courier-installed
+
+$(PINNED): requirements.txt
+	@test -n "$(PYTHON)" || { echo 'Neither python3.12 nor python3.11 works here, with venv.' \
+		'Install one, or name one: make PYTHON=/path/to/python …' >&2; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install -r requirements.txt
+	@touch $@
+
+$(READY): $(PINNED) setup.py pyproject.toml
+	python -m pip install --no-deps --no-build-isolation -e .
+	@touch $@
+
+# ---- demo ----------------------------------------------------------------------------------------
+# $(call pin,KEY,COMMAND) appends the TOML that COMMAND prints to the shop's settings, unless KEY
+# stands there already. It appends to a copy and moves that into place, so that a killed or failed
+# command leaves the settings as they were.
+define pin
+@cd $(DEMO) && if grep -q '^$(1) *=' courier.toml; then \
+	echo '# courier.toml names its $(1)'; \
+else \
+	echo 'cd $(DEMO) && $(2) >> courier.toml'; \
+	{ cat courier.toml && echo && $(2); } > courier.toml.new && mv courier.toml.new courier.toml; \
+fi
+endef
+
+demo: $(READY)
+	courier demo --out $(DEMO)
+	$(call pin,encoder,courier init-encoder \
+		--backbone shufflenet_v2_x1_0 --input-size 96 --weights random)
+	cd $(DEMO) && courier embed --ds 2026-01-05
+	$(call pin,codebook,courier fit-codebook --ds 2026-01-05 --clusters 32)
+	cd $(DEMO) && courier refresh --ds 2026-01-06
+	cd $(DEMO) && courier refresh --ds 2026-01-07
+	cd $(DEMO) && courier refresh --ds 2026-01-08
+	cd $(DEMO) && courier status
+
+# ---- checks --------------------------------------------------------------------------------------
+test: $(READY)
+	python -m pytest -q
+
+check: $(READY)
+	ruff format --check .
+	ruff check .
+	mypy
+	$(MAKE) test
+
+bench: $(READY)
+	for b in $(wildcard tests/benchmarks/bench_*.py); do echo "== $$b"; python $$b || exit 1; done
+
+# ---- pins ----------------------------------------------------------------------------------------
+# uv keeps the versions that requirements.txt has; `make pins UPGRADE='-P torch'` moves one, -U all.
+# sed drops the markers that hold wherever setup.py lets us install: on another Python pip shall
+# fail rather than install nothing.
+pins:
+	uv pip compile setup.py --extra dev --universal --python-version 3.11 $(UPGRADE) \
+		--no-annotate --custom-compile-command 'make pins' --quiet -o requirements.txt
+	sed -E -e "s/ and \\(sys_platform == 'darwin' or sys_platform == 'linux'\\)//" \
+		-e "s/ ; python_full_version < '3.13'$$//" -e "s/python_full_version < '3.13' and //" \
+		requirements.txt > requirements.txt.new
+	mv requirements.txt.new requirements.txt
