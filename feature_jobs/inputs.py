@@ -1,0 +1,389 @@
+"""The shop's own tables, found, checked and brought to one form: the catalogue and the impressions.
+
+What a footer can tell (no such partition, a missing column, a wrong type) is refused by the
+launcher before any worker starts; what only the rows can tell (a null, an event after its day) by
+the worker that reads them. Beyond this module an ID is int64 or string, a time timestamp[us, UTC],
+and a click a bool.
+"""
+
+import datetime as dt
+import difflib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from feature_jobs import storage, tables
+from feature_jobs.schemas import TIMESTAMP, DataContractError, InputNotReady, OperatorError
+
+_FOOTER_READERS = 16
+CATALOGUE_COLUMNS = ("item_id", "image_uri", "category")
+IMPRESSION_COLUMNS = ("user_id", "item_id", "event_time", "clicked")
+OPTIONAL_COLUMNS = ("click_time", "impression_id", "request_id", "history")
+_NULLABLE = ("image_uri", "category", "click_time", "history")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How to read one input table of one ds: `columns` maps our names to the shop's, for the
+    columns that are there; `carry` names columns of the shop's to pass through."""
+
+    table: str
+    ds: dt.date
+    columns: Mapping[str, str]
+    carry: tuple[str, ...] = ()
+    input_timezone: str | None = None
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A reference to one row group: what travels through Beam instead of its rows."""
+
+    path: str
+    index: int
+    form: Form
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one input table of one ds, checked by their footers.
+
+    ID types are None where there is no file to tell. `versions` change whenever the files may
+    have changed.
+    """
+
+    form: Form
+    paths: tuple[str, ...]
+    row_groups: tuple[int, ...]
+    rows: int
+    versions: tuple[tuple[int | None, ...], ...]
+    item_id: pa.DataType | None
+    user_id: pa.DataType | None
+    carried: tuple[pa.Field, ...]
+
+    def groups(self) -> list[RowGroup]:
+        return [
+            RowGroup(path, index, self.form)
+            for path, groups in zip(self.paths, self.row_groups, strict=True)
+            for index in range(groups)
+        ]
+
+    def identity(self) -> dict[str, object]:
+        """What the id of a run that reads this changes with, short enough for a manifest."""
+        form = self.form
+        settings = [sorted(form.columns.items()), form.carry, form.input_timezone]
+        files = list(zip(self.paths, self.versions, strict=True))
+        digest = tables.digest([settings, files])
+        return {"ds": str(form.ds), "files": len(files), "rows": self.rows, "digest": digest[:16]}
+
+
+# ---- Finding -------------------------------------------------------------------------------
+
+
+def pattern_for(template: str, ds: dt.date) -> str:
+    """The glob pattern of one ds; a template that names a folder means its Parquet files."""
+    pattern = template.replace("{ds}", ds.isoformat())
+    return pattern if pattern.endswith(".parquet") else os.path.join(pattern, "*.parquet")
+
+
+def is_marked_whole(template: str, ds: dt.date) -> bool:
+    """Whether a `_SUCCESS` lies beside the files of ds."""
+    return storage.exists(os.path.join(os.path.dirname(pattern_for(template, ds)), "_SUCCESS"))
+
+
+def find_files(table: str, template: str, ds: dt.date, require_success: bool) -> list[str]:
+    """Paths of the files of one ds; empty for an empty day, which has a `_SUCCESS` and no file.
+
+    Raises InputNotReady where there is no partition, or no `_SUCCESS` although it is required.
+    """
+    pattern = pattern_for(template, ds)
+    paths = [file.path for file in storage.glob(pattern)]
+    done = is_marked_whole(template, ds)
+    if not done and (require_success or not paths):
+        missing = "no _SUCCESS" if paths else "no file and no _SUCCESS"
+        raise InputNotReady(
+            f"The {table} table has no partition for ds {ds} yet: {missing} at {pattern}. Without "
+            "it the features of that day would be made from nothing. Run the command again when "
+            f"the partition is there, or correct [{table}] path in the settings."
+        )
+    return paths
+
+
+# ---- Checking what footers tell --------------------------------------------------------------
+
+
+def open_source(
+    table: str,
+    template: str,
+    ds: dt.date,
+    columns: Mapping[str, str],
+    carry: Sequence[str] = (),
+    input_timezone: str | None = None,
+    require_success: bool = False,
+) -> Source:
+    """Finds and checks one input partition by its footers alone.
+
+    Raises InputNotReady (no partition; no row and no `_SUCCESS`), DataContractError (unreadable
+    file, missing column, wrong type) or OperatorError (naive times without `input_timezone`).
+    """
+    paths = find_files(table, template, ds, require_success)
+    with ThreadPoolExecutor(_FOOTER_READERS) as pool:
+        footers = list(pool.map(read_footer, paths))
+    rows = sum(metadata.num_rows for metadata, _ in footers)
+    if not rows and not is_marked_whole(template, ds):
+        raise InputNotReady(
+            f"The {table} table of ds {ds} has files but no row, and no _SUCCESS to say that this "
+            "is all. An empty day is published only when it is marked as whole: write the "
+            "_SUCCESS, or wait for the rows."
+        )
+    required = CATALOGUE_COLUMNS if table == "catalogue" else IMPRESSION_COLUMNS
+    present = {}
+    for path, (_, schema) in zip(paths, footers, strict=True):
+        present = check_schema(table, path, schema, columns, required, carry, input_timezone)
+    first = footers[0][1] if footers else None
+    return Source(
+        Form(table, ds, present or dict(columns), tuple(carry), input_timezone),
+        tuple(paths),
+        tuple(metadata.num_row_groups for metadata, _ in footers),
+        rows,
+        tuple(storage.stat(path).version for path in paths),
+        item_id=_same_id_type("item_id", present, paths, footers),
+        user_id=_same_id_type("user_id", present, paths, footers),
+        carried=tuple(pa.field(c, first.field(c).type) for c in carry) if first else (),
+    )
+
+
+def read_footer(path: str) -> tuple[pq.FileMetaData, pa.Schema]:
+    """Raises DataContractError where `path` is no Parquet file."""
+    try:
+        with pq.ParquetFile(path) as file:
+            return file.metadata, file.schema_arrow
+    except (pa.ArrowInvalid, OSError) as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str, error: Exception) -> DataContractError:
+    return DataContractError(
+        f"{path} cannot be read as Parquet ({_first_line(error)}). It is damaged or was not "
+        "written to its end; features made without its rows would be silently wrong. Write the "
+        "file again, or take it out of the partition."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def check_schema(
+    table: str,
+    path: str,
+    schema: pa.Schema,
+    columns: Mapping[str, str],
+    required: Sequence[str],
+    carry: Sequence[str],
+    input_timezone: str | None,
+) -> dict[str, str]:
+    """The columns of one file that we use, our name to the shop's.
+
+    Raises DataContractError for a missing column or one of a wrong type.
+    """
+    for name in [*(columns[ours] for ours in required), *carry]:
+        if name not in schema.names:
+            near = difflib.get_close_matches(name, schema.names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise DataContractError(
+                f"The {table} table lacks the column {name!r} in {path}; it has "
+                f"{', '.join(schema.names)}.{hint} Add the column, or name the right one under "
+                f"[{table}.columns] in the settings."
+            )
+    present = {ours: theirs for ours, theirs in columns.items() if theirs in schema.names}
+    for ours, theirs in present.items():
+        found = schema.field(theirs).type
+        if not _type_fits(ours, found):
+            raise DataContractError(
+                f"The column {theirs!r} of the {table} table has type {found} in {path}, but "
+                f"{ours} must be {_EXPECTED[ours]}. Cast it where the table is written."
+            )
+        if pa.types.is_timestamp(found) and found.tz is None and input_timezone is None:
+            raise OperatorError(
+                f"The column {theirs!r} of the {table} table holds times without a time zone "
+                f"({found}) in {path}. Taken for the wrong zone they would shift every click by "
+                f"hours, past impressions that they followed. Set input_timezone under [{table}], "
+                'for example input_timezone = "UTC".'
+            )
+    return present
+
+
+_ID = "int64 or string"
+_EXPECTED = {
+    "item_id": _ID, "user_id": _ID, "image_uri": "string", "category": "string",
+    "event_time": "a timestamp", "click_time": "a timestamp", "clicked": "bool, or int 0 and 1",
+    "impression_id": _ID, "request_id": _ID, "history": f"a list of {_ID}",
+}  # fmt: skip
+
+
+def _type_fits(ours: str, found: pa.DataType) -> bool:
+    kinds = {
+        "string": _is_string,
+        "a timestamp": pa.types.is_timestamp,
+        "bool, or int 0 and 1": lambda t: pa.types.is_boolean(t) or pa.types.is_integer(t),
+        _ID: lambda t: id_type(t) is not None,
+        f"a list of {_ID}": lambda t: _is_list(t) and id_type(t.value_type) is not None,
+    }
+    return bool(kinds[_EXPECTED[ours]](found))
+
+
+def _is_string(found: pa.DataType) -> bool:
+    if pa.types.is_dictionary(found):
+        return _is_string(found.value_type)
+    return bool(
+        pa.types.is_string(found)
+        or pa.types.is_large_string(found)
+        or pa.types.is_string_view(found)
+    )
+
+
+def _is_list(found: pa.DataType) -> bool:
+    return bool(pa.types.is_list(found) or pa.types.is_large_list(found))
+
+
+def id_type(found: pa.DataType) -> pa.DataType | None:
+    """int64 or string, whichever an ID column of type `found` widens to; None for neither."""
+    if pa.types.is_dictionary(found):
+        return id_type(found.value_type)
+    if pa.types.is_integer(found) and not pa.types.is_uint64(found):
+        return pa.int64()
+    return pa.string() if _is_string(found) else None
+
+
+def _same_id_type(
+    ours: str, present: Mapping[str, str], paths: Sequence[str], footers: Sequence
+) -> pa.DataType | None:
+    """The one type of an ID column in all files; None where no file has it."""
+    if ours not in present:
+        return None
+    found = [id_type(schema.field(present[ours]).type) for _, schema in footers]
+    for path, kind in zip(paths, found, strict=True):
+        if kind != found[0]:
+            raise _id_clash(ours, f"{found[0]} in {paths[0]}", f"{kind} in {path}")
+    return found[0]
+
+
+def _id_clash(name: str, one: str, other: str) -> DataContractError:
+    return DataContractError(
+        f"{name} is {one} but {other}. IDs of two types never meet in a join, and every feature "
+        f"would be empty. Cast one of them where it is written, as in CAST({name} AS BIGINT)."
+    )
+
+
+def common_id_type(name: str, sources: Iterable[Source], otherwise: pa.DataType) -> pa.DataType:
+    """The type of one kind of ID in all tables; `otherwise` where no table has a file to tell.
+
+    Raises DataContractError for a mismatch, naming the cast.
+    """
+    known = [(s, getattr(s, name)) for s in sources if getattr(s, name) is not None]
+    for source, kind in known:
+        if kind != known[0][1]:
+            raise _id_clash(
+                name,
+                f"{known[0][1]} in the {known[0][0].form.table} table of ds {known[0][0].form.ds}",
+                f"{kind} in the {source.form.table} table of ds {source.form.ds}",
+            )
+    return known[0][1] if known else otherwise
+
+
+# ---- Reading rows --------------------------------------------------------------------------
+
+
+def read_rows(group: RowGroup, wanted: Sequence[str]) -> pa.Table:
+    """One row group in our form: the `wanted` of our columns that are there, then the carried ones.
+
+    Raises DataContractError for damaged pages, a null where none is allowed, or a click that is
+    neither 0 nor 1.
+    """
+    form = group.form
+    ours = [name for name in wanted if name in form.columns]
+    theirs = [form.columns[name] for name in ours]
+    carry = [name for name in form.carry if name in wanted]
+    try:
+        with pq.ParquetFile(group.path) as file:
+            rows = file.read_row_group(group.index, columns=[*theirs, *carry])
+    except (pa.ArrowInvalid, OSError) as error:
+        raise unreadable(group.path, error) from error
+    columns = {
+        name: _normalise(form, group.path, name, rows[column])
+        for name, column in zip(ours, theirs, strict=True)
+    }
+    return pa.table({**columns, **{name: rows[name] for name in carry}})
+
+
+def _normalise(form: Form, path: str, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if column.null_count and name not in _NULLABLE:
+        raise DataContractError(
+            f"The column {form.columns[name]!r} of the {form.table} table is null in "
+            f"{column.null_count:,} rows of {path}. A row without {name} can be neither joined nor "
+            "ordered in time. Leave such rows out, or fill them, where the table is written."
+        )
+    kind = _EXPECTED[name]
+    if kind == _ID:
+        return column.cast(id_type(column.type))
+    if kind == "string":
+        return column.cast(pa.string())
+    if kind == "a timestamp":
+        return to_utc(column, form.input_timezone)
+    if name == "clicked":
+        return _to_bool(form, path, column)
+    return column.cast(pa.list_(id_type(column.type.value_type)))
+
+
+def to_utc(column: pa.ChunkedArray, input_timezone: str | None) -> pa.ChunkedArray:
+    """timestamp[us, UTC] of any timestamps; naive ones are local times of `input_timezone`.
+
+    A local time that a clock change makes ambiguous is taken for the earlier moment, one that it
+    leaves out for the moment of the change. Nanoseconds are cut to microseconds.
+    """
+    if column.type.tz is None:
+        column = pc.assume_timezone(
+            column, input_timezone, ambiguous="earliest", nonexistent="latest"
+        )
+    return column.cast(TIMESTAMP, safe=False)
+
+
+def _to_bool(form: Form, path: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if not pa.types.is_boolean(column.type) and len(column):
+        bounds = pc.min_max(column)
+        if bounds["min"].as_py() < 0 or bounds["max"].as_py() > 1:
+            raise DataContractError(
+                f"The column {form.columns['clicked']!r} of the {form.table} table reaches "
+                f"from {bounds['min']} to {bounds['max']} in {path}; it must be 0 or 1. Numbers "
+                "of clicks need a threshold before they are labels."
+            )
+    return column.cast(pa.bool_())
+
+
+# ---- Days ----------------------------------------------------------------------------------
+
+
+def day_end(ds: dt.date, day_timezone: str) -> int:
+    """The first moment after ds, in microseconds since 1970 UTC."""
+    midnight = dt.datetime.combine(ds + dt.timedelta(days=1), dt.time(), ZoneInfo(day_timezone))
+    return int(midnight.timestamp()) * 1_000_000
+
+
+def check_day(group: RowGroup, rows: pa.Table, end_us: int) -> None:
+    """Raises DataContractError where an event lies after the day of its partition."""
+    late = np.flatnonzero(rows["event_time"].cast(pa.int64()).to_numpy() >= end_us)
+    if len(late):
+        first = int(late[0])
+        raise DataContractError(
+            f"{len(late):,} rows of {group.path} lie after their day: item "
+            f"{rows['item_id'][first].as_py()} at {rows['event_time'][first].as_py().isoformat()}, "
+            f"in the partition of ds {group.form.ds}. Its features would know the next day. "
+            "Check day_timezone and input_timezone in the settings, or how the log is split."
+        )

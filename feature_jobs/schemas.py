@@ -1,0 +1,192 @@
+"""Every table that COURIER publishes: columns, types, key and meaning; and how a run can fail.
+
+A table's schema depends on the shop only through the types of its IDs (int64 or string), which are
+kept from the user's tables to ours. Lists are newest first, padded with 0, and hold no nulls.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+EMBEDDING_DIM = 256  # COURIER appendix §4
+SIM_TIERS = 20  # tiers of width 0.1 over [-1, 1], arXiv 2407.19467
+
+
+class CourierError(Exception):
+    """A failure that is told to the operator in one paragraph, without a traceback.
+
+    The paragraph says what was found, what was expected, where, what would have gone wrong, and
+    what to do. It carries item IDs at most, never user IDs.
+    """
+
+    exit_status = 1
+
+
+class OperatorError(CourierError):
+    """Wrong usage or settings."""
+
+    exit_status = 2
+
+
+class DataContractError(CourierError):
+    """A table breaks its contract, so that nothing made from it could be trusted."""
+
+    exit_status = 1
+
+
+class GateRefused(CourierError):
+    """The tables were made, but a quality gate refuses to publish them."""
+
+    exit_status = 3
+
+
+class InputNotReady(CourierError):
+    """An input is not there yet; the same command may succeed later."""
+
+    exit_status = 4
+
+
+TIMESTAMP = pa.timestamp("us", tz="UTC")
+_STRING = pa.string()
+_FLOATS = pa.list_(pa.float32())
+_ITEM_ID = "item_id"
+_USER_ID = "user_id"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column; `type` is an Arrow type, or names an ID whose type is the shop's own."""
+
+    name: str
+    type: pa.DataType | str
+    meaning: str
+    nullable: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """One published table. Rows are sorted by `key` within each file."""
+
+    name: str
+    key: str
+    shared: bool
+    columns: tuple[Column, ...]
+
+    def schema(
+        self,
+        item_id: pa.DataType,
+        user_id: pa.DataType | None = None,
+        extra: Sequence[pa.Field] = (),
+        without: Sequence[str] = (),
+    ) -> pa.Schema:
+        """Arrow schema for a shop's ID types; `extra` fields come last, `without` are left out."""
+        ids = {_ITEM_ID: item_id, _USER_ID: user_id, "list item_id": pa.list_(item_id)}
+        fields = [
+            pa.field(
+                column.name,
+                ids[column.type] if isinstance(column.type, str) else column.type,
+                nullable=column.nullable,
+                metadata={"meaning": column.meaning},
+            )
+            for column in self.columns
+            if column.name not in without
+        ]
+        return pa.schema([*fields, *extra])
+
+
+USER_HISTORIES = Table(
+    "user_histories",
+    key="user_id",
+    shared=True,
+    columns=(
+        Column("user_id", _USER_ID, "a user with a click in the window"),
+        Column("item_ids", "list item_id", "items clicked before the end of ds, newest first"),
+        Column("click_times", pa.list_(TIMESTAMP), "when, aligned with item_ids"),
+    ),
+)
+
+ITEM_EMBEDDINGS = Table(
+    "item_embeddings",
+    key="item_id",
+    shared=False,
+    columns=(
+        Column("item_id", _ITEM_ID, "the item"),
+        Column("embedding", _FLOATS, f"[{EMBEDDING_DIM}] unit vector"),
+        Column("image_uri", _STRING, "as in the catalogue"),
+        Column("image_generation", pa.int64(), "object generation; null on a local disk", True),
+        Column("image_size", pa.int64(), "bytes"),
+        Column("image_mtime", TIMESTAMP, "file time; null where generations exist", True),
+        Column("image_sha256", _STRING, "of the image's bytes, hex"),
+        Column("category", _STRING, "as in the catalogue", True),
+        Column("in_catalogue", pa.bool_(), "false for an item that left within window_days"),
+        Column("left_catalogue_ds", pa.date32(), "first ds without it; null while in it", True),
+    ),
+)
+
+ITEM_REJECTS = Table(
+    "item_rejects",
+    key="item_id",
+    shared=False,
+    columns=(
+        Column("item_id", _ITEM_ID, "a catalogue item without an embedding"),
+        Column("image_uri", _STRING, "as in the catalogue", True),
+        Column("category", _STRING, "as in the catalogue", True),
+        Column("stage", _STRING, "where it fell out: read or decode"),
+        Column("reason", _STRING, "from a closed list"),
+        Column("message", _STRING, "what was found"),
+        Column("attempts", pa.int32(), "distinct ds on which it was tried"),
+        Column("first_ds", pa.date32(), "first of them"),
+        Column("last_ds", pa.date32(), "latest of them"),
+        Column("next_ds", pa.date32(), "when it is tried again"),
+    ),
+)
+
+ITEM_FEATURES = Table(
+    "item_features",
+    key="item_id",
+    shared=False,
+    columns=(
+        Column("item_id", _ITEM_ID, "a catalogue item or a kept former item"),
+        Column("category", _STRING, "as in the catalogue", True),
+        Column("has_image", pa.bool_(), "it has an embedding"),
+        Column("in_scope", pa.bool_(), "its category is one the encoder was made for"),
+        Column("in_catalogue", pa.bool_(), "false for a kept former item"),
+        Column("cluster_id", pa.int32(), "1..max_id; 0 = none"),
+        Column(
+            "centre_distance", pa.float32(), "Euclidean, to its centre; 0 where cluster_id is 0"
+        ),
+        Column("encoder_id", _STRING, "the encoder of the embedding"),
+        Column("codebook_id", _STRING, "the codebook of the cluster ID"),
+        Column("embedding", _FLOATS, f"[{EMBEDDING_DIM}] the Vector form; zeros without a feature"),
+    ),
+)
+
+USER_SIMSCORES = Table(
+    "user_simscores",
+    key="impression_id",
+    shared=False,
+    columns=(
+        Column("impression_id", _STRING, "the shop's, else a digest of user, item, time, ordinal"),
+        Column("user_id", _USER_ID, "to whom it was shown"),
+        Column("item_id", _ITEM_ID, "what was shown"),
+        Column("event_time", TIMESTAMP, "when"),
+        Column("clicked", pa.bool_(), "the label"),
+        Column("sim_scores", _FLOATS, "[L] cosine with each history item, newest first"),
+        Column("sim_mask", pa.list_(pa.int8()), "[L] 1 = a real score"),
+        Column("history_item_ids", "list item_id", "[history_len] the history that was scored"),
+        Column("history_len", pa.int32(), "items in the history, at most L"),
+        Column("sim_known", pa.int32(), "real scores"),
+        Column("sim_max", pa.float32(), "largest real score; 0 if none"),
+        Column("sim_mean", pa.float32(), "mean of the real scores; 0 if none"),
+        Column("simtier", pa.list_(pa.int32()), f"[{SIM_TIERS}] real scores per tier of 0.1"),
+        Column("same_cluster", pa.int32(), "history items with the impression's cluster_id"),
+        Column("encoder_id", _STRING, "the encoder of the scores"),
+        Column("codebook_id", _STRING, "the codebook of same_cluster"),
+    ),
+)
+
+TABLES = {
+    table.name: table
+    for table in (USER_HISTORIES, ITEM_EMBEDDINGS, ITEM_REJECTS, ITEM_FEATURES, USER_SIMSCORES)
+}

@@ -1,0 +1,321 @@
+"""Tables as files: parts written out of sight, partitions as readers see them, identities.
+
+A job writes each shard of a table as one Parquet *part* with a *receipt* beside it (rows, bytes,
+sha256, counts). The receipt comes last, so a part with a receipt is whole, and a job that died is
+resumed by leaving out the shards that have one. A *partition* is what the manifest lists, and
+nothing else that may lie in its folder.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from feature_jobs import hashing, storage
+from feature_jobs.schemas import (
+    EMBEDDING_DIM,
+    DataContractError,
+    InputNotReady,
+    OperatorError,
+    Table,
+)
+
+MANIFEST = "_manifest.json"
+SUCCESS = "_SUCCESS"
+STAGED = "_staged.json"
+_ROW_GROUP_ROWS = 32_768
+
+
+# ---- JSON and identities -------------------------------------------------------------------
+
+
+def canonical_json(value: Any) -> bytes:
+    """One spelling per value: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def digest(value: Any) -> str:
+    """sha256 of the canonical JSON of `value`, hex."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def write_json(path: str, value: Any) -> None:
+    storage.write_bytes(path, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def read_json(path: str) -> Any:
+    """Raises FileNotFoundError, or DataContractError where the file is not JSON."""
+    try:
+        return json.loads(storage.read_bytes(path))
+    except ValueError as error:
+        raise DataContractError(
+            f"{path} should be JSON but cannot be parsed ({error}). It was written by COURIER and "
+            "has since been damaged: restore it, or delete its folder and run the command again."
+        ) from error
+
+
+@dataclass(frozen=True)
+class EncoderInfo:
+    """What `encoder.json` says of an encoder package, readable without torch.
+
+    `categories` None means that every category is in scope. The data range is that of the training
+    data, both ends inclusive; None for an encoder that was made without any.
+    """
+
+    encoder_id: str
+    backbone: str
+    preprocessing: dict[str, Any]
+    categories: tuple[str, ...] | None
+    data_start_ds: str | None
+    data_end_ds: str | None
+    weights: str
+
+
+def read_encoder_info(folder: str) -> EncoderInfo:
+    """Raises OperatorError where `folder` is no encoder package."""
+    path = os.path.join(folder, "encoder.json")
+    try:
+        fields = read_json(path)
+        categories = fields["categories"]
+        fields["categories"] = None if categories is None else tuple(categories)
+        return EncoderInfo(**fields)
+    except (FileNotFoundError, NotADirectoryError, TypeError, KeyError) as error:
+        raise OperatorError(
+            f"{folder!r} is no encoder package: {path} is missing or lacks a field ({error!r}). "
+            "Point at a folder made by `courier init-encoder` or `courier train`."
+        ) from error
+
+
+def write_encoder_info(folder: str, info: EncoderInfo) -> None:
+    write_json(os.path.join(folder, "encoder.json"), asdict(info))
+
+
+def in_scope(category: pa.ChunkedArray, categories: Sequence[str] | None) -> np.ndarray:
+    """Which items an encoder was made for, bool [n]; a null category only where all are in scope.
+
+    COURIER appendix §7: features of categories that it was not trained on are filled with zero.
+    """
+    if categories is None:
+        return np.ones(len(category), bool)
+    return pc.is_in(category, value_set=pa.array(categories, pa.string())).to_numpy()
+
+
+# ---- Arrow and numpy -----------------------------------------------------------------------
+
+
+def list_column(matrix: np.ndarray, type: pa.DataType) -> pa.Array:
+    """The rows of `matrix` [n, m] as a list column of `type`, without a copy of the values."""
+    n, m = matrix.shape
+    offsets = pa.array(np.arange(0, n * m + 1, m, dtype=np.int32) if m else np.zeros(n + 1, "i4"))
+    values = pa.array(np.ascontiguousarray(matrix).reshape(-1), type=type.value_type)
+    return pa.ListArray.from_arrays(offsets, values, type=type)
+
+
+def embedding_matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """The list column `embedding` as float32 [n, 256]."""
+    flat = column.combine_chunks().flatten()
+    return flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, EMBEDDING_DIM)
+
+
+def to_ipc(table: pa.Table) -> bytes:
+    """A table as bytes for a shuffle: only the table's own rows, even when it is a slice."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def from_ipc(chunks: Iterable[bytes], otherwise: pa.Table) -> pa.Table:
+    """The rows of all chunks, b"" holding none; `otherwise` where no chunk holds any."""
+    found = [pa.ipc.open_stream(chunk).read_all() for chunk in chunks if chunk]
+    return pa.concat_tables(found) if found else otherwise
+
+
+def split_by_shard(table: pa.Table, key: str, shards: int) -> Iterator[tuple[int, bytes]]:
+    """The rows of `table` by the hash of their `key`: (shard, IPC bytes), for a shuffle."""
+    shard = hashing.shard_of(hashing.hash_ids(table[key]), shards)
+    order = np.argsort(shard, kind="stable")
+    table, shard = table.take(pa.array(order)), shard[order]
+    starts = np.flatnonzero(np.diff(shard, prepend=-1))
+    for start, end in zip(starts, [*starts[1:], len(shard)], strict=True):
+        yield int(shard[start]), to_ipc(table.slice(start, end - start))
+
+
+# ---- Parts ---------------------------------------------------------------------------------
+
+
+def part_name(shard: int, shards: int) -> str:
+    return f"part-{shard:05d}-of-{shards:05d}"
+
+
+def _receipt_path(folder: str, shard: int, shards: int) -> str:
+    return os.path.join(folder, "receipts", part_name(shard, shards) + ".json")
+
+
+def has_part(folder: str, shard: int, shards: int) -> bool:
+    """Whether this shard was written whole, by this run or by one that died."""
+    return storage.exists(_receipt_path(folder, shard, shards))
+
+
+def write_part(
+    folder: str, table: Table, schema: pa.Schema, rows: pa.Table, shard: int, shards: int,
+    counts: dict[str, int] | None = None,
+) -> None:  # fmt: skip
+    """Writes one shard of `table` and its receipt; `rows` are sorted by the table's key here.
+
+    Raises DataContractError for a null where `schema` allows none.
+    """
+    rows = pa.Table.from_arrays(
+        [rows[field.name].cast(field.type) for field in schema], schema=schema
+    ).sort_by(table.key)
+    for field in schema:
+        if not field.nullable and rows[field.name].null_count:
+            raise DataContractError(f"{table.name}.{field.name} must not be null but is in a row.")
+    name = part_name(shard, shards) + ".parquet"
+    path = os.path.join(folder, name)
+    write_parquet(path, rows)
+    receipt = {
+        "name": name,
+        "rows": len(rows),
+        "bytes": storage.stat(path).size,
+        "sha256": storage.sha256(path),
+        "counts": counts or {},
+    }
+    write_json(_receipt_path(folder, shard, shards), receipt)
+
+
+def write_parquet(path: str, rows: pa.Table) -> None:
+    """One Parquet file, zstd; no dictionary pages for lists of floats, which never repeat."""
+    flat = [f.name for f in rows.schema if not pa.types.is_nested(f.type)]
+    with storage.atomic_writer(path) as file:
+        pq.write_table(
+            rows, file, compression="zstd", row_group_size=_ROW_GROUP_ROWS, use_dictionary=flat
+        )
+
+
+def receipts(folder: str) -> list[dict[str, Any]]:
+    """The receipts of all parts written so far, in shard order."""
+    at = os.path.join(folder, "receipts")
+    return [read_json(os.path.join(at, name)) for name in storage.list_names(at)]
+
+
+def sum_counts(parts: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """Counts of all parts, added up by name."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part["counts"])
+    return dict(sorted(total.items()))
+
+
+# ---- Partitions ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A whole table of one ds: its folder and the manifest that says which files are it."""
+
+    folder: str
+    manifest: dict[str, Any]
+
+    @property
+    def paths(self) -> list[str]:
+        return [os.path.join(self.folder, file["name"]) for file in self.manifest["files"]]
+
+    @property
+    def rows(self) -> int:
+        return sum(file["rows"] for file in self.manifest["files"])
+
+    @property
+    def run_id(self) -> str:
+        return str(self.manifest["run_id"])
+
+    @property
+    def schema(self) -> pa.Schema:
+        return pq.read_schema(self.paths[0])
+
+    def read_shard(
+        self, shard: int, shards: int, key: str, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """The rows whose `key` falls into the hash range of `shard` of `shards`.
+
+        The table must be sharded by that key. Reads one file, or the few that overlap the range.
+        """
+        paths = self.paths
+        needed = [paths[i] for i in hashing.overlapping_shards(shard, shards, len(paths))]
+        rows = pa.concat_tables(read_parquet(path, columns) for path in needed)
+        if len(paths) >= shards:
+            return rows
+        mine = hashing.shard_of(hashing.hash_ids(rows[key]), shards) == shard
+        return rows.filter(pa.array(mine))
+
+
+def read_parquet(path: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """One of our own files; the folder's name never becomes a column."""
+    with pq.ParquetFile(path) as file:
+        return plain(file.read(columns=None if columns is None else list(columns)))
+
+
+def plain(rows: pa.Table) -> pa.Table:
+    """The columns alone: "not null" and comments belong to a file and hinder joining rows."""
+    return pa.table(dict(zip(rows.column_names, rows.columns, strict=True)))
+
+
+def empty_rows(schema: pa.Schema) -> pa.Table:
+    return plain(schema.empty_table())
+
+
+def open_staged(folder: str) -> Partition:
+    """A partition that was made but not yet published; raises FileNotFoundError where none is."""
+    return Partition(folder, read_json(os.path.join(folder, STAGED)))
+
+
+def is_published(folder: str) -> bool:
+    """Whether `_SUCCESS` stands and names the manifest that lies beside it."""
+    try:
+        success = storage.read_bytes(os.path.join(folder, SUCCESS)).decode().strip()
+        manifest = storage.read_bytes(os.path.join(folder, MANIFEST))
+    except FileNotFoundError:
+        return False
+    return success == hashlib.sha256(manifest).hexdigest()
+
+
+def open_published(folder: str) -> Partition:
+    """Raises InputNotReady where no whole partition is published at this moment."""
+    if not is_published(folder):
+        raise InputNotReady(
+            f"No published partition at {folder}: it has not been made yet, or is being replaced "
+            "just now. Run the command that makes it, or ask again later."
+        )
+    return Partition(folder, read_json(os.path.join(folder, MANIFEST)))
+
+
+# ---- What workers tell the launcher ----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def contract_errors_reported(staging: str) -> Iterator[None]:
+    """Leaves a DataContractError of a worker where the launcher finds it word for word.
+
+    Runners pass a worker's exception on as text wrapped in text; an operator must not have to dig.
+    """
+    try:
+        yield
+    except DataContractError as error:
+        message = str(error)
+        name = hashlib.sha256(message.encode()).hexdigest()[:12]
+        write_json(os.path.join(staging, "errors", name + ".json"), {"message": message})
+        raise
+
+
+def report_progress(staging: str, name: str, **counts: int) -> None:
+    """A heartbeat: the launcher adds up the counts of all names under `staging`/progress."""
+    write_json(os.path.join(staging, "progress", name + ".json"), counts)
