@@ -1,0 +1,449 @@
+"""The image encoder: build, identify, save, load, embed.
+
+COURIER appendix §4: a torchvision `swin_t` with ImageNet weights whose classification head gives
+way to a randomly initialised `Linear(768, 256)`. Any other torchvision classification model with
+one linear classifier serves as well. Encoders are kept as safetensors + JSON; nothing that is read
+is unpickled into code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import pickle
+import re
+import shutil
+import sys
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
+
+from courier_model.images import Preprocessing
+from feature_jobs.schemas import EMBEDDING_DIM, DataContractError, OperatorError
+from feature_jobs.tables import EncoderInfo, digest, read_encoder_info, write_encoder_info
+
+PRECISIONS = ("fp32", "bf16")
+
+_WEIGHTS_FILE = "model.safetensors"
+_IMAGENET_CLASSES = 1000
+
+# What torch, safetensors and the file system raise for a file that cannot be read as weights.
+_UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
+
+
+class ImageEncoder(nn.Module):
+    """Images -> unit vectors. `backbone` is the bare torchvision model with its new last layer.
+
+    Raises OperatorError when torchvision has no such model, or none that we can use.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone_name: str, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.backbone_name = backbone_name
+        self.preprocessing = preprocessing
+        self.encoder_id: str | None = None  # known once loaded from a saved encoder
+        self.backbone: nn.Module = get_model(_known_backbone(backbone_name), weights=None)
+        self.head_name = _head_name(self.backbone, backbone_name)
+        in_features = self.backbone.get_submodule(self.head_name).in_features
+        assert isinstance(in_features, int)
+        head = nn.Linear(in_features, EMBEDDING_DIM)
+        # A bias adds the same vector to all embeddings. Where features start out small, it is all
+        # that is left of them: with torch's random bias, untrained ShuffleNets have cosines of 1.
+        nn.init.zeros_(head.bias)
+        self.backbone.set_submodule(self.head_name, head)
+        # Not persistent: they are preprocessing, which encoder.json holds. [3, 1, 1]
+        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+        self.register_buffer("mean", mean.view(3, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 RGB `[batch, 3, S, S]` as `images.decode` gives it -> float32 `[batch, 256]`.
+
+        L2-normalised. Under autocast the backbone runs in the lower precision, the norm is always
+        taken in float32.
+        """
+        if images.dtype != torch.uint8:  # floats in 0..1 would silently become all but black
+            raise TypeError(f"expected uint8 images, found {images.dtype}")
+        normalised = (images.float() / 255 - self.mean) / self.std
+        return F.normalize(self.backbone(normalised).float(), dim=-1)
+
+
+def build_encoder(
+    backbone: str, weights: str, input_size: int | None = None, seed: int = 0
+) -> ImageEncoder:
+    """A new encoder in eval mode, on the CPU; the same arguments give the same tensors.
+
+    `weights` is "imagenet" (torchvision's IMAGENET1K_V1, downloaded or from torch's cache),
+    "random", or the path of a `.pth` or `.safetensors` file of a torchvision model. The
+    classification head of such weights is dropped; the new one depends on backbone and `seed` only.
+    Mean, std, interpolation and the ratio of resize to crop are those of the ImageNet weights, also
+    where others are loaded; `input_size` (pixels) defaults to theirs.
+
+    Raises OperatorError for an unknown backbone, weights that cannot be had or do not fit, and an
+    input size that the backbone does not take.
+    """
+    preprocessing = _preprocessing(_imagenet_weights(backbone), input_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = ImageEncoder(backbone, preprocessing).eval()
+    if weights == "imagenet":
+        _load_backbone(encoder, _download(_imagenet_weights(backbone)), "the ImageNet weights")
+    elif weights != "random":
+        _load_backbone(encoder, _read_weights(Path(weights)), weights)
+    _try_input_size(encoder)
+    return encoder
+
+
+def _known_backbone(name: str) -> str:
+    known = list_models(module=torchvision.models)
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
+        raise OperatorError(
+            f"The backbone {name!r} is not a classification model of torchvision "
+            f"{torchvision.__version__}. The nearest name is {nearest[0]!r}."
+        )
+    return name
+
+
+def _head_name(backbone: nn.Module, name: str) -> str:
+    """The dotted name of the classification layer: the one `Linear` with an output per class."""
+    heads = [
+        path
+        for path, module in backbone.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == _IMAGENET_CLASSES
+    ]
+    if len(heads) != 1:  # squeezenet classifies by a convolution, googlenet has auxiliary heads
+        raise OperatorError(
+            f"The backbone {name!r} has {len(heads)} linear classification layers; exactly one is "
+            "needed, since it gives way to the embedding layer. Take a model such as swin_t, "
+            "resnet50 or shufflenet_v2_x1_0."
+        )
+    return heads[0]
+
+
+def _imagenet_weights(name: str) -> WeightsEnum:
+    """Where to get the ImageNet weights and how their images were prepared; downloads nothing."""
+    known = get_model_weights(_known_backbone(name))
+    if "IMAGENET1K_V1" not in known.__members__:
+        raise OperatorError(
+            f"The backbone {name!r} has no IMAGENET1K_V1 weights in torchvision, which say how its "
+            f"images are prepared (it has {', '.join(known.__members__)}). Take another backbone."
+        )
+    return known["IMAGENET1K_V1"]
+
+
+def _preprocessing(weights: WeightsEnum, input_size: int | None) -> Preprocessing:
+    transforms = weights.transforms()
+    resize, crop = transforms.resize_size[0], transforms.crop_size[0]
+    size = crop if input_size is None else input_size
+    if size < 1:
+        raise OperatorError(f"The input size is {size} pixels; expected 1 or more, such as {crop}.")
+    return Preprocessing(
+        input_size=size,
+        resize_size=round(size * resize / crop),
+        interpolation=transforms.interpolation.value,
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
+    )
+
+
+def _download(weights: WeightsEnum) -> dict[str, Tensor]:
+    """torchvision's own loader: torch's cache first (`TORCH_HOME`), else the network."""
+    try:
+        # weights_only: the hub's default would run whatever code a poisoned cache file holds.
+        return weights.get_state_dict(
+            progress=sys.stderr.isatty(), check_hash=True, weights_only=True
+        )
+    except _UNREADABLE as error:
+        raise OperatorError(
+            f"The ImageNet weights could not be fetched: {error}. On a machine with a connection, "
+            f"fetch {weights.url} and pass the file here with --weights PATH."
+        ) from error
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if path.suffix not in (".pth", ".safetensors"):
+        raise OperatorError(
+            f'The weights are {str(path)!r}; expected "imagenet", "random", or the path of a .pth '
+            "or .safetensors file of a torchvision model."
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        first_line = str(error).partition("\n")[0]
+        raise OperatorError(
+            f"The weights file {path} cannot be read: {first_line} Expected is a state dict of a "
+            "torchvision model and nothing besides tensors, since nothing is unpickled that could "
+            "run code."
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise OperatorError(
+            f"The weights file {path} holds no plain state dict (names -> tensors) but a "
+            f"{type(state).__name__} with other things in it, perhaps a whole training checkpoint. "
+            "Save only the model's state_dict()."
+        )
+    return state
+
+
+def _load_backbone(encoder: ImageEncoder, state: dict[str, Tensor], source: str) -> None:
+    """Everything but the classification head, which stays as it was initialised."""
+    is_head = encoder.head_name + "."
+    body = {name: tensor for name, tensor in state.items() if not name.startswith(is_head)}
+    own = encoder.backbone.state_dict()
+    head = {name: tensor for name, tensor in own.items() if name.startswith(is_head)}
+    misfit = _load_state(encoder.backbone, body | head)
+    if misfit:
+        raise OperatorError(
+            f"{source} does not fit the backbone {encoder.backbone_name!r}: {misfit}. Expected are "
+            "the weights of just this torchvision model, since a partial load leaves layers random."
+        )
+
+
+def _load_state(module: nn.Module, state: dict[str, Tensor]) -> str:
+    """Loads `state` strictly; returns "" or else, in words, what does not fit, naming some keys.
+
+    torch's own strict loading names all keys, hundreds for a wrong model.
+    """
+    try:
+        keys = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # shapes
+        return " ".join(str(error).split("\n\t")[1:4])
+    found = {"missing": keys.missing_keys, "unexpected": keys.unexpected_keys}
+    return "; ".join(
+        f"{len(names)} {kind} tensors, such as {', '.join(names[:3])}"
+        for kind, names in found.items()
+        if names
+    )
+
+
+def _try_input_size(encoder: ImageEncoder) -> None:
+    size = encoder.preprocessing.input_size
+    try:
+        with torch.inference_mode():
+            encoder(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        default = _imagenet_weights(encoder.backbone_name).transforms().crop_size[0]
+        raise OperatorError(
+            f"The backbone {encoder.backbone_name!r} does not take an input size of {size} pixels: "
+            f"{error}. Its usual one is {default}."
+        ) from error
+
+
+def _encoder_id(
+    name: str, backbone: str, preprocessing: dict[str, object], state: dict[str, Tensor]
+) -> str:
+    """`<name>-<12 hex>`: whatever can change an embedding changes it, and nothing else does."""
+    tensors = {
+        key: [str(tensor.dtype), list(tensor.shape), _sha256(tensor)]
+        for key, tensor in state.items()
+    }
+    identity = {"backbone": backbone, "preprocessing": preprocessing, "tensors": tensors}
+    return f"{name}-{digest(identity)[:12]}"
+
+
+def _sha256(tensor: Tensor) -> str:
+    # Flat first: a scalar cannot be viewed as bytes.
+    values = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(values.data).hexdigest()
+
+
+def save_encoder(
+    encoder: ImageEncoder,
+    folder_root: str,
+    name: str,
+    categories: tuple[str, ...] | None,
+    data_start_ds: str | None,
+    data_end_ds: str | None,
+    weights: str,
+) -> EncoderInfo:
+    """Writes `<folder_root>/<encoder_id>/`: model.safetensors and encoder.json, both or neither.
+
+    Saving the same encoder again changes nothing. Raises OperatorError for a bad name, and when the
+    same weights are already there under this name with another scope or other dates, since one ID
+    cannot mean both.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
+        raise OperatorError(
+            f"The encoder's name is {name!r}; expected small letters, digits and hyphens, not "
+            "beginning with a hyphen, since it becomes a folder name and part of the encoder_id."
+        )
+    state = {key: tensor.cpu().contiguous() for key, tensor in encoder.state_dict().items()}
+    preprocessing = asdict(encoder.preprocessing)
+    encoder_id = _encoder_id(name, encoder.backbone_name, preprocessing, state)
+    info = EncoderInfo(
+        encoder_id=encoder_id,
+        backbone=encoder.backbone_name,
+        preprocessing=preprocessing,
+        categories=categories,
+        data_start_ds=data_start_ds,
+        data_end_ds=data_end_ds,
+        weights=weights,
+    )
+    folder = Path(folder_root) / encoder_id
+    if not folder.exists():
+        _write_folder(folder, info, state)
+    saved = read_encoder_info(str(folder))
+    _check_same_scope(saved, info, folder)
+    return saved
+
+
+def _write_folder(folder: Path, info: EncoderInfo, state: dict[str, Tensor]) -> None:
+    """Writes beside `folder` and renames. A kill leaves a hidden folder that nothing reads."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile.mkdtemp: its mode 0700 would outlive the rename and shut others out.
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    temporary.mkdir()
+    try:
+        save_file(state, temporary / _WEIGHTS_FILE)
+        write_encoder_info(str(temporary), info)
+        os.rename(temporary, folder)
+    except OSError:
+        if not folder.exists():  # else another process was first, with the same content
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_same_scope(saved: EncoderInfo, wanted: EncoderInfo, folder: Path) -> None:
+    for field in ("categories", "data_start_ds", "data_end_ds"):
+        found, expected = getattr(saved, field), getattr(wanted, field)
+        if found != expected:
+            raise OperatorError(
+                f"These weights are already saved as {folder} with {field} = {found!r}, now given "
+                f"as {expected!r}. One encoder_id cannot mean both; save under another name."
+            )
+
+
+def load_encoder(folder: str) -> ImageEncoder:
+    """The encoder saved in `folder`, in eval mode, on the CPU, its tensors checked against its ID.
+
+    Raises OperatorError when the folder holds no encoder, DataContractError when its files are
+    damaged or do not belong together.
+    """
+    info = read_encoder_info(folder)
+    path = Path(folder) / _WEIGHTS_FILE
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataContractError(
+            f"{path} cannot be read as safetensors ({error}), so the encoder {info.encoder_id} is "
+            "damaged. Restore the file from its origin, or make the encoder again."
+        ) from error
+    name = info.encoder_id.rpartition("-")[0]
+    found = _encoder_id(name, info.backbone, info.preprocessing, state)
+    if found != info.encoder_id:
+        raise DataContractError(
+            f"{path} and encoder.json beside it digest to {found}, but encoder.json says "
+            f"{info.encoder_id}: weights, backbone or preprocessing were changed or damaged. "
+            "Its embeddings would not be comparable with those made under that ID. Restore the "
+            "folder from its origin, or make the encoder again."
+        )
+    return _rebuild(info, state, path)
+
+
+def _rebuild(info: EncoderInfo, state: dict[str, Tensor], path: Path) -> ImageEncoder:
+    with torch.random.fork_rng(devices=[]):  # its initial weights are overwritten
+        encoder = ImageEncoder(info.backbone, Preprocessing.from_dict(info.preprocessing))
+    misfit = _load_state(encoder, state)
+    if misfit:
+        raise DataContractError(
+            f"{path} does not fit the backbone {info.backbone!r} of torchvision "
+            f"{torchvision.__version__}: {misfit}. It was made with another torchvision: "
+            "install that version, or make the encoder again."
+        )
+    encoder.encoder_id = info.encoder_id
+    return encoder.eval()
+
+
+def choose_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_precision(device: torch.device) -> str:
+    """ "bf16" where the hardware multiplies in it (CUDA since Ampere, CPUs with AMX), else "fp32".
+
+    Elsewhere bf16 is emulated, slower than fp32.
+    """
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu.get_capabilities().get("amx_bf16", False)
+    return "bf16" if fast else "fp32"
+
+
+def embed(
+    encoder: ImageEncoder,
+    images: npt.NDArray[np.uint8],
+    batch_size: int,
+    device: torch.device,
+    precision: str,
+) -> npt.NDArray[np.float32]:
+    """uint8 RGB `[n, 3, S, S]` -> float32 unit vectors `[n, 256]`, `batch_size` images at a time.
+
+    Every forward pass has the same shape (the last one is padded with black images, which are
+    dropped), so an embedding does not depend on how many other images there are. Moves the encoder
+    to `device`. `precision` is "fp32" or "bf16" (see `choose_precision`).
+
+    Raises DataContractError when a vector is not finite or not of unit length: it must not be
+    published.
+    """
+    size = encoder.preprocessing.input_size
+    if images.dtype != np.uint8 or images.shape[1:] != (3, size, size):
+        raise ValueError(
+            f"expected uint8 [n, 3, {size}, {size}], got {images.dtype} {images.shape}"
+        )
+    if encoder.training or precision not in PRECISIONS:
+        raise ValueError(f"needs an encoder in eval mode and a precision out of {PRECISIONS}")
+    if not len(images):
+        return np.zeros((0, EMBEDDING_DIM), np.float32)
+    encoder.to(device)
+    with (
+        torch.inference_mode(),
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        # Outputs stay on the device until the end, so that a GPU is not waited for per batch.
+        outputs = [
+            _embed_batch(encoder, images[start : start + batch_size], batch_size, device)
+            for start in range(0, len(images), batch_size)
+        ]
+        embeddings: npt.NDArray[np.float32] = torch.cat(outputs).cpu().numpy()
+    _check_unit_norm(embeddings, encoder)
+    return embeddings
+
+
+def _embed_batch(
+    encoder: ImageEncoder, images: npt.NDArray[np.uint8], batch_size: int, device: torch.device
+) -> Tensor:
+    padded = np.zeros((batch_size, *images.shape[1:]), np.uint8)
+    padded[: len(images)] = images
+    output: Tensor = encoder(torch.from_numpy(padded).to(device))
+    return output[: len(images)]
+
+
+def _check_unit_norm(embeddings: npt.NDArray[np.float32], encoder: ImageEncoder) -> None:
+    norms = np.linalg.norm(embeddings, axis=1)
+    bad = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))  # so written that NaN is bad
+    if len(bad):
+        raise DataContractError(
+            f"The encoder {encoder.encoder_id or encoder.backbone_name} gave {len(bad)} of "
+            f"{len(norms)} embeddings that are not finite unit vectors (the first: image {bad[0]}, "
+            f"norm {norms[bad[0]]}). Its weights are broken or overflow in the chosen precision; "
+            "nothing of it may be published. Try precision fp32, else make the encoder again."
+        )

@@ -1,0 +1,224 @@
+"""Bytes of an image file -> pixels: the one definition that nightly inference and training share.
+
+What an encoder sees must not depend on where it runs, so everything between the file's bytes and
+the uint8 pixels is here, with Pillow alone. The encoder itself divides by mean and std, so pixels
+travel as uint8, a quarter of the size of floats.
+
+Bytes come from strangers: formats, bytes and pixels are bounded before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+REASONS = (
+    # found by the reader, before there are bytes
+    "missing",
+    "forbidden",
+    "unsupported_uri",
+    # found here
+    "empty",
+    "too_many_bytes",
+    "too_many_pixels",
+    "unsupported_format",
+    "not_an_image",
+    "truncated",  # begins as an image of an allowed format; the rest is cut short or broken
+)
+
+_INTERPOLATIONS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+
+# EXIF orientation -> the turn that makes the picture upright (EXIF 2.3, tag 0x0112). Not
+# ImageOps.exif_transpose: that also rewrites the EXIF block, and fails where the block is damaged.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# What Pillow raises for a broken file: OSError when it cannot be identified or decoded, SyntaxError
+# and ValueError from the format's own parser, struct.error from its EXIF parser. Caught only around
+# opening and loading, so that a mistake of ours is never taken for a bad image.
+_BROKEN_FILE = (OSError, SyntaxError, ValueError, struct.error)
+
+# All of Pillow's plugins, once, at import: it would otherwise load them during the first decodes,
+# while other threads walk its table of formats.
+Image.init()
+
+
+class BadImage(Exception):
+    """An image that cannot be used: a bad row, never a reason to stop a job.
+
+    `reason` is one of REASONS (for tables and counters), `str()` the message for people.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        assert reason in REASONS, reason
+        super().__init__(reason, message)  # both in args, so that it survives pickling
+        self.reason = reason
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """What an image may cost. Pillow's own bound of 179 M pixels holds besides `max_pixels`."""
+
+    max_bytes: int = 32 * 2**20
+    max_pixels: int = 64_000_000
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a picture to what the network sees; part of the encoder's identity.
+
+    The shorter side becomes `resize_size` pixels, the centre square of `input_size` pixels is cut
+    out, and values scaled to 0..1 are normalised as `(x - mean) / std` per channel (RGB).
+    Raises ValueError when a value makes no sense.
+    """
+
+    input_size: int
+    resize_size: int
+    interpolation: str  # "bilinear" | "bicubic"
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.input_size <= self.resize_size:
+            raise ValueError(f"expected 1 <= input_size <= resize_size: {self}")
+        if self.interpolation not in _INTERPOLATIONS:
+            raise ValueError(f"interpolation is not one of {sorted(_INTERPOLATIONS)}: {self}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean and std need three values each, std above 0: {self}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+        """The inverse of `dataclasses.asdict`, also after JSON has turned tuples into lists."""
+        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+def decode(
+    data: bytes, preprocessing: Preprocessing, limits: DecodeLimits = DecodeLimits()
+) -> npt.NDArray[np.uint8]:
+    """The pixels that the encoder sees: uint8 RGB `[3, input_size, input_size]`, C-contiguous.
+
+    Equal, pixel for pixel, to torchvision's evaluation transform before its normalisation, on the
+    upright RGB picture: first frame of animations, EXIF rotation applied, transparency over white,
+    16-bit greyscale scaled to 8 bits. Colour profiles are ignored, as torchvision does.
+
+    Safe to call from several threads. Raises BadImage with one of the reasons "empty",
+    "too_many_bytes", "too_many_pixels", "unsupported_format", "not_an_image", "truncated".
+    """
+    image = _open(data, limits)
+    _check_pixels(image.size, preprocessing.resize_size, limits.max_pixels)
+    turn = _load(image)
+    picture = _rgb(image)
+    if turn is not None:
+        picture = picture.transpose(turn)
+    picture = _resize_and_crop(picture, preprocessing)
+    # [S, S, 3] as Pillow has it -> [3, S, S] as torch wants it
+    return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
+
+
+def _open(data: bytes, limits: DecodeLimits) -> Image.Image:
+    """Reads the header only; no pixel is decoded."""
+    if not data:
+        raise BadImage("empty", "the file has 0 bytes")
+    if len(data) > limits.max_bytes:
+        raise BadImage("too_many_bytes", f"{len(data)} bytes, allowed are {limits.max_bytes}")
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage("too_many_pixels", str(error)) from error
+    except _BROKEN_FILE as error:
+        raise _why_unopened(data, error) from error
+
+
+def _why_unopened(data: bytes, error: Exception) -> BadImage:
+    """Goes by the first 16 bytes: a format that is not allowed must not reach its parser."""
+    prefix = data[:16].ljust(16, b"\0")  # some of Pillow's tests fail on less
+    # A format without such a test (None) cannot be told from any other file.
+    known = [name for name, (_, accepts) in Image.OPEN.items() if accepts and accepts(prefix)]
+    if any(name in FORMATS for name in known):
+        return BadImage("truncated", f"begins as {known[0]} but the header is broken: {error}")
+    if known:
+        allowed = ", ".join(FORMATS)
+        return BadImage("unsupported_format", f"looks like {known[0]}; allowed are {allowed}")
+    return BadImage("not_an_image", f"begins with {prefix!r}, which no known image format does")
+
+
+def _check_pixels(size: tuple[int, int], resize_size: int, max_pixels: int) -> None:
+    """Bounds the picture and its resized form: a line of 1 x 1,000,000 would grow 50,000-fold."""
+    width, height = size
+    if width * height > max_pixels:
+        raise BadImage("too_many_pixels", f"{width} x {height} pixels, allowed are {max_pixels}")
+    resized_width, resized_height = _resized_size(size, resize_size)
+    if resized_width * resized_height > max_pixels:
+        raise BadImage(
+            "too_many_pixels",
+            f"{width} x {height} pixels: so narrow that it would become {resized_width} x "
+            f"{resized_height} when resized, allowed are {max_pixels} pixels",
+        )
+
+
+def _load(image: Image.Image) -> Image.Transpose | None:
+    """Decodes the pixels in place; returns the turn that makes the picture upright."""
+    try:
+        image.load()
+    except _BROKEN_FILE as error:
+        if "out of memory" in str(error):  # Pillow's codecs say it with an OSError; not the file's
+            raise MemoryError(str(error)) from error
+        raise BadImage("truncated", f"the pixels cannot be decoded: {error}") from error
+    try:
+        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except _BROKEN_FILE:
+        return None  # damaged EXIF: shown as stored, as browsers do
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Any mode that the allowed formats can have -> RGB."""
+    if image.mode.startswith("I"):
+        # 16-bit greyscale. Pillow would clip at 255, which turns nearly everything white.
+        # 257 = 65535 / 255, so this rounds to the nearest 8-bit value.
+        values = (np.asarray(image, dtype=np.uint32) + 128) // 257
+        image = Image.fromarray(values.astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    picture = Image.new("RGB", layer.size, "white")
+    picture.paste(layer, mask=layer.getchannel("A"))
+    return picture
+
+
+def _resized_size(size: tuple[int, int], resize_size: int) -> tuple[int, int]:
+    """Shorter side -> `resize_size`, longer side in proportion, rounded down like torchvision."""
+    width, height = size
+    if width <= height:
+        return resize_size, int(resize_size * height / width)
+    return int(resize_size * width / height), resize_size
+
+
+def _resize_and_crop(picture: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    size = preprocessing.input_size
+    resample = _INTERPOLATIONS[preprocessing.interpolation]
+    resized = picture.resize(_resized_size(picture.size, preprocessing.resize_size), resample)
+    # Rounds halves to even, like torchvision's center_crop.
+    left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
+    return resized.crop((left, top, left + size, top + size))
