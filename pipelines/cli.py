@@ -1,0 +1,306 @@
+"""The command `courier`. Results go to stdout, logs and progress to stderr.
+
+Exit status: 0 done; 1 failed; 2 wrong usage or settings; 3 a quality gate refused to publish; 4 an
+input is not there yet; 130 and 143 interrupted, resumable. Nothing heavy is imported before a
+command runs.
+"""
+
+import datetime as dt
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from feature_jobs import __version__
+from feature_jobs.schemas import CourierError, DataContractError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Ds(click.ParamType):
+    """A date YYYY-MM-DD."""
+
+    name = "YYYY-MM-DD"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> dt.date:
+        try:
+            return value if isinstance(value, dt.date) else dt.date.fromisoformat(value)
+        except ValueError:
+            self.fail(f"{value!r} is no date YYYY-MM-DD", param, ctx)
+
+
+def _say(message: str) -> None:
+    click.echo(message, err=True)
+
+
+def _beam_args(
+    _ctx: click.Context, _param: click.Parameter, given: tuple[str, ...]
+) -> Sequence[str]:
+    if given and not given[0].startswith("--"):
+        raise click.UsageError(
+            f"Unexpected argument {given[0]!r}. A day is given as --ds YYYY-MM-DD; Beam's own "
+            "options follow `--`."
+        )
+    return given
+
+
+config_option = click.option(
+    "--config", default="courier.toml", show_default=True, metavar="FILE", help="The settings."
+)
+ds_option = click.option("--ds", type=_Ds(), required=True, help="The day to make features of.")
+json_option = click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Only print what would be computed, reused and left alone."
+)
+overlap_option = click.option(
+    "--allow-overlap",
+    is_flag=True,
+    help="Use an encoder or codebook made from this day or later ones; the manifest records it.",
+)
+beam_argument = click.argument(
+    "beam_args", nargs=-1, type=click.UNPROCESSED, callback=_beam_args, metavar="[-- BEAM OPTIONS]"
+)
+
+
+def _night_options(command: F) -> F:
+    """What every command that makes tables of one ds takes."""
+    options = (config_option, ds_option, dry_run_option, overlap_option, json_option, beam_argument)
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"auto_envvar_prefix": "COURIER", "show_default": True})
+@click.version_option(__version__, prog_name="courier")
+def cli() -> None:
+    """Visual features for CTR models: item embeddings, cluster IDs and SimScores, every night.
+
+    Every option can be given in the environment, as COURIER_<COMMAND>_<OPTION>.
+    """
+
+
+# ---- The night and its stages ----------------------------------------------------------------
+
+
+def _make(
+    stages: Sequence[str], config: str, ds: dt.date, dry_run: bool, allow_overlap: bool,
+    as_json: bool, beam_args: Sequence[str],
+) -> None:  # fmt: skip
+    from pipelines import nightly, status
+    from pipelines.config import load_settings
+    from pipelines.plan import plan_night
+
+    night = plan_night(load_settings(config), ds, stages, allow_overlap, _say)
+    if dry_run:
+        plan = status.describe_plan(night, beam_args)
+        click.echo(json.dumps(plan, indent=1) if as_json else status.render_plan(plan))
+        return
+    report = nightly.run_night(night, beam_args, _say)
+    click.echo(json.dumps(report, indent=1) if as_json else status.render_report(report))
+
+
+@cli.command()
+@_night_options
+def refresh(**options: Any) -> None:
+    """Make and publish the whole night of one day; resumes, and does nothing twice."""
+    _make(("embed", "item-features", "histories", "simscore"), **options)
+
+
+@cli.command()
+@_night_options
+def embed(**options: Any) -> None:
+    """Embed the catalogue of one day: item_embeddings and item_rejects."""
+    _make(("embed",), **options)
+
+
+@cli.command("item-features")
+@_night_options
+def item_features(**options: Any) -> None:
+    """Assign cluster IDs to the embedded items of one day: item_features."""
+    _make(("item-features",), **options)
+
+
+@cli.command()
+@_night_options
+def simscore(**options: Any) -> None:
+    """Score the impressions of one day: user_histories and user_simscores."""
+    _make(("histories", "simscore"), **options)
+
+
+# ---- Artefacts -------------------------------------------------------------------------------
+
+
+@cli.command("init-encoder")
+@config_option
+@click.option("--backbone", default="swin_t", help="A torchvision classification model.")
+@click.option("--weights", required=True, metavar="imagenet|random|PATH", help="Where from.")
+@click.option(
+    "--input-size", type=click.IntRange(16, 1024), help="Pixels; default: the backbone's."
+)
+@click.option("--seed", default=0, help="Of the random weights.")
+@click.option(
+    "--name", default=None, help="First part of the encoder's id. [default: the backbone]"
+)
+@click.option(
+    "--category", "categories", multiple=True, help="One in scope; repeat. [default: all]"
+)
+def init_encoder(
+    config: str, backbone: str, weights: str, input_size: int | None, seed: int, name: str | None,
+    categories: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Make an encoder package without training; prints the pin to append to the settings."""
+    from pipelines import artefacts
+
+    folder = os.path.dirname(os.path.abspath(config))
+    name = name or backbone.replace("_", "-")
+    click.echo(
+        artefacts.init_encoder(backbone, weights, input_size, seed, name, categories, folder)
+    )
+
+
+@cli.command("fit-codebook")
+@config_option
+@ds_option
+@click.option("--clusters", type=click.IntRange(1), required=True, help="Number of clusters.")
+@click.option("--seed", default=0, help="Of the first centres.")
+@click.option("--name", default="codebook", help="First part of the codebook's id.")
+@beam_argument
+def fit_codebook(
+    config: str, ds: dt.date, clusters: int, seed: int, name: str, beam_args: Sequence[str]
+) -> None:
+    """Fit cluster centres on one day's embeddings; prints the pin to append to the settings."""
+    from pipelines import artefacts
+    from pipelines.config import load_settings
+
+    settings = load_settings(config)
+    folder = os.path.dirname(os.path.abspath(config))
+    click.echo(artefacts.fit_codebook(settings, ds, clusters, seed, name, folder, beam_args))
+
+
+# ---- Looking and starting --------------------------------------------------------------------
+
+
+@cli.command()
+@config_option
+@json_option
+def status(config: str, as_json: bool) -> None:
+    """Say what is published, what is unfinished, and which pins hold."""
+    from pipelines import status as statuses
+    from pipelines.config import load_settings
+
+    found = statuses.collect(load_settings(config))
+    click.echo(json.dumps(found, indent=1) if as_json else statuses.render(found))
+
+
+@cli.command()
+@config_option
+@ds_option
+@click.option("--table", "names", multiple=True, help="A table; repeat. [default: the whole night]")
+def rollback(config: str, ds: dt.date, names: tuple[str, ...]) -> None:
+    """Bring back the version of one day that was published before the present one."""
+    from pipelines import nightly
+    from pipelines.config import load_settings
+
+    for table, version in nightly.roll_back(load_settings(config), ds, names).items():
+        click.echo(f"{table} ds={ds}: version {version} is published again")
+
+
+@cli.command()
+@click.option(
+    "--catalogue", required=True, metavar="PATH", help="Parquet; {ds} stands for the day."
+)
+@click.option(
+    "--impressions", required=True, metavar="PATH", help="Parquet; {ds} stands for the day."
+)
+@click.option("--images", "image_roots", multiple=True, metavar="FOLDER", help="Where images lie.")
+@click.option("--out", default="courier.toml", metavar="FILE", help="The settings to write.")
+def init(catalogue: str, impressions: str, image_roots: tuple[str, ...], out: str) -> None:
+    """Look at your tables and images, say what will not work, and write commented settings."""
+    from pipelines import init as first_look
+
+    first_look.refuse_existing(out)
+    found = first_look.look(
+        catalogue, impressions, image_roots, os.path.dirname(os.path.abspath(out))
+    )
+    for finding in found.findings:
+        click.echo(f"{finding.level:8} {finding.text}")
+    first_look.write_settings(out, found.toml)
+    problems = sum(finding.level == "problem" for finding in found.findings)
+    click.echo(f"wrote {out}; {problems} problems to mend first" if problems else f"wrote {out}")
+
+
+@cli.command()
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="The shop's new folder."
+)
+@click.option("--images", type=click.Path(path_type=Path), help="Photographs to use instead.")
+@click.option("--items", metavar="N|CSV", help="How many to draw; or item_id,category,image_path.")
+@click.option("--users", type=click.IntRange(1), default=300)
+@click.option("--days", type=click.IntRange(1), default=9)
+@click.option("--first-ds", type=_Ds(), default="2026-01-01")
+@click.option("--seed", default=7)
+def demo(
+    out: Path, items: str | None, images: Path | None, users: int, days: int, first_ds: dt.date,
+    seed: int,
+) -> None:  # fmt: skip
+    """Make a small shop: drawn garments, users with tastes, a click log, and settings for it."""
+    from pipelines.demo import Shop, make_shop
+
+    if images is None and items is not None and not items.isdigit():
+        raise click.BadParameter("must be a number unless --images is given", param_hint="--items")
+    drawn = {"items": int(items)} if images is None and items else {}
+    shop = Shop(seed=seed, users=users, days=days, first_ds=first_ds, **drawn)
+    made = make_shop(out, shop, images, Path(items) if images and items else None)
+    click.echo(
+        f"{out}: {made.items:,} items, {made.impressions:,} impressions and {made.clicks:,} clicks "
+        f"from ds {made.ds[0]} to {made.ds[-1]}; {made.images_written:,} images drawn, "
+        f"{made.missing:,} missing, {made.undecodable:,} undecodable"
+    )
+
+
+# ---- Running ---------------------------------------------------------------------------------
+
+
+def _quiet(record: logging.LogRecord) -> bool:
+    """Beam logs a worker's exception with its traceback; ours are told in one paragraph instead."""
+    return not (record.exc_info and isinstance(record.exc_info[1], DataContractError))
+
+
+def _set_up_logging() -> None:
+    handler = logging.StreamHandler()
+    handler.addFilter(_quiet)
+    logging.basicConfig(
+        level=logging.WARNING, handlers=[handler], format="%(levelname)s %(message)s"
+    )
+
+
+def _terminate(_signal: int, _frame: Any) -> NoReturn:
+    raise SystemExit(143)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs `courier` and returns its exit status."""
+    _set_up_logging()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        cli.main(args, prog_name="courier", standalone_mode=False)
+        return 0
+    except CourierError as error:
+        _say(f"Error: {error}")
+        return error.exit_status
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _say("Interrupted; the same command resumes.")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

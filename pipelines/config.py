@@ -1,0 +1,221 @@
+"""Settings from one TOML file: typed, frozen, unknown keys refused with the nearest known one.
+
+Paths in the file are relative to the file's own folder, so that it can be used from anywhere.
+"""
+
+import datetime as dt
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterable
+from typing import Annotated, Any
+from zoneinfo import ZoneInfo
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from feature_jobs import storage
+from feature_jobs.schemas import TABLES, OperatorError
+
+STAGES = ("embed", "fit-codebook", "item-features", "histories", "simscore")
+_NAME = r"^[a-z0-9][a-z0-9-]*$"
+
+
+def _path(path: str, info: ValidationInfo) -> str:
+    storage.check_supported(path)
+    return os.path.abspath(os.path.join((info.context or {}).get("folder", "."), path))
+
+
+def _timezone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{name!r} is no IANA time zone such as 'Asia/Shanghai'") from error
+    return name
+
+
+Path = Annotated[str, AfterValidator(_path)]
+Timezone = Annotated[str, AfterValidator(_timezone)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class CatalogueColumns(_Section):
+    """Names of the catalogue's columns in the shop's table."""
+
+    item_id: str = "item_id"
+    image_uri: str = "image_uri"
+    category: str = "category"
+
+
+class ImpressionColumns(_Section):
+    """Names of the impressions' columns in the shop's table; the last four may be absent there."""
+
+    user_id: str = "user_id"
+    item_id: str = "item_id"
+    event_time: str = "event_time"
+    clicked: str = "clicked"
+    click_time: str = "click_time"
+    impression_id: str = "impression_id"
+    request_id: str = "request_id"
+    history: str = "history"
+
+
+class Catalogue(_Section):
+    """`path` with {ds}, or one snapshot for all days; images lie below one of `image_roots`."""
+
+    path: Path
+    image_roots: Annotated[tuple[Path, ...], Field(min_length=1)]
+    require_success: bool = False
+    columns: CatalogueColumns = CatalogueColumns()
+
+
+class Impressions(_Section):
+    """`input_timezone` is that of times without one; `carry` columns pass through to SimScores."""
+
+    path: Path
+    require_success: bool = False
+    input_timezone: Timezone | None = None
+    click_delay_seconds: Annotated[float, Field(ge=0)] = 0.0
+    carry: tuple[str, ...] = ()
+    columns: ImpressionColumns = ImpressionColumns()
+
+
+class Embed(_Section):
+    """`batch_size` images go through the encoder at once; `chunk_items` are redone after a kill."""
+
+    batch_size: Count = 32
+    chunk_items: Count = 256
+
+
+class ItemFeatures(_Section):
+    """`vector` adds the embedding itself as a column: the Vector form."""
+
+    vector: bool = False
+
+
+class Simscore(_Section):
+    """`history_item_ids` adds the items that were scored as a column."""
+
+    history_item_ids: bool = False
+
+
+class Gates(_Section):
+    """Above these shares the night is made but not published."""
+
+    max_reject_share: Share = 0.05
+    max_unknown_item_share: Share = 0.05
+
+
+class Pin(_Section):
+    """From `from_ds` on, features are made with this encoder and codebook (package folders)."""
+
+    from_ds: dt.date
+    encoder: Path
+    codebook: Path | None = None
+
+
+class Settings(_Section):
+    """Everything that a night depends on besides its inputs."""
+
+    root: Path
+    feature_set: Annotated[str, Field(pattern=_NAME)] = "production"
+    day_timezone: Timezone = "UTC"
+    history_len: Count = 50
+    window_days: Count = 30
+    rows_per_shard: Count = 131_072
+    catalogue: Catalogue
+    impressions: Impressions
+    embed: Embed = Embed()
+    item_features: ItemFeatures = ItemFeatures()
+    simscore: Simscore = Simscore()
+    gates: Gates = Gates()
+    beam: dict[str, Any] = {}
+    pins: tuple[Pin, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Settings":
+        if self.feature_set == "shared":
+            raise ValueError("feature_set must not be 'shared', where tables of all sets lie")
+        if len({pin.from_ds for pin in self.pins}) < len(self.pins):
+            raise ValueError("two [[pins]] have the same from_ds, so neither can win")
+        ours = {column.name for column in TABLES["user_simscores"].columns}
+        ours |= set(type(self.impressions.columns).model_fields)
+        if clash := sorted(ours & set(self.impressions.carry)):
+            raise ValueError(f"impressions.carry would overwrite our own columns {clash}")
+        unknown = [k for k, v in self.beam.items() if isinstance(v, dict) and k not in STAGES]
+        if unknown:
+            raise ValueError(f"[beam.{unknown[0]}] names no stage; stages are {', '.join(STAGES)}")
+        return self
+
+    def pin_for(self, ds: dt.date) -> Pin:
+        """The pin with the greatest from_ds ≤ ds; raises OperatorError where there is none."""
+        valid = [pin for pin in self.pins if pin.from_ds <= ds]
+        if not valid:
+            dates = ", ".join(str(pin.from_ds) for pin in self.pins) or "none at all"
+            raise OperatorError(
+                f"No pin holds for ds {ds}: the settings have pins from {dates}. A pin says which "
+                "encoder and codebook make the features of a day. Make an encoder with `courier "
+                "init-encoder` and add the stanza that it prints to the settings."
+            )
+        return max(valid, key=lambda pin: pin.from_ds)
+
+
+def load_settings(path: str) -> Settings:
+    """Raises OperatorError for a missing file, bad TOML, or a key that is unknown or wrong."""
+    try:
+        with open(path, "rb") as file:
+            data = tomllib.load(file)
+    except FileNotFoundError as error:
+        raise OperatorError(
+            f"There are no settings at {path}. Point at them with --config, or write them with "
+            "`courier init --catalogue … --impressions …`."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OperatorError(f"The settings {path} are not valid TOML: {error}.") from error
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        # As JSON, since strict mode then takes arrays for tuples and text for dates, and no more.
+        text = json.dumps(data, default=str)
+        return Settings.model_validate_json(text, context={"folder": folder})
+    except ValidationError as error:
+        problems = "; ".join(_problem(e) for e in error.errors())
+        raise OperatorError(
+            f"The settings {path} cannot be used: {problems}. Nothing was started."
+        ) from error
+
+
+def _problem(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "the file"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here are {', '.join(known)}"
+        return f"unknown key {where!r}, {hint}"
+    if error["type"] == "missing":
+        return f"{where!r} is missing"
+    found = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
+    return f"{where!r}: {re.sub('^Value error, ', '', error['msg'])}{found}"
+
+
+def _known_keys(loc: Iterable[Any]) -> list[str]:
+    """The keys of the section at `loc`, for example ("pins", 0)."""
+    model: Any = Settings
+    for part in loc:
+        if isinstance(part, str):
+            annotation = model.model_fields[part].annotation
+            model = annotation if isinstance(annotation, type) else Pin
+    return sorted(model.model_fields)

@@ -1,0 +1,380 @@
+"""What a night will do, found out before any of it is done.
+
+Settings, artefacts and inputs are opened and checked here, by footers and manifests alone. Each
+stage then knows all that it depends on, and with that its `run_id`.
+"""
+
+import datetime as dt
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from feature_jobs import codebook as codebooks
+from feature_jobs import embed, hashing, inputs, tables
+from feature_jobs.histories import DAY_US, HistoryLaw, define_user_histories
+from feature_jobs.item_features import FeaturesJob, define_item_features
+from feature_jobs.schemas import (
+    ITEM_EMBEDDINGS,
+    ITEM_FEATURES,
+    ITEM_REJECTS,
+    USER_HISTORIES,
+    USER_SIMSCORES,
+    DataContractError,
+    InputNotReady,
+    OperatorError,
+    Table,
+)
+from feature_jobs.simscore import SimscoreJob, define_simscore, discard_broadcast
+from pipelines import runs
+from pipelines.config import Pin, Settings
+from pipelines.runs import Stage
+
+STAGES = ("embed", "item-features", "histories", "simscore")
+_UPSTREAM = {
+    "embed": (),
+    "item-features": ("embed",),
+    "histories": (),
+    "simscore": ("embed", "item-features"),
+}
+
+
+@dataclass(frozen=True)
+class Night:
+    """The stages of one ds that were asked for, in order, and those they read from."""
+
+    settings: Settings
+    ds: dt.date
+    stages: tuple[Stage, ...]
+    upstream: tuple[Stage, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        return {stage.name for stage in self.stages} == set(STAGES)
+
+    @property
+    def run_id(self) -> str:
+        return tables.digest([stage.run_id for stage in self.stages])[:12]
+
+
+# ---- Planning ------------------------------------------------------------------------------
+
+
+def plan_night(
+    settings: Settings,
+    ds: dt.date,
+    wanted: Sequence[str] = STAGES,
+    allow_overlap: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Night:
+    """Checks settings, artefacts and inputs for the `wanted` stages of ds, and plans them.
+
+    `allow_overlap` lets an encoder or codebook be used that was made from ds or later days.
+    Raises OperatorError, DataContractError or InputNotReady.
+    """
+    needed = [s for s in STAGES if s in wanted or any(s in _UPSTREAM[w] for w in wanted)]
+    pin = settings.pin_for(ds)
+    planner = _Planner(settings, ds, pin, allow_overlap, say)
+    planner.open_inputs(needed)
+    made: dict[str, Stage] = {}
+    for name in needed:
+        made[name] = planner.plan(name, made)
+    return Night(
+        settings,
+        ds,
+        stages=tuple(made[name] for name in needed if name in wanted),
+        upstream=tuple(made[name] for name in needed if name not in wanted),
+    )
+
+
+class _Planner:
+    """The checked inputs and artefacts of one ds, opened once however many stages need them."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        ds: dt.date,
+        pin: Pin,
+        allow_overlap: bool,
+        say: Callable[[str], None],
+    ):
+        self.settings, self.ds, self.pin = settings, ds, pin
+        self.allow_overlap = allow_overlap
+        self.say = say
+        self.encoder = tables.read_encoder_info(pin.encoder)
+        self._opened: dict[str, Any] = {}
+
+    def open_inputs(self, needed: Sequence[str]) -> None:
+        """Opens the tables of ds; raises DataContractError where their IDs are of two types."""
+        if "embed" in needed:
+            self._catalogue()
+        if {"histories", "simscore"} & set(needed):
+            self._impressions(self.ds)
+            self._user_id_type()
+        self._item_id_type()
+
+    def plan(self, name: str, made: dict[str, Stage]) -> Stage:
+        plans = {
+            "embed": self._embed,
+            "item-features": self._item_features,
+            "histories": self._histories,
+            "simscore": self._simscore,
+        }
+        return plans[name](made)
+
+    def _stage(self, name: str, define: Callable[[Any, str], None], **fields: Any) -> Stage:
+        settings = self.settings
+        return Stage(name, self.ds, settings.root, settings.feature_set, define=define, **fields)
+
+    # -- EMBED --
+
+    def _embed(self, made: dict[str, Stage]) -> Stage:
+        settings, catalogue = self.settings, self._catalogue()
+        before, rejects = self._latest(ITEM_EMBEDDINGS), self._latest(ITEM_REJECTS)
+        item_id = self._item_id_type()
+        if before and before.schema.field("item_id").type != item_id:
+            raise DataContractError(
+                f"item_id is {item_id} in the tables of ds {self.ds} but was "
+                f"{before.schema.field('item_id').type} in {before.folder}. No item would be found "
+                "again. Cast item_id back where it is written, or start a new feature_set."
+            )
+        made_by = before.manifest["identities"]["encoder_id"] if before else None
+        job = partial(
+            embed.EmbedJob,
+            ds=self.ds,
+            shards=hashing.num_shards(catalogue.rows, settings.rows_per_shard),
+            embeddings_schema=ITEM_EMBEDDINGS.schema(item_id),
+            rejects_schema=ITEM_REJECTS.schema(item_id),
+            encoder_folder=self.pin.encoder,
+            image_roots=settings.catalogue.image_roots,
+            batch_size=settings.embed.batch_size,
+            chunk_items=settings.embed.chunk_items,
+            window_days=settings.window_days,
+            previous_embeddings=before,
+            previous_rejects=rejects,
+            reuse=made_by == self.encoder.encoder_id,
+        )
+        return self._stage(
+            "embed",
+            lambda root, staging: embed.define_embed(root, catalogue, job(staging=staging)),
+            tables=(ITEM_EMBEDDINGS, ITEM_REJECTS),
+            shards=hashing.num_shards(catalogue.rows, settings.rows_per_shard),
+            inputs={
+                "catalogue": catalogue.identity(),
+                "previous": before.run_id if before else None,
+            },
+            identities={"encoder_id": self.encoder.encoder_id},
+            settings={
+                "image_roots": settings.catalogue.image_roots,
+                "batch_size": settings.embed.batch_size,
+                "window_days": settings.window_days,
+            },
+            input_rows=catalogue.rows,
+            notes={
+                "one_snapshot_for_all_days": "{ds}" not in settings.catalogue.path,
+                **self._overlap("encoder", self.encoder.data_end_ds),
+            },
+        )
+
+    # -- ITEM-FEATURES --
+
+    def _item_features(self, made: dict[str, Stage]) -> Stage:
+        settings, upstream, codebook = self.settings, made["embed"], self._codebook()
+        optional = [] if settings.item_features.vector else ["embedding"]
+        schema = ITEM_FEATURES.schema(self._item_id_type(), without=optional)
+
+        def define(root: Any, staging: str) -> None:
+            job = FeaturesJob(
+                upstream.partition(ITEM_EMBEDDINGS), upstream.partition(ITEM_REJECTS),
+                str(self.pin.codebook), self.encoder.categories, schema, staging,
+            )  # fmt: skip
+            define_item_features(root, job)
+
+        return self._stage(
+            "item-features",
+            define,
+            tables=(ITEM_FEATURES,),
+            shards=upstream.shards,
+            inputs={"embed": upstream.run_id},
+            identities=self._identities(),
+            settings={"vector": settings.item_features.vector, "max_id": codebook.max_id},
+            notes=self._overlap("codebook", codebook.data_end_ds),
+        )
+
+    # -- HISTORIES --
+
+    def _histories(self, made: dict[str, Stage]) -> Stage:
+        log, missing = self._log()
+        rows = sum(source.rows for source in log)
+        shards = hashing.num_shards(rows, self.settings.rows_per_shard)
+        schema = USER_HISTORIES.schema(self._item_id_type(), self._user_id_type())
+
+        return self._stage(
+            "histories",
+            lambda root, staging: define_user_histories(
+                root, log, self._law(), self._end_us(), shards, schema, staging
+            ),
+            tables=(USER_HISTORIES,),
+            shards=shards,
+            inputs={"impressions": [source.identity() for source in log]},
+            identities={},
+            settings=self._history_settings(),
+            input_rows=rows,
+            notes={"days_without_log": missing},
+        )
+
+    # -- SIMSCORE --
+
+    def _simscore(self, made: dict[str, Stage]) -> Stage:
+        settings, impressions = self.settings, self._impressions(self.ds)
+        logged = "history" in impressions.form.columns
+        log, missing = ([], []) if logged else self._log()
+        shards = hashing.num_shards(impressions.rows, settings.rows_per_shard)
+        optional = [] if settings.simscore.history_item_ids else ["history_item_ids"]
+        schema = USER_SIMSCORES.schema(
+            self._item_id_type(), self._user_id_type(), impressions.carried, optional
+        )
+        features, embedded = made["item-features"], made["embed"]
+
+        def job(staging: str) -> SimscoreJob:
+            return SimscoreJob(
+                features.partition(ITEM_FEATURES), embedded.partition(ITEM_EMBEDDINGS),
+                self._law(), self._end_us(), shards, schema,
+                **self._identities(), staging=staging,
+            )  # fmt: skip
+
+        return self._stage(
+            "simscore",
+            lambda root, staging: define_simscore(root, impressions, log, job(staging)),
+            tables=(USER_SIMSCORES,),
+            shards=shards,
+            inputs={
+                "impressions": impressions.identity(),
+                "log": [source.identity() for source in log],
+                "item_features": features.run_id,
+            },
+            identities=self._identities(),
+            settings={
+                **self._history_settings(),
+                "history_item_ids": settings.simscore.history_item_ids,
+            },
+            input_rows=impressions.rows,
+            notes={"logged_histories": logged, "days_without_log": missing},
+            clean=lambda staging: discard_broadcast(job(staging)),
+        )
+
+    # -- What the stages share --
+
+    def _catalogue(self) -> inputs.Source:
+        section = self.settings.catalogue
+        return self._once(
+            "catalogue",
+            lambda: inputs.open_source(
+                "catalogue", section.path, self.ds, section.columns.model_dump(),
+                require_success=section.require_success,
+            ),
+        )  # fmt: skip
+
+    def _impressions(self, ds: dt.date) -> inputs.Source:
+        section = self.settings.impressions
+        return self._once(
+            f"impressions {ds}",
+            lambda: inputs.open_source(
+                "impressions", section.path, ds, section.columns.model_dump(), section.carry,
+                section.input_timezone, section.require_success,
+            ),
+        )  # fmt: skip
+
+    def _log(self) -> tuple[list[inputs.Source], list[str]]:
+        """The impressions of ds and of the window before it, and the days that have none."""
+        log, missing = [self._impressions(self.ds)], []
+        for back in range(1, self.settings.window_days + 1):
+            day = self.ds - dt.timedelta(days=back)
+            try:
+                log.append(self._impressions(day))
+            except InputNotReady:
+                missing.append(str(day))
+        if missing and "told" not in self._opened:
+            self._opened["told"] = True
+            self.say(
+                f"histories of ds {self.ds}: no impressions on {len(missing)} of the "
+                f"{self.settings.window_days} days before it ({missing[-1]} to {missing[0]})"
+            )
+        return log, missing
+
+    def _latest(self, table: Table) -> tables.Partition | None:
+        return runs.latest_before(self.settings.root, self.settings.feature_set, table, self.ds)
+
+    def _once(self, key: str, open_it: Callable[[], inputs.Source]) -> inputs.Source:
+        if key not in self._opened:
+            self._opened[key] = open_it()
+        return self._opened[key]
+
+    def _item_id_type(self) -> pa.DataType:
+        """The shop's; on days without any file that of the day before, so that tables still fit."""
+        before = self._latest(ITEM_EMBEDDINGS)
+        otherwise = before.schema.field("item_id").type if before else pa.int64()
+        return inputs.common_id_type("item_id", self._sources(), otherwise)
+
+    def _user_id_type(self) -> pa.DataType:
+        return inputs.common_id_type("user_id", self._sources(), otherwise=pa.int64())
+
+    def _sources(self) -> list[inputs.Source]:
+        return [s for s in self._opened.values() if isinstance(s, inputs.Source)]
+
+    def _law(self) -> HistoryLaw:
+        return HistoryLaw(
+            self.settings.history_len,
+            self.settings.window_days * DAY_US,
+            round(self.settings.impressions.click_delay_seconds * 1_000_000),
+        )
+
+    def _history_settings(self) -> dict[str, Any]:
+        return {
+            "history_len": self.settings.history_len,
+            "window_days": self.settings.window_days,
+            "click_delay_seconds": self.settings.impressions.click_delay_seconds,
+            "day_timezone": self.settings.day_timezone,
+        }
+
+    def _end_us(self) -> int:
+        return inputs.day_end(self.ds, self.settings.day_timezone)
+
+    def _codebook(self) -> codebooks.CodebookInfo:
+        """The pinned codebook; raises OperatorError where there is none, or of another encoder."""
+        if self.pin.codebook is None:
+            raise OperatorError(
+                f"The pin that holds for ds {self.ds} (from_ds {self.pin.from_ds}) names no "
+                "codebook, and the night never fits one. Run `courier embed` and `courier "
+                "fit-codebook` for an earlier day, and add the stanza that it prints."
+            )
+        info = codebooks.read_codebook_info(self.pin.codebook)
+        if info.encoder_id != self.encoder.encoder_id:
+            raise OperatorError(
+                f"The pin from {self.pin.from_ds} mixes two encoders: its encoder is "
+                f"{self.encoder.encoder_id}, but its codebook {info.codebook_id} was fitted on "
+                f"embeddings of {info.encoder_id}. Distances between the two mean nothing. Pin the "
+                "codebook's own encoder, or fit a codebook on the new embeddings."
+            )
+        return info
+
+    def _identities(self) -> dict[str, str]:
+        return {"encoder_id": self.encoder.encoder_id, "codebook_id": self._codebook().codebook_id}
+
+    def _overlap(self, what: str, data_end_ds: str | None) -> dict[str, bool]:
+        """Refuses an artefact made from ds or later, but on the first day or when allowed."""
+        if data_end_ds is None or data_end_ds < str(self.ds):
+            return {}
+        if self.allow_overlap:
+            return {f"{what}_overlap_allowed": True}
+        first = min((p.from_ds for p in self.settings.pins if p.codebook), default=self.ds)
+        if self.ds == first:
+            return {"bootstrap": True}
+        raise OperatorError(
+            f"The pinned {what} was made from data up to ds {data_end_ds}, but is to make features "
+            f"of ds {self.ds}: they would know their own future, look better offline than they "
+            f"are, and fail online. Pin a {what} made from days before {self.ds}, or say "
+            "--allow-overlap, which the manifest will record."
+        )

@@ -1,0 +1,77 @@
+"""The gates between making and publishing: what no night may put before a CTR model.
+
+A law of the tables that does not hold is our own fault or the disk's, and is refused like a share
+above its limit: nothing is published, and what was published before stays.
+"""
+
+from collections.abc import Mapping
+
+from feature_jobs.schemas import DataContractError, GateRefused
+from pipelines.config import Settings
+
+
+def check(stage: str, counts: Mapping[str, int], settings: Settings) -> None:
+    """Raises GateRefused, or DataContractError for a catalogue without one readable image.
+
+    `counts` are those of the stage and of the ones before it, and `input_rows` of its input.
+    """
+    gates = {"embed": _embed, "item-features": _item_features, "simscore": _simscore}
+    if stage in gates:
+        gates[stage](counts, settings)
+
+
+def _embed(counts: Mapping[str, int], settings: Settings) -> None:
+    catalogue = counts["catalogue_items"]
+    rejects = counts["item_rejects_rows"]
+    embedded = counts["item_embeddings_rows"] - counts["former_items"]
+    _law("embeddings + rejects = catalogue", embedded + rejects, catalogue)
+    if catalogue and not embedded:
+        raise DataContractError(
+            f"Not one of the {catalogue:,} catalogue images can be read ({_reasons(counts)}). The "
+            f"table would be empty of embeddings. Relative image_uri are looked up below "
+            f"{settings.catalogue.image_roots[0]}: check catalogue.image_roots in the settings and "
+            "whether the images are there."
+        )
+    _share(
+        "catalogue items have no readable image",
+        rejects, catalogue, settings.gates.max_reject_share, "max_reject_share",
+        f"Reasons: {_reasons(counts)}. `item_rejects` would name each item",
+    )  # fmt: skip
+
+
+def _item_features(counts: Mapping[str, int], settings: Settings) -> None:
+    expected = counts["item_embeddings_rows"] + counts["item_rejects_rows"]
+    _law("item_features rows", counts["item_features_rows"], expected)
+
+
+def _simscore(counts: Mapping[str, int], settings: Settings) -> None:
+    _law("user_simscores rows", counts["user_simscores_rows"], counts["input_rows"])
+    _share(
+        "impressions are of items that the catalogue lacks",
+        counts["unknown_items"], counts["impressions"],
+        settings.gates.max_unknown_item_share, "max_unknown_item_share",
+        "A catalogue of another day or shop looks like this",
+    )  # fmt: skip
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    found = {k.removeprefix("rejected_"): v for k, v in counts.items() if k.startswith("rejected_")}
+    return ", ".join(f"{reason} {n:,}" for reason, n in sorted(found.items(), key=lambda x: -x[1]))
+
+
+def _share(what: str, found: int, total: int, limit: float, setting: str, remark: str) -> None:
+    if total and found / total > limit:
+        raise GateRefused(
+            f"{found:,} of {total:,} {what} ({found / total:.1%}), above the limit of {limit:.1%}. "
+            f"{remark}. Nothing was published, and what was published before stands. Mend the "
+            f"input and run the command again, or raise gates.{setting} in the settings."
+        )
+
+
+def _law(what: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise GateRefused(
+            f"{what}: found {found:,}, expected {expected:,}. Rows were lost or doubled; nothing "
+            "was published. This is a fault of COURIER or of the disk; run the command again, and "
+            "report it if it stays."
+        )

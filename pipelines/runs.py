@@ -1,0 +1,356 @@
+"""The life of a run: its identity, what of it is done already, and how its tables get published.
+
+A *stage* makes one or more tables of one ds. Its `run_id` is a digest of inputs, settings and
+versions, so the same work has the same id and is found again: published, staged, or begun. All
+writing happens out of sight below `<root>/_staging`. Publishing then links files into place.
+
+What a kill at any point leaves. First publication: nothing is visible before `_SUCCESS`. On
+re-publication `_SUCCESS` goes first and returns last, and every file name carries the version, so
+that a reader through the manifest, or one that reads `_SUCCESS` before and after, sees one version
+whole, or "not ready", or a missing file, and never a mixture. The next run finishes the move.
+Not covered: a bare glob during re-publication, and two machines publishing to one disk at once.
+"""
+
+import contextlib
+import datetime as dt
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import apache_beam
+import pyarrow as pa
+
+from feature_jobs import __version__, storage, tables
+from feature_jobs.schemas import (
+    CourierError,
+    DataContractError,
+    InputNotReady,
+    OperatorError,
+    Table,
+)
+from feature_jobs.tables import MANIFEST, STAGED, SUCCESS, Partition
+
+VERSIONS = "_versions"
+VERSIONS_OF = {"courier": __version__, "beam": apache_beam.__version__, "pyarrow": pa.__version__}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job of one ds, planned: nothing of it has run yet.
+
+    `inputs` are what the work depends on, `identities` the artefacts it uses, `notes` what a reader
+    of the manifest should know. `define` wires the job below a pipeline root, once everything
+    upstream is made, to write below a staging folder; `clean` frees what it left on this machine.
+    """
+
+    name: str
+    ds: dt.date
+    root: str
+    feature_set: str
+    tables: tuple[Table, ...]
+    shards: int
+    inputs: Mapping[str, Any]
+    identities: Mapping[str, str]
+    settings: Mapping[str, Any]
+    define: Callable[[Any, str], None]
+    input_rows: int = 0
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    clean: Callable[[str], None] = lambda _: None
+
+    @property
+    def run_id(self) -> str:
+        """Twelve hex digits: the same inputs, settings and versions give the same id."""
+        parts = [
+            self.name, str(self.ds), [t.name for t in self.tables], dict(self.inputs),
+            dict(self.identities), dict(self.settings), VERSIONS_OF,
+        ]  # fmt: skip
+        return tables.digest(parts)[:12]
+
+    @property
+    def staging(self) -> str:
+        return os.path.join(self.root, "_staging", self.name, f"ds={self.ds}", self.run_id)
+
+    def folder(self, table: Table) -> str:
+        """Where the table is published."""
+        return table_folder(self.root, self.feature_set, table, self.ds)
+
+    def is_published(self) -> bool:
+        return all(
+            tables.is_published(self.folder(t))
+            and tables.open_published(self.folder(t)).run_id == self.run_id
+            for t in self.tables
+        )
+
+    def is_staged(self) -> bool:
+        return all(storage.exists(os.path.join(self.staging, t.name, STAGED)) for t in self.tables)
+
+    def shards_done(self) -> int:
+        return min(
+            len(storage.list_names(os.path.join(self.staging, t.name, "receipts")))
+            for t in self.tables
+        )
+
+    def partition(self, table: Table) -> Partition:
+        """This run's table, published or still staged. Raises InputNotReady where it is neither."""
+        if self.is_published():
+            return tables.open_published(self.folder(table))
+        if self.is_staged():
+            return tables.open_staged(os.path.join(self.staging, table.name))
+        raise InputNotReady(
+            f"{table.name} of ds {self.ds} has not been made from the present inputs and settings "
+            f"(run {self.run_id}). Run `courier {self.name} --ds {self.ds}`, or `courier refresh "
+            f"--ds {self.ds}` for the whole night."
+        )
+
+
+def table_folder(root: str, feature_set: str, table: Table, ds: dt.date) -> str:
+    """The folder of one partition: below `shared` for a table that no encoder touches."""
+    return os.path.join(root, "shared" if table.shared else feature_set, table.name, f"ds={ds}")
+
+
+def published_days(root: str, feature_set: str, table: Table) -> list[dt.date]:
+    """The ds of all published partitions of a table, ascending."""
+    folder = os.path.dirname(table_folder(root, feature_set, table, dt.date.min))
+    days = [
+        dt.date.fromisoformat(name[3:])
+        for name in storage.list_names(folder)
+        if re.fullmatch(r"ds=\d{4}-\d\d-\d\d", name)
+    ]
+    return [d for d in days if tables.is_published(table_folder(root, feature_set, table, d))]
+
+
+def latest_before(root: str, feature_set: str, table: Table, ds: dt.date) -> Partition | None:
+    """The newest published partition of a day before ds; None where the world begins."""
+    days = [day for day in published_days(root, feature_set, table) if day < ds]
+    if not days:
+        return None
+    return tables.open_published(table_folder(root, feature_set, table, days[-1]))
+
+
+@contextlib.contextmanager
+def exclusive(root: str, feature_set: str) -> Iterator[None]:
+    """Holds a feature set; raises CourierError at once where another run holds it."""
+    try:
+        with storage.lock(os.path.join(root, feature_set)):
+            yield
+    except BlockingIOError as error:
+        raise CourierError(
+            f"Another run is writing the feature set {feature_set!r} below {root}. Two at once "
+            "would do the same work twice and publish over each other. Wait for it, or stop it; "
+            "its lock is freed when its process ends."
+        ) from error
+
+
+# ---- Making --------------------------------------------------------------------------------
+
+
+def make(stage: Stage, run_pipeline: Callable[[Callable[[Any], None]], None]) -> None:
+    """Runs the stage's job below its staging folder and seals the tables it made.
+
+    Raises a worker's DataContractError word for word; nothing is published in any case.
+    """
+    errors = os.path.join(stage.staging, "errors")
+    storage.delete_tree(errors)
+    try:
+        run_pipeline(lambda root: stage.define(root, stage.staging))
+    except Exception:
+        for name in storage.list_names(errors):
+            message = tables.read_json(os.path.join(errors, name))["message"]
+            raise DataContractError(message) from None
+        raise
+    finally:
+        stage.clean(stage.staging)
+    for table in stage.tables:
+        seal(stage, table)
+
+
+def seal(stage: Stage, table: Table) -> None:
+    """Writes what a manifest will say beside the parts, after every shard has its receipt."""
+    folder = os.path.join(stage.staging, table.name)
+    parts = tables.receipts(folder)
+    if len(parts) != stage.shards:
+        raise CourierError(
+            f"{table.name} of ds {stage.ds} has {len(parts)} of {stage.shards} parts although its "
+            f"job ended well ({folder}). The table would lack rows. Run the command again; if it "
+            "happens again, delete that folder."
+        )
+    manifest = {
+        "table": table.name,
+        "ds": str(stage.ds),
+        "feature_set": None if table.shared else stage.feature_set,
+        "run_id": stage.run_id,
+        "files": [{k: v for k, v in part.items() if k != "counts"} for part in parts],
+        "rows": sum(part["rows"] for part in parts),
+        "counts": tables.sum_counts(parts),
+        "identities": dict(stage.identities),
+        "inputs": dict(stage.inputs),
+        "settings": dict(stage.settings),
+        "notes": dict(stage.notes),
+        "versions": VERSIONS_OF,
+    }
+    tables.write_json(os.path.join(folder, STAGED), manifest)
+
+
+def counts_of(stage: Stage) -> dict[str, int]:
+    """Counts and rows of all tables that the stage made."""
+    manifests = {table.name: stage.partition(table).manifest for table in stage.tables}
+    counts = {f"{name}_rows": m["rows"] for name, m in manifests.items()}
+    counts["input_rows"] = stage.input_rows
+    for manifest in manifests.values():
+        counts.update(manifest["counts"])
+    return counts
+
+
+def reopen(stage: Stage) -> None:
+    """Undoes the sealing of a stage whose tables were refused, so that the next run makes them
+    again. What was expensive, the chunk files, stays."""
+    for table in stage.tables:
+        storage.delete_tree(os.path.join(stage.staging, table.name))
+
+
+# ---- Publishing ------------------------------------------------------------------------------
+
+
+def publish(stage: Stage) -> list[str]:
+    """Publishes all tables of a staged stage, then deletes its staging; returns the versions.
+
+    A stage that is published already is left alone.
+    """
+    if not stage.is_published():
+        for table in stage.tables:
+            staged = tables.open_staged(os.path.join(stage.staging, table.name))
+            publish_partition(staged, stage.folder(table))
+    storage.delete_tree(stage.staging)
+    return [tables.open_published(stage.folder(t)).manifest["version"] for t in stage.tables]
+
+
+def versioned(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with its version, a digest of all content, in it and in every file's name."""
+    version = tables.digest(dict(manifest))[:12]
+    files = [
+        {**file, "name": file["name"].removesuffix(".parquet") + f"-{version}.parquet"}
+        for file in manifest["files"]
+    ]
+    return {**manifest, "files": files, "version": version}
+
+
+def publish_partition(staged: Partition, target: str) -> None:
+    """Publishes a staged partition at `target`, in place of what is published there.
+
+    Can be killed and called again at any point: every step is skipped where it is done, and the
+    staged files stay readable until the caller deletes them.
+    """
+    manifest = versioned(staged.manifest)
+    sources = dict(zip([f["name"] for f in manifest["files"]], staged.paths, strict=True))
+    replace_partition(manifest, sources, target)
+
+
+def has_previous(target: str) -> bool:
+    """Whether `roll_back` would find a version to bring back."""
+    current = _current(target)
+    parent = json.loads(current)["parent_version"] if current else None
+    kept = os.path.join(target, VERSIONS, str(parent), MANIFEST)
+    return parent is not None and storage.exists(kept)
+
+
+def roll_back(target: str) -> str:
+    """Brings back the version that `target` held before; returns it.
+
+    Raises OperatorError where there is none.
+    """
+    if not has_previous(target):
+        raise OperatorError(
+            f"{target} has no previous version to bring back: it was published once, or the kept "
+            "version was deleted. What is published stays as it is."
+        )
+    parent = tables.read_json(os.path.join(target, MANIFEST))["parent_version"]
+    kept = os.path.join(target, VERSIONS, parent)
+    manifest = tables.read_json(os.path.join(kept, MANIFEST))
+    sources = {f["name"]: os.path.join(kept, f["name"]) for f in manifest["files"]}
+    replace_partition(manifest, sources, target)
+    return str(parent)
+
+
+def _current(target: str) -> bytes | None:
+    path = os.path.join(target, MANIFEST)
+    return storage.read_bytes(path) if storage.exists(path) else None
+
+
+def replace_partition(manifest: dict[str, Any], sources: Mapping[str, str], target: str) -> None:
+    """Makes `manifest` the published version of `target`; `sources` are its files by name."""
+    current = _current(target)
+    old = json.loads(current) if current else None
+    resumed = old is not None and old["version"] == manifest["version"]
+    if resumed and tables.is_published(target):
+        return
+    storage.delete(os.path.join(target, SUCCESS))
+    if old is not None and not resumed and current is not None:
+        kept = os.path.join(target, VERSIONS, old["version"], MANIFEST)
+        storage.write_bytes(kept, current)
+    for name, source in sources.items():
+        storage.link(source, os.path.join(target, name))
+    if resumed:
+        data = current or b""
+    else:
+        parent = old["version"] if old else None
+        data = json.dumps({**manifest, "parent_version": parent}, indent=1).encode() + b"\n"
+        storage.write_if_unchanged(os.path.join(target, MANIFEST), data, current)
+    _put_away(target, keep={file["name"] for file in manifest["files"]})
+    success = hashlib.sha256(data).hexdigest() + "\n"
+    storage.write_bytes(os.path.join(target, SUCCESS), success.encode())
+
+
+def _put_away(target: str, keep: set[str]) -> None:
+    """Moves files of other versions to `_versions`; those of a version never published go."""
+    for name in storage.list_names(target):
+        match = re.fullmatch(r"part-\d+-of-\d+-([0-9a-f]+)\.parquet", name)
+        if match and name not in keep:
+            kept = os.path.join(target, VERSIONS, match[1])
+            if storage.exists(os.path.join(kept, MANIFEST)):
+                storage.move(os.path.join(target, name), os.path.join(kept, name))
+            else:
+                storage.delete(os.path.join(target, name))
+
+
+# ---- The night's own record ------------------------------------------------------------------
+
+
+def night_path(root: str, feature_set: str, ds: dt.date) -> str:
+    return os.path.join(root, feature_set, "_nights", f"ds={ds}.json")
+
+
+def night_record(
+    root: str, feature_set: str, ds: dt.date, partitions: list[Partition]
+) -> dict[str, Any]:
+    """Which version of each table together is the night of ds."""
+    return {
+        "ds": str(ds),
+        "feature_set": feature_set,
+        "tables": {
+            p.manifest["table"]: {
+                "path": os.path.relpath(p.folder, root),
+                "version": p.manifest["version"],
+                "run_id": p.run_id,
+                "rows": p.rows,
+            }
+            for p in partitions
+        },
+    }
+
+
+def is_whole_night(root: str, feature_set: str, ds: dt.date) -> bool:
+    """Whether the night's record stands and every table still is the version that it names."""
+    path = night_path(root, feature_set, ds)
+    if not storage.exists(path):
+        return False
+    for entry in tables.read_json(path)["tables"].values():
+        folder = os.path.join(root, entry["path"])
+        if not tables.is_published(folder):
+            return False
+        if tables.open_published(folder).manifest["version"] != entry["version"]:
+            return False
+    return True

@@ -1,0 +1,135 @@
+"""What is told to people: what lies on disk, what a night would do, what it did."""
+
+import datetime as dt
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from feature_jobs import storage, tables
+from feature_jobs.schemas import TABLES
+from pipelines import beam_options, runs
+from pipelines.config import Settings
+from pipelines.plan import Night
+from pipelines.runs import Stage
+
+# ---- What lies on disk ---------------------------------------------------------------------
+
+
+def collect(settings: Settings) -> dict[str, Any]:
+    """Pins; for each ds its tables and whether its night is whole; what is unfinished."""
+    days: dict[str, dict[str, Any]] = {}
+    for table in TABLES.values():
+        for ds in runs.published_days(settings.root, settings.feature_set, table):
+            folder = runs.table_folder(settings.root, settings.feature_set, table, ds)
+            manifest = tables.open_published(folder).manifest
+            entry = {k: manifest[k] for k in ("rows", "version", "run_id", "identities", "notes")}
+            days.setdefault(str(ds), {})[table.name] = {**entry, "path": folder}
+    return {
+        "root": settings.root,
+        "feature_set": settings.feature_set,
+        "pins": [pin.model_dump(mode="json") for pin in settings.pins],
+        "days": {
+            ds: {
+                "whole_night": runs.is_whole_night(
+                    settings.root, settings.feature_set, dt.date.fromisoformat(ds)
+                ),
+                "tables": found,
+            }
+            for ds, found in sorted(days.items())
+        },
+        "staged": _staged(settings.root),
+    }
+
+
+def _staged(root: str) -> list[str]:
+    """Runs that were begun, or made and not published: the next one of the same ds resumes them."""
+    top = os.path.join(root, "_staging")
+    return [
+        f"{stage} {ds} run {run_id}"
+        for stage in storage.list_names(top)
+        for ds in storage.list_names(os.path.join(top, stage))
+        for run_id in storage.list_names(os.path.join(top, stage, ds))
+    ]
+
+
+def render(found: dict[str, Any]) -> str:
+    """A table for people: rows by ds and table, then what is staged, then the pins."""
+    names = [name for name in TABLES if any(name in d["tables"] for d in found["days"].values())]
+    widths = {name: max(len(name), 12) for name in names}
+    lines = [f"feature set {found['feature_set']!r} below {found['root']}", ""]
+    if not names:
+        lines.append("nothing is published yet")
+    else:
+        heads = "  ".join(name.rjust(widths[name]) for name in names)
+        lines.append(f"{'ds':10}  {'night':7}  {heads}")
+    for ds, day in found["days"].items():
+        rows = "  ".join(
+            (f"{day['tables'][n]['rows']:,}" if n in day["tables"] else "-").rjust(widths[n])
+            for n in names
+        )
+        lines.append(f"{ds:10}  {'whole' if day['whole_night'] else 'partial':7}  {rows}")
+    lines += [f"unfinished: {run} (the same command resumes it)" for run in found["staged"]]
+    for pin in found["pins"]:
+        lines.append(
+            f"pin from {pin['from_ds']}: encoder {os.path.basename(pin['encoder'])}, codebook "
+            f"{os.path.basename(pin['codebook']) if pin['codebook'] else 'none'}"
+        )
+    return "\n".join(lines)
+
+
+# ---- A night -------------------------------------------------------------------------------
+
+
+def describe_plan(night: Night, beam_args: Sequence[str]) -> dict[str, Any]:
+    """What `run_night` would do, stage by stage; checks the Beam options too."""
+    for stage in night.stages:
+        beam_options.pipeline_options(night.settings.beam, stage.name, beam_args)
+    return {
+        "ds": str(night.ds),
+        "run_id": night.run_id,
+        "stages": [
+            {
+                "stage": stage.name,
+                "run_id": stage.run_id,
+                "tables": [stage.folder(table) for table in stage.tables],
+                "input_rows": stage.input_rows,
+                "shards": stage.shards,
+                "identities": dict(stage.identities),
+                "action": _action(stage),
+            }
+            for stage in night.stages
+        ],
+    }
+
+
+def _action(stage: Stage) -> str:
+    if stage.is_published():
+        return "leave alone: published from the same inputs"
+    if stage.is_staged():
+        return "publish: made by an earlier run"
+    done = stage.shards_done()
+    return f"resume: {done} of {stage.shards} shards are made" if done else "compute"
+
+
+def render_plan(plan: dict[str, Any]) -> str:
+    lines = [f"ds {plan['ds']}"]
+    for stage in plan["stages"]:
+        rows = f", {stage['input_rows']:,} input rows" if stage["input_rows"] else ""
+        lines.append(
+            f"  {stage['stage']:14} {stage['action']} (run {stage['run_id']}, {stage['shards']} "
+            f"shards{rows})"
+        )
+        lines += [f"  {'':14} -> {table}" for table in stage["tables"]]
+    return "\n".join(lines)
+
+
+def render_report(report: dict[str, Any]) -> str:
+    counts, seconds = report["counts"], report["seconds"]
+    rows = [f"{k.removesuffix('_rows')} {v:,}" for k, v in counts.items() if k.endswith("_rows")]
+    rest = [f"{k} {v:,}" for k, v in counts.items() if not k.endswith("_rows")]
+    times = ", ".join(f"{stage} {s:,.1f} s" for stage, s in seconds.items())
+    return (
+        f"ds {report['ds']} published, run {report['run_id']} ({times})\n"
+        f"  rows: {', '.join(r for r in rows if not r.startswith('input '))}\n"
+        f"  {', '.join(rest)}"
+    )
