@@ -36,6 +36,7 @@ from feature_jobs.inputs import CATALOGUE_COLUMNS, RowGroup, Source, read_rows
 from feature_jobs.schemas import ITEM_EMBEDDINGS, ITEM_REJECTS, TIMESTAMP, DataContractError
 
 _READERS = 2 * (os.cpu_count() or 1)  # reading waits on the disk, decoding on a core
+_LONGEST_NAME = 255  # bytes of one path component
 _IMAGE_COLUMNS = ("image_generation", "image_size", "image_mtime", "image_sha256")
 
 
@@ -87,7 +88,7 @@ def check_unique(item_ids: pa.ChunkedArray, ds: dt.date) -> None:
     if len(repeated):
         examples = ", ".join(str(i) for i in repeated[:5].to_pylist())
         raise DataContractError(
-            f"The catalogue of ds {ds} holds {len(repeated):,} or more items twice, for example "
+            f"The catalogue of ds {ds} holds {len(repeated):,} items twice or more, for example "
             f"item_id {examples}. Each item must stand there once, since it has one image and one "
             "cluster ID. Deduplicate the catalogue where it is written."
         )
@@ -159,13 +160,17 @@ def _has_version(uri: str, version: tuple[int | None, ...], roots: Sequence[str]
 # ---- Pure functions: images ----------------------------------------------------------------
 
 
+def _has_long_name(uri: str) -> bool:
+    return any(len(name.encode(errors="replace")) > _LONGEST_NAME for name in uri.split("/"))
+
+
 def locate(uri: str | None, roots: Sequence[str]) -> str:
     """The path of an image: `uri` itself, or below the first root; never outside the roots.
 
     Raises BadImage("unsupported_uri") for anything else, network addresses included.
     """
-    if not uri or "://" in uri or "\0" in uri:
-        raise BadImage("unsupported_uri", f"{uri!r} is not a path below the image roots")
+    if not uri or "://" in uri or "\0" in uri or _has_long_name(uri):
+        raise BadImage("unsupported_uri", f"{str(uri)[:100]!r} is no path below the image roots")
     path = os.path.realpath(os.path.join(roots[0], uri))
     if not any(path.startswith(os.path.realpath(root) + os.sep) for root in roots):
         raise BadImage("unsupported_uri", f"{uri!r} lies outside the image roots")

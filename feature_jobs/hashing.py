@@ -100,7 +100,7 @@ def hash_ids(ids: pa.Array | pa.ChunkedArray, seed: int = 0) -> np.ndarray:
 
 def num_shards(rows: int, rows_per_shard: int) -> int:
     """The smallest power of two that keeps the mean shard within `rows_per_shard`; at least 1."""
-    return 1 << max(0, (-(-rows // rows_per_shard) - 1).bit_length())
+    return 1 << max(0, -(-rows // rows_per_shard) - 1).bit_length()
 
 
 def shard_of(hashes: np.ndarray, shards: int) -> np.ndarray:

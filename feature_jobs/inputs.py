@@ -27,6 +27,8 @@ CATALOGUE_COLUMNS = ("item_id", "image_uri", "category")
 IMPRESSION_COLUMNS = ("user_id", "item_id", "event_time", "clicked")
 OPTIONAL_COLUMNS = ("click_time", "impression_id", "request_id", "history")
 _NULLABLE = ("image_uri", "category", "click_time", "history")
+# What pyarrow raises for damaged bytes; a damaged footer may name impossible types or columns.
+_UNREADABLE = (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError, OSError)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,8 @@ def open_source(
     """Finds and checks one input partition by its footers alone.
 
     Raises InputNotReady (no partition; no row and no `_SUCCESS`), DataContractError (unreadable
-    file, missing column, wrong type) or OperatorError (naive times without `input_timezone`).
+    file, missing column, wrong type, files that differ) or OperatorError (naive times without
+    `input_timezone`).
     """
     paths = find_files(table, template, ds, require_success)
     with ThreadPoolExecutor(_FOOTER_READERS) as pool:
@@ -143,9 +146,12 @@ def open_source(
             "_SUCCESS, or wait for the rows."
         )
     required = CATALOGUE_COLUMNS if table == "catalogue" else IMPRESSION_COLUMNS
-    present = {}
-    for path, (_, schema) in zip(paths, footers, strict=True):
-        present = check_schema(table, path, schema, columns, required, carry, input_timezone)
+    found = [
+        check_schema(table, path, schema, columns, required, carry, input_timezone)
+        for path, (_, schema) in zip(paths, footers, strict=True)
+    ]
+    check_alike(table, paths, footers, found, carry)
+    present = found[0] if found else {}
     first = footers[0][1] if footers else None
     return Source(
         Form(table, ds, present or dict(columns), tuple(carry), input_timezone),
@@ -153,8 +159,8 @@ def open_source(
         tuple(metadata.num_row_groups for metadata, _ in footers),
         rows,
         tuple(storage.stat(path).version for path in paths),
-        item_id=_same_id_type("item_id", present, paths, footers),
-        user_id=_same_id_type("user_id", present, paths, footers),
+        item_id=same_id_type("item_id", present, paths, footers),
+        user_id=same_id_type("user_id", present, paths, footers),
         carried=tuple(pa.field(c, first.field(c).type) for c in carry) if first else (),
     )
 
@@ -164,7 +170,7 @@ def read_footer(path: str) -> tuple[pq.FileMetaData, pa.Schema]:
     try:
         with pq.ParquetFile(path) as file:
             return file.metadata, file.schema_arrow
-    except (pa.ArrowInvalid, OSError) as error:
+    except _UNREADABLE as error:
         raise unreadable(path, error) from error
 
 
@@ -217,7 +223,53 @@ def check_schema(
                 f"hours, past impressions that they followed. Set input_timezone under [{table}], "
                 'for example input_timezone = "UTC".'
             )
+    if {"item_id", "history"} <= present.keys():
+        one = id_type(schema.field(present["item_id"]).type)
+        two = id_type(schema.field(present["history"]).type.value_type)
+        if one != two:
+            inside = f"inside the lists of {present['history']!r}"
+            raise _id_clash("item_id", f"{one} in {path}", f"{two} {inside} there")
     return present
+
+
+def check_alike(
+    table: str,
+    paths: Sequence[str],
+    footers: Sequence,
+    present: Sequence[Mapping[str, str]],
+    carry: Sequence[str],
+) -> None:
+    """Raises DataContractError where files of one partition cannot be joined into one table.
+
+    `present` are the columns of each file that we use. An optional column stands in all files or
+    in none, and a column of IDs or a carried one has the same type in all.
+    """
+    kinds = [
+        _kinds(schema, columns, carry)
+        for (_, schema), columns in zip(footers, present, strict=True)
+    ]
+    for path, other in zip(paths[1:], kinds[1:], strict=True):
+        for name in kinds[0] | other:
+            one, two = kinds[0].get(name, "missing"), other.get(name, "missing")
+            if one != two:
+                raise DataContractError(
+                    f"The column {name!r} of the {table} table is {one} in {paths[0]} but {two} in "
+                    f"{path}. Rows of all files are joined, and IDs of two types never meet. Write "
+                    f"all files of a day alike, for IDs as in CAST({name} AS BIGINT)."
+                )
+
+
+def _kinds(
+    schema: pa.Schema, present: Mapping[str, str], carry: Sequence[str]
+) -> dict[str, object]:
+    """What must be alike in all files: column of the shop's → type of its IDs, or that it is there;
+    a carried column's exact type."""
+    found: dict[str, object] = {}
+    for ours, theirs in present.items():
+        kind = schema.field(theirs).type
+        is_id = _EXPECTED[ours].endswith(_ID)
+        found[theirs] = id_type(kind.value_type if _is_list(kind) else kind) if is_id else "there"
+    return found | {name: schema.field(name).type for name in carry}
 
 
 _ID = "int64 or string"
@@ -262,7 +314,7 @@ def id_type(found: pa.DataType) -> pa.DataType | None:
     return pa.string() if _is_string(found) else None
 
 
-def _same_id_type(
+def same_id_type(
     ours: str, present: Mapping[str, str], paths: Sequence[str], footers: Sequence
 ) -> pa.DataType | None:
     """The one type of an ID column in all files; None where no file has it."""
@@ -314,7 +366,7 @@ def read_rows(group: RowGroup, wanted: Sequence[str]) -> pa.Table:
     try:
         with pq.ParquetFile(group.path) as file:
             rows = file.read_row_group(group.index, columns=[*theirs, *carry])
-    except (pa.ArrowInvalid, OSError) as error:
+    except _UNREADABLE as error:
         raise unreadable(group.path, error) from error
     columns = {
         name: _normalise(form, group.path, name, rows[column])

@@ -10,6 +10,7 @@ import fcntl
 import glob as globbing
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -59,8 +60,16 @@ def exists(path: str) -> bool:
 
 def glob(pattern: str) -> list[FileInfo]:
     """The files that match `pattern`, sorted by path; leading `.` and `_` mark what is no data."""
-    paths = sorted(globbing.glob(pattern, recursive=True))
-    return [stat(p) for p in paths if os.path.isfile(p) and os.path.basename(p)[0] not in "._"]
+    fixed = os.path.dirname(re.split(r"[*?[]", pattern)[0])
+    return [
+        stat(path)
+        for path in sorted(globbing.glob(pattern, recursive=True))
+        if os.path.isfile(path) and not _is_hidden(os.path.relpath(path, fixed or "."))
+    ]
+
+
+def _is_hidden(path: str) -> bool:
+    return any(name[0] in "._" for name in path.split(os.sep))
 
 
 def list_names(folder: str) -> list[str]:
@@ -125,6 +134,7 @@ def move(source: str, target: str) -> None:
     """Moves a file within one root; replaces `target`."""
     os.makedirs(os.path.dirname(target), exist_ok=True)
     os.replace(source, target)
+    delete(source)  # a rename between two hard links of one file leaves both
 
 
 def delete(path: str) -> None:

@@ -142,6 +142,8 @@ def from_ipc(chunks: Iterable[bytes], otherwise: pa.Table) -> pa.Table:
 
 def split_by_shard(table: pa.Table, key: str, shards: int) -> Iterator[tuple[int, bytes]]:
     """The rows of `table` by the hash of their `key`: (shard, IPC bytes), for a shuffle."""
+    if not len(table):
+        return  # an empty row group, as writers leave in the file of an empty day
     shard = hashing.shard_of(hashing.hash_ids(table[key]), shards)
     order = np.argsort(shard, kind="stable")
     table, shard = table.take(pa.array(order)), shard[order]

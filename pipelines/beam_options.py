@@ -17,13 +17,21 @@ LOCAL_RUNNER = "FnApiRunner"  # by name: DirectRunner first tries to download a 
 
 
 def flags(settings: Mapping[str, Any], stage: str) -> list[str]:
-    """The `[beam]` settings of a stage as Beam's flags; those of `[beam.<stage>]` win."""
-    merged = {k: v for k, v in settings.items() if not isinstance(v, dict)}
-    merged |= settings.get(stage, {})
+    """The `[beam]` settings of a stage as Beam's flags; those of `[beam.<stage>]` win.
+
+    `false` takes a switch of `[beam]` back for one stage. Raises OperatorError for any other
+    `false`: Beam's switches are off unless named, so it would do nothing.
+    """
+    common = {k: v for k, v in settings.items() if not isinstance(v, dict)}
     found = []
-    for name, value in merged.items():
+    for name, value in (common | settings.get(stage, {})).items():
         if value is True:
             found.append(f"--{name}")
+        elif value is False and common.get(name) is not True:
+            raise OperatorError(
+                f"[beam] {name} = false would do nothing: Beam's switches are off unless named. "
+                "Leave the key out, or name the switch that turns it off, as no_use_public_ips."
+            )
         elif value is not False:
             values = value if isinstance(value, list) else [value]
             found += [f"--{name}={v}" for v in values]

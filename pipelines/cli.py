@@ -268,8 +268,9 @@ def demo(
 
 
 def _quiet(record: logging.LogRecord) -> bool:
-    """Beam logs a worker's exception with its traceback; ours are told in one paragraph instead."""
-    return not (record.exc_info and isinstance(record.exc_info[1], DataContractError))
+    """Beam logs what a worker raises with its traceback; ours is told in one paragraph instead."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, DataContractError | _Interrupted) and not _received
 
 
 def _set_up_logging() -> None:
@@ -280,26 +281,37 @@ def _set_up_logging() -> None:
     )
 
 
-def _terminate(_signal: int, _frame: Any) -> NoReturn:
-    raise SystemExit(143)
+class _Interrupted(BaseException):
+    """A signal asked the command to end."""
+
+
+def _interrupt(number: int, _frame: Any) -> NoReturn:
+    _received.append(number)
+    raise _Interrupted
+
+
+_received: list[int] = []  # Beam wraps what is raised inside a job, so the signal is kept here
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs `courier` and returns its exit status."""
     _set_up_logging()
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         cli.main(args, prog_name="courier", standalone_mode=False)
         return 0
-    except CourierError as error:
-        _say(f"Error: {error}")
-        return error.exit_status
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        _say("Interrupted; the same command resumes.")
-        return 130
+    except BaseException as error:
+        if _received:
+            _say("Interrupted; the same command resumes.")
+            return 128 + _received[0]
+        if isinstance(error, CourierError):
+            _say(f"Error: {error}")
+            return error.exit_status
+        if isinstance(error, click.ClickException):
+            error.show()
+            return error.exit_code
+        raise
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class Impressions(_Section):
     path: Path
     require_success: bool = False
     input_timezone: Timezone | None = None
-    click_delay_seconds: Annotated[float, Field(ge=0)] = 0.0
+    click_delay_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     carry: tuple[str, ...] = ()
     columns: ImpressionColumns = ImpressionColumns()
 
@@ -156,6 +156,8 @@ class Settings(_Section):
         ours |= set(type(self.impressions.columns).model_fields)
         if clash := sorted(ours & set(self.impressions.carry)):
             raise ValueError(f"impressions.carry would overwrite our own columns {clash}")
+        if len(set(self.impressions.carry)) < len(self.impressions.carry):
+            raise ValueError("impressions.carry names a column twice")
         unknown = [k for k, v in self.beam.items() if isinstance(v, dict) and k not in STAGES]
         if unknown:
             raise ValueError(f"[beam.{unknown[0]}] names no stage; stages are {', '.join(STAGES)}")
@@ -179,7 +181,7 @@ def load_settings(path: str) -> Settings:
     try:
         with open(path, "rb") as file:
             data = tomllib.load(file)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise OperatorError(
             f"There are no settings at {path}. Point at them with --config, or write them with "
             "`courier init --catalogue … --impressions …`."

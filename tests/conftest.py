@@ -1,0 +1,48 @@
+"""Worlds that several tests read. None of them changes what a session-wide one holds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pipelines.nightly import run_night
+from pipelines.plan import plan_night
+from tests.support.world import DAYS, World, make_codebook, make_encoder
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    encoder: str
+    codebook: str
+
+
+@pytest.fixture(scope="session")
+def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Artefacts:
+    """A tiny encoder and a codebook for it."""
+    folder = tmp_path_factory.mktemp("artefacts")
+    encoder = make_encoder(folder / "encoders")
+    return Artefacts(encoder, make_codebook(folder / "codebooks", encoder))
+
+
+def pinned(world: World, artefacts: Artefacts) -> World:
+    world.pin(DAYS[0], artefacts.encoder, artefacts.codebook)
+    return world
+
+
+@pytest.fixture
+def world(tmp_path: Path, artefacts: Artefacts) -> World:
+    """A world of one's own, before its first night."""
+    return pinned(World(tmp_path / "shop"), artefacts)
+
+
+@pytest.fixture(scope="session", params=["int", "string"])
+def refreshed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts
+) -> World:
+    """A world after all its nights, with int64 or string IDs. Read only."""
+    folder = tmp_path_factory.mktemp("refreshed") / "shop"
+    world = pinned(World(folder, ids=request.param), artefacts)
+    for day in DAYS:
+        world.write_images(day)
+        run_night(plan_night(world.settings(), day), [], lambda _: None)
+    return world

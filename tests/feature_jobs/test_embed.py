@@ -1,0 +1,170 @@
+"""What becomes of one image, and which files an address may reach."""
+
+import datetime as dt
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from courier_model.images import BadImage, Preprocessing
+from feature_jobs import embed, storage
+from feature_jobs.embed import Image, Rejected, check_unique, former_items, locate, read_image
+from feature_jobs.schemas import ITEM_EMBEDDINGS, DataContractError
+from tests.support.world import picture
+
+SMALL = Preprocessing(32, 36, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+DAY = dt.date(2026, 3, 10)
+
+
+@pytest.fixture
+def roots(tmp_path: Path) -> tuple[str, ...]:
+    for name in ("images", "other", "images-private"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(picture(1))
+    (tmp_path / "secret.png").write_bytes(picture(2))
+    (tmp_path / "images" / "link.png").symlink_to(tmp_path / "secret.png")
+    return (str(tmp_path / "images"), str(tmp_path / "other"))
+
+
+def test_an_address_is_found_below_the_first_root_or_by_its_path_below_any(
+    roots: tuple[str, ...],
+) -> None:
+    assert locate("a.png", roots) == os.path.join(roots[0], "a.png")
+    assert locate("./x/../a.png", roots) == os.path.join(roots[0], "a.png")
+    assert locate(os.path.join(roots[1], "a.png"), roots) == os.path.join(roots[1], "a.png")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        None, "", "../secret.png", "link.png", "/etc/passwd", "../images-private/a.png", ".",
+        "https://shop.example/a.png", "gs://bucket/a.png", "file:///etc/passwd", "a\0.png",
+        "data:image/png;base64," + "A" * 5000,
+    ],
+)  # fmt: skip
+def test_no_address_leads_out_of_the_roots(roots: tuple[str, ...], uri: str | None) -> None:
+    with pytest.raises(BadImage) as refused:
+        locate(uri, roots)
+    assert refused.value.reason == "unsupported_uri"
+    assert isinstance(read_image(uri, None, roots, SMALL), Rejected)
+
+
+def test_an_image_is_read_with_its_version_and_digest(roots: tuple[str, ...]) -> None:
+    image = read_image("a.png", None, roots, SMALL)
+    assert isinstance(image, Image)
+    assert image.pixels is not None
+    assert image.pixels.shape == (3, 32, 32)
+    assert image.file.size == len(picture(1))
+    again = read_image("a.png", image.sha256, roots, SMALL)
+    assert isinstance(again, Image)
+    assert again.pixels is None
+    assert again.sha256 == image.sha256
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "stage", "reason"),
+    [
+        ("none.png", None, "read", "missing"),
+        ("a.png/b.png", None, "read", "missing"),
+        ("folder", None, "read", "missing"),
+        ("empty.png", b"", "decode", "empty"),
+        ("page.jpg", b"<html></html>", "decode", "not_an_image"),
+        ("cut.png", picture(1)[:120], "decode", "truncated"),
+    ],
+)
+def test_a_bad_image_is_rejected_with_its_stage_and_reason(
+    roots: tuple[str, ...], name: str, data: bytes | None, stage: str, reason: str
+) -> None:
+    (Path(roots[0]) / "folder").mkdir()
+    if data is not None:
+        (Path(roots[0]) / name).write_bytes(data)
+    found = read_image(name, None, roots, SMALL)
+    assert isinstance(found, Rejected)
+    assert (found.stage, found.reason) == (stage, reason)
+    assert found.message
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [(PermissionError, "forbidden"), (FileNotFoundError, "missing")]
+)
+def test_what_the_disk_says_of_the_file_is_a_reject(
+    roots: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, error: type, reason: str
+) -> None:
+    def fail(_path: str) -> bytes:
+        raise error
+
+    monkeypatch.setattr(storage, "read_bytes", fail)
+    found = read_image("a.png", None, roots, SMALL)
+    assert isinstance(found, Rejected)
+    assert found.reason == reason
+
+
+@pytest.mark.parametrize("error", [TimeoutError, ConnectionResetError, OSError(5, "I/O error")])
+def test_a_fault_of_the_disk_is_raised_and_never_a_reject(
+    roots: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, error: type | OSError
+) -> None:
+    def fail(_path: str) -> bytes:
+        raise error
+
+    monkeypatch.setattr(storage, "read_bytes", fail)
+    with pytest.raises(OSError):  # noqa: PT011 - the very fault that was planted
+        read_image("a.png", None, roots, SMALL)
+
+
+def test_a_sorted_catalogue_with_an_item_twice_is_refused_with_examples() -> None:
+    check_unique(pa.chunked_array([[1, 2], [3]]), DAY)
+    check_unique(pa.chunked_array([[]], pa.int64()), DAY)
+    with pytest.raises(DataContractError, match="2 items twice or more, for example item_id 2, 4"):
+        check_unique(pa.chunked_array([[1, 2], [2, 3, 4, 4, 4]]), DAY)
+
+
+def test_former_items_are_dated_when_they_left_and_kept_for_the_window() -> None:
+    left = [None, None, DAY - dt.timedelta(days=2), DAY - dt.timedelta(days=3)]
+    previous = ITEM_EMBEDDINGS.schema(pa.int64()).empty_table().select(
+        ["item_id", "left_catalogue_ds"]
+    )  # fmt: skip
+    rows = pa.table({"item_id": [1, 2, 3, 4], "left_catalogue_ds": pa.array(left, pa.date32())})
+    kept = former_items(rows, pa.chunked_array([[1]]), DAY, window_days=3).to_pylist()
+    assert kept == [
+        {"item_id": 2, "left_catalogue_ds": DAY},
+        {"item_id": 3, "left_catalogue_ds": DAY - dt.timedelta(days=2)},
+    ]
+    assert len(former_items(previous, pa.chunked_array([[1]]), DAY, 3)) == 0
+
+
+def test_images_may_be_read_ahead_in_any_order_without_mixing_items(
+    roots: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, artefacts: object
+) -> None:
+    """Rows and embeddings stay together although good, known and bad images alternate."""
+    from courier_model.encoder import load_encoder
+
+    encoder = load_encoder(artefacts.encoder)  # type: ignore[attr-defined]
+    for n in range(6):
+        (Path(roots[0]) / f"{n}.png").write_bytes(picture(n))
+    names = ["0.png", "gone.png", "1.png", "2.png", "gone.png", "3.png", "4.png", "5.png"]
+    known = read_image("2.png", None, roots, encoder.preprocessing)
+    assert isinstance(known, Image)
+    rows = pa.table(
+        {
+            "item_id": list(range(8)),
+            "image_uri": names,
+            "known_sha256": [known.sha256 if n == "2.png" else None for n in names],
+        }
+    )
+    mixed = embed.embed_images(rows, encoder, roots, 3).to_pylist()
+    assert [r["reason"] for r in mixed] == [
+        None,
+        "missing",
+        None,
+        None,
+        "missing",
+        None,
+        None,
+        None,
+    ]
+    assert [r["embedding"] is None for r in mixed] == [n in ("gone.png", "2.png") for n in names]
+    for n, row in enumerate(mixed):
+        if row["embedding"]:
+            alone = embed.embed_images(rows.slice(n, 1), encoder, roots, 3).to_pylist()[0]
+            assert row["embedding"] == pytest.approx(alone["embedding"], abs=1e-6)

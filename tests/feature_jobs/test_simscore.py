@@ -1,0 +1,126 @@
+"""The pieces of a SimScore row, each against a closed form or a plain loop."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from feature_jobs import simscore
+from feature_jobs.simscore import (
+    ItemVectors,
+    impression_ids,
+    logged_history,
+    sim_scores,
+    simtier,
+    sort_impressions,
+)
+from tests.support import oracles
+
+
+def unit_rows(count: int, seed: int = 0) -> np.ndarray:
+    rows = np.random.default_rng(seed).normal(size=(count, 256)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_scores_equal_the_loop_whatever_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    vectors = unit_rows(20)
+    shown, past = rng.integers(-1, 20, 50), rng.integers(-1, 20, (50, 4))
+    named = dict(enumerate(vectors))
+    expected = [
+        oracles.score(int(i), [int(j) for j in row], named, 4)
+        for i, row in zip(shown, past, strict=True)
+    ]
+    for block in (512, 7):
+        monkeypatch.setattr(simscore, "_BLOCK_ROWS", block)
+        scores, mask = sim_scores(vectors, shown, past)
+        np.testing.assert_allclose(scores, [s for s, _ in expected], atol=1e-6)
+        assert mask.tolist() == [m for _, m in expected]
+        assert (mask == 0).any()
+        assert (mask == 1).any()
+
+
+def test_a_vector_and_itself_score_1_its_opposite_minus_1_and_none_beyond() -> None:
+    x = unit_rows(50, seed=3)
+    scores, _ = sim_scores(np.concatenate([x, -x]), np.arange(50), np.stack([np.arange(50), np.arange(50, 100)], 1))  # fmt: skip
+    np.testing.assert_allclose(scores[:, 0], 1, atol=1e-6)
+    np.testing.assert_allclose(scores[:, 1], -1, atol=1e-6)
+    assert np.abs(scores).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("score", "tier"),
+    [(-1.0, 0), (-0.95, 0), (-0.85, 1), (-0.05, 9), (0.0, 10), (0.05, 10), (0.95, 19), (1.0, 19)],
+)
+def test_a_score_falls_into_its_tier(score: float, tier: int) -> None:
+    counts = simtier(np.array([[score]], np.float32), np.array([[1]], np.int8))
+    assert counts.shape == (1, 20)
+    assert np.flatnonzero(counts[0]).tolist() == [tier]
+
+
+def test_tiers_count_real_scores_only_and_equal_the_loop() -> None:
+    rng = np.random.default_rng(1)
+    scores = rng.uniform(-1, 1, (40, 7)).astype(np.float32)
+    mask = rng.integers(0, 2, (40, 7)).astype(np.int8)
+    expected = [
+        oracles.tiers(s.tolist(), m.tolist()) for s, m in zip(scores, mask, strict=True)
+    ]  # fmt: skip
+    assert simtier(scores, mask).tolist() == expected
+    assert simtier(scores, mask).sum(axis=1).tolist() == mask.sum(axis=1).tolist()
+
+
+def impressions(rows: list[tuple[int, int, int, bool]]) -> pa.Table:
+    users, items, times, clicked = (list(c) for c in zip(*rows, strict=True))
+    return pa.table(
+        {
+            "user_id": users,
+            "item_id": items,
+            "event_time": pa.array(times, pa.int64()).cast(pa.timestamp("us", "UTC")),
+            "clicked": clicked,
+        }
+    )
+
+
+def test_made_ids_tell_all_rows_apart_and_do_not_follow_arrival() -> None:
+    rng = np.random.default_rng(2)
+    rows = [tuple(int(v) for v in r) for r in rng.integers(0, 3, (60, 4))]
+    rows = [(u, i, t, bool(c)) for u, i, t, c in rows]
+    assert len(set(rows)) < 60
+    one = sort_impressions(impressions(rows))
+    other = sort_impressions(impressions(rows[::-1]))
+    assert one == other
+    ids = impression_ids(one).to_pylist()
+    assert len(set(ids)) == 60
+    assert all(len(i) == 32 and int(i, 16) >= 0 for i in ids)
+    alone = sort_impressions(impressions(rows[:1]))
+    assert impression_ids(alone)[0].as_py() in ids
+
+
+def test_logged_histories_are_cut_to_their_length_and_padded() -> None:
+    ids = pa.array([10, 20, 30, 40])
+    lists = pa.chunked_array([[[40, 10, 20], []], [None, [30]]], pa.list_(pa.int64()))
+    assert logged_history(lists, ids, 2).tolist() == [[3, 0], [-1, -1], [-1, -1], [2, -1]]
+
+
+def test_items_with_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64-bit digests of 100 M strings collide now and then: no item may pass for another."""
+    monkeypatch.setattr(simscore.hashing, "hash_ids", lambda ids: np.full(len(ids), 7, np.uint64))
+    known = ItemVectors(
+        pa.array(["a", "b", "c"]), np.full(3, 7, np.uint64), np.zeros(3, "i4"), np.arange(3),
+        unit_rows(3), longest_run=3,
+    )  # fmt: skip
+    assert known.find(pa.array(["c", "x", "a"])).tolist() == [2, -1, 0]
+
+
+def test_nothing_is_known_of_an_empty_catalogue() -> None:
+    nothing = ItemVectors(
+        pa.array([], pa.int64()), np.zeros(0, np.uint64), np.zeros(0, "i4"), np.zeros(0, "i8"),
+        unit_rows(1), longest_run=0,
+    )  # fmt: skip
+    assert nothing.find(pa.array([1, 2])).tolist() == [-1, -1]
+
+
+def test_the_broadcast_copy_is_private_to_the_user() -> None:
+    folder = Path(simscore.broadcast_folder("k"))
+    assert folder.name.startswith("courier-")

@@ -1,0 +1,363 @@
+"""Settings mean what they say: every key is known and of its type, or nothing starts."""
+
+import datetime as dt
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from feature_jobs.schemas import OperatorError
+from pipelines.config import Pin, Settings, load_settings
+
+LEAST = """
+root = "features"
+[catalogue]
+path = "catalogue/ds={ds}"
+image_roots = ["images"]
+[impressions]
+path = "impressions/ds={ds}"
+"""
+FULL = """
+root = "/data/features"
+feature_set = "candidate-2"
+day_timezone = "Asia/Shanghai"
+history_len = 20
+window_days = 7
+rows_per_shard = 1000
+
+[catalogue]
+path = "../shop/items/{ds}.parquet"
+image_roots = ["images", "/mnt/images"]
+require_success = true
+[catalogue.columns]
+item_id = "sku"
+
+[impressions]
+path = "imps/dt={ds}/*.parquet"
+require_success = true
+input_timezone = "America/New_York"
+click_delay_seconds = 2
+carry = ["price", "device"]
+[impressions.columns]
+user_id = "uid"
+history = "recent"
+
+[embed]
+batch_size = 8
+chunk_items = 16
+[item_features]
+vector = true
+[simscore]
+history_item_ids = true
+[gates]
+max_reject_share = 0.2
+max_unknown_item_share = 1
+
+[beam]
+runner = "FlinkRunner"
+parallelism = 4
+[beam.embed]
+parallelism = 1
+[beam.fit-codebook]
+parallelism = 2
+
+[[pins]]
+from_ds = 2026-01-05
+encoder = "encoders/a"
+[[pins]]
+from_ds = "2026-02-01"
+encoder = "/encoders/b"
+codebook = "codebooks/b"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "conf").mkdir()
+    return tmp_path / "conf"
+
+
+def load(folder: Path, text: str) -> Settings:
+    path = folder / "courier.toml"
+    path.write_text(text)
+    return load_settings(str(path))
+
+
+def refusal(folder: Path, text: str) -> str:
+    with pytest.raises(OperatorError) as refused:
+        load(folder, text)
+    assert refused.value.exit_status == 2
+    message = str(refused.value)
+    assert "\n" not in message
+    return message
+
+
+def with_line(line: str, section: str = "root = ") -> str:
+    """LEAST with `line` right before the key, or right below the section, that is named."""
+    assert LEAST.count(section) == 1
+    new = f"{section}\n{line}" if section.startswith("[") else f"{line}\n{section}"
+    return LEAST.replace(section, new)
+
+
+# ---- What is read ----------------------------------------------------------------------------
+
+
+def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
+    settings = load(folder, FULL)
+    assert settings.model_dump(exclude={"catalogue", "impressions", "beam"}) == {
+        "root": "/data/features",
+        "feature_set": "candidate-2",
+        "day_timezone": "Asia/Shanghai",
+        "history_len": 20,
+        "window_days": 7,
+        "rows_per_shard": 1000,
+        "embed": {"batch_size": 8, "chunk_items": 16},
+        "item_features": {"vector": True},
+        "simscore": {"history_item_ids": True},
+        "gates": {"max_reject_share": 0.2, "max_unknown_item_share": 1.0},
+        "pins": (
+            {
+                "from_ds": dt.date(2026, 1, 5),
+                "encoder": str(folder / "encoders/a"),
+                "codebook": None,
+            },
+            {
+                "from_ds": dt.date(2026, 2, 1),
+                "encoder": "/encoders/b",
+                "codebook": str(folder / "codebooks/b"),
+            },
+        ),
+    }
+    assert settings.catalogue.require_success
+    assert settings.catalogue.columns.model_dump() == {
+        "item_id": "sku",
+        "image_uri": "image_uri",
+        "category": "category",
+    }
+    assert settings.impressions.input_timezone == "America/New_York"
+    assert settings.impressions.click_delay_seconds == 2.0
+    assert settings.impressions.carry == ("price", "device")
+    assert (settings.impressions.columns.user_id, settings.impressions.columns.history) == (
+        "uid",
+        "recent",
+    )
+    assert settings.beam == {
+        "runner": "FlinkRunner",
+        "parallelism": 4,
+        "embed": {"parallelism": 1},
+        "fit-codebook": {"parallelism": 2},
+    }
+
+
+def test_what_is_left_out_has_a_default(folder: Path) -> None:
+    settings = load(folder, LEAST)
+    assert (settings.feature_set, settings.day_timezone) == ("production", "UTC")
+    assert (settings.history_len, settings.window_days) == (50, 30)
+    assert (settings.beam, settings.pins) == ({}, ())
+    assert settings.impressions.input_timezone is None
+    assert settings.impressions.click_delay_seconds == 0
+    assert not settings.catalogue.require_success
+    assert not settings.item_features.vector
+    for columns in (settings.catalogue.columns, settings.impressions.columns):
+        assert all(name == column for name, column in columns.model_dump().items())
+
+
+def test_relative_paths_start_at_the_files_own_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load(folder, FULL)
+    assert settings.catalogue.path == str(folder.parent / "shop/items/{ds}.parquet")
+    assert settings.catalogue.image_roots == (str(folder / "images"), "/mnt/images")
+    assert settings.impressions.path == str(folder / "imps/dt={ds}/*.parquet")
+    for elsewhere, name in ((folder, "courier.toml"), (folder.parent, "conf/courier.toml")):
+        monkeypatch.chdir(elsewhere)
+        assert load_settings(name) == settings
+
+
+def test_settings_cannot_be_changed(folder: Path) -> None:
+    settings = load(folder, FULL)
+    for section, key in (
+        (settings, "root"), (settings.catalogue, "path"), (settings.pins[0], "encoder"),
+    ):  # fmt: skip
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, key, "other")
+    assert settings == load(folder, FULL)
+
+
+# ---- What is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "section", "key", "near"),
+    [
+        ("histroy_len = 5", "root = ", "histroy_len", "history_len"),
+        ("image_root = ['a']", "[catalogue]", "catalogue.image_root", "image_roots"),
+        ("colums = {}", "[impressions]", "impressions.colums", "columns"),
+        ("columns = {items_id = 'a'}", "[catalogue]", "catalogue.columns.items_id", "item_id"),
+        ("gate = {}", "root = ", "gate", "gates"),
+        ("embed = {batchsize = 3}", "root = ", "embed.batchsize", "batch_size"),
+        (
+            "pins = [{from_ds = 2026-01-01, encoder = 'e', code_book = 'c'}]",
+            "root = ", "pins.0.code_book", "codebook",
+        ),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(
+    folder: Path, line: str, section: str, key: str, near: str
+) -> None:
+    message = refusal(folder, with_line(line, section))
+    assert f"unknown key {key!r}, did you mean {near!r}?" in message
+    assert str(folder / "courier.toml") in message
+
+
+def test_an_unknown_key_like_no_other_is_refused_with_all_known_ones(folder: Path) -> None:
+    message = refusal(folder, with_line("gates = {zzz = 1}"))
+    assert "'gates.zzz', known here are max_reject_share, max_unknown_item_share" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "section", "key"),
+    [
+        ('history_len = "50"', "root = ", "history_len"),
+        ("history_len = 50.0", "root = ", "history_len"),
+        ("history_len = true", "root = ", "history_len"),
+        ("history_len = 0", "root = ", "history_len"),
+        ("window_days = -1", "root = ", "window_days"),
+        ("gates = {max_reject_share = 1.5}", "root = ", "gates.max_reject_share"),
+        ("gates = {max_reject_share = -0.1}", "root = ", "gates.max_reject_share"),
+        ("gates = {max_reject_share = nan}", "root = ", "gates.max_reject_share"),
+        ("gates = 3", "root = ", "gates"),
+        ("item_features = {vector = 1}", "root = ", "item_features.vector"),
+        ("require_success = 'yes'", "[catalogue]", "catalogue.require_success"),
+        ("carry = 'price'", "[impressions]", "impressions.carry"),
+        ("carry = [1]", "[impressions]", "impressions.carry.0"),
+        ("click_delay_seconds = -1", "[impressions]", "impressions.click_delay_seconds"),
+        ("click_delay_seconds = inf", "[impressions]", "impressions.click_delay_seconds"),
+        ("pins = [{from_ds = 20260101, encoder = 'e'}]", "root = ", "pins.0.from_ds"),
+        ("pins = [{from_ds = '2026-02-30', encoder = 'e'}]", "root = ", "pins.0.from_ds"),
+        ("pins = [{from_ds = 2026-01-01T06:00:00, encoder = 'e'}]", "root = ", "pins.0.from_ds"),
+    ],
+)
+def test_a_value_of_a_wrong_type_or_range_is_named(
+    folder: Path, line: str, section: str, key: str
+) -> None:
+    assert f"{key!r}: Input should be " in refusal(folder, with_line(line, section))
+
+
+def test_every_problem_is_told_at_once(folder: Path) -> None:
+    message = refusal(folder, 'window_days = "7"\n[catalogue]\npath = "c"\nimage_roots = []\n')
+    for key in ("'root' is missing", "'impressions' is missing", "'window_days'", "image_roots"):
+        assert key in message
+
+
+@pytest.mark.parametrize("key", ["root", "path", "image_roots", "encoder"])
+def test_a_missing_key_is_named(folder: Path, key: str) -> None:
+    text = with_line("pins = [{from_ds = 2026-01-01}]") if key == "encoder" else LEAST
+    kept = [line for line in text.splitlines() if not line.startswith(f"{key} =")]
+    message = refusal(folder, "\n".join(kept))
+    assert f"{key}' is missing" in message
+
+
+def test_a_missing_file_is_named(folder: Path) -> None:
+    with pytest.raises(OperatorError, match="There are no settings at") as refused:
+        load_settings(str(folder / "none.toml"))
+    assert refused.value.exit_status == 2
+    assert str(folder / "none.toml") in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["root = ", "root = 1\nroot = 2", "[catalogue", "a b = 1"])
+def test_bad_toml_is_refused_with_its_place(folder: Path, text: str) -> None:
+    message = refusal(folder, text + LEAST)
+    assert "courier.toml are not valid TOML" in message
+    assert "at line " in message
+
+
+def test_a_file_that_is_no_text_is_refused(folder: Path) -> None:
+    (folder / "courier.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(OperatorError, match="not valid TOML"):
+        load_settings(str(folder / "courier.toml"))
+
+
+@pytest.mark.parametrize("name", ["shared", "Production", "a_b", "a/b", "..", "", "-a", "a\\n"])
+def test_a_feature_set_that_is_no_plain_name_or_ours_is_refused(folder: Path, name: str) -> None:
+    assert "feature_set" in refusal(folder, with_line(f'feature_set = "{name}"'))
+
+
+@pytest.mark.parametrize("zone", ["Mars/Olympus", "", "../UTC", "America", "UTC+8"])
+def test_a_time_zone_that_is_none_is_refused(folder: Path, zone: str) -> None:
+    for line, section, key in (
+        (f'day_timezone = "{zone}"', "root = ", "'day_timezone'"),
+        (f'input_timezone = "{zone}"', "[impressions]", "'impressions.input_timezone'"),
+    ):
+        message = refusal(folder, with_line(line, section))
+        assert key in message
+        assert "no IANA time zone" in message
+
+
+@pytest.mark.parametrize("old", ['"features"', '"catalogue/ds={ds}"', '"images"'])
+def test_a_remote_path_is_refused(folder: Path, old: str) -> None:
+    message = refusal(folder, LEAST.replace(old, '"gs://shop/x"'))
+    assert "gs://shop/x" in message
+    assert "local" in message
+
+
+@pytest.mark.parametrize("column", ["sim_scores", "user_id", "history", "encoder_id", "click_time"])
+def test_a_carried_column_that_would_overwrite_ours_is_refused(folder: Path, column: str) -> None:
+    message = refusal(folder, with_line(f'carry = ["price", "{column}"]', "[impressions]"))
+    assert "carry" in message
+    assert column in message
+    assert "price" not in message
+
+
+def test_a_beam_section_of_no_stage_is_refused(folder: Path) -> None:
+    message = refusal(folder, LEAST + "[beam]\nrunner = 'x'\n[beam.simscores]\nnum_workers = 3\n")
+    assert "[beam.simscores] names no stage" in message
+    assert "item-features, histories, simscore" in message
+
+
+# ---- Pins ------------------------------------------------------------------------------------
+
+
+PINS = """
+[[pins]]
+from_ds = 2026-02-01
+encoder = "b"
+[[pins]]
+from_ds = 2026-01-05
+encoder = "a"
+[[pins]]
+from_ds = 2026-03-01
+encoder = "c"
+"""
+
+
+def test_two_pins_of_one_day_are_refused(folder: Path) -> None:
+    message = refusal(folder, LEAST + PINS + "[[pins]]\nfrom_ds = 2026-02-01\nencoder = 'd'\n")
+    assert "same from_ds" in message
+
+
+@pytest.mark.parametrize(
+    ("ds", "encoder"),
+    [
+        ("2026-01-05", "a"), ("2026-01-31", "a"), ("2026-02-01", "b"), ("2026-02-28", "b"),
+        ("2026-03-01", "c"), ("2030-01-01", "c"),
+    ],
+)  # fmt: skip
+def test_the_latest_pin_that_has_begun_wins_whatever_their_order(
+    folder: Path, ds: str, encoder: str
+) -> None:
+    pin = load(folder, LEAST + PINS).pin_for(dt.date.fromisoformat(ds))
+    assert isinstance(pin, Pin)
+    assert pin.encoder == str(folder / encoder)
+
+
+@pytest.mark.parametrize("pins", [PINS, ""])
+def test_a_day_before_every_pin_is_refused(folder: Path, pins: str) -> None:
+    with pytest.raises(OperatorError) as refused:
+        load(folder, LEAST + pins).pin_for(dt.date(2026, 1, 4))
+    assert refused.value.exit_status == 2
+    message = str(refused.value)
+    assert "2026-01-04" in message
+    assert ("2026-01-05" if pins else "none at all") in message
+    assert "courier init-encoder" in message
+    assert "\n" not in message

@@ -1,0 +1,231 @@
+"""Four nights of the tiny world: every table equals what plain loops make of the same inputs."""
+
+import datetime as dt
+from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from courier_model.encoder import embed, load_encoder
+from courier_model.images import BadImage, decode
+from feature_jobs.codebook import load_codebook
+from tests.support import oracles
+from tests.support.world import (
+    CPU,
+    DAY_US,
+    DAYS,
+    LEAVES_ON_DAY_2,
+    MISSING,
+    NEW_ON_DAY_2,
+    OUT_OF_SCOPE,
+    SAME_BYTES_AS_1,
+    SCOPE,
+    SILENT_USER,
+    UNDECODABLE,
+    UNKNOWN,
+    WITHOUT_CATEGORY,
+    World,
+    catalogue_items,
+    category,
+    draw_impressions,
+)
+
+LENGTH, WINDOW_DAYS = 5, 2
+
+
+def vectors_of(world: World, day: dt.date) -> dict[Any, np.ndarray]:
+    rows = world.table("item_embeddings", day)
+    vectors = np.array(rows["embedding"].to_pylist(), "f4")
+    return dict(zip(rows["item_id"].to_pylist(), vectors, strict=True))
+
+
+def log_of(day: dt.date) -> list[dict[str, Any]]:
+    """The impressions of `day` and of the window before it, as the world drew them."""
+    return [
+        row
+        for number, other in enumerate(DAYS)
+        if day - dt.timedelta(days=WINDOW_DAYS) <= other <= day
+        for row in draw_impressions(other, seed=number)
+    ]
+
+
+def named(world: World, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**r, "user": world.user(r["user"]), "item": world.item(r["item"])} for r in rows]
+
+
+def test_the_world_is_not_trivial(refreshed: World) -> None:
+    simscores = [refreshed.table("user_simscores", day).to_pylist() for day in DAYS]
+    assert (
+        len(list((refreshed.root / "test/user_simscores" / f"ds={DAYS[0]}").glob("*.parquet")))
+        == 16
+    )
+    assert len(list((refreshed.folder / "impressions" / f"ds={DAYS[0]}").glob("*.parquet"))) == 3
+    last = simscores[-1]
+    assert {row["history_len"] for row in last} >= {0, LENGTH}
+    assert any(row["sim_known"] == 0 < row["history_len"] for row in last)
+    assert any(0 < row["sim_known"] < row["history_len"] for row in last)
+    assert any(row["same_cluster"] > 1 for row in last)
+    assert len(set(refreshed.table("item_features", DAYS[3])["cluster_id"].to_pylist())) > 2
+
+
+@pytest.mark.parametrize("day", DAYS)
+def test_embeddings_and_rejects_together_are_the_catalogue(refreshed: World, day: dt.date) -> None:
+    embedded = refreshed.table("item_embeddings", day)
+    inside = embedded.filter(embedded["in_catalogue"])["item_id"].to_pylist()
+    rejected = refreshed.table("item_rejects", day)["item_id"].to_pylist()
+    assert sorted(inside + rejected) == sorted(refreshed.item(i) for i in catalogue_items(day))
+    assert sorted(rejected) == sorted(refreshed.item(i) for i in (MISSING, UNDECODABLE))
+
+
+def test_every_embedding_is_the_encoders_own(refreshed: World, artefacts: Any) -> None:
+    encoder = load_encoder(artefacts.encoder)
+    refreshed.write_images(DAYS[3])
+    found = vectors_of(refreshed, DAYS[3])
+    assert len(found) == 10
+    for number in catalogue_items(DAYS[3]):
+        if number in (MISSING, UNDECODABLE):
+            continue
+        pixels = decode(refreshed.image(number).read_bytes(), encoder.preprocessing)
+        alone = embed(encoder, pixels[None], 1, CPU, "fp32")[0]
+        np.testing.assert_allclose(found[refreshed.item(number)], alone, atol=1e-5)
+    norms = np.linalg.norm(list(found.values()), axis=1)
+    np.testing.assert_allclose(norms, 1, atol=1e-5)
+    same = found[refreshed.item(SAME_BYTES_AS_1)] @ found[refreshed.item(1)]
+    assert same == pytest.approx(1, abs=1e-5)
+    with pytest.raises(BadImage):
+        decode(refreshed.image(UNDECODABLE).read_bytes(), encoder.preprocessing)
+
+
+def test_a_former_item_keeps_its_embedding_for_the_window_and_no_longer(refreshed: World) -> None:
+    former = refreshed.item(LEAVES_ON_DAY_2)
+    before = vectors_of(refreshed, DAYS[0])[former]
+    for day in DAYS[1:3]:
+        np.testing.assert_array_equal(vectors_of(refreshed, day)[former], before)
+        row = refreshed.table("item_embeddings", day).filter(
+            pa.compute.field("item_id") == former
+        ).to_pylist()[0]  # fmt: skip
+        assert (row["in_catalogue"], row["left_catalogue_ds"]) == (False, DAYS[1])
+    assert former not in vectors_of(refreshed, DAYS[3])
+    assert former not in refreshed.table("item_features", DAYS[3])["item_id"].to_pylist()
+
+
+def test_rejects_count_the_days_on_which_they_were_tried(refreshed: World) -> None:
+    for tried, day in enumerate(DAYS, start=1):
+        rows = {r["item_id"]: r for r in refreshed.table("item_rejects", day).to_pylist()}
+        missing, broken = rows[refreshed.item(MISSING)], rows[refreshed.item(UNDECODABLE)]
+        assert (missing["stage"], missing["reason"]) == ("read", "missing")
+        assert (broken["stage"], broken["reason"]) == ("decode", "not_an_image")
+        for row in rows.values():
+            assert (row["attempts"], row["first_ds"], row["last_ds"]) == (tried, DAYS[0], day)
+            assert row["next_ds"] == day + dt.timedelta(days=1)
+
+
+@pytest.mark.parametrize("day", DAYS)
+def test_item_features_equal_the_loop_over_items(
+    refreshed: World, day: dt.date, artefacts: Any
+) -> None:
+    codebook = load_codebook(artefacts.codebook)
+    vectors = vectors_of(refreshed, day)
+    rejected = set(refreshed.table("item_rejects", day)["item_id"].to_pylist())
+    rows = refreshed.table("item_features", day).to_pylist()
+    assert sorted(row["item_id"] for row in rows) == sorted({*vectors, *rejected})
+    numbers = {refreshed.item(n): n for n in range(1, 14)}
+    inside = {refreshed.item(n) for n in catalogue_items(day)}
+    for row in rows:
+        item = row["item_id"]
+        scope = category(numbers[item]) in SCOPE
+        expected, distance = 0, 0.0
+        if item in vectors and scope:
+            place, distance = oracles.nearest(vectors[item], codebook.centres)
+            expected = int(codebook.numbers[place])
+        assert row["category"] == category(numbers[item])
+        assert (row["has_image"], row["in_scope"]) == (item in vectors, scope)
+        assert row["in_catalogue"] == (item in inside)
+        assert row["cluster_id"] == expected
+        assert row["centre_distance"] == pytest.approx(distance, abs=1e-5)
+        vector = vectors[item] if expected else np.zeros(256, "f4")
+        np.testing.assert_array_equal(np.array(row["embedding"], "f4"), vector)
+    without = {refreshed.item(OUT_OF_SCOPE), refreshed.item(WITHOUT_CATEGORY)}
+    assert {r["cluster_id"] for r in rows if r["item_id"] in without} == {0}
+
+
+@pytest.mark.parametrize("day", DAYS)
+def test_user_histories_equal_the_loop_over_users(refreshed: World, day: dt.date) -> None:
+    clicks = oracles.clicks_of(named(refreshed, log_of(day)))
+    end = int(dt.datetime.combine(day, dt.time(), dt.UTC).timestamp()) * 1_000_000 + DAY_US
+    expected = {}
+    for user in {who for who, _, _ in clicks}:
+        past = oracles.history(clicks, user, end, LENGTH, WINDOW_DAYS * DAY_US)
+        if past:
+            expected[user] = past
+    rows = refreshed.table("user_histories", day)
+    found = dict(zip(rows["user_id"].to_pylist(), rows["item_ids"].to_pylist(), strict=True))
+    assert found == expected
+    assert len(found) == SILENT_USER - 1
+    for times in rows["click_times"].to_pylist():
+        assert times == sorted(times, reverse=True)
+
+
+@pytest.mark.parametrize("day", DAYS)
+def test_user_simscores_equal_the_loop_over_impressions(refreshed: World, day: dt.date) -> None:
+    impressions = named(refreshed, draw_impressions(day, seed=DAYS.index(day)))
+    clicks = oracles.clicks_of(named(refreshed, log_of(day)))
+    features = {r["item_id"]: r for r in refreshed.table("item_features", day).to_pylist()}
+    vectors = {
+        i: v for i, v in vectors_of(refreshed, day).items() if features[i]["in_scope"]
+    }  # fmt: skip
+    cluster = {item: row["cluster_id"] for item, row in features.items()}
+    expected = []
+    for row in impressions:
+        past = oracles.history(clicks, row["user"], row["event_time"], LENGTH, WINDOW_DAYS * DAY_US)
+        scores, mask = oracles.score(row["item"], past, vectors, LENGTH)
+        mine = cluster.get(row["item"], 0)
+        same = sum(mine > 0 and cluster.get(other, 0) == mine for other in past)
+        expected.append((row, past, scores, mask, same))
+    found = refreshed.table("user_simscores", day).to_pylist()
+    assert len(found) == len(impressions) == len({row["impression_id"] for row in found})
+    found.sort(key=lambda r: (str(r["user_id"]), str(r["item_id"]), r["event_time"], r["clicked"]))
+    expected.sort(
+        key=lambda e: (str(e[0]["user"]), str(e[0]["item"]), e[0]["event_time"], e[0]["clicked"])
+    )
+    for row, (impression, past, scores, mask, same) in zip(found, expected, strict=True):
+        assert (row["user_id"], row["item_id"]) == (impression["user"], impression["item"])
+        assert row["clicked"] == impression["clicked"]
+        assert row["history_item_ids"] == past
+        assert row["history_len"] == len(past)
+        assert row["sim_mask"] == mask
+        np.testing.assert_allclose(row["sim_scores"], scores, atol=2e-6)
+        real = [s for s, known in zip(row["sim_scores"], mask, strict=True) if known]
+        assert row["sim_known"] == len(real)
+        assert row["sim_max"] == pytest.approx(max(real, default=0.0), abs=1e-6)
+        assert row["sim_mean"] == pytest.approx(float(np.mean(real)) if real else 0.0, abs=1e-6)
+        assert row["simtier"] == oracles.tiers(row["sim_scores"], mask)
+        assert row["same_cluster"] == same
+
+
+def test_an_unknown_or_new_item_scores_only_once_it_is_known(refreshed: World) -> None:
+    for day, known in ((DAYS[0], False), (DAYS[1], True)):
+        rows = refreshed.table("user_simscores", day).to_pylist()
+        new = [r for r in rows if r["item_id"] == refreshed.item(NEW_ON_DAY_2)]
+        assert any(r["history_len"] for r in new)
+        assert any(r["sim_known"] for r in new) == known
+        unknown = [r for r in rows if r["item_id"] == refreshed.item(UNKNOWN)]
+        assert unknown
+        assert not any(r["sim_known"] for r in unknown)
+
+
+def test_published_partitions_are_read_by_a_plain_path(refreshed: World) -> None:
+    folder = refreshed.root / "test/user_simscores" / f"ds={DAYS[3]}"
+    rows = len(refreshed.table("user_simscores", DAYS[3]))
+    assert rows == 152
+    assert len(pd.read_parquet(folder)) == rows
+    assert duckdb.sql(f"select count(*) from '{folder}/*.parquet'").fetchall() == [(rows,)]
+    everything = refreshed.root / "test/user_simscores"
+    per_day = duckdb.sql(
+        f"select ds, count(*) from read_parquet('{everything}/*/*.parquet', hive_partitioning=true)"
+        " group by ds order by ds"
+    ).fetchall()
+    assert per_day == [(day, 152) for day in DAYS]

@@ -1,0 +1,514 @@
+"""The life of a night: repeated, killed, refused, mended. What was published before stays."""
+
+import datetime as dt
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from feature_jobs import embed as embed_stage
+from feature_jobs import storage
+from pipelines.cli import main
+from tests.conftest import Artefacts, pinned
+from tests.support.world import (
+    DAYS,
+    MISSING,
+    NORMAL,
+    UNKNOWN,
+    World,
+    catalogue_items,
+    draw_impressions,
+    make_codebook,
+    make_encoder,
+    picture,
+)
+
+Capture = pytest.CaptureFixture[str]
+
+
+def courier(world: World, *args: str) -> int:
+    world.settings()
+    command, *rest = args
+    return main([command, "--config", str(world.config), *rest])
+
+
+def refresh(world: World, day: dt.date, *args: str) -> int:
+    return courier(world, "refresh", "--ds", str(day), *args)
+
+
+def published(world: World) -> dict[str, bytes]:
+    """Every file that a reader may look at, with its bytes."""
+    files = [p for p in world.root.rglob("*") if p.is_file()]
+    hidden = ("_staging", "_runs")
+    return {
+        str(p.relative_to(world.root)): p.read_bytes()
+        for p in files
+        if not set(hidden) & set(p.relative_to(world.root).parts)
+    }
+
+
+def counts(world: World, table: str, day: dt.date) -> dict[str, Any]:
+    return manifest(world, table, day)["counts"]
+
+
+def manifest(world: World, table: str, day: dt.date) -> dict[str, Any]:
+    path = world.root / "test" / table / f"ds={day}" / "_manifest.json"
+    return json.loads(path.read_text())
+
+
+def paragraph(capsys: Capture) -> str:
+    """The error that was told: one paragraph, no traceback."""
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("Error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in lines[0]
+    return lines[0]
+
+
+# ---- Repeating -------------------------------------------------------------------------------
+
+
+def test_the_same_night_again_changes_no_file(world: World, capsys: Capture) -> None:
+    assert refresh(world, DAYS[0]) == 0
+    before = {p: p.stat().st_mtime_ns for p in world.root.rglob("*.parquet")}
+    files = published(world)
+    assert len(files) > 40
+    assert refresh(world, DAYS[0]) == 0
+    assert "nothing to do" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in world.root.rglob("*.parquet")} == before
+    assert published(world) == files
+
+
+def test_the_same_night_on_an_empty_root_gives_the_same_bytes(world: World) -> None:
+    assert refresh(world, DAYS[0]) == 0
+    files = published(world)
+    storage.delete_tree(str(world.root))
+    assert refresh(world, DAYS[0]) == 0
+    assert published(world) == files
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+    world: World, capsys: Capture
+) -> None:
+    assert refresh(world, DAYS[0], "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert all(stage in out for stage in ("embed", "item-features", "histories", "simscore"))
+    assert out.count("compute") == 4
+    assert not world.root.exists()
+    assert refresh(world, DAYS[0]) == 0
+    capsys.readouterr()
+    assert refresh(world, DAYS[0], "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert {s["action"] for s in plan["stages"]} == {"leave alone: published from the same inputs"}
+
+
+def test_stages_one_by_one_make_what_the_whole_night_makes(world: World, capsys: Capture) -> None:
+    assert courier(world, "item-features", "--ds", str(DAYS[0])) == 4
+    assert "courier embed --ds 2026-03-01" in paragraph(capsys)
+    for stage in ("embed", "item-features", "simscore"):
+        assert courier(world, stage, "--ds", str(DAYS[0])) == 0
+    apart = published(world)
+    assert refresh(world, DAYS[0]) == 0
+    night = f"test/_nights/ds={DAYS[0]}.json"
+    together = published(world)
+    assert set(together) - set(apart) == {night}
+    assert {k: v for k, v in together.items() if k != night} == apart
+    capsys.readouterr()
+    assert courier(world, "status") == 0
+    assert "whole" in capsys.readouterr().out
+
+
+# ---- Only what changed -------------------------------------------------------------------------
+
+
+def test_an_image_is_read_only_when_its_file_and_embedded_only_when_its_bytes_changed(
+    world: World,
+) -> None:
+    assert refresh(world, DAYS[0]) == 0
+    first = counts(world, "item_embeddings", DAYS[0])
+    assert (first["images_read"], first["images_embedded"], first["images_unchanged"]) == (
+        12,
+        10,
+        0,
+    )
+    changed, touched, renamed = NORMAL[0], NORMAL[1], NORMAL[2]
+    world.put(changed, picture(77))
+    os.utime(world.image(touched), ns=(2 * 10**18, 2 * 10**18))
+    items = [i for i in catalogue_items(DAYS[0]) if i != renamed]
+    world.write_catalogue(DAYS[1], items)  # day 2 without it, day 3 under another address
+    assert refresh(world, DAYS[1]) == 0
+    second = counts(world, "item_embeddings", DAYS[1])
+    # Read: changed, touched and the two rejects. The item that left is not looked at.
+    assert (second["images_read"], second["images_embedded"]) == (4, 1)
+    assert (second["images_unchanged"], second["former_items"]) == (8, 1)
+    before, after = (vectors(world, day) for day in DAYS[:2])
+    assert after[changed] != before[changed]
+    assert after[touched] == before[touched]
+    assert after[renamed] == before[renamed]
+
+
+def vectors(world: World, day: dt.date) -> dict[int, list[float]]:
+    rows = world.table("item_embeddings", day)
+    return dict(zip(rows["item_id"].to_pylist(), rows["embedding"].to_pylist(), strict=True))
+
+
+def test_a_new_encoder_embeds_everything_anew_former_items_too(
+    world: World, artefacts: Artefacts, tmp_path: Path
+) -> None:
+    assert refresh(world, DAYS[0]) == 0
+    encoder = make_encoder(tmp_path / "other", seed=1)
+    world.pin(DAYS[1], encoder, make_codebook(tmp_path / "other", encoder))
+    assert refresh(world, DAYS[1]) == 0  # item 7 left, its file is still there
+    second = counts(world, "item_embeddings", DAYS[1])
+    assert (second["images_unchanged"], second["images_embedded"]) == (0, 11)
+    assert second["former_items"] == 1
+    ids = set(world.table("user_simscores", DAYS[1])["encoder_id"].to_pylist())
+    assert ids == {os.path.basename(encoder)}
+
+
+def test_a_reject_heals_once_its_image_is_there(world: World) -> None:
+    assert refresh(world, DAYS[0]) == 0
+    world.put(MISSING, picture(50))
+    assert refresh(world, DAYS[1]) == 0
+    assert MISSING in vectors(world, DAYS[1])
+    assert MISSING not in world.table("item_rejects", DAYS[1])["item_id"].to_pylist()
+
+
+# ---- Killed ------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """Stands for a process that ends here."""
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.85, 0.97])
+def test_a_night_that_died_at_any_write_ends_as_if_it_had_not(
+    refreshed_once: tuple[World, dict[str, bytes], int], share: float
+) -> None:
+    world, uninterrupted, writes = refreshed_once
+    storage.delete_tree(str(world.root))
+    with pytest.MonkeyPatch.context() as patch:
+        die_at_write(patch, int(writes * share))
+        with pytest.raises(Killed):
+            refresh(world, DAYS[0])
+    assert published(world) != uninterrupted
+    assert refresh(world, DAYS[0]) == 0
+    assert published(world) == uninterrupted
+
+
+@pytest.fixture(scope="module")
+def refreshed_once(
+    tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts
+) -> tuple[World, dict[str, bytes], int]:
+    """A world, what its first night publishes, and how many files that night writes."""
+    world = pinned(World(tmp_path_factory.mktemp("killed") / "shop"), artefacts)
+    with pytest.MonkeyPatch.context() as patch:
+        written = die_at_write(patch, None)
+        assert refresh(world, DAYS[0]) == 0
+    assert len(written) > 100
+    return world, published(world), len(written)
+
+
+def die_at_write(patch: pytest.MonkeyPatch, at: int | None) -> list[str]:
+    written: list[str] = []
+    real = storage.atomic_writer
+
+    def writer(path: str) -> Any:
+        if len(written) == at:
+            raise Killed(path)
+        if "progress" not in path:  # heartbeats follow the clock
+            written.append(path)
+        return real(path)
+
+    patch.setattr(storage, "atomic_writer", writer)
+    return written
+
+
+def start(world: World, day: dt.date) -> subprocess.Popen[str]:
+    world.settings()
+    command = [sys.executable, "-m", "pipelines.cli", "refresh", "--config", str(world.config)]
+    return subprocess.Popen(
+        [*command, "--ds", str(day)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(found: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not found():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_killed_with_signal_9_while_embedding_it_resumes_and_embeds_no_image_twice(
+    refreshed_once: tuple[World, dict[str, bytes], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, uninterrupted, _ = refreshed_once
+    storage.delete_tree(str(world.root))
+    process = start(world, DAYS[0])
+    wait_for(lambda: len(list(world.root.rglob("chunks/0*.parquet"))) >= 2, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert published(world) == {}
+    done = [pq.read_table(p, partitioning=None) for p in world.root.rglob("chunks/0*.parquet")]
+    embedded = sum(len(t) - t["embedding"].null_count for t in done)
+    assert embedded
+    images: list[int] = []
+    real = embed_stage.embed_images
+
+    def count(rows: pa.Table, *args: Any) -> pa.Table:
+        images.extend(rows["item_id"].to_pylist())
+        return real(rows, *args)
+
+    monkeypatch.setattr(embed_stage, "embed_images", count)
+    assert refresh(world, DAYS[0]) == 0
+    assert published(world) == uninterrupted
+    assert len(images) == len(catalogue_items(DAYS[0])) - embedded
+
+
+def test_terminated_it_exits_143_publishes_nothing_and_resumes(
+    refreshed_once: tuple[World, dict[str, bytes], int],
+) -> None:
+    world, uninterrupted, _ = refreshed_once
+    storage.delete_tree(str(world.root))
+    process = start(world, DAYS[0])
+    wait_for(lambda: any(world.root.rglob("receipts/*.json")), process)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in errors
+    assert published(world) == {}
+    assert refresh(world, DAYS[0]) == 0
+    assert published(world) == uninterrupted
+
+
+# ---- Refused -----------------------------------------------------------------------------------
+
+
+def test_too_many_rejects_publish_nothing_and_a_mended_night_embeds_only_them(
+    world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert refresh(world, DAYS[0]) == 0
+    before = published(world)
+    images = [world.image(n) for n in (*NORMAL, 8)]
+    hidden = [(path, path.read_bytes(), path.stat().st_mtime_ns) for path in images]
+    for path, *_ in hidden:
+        path.unlink()
+    assert refresh(world, DAYS[1]) == 3
+    message = paragraph(capsys)
+    assert "9 of 12 catalogue items" in message
+    assert "max_reject_share" in message
+    assert published(world) == before
+    for path, data, mtime in hidden:
+        path.write_bytes(data)
+        os.utime(path, ns=(mtime, mtime))
+    assert refresh(world, DAYS[1]) == 0
+    assert len(world.table("item_rejects", DAYS[1])) == 2
+
+
+def test_too_many_unknown_items_publish_nothing(world: World, capsys: Capture) -> None:
+    rows = [{**row, "item": UNKNOWN} for row in draw_impressions(DAYS[0], seed=0)]
+    world.write_impressions(DAYS[0], rows)
+    assert refresh(world, DAYS[0]) == 3
+    assert "152 of 152 impressions are of items that the catalogue lacks" in paragraph(capsys)
+    assert published(world) == {}
+    world.write_impressions(DAYS[0], draw_impressions(DAYS[0], seed=0))
+    assert refresh(world, DAYS[0]) == 0
+
+
+def test_a_catalogue_without_one_readable_image_is_refused(world: World, capsys: Capture) -> None:
+    (world.folder / "images").rename(world.folder / "elsewhere")
+    assert refresh(world, DAYS[0]) == 1
+    message = paragraph(capsys)
+    assert "Not one of the 12 catalogue images can be read (missing 12)" in message
+    assert "image_roots" in message
+    assert published(world) == {}
+
+
+def test_a_duplicate_item_is_refused_and_what_was_published_stays(
+    world: World, capsys: Capture
+) -> None:
+    assert refresh(world, DAYS[0]) == 0
+    before = published(world)
+    world.write_catalogue(DAYS[0], [*catalogue_items(DAYS[0]), NORMAL[0]])
+    assert refresh(world, DAYS[0]) == 1
+    message = paragraph(capsys)
+    assert "item_id 1." in message
+    assert "Deduplicate" in message
+    assert published(world) == before
+    world.write_catalogue(DAYS[0], catalogue_items(DAYS[0]))
+    assert refresh(world, DAYS[0]) == 0
+
+
+def test_an_event_after_its_day_is_refused_without_naming_the_user(
+    world: World, capsys: Capture
+) -> None:
+    rows = draw_impressions(DAYS[0], seed=0)
+    rows[5] = {**rows[5], "event_time": rows[5]["event_time"] + 3 * 86_400_000_000, "user": 4}
+    world.ids = "string"
+    world.write_catalogue(DAYS[0], catalogue_items(DAYS[0]))
+    for number, day in enumerate(DAYS):
+        world.write_impressions(day, draw_impressions(day, seed=number))
+    world.write_impressions(DAYS[0], rows)
+    assert refresh(world, DAYS[0]) == 1
+    message = paragraph(capsys)
+    assert "lie after their day" in message
+    assert f"item-{rows[5]['item']}" in message
+    assert "user-" not in message
+    assert published(world) == {}
+
+
+def test_unreadable_parquet_and_missing_partitions_have_their_own_status(
+    world: World, capsys: Capture
+) -> None:
+    broken = world.folder / "impressions" / f"ds={DAYS[0]}" / "1.parquet"
+    broken.write_bytes(b"not parquet")
+    assert refresh(world, DAYS[0]) == 1
+    assert str(broken) in paragraph(capsys)
+    assert refresh(world, dt.date(2026, 4, 1)) == 4
+    assert "no partition for ds 2026-04-01" in paragraph(capsys)
+    assert published(world) == {}
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--ds", "2026-3-1x"], "is no date YYYY-MM-DD"),
+        (["--ds", "2026-02-27"], "No pin holds for ds 2026-02-27"),
+        (["--ds", "2026-03-01", "--", "--num_worker=3"], "Did you mean --num_workers"),
+        (["--ds", "2026-03-01", "2026-03-02"], "Unexpected argument"),
+        (["--ds", "2026-03-01", "--nonsense"], "nonsense"),
+        ([], "Missing option '--ds'"),
+    ],
+)
+def test_wrong_usage_exits_2_before_anything_is_made(
+    world: World, capsys: Capture, args: list[str], told: str
+) -> None:
+    assert courier(world, "refresh", *args) == 2
+    assert told in capsys.readouterr().err
+    assert not world.root.exists()
+
+
+def test_an_unknown_setting_exits_2_and_names_the_nearest(world: World, capsys: Capture) -> None:
+    world.extra_settings = "history_length = 5"
+    with pytest.raises(Exception, match="did you mean 'history_len'"):
+        world.settings()
+    assert main(["refresh", "--config", str(world.config), "--ds", str(DAYS[0])]) == 2
+    assert "did you mean 'history_len'" in paragraph(capsys)
+
+
+def test_a_codebook_of_another_encoder_is_refused(
+    world: World, tmp_path: Path, capsys: Capture, artefacts: Artefacts
+) -> None:
+    other = make_encoder(tmp_path / "other", seed=1)
+    world.pin(DAYS[1], other, artefacts.codebook)
+    assert refresh(world, DAYS[1]) == 2
+    message = paragraph(capsys)
+    assert "mixes two encoders" in message
+    assert os.path.basename(other) in message
+
+
+def test_a_codebook_made_from_the_day_itself_serves_only_the_first_day_or_when_allowed(
+    world: World, tmp_path: Path, capsys: Capture, artefacts: Artefacts
+) -> None:
+    late = make_codebook(tmp_path / "late", artefacts.encoder, data_ds=str(DAYS[1]))
+    world.pins.clear()
+    world.pin(DAYS[0], artefacts.encoder, late)
+    assert refresh(world, DAYS[0]) == 0
+    assert manifest(world, "item_features", DAYS[0])["notes"] == {"bootstrap": True}
+    assert refresh(world, DAYS[1]) == 2
+    assert "would know their own future" in paragraph(capsys)
+    assert refresh(world, DAYS[1], "--allow-overlap") == 0
+    notes = manifest(world, "item_features", DAYS[1])["notes"]
+    assert notes == {"codebook_overlap_allowed": True}
+    assert refresh(world, DAYS[2]) == 0
+    assert manifest(world, "item_features", DAYS[2])["notes"] == {}
+
+
+# ---- Odd days and shops --------------------------------------------------------------------------
+
+
+def test_an_empty_day_publishes_empty_tables(world: World) -> None:
+    assert refresh(world, DAYS[0]) == 0
+    for table in ("catalogue", "impressions"):
+        world.write(table, DAYS[1], [], rows_to_group=1)
+    assert refresh(world, DAYS[1]) == 0
+    assert len(world.table("user_simscores", DAYS[1])) == 0
+    features = world.table("item_features", DAYS[1]).to_pylist()
+    assert len(features) == 10  # all former now
+    assert not any(row["in_catalogue"] for row in features)
+    assert len(world.table("user_histories", DAYS[1])) == 5
+
+
+def test_the_first_day_of_all_may_be_empty(world: World) -> None:
+    for table in ("catalogue", "impressions"):
+        world.write(table, DAYS[0], [], rows_to_group=1)
+    assert refresh(world, DAYS[0]) == 0
+    for table in ("item_embeddings", "item_features", "user_simscores", "user_histories"):
+        assert len(world.table(table, DAYS[0])) == 0
+
+
+def rewrite(world: World, day: dt.date, change: Callable[[pa.Table], pa.Table]) -> None:
+    for path in (world.folder / "impressions" / f"ds={day}").glob("*.parquet"):
+        pq.write_table(change(pq.read_table(path, partitioning=None)), path)
+
+
+def test_carried_columns_and_the_shops_own_impression_ids_pass_through(world: World) -> None:
+    def add(rows: pa.Table) -> pa.Table:
+        n = len(rows)
+        ids = [f"{r['user_id']}-{k}" for k, r in enumerate(rows.to_pylist())]
+        return rows.append_column("impression_id", pa.array(ids)).append_column(
+            "price", pa.array([0.5 * k for k in range(n)])
+        )
+
+    for day in DAYS:
+        rewrite(world, day, add)
+    given = pa.concat_tables(
+        pq.read_table(p, partitioning=None)
+        for p in (world.folder / "impressions" / f"ds={DAYS[0]}").glob("*.parquet")
+    )
+    world.extra_settings = ""
+    world.settings()
+    text = world.config.read_text().replace("[embed]", 'carry = ["price"]\n[embed]')
+    world.config.write_text(text)
+    args = ["refresh", "--config", str(world.config), "--ds", str(DAYS[0])]
+    assert main(args) == 0
+    found = world.table("user_simscores", DAYS[0])
+    key = ("impression_id", "item_id", "price")
+    wanted = sorted(zip(*(given[c].to_pylist() for c in key), strict=True))
+    assert sorted(zip(*(found[c].to_pylist() for c in key), strict=True)) == wanted
+
+
+def test_a_logged_history_is_scored_as_it_is(world: World) -> None:
+    logged = [1, 2, UNKNOWN, 3, 1, 4, 5, 6]
+    rewrite(
+        world, DAYS[0], lambda rows: rows.append_column("history", pa.array([logged] * len(rows)))
+    )
+    assert refresh(world, DAYS[0]) == 0
+    assert manifest(world, "user_simscores", DAYS[0])["notes"]["logged_histories"]
+    rows = world.table("user_simscores", DAYS[0]).to_pylist()
+    assert all(row["history_item_ids"] == logged[:5] for row in rows)
+    known = [row for row in rows if row["sim_known"]]
+    assert known
+    assert all(row["sim_mask"] == [1, 1, 0, 1, 1] for row in known)
+
+
+def test_rollback_brings_the_night_before_back(world: World, capsys: Capture) -> None:
+    assert refresh(world, DAYS[0]) == 0
+    first = world.table("user_simscores", DAYS[0])
+    assert courier(world, "rollback", "--ds", str(DAYS[0])) == 2
+    assert "published once" in paragraph(capsys)
+    world.write_impressions(DAYS[0], draw_impressions(DAYS[0], seed=9))
+    assert refresh(world, DAYS[0]) == 0
+    assert world.table("user_simscores", DAYS[0]) != first
+    assert courier(world, "rollback", "--ds", str(DAYS[0])) == 0
+    assert world.table("user_simscores", DAYS[0]) == first
+    assert courier(world, "status") == 0

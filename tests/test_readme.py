@@ -1,0 +1,62 @@
+"""The README's commands run as they stand there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def run(script: str, folder: Path) -> str:
+    """Runs a bash script in which `courier` is this checkout."""
+    courier = f'courier() {{ "{sys.executable}" -m pipelines.cli "$@"; }}\n'
+    done = subprocess.run(
+        ["bash", "-euc", courier + script],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_steps_make_a_whole_night_that_the_snippet_reads(tmp_path: Path) -> None:
+    steps = next(block for block in blocks("bash") if "courier demo" in block)
+    out = run(steps, tmp_path)
+    assert re.search(r"2026-01-06 +whole +294 +544 +16 +560 +5,925", out)
+    (snippet,) = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path / "shop", capture_output=True, text=True
+    )
+    assert "True" in done.stdout, done.stderr
+
+
+def test_the_two_commands_it_opens_with_are_targets_of_make() -> None:
+    (opening, *_) = blocks("bash")
+    targets = re.findall(r"^make (\w+)", opening, re.MULTILINE)
+    assert targets == ["demo", "test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    recipe = makefile[makefile.index("\ndemo:") :]
+    steps = next(block for block in blocks("bash") if "courier demo" in block)
+    assert {"init-encoder", "embed", "fit-codebook", "refresh", "status"} == {
+        line.split()[1] for line in steps.splitlines() if line.startswith("courier ")
+    } - {"demo"}
+    for command in ("init-encoder", "fit-codebook --ds 2026-01-05 --clusters 32"):
+        assert f"courier {command}" in recipe
+
+
+def test_every_command_it_names_exists() -> None:
+    from pipelines.cli import cli
+
+    named = set(re.findall(r"`?courier ([a-z-]+)", README)) - {"COMMAND"}
+    assert named >= {"init", "refresh", "rollback"}
+    assert named <= set(cli.commands)
