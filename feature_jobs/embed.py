@@ -16,7 +16,7 @@ its chunk files. Chunk files also are what a killed run does not do again.
 import datetime as dt
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -221,12 +221,17 @@ def read_image(
 
 
 def embed_images(
-    rows: pa.Table, encoder: encoders.ImageEncoder, roots: Sequence[str], batch_size: int
+    rows: pa.Table,
+    encoder: encoders.ImageEncoder,
+    roots: Sequence[str],
+    batch_size: int,
+    done: Callable[[int, int], None] = lambda _images, _rejects: None,
 ) -> pa.Table:
     """Reads and embeds the images of `rows` (item_id, image_uri, known_sha256).
 
     One row each: image columns and `embedding` (null for the bytes already known), or stage,
-    reason and message of a reject. Reading and decoding run ahead of the forward pass.
+    reason and message of a reject. Reading and decoding run ahead of the forward pass. `done` is
+    told after each batch how many images were dealt with so far, and how many of them rejected.
     """
     device = encoders.choose_device()
     precision = encoders.choose_precision(device)
@@ -249,6 +254,7 @@ def embed_images(
                 for i in batch
             ]
             images += [_without_pixels(image) for image in batch]
+            done(len(images), sum(isinstance(image, Rejected) for image in images))
     return _results(rows["item_id"], images, embeddings)
 
 
@@ -384,7 +390,7 @@ class PlanShard(beam.DoFn):
         same &= job.reuse
         plan = plan.append_column("unchanged", pa.array(same))
         tables.write_parquet(job.plan_path(shard), plan)
-        tables.report_progress(job.staging, f"plan-{shard:05d}", total=int((~same).sum()))
+        tables.Heartbeat(job.staging, f"plan-{shard:05d}").end(total=int((~same).sum()))
         known = previous["image_sha256"].take(plan["previous_row"])
         to_read = plan.select(["item_id", "image_uri"]).append_column(
             "known_sha256", known if job.reuse else pa.nulls(len(plan), pa.string())
@@ -415,25 +421,25 @@ class EmbedChunk(beam.DoFn):
         name = f"{shard:05d}-{hashlib.sha256(chunk).hexdigest()[:16]}"
         path = os.path.join(self._job.staging, "chunks", name + ".parquet")
         rows = tables.from_ipc([chunk], pa.table({}))
-        kept = self._kept(path)
-        todo = rows
-        if kept is not None:
-            done = pc.is_in(rows["item_id"], value_set=kept["item_id"].combine_chunks())
-            todo = rows.filter(pc.invert(done))
+        kept = self._kept(path, rows["item_id"])
+        done = pc.is_in(rows["item_id"], value_set=kept["item_id"].combine_chunks())
+        todo = rows.filter(pc.invert(done))
+        heartbeat = tables.Heartbeat(self._job.staging, f"chunk-{name}")
+        heartbeat.end(done=len(kept))
         if len(todo):
-            job = self._job
-            results = embed_images(todo, self._encoder, job.image_roots, job.batch_size)
-            results = results if kept is None else pa.concat_tables([kept, results])
-            tables.write_parquet(path, results)
-            rejected = len(results) - results["reason"].null_count
-            tables.report_progress(job.staging, f"chunk-{name}", done=len(rows), rejects=rejected)
+            results = embed_images(
+                todo, self._encoder, self._job.image_roots, self._job.batch_size,
+                lambda n, rejects: heartbeat.beat(done=len(kept) + n, rejects=rejects),
+            )  # fmt: skip
+            tables.write_parquet(path, pa.concat_tables([kept, results]))
+            heartbeat.end()
         yield shard, path.encode()
 
     @staticmethod
-    def _kept(path: str) -> pa.Table | None:
-        """What an earlier run had embedded of this chunk; None where it did not come to it."""
+    def _kept(path: str, item_ids: pa.ChunkedArray) -> pa.Table:
+        """What an earlier run had embedded of this chunk: nothing where it did not come to it."""
         if not storage.exists(path):
-            return None
+            return _results(item_ids[:0], [], [])
         results = tables.read_parquet(path)
         return results.filter(pc.is_null(results["reason"]))
 

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -318,6 +319,26 @@ def contract_errors_reported(staging: str) -> Iterator[None]:
         raise
 
 
-def report_progress(staging: str, name: str, **counts: int) -> None:
-    """A heartbeat: the launcher adds up the counts of all names under `staging`/progress."""
-    write_json(os.path.join(staging, "progress", name + ".json"), counts)
+class Heartbeat:
+    """Counts of one worker's piece of work, as a file that the launcher adds up with all others.
+
+    Written every two seconds at most, so that a fast worker does not spend its time on telling.
+    """
+
+    _SECONDS = 2.0
+
+    def __init__(self, staging: str, name: str):
+        self._path = os.path.join(staging, "progress", name + ".json")
+        self._counts: dict[str, int] = {}
+        self._written = time.monotonic()
+
+    def beat(self, **counts: int) -> None:
+        self._counts = counts
+        if time.monotonic() - self._written > self._SECONDS:
+            self.end()
+
+    def end(self, **counts: int) -> None:
+        """Writes these counts, or the last ones, at once."""
+        self._counts = counts or self._counts
+        write_json(self._path, self._counts)
+        self._written = time.monotonic()

@@ -100,7 +100,7 @@ def embed_job(folder: Path, root: Path, uris: list[str], encoder: ImageEncoder) 
     """The night's first stage, in a new folder."""
     top = Path(tempfile.mkdtemp(dir=folder))
     info = save_encoder(encoder, str(top), "bench", None, None, None, "random")
-    write(top / "catalogue", pa.table({"item_id": np.arange(len(uris)), "image_uri": uris, "category": ["a"] * len(uris)}))  # fmt: skip
+    write_catalogue(top, uris)
     settings = write_settings(top, str(root), top / info.encoder_id, None)
     night = plan_night(load_settings(settings), DAY, ["embed"])
     return lambda: run_night(night, [], lambda _: None)
@@ -136,9 +136,8 @@ def user_by_user(vectors: np.ndarray, histories: np.ndarray, shown: np.ndarray) 
 
 def make_tables(top: Path, vectors: np.ndarray, histories: np.ndarray, shown: np.ndarray) -> str:
     """A shop whose embeddings and features are published already, by hand."""
-    users, items = len(histories), len(vectors)
-    ids = np.arange(items)
-    write(top / "catalogue", pa.table({"item_id": ids, "image_uri": ["x"] * items, "category": ["a"] * items}))  # fmt: skip
+    users = len(histories)
+    write_catalogue(top, ["x"] * len(vectors))
     time_us = np.int64(dt.datetime.combine(DAY, dt.time(12), dt.UTC).timestamp() * 1e6)
     rows = users * PER_USER
     lists = tables.list_column(np.repeat(histories, PER_USER, axis=0), pa.list_(pa.int64()))
@@ -215,6 +214,12 @@ def write_shard(stage: object, vectors: np.ndarray, rows: np.ndarray, shard: int
 def write(folder: Path, rows: pa.Table) -> None:
     folder.mkdir()
     pq.write_table(rows, folder / "0.parquet", row_group_size=65_536)
+
+
+def write_catalogue(top: Path, uris: list[str]) -> None:
+    n = len(uris)
+    rows = {"item_id": np.arange(n), "image_uri": uris, "category": ["a"] * n}
+    write(top / "catalogue", pa.table(rows))
 
 
 def write_settings(top: Path, images: str, encoder: Path, codebook: str | None) -> str:

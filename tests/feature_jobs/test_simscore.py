@@ -43,7 +43,8 @@ def test_scores_equal_the_loop_whatever_the_block(monkeypatch: pytest.MonkeyPatc
 
 def test_a_vector_and_itself_score_1_its_opposite_minus_1_and_none_beyond() -> None:
     x = unit_rows(50, seed=3)
-    scores, _ = sim_scores(np.concatenate([x, -x]), np.arange(50), np.stack([np.arange(50), np.arange(50, 100)], 1))  # fmt: skip
+    itself, opposite = np.arange(50), np.arange(50, 100)
+    scores, _ = sim_scores(np.concatenate([x, -x]), itself, np.stack([itself, opposite], axis=1))
     np.testing.assert_allclose(scores[:, 0], 1, atol=1e-6)
     np.testing.assert_allclose(scores[:, 1], -1, atol=1e-6)
     assert np.abs(scores).max() <= 1

@@ -539,7 +539,10 @@ def test_what_is_no_broken_contract_is_not_reported(
 
 
 def test_a_heartbeat_replaces_the_one_before(tmp_path: Path) -> None:
-    tables.report_progress(str(tmp_path), "worker-1", done=1)
-    tables.report_progress(str(tmp_path), "worker-1", done=5, rejects=1)
+    heartbeat = tables.Heartbeat(str(tmp_path), "worker-1")
+    heartbeat.end(done=1)
+    heartbeat.beat(done=5, rejects=1)  # too soon to be written
+    assert json.loads((tmp_path / "progress" / "worker-1.json").read_text()) == {"done": 1}
+    heartbeat.end()
     assert tables.read_json(str(tmp_path / "progress/worker-1.json")) == {"done": 5, "rejects": 1}
     assert os.listdir(tmp_path / "progress") == ["worker-1.json"]

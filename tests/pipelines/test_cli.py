@@ -1,0 +1,176 @@
+"""The command line as a user meets it: help, environment, pins on stdout, what lies on disk."""
+
+import json
+import tomllib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pipelines import progress, status
+from pipelines.cli import cli, main
+from tests.conftest import Artefacts
+from tests.support.world import DAYS, World
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_help_names_every_command_and_each_has_a_help_of_its_own(capsys: Capture) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert len(cli.commands) >= 10
+    for name, command in cli.commands.items():
+        assert name in text
+        assert command.help
+        assert main([name, "--help"]) == 0
+        assert "Usage: courier" in capsys.readouterr().out
+
+
+def test_a_mistyped_command_exits_2_and_names_the_nearest(capsys: Capture) -> None:
+    assert main(["refesh"]) == 2
+    assert "refesh" in capsys.readouterr().err
+
+
+def test_every_option_is_read_from_the_environment(
+    world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.settings()
+    monkeypatch.setenv("COURIER_REFRESH_CONFIG", str(world.config))
+    monkeypatch.setenv("COURIER_REFRESH_DS", str(DAYS[0]))
+    monkeypatch.setenv("COURIER_REFRESH_DRY_RUN", "1")
+    assert main(["refresh"]) == 0
+    assert f"ds {DAYS[0]}" in capsys.readouterr().out
+
+
+def test_no_settings_exit_2_and_say_how_to_get_them(tmp_path: Path, capsys: Capture) -> None:
+    for command in (["status"], ["refresh", "--ds", "2026-01-01"]):
+        assert main([*command, "--config", str(tmp_path / "none.toml")]) == 2
+        assert "courier init" in capsys.readouterr().err
+
+
+# ---- Pins --------------------------------------------------------------------------------------
+
+
+def pins(printed: str) -> list[dict[str, str]]:
+    return tomllib.loads(printed)["pins"]
+
+
+def test_what_init_encoder_and_fit_codebook_print_makes_a_night(
+    world: World, capsys: Capture
+) -> None:
+    """And they edit nothing: appending what they print is the operator's act."""
+    world.pins.clear()
+    world.settings()
+    config = ["--config", str(world.config)]
+    backbone = ["--backbone", "shufflenet_v2_x0_5", "--input-size", "32"]
+    before = world.config.read_text()
+    assert main(["init-encoder", *config, *backbone, "--weights", "random"]) == 0
+    printed = capsys.readouterr().out
+    assert world.config.read_text() == before
+    (pin,) = pins(printed)
+    assert (world.folder / pin["encoder"] / "encoder.json").exists()
+    world.config.write_text(before + printed)
+
+    assert main(["fit-codebook", *config, "--ds", str(DAYS[0]), "--clusters", "3"]) == 4
+    assert "No published partition" in capsys.readouterr().err
+    assert main(["embed", *config, "--ds", str(DAYS[0])]) == 0
+    assert main(["refresh", *config, "--ds", str(DAYS[1])]) == 2
+    assert "names no codebook" in capsys.readouterr().err
+    assert main(["fit-codebook", *config, "--ds", str(DAYS[0]), "--clusters", "99"]) == 2
+    assert "99 clusters were asked for" in capsys.readouterr().err
+    assert main(["fit-codebook", *config, "--ds", str(DAYS[0]), "--clusters", "3"]) == 0
+    printed = capsys.readouterr().out
+    (pin,) = pins(printed)
+    assert pin["from_ds"] == str(DAYS[1])
+    world.config.write_text(world.config.read_text() + printed)
+
+    assert main(["refresh", *config, "--ds", str(DAYS[1])]) == 0
+    features = world.table("item_features", DAYS[1]).to_pylist()
+    assert {row["cluster_id"] for row in features} == {0, 1, 2, 3}
+    assert not list((world.root / "_staging").rglob("*.parquet"))
+
+
+def test_a_pin_to_no_encoder_exits_2(world: World, capsys: Capture, tmp_path: Path) -> None:
+    world.pin(DAYS[1], str(tmp_path))
+    world.settings()
+    assert main(["embed", "--config", str(world.config), "--ds", str(DAYS[1])]) == 2
+    assert "is no encoder package" in capsys.readouterr().err
+
+
+# ---- Status ------------------------------------------------------------------------------------
+
+
+def test_status_tells_rows_by_day_and_table(refreshed: World, capsys: Capture) -> None:
+    config = ["--config", str(refreshed.config)]
+    assert main(["status", *config, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["days"]) == {str(day) for day in DAYS}
+    for day, entry in found["days"].items():
+        assert entry["whole_night"]
+        assert entry["tables"]["user_simscores"]["rows"] == 152
+        assert str(day) in entry["tables"]["item_features"]["path"]
+    assert main(["status", *config]) == 0
+    text = capsys.readouterr().out
+    assert text.count("whole") == len(DAYS)
+    assert "nothing is published yet" not in text
+
+
+def test_status_of_nothing_says_so(world: World, capsys: Capture) -> None:
+    world.settings()
+    assert main(["status", "--config", str(world.config)]) == 0
+    assert "nothing is published yet" in capsys.readouterr().out
+
+
+def test_an_unfinished_run_is_listed(world: World, capsys: Capture, artefacts: Artefacts) -> None:
+    world.extra_settings = ""
+    world.settings()
+    text = world.config.read_text().replace("max_reject_share = 0.5", "max_reject_share = 0.0")
+    world.config.write_text(text)
+    config = ["--config", str(world.config)]
+    assert main(["embed", *config, "--ds", str(DAYS[0])]) == 3
+    capsys.readouterr()
+    assert main(["status", *config]) == 0
+    assert f"unfinished: embed ds={DAYS[0]} run " in capsys.readouterr().out
+
+
+# ---- Progress ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counts", "seconds", "line"),
+    [
+        ({"done": 0, "total": 8}, 4.0, "x [........................] 0/8, 0.0/s"),
+        ({"done": 4, "total": 8}, 4.0, "x [############............] 4/8, 1.0/s, 4 s left"),
+        (
+            {"done": 8, "total": 8, "rejects": 2}, 4.0,
+            "x [########################] 8/8, 2.0/s, 0 s left, 2 rejects",
+        ),
+        ({"done": 0, "total": 0}, 0.0, "x [........................] 0/0, 0.0/s"),
+    ],
+)  # fmt: skip
+def test_progress_tells_done_total_rate_time_left_and_rejects(
+    counts: dict[str, int], seconds: float, line: str
+) -> None:
+    assert progress.describe("x", Counter(counts), seconds) == line
+
+
+def test_progress_is_shown_while_a_stage_runs(
+    world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.05)
+    world.settings()
+    assert main(["embed", "--config", str(world.config), "--ds", str(DAYS[0])]) == 0
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("embed [")]
+    assert len(lines) > 2
+    assert any("/12" in line for line in lines)
+
+
+def test_a_reports_counts_are_all_told() -> None:
+    report = {
+        "ds": "2026-01-01", "run_id": "r", "seconds": {"embed": 1.5},
+        "counts": {"item_embeddings_rows": 1234, "input_rows": 9, "images_read": 7},
+    }  # fmt: skip
+    text = status.render_report(report)
+    assert "item_embeddings 1,234" in text
+    assert "images_read 7" in text
+    assert "input" not in text
