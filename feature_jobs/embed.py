@@ -362,20 +362,21 @@ class ReadCatalogue(beam.DoFn):
     """A row group of the catalogue → its rows by item shard."""
 
     def __init__(self, job: EmbedJob):
-        self._job = job
+        self._job, self.staging = job, job.staging
 
+    @tables.refusing
     def process(self, group: RowGroup) -> Iterator[tuple[int, bytes]]:
-        with tables.contract_errors_reported(self._job.staging):
-            rows = read_rows(group, CATALOGUE_COLUMNS)
-        yield from tables.split_by_shard(rows, "item_id", self._job.shards)
+        rows = read_rows(group, CATALOGUE_COLUMNS)
+        return tables.split_by_shard(rows, "item_id", self._job.shards)
 
 
 class PlanShard(beam.DoFn):
     """All catalogue rows of a shard → its plan, as a file, and the chunks of images to read."""
 
     def __init__(self, job: EmbedJob):
-        self._job = job
+        self._job, self.staging = job, job.staging
 
+    @tables.refusing
     def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int, bytes]]:
         job, (shard, chunks) = self._job, element
         if job.is_done(shard):
@@ -383,8 +384,7 @@ class PlanShard(beam.DoFn):
         nothing = tables.empty_rows(job.embeddings_schema).select(CATALOGUE_COLUMNS)
         catalogue = tables.from_ipc(chunks, nothing)
         previous = job.previous(shard)
-        with tables.contract_errors_reported(job.staging):
-            plan = plan_shard(catalogue, previous, job.ds, job.window_days)
+        plan = plan_shard(catalogue, previous, job.ds, job.window_days)
         # A former item's file is often deleted with it: its embedding stays, unlooked at.
         same = unchanged(plan, previous, job.image_roots) | ~plan["in_catalogue"].to_numpy()
         same &= job.reuse
@@ -410,12 +410,9 @@ class EmbedChunk(beam.DoFn):
     _loaded = Shared()  # one encoder per worker process, whatever the number of threads
 
     def __init__(self, job: EmbedJob):
-        self._job = job
+        self._job, self.staging = job, job.staging
 
-    def setup(self) -> None:
-        folder = self._job.encoder_folder
-        self._encoder = self._loaded.acquire(lambda: encoders.load_encoder(folder), tag=folder)
-
+    @tables.refusing
     def process(self, element: tuple[int, bytes]) -> Iterator[tuple[int, bytes]]:
         shard, chunk = element
         name = f"{shard:05d}-{hashlib.sha256(chunk).hexdigest()[:16]}"
@@ -427,8 +424,10 @@ class EmbedChunk(beam.DoFn):
         heartbeat = tables.Heartbeat(self._job.staging, f"chunk-{name}")
         heartbeat.end(done=len(kept))
         if len(todo):
+            folder = self._job.encoder_folder
+            encoder = self._loaded.acquire(lambda: encoders.load_encoder(folder), tag=folder)
             results = embed_images(
-                todo, self._encoder, self._job.image_roots, self._job.batch_size,
+                todo, encoder, self._job.image_roots, self._job.batch_size,
                 lambda n, rejects: heartbeat.beat(done=len(kept) + n, rejects=rejects),
             )  # fmt: skip
             tables.write_parquet(path, pa.concat_tables([kept, results]))
@@ -448,8 +447,9 @@ class AssembleShard(beam.DoFn):
     """The chunk files of a shard → its parts of `item_embeddings` and `item_rejects`."""
 
     def __init__(self, job: EmbedJob):
-        self._job = job
+        self._job, self.staging = job, job.staging
 
+    @tables.refusing
     def process(self, element: tuple[int, Iterable[bytes]]) -> None:
         job, (shard, paths) = self._job, element
         if job.is_done(shard):

@@ -9,6 +9,7 @@ An item clicked twice stands once, at its newest place. Clicks of one user at on
 by item ID, so that the order in which rows arrive never matters.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -194,12 +195,12 @@ class ReadClicks(beam.DoFn):
         self._click_delay_us = click_delay_us
         self._end_us = end_us  # of the day that is made: its own partition may not reach past it
         self._shards = shards
-        self._staging = staging
+        self.staging = staging
 
+    @tables.refusing
     def process(self, group: RowGroup) -> Iterator[tuple[int, bytes]]:
-        with tables.contract_errors_reported(self._staging):
-            rows = read_rows(group, ["user_id", "item_id", "event_time", "clicked", "click_time"])
-            check_day(group, rows, self._end_us)
+        rows = read_rows(group, ["user_id", "item_id", "event_time", "clicked", "click_time"])
+        check_day(group, rows, self._end_us)
         rows = rows.filter(rows["clicked"])
         if len(rows):
             moments, _ = click_moments(rows, self._click_delay_us)
@@ -212,13 +213,15 @@ class ReadClicks(beam.DoFn):
 class WriteUserHistories(beam.DoFn):
     """All clicks of a user shard → one part of `user_histories`."""
 
-    def __init__(self, law: HistoryLaw, end_us: int, shards: int, schema: pa.Schema, folder: str):
+    def __init__(self, law: HistoryLaw, end_us: int, shards: int, schema: pa.Schema, staging: str):
         self._law = law
         self._end_us = end_us
         self._shards = shards
         self._schema = schema
-        self._folder = folder
+        self._folder = os.path.join(staging, USER_HISTORIES.name)
+        self.staging = staging
 
+    @tables.refusing
     def process(self, element: tuple[int, Iterable[bytes]]) -> None:
         shard, chunks = element
         if tables.has_part(self._folder, shard, self._shards):
@@ -271,7 +274,5 @@ def define_user_histories(
         | beam.Flatten()
         | beam.GroupByKey()
         | "WriteUserHistories"
-        >> beam.ParDo(
-            WriteUserHistories(law, end_us, shards, schema, f"{staging}/{USER_HISTORIES.name}")
-        )
+        >> beam.ParDo(WriteUserHistories(law, end_us, shards, schema, staging))
     )

@@ -92,12 +92,9 @@ class AssignShard(beam.DoFn):
     _loaded = Shared()  # one set of centres per worker process
 
     def __init__(self, job: FeaturesJob):
-        self._job = job
+        self._job, self.staging = job, job.staging
 
-    def setup(self) -> None:
-        folder = self._job.codebook_folder
-        self._codebook = self._loaded.acquire(lambda: load_codebook(folder), tag=folder)
-
+    @tables.refusing
     def process(self, shard: int) -> None:
         job = self._job
         folder = os.path.join(job.staging, ITEM_FEATURES.name)
@@ -107,7 +104,10 @@ class AssignShard(beam.DoFn):
             shard, job.shards, "item_id", ["item_id", "embedding", "category", "in_catalogue"]
         )
         rejected = job.rejects.read_shard(shard, job.shards, "item_id", ["item_id", "category"])
-        rows = features_of(embedded, rejected, self._codebook, job.categories)
+        codebook = self._loaded.acquire(
+            lambda: load_codebook(job.codebook_folder), tag=job.codebook_folder
+        )
+        rows = features_of(embedded, rejected, codebook, job.categories)
         tables.write_part(
             folder, ITEM_FEATURES, job.schema, rows, shard, job.shards, count_features(rows)
         )

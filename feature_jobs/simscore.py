@@ -338,15 +338,15 @@ class ReadImpressions(beam.DoFn):
     """A row group of the impressions of ds → its rows by user shard."""
 
     def __init__(self, job: SimscoreJob):
-        self._job = job
+        self._job, self.staging = job, job.staging
 
+    @tables.refusing
     def process(self, group: RowGroup) -> Iterator[tuple[int, bytes]]:
         wanted = [*IMPRESSION_COLUMNS, *OPTIONAL_COLUMNS, *group.form.carry]
-        with tables.contract_errors_reported(self._job.staging):
-            rows = read_rows(group, wanted)
-            check_day(group, rows, self._job.end_us)
-            _check_histories(group, rows)
-        yield from tables.split_by_shard(rows, "user_id", self._job.shards)
+        rows = read_rows(group, wanted)
+        check_day(group, rows, self._job.end_us)
+        _check_histories(group, rows)
+        return tables.split_by_shard(rows, "user_id", self._job.shards)
 
 
 def _check_histories(group: RowGroup, rows: pa.Table) -> None:
@@ -362,12 +362,13 @@ class ScoreShard(beam.DoFn):
     """The impressions and the clicks of a user shard → one part of `user_simscores`."""
 
     def __init__(self, job: SimscoreJob, no_rows: pa.Table):
-        self._job = job
+        self._job, self.staging = job, job.staging
         self._no_rows = no_rows  # of impressions, for a shard that has none
 
     def setup(self) -> None:
         self._items = open_item_vectors(self._job)
 
+    @tables.refusing
     def process(self, element: tuple[int, dict[str, Iterable[bytes]]]) -> None:
         job, (shard, chunks) = self._job, element
         folder = os.path.join(job.staging, USER_SIMSCORES.name)

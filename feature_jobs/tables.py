@@ -6,13 +6,13 @@ resumed by leaving out the shards that have one. A *partition* is what the manif
 nothing else that may lie in its folder.
 """
 
-import contextlib
+import functools
 import hashlib
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -304,19 +304,33 @@ def open_published(folder: str) -> Partition:
 # ---- What workers tell the launcher ----------------------------------------------------------
 
 
-@contextlib.contextmanager
-def contract_errors_reported(staging: str) -> Iterator[None]:
-    """Leaves a DataContractError of a worker where the launcher finds it word for word.
+def refusing(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Iterator[Any]]:
+    """Makes the `process` of a DoFn leave a DataContractError where the launcher finds it.
 
-    Runners pass a worker's exception on as text wrapped in text; an operator must not have to dig.
+    The DoFn has its staging folder as `staging`. Once anything there was refused, the job runs to
+    its end without doing more, and the launcher raises the error word for word. Raised in a worker
+    it would be tried again, and reach the operator as a traceback within a traceback.
     """
-    try:
-        yield
-    except DataContractError as error:
-        message = str(error)
-        name = hashlib.sha256(message.encode()).hexdigest()[:12]
-        write_json(os.path.join(staging, "errors", name + ".json"), {"message": message})
-        raise
+
+    @functools.wraps(process)
+    def guarded(self: Any, element: Any) -> Iterator[Any]:
+        errors = os.path.join(self.staging, "errors")
+        if storage.list_names(errors):
+            return
+        try:
+            yield from process(self, element) or ()
+        except DataContractError as error:
+            message = str(error)
+            name = hashlib.sha256(message.encode()).hexdigest()[:12]
+            write_json(os.path.join(errors, name + ".json"), {"message": message})
+
+    return guarded
+
+
+def refused(staging: str) -> list[str]:
+    """The messages of all that was refused below `staging`."""
+    errors = os.path.join(staging, "errors")
+    return [read_json(os.path.join(errors, n))["message"] for n in storage.list_names(errors)]
 
 
 class Heartbeat:

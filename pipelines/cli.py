@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from feature_jobs import __version__
-from feature_jobs.schemas import CourierError, DataContractError
+from feature_jobs.schemas import CourierError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -267,15 +267,14 @@ def demo(
 # ---- Running ---------------------------------------------------------------------------------
 
 
-def _quiet(record: logging.LogRecord) -> bool:
-    """Beam logs what a worker raises with its traceback; ours is told in one paragraph instead."""
-    error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, DataContractError | _Interrupted) and not _received
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for Beam's idle warnings, and for what it makes of an interruption."""
+    return not _received and "semi_persistent_directory" not in record.getMessage()
 
 
 def _set_up_logging() -> None:
     handler = logging.StreamHandler()
-    handler.addFilter(_quiet)
+    handler.addFilter(_is_news)
     logging.basicConfig(
         level=logging.WARNING, handlers=[handler], format="%(levelname)s %(message)s"
     )

@@ -17,16 +17,14 @@ deleted.
 
 from __future__ import annotations
 
-import csv
 import datetime
 import hashlib
 import json
 import math
 import os
-import re
 import shutil
 from dataclasses import asdict, dataclass, replace
-from io import BytesIO, StringIO
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +35,18 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from feature_jobs.schemas import OperatorError
-from pipelines.garments import COLOURS, PATTERNS, TYPES, dominant_colour, draw_item
+from pipelines.garments import COLOURS, PATTERNS, TYPES, Ints, Items, Texts, draw_item
+from pipelines.photographs import listed_items, photographed_items, read_item_list
 
-Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-Texts = npt.NDArray[np.str_]
+
+_SETTINGS = Path(__file__).parent / "configs" / "demo.toml"
 
 # The category of which looks don't matter.
 CHARGER = "charger"
 SHOWN_TOGETHER = 5
 REQUESTS_PER_USER_DAY = 4.0
 MIN_DAYS = 7
-
-# Codes of a colour and a pattern nobody has a taste for: that of an image which could not be read.
-NO_COLOUR, NO_PATTERN = len(COLOURS), len(PATTERNS)
 
 # Streams of random numbers, one per purpose, so that a change in one leaves the others as they are.
 _ITEMS, _FAULTS, _DRAWING, _CALENDAR, _USERS, _LOG = range(6)
@@ -73,37 +69,6 @@ IMPRESSIONS = pa.schema(
         pa.field("request_id", pa.string(), nullable=False),
     ]
 )
-
-_SETTINGS = """\
-# Settings of the demo shop. Paths are relative to this file's folder; {{ds}} is the day.
-
-# Where the tables are published, and under which name.
-root = "features"
-feature_set = "demo"
-day_timezone = "UTC"
-
-# A history holds the last items that a user clicked within the window.
-history_len = 20
-window_days = 30
-
-[catalogue]
-path = "catalogue/ds={{ds}}/*.parquet"
-# An image_uri of the catalogue is relative to one of these folders.
-image_roots = [{image_root}]
-
-[impressions]
-path = "impressions/ds={{ds}}/*.parquet"
-
-[embed]
-batch_size = 32
-
-[gates]
-# Refuse to publish when more of the catalogue than this has no usable image.
-max_reject_share = 0.10
-
-# Pins are appended below by the operator: `courier init-encoder` and `courier fit-codebook` print
-# them.
-"""
 
 
 @dataclass(frozen=True)
@@ -136,22 +101,6 @@ class ShopSummary:
     images_written: int
     missing: int
     undecodable: int
-
-
-@dataclass(frozen=True)
-class Items:
-    """All items that the shop ever has; arrays `[items]`.
-
-    `colour` and `pattern` are codes: positions in COLOURS and PATTERNS, or NO_COLOUR and
-    NO_PATTERN. `fault` is "" for a good image, "missing", or how its file is broken.
-    """
-
-    item_id: Ints
-    image_uri: Texts
-    category: Texts
-    colour: Ints
-    pattern: Ints
-    fault: Texts
 
 
 @dataclass(frozen=True)
@@ -213,107 +162,6 @@ def _faults(shop: Shop) -> Texts:
     for number, item in enumerate(hit[missing:]):
         fault[item] = ("html", "truncated", "empty")[number % 3]
     return fault
-
-
-def photographed_items(shop: Shop, photos: Path, items_csv: Path) -> Items:
-    """The items of items.csv, their colours measured from the photographs.
-
-    Raises OperatorError where the folder or the file can't be used as they are.
-    """
-    rows = _photo_rows(photos, items_csv)
-    _check_item_count(shop, len(rows), f"The item list {items_csv}")
-    looks = [_measured_colour(photos / row["image_path"]) for row in rows]
-    return Items(
-        item_id=np.array([int(row["item_id"]) for row in rows], dtype=np.int64),
-        image_uri=np.array([row["image_path"] for row in rows]),
-        category=np.array([row["category"] or "" for row in rows]),
-        colour=np.array([colour for colour, _ in looks]),
-        pattern=np.full(len(rows), NO_PATTERN),
-        fault=np.array([fault for _, fault in looks]),
-    )
-
-
-def _measured_colour(path: Path) -> tuple[int, str]:
-    """Colour code and fault of a photograph. A broken one is the user's own, and only counted."""
-    try:
-        with Image.open(path) as image:
-            return list(COLOURS).index(dominant_colour(image)), ""
-    except FileNotFoundError:
-        return NO_COLOUR, "missing"
-    # All that Pillow raises on bytes that are no image, or too large a one.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return NO_COLOUR, "undecodable"
-
-
-def _read(items_csv: Path) -> bytes:
-    try:
-        return items_csv.read_bytes()
-    except OSError as error:
-        raise OperatorError(
-            f"The item list {items_csv} can't be read: {error.strerror}. A CSV file with the "
-            "columns item_id, category and image_path was expected. Give its path as --items."
-        ) from error
-
-
-def _photo_rows(photos: Path, items_csv: Path) -> list[dict[str, str]]:
-    if not photos.is_dir():
-        raise OperatorError(
-            f"{photos} is not a folder. The photographs of the shop were expected there. Give the "
-            "folder that the image paths of the item list are relative to as --images."
-        )
-    try:
-        reader = csv.DictReader(StringIO(_read(items_csv).decode("utf-8-sig"), newline=""))
-        columns, rows = reader.fieldnames or [], list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise OperatorError(
-            f"The item list {items_csv} is no CSV file in UTF-8: {error}. One with the columns "
-            "item_id, category and image_path was expected. Save it as such."
-        ) from error
-    lacking = [name for name in ("item_id", "category", "image_path") if name not in columns]
-    if lacking:
-        raise OperatorError(
-            f"The item list {items_csv} has the columns {', '.join(columns) or '(none)'}, and "
-            f"lacks {', '.join(lacking)}. Expected are item_id, category and image_path. Rename or "
-            "add them in its first line."
-        )
-    _check_rows(rows, photos.resolve(), items_csv)
-    return rows
-
-
-def _check_rows(rows: list[dict[str, str]], photos: Path, items_csv: Path) -> None:
-    """Refuses an ID that is no int64 or comes twice, and an image path that leaves the folder."""
-    seen: set[int] = set()
-    for number, row in enumerate(rows, start=1):
-        where = f"Item {number} of the list {items_csv}"
-        if not _is_int64(row["item_id"]):
-            raise OperatorError(
-                f"{where} has the item_id {row['item_id']!r}. A whole number of 64 bits was "
-                "expected, since it is a key of the shop's tables. Number the items."
-            )
-        item_id = int(row["item_id"])
-        if item_id in seen:
-            raise OperatorError(
-                f"{where} has the item_id {item_id}, which an earlier item has. Each item was "
-                "expected once; with two, no click could be told to belong to one of them. Remove "
-                "or renumber one."
-            )
-        seen.add(item_id)
-        path = row["image_path"] or ""
-        if (
-            not path
-            or Path(path).is_absolute()
-            or not (photos / path).resolve().is_relative_to(photos)
-        ):
-            raise OperatorError(
-                f"{where} has the image_path {path!r}. A path relative to {photos} and inside it "
-                "was expected; nothing outside that folder is read. Move the image there, or give "
-                "another folder as --images."
-            )
-
-
-def _is_int64(text: str) -> bool:
-    digits = re.fullmatch(r"-?\d{1,19}", text or "", flags=re.ASCII)
-    return digits is not None and -(2**63) <= int(text) < 2**63
 
 
 # ---------------------------------------------------------------------------- world
@@ -475,7 +323,9 @@ def make_shop(
     if made:
         return made
     if photos and items_csv:
-        world = make_world(shop, photographed_items(shop, photos, items_csv), arriving=0.05)
+        rows = listed_items(photos, items_csv)
+        _check_item_count(shop, len(rows), f"The item list {items_csv}")
+        world = make_world(shop, photographed_items(photos, rows), arriving=0.05)
     else:
         world = make_world(shop, drawn_items(shop, clean), arriving=0.15)
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
@@ -525,11 +375,12 @@ def _parameters(
             f"{found} is given without {lacking}. A shop of photographs needs the folder of the "
             f"images and the list of the items. Give {lacking} too, or neither for a drawn shop."
         )
+    digest = hashlib.sha256(read_item_list(items_csv)).hexdigest() if items_csv else None
     return {
         "shop": {**asdict(shop), "first_ds": shop.first_ds.isoformat()},
         "clean": clean,
         "photos": str(photos.resolve()) if photos else None,
-        "items_csv_sha256": hashlib.sha256(_read(items_csv)).hexdigest() if items_csv else None,
+        "items_csv_sha256": digest,
     }
 
 
@@ -612,7 +463,11 @@ def _write_partition(path: Path, table: pa.Table) -> None:
 
 
 def _write_settings(path: Path, photos: Path | None) -> None:
-    image_root = str(photos.resolve()) if photos else "images"
-    # A JSON string is also one of TOML, as long as it isn't escaped to surrogates.
-    quoted = json.dumps(image_root, ensure_ascii=False)
-    path.write_text(_SETTINGS.format(image_root=quoted), encoding="utf-8")
+    settings = _SETTINGS.read_text(encoding="utf-8")
+    if photos:
+        line = 'image_roots = ["images"]'
+        assert settings.count(line) == 1
+        # A JSON string is also one of TOML, as long as it isn't escaped to surrogates.
+        folder = json.dumps(str(photos.resolve()), ensure_ascii=False)
+        settings = settings.replace(line, f"image_roots = [{folder}]")
+    path.write_text(settings, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How the demo shop's items look: garments drawn by program, and the colour of a photographed one.
+"""How the demo shop's items look: garments drawn by program.
 
 A picture is drawn in four steps: outline (type and cut) -> fabric (colour and pattern) -> pose ->
 background. The garment is drawn at twice its size, since Pillow's polygons are not antialiased.
@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
+Ints = npt.NDArray[np.int64]
+Texts = npt.NDArray[np.str_]
 Points = list[tuple[float, float]]
 Pixels = npt.NDArray[Any]  # floats
 Rgb = tuple[int, int, int]
@@ -33,6 +35,8 @@ COLOURS: dict[str, Rgb] = {
     "pink": (240, 118, 178),
 }
 PATTERNS = ("plain", "stripes", "checks", "dots")
+# Codes of a colour and a pattern nobody has a taste for: that of an image which could not be read.
+NO_COLOUR, NO_PATTERN = len(COLOURS), len(PATTERNS)
 
 _BACKDROPS: tuple[Rgb, ...] = (
     (225, 220, 212),
@@ -44,6 +48,22 @@ _BACKDROPS: tuple[Rgb, ...] = (
     (64, 78, 70),
     (232, 214, 170),
 )
+
+
+@dataclass(frozen=True)
+class Items:
+    """All items that the shop ever has; arrays `[items]`.
+
+    `colour` and `pattern` are codes: positions in COLOURS and PATTERNS, or NO_COLOUR and
+    NO_PATTERN. `fault` is "" for a good image, "missing", or how its file is broken.
+    """
+
+    item_id: Ints
+    image_uri: Texts
+    category: Texts
+    colour: Ints
+    pattern: Ints
+    fault: Texts
 
 
 @dataclass(frozen=True)
@@ -321,40 +341,3 @@ def draw_item(
     picture.paste((20, 18, 16), mask=shadow.point(lambda value: value * 0.5))
     picture.paste(garment, mask=alpha)
     return picture
-
-
-# ------------------------------------------------------------------------- colour of a photograph
-
-
-def _colour_names(hsv: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
-    """The name in COLOURS of each pixel: uint8 HSV `[pixels, 3]` to names `[pixels]`."""
-    hue = hsv[:, 0].astype(np.float64) * 360 / 256
-    saturation, value = hsv[:, 1] / 255, hsv[:, 2] / 255
-    reddish = (hue < 12) | (hue >= 335)
-    rules = [
-        ("black", (value < 0.24) | ((value < 0.34) & (saturation < 0.35))),
-        ("white", (saturation < 0.14) & (value > 0.74)),
-        ("grey", saturation < 0.17),
-        # A pale red is called pink, a dark one red.
-        ("pink", reddish & (saturation < 0.55) & (value > 0.55)),
-        ("red", reddish),
-        ("orange", hue < 42),
-        ("yellow", hue < 68),
-        ("green", hue < 168),
-        ("blue", hue < 256),
-        ("purple", hue < 300),
-    ]
-    names, hits = zip(*rules, strict=True)
-    return np.select(hits, names, default="pink")
-
-
-def dominant_colour(image: Image.Image) -> str:
-    """The name in COLOURS that most pixels vote for in the middle, where the garment lies.
-
-    Raises what Pillow raises on a broken image.
-    """
-    image.draft("RGB", (96, 96))  # a JPEG decodes at an eighth of the cost
-    small = image.convert("RGB").resize((60, 60), Image.Resampling.BOX)
-    hsv = np.asarray(small.crop((18, 18, 42, 42)).convert("HSV")).reshape(-1, 3)
-    names, votes = np.unique(_colour_names(hsv), return_counts=True)
-    return str(names[votes.argmax()])

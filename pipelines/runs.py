@@ -153,17 +153,13 @@ def make(stage: Stage, run_pipeline: Callable[[Callable[[Any], None]], None]) ->
 
     Raises a worker's DataContractError word for word; nothing is published in any case.
     """
-    errors = os.path.join(stage.staging, "errors")
-    storage.delete_tree(errors)
+    storage.delete_tree(os.path.join(stage.staging, "errors"))
     try:
         run_pipeline(lambda root: stage.define(root, stage.staging))
-    except Exception:
-        for name in storage.list_names(errors):
-            message = tables.read_json(os.path.join(errors, name))["message"]
-            raise DataContractError(message) from None
-        raise
     finally:
         stage.clean(stage.staging)
+    if messages := tables.refused(stage.staging):
+        raise DataContractError(messages[0])
     for table in stage.tables:
         seal(stage, table)
 

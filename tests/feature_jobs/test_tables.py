@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -509,32 +509,42 @@ def test_a_staged_partition_is_open_to_us_and_to_nobody_else(tmp_path: Path) -> 
 # ---- What workers tell the launcher ------------------------------------------------------------
 
 
-def fail_reporting(staging: Path, error: Exception | None) -> None:
-    with tables.contract_errors_reported(str(staging)):
-        if error:
-            raise error
+class Worker:
+    """What a DoFn looks like to `refusing`."""
+
+    def __init__(self, staging: Path):
+        self.staging = str(staging)
+
+    @tables.refusing
+    def process(self, element: Exception | int) -> Iterator[int]:
+        if isinstance(element, Exception):
+            raise element
+        yield element
+
+    @tables.refusing
+    def write(self, element: Exception | None) -> None:
+        if element:
+            raise element
 
 
-def messages(staging: Path) -> list[str]:
-    return sorted(json.loads(p.read_text())["message"] for p in (staging / "errors").iterdir())
+def test_a_broken_contract_reaches_the_launcher_word_for_word(tmp_path: Path) -> None:
+    worker = Worker(tmp_path)
+    assert list(worker.process(1)) == [1]
+    assert tables.refused(worker.staging) == []
+    assert list(worker.process(DataContractError("item 7 is »null«"))) == []
+    assert tables.refused(worker.staging) == ["item 7 is »null«"]
 
 
-def test_a_broken_contract_reaches_the_launcher_word_for_word_and_once(tmp_path: Path) -> None:
-    for text in ("item 7 is »null«", "item 7 is »null«", "item 8"):  # a runner tries again
-        with pytest.raises(DataContractError, match=text):
-            fail_reporting(tmp_path, DataContractError(text))
-    assert messages(tmp_path) == ["item 7 is »null«", "item 8"]
+def test_once_anything_is_refused_no_worker_does_more(tmp_path: Path) -> None:
+    assert list(Worker(tmp_path).write(None)) == []
+    assert list(Worker(tmp_path).write(DataContractError("no"))) == []
+    assert list(Worker(tmp_path).process(1)) == []
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), OperatorError("a setting"), None])
-def test_what_is_no_broken_contract_is_not_reported(
-    tmp_path: Path, error: Exception | None
-) -> None:
-    if error:
-        with pytest.raises(type(error)):
-            fail_reporting(tmp_path, error)
-    else:
-        fail_reporting(tmp_path, error)
+@pytest.mark.parametrize("error", [ValueError("a bug"), OperatorError("a setting"), OSError(5)])
+def test_what_is_no_broken_contract_is_raised(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)):
+        list(Worker(tmp_path).process(error))
     assert os.listdir(tmp_path) == []
 
 

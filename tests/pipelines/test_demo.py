@@ -14,8 +14,10 @@ from PIL import Image, ImageDraw
 
 from feature_jobs.schemas import OperatorError
 from pipelines import demo
-from pipelines.demo import CHARGER, NO_COLOUR, Shop, ShopSummary, make_shop
-from pipelines.garments import COLOURS, PATTERNS, TYPES, dominant_colour, draw_item
+from pipelines.config import load_settings
+from pipelines.demo import CHARGER, Shop, ShopSummary, make_shop
+from pipelines.garments import COLOURS, NO_COLOUR, PATTERNS, TYPES, draw_item
+from pipelines.photographs import dominant_colour, listed_items, photographed_items
 
 SMALL = Shop(items=60, users=25, days=7, image_size=32)
 
@@ -297,20 +299,22 @@ def photo_shop(root: Path, rows: list[str] | None = None) -> tuple[Path, Path]:
 def test_photographs_are_measured_and_stay_where_they_are(tmp_path: Path) -> None:
     shop, out = replace(SMALL, first_ds=date(2026, 2, 26)), tmp_path / "shop"
     photos, items_csv = photo_shop(tmp_path)
-    items = demo.photographed_items(shop, photos, items_csv)
+    items = photographed_items(photos, listed_items(photos, items_csv))
     assert items.colour.tolist() == [*(n % 10 for n in range(18)), NO_COLOUR, NO_COLOUR]
     summary = make_shop(out, shop, photos, items_csv)
     assert (summary.images_written, summary.missing, summary.undecodable) == (0, 1, 1)
     assert summary.ds[-1] == "2026-03-04"
     assert not (out / "images").exists()
-    assert str(photos) in (out / "courier.toml").read_text()
+    settings = load_settings(str(out / "courier.toml"))
+    assert settings.catalogue.image_roots == (str(photos),)
     last = Made(out, summary).table("catalogue", summary.ds[-1]).to_pylist()
     assert {"item_id": 117, "image_uri": "17.jpg", "category": "hat"} in last
     assert make_shop(out, shop, photos, items_csv) == summary
 
 
 def test_an_unreadable_photograph_gets_no_taste(tmp_path: Path) -> None:
-    items = demo.photographed_items(SMALL, *photo_shop(tmp_path))
+    photos, items_csv = photo_shop(tmp_path)
+    items = photographed_items(photos, listed_items(photos, items_csv))
     world = demo.make_world(SMALL, items, arriving=0.05)
     assert (world.colour_taste[:, items.colour[19]] == 0).all()
     assert (world.colour_taste[:, items.colour[0]] != 0).all()

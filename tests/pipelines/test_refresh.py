@@ -67,10 +67,10 @@ def manifest(world: World, table: str, day: dt.date) -> dict[str, Any]:
 
 def paragraph(capsys: Capture) -> str:
     """The error that was told: one paragraph, no traceback."""
-    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("Error: ")]
-    assert len(lines) == 1
-    assert "Traceback" not in lines[0]
-    return lines[0]
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    (told,) = [line for line in errors.splitlines() if line.startswith("Error: ")]
+    return told
 
 
 # ---- Repeating -------------------------------------------------------------------------------
@@ -232,11 +232,14 @@ def die_at_write(patch: pytest.MonkeyPatch, at: int | None) -> list[str]:
     return written
 
 
-def start(world: World, day: dt.date) -> subprocess.Popen[str]:
+def start(world: World, day: dt.date, *args: str) -> subprocess.Popen[str]:
     world.settings()
     command = [sys.executable, "-m", "pipelines.cli", "refresh", "--config", str(world.config)]
     return subprocess.Popen(
-        [*command, "--ds", str(day)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*command, "--ds", str(day), *args],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -288,6 +291,31 @@ def test_terminated_it_exits_143_publishes_nothing_and_resumes(
     assert published(world) == {}
     assert refresh(world, DAYS[0]) == 0
     assert published(world) == uninterrupted
+
+
+# ---- On several worker processes ---------------------------------------------------------------
+
+
+PROCESSES = ("--", "--direct_running_mode=multi_processing", "--direct_num_workers=2")
+
+
+def test_worker_processes_make_the_same_bytes(
+    refreshed_once: tuple[World, dict[str, bytes], int],
+) -> None:
+    world, uninterrupted, _ = refreshed_once
+    storage.delete_tree(str(world.root))
+    assert refresh(world, DAYS[0], *PROCESSES) == 0
+    assert published(world) == uninterrupted
+
+
+def test_what_a_worker_process_refuses_is_told_in_one_paragraph(world: World) -> None:
+    world.write_catalogue(DAYS[0], [*catalogue_items(DAYS[0]), NORMAL[0]])
+    process = start(world, DAYS[0], *PROCESSES)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    (told,) = [line for line in errors.splitlines() if line.startswith("Error: ")]
+    assert "1 items twice or more" in told
 
 
 # ---- Refused -----------------------------------------------------------------------------------

@@ -1,0 +1,53 @@
+"""The settings files that are shipped can be used as they are."""
+
+from pathlib import Path
+
+import pytest
+from apache_beam.options.pipeline_options import (
+    DebugOptions,
+    GoogleCloudOptions,
+    StandardOptions,
+    WorkerOptions,
+)
+
+import pipelines
+from pipelines.beam_options import pipeline_options
+from pipelines.config import STAGES, Embed, load_settings
+
+CONFIGS = Path(pipelines.__file__).parent / "configs"
+
+
+def test_the_files_that_are_shipped_are_these() -> None:
+    assert {path.name for path in CONFIGS.iterdir()} == {"demo.toml", "nightly.toml"}
+
+
+def test_the_demo_shops_settings_load_and_lie_beside_its_tables() -> None:
+    settings = load_settings(str(CONFIGS / "demo.toml"))
+    assert settings.feature_set == "demo"
+    assert settings.catalogue.path == str(CONFIGS / "catalogue/ds={ds}/*.parquet")
+    assert settings.embed.batch_size == 8
+    assert settings.pins == ()
+
+
+def test_the_nightly_settings_load_and_depend_on_no_folder() -> None:
+    settings = load_settings(str(CONFIGS / "nightly.toml"))
+    assert settings.embed == Embed(batch_size=256, chunk_items=4096)
+    (pin,) = settings.pins
+    paths = [settings.root, settings.catalogue.path, settings.impressions.path, pin.encoder]
+    assert all(path.startswith("/mnt/shop/") for path in [*paths, *settings.catalogue.image_roots])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_beam_knows_every_option_of_the_nightly_settings(stage: str) -> None:
+    settings = load_settings(str(CONFIGS / "nightly.toml"))
+    options = pipeline_options(settings.beam, stage, [])
+    assert options.view_as(StandardOptions).runner == "DataflowRunner"
+    assert options.view_as(GoogleCloudOptions).region == "europe-west4"
+    worker = options.view_as(WorkerOptions)
+    assert worker.use_public_ips is False
+    assert worker.max_num_workers == (8 if stage == "embed" else 50)
+    assert worker.disk_size_gb == (200 if stage == "simscore" else None)
+    services = options.view_as(GoogleCloudOptions).dataflow_service_options or []
+    assert [s.split("=")[0] for s in services] == ["worker_accelerator"] * (stage == "embed")
+    experiments = options.view_as(DebugOptions).experiments or []
+    assert ("no_use_multiple_sdk_containers" in experiments) == (stage == "embed")
