@@ -68,11 +68,12 @@ class EmbedJob:
         names = (ITEM_EMBEDDINGS.name, ITEM_REJECTS.name)
         return all(tables.has_part(self.folder(name), shard, self.shards) for name in names)
 
-    def previous(self, shard: int) -> pa.Table:
+    def previous(self, shard: int, without: Sequence[str] = ()) -> pa.Table:
         """The previous embeddings of a shard's hash range; empty where there were none."""
+        columns = [name for name in self.embeddings_schema.names if name not in without]
         if self.previous_embeddings is None:
-            return tables.empty_rows(self.embeddings_schema)
-        return self.previous_embeddings.read_shard(shard, self.shards, "item_id")
+            return tables.empty_rows(self.embeddings_schema).select(columns)
+        return self.previous_embeddings.read_shard(shard, self.shards, "item_id", columns)
 
     def plan_path(self, shard: int) -> str:
         return os.path.join(self.staging, "plan", tables.part_name(shard, self.shards) + ".parquet")
@@ -383,7 +384,7 @@ class PlanShard(beam.DoFn):
             return
         nothing = tables.empty_rows(job.embeddings_schema).select(CATALOGUE_COLUMNS)
         catalogue = tables.from_ipc(chunks, nothing)
-        previous = job.previous(shard)
+        previous = job.previous(shard, without=["embedding"])
         plan = plan_shard(catalogue, previous, job.ds, job.window_days)
         # A former item's file is often deleted with it: its embedding stays, unlooked at.
         same = unchanged(plan, previous, job.image_roots) | ~plan["in_catalogue"].to_numpy()

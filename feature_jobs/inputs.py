@@ -154,7 +154,7 @@ def open_source(
     present = found[0] if found else {}
     first = footers[0][1] if footers else None
     return Source(
-        Form(table, ds, present or dict(columns), tuple(carry), input_timezone),
+        Form(table, ds, present, tuple(carry), input_timezone),
         tuple(paths),
         tuple(metadata.num_row_groups for metadata, _ in footers),
         rows,

@@ -71,7 +71,7 @@ def fit_codebook(
         )
     options = beam_options.pipeline_options(settings.beam, "fit-codebook", beam_args)
     run_id = tables.digest([embeddings.manifest["version"], clusters, seed, name])[:12]
-    staging = os.path.join(settings.root, "_staging", "fit-codebook", f"ds={ds}", run_id)
+    staging = runs.staging_folder(settings.root, settings.feature_set, "fit-codebook", ds, run_id)
     job = SampleJob(
         embeddings, encoder.categories, sample_fraction(embeddings.rows, clusters), staging
     )

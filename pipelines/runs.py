@@ -19,10 +19,8 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version as installed
 from typing import Any
-
-import apache_beam
-import pyarrow as pa
 
 from feature_jobs import __version__, storage, tables
 from feature_jobs.schemas import (
@@ -35,7 +33,11 @@ from feature_jobs.schemas import (
 from feature_jobs.tables import MANIFEST, STAGED, SUCCESS, Partition
 
 VERSIONS = "_versions"
-VERSIONS_OF = {"courier": __version__, "beam": apache_beam.__version__, "pyarrow": pa.__version__}
+# Of what decides about the bytes that are made.
+VERSIONS_OF = {
+    "courier": __version__,
+    **{name: installed(name) for name in ("apache-beam", "numpy", "pillow", "pyarrow", "torch")},
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Stage:
 
     @property
     def staging(self) -> str:
-        return os.path.join(self.root, "_staging", self.name, f"ds={self.ds}", self.run_id)
+        return staging_folder(self.root, self.feature_set, self.name, self.ds, self.run_id)
 
     def folder(self, table: Table) -> str:
         """Where the table is published."""
@@ -107,28 +109,39 @@ class Stage:
         )
 
 
+def staging_folder(root: str, feature_set: str, name: str, ds: dt.date, run_id: str) -> str:
+    """Out of readers' sight; apart for each feature set, so that they never meet half-way."""
+    return os.path.join(root, "_staging", feature_set, name, f"ds={ds}", run_id)
+
+
 def table_folder(root: str, feature_set: str, table: Table, ds: dt.date) -> str:
     """The folder of one partition: below `shared` for a table that no encoder touches."""
     return os.path.join(root, "shared" if table.shared else feature_set, table.name, f"ds={ds}")
 
 
-def published_days(root: str, feature_set: str, table: Table) -> list[dt.date]:
-    """The ds of all published partitions of a table, ascending."""
+def begun_days(root: str, feature_set: str, table: Table) -> list[dt.date]:
+    """The ds that have a folder, published or not, ascending."""
     folder = os.path.dirname(table_folder(root, feature_set, table, dt.date.min))
-    days = [
+    return [
         dt.date.fromisoformat(name[3:])
         for name in storage.list_names(folder)
         if re.fullmatch(r"ds=\d{4}-\d\d-\d\d", name)
     ]
+
+
+def published_days(root: str, feature_set: str, table: Table) -> list[dt.date]:
+    """The ds of all published partitions of a table, ascending."""
+    days = begun_days(root, feature_set, table)
     return [d for d in days if tables.is_published(table_folder(root, feature_set, table, d))]
 
 
 def latest_before(root: str, feature_set: str, table: Table, ds: dt.date) -> Partition | None:
     """The newest published partition of a day before ds; None where the world begins."""
-    days = [day for day in published_days(root, feature_set, table) if day < ds]
-    if not days:
-        return None
-    return tables.open_published(table_folder(root, feature_set, table, days[-1]))
+    for day in reversed(begun_days(root, feature_set, table)):
+        folder = table_folder(root, feature_set, table, day)
+        if day < ds and tables.is_published(folder):
+            return tables.open_published(folder)
+    return None
 
 
 @contextlib.contextmanager

@@ -37,13 +37,12 @@ def collect(settings: Settings) -> dict[str, Any]:
             }
             for ds, found in sorted(days.items())
         },
-        "staged": _staged(settings.root),
+        "staged": _staged(os.path.join(settings.root, "_staging", settings.feature_set)),
     }
 
 
-def _staged(root: str) -> list[str]:
+def _staged(top: str) -> list[str]:
     """Runs that were begun, or made and not published: the next one of the same ds resumes them."""
-    top = os.path.join(root, "_staging")
     return [
         f"{stage} {ds} run {run_id}"
         for stage in storage.list_names(top)
