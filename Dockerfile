@@ -3,8 +3,7 @@
 #   build     docker build -t IMAGE .
 #   launch    docker run --rm --entrypoint courier -v "$PWD:/shop" -w /shop IMAGE \
 #                 refresh --ds 2026-01-06
-#   train     docker run --rm --gpus all --shm-size 8g --entrypoint courier \
-#                 -v "$PWD:/shop" -w /shop IMAGE train …
+#   on a GPU  the same with --gpus all; training runs in this image as well
 #   workers   courier refresh … -- --runner=DataflowRunner --sdk_container_image=IMAGE \
 #                 --sdk_location=container …
 #

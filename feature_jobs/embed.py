@@ -14,6 +14,8 @@ its chunk files. Chunk files also are what a killed run does not do again.
 """
 
 import datetime as dt
+import errno
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,14 +31,13 @@ import pyarrow.compute as pc
 from apache_beam.utils.shared import Shared
 
 from courier_model import encoder as encoders
-from courier_model.images import BadImage, Preprocessing, decode
+from courier_model.images import BadImage, DecodeLimits, Preprocessing, decode
 from feature_jobs import storage, tables
 from feature_jobs.histories import every_shard
 from feature_jobs.inputs import CATALOGUE_COLUMNS, RowGroup, Source, read_rows
 from feature_jobs.schemas import ITEM_EMBEDDINGS, ITEM_REJECTS, TIMESTAMP, DataContractError
 
 _READERS = 2 * (os.cpu_count() or 1)  # reading waits on the disk, decoding on a core
-_LONGEST_NAME = 255  # bytes of one path component
 _IMAGE_COLUMNS = ("image_generation", "image_size", "image_mtime", "image_sha256")
 
 
@@ -44,7 +45,8 @@ _IMAGE_COLUMNS = ("image_generation", "image_size", "image_mtime", "image_sha256
 class EmbedJob:
     """All that the workers need to know. `previous_*` is the latest partition before ds, if any.
 
-    `reuse` says whether the previous embeddings came from the same encoder.
+    `reuse` says whether the previous embeddings came from the same encoder, `same_roots` whether
+    an address meant the same file then.
     """
 
     ds: dt.date
@@ -59,6 +61,7 @@ class EmbedJob:
     previous_embeddings: tables.Partition | None
     previous_rejects: tables.Partition | None
     reuse: bool
+    same_roots: bool
     staging: str
 
     def folder(self, table: str) -> str:
@@ -137,32 +140,42 @@ def unchanged(items: pa.Table, previous: pa.Table, roots: Sequence[str]) -> np.n
     before = previous.select(["image_uri", *_IMAGE_COLUMNS]).take(items["previous_row"])
     same_uri = pc.fill_null(pc.equal(before["image_uri"], items["image_uri"]), False)
     rows = np.flatnonzero(same_uri.to_numpy(zero_copy_only=False))
+    out = np.zeros(len(items), bool)
+    out[rows] = have_versions(before.take(pa.array(rows)), roots)
+    return out
+
+
+def have_versions(images: pa.Table, roots: Sequence[str]) -> np.ndarray:
+    """Which files still have the versions that `images` says, by its image columns; bool [n]."""
     versions = zip(
-        before["image_size"].take(pa.array(rows)).to_pylist(),
-        before["image_mtime"].take(pa.array(rows)).cast(pa.int64()).to_pylist(),
-        before["image_generation"].take(pa.array(rows)).to_pylist(),
+        images["image_size"].to_pylist(),
+        images["image_mtime"].cast(pa.int64()).to_pylist(),
+        images["image_generation"].to_pylist(),
         strict=True,
     )
-    uris = items["image_uri"].take(pa.array(rows)).to_pylist()
     with ThreadPoolExecutor(_READERS) as pool:
-        same = pool.map(lambda uri, version: _has_version(uri, version, roots), uris, versions)
-    out = np.zeros(len(items), bool)
-    out[rows] = np.fromiter(same, bool, len(rows))
-    return out
+        same = pool.map(
+            lambda uri, version: _has_version(uri, version, roots),
+            images["image_uri"].to_pylist(),
+            versions,
+        )
+        return np.fromiter(same, bool, len(images))
 
 
 def _has_version(uri: str, version: tuple[int | None, ...], roots: Sequence[str]) -> bool:
     try:
         return storage.stat(locate(uri, roots)).version == version
-    except (BadImage, FileNotFoundError, NotADirectoryError):
-        return False  # it is read again, and rejected with its reason there
+    except (BadImage, OSError):
+        return False  # it is read again, and rejected or raised with its reason there
 
 
 # ---- Pure functions: images ----------------------------------------------------------------
 
 
-def _has_long_name(uri: str) -> bool:
-    return any(len(name.encode(errors="replace")) > _LONGEST_NAME for name in uri.split("/"))
+@functools.cache
+def _resolved(roots: tuple[str, ...]) -> tuple[str, ...]:
+    """The roots as beginnings of resolved paths."""
+    return tuple(os.path.join(os.path.realpath(root), "") for root in roots)
 
 
 def locate(uri: str | None, roots: Sequence[str]) -> str:
@@ -170,10 +183,10 @@ def locate(uri: str | None, roots: Sequence[str]) -> str:
 
     Raises BadImage("unsupported_uri") for anything else, network addresses included.
     """
-    if not uri or "://" in uri or "\0" in uri or _has_long_name(uri):
+    if not uri or "://" in uri or "\0" in uri:
         raise BadImage("unsupported_uri", f"{str(uri)[:100]!r} is no path below the image roots")
     path = os.path.realpath(os.path.join(roots[0], uri))
-    if not any(path.startswith(os.path.realpath(root) + os.sep) for root in roots):
+    if not path.startswith(_resolved(tuple(roots))):
         raise BadImage("unsupported_uri", f"{uri!r} lies outside the image roots")
     return path
 
@@ -208,6 +221,8 @@ def read_image(
     try:
         path = locate(uri, roots)
         file = storage.stat(path)
+        if file.size > DecodeLimits().max_bytes:
+            raise BadImage("too_many_bytes", f"the file has {file.size:,} bytes")
         data = storage.read_bytes(path)
         stage = "decode"
         sha256 = hashlib.sha256(data).hexdigest()
@@ -219,6 +234,10 @@ def read_image(
         return Rejected(stage, "missing", f"no file {uri!r} below the image roots")
     except PermissionError:
         return Rejected(stage, "forbidden", f"{uri!r} may not be read")
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            return Rejected(stage, "unsupported_uri", f"{str(uri)[:100]!r}: {error.strerror}")
+        raise
 
 
 def embed_images(
@@ -256,7 +275,7 @@ def embed_images(
             ]
             images += [_without_pixels(image) for image in batch]
             done(len(images), sum(isinstance(image, Rejected) for image in images))
-    return _results(rows["item_id"], images, embeddings)
+    return _results(rows["item_id"], rows["image_uri"], images, embeddings)
 
 
 def _without_pixels(image: Image | Rejected) -> Image | Rejected:
@@ -265,6 +284,7 @@ def _without_pixels(image: Image | Rejected) -> Image | Rejected:
 
 def _results(
     item_ids: pa.ChunkedArray,
+    image_uris: pa.ChunkedArray,
     images: Sequence[Image | Rejected],
     embeddings: Sequence[Any],
 ) -> pa.Table:
@@ -277,6 +297,7 @@ def _results(
     return pa.table(
         {
             "item_id": item_ids,
+            "image_uri": image_uris,
             "embedding": pa.array(embeddings, pa.list_(pa.float32())),
             "image_generation": pa.array(of_image(lambda i: i.file.generation), pa.int64()),
             "image_size": pa.array(of_image(lambda i: i.file.size), pa.int64()),
@@ -387,8 +408,10 @@ class PlanShard(beam.DoFn):
         previous = job.previous(shard, without=["embedding"])
         plan = plan_shard(catalogue, previous, job.ds, job.window_days)
         # A former item's file is often deleted with it: its embedding stays, unlooked at.
-        same = unchanged(plan, previous, job.image_roots) | ~plan["in_catalogue"].to_numpy()
-        same &= job.reuse
+        same = ~plan["in_catalogue"].to_numpy()
+        if job.same_roots:
+            same = same | unchanged(plan, previous, job.image_roots)
+        same = same & job.reuse
         plan = plan.append_column("unchanged", pa.array(same))
         tables.write_parquet(job.plan_path(shard), plan)
         tables.Heartbeat(job.staging, f"plan-{shard:05d}").end(total=int((~same).sum()))
@@ -435,13 +458,13 @@ class EmbedChunk(beam.DoFn):
             heartbeat.end()
         yield shard, path.encode()
 
-    @staticmethod
-    def _kept(path: str, item_ids: pa.ChunkedArray) -> pa.Table:
-        """What an earlier run had embedded of this chunk: nothing where it did not come to it."""
+    def _kept(self, path: str, item_ids: pa.ChunkedArray) -> pa.Table:
+        """What an earlier run embedded of this chunk, as far as the files are still the same."""
         if not storage.exists(path):
-            return _results(item_ids[:0], [], [])
+            return _results(item_ids[:0], pa.chunked_array([[]], pa.string()), [], [])
         results = tables.read_parquet(path)
-        return results.filter(pc.is_null(results["reason"]))
+        results = results.filter(pc.is_null(results["reason"]))
+        return results.filter(pa.array(have_versions(results, self._job.image_roots)))
 
 
 class AssembleShard(beam.DoFn):
@@ -457,7 +480,8 @@ class AssembleShard(beam.DoFn):
             return
         plan = tables.read_parquet(job.plan_path(shard))
         chunks = [tables.read_parquet(path.decode()) for path in sorted(paths) if path]
-        results = pa.concat_tables([_results(plan["item_id"][:0], [], []), *chunks])
+        nothing = _results(plan["item_id"][:0], plan["image_uri"][:0], [], [])
+        results = pa.concat_tables([nothing, *chunks])
         embeddings = assemble_embeddings(plan, job.previous(shard), results)
         rejects = assemble_rejects(plan, self._previous_rejects(shard), results, job.ds)
         tables.write_part(

@@ -34,6 +34,19 @@ class SampleJob:
 # ---- Pure functions ------------------------------------------------------------------------
 
 
+def count_in_scope(embeddings: tables.Partition, categories: tuple[str, ...] | None) -> int:
+    """How many items there are to fit on; reads two narrow columns, file by file."""
+    total = 0
+    for path in embeddings.paths:
+        rows = tables.read_parquet(path, ["category", "in_catalogue"])
+        total += int(_fitted_on(rows, categories).sum())
+    return total
+
+
+def _fitted_on(rows: pa.Table, categories: tuple[str, ...] | None) -> np.ndarray:
+    return tables.in_scope(rows["category"], categories) & rows["in_catalogue"].to_numpy()
+
+
 def sample_fraction(items: int, clusters: int) -> float:
     return min(1.0, clusters * _POINTS_PER_CLUSTER / max(1, items))
 
@@ -41,7 +54,7 @@ def sample_fraction(items: int, clusters: int) -> float:
 def draw_sample(rows: pa.Table, categories: tuple[str, ...] | None, fraction: float) -> pa.Table:
     """The rows of `item_embeddings` to fit on: in the catalogue, in scope, and chosen by hash."""
     chosen = hashing.hash_ids(rows["item_id"], _SAMPLE_SEED) <= np.uint64(fraction * (2**64 - 1025))
-    wanted = tables.in_scope(rows["category"], categories) & rows["in_catalogue"].to_numpy()
+    wanted = _fitted_on(rows, categories)
     return rows.filter(pa.array(wanted & chosen)).select(["item_id", "embedding"])
 
 

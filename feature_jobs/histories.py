@@ -1,12 +1,15 @@
 """Point-in-time histories: what a user had clicked strictly before a moment.
 
-In: the impressions of ds and of the `window_days` before it, as row groups. Out: `user_histories`,
+In: the impressions of ds and of the days before it, as row groups. Out: `user_histories`,
 one row for every user with a click in the window as of the end of ds, newest item first.
 
 The law, for this table, for SimScores and for every join: the history of a moment t holds the
 `history_len` latest distinct items with t - window <= click time < t. Equal times are not before.
 An item clicked twice stands once, at its newest place. Clicks of one user at one time are ordered
 by item ID, so that the order in which rows arrive never matters.
+
+Clicks are looked for in the partitions of ds - window_days - SLACK_DAYS up to ds: a click may come
+some days after the partition of its impression, and a late row of ds looks back from its own time.
 """
 
 import os
@@ -23,6 +26,7 @@ from feature_jobs.inputs import RowGroup, Source, check_day, read_rows
 from feature_jobs.schemas import TIMESTAMP, USER_HISTORIES
 
 DAY_US = 86_400_000_000
+SLACK_DAYS = 2
 _MAX_CELLS = 4_000_000  # candidates looked at in one step: bounds the memory of a block
 _NEVER = np.iinfo(np.int64).max
 

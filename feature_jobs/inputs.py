@@ -67,6 +67,7 @@ class Source:
     versions: tuple[tuple[int | None, ...], ...]
     item_id: pa.DataType | None
     user_id: pa.DataType | None
+    impression_id: pa.DataType | None
     carried: tuple[pa.Field, ...]
 
     def groups(self) -> list[RowGroup]:
@@ -96,7 +97,7 @@ def pattern_for(template: str, ds: dt.date) -> str:
 
 def is_marked_whole(template: str, ds: dt.date) -> bool:
     """Whether a `_SUCCESS` lies beside the files of ds."""
-    return storage.exists(os.path.join(os.path.dirname(pattern_for(template, ds)), "_SUCCESS"))
+    return bool(storage.find(os.path.join(os.path.dirname(pattern_for(template, ds)), "_SUCCESS")))
 
 
 def find_files(table: str, template: str, ds: dt.date, require_success: bool) -> list[str]:
@@ -114,6 +115,13 @@ def find_files(table: str, template: str, ds: dt.date, require_success: bool) ->
             "it the features of that day would be made from nothing. Run the command again when "
             f"the partition is there, or correct [{table}] path in the settings."
         )
+    others = [] if paths else storage.glob(os.path.join(os.path.dirname(pattern), "*"))
+    if others:
+        raise DataContractError(
+            f"The {table} partition of ds {ds} has a _SUCCESS and files such as {others[0].path}, "
+            f"but none that matches {pattern}. Taken for an empty day, it would publish empty "
+            f"tables. Correct [{table}] path in the settings."
+        )
     return paths
 
 
@@ -128,8 +136,11 @@ def open_source(
     carry: Sequence[str] = (),
     input_timezone: str | None = None,
     require_success: bool = False,
+    named: Iterable[str] = (),
 ) -> Source:
     """Finds and checks one input partition by its footers alone.
+
+    `named` are optional columns that the settings name, and which therefore must be there.
 
     Raises InputNotReady (no partition; no row and no `_SUCCESS`), DataContractError (unreadable
     file, missing column, wrong type, files that differ) or OperatorError (naive times without
@@ -146,6 +157,7 @@ def open_source(
             "_SUCCESS, or wait for the rows."
         )
     required = CATALOGUE_COLUMNS if table == "catalogue" else IMPRESSION_COLUMNS
+    required = tuple(dict.fromkeys([*required, *named]))
     found = [
         check_schema(table, path, schema, columns, required, carry, input_timezone)
         for path, (_, schema) in zip(paths, footers, strict=True)
@@ -161,8 +173,13 @@ def open_source(
         tuple(storage.stat(path).version for path in paths),
         item_id=same_id_type("item_id", present, paths, footers),
         user_id=same_id_type("user_id", present, paths, footers),
-        carried=tuple(pa.field(c, first.field(c).type) for c in carry) if first else (),
+        impression_id=same_id_type("impression_id", present, paths, footers),
+        carried=tuple(pa.field(c, _decoded(first.field(c).type)) for c in carry) if first else (),
     )
+
+
+def _decoded(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def read_footer(path: str) -> tuple[pq.FileMetaData, pa.Schema]:
@@ -372,7 +389,8 @@ def read_rows(group: RowGroup, wanted: Sequence[str]) -> pa.Table:
         name: _normalise(form, group.path, name, rows[column])
         for name, column in zip(ours, theirs, strict=True)
     }
-    return pa.table({**columns, **{name: rows[name] for name in carry}})
+    carried = {name: rows[name].cast(_decoded(rows[name].type)) for name in carry}
+    return pa.table({**columns, **carried})
 
 
 def _normalise(form: Form, path: str, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -383,15 +401,26 @@ def _normalise(form: Form, path: str, name: str, column: pa.ChunkedArray) -> pa.
             "ordered in time. Leave such rows out, or fill them, where the table is written."
         )
     kind = _EXPECTED[name]
-    if kind == _ID:
-        return column.cast(id_type(column.type))
-    if kind == "string":
-        return column.cast(pa.string())
+    if kind in (_ID, "string"):
+        return _to_utf8(form, path, name, column)
     if kind == "a timestamp":
         return to_utc(column, form.input_timezone)
     if name == "clicked":
         return _to_bool(form, path, column)
     return column.cast(pa.list_(id_type(column.type.value_type)))
+
+
+def _to_utf8(form: Form, path: str, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    column = column.cast(id_type(column.type))
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise DataContractError(
+            f"The column {form.columns[name]!r} of the {form.table} table holds text in {path} "
+            f"that is not UTF-8 ({_first_line(error)}). It could be neither compared nor shown. "
+            "Decode it where the table is written."
+        ) from error
+    return column
 
 
 def to_utc(column: pa.ChunkedArray, input_timezone: str | None) -> pa.ChunkedArray:

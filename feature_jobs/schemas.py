@@ -77,11 +77,17 @@ class Table:
         self,
         item_id: pa.DataType,
         user_id: pa.DataType | None = None,
+        impression_id: pa.DataType | None = None,
         extra: Sequence[pa.Field] = (),
         without: Sequence[str] = (),
     ) -> pa.Schema:
         """Arrow schema for a shop's ID types; `extra` fields come last, `without` are left out."""
-        ids = {_ITEM_ID: item_id, _USER_ID: user_id, "list item_id": pa.list_(item_id)}
+        ids = {
+            _ITEM_ID: item_id,
+            _USER_ID: user_id,
+            "impression_id": impression_id,
+            "list item_id": pa.list_(item_id),
+        }
         fields = [
             pa.field(
                 column.name,
@@ -167,7 +173,7 @@ USER_SIMSCORES = Table(
     key="impression_id",
     shared=False,
     columns=(
-        Column("impression_id", _STRING, "the shop's, else a digest of user, item, time, ordinal"),
+        Column("impression_id", "impression_id", "the shop's, else a digest of what it shows"),
         Column("user_id", _USER_ID, "to whom it was shown"),
         Column("item_id", _ITEM_ID, "what was shown"),
         Column("event_time", TIMESTAMP, "when"),

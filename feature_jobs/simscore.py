@@ -20,6 +20,7 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from apache_beam.utils.shared import Shared
 
 from feature_jobs import hashing, storage, tables
 from feature_jobs.histories import (
@@ -41,8 +42,15 @@ from feature_jobs.inputs import (
     check_day,
     read_rows,
 )
-from feature_jobs.schemas import EMBEDDING_DIM, SIM_TIERS, USER_SIMSCORES, DataContractError
+from feature_jobs.schemas import (
+    EMBEDDING_DIM,
+    SIM_TIERS,
+    USER_SIMSCORES,
+    CourierError,
+    DataContractError,
+)
 
+_READ_TOO = ("click_time", "impression_id", "history")  # of the optional columns
 _BLOCK_ROWS = 512  # impressions scored at once: 512 x 50 x 256 floats are 26 MB
 
 
@@ -62,7 +70,7 @@ class SimscoreJob:
 
     @property
     def broadcast_key(self) -> str:
-        return tables.digest([self.features.run_id, self.embeddings.run_id, self.staging])[:16]
+        return tables.digest([self.features.manifest, self.embeddings.manifest, self.staging])[:16]
 
 
 # ---- Pure functions: scores ----------------------------------------------------------------
@@ -152,12 +160,20 @@ class ItemVectors:
     scores 0. `longest_run` is the largest number of items with one hash.
     """
 
-    item_ids: pa.Array
+    item_ids: pa.ChunkedArray
     hashes: np.ndarray
     cluster_ids: np.ndarray
     vector_row: np.ndarray
     vectors: np.ndarray
     longest_run: int
+
+    def look_up(self, ids: pa.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Whether each item is known, its row in `vectors` or -1, its cluster ID or 0; [m] each."""
+        row = self.find(ids)
+        known = row >= 0
+        vector, cluster = np.full(len(ids), -1, np.int64), np.zeros(len(ids), np.int32)
+        vector[known], cluster[known] = self.vector_row[row[known]], self.cluster_ids[row[known]]
+        return known, vector, cluster
 
     def find(self, ids: pa.Array) -> np.ndarray:
         """The row of each item ID, -1 for an unknown item; int64 [m]."""
@@ -185,25 +201,39 @@ def open_item_vectors(job: SimscoreJob) -> ItemVectors:
     """The machine's copy, made by the first process that needs it while the others wait."""
     folder = broadcast_folder(job.broadcast_key)
     os.makedirs(folder, mode=0o700, exist_ok=True)
+    found = os.lstat(folder)
+    if found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise CourierError(
+            f"{folder} belongs to another user or can be written by others, who could plant "
+            "embeddings there. Delete it, or set TMPDIR to a folder of your own."
+        )
     with storage.lock(folder, wait=True):
-        if not storage.exists(os.path.join(folder, "done")):
-            _build_item_vectors(job, folder)
-            storage.write_bytes(os.path.join(folder, "done"), b"")
+        if not storage.exists(os.path.join(folder, "done.json")):
+            longest = _build_item_vectors(job, folder)
+            tables.write_json(os.path.join(folder, "done.json"), {"longest_run": longest})
     arrays = {
         name: np.load(os.path.join(folder, name + ".npy"), mmap_mode="r", allow_pickle=False)
         for name in ("hashes", "cluster_ids", "vector_row", "vectors")
     }
-    hashes = arrays["hashes"]
-    same = np.flatnonzero(hashes[1:] != hashes[:-1])
-    runs = np.diff(np.concatenate([[-1], same, [len(hashes) - 1]])) if len(hashes) else [0]
+    longest = tables.read_json(os.path.join(folder, "done.json"))["longest_run"]
     with pa.memory_map(os.path.join(folder, "item_ids.arrow")) as file:
         item_ids = pa.ipc.open_file(file).read_all()["item_id"]
-    item_ids = item_ids.combine_chunks()
-    return ItemVectors(item_ids, longest_run=int(max(runs)), **arrays)
+    return ItemVectors(item_ids, longest_run=longest, **arrays)
 
 
-def _build_item_vectors(job: SimscoreJob, folder: str) -> None:
-    """Streams both tables shard by shard: memory does not grow with the catalogue."""
+def _longest_run(sorted_values: np.ndarray) -> int:
+    """How often the most frequent of `sorted_values` occurs."""
+    if not len(sorted_values):
+        return 0
+    last = np.flatnonzero(np.diff(sorted_values, append=~sorted_values[-1:]))
+    return int(np.diff(last, prepend=-1).max())
+
+
+def _build_item_vectors(job: SimscoreJob, folder: str) -> int:
+    """Streams both tables shard by shard: memory does not grow with the catalogue.
+
+    Returns the largest number of items with one hash, all of which lie in one shard.
+    """
     n, shards = job.features.rows, len(job.features.paths)
 
     def create(name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -213,19 +243,21 @@ def _build_item_vectors(job: SimscoreJob, folder: str) -> None:
     hashes, clusters = create("hashes", "u8", (n,)), create("cluster_ids", "i4", (n,))
     vector_row = create("vector_row", "i8", (n,))
     vectors = create("vectors", "f4", (max(1, job.embeddings.rows), EMBEDDING_DIM))
-    at = filled = 0
+    at = filled = longest = 0
     schema = pa.schema([pa.field("item_id", job.schema.field("item_id").type)])
     with pa.ipc.new_file(os.path.join(folder, "item_ids.arrow"), schema) as ids:
         for shard in range(shards):
             items, matrix = _scoring_shard(job, shard, shards)
             rows = slice(at, at + len(items))
             hashes[rows] = items["hash"].to_numpy()
+            longest = max(longest, _longest_run(items["hash"].to_numpy()))
             clusters[rows] = items["cluster_id"].to_numpy()
             row = items["row"].to_numpy()
             vector_row[rows] = np.where(row >= 0, row + filled, -1)
             vectors[filled : filled + len(matrix)] = matrix
             ids.write_table(pa.table({"item_id": items["item_id"]}, schema=schema))
             at, filled = at + len(items), filled + len(matrix)
+    return longest
 
 
 def _scoring_shard(job: SimscoreJob, shard: int, shards: int) -> tuple[pa.Table, np.ndarray]:
@@ -251,10 +283,17 @@ def _scoring_shard(job: SimscoreJob, shard: int, shards: int) -> tuple[pa.Table,
 
 
 def sort_impressions(rows: pa.Table) -> pa.Table:
-    """By user, item and time, then by all else that can be ordered: arrival never decides."""
+    """By user, item and time, then by all else that can be ordered: arrival does not decide.
+
+    Rows alike but for nested columns or half floats stay as they came.
+    """
     first = ["user_id", "item_id", "event_time"]
-    rest = [f.name for f in rows.schema if f.name not in first and not pa.types.is_nested(f.type)]
+    rest = [f.name for f in rows.schema if f.name not in first and _can_be_ordered(f.type)]
     return rows.sort_by([(name, "ascending") for name in (*first, *rest)])
+
+
+def _can_be_ordered(kind: pa.DataType) -> bool:
+    return not (pa.types.is_nested(kind) or pa.types.is_float16(kind) or pa.types.is_null(kind))
 
 
 def score_impressions(
@@ -266,10 +305,7 @@ def score_impressions(
     """
     rows = sort_impressions(rows)
     item_ids, shown, history = _histories(rows, clicks, law)
-    place = items.find(item_ids)  # [distinct items] rows of ItemVectors
-    known = place >= 0
-    vector = np.where(known, items.vector_row[place], -1)
-    cluster = np.where(known, items.cluster_ids[place], 0)
+    known, vector, cluster = items.look_up(item_ids)  # [distinct items] each
     used = np.unique(vector[vector >= 0])
     vectors = items.vectors[used] if len(used) else np.zeros((1, EMBEDDING_DIM), np.float32)
     local = np.where(vector >= 0, np.searchsorted(used, vector), -1)
@@ -319,7 +355,7 @@ def _columns(
     given = "impression_id" in rows.column_names
     return {
         **columns,
-        "impression_id": rows["impression_id"].cast(pa.string()) if given else impression_ids(rows),
+        "impression_id": rows["impression_id"] if given else impression_ids(rows),
         "sim_scores": tables.list_column(scores, pa.list_(pa.float32())),
         "sim_mask": tables.list_column(mask, pa.list_(pa.int8())),
         "history_item_ids": pa.ListArray.from_arrays(pa.array(offsets), history_ids),
@@ -342,7 +378,7 @@ class ReadImpressions(beam.DoFn):
 
     @tables.refusing
     def process(self, group: RowGroup) -> Iterator[tuple[int, bytes]]:
-        wanted = [*IMPRESSION_COLUMNS, *OPTIONAL_COLUMNS, *group.form.carry]
+        wanted = [*IMPRESSION_COLUMNS, *_READ_TOO, *group.form.carry]
         rows = read_rows(group, wanted)
         check_day(group, rows, self._job.end_us)
         _check_histories(group, rows)
@@ -361,12 +397,11 @@ def _check_histories(group: RowGroup, rows: pa.Table) -> None:
 class ScoreShard(beam.DoFn):
     """The impressions and the clicks of a user shard → one part of `user_simscores`."""
 
+    _opened = Shared()  # one mapping per worker process
+
     def __init__(self, job: SimscoreJob, no_rows: pa.Table):
         self._job, self.staging = job, job.staging
         self._no_rows = no_rows  # of impressions, for a shard that has none
-
-    def setup(self) -> None:
-        self._items = open_item_vectors(self._job)
 
     @tables.refusing
     def process(self, element: tuple[int, dict[str, Iterable[bytes]]]) -> None:
@@ -376,7 +411,8 @@ class ScoreShard(beam.DoFn):
             return
         rows = tables.from_ipc(chunks["impressions"], self._no_rows)
         clicks = tables.from_ipc(chunks["clicks"], no_clicks(job.schema))
-        scored, counts = score_impressions(rows, clicks, self._items, job.law)
+        items = self._opened.acquire(lambda: open_item_vectors(job), tag=job.broadcast_key)
+        scored, counts = score_impressions(rows, clicks, items, job.law)
         for name, value in (("encoder_id", job.encoder_id), ("codebook_id", job.codebook_id)):
             scored = scored.append_column(name, pa.array([value] * len(scored), pa.string()))
         tables.write_part(folder, USER_SIMSCORES, job.schema, scored, shard, job.shards, counts)

@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat as file_mode
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,8 +50,10 @@ def check_supported(path: str) -> None:
 
 
 def stat(path: str) -> FileInfo:
-    """Raises FileNotFoundError (or another OSError) where there is no such file."""
+    """Raises FileNotFoundError (or another OSError) where there is no such regular file."""
     found = os.stat(path)
+    if not file_mode.S_ISREG(found.st_mode):
+        raise FileNotFoundError(f"{path} is no regular file")
     return FileInfo(path, found.st_size, found.st_mtime_ns // 1000)
 
 
@@ -66,6 +69,11 @@ def glob(pattern: str) -> list[FileInfo]:
         for path in sorted(globbing.glob(pattern, recursive=True))
         if os.path.isfile(path) and not _is_hidden(os.path.relpath(path, fixed or "."))
     ]
+
+
+def find(pattern: str) -> list[str]:
+    """The paths that match `pattern`, whatever they are called."""
+    return sorted(globbing.glob(pattern))
 
 
 def _is_hidden(path: str) -> bool:
@@ -144,9 +152,12 @@ def delete(path: str) -> None:
 
 
 def delete_tree(folder: str) -> None:
-    """Deletes a folder and all below it; that it is gone already is no error."""
+    """Deletes a folder and all below it, at once for any reader; being gone is no error."""
+    top, name = os.path.split(os.path.abspath(folder))
+    aside = os.path.join(top, f".tmp-{uuid.uuid4().hex[:12]}-{name}")
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+        os.rename(folder, aside)
+        shutil.rmtree(aside)
 
 
 def sha256(path: str) -> str:

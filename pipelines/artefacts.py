@@ -13,6 +13,7 @@ from feature_jobs import storage, tables
 from feature_jobs.codebook import save_codebook
 from feature_jobs.fit_codebook import (
     SampleJob,
+    count_in_scope,
     define_sample,
     make_codebook,
     read_sample,
@@ -72,9 +73,8 @@ def fit_codebook(
     options = beam_options.pipeline_options(settings.beam, "fit-codebook", beam_args)
     run_id = tables.digest([embeddings.manifest["version"], clusters, seed, name])[:12]
     staging = runs.staging_folder(settings.root, settings.feature_set, "fit-codebook", ds, run_id)
-    job = SampleJob(
-        embeddings, encoder.categories, sample_fraction(embeddings.rows, clusters), staging
-    )
+    items = count_in_scope(embeddings, encoder.categories)
+    job = SampleJob(embeddings, encoder.categories, sample_fraction(items, clusters), staging)
     beam_options.run_pipeline(lambda root: define_sample(root, job), options)
     sample = read_sample(job)
     storage.delete_tree(staging)

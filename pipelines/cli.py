@@ -201,14 +201,13 @@ def status(config: str, as_json: bool) -> None:
 @cli.command()
 @config_option
 @ds_option
-@click.option("--table", "names", multiple=True, help="A table; repeat. [default: the whole night]")
-def rollback(config: str, ds: dt.date, names: tuple[str, ...]) -> None:
-    """Bring back the version of one day that was published before the present one."""
+def rollback(config: str, ds: dt.date) -> None:
+    """Bring back the night of one day that was published before the present one."""
     from pipelines import nightly
     from pipelines.config import load_settings
 
-    for table, version in nightly.roll_back(load_settings(config), ds, names).items():
-        click.echo(f"{table} ds={ds}: version {version} is published again")
+    for folder, version in nightly.roll_back(load_settings(config), ds).items():
+        click.echo(f"{folder}: version {version} is published again")
 
 
 @cli.command()
@@ -307,6 +306,9 @@ def main(args: Sequence[str] | None = None) -> int:
         if isinstance(error, CourierError):
             _say(f"Error: {error}")
             return error.exit_status
+        if isinstance(error, OSError) and error.filename:
+            _say(f"Error: {error}. Nothing was published by this; the same command resumes.")
+            return 1
         if isinstance(error, click.ClickException):
             error.show()
             return error.exit_code

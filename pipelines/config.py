@@ -5,6 +5,7 @@ Paths in the file are relative to the file's own folder, so that it can be used 
 
 import datetime as dt
 import difflib
+import glob
 import json
 import os
 import re
@@ -35,6 +36,20 @@ def _path(path: str, info: ValidationInfo) -> str:
     return os.path.abspath(os.path.join((info.context or {}).get("folder", "."), path))
 
 
+def _template(path: str, info: ValidationInfo) -> str:
+    if unknown := set(re.findall(r"{[^}]*}", path)) - {"{ds}"}:
+        raise ValueError(f"knows {{ds}} only, but has {', '.join(sorted(unknown))}")
+    folder, pattern = _path(".", info), _path(path, info)
+    inside = pattern.startswith(folder + os.sep)
+    return glob.escape(folder) + pattern[len(folder) :] if inside else pattern
+
+
+def _daily(path: str) -> str:
+    if "{ds}" not in path:
+        raise ValueError("needs {ds}: impressions come in one partition for each day")
+    return path
+
+
 def _timezone(name: str) -> str:
     try:
         ZoneInfo(name)
@@ -44,6 +59,7 @@ def _timezone(name: str) -> str:
 
 
 Path = Annotated[str, AfterValidator(_path)]
+Template = Annotated[str, AfterValidator(_template)]
 Timezone = Annotated[str, AfterValidator(_timezone)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -77,7 +93,7 @@ class ImpressionColumns(_Section):
 class Catalogue(_Section):
     """`path` with {ds}, or one snapshot for all days; images lie below one of `image_roots`."""
 
-    path: Path
+    path: Template
     image_roots: Annotated[tuple[Path, ...], Field(min_length=1)]
     require_success: bool = False
     columns: CatalogueColumns = CatalogueColumns()
@@ -86,7 +102,7 @@ class Catalogue(_Section):
 class Impressions(_Section):
     """`input_timezone` is that of times without one; `carry` columns pass through to SimScores."""
 
-    path: Path
+    path: Annotated[Template, AfterValidator(_daily)]
     require_success: bool = False
     input_timezone: Timezone | None = None
     click_delay_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -135,7 +151,7 @@ class Settings(_Section):
     feature_set: Annotated[str, Field(pattern=_NAME)] = "production"
     day_timezone: Timezone = "UTC"
     history_len: Count = 50
-    window_days: Count = 30
+    window_days: Annotated[int, Field(ge=1, le=3650)] = 30
     rows_per_shard: Count = 131_072
     catalogue: Catalogue
     impressions: Impressions
@@ -153,7 +169,7 @@ class Settings(_Section):
         if len({pin.from_ds for pin in self.pins}) < len(self.pins):
             raise ValueError("two [[pins]] have the same from_ds, so neither can win")
         ours = {column.name for column in TABLES["user_simscores"].columns}
-        ours |= set(type(self.impressions.columns).model_fields)
+        ours |= {"ds", *type(self.impressions.columns).model_fields}
         if clash := sorted(ours & set(self.impressions.carry)):
             raise ValueError(f"impressions.carry would overwrite our own columns {clash}")
         if len(set(self.impressions.carry)) < len(self.impressions.carry):

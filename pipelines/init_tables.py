@@ -180,6 +180,7 @@ def open_table(place: Place, ds: dt.date) -> Table:
         versions=(),
         item_id=inputs.same_id_type("item_id", usable, paths, footers),
         user_id=None,
+        impression_id=None,
         carried=(),
     )
     rows, in_rows = _sample_rows(source)

@@ -11,6 +11,7 @@ the pin that holds for ds; the night never fits either.
 """
 
 import datetime as dt
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,12 +38,13 @@ def run_night(night: Night, beam_args: Sequence[str], say: Callable[[str], None]
         s.name: beam_options.pipeline_options(settings.beam, s.name, beam_args)
         for s in night.stages
     }  # all are checked before the first stage runs
-    started, seconds = time.time(), {}
+    started, seconds, made = time.time(), {}, False
     with runs.exclusive(settings.root, settings.feature_set):
         counts = _upstream_counts(night)
         for stage in night.stages:
             before = time.monotonic()
-            if not (stage.is_published() or stage.is_staged()):
+            if not stage.is_made():
+                made = True
                 say(f"{stage.name}: making {_names(stage)} of ds {night.ds} (run {stage.run_id})")
                 with progress.watch(stage):
                     runs.make(
@@ -52,9 +54,12 @@ def run_night(night: Night, beam_args: Sequence[str], say: Callable[[str], None]
             if not stage.is_published():
                 _check(stage, counts, settings)
             seconds[stage.name] = round(time.monotonic() - before, 1)
-        _publish(night, say)
+        if all(stage.is_published() for stage in night.stages):
+            say(f"ds {night.ds}: already published from the same inputs, nothing to do")
         report = {"ds": str(night.ds), "run_id": night.run_id, "counts": counts, "seconds": seconds}
-        _write_run(night, {**report, "started": started, "ended": time.time()})
+        if made:
+            _write_run(night, {**report, "started": started, "ended": time.time()})
+        _publish(night)
     return report
 
 
@@ -74,21 +79,20 @@ def _check(stage: Stage, counts: dict[str, int], settings: Settings) -> None:
         raise
 
 
-def _publish(night: Night, say: Callable[[str], None]) -> None:
-    """All tables, then the night's own record; while tables change, no record stands."""
+def _publish(night: Night) -> None:
+    """All tables, then the night's own record, which is wrong and so "not ready" until then."""
     settings = night.settings
-    record = runs.night_path(settings.root, settings.feature_set, night.ds)
-    if all(stage.is_published() for stage in night.stages):
-        say(f"ds {night.ds}: already published from the same inputs, nothing to do")
-    else:
-        storage.delete(record)
     for stage in night.stages:
         with _shared(settings):
             runs.publish(stage)
     if night.is_whole:
+        before = runs.read_night(settings.root, settings.feature_set, night.ds)
         parts = [stage.partition(t) for stage in night.stages for t in stage.tables]
-        record_now = runs.night_record(settings.root, settings.feature_set, night.ds, parts)
-        tables.write_json(record, record_now)
+        record = runs.night_record(settings.root, settings.feature_set, night.ds, parts, None)
+        if before is None or before["tables"] != record["tables"]:
+            earlier = before and {**before, "before": None}
+            path = runs.night_path(settings.root, settings.feature_set, night.ds)
+            tables.write_json(path, {**record, "before": earlier})
 
 
 def _shared(settings: Settings) -> AbstractContextManager[None]:
@@ -107,25 +111,46 @@ def _names(stage: Stage) -> str:
     return ", ".join(table.name for table in stage.tables)
 
 
-def roll_back(settings: Settings, ds: dt.date, names: Sequence[str]) -> dict[str, str]:
-    """Brings back the previous version of the named tables of ds, or of all that have one.
+def roll_back(settings: Settings, ds: dt.date) -> dict[str, str]:
+    """Brings back the night of ds that was whole before the present one; returns its versions.
 
-    Returns the versions now published. Raises OperatorError for an unknown table, or where nothing
-    can be brought back.
+    Tables that other feature sets share stay as they are. The record is changed first: until every
+    table is what it names, the night is "not ready", and the same command goes on after a kill.
+    Raises OperatorError, with nothing changed, where a version is not kept.
     """
-    if unknown := sorted(set(names) - set(TABLES)):
-        raise OperatorError(f"There is no table {unknown[0]!r}; tables are {', '.join(TABLES)}.")
-    with runs.exclusive(settings.root, settings.feature_set):
-        record = runs.night_path(settings.root, settings.feature_set, ds)
-        storage.delete(record)
-        found = {}
-        for table in TABLES.values():
-            folder = runs.table_folder(settings.root, settings.feature_set, table, ds)
-            if table.name in names or (not names and runs.has_previous(folder)):
-                with _shared(settings):
-                    found[table.name] = runs.roll_back(folder)
-    if not found:
-        raise OperatorError(
-            f"No table of ds {ds} has a previous version to bring back: each was published once."
-        )
-    return found
+    root, feature_set = settings.root, settings.feature_set
+    with runs.exclusive(root, feature_set):
+        record = runs.read_night(root, feature_set, ds)
+        if record and runs.is_whole_night(root, feature_set, ds):
+            record = _turned(record)
+        wanted = _own_versions(record, root) if record else {}
+        if not wanted or not all(runs.has_version(f, v) for f, v in wanted.items()):
+            raise OperatorError(
+                f"There is no earlier night of ds {ds} to bring back: it was published once, or "
+                "the version before is not kept any more. What is published stays as it is."
+            )
+        tables.write_json(runs.night_path(root, feature_set, ds), record)
+        for folder, version in wanted.items():
+            runs.bring_back(folder, version)
+    return {os.path.relpath(folder, root): version for folder, version in wanted.items()}
+
+
+def _turned(record: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of the night before, with the present one as the one before that."""
+    if not record["before"]:
+        return None
+    own = {k: v for k, v in record["before"]["tables"].items() if not TABLES[k].shared}
+    return {
+        **record["before"],
+        "tables": {**record["tables"], **own},
+        "before": {**record, "before": None},
+    }
+
+
+def _own_versions(record: dict[str, Any], root: str) -> dict[str, str]:
+    """The versions that a record names, by folder, of the tables that no other set shares."""
+    return {
+        os.path.join(root, entry["path"]): entry["version"]
+        for name, entry in record["tables"].items()
+        if not TABLES[name].shared
+    }

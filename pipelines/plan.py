@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from feature_jobs import codebook as codebooks
 from feature_jobs import embed, hashing, inputs, tables
-from feature_jobs.histories import DAY_US, HistoryLaw, define_user_histories
+from feature_jobs.histories import DAY_US, SLACK_DAYS, HistoryLaw, define_user_histories
 from feature_jobs.item_features import FeaturesJob, define_item_features
 from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
@@ -32,6 +32,7 @@ from pipelines import runs
 from pipelines.config import Pin, Settings
 from pipelines.runs import Stage
 
+_CLICKS_SHARE = 8  # impressions to a click, at least: it only sizes the shards
 STAGES = ("embed", "item-features", "histories", "simscore")
 _UPSTREAM = {
     "embed": (),
@@ -155,6 +156,8 @@ class _Planner:
             previous_embeddings=before,
             previous_rejects=rejects,
             reuse=made_by == self.encoder.encoder_id,
+            same_roots=before is not None
+            and before.manifest["settings"]["image_roots"] == list(settings.catalogue.image_roots),
         )
         return self._stage(
             "embed",
@@ -163,7 +166,7 @@ class _Planner:
             shards=hashing.num_shards(catalogue.rows, settings.rows_per_shard),
             inputs={
                 "catalogue": catalogue.identity(),
-                "previous": before.run_id if before else None,
+                "previous": [p.manifest["version"] for p in (before, rejects) if p],
             },
             identities={"encoder_id": self.encoder.encoder_id},
             settings={
@@ -198,8 +201,13 @@ class _Planner:
             tables=(ITEM_FEATURES,),
             shards=upstream.shards,
             inputs={"embed": upstream.run_id},
+            upstream=(upstream,),
             identities=self._identities(),
-            settings={"vector": settings.item_features.vector, "max_id": codebook.max_id},
+            settings={
+                "vector": settings.item_features.vector,
+                "max_id": codebook.max_id,
+                "categories": self.encoder.categories,
+            },
             notes=self._overlap("codebook", codebook.data_end_ds),
         )
 
@@ -210,6 +218,7 @@ class _Planner:
         rows = sum(source.rows for source in log)
         shards = hashing.num_shards(rows, self.settings.rows_per_shard)
         schema = USER_HISTORIES.schema(self._item_id_type(), self._user_id_type())
+        self._check_shared()
 
         return self._stage(
             "histories",
@@ -230,11 +239,18 @@ class _Planner:
     def _simscore(self, made: dict[str, Stage]) -> Stage:
         settings, impressions = self.settings, self._impressions(self.ds)
         logged = "history" in impressions.form.columns
-        log, missing = ([], []) if logged else self._log()
-        shards = hashing.num_shards(impressions.rows, settings.rows_per_shard)
+        unneeded = logged or not impressions.rows
+        log, missing = ([], []) if unneeded else self._log()
+        # Of impressions, and of the clicks of all days: these are a fraction of their rows.
+        rows = max(impressions.rows, sum(day.rows for day in log) // _CLICKS_SHARE)
+        shards = hashing.num_shards(rows, settings.rows_per_shard)
         optional = [] if settings.simscore.history_item_ids else ["history_item_ids"]
         schema = USER_SIMSCORES.schema(
-            self._item_id_type(), self._user_id_type(), impressions.carried, optional
+            self._item_id_type(),
+            self._user_id_type(),
+            impressions.impression_id or pa.string(),
+            extra=impressions.carried,
+            without=optional,
         )
         features, embedded = made["item-features"], made["embed"]
 
@@ -255,6 +271,7 @@ class _Planner:
                 "log": [source.identity() for source in log],
                 "item_features": features.run_id,
             },
+            upstream=(embedded, features),
             identities=self._identities(),
             settings={
                 **self._history_settings(),
@@ -274,6 +291,7 @@ class _Planner:
             lambda: inputs.open_source(
                 "catalogue", section.path, self.ds, section.columns.model_dump(),
                 require_success=section.require_success,
+                named=section.columns.model_fields_set,
             ),
         )  # fmt: skip
 
@@ -283,14 +301,14 @@ class _Planner:
             f"impressions {ds}",
             lambda: inputs.open_source(
                 "impressions", section.path, ds, section.columns.model_dump(), section.carry,
-                section.input_timezone, section.require_success,
+                section.input_timezone, section.require_success, section.columns.model_fields_set,
             ),
         )  # fmt: skip
 
     def _log(self) -> tuple[list[inputs.Source], list[str]]:
-        """The impressions of ds and of the window before it, and the days that have none."""
+        """The impressions of ds and of the days that its histories need, and the missing days."""
         log, missing = [self._impressions(self.ds)], []
-        for back in range(1, self.settings.window_days + 1):
+        for back in range(1, self.settings.window_days + SLACK_DAYS + 1):
             day = self.ds - dt.timedelta(days=back)
             try:
                 log.append(self._impressions(day))
@@ -300,7 +318,8 @@ class _Planner:
             self._opened["told"] = True
             self.say(
                 f"histories of ds {self.ds}: no impressions on {len(missing)} of the "
-                f"{self.settings.window_days} days before it ({missing[-1]} to {missing[0]})"
+                f"{self.settings.window_days + SLACK_DAYS} days before it "
+                f"({missing[-1]} to {missing[0]})"
             )
         return log, missing
 
@@ -323,6 +342,27 @@ class _Planner:
 
     def _sources(self) -> list[inputs.Source]:
         return [s for s in self._opened.values() if isinstance(s, inputs.Source)]
+
+    def _check_shared(self) -> None:
+        """Refuses to replace histories that another feature set made under another law."""
+        settings = self.settings
+        for other in runs.feature_sets(settings.root):
+            record = runs.read_night(settings.root, other, self.ds) or {"tables": {}}
+            entry = record["tables"].get(USER_HISTORIES.name)
+            folder = runs.table_folder(settings.root, other, USER_HISTORIES, self.ds)
+            if other == settings.feature_set or not entry or not tables.is_published(folder):
+                continue
+            theirs = tables.open_published(folder).manifest
+            if (
+                theirs["version"] == entry["version"]
+                and theirs["settings"] != self._history_settings()
+            ):
+                raise OperatorError(
+                    f"The feature set {other!r} below {settings.root} made user_histories of ds "
+                    f"{self.ds} with {theirs['settings']}, which differs from these settings. The "
+                    "table is shared, so that each set would undo the other's night. Use the same "
+                    "settings, or another root."
+                )
 
     def _law(self) -> HistoryLaw:
         return HistoryLaw(

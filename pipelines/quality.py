@@ -24,6 +24,7 @@ def _embed(counts: Mapping[str, int], settings: Settings) -> None:
     catalogue = counts["catalogue_items"]
     rejects = counts["item_rejects_rows"]
     embedded = counts["item_embeddings_rows"] - counts["former_items"]
+    _law("rows that reached EMBED", catalogue, counts["input_rows"])
     _law("embeddings + rejects = catalogue", embedded + rejects, catalogue)
     if catalogue and not embedded:
         raise DataContractError(

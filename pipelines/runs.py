@@ -27,7 +27,6 @@ from feature_jobs.schemas import (
     CourierError,
     DataContractError,
     InputNotReady,
-    OperatorError,
     Table,
 )
 from feature_jobs.tables import MANIFEST, STAGED, SUCCESS, Partition
@@ -59,6 +58,7 @@ class Stage:
     identities: Mapping[str, str]
     settings: Mapping[str, Any]
     define: Callable[[Any, str], None]
+    upstream: tuple["Stage", ...] = ()
     input_rows: int = 0
     notes: Mapping[str, Any] = field(default_factory=dict)
     clean: Callable[[str], None] = lambda _: None
@@ -68,7 +68,7 @@ class Stage:
         """Twelve hex digits: the same inputs, settings and versions give the same id."""
         parts = [
             self.name, str(self.ds), [t.name for t in self.tables], dict(self.inputs),
-            dict(self.identities), dict(self.settings), VERSIONS_OF,
+            dict(self.identities), dict(self.settings), self.shards, VERSIONS_OF,
         ]  # fmt: skip
         return tables.digest(parts)[:12]
 
@@ -83,12 +83,36 @@ class Stage:
     def is_published(self) -> bool:
         return all(
             tables.is_published(self.folder(t))
-            and tables.open_published(self.folder(t)).run_id == self.run_id
+            and self._is_mine(tables.open_published(self.folder(t)))
             for t in self.tables
         )
 
     def is_staged(self) -> bool:
-        return all(storage.exists(os.path.join(self.staging, t.name, STAGED)) for t in self.tables)
+        folders = [os.path.join(self.staging, t.name) for t in self.tables]
+        return all(
+            storage.exists(os.path.join(f, STAGED)) and self._is_mine(tables.open_staged(f))
+            for f in folders
+        )
+
+    def _is_mine(self, partition: Partition) -> bool:
+        """Whether it was made by this run, from what is upstream now. Images are in no run_id, so
+        a stage that was made again may hold other content under the same one."""
+        return (
+            partition.run_id == self.run_id
+            and all(stage.is_made() for stage in self.upstream)
+            and partition.manifest["made_from"] == self.made_from()
+        )
+
+    def is_made(self) -> bool:
+        return self.is_published() or self.is_staged()
+
+    def made_from(self) -> dict[str, str]:
+        """The versions of all tables upstream; raises InputNotReady where one is not made."""
+        return {
+            table.name: version_of(stage.partition(table).manifest)
+            for stage in self.upstream
+            for table in stage.tables
+        }
 
     def shards_done(self) -> int:
         return min(
@@ -119,14 +143,25 @@ def table_folder(root: str, feature_set: str, table: Table, ds: dt.date) -> str:
     return os.path.join(root, "shared" if table.shared else feature_set, table.name, f"ds={ds}")
 
 
+def _date_of(name: str) -> dt.date | None:
+    """The date in a folder's name ds=YYYY-MM-DD; None for a folder that is none of ours."""
+    try:
+        return dt.date.fromisoformat(name.removeprefix("ds="))
+    except ValueError:
+        return None
+
+
+def feature_sets(root: str) -> list[str]:
+    """The feature sets that have published a night below `root`."""
+    names = [name for name in storage.list_names(root) if name[0] != "_"]
+    return [n for n in names if storage.list_names(os.path.join(root, n, "_nights"))]
+
+
 def begun_days(root: str, feature_set: str, table: Table) -> list[dt.date]:
     """The ds that have a folder, published or not, ascending."""
     folder = os.path.dirname(table_folder(root, feature_set, table, dt.date.min))
-    return [
-        dt.date.fromisoformat(name[3:])
-        for name in storage.list_names(folder)
-        if re.fullmatch(r"ds=\d{4}-\d\d-\d\d", name)
-    ]
+    names = [name for name in storage.list_names(folder) if name.startswith("ds=")]
+    return [day for day in map(_date_of, names) if day]
 
 
 def published_days(root: str, feature_set: str, table: Table) -> list[dt.date]:
@@ -166,6 +201,7 @@ def make(stage: Stage, run_pipeline: Callable[[Callable[[Any], None]], None]) ->
 
     Raises a worker's DataContractError word for word; nothing is published in any case.
     """
+    _forget_other_content(stage)
     storage.delete_tree(os.path.join(stage.staging, "errors"))
     try:
         run_pipeline(lambda root: stage.define(root, stage.staging))
@@ -175,6 +211,15 @@ def make(stage: Stage, run_pipeline: Callable[[Callable[[Any], None]], None]) ->
         raise DataContractError(messages[0])
     for table in stage.tables:
         seal(stage, table)
+
+
+def _forget_other_content(stage: Stage) -> None:
+    """Deletes what was begun from another content of the tables upstream."""
+    path = os.path.join(stage.staging, "made_from.json")
+    now = stage.made_from()
+    if not storage.exists(path) or tables.read_json(path) != now:
+        storage.delete_tree(stage.staging)
+        tables.write_json(path, now)
 
 
 def seal(stage: Stage, table: Table) -> None:
@@ -197,6 +242,7 @@ def seal(stage: Stage, table: Table) -> None:
         "counts": tables.sum_counts(parts),
         "identities": dict(stage.identities),
         "inputs": dict(stage.inputs),
+        "made_from": stage.made_from(),
         "settings": dict(stage.settings),
         "notes": dict(stage.notes),
         "versions": VERSIONS_OF,
@@ -233,13 +279,18 @@ def publish(stage: Stage) -> list[str]:
         for table in stage.tables:
             staged = tables.open_staged(os.path.join(stage.staging, table.name))
             publish_partition(staged, stage.folder(table))
-    storage.delete_tree(stage.staging)
+    storage.delete_tree(os.path.dirname(stage.staging))  # and what other runs of ds left behind
     return [tables.open_published(stage.folder(t)).manifest["version"] for t in stage.tables]
+
+
+def version_of(manifest: Mapping[str, Any]) -> str:
+    """The version of a partition, published or yet to be: a digest of all that a manifest says."""
+    return str(manifest.get("version") or tables.digest(dict(manifest))[:12])
 
 
 def versioned(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest with its version, a digest of all content, in it and in every file's name."""
-    version = tables.digest(dict(manifest))[:12]
+    version = version_of(manifest)
     files = [
         {**file, "name": file["name"].removesuffix(".parquet") + f"-{version}.parquet"}
         for file in manifest["files"]
@@ -258,30 +309,25 @@ def publish_partition(staged: Partition, target: str) -> None:
     replace_partition(manifest, sources, target)
 
 
-def has_previous(target: str) -> bool:
-    """Whether `roll_back` would find a version to bring back."""
+def has_version(target: str, version: str) -> bool:
+    """Whether `version` is the published one, or is kept beside it."""
     current = _current(target)
-    parent = json.loads(current)["parent_version"] if current else None
-    kept = os.path.join(target, VERSIONS, str(parent), MANIFEST)
-    return parent is not None and storage.exists(kept)
+    kept = os.path.join(target, VERSIONS, version, MANIFEST)
+    return storage.exists(kept) or (
+        current is not None and json.loads(current)["version"] == version
+    )
 
 
-def roll_back(target: str) -> str:
-    """Brings back the version that `target` held before; returns it.
+def bring_back(target: str, version: str) -> None:
+    """Publishes a kept version of a partition again; the present one is kept in its place.
 
-    Raises OperatorError where there is none.
+    Can be killed and called again at any point, like `publish_partition`.
     """
-    if not has_previous(target):
-        raise OperatorError(
-            f"{target} has no previous version to bring back: it was published once, or the kept "
-            "version was deleted. What is published stays as it is."
-        )
-    parent = tables.read_json(os.path.join(target, MANIFEST))["parent_version"]
-    kept = os.path.join(target, VERSIONS, parent)
-    manifest = tables.read_json(os.path.join(kept, MANIFEST))
+    kept = os.path.join(target, VERSIONS, version)
+    path = os.path.join(kept, MANIFEST)
+    manifest = tables.read_json(path if storage.exists(path) else os.path.join(target, MANIFEST))
     sources = {f["name"]: os.path.join(kept, f["name"]) for f in manifest["files"]}
     replace_partition(manifest, sources, target)
-    return str(parent)
 
 
 def _current(target: str) -> bytes | None:
@@ -301,7 +347,9 @@ def replace_partition(manifest: dict[str, Any], sources: Mapping[str, str], targ
         kept = os.path.join(target, VERSIONS, old["version"], MANIFEST)
         storage.write_bytes(kept, current)
     for name, source in sources.items():
-        storage.link(source, os.path.join(target, name))
+        path = os.path.join(target, name)
+        if not storage.exists(path):
+            storage.link(source, path)
     if resumed:
         data = current or b""
     else:
@@ -333,33 +381,37 @@ def night_path(root: str, feature_set: str, ds: dt.date) -> str:
 
 
 def night_record(
-    root: str, feature_set: str, ds: dt.date, partitions: list[Partition]
+    root: str,
+    feature_set: str,
+    ds: dt.date,
+    partitions: list[Partition],
+    before: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Which version of each table together is the night of ds."""
-    return {
-        "ds": str(ds),
-        "feature_set": feature_set,
-        "tables": {
-            p.manifest["table"]: {
-                "path": os.path.relpath(p.folder, root),
-                "version": p.manifest["version"],
-                "run_id": p.run_id,
-                "rows": p.rows,
-            }
-            for p in partitions
-        },
+    """Which version of each table together is the night of ds, and which ones were before."""
+    entries = {
+        p.manifest["table"]: {
+            "path": os.path.relpath(p.folder, root),
+            "version": p.manifest["version"],
+            "run_id": p.run_id,
+            "rows": p.rows,
+        }
+        for p in partitions
     }
+    return {"ds": str(ds), "feature_set": feature_set, "tables": entries, "before": before}
+
+
+def read_night(root: str, feature_set: str, ds: dt.date) -> dict[str, Any] | None:
+    """The record of a night, whole or not; None where there is none."""
+    path = night_path(root, feature_set, ds)
+    return tables.read_json(path) if storage.exists(path) else None
 
 
 def is_whole_night(root: str, feature_set: str, ds: dt.date) -> bool:
-    """Whether the night's record stands and every table still is the version that it names."""
-    path = night_path(root, feature_set, ds)
-    if not storage.exists(path):
-        return False
-    for entry in tables.read_json(path)["tables"].values():
-        folder = os.path.join(root, entry["path"])
-        if not tables.is_published(folder):
-            return False
-        if tables.open_published(folder).manifest["version"] != entry["version"]:
-            return False
-    return True
+    """Whether the night's record stands and every table is the version that it names."""
+    record = read_night(root, feature_set, ds)
+    return record is not None and all(
+        tables.is_published(os.path.join(root, entry["path"]))
+        and tables.open_published(os.path.join(root, entry["path"])).manifest["version"]
+        == entry["version"]
+        for entry in record["tables"].values()
+    )

@@ -142,7 +142,7 @@ def make_tables(top: Path, vectors: np.ndarray, histories: np.ndarray, shown: np
     rows = users * PER_USER
     lists = tables.list_column(np.repeat(histories, PER_USER, axis=0), pa.list_(pa.int64()))
     write(
-        top / "impressions",
+        top / "impressions" / str(DAY),
         pa.table(
             {
                 "user_id": np.repeat(np.arange(users), PER_USER),
@@ -212,7 +212,7 @@ def write_shard(stage: object, vectors: np.ndarray, rows: np.ndarray, shard: int
 
 
 def write(folder: Path, rows: pa.Table) -> None:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     pq.write_table(rows, folder / "0.parquet", row_group_size=65_536)
 
 
@@ -227,7 +227,7 @@ def write_settings(top: Path, images: str, encoder: Path, codebook: str | None) 
     pin = f"[[pins]]\nfrom_ds = 2026-01-02\nencoder = '{encoder}'\n"
     path.write_text(
         f'root = "features"\n[catalogue]\npath = "catalogue"\nimage_roots = ["{images}"]\n'
-        f'[impressions]\npath = "impressions"\n[embed]\nbatch_size = {BATCH}\n{pin}'
+        f'[impressions]\npath = "impressions/{{ds}}"\n[embed]\nbatch_size = {BATCH}\n{pin}'
         + (f"codebook = '{codebook}'\n" if codebook else "")
     )
     return str(path)

@@ -40,7 +40,6 @@ def test_an_address_is_found_below_the_first_root_or_by_its_path_below_any(
     [
         None, "", "../secret.png", "link.png", "/etc/passwd", "../images-private/a.png", ".",
         "https://shop.example/a.png", "gs://bucket/a.png", "file:///etc/passwd", "a\0.png",
-        "data:image/png;base64," + "A" * 5000,
     ],
 )  # fmt: skip
 def test_no_address_leads_out_of_the_roots(roots: tuple[str, ...], uri: str | None) -> None:
@@ -48,6 +47,22 @@ def test_no_address_leads_out_of_the_roots(roots: tuple[str, ...], uri: str | No
         locate(uri, roots)
     assert refused.value.reason == "unsupported_uri"
     assert isinstance(read_image(uri, None, roots, SMALL), Rejected)
+
+
+def test_the_whole_disk_may_be_a_root(roots: tuple[str, ...]) -> None:
+    path = os.path.join(roots[0], "a.png")
+    assert locate(path, ("/",)) == path
+
+
+def test_a_file_that_is_too_large_is_not_read(
+    roots: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(os.path.join(roots[0], "large.png"), "wb") as file:
+        file.truncate(10**9)
+    monkeypatch.setattr(storage, "read_bytes", lambda _path: pytest.fail("was read"))
+    found = read_image("large.png", None, roots, SMALL)
+    assert isinstance(found, Rejected)
+    assert found.reason == "too_many_bytes"
 
 
 def test_an_image_is_read_with_its_version_and_digest(roots: tuple[str, ...]) -> None:
@@ -71,12 +86,18 @@ def test_an_image_is_read_with_its_version_and_digest(roots: tuple[str, ...]) ->
         ("empty.png", b"", "decode", "empty"),
         ("page.jpg", b"<html></html>", "decode", "not_an_image"),
         ("cut.png", picture(1)[:120], "decode", "truncated"),
+        ("data:image/png;base64," + "A" * 5000, None, "read", "unsupported_uri"),
+        ("/".join(["long"] * 2000), None, "read", "unsupported_uri"),
+        ("loop.png", None, "read", "unsupported_uri"),
+        ("pipe.png", None, "read", "missing"),
     ],
 )
 def test_a_bad_image_is_rejected_with_its_stage_and_reason(
     roots: tuple[str, ...], name: str, data: bytes | None, stage: str, reason: str
 ) -> None:
     (Path(roots[0]) / "folder").mkdir()
+    (Path(roots[0]) / "loop.png").symlink_to("loop.png")
+    os.mkfifo(Path(roots[0]) / "pipe.png")
     if data is not None:
         (Path(roots[0]) / name).write_bytes(data)
     found = read_image(name, None, roots, SMALL)

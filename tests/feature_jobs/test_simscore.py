@@ -108,18 +108,26 @@ def test_items_with_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> 
     """64-bit digests of 100 M strings collide now and then: no item may pass for another."""
     monkeypatch.setattr(simscore.hashing, "hash_ids", lambda ids: np.full(len(ids), 7, np.uint64))
     known = ItemVectors(
-        pa.array(["a", "b", "c"]), np.full(3, 7, np.uint64), np.zeros(3, "i4"), np.arange(3),
-        unit_rows(3), longest_run=3,
+        pa.chunked_array([["a", "b"], ["c"]]), np.full(3, 7, np.uint64), np.zeros(3, "i4"),
+        np.arange(3), unit_rows(3), longest_run=3,
     )  # fmt: skip
     assert known.find(pa.array(["c", "x", "a"])).tolist() == [2, -1, 0]
 
 
 def test_nothing_is_known_of_an_empty_catalogue() -> None:
     nothing = ItemVectors(
-        pa.array([], pa.int64()), np.zeros(0, np.uint64), np.zeros(0, "i4"), np.zeros(0, "i8"),
-        unit_rows(1), longest_run=0,
+        pa.chunked_array([], pa.int64()), np.zeros(0, np.uint64), np.zeros(0, "i4"),
+        np.zeros(0, "i8"), unit_rows(1), longest_run=0,
     )  # fmt: skip
-    assert nothing.find(pa.array([1, 2])).tolist() == [-1, -1]
+    known, row, cluster = nothing.look_up(pa.array([1, 2]))
+    assert (known.tolist(), row.tolist(), cluster.tolist()) == ([False] * 2, [-1] * 2, [0] * 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "longest"), [([], 0), ([3], 1), ([1, 2, 2, 2, 5, 5], 3), ([2**64 - 1] * 4, 4)]
+)
+def test_the_longest_run_is_counted(values: list[int], longest: int) -> None:
+    assert simscore._longest_run(np.array(values, np.uint64)) == longest
 
 
 def test_the_broadcast_copy_is_private_to_the_user() -> None:

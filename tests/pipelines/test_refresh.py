@@ -529,14 +529,219 @@ def test_a_logged_history_is_scored_as_it_is(world: World) -> None:
     assert all(row["sim_mask"] == [1, 1, 0, 1, 1] for row in known)
 
 
-def test_rollback_brings_the_night_before_back(world: World, capsys: Capture) -> None:
+def test_rollback_brings_the_night_before_back_whole_and_forward_again(
+    world: World, capsys: Capture
+) -> None:
     assert refresh(world, DAYS[0]) == 0
-    first = world.table("user_simscores", DAYS[0])
+    first = published(world)
     assert courier(world, "rollback", "--ds", str(DAYS[0])) == 2
     assert "published once" in paragraph(capsys)
-    world.write_impressions(DAYS[0], draw_impressions(DAYS[0], seed=9))
+    assert published(world) == first
+    world.write_catalogue(DAYS[0], [i for i in catalogue_items(DAYS[0]) if i != NORMAL[0]])
     assert refresh(world, DAYS[0]) == 0
-    assert world.table("user_simscores", DAYS[0]) != first
-    assert courier(world, "rollback", "--ds", str(DAYS[0])) == 0
-    assert world.table("user_simscores", DAYS[0]) == first
-    assert courier(world, "status") == 0
+    world.write_impressions(DAYS[0], draw_impressions(DAYS[0], seed=9))
+    assert refresh(world, DAYS[0]) == 0  # changes the scores, not the items
+    nights = [tables_of(world)]
+    for _ in range(2):
+        assert courier(world, "rollback", "--ds", str(DAYS[0])) == 0
+        nights.append(tables_of(world))
+        assert is_whole(world, capsys)
+    before_last = [r for r in nights[1]["user_simscores"] if r["item_id"] == NORMAL[0]]
+    assert before_last
+    assert not any(row["sim_known"] for row in before_last)  # the item had left by then
+    assert nights[0]["user_simscores"] != nights[1]["user_simscores"]
+    assert nights[0]["item_features"] == nights[1]["item_features"]
+    assert nights[2] == nights[0]
+
+
+def tables_of(world: World) -> dict[str, list[dict[str, Any]]]:
+    names = ("item_embeddings", "item_features", "user_simscores")
+    return {name: world.table(name, DAYS[0]).to_pylist() for name in names}
+
+
+def is_whole(world: World, capsys: Capture) -> bool:
+    capsys.readouterr()
+    assert courier(world, "status", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    return bool(found["days"][str(DAYS[0])]["whole_night"])
+
+
+# ---- What a night depends on -------------------------------------------------------------------
+
+
+def test_tables_made_from_embeddings_that_were_made_again_are_made_again(
+    world: World, capsys: Capture
+) -> None:
+    assert refresh(world, DAYS[0]) == 0
+    world.put(MISSING, picture(50))
+    storage.delete_tree(str(world.root / "test" / "item_embeddings"))
+    assert refresh(world, DAYS[0]) == 0
+    row = [r for r in world.table("item_features", DAYS[0]).to_pylist() if r["item_id"] == MISSING]
+    assert row[0]["has_image"]
+    assert is_whole(world, capsys)
+
+
+def test_a_chunk_of_a_refused_night_is_not_used_for_an_image_that_changed_since(
+    world: World,
+) -> None:
+    world.settings()
+    text = world.config.read_text().replace("max_reject_share = 0.5", "max_reject_share = 0.1")
+    world.config.write_text(text)
+    args = ["embed", "--config", str(world.config), "--ds", str(DAYS[0])]
+    assert main(args) == 3
+    world.put(MISSING, picture(50))
+    world.put(NORMAL[0], picture(77))
+    assert main(args) == 0
+    changed = vectors(world, DAYS[0])[NORMAL[0]]
+    storage.delete_tree(str(world.root))
+    assert main(args) == 0
+    assert vectors(world, DAYS[0])[NORMAL[0]] == pytest.approx(changed, abs=1e-6)
+
+
+def test_another_size_of_shards_between_kill_and_resume_does_no_harm(world: World) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        die_at_write(patch, 60)
+        with pytest.raises(Killed):
+            refresh(world, DAYS[0])
+    world.rows_per_shard = 5
+    assert refresh(world, DAYS[0]) == 0
+    assert len(world.table("user_simscores", DAYS[0])) == 152
+
+
+def test_the_scope_of_the_encoder_is_part_of_what_features_depend_on(
+    world: World, tmp_path: Path, artefacts: Artefacts
+) -> None:
+    assert refresh(world, DAYS[0]) == 0
+    narrower = make_encoder(tmp_path / "narrower", categories=("dress",))
+    assert os.path.basename(narrower) == os.path.basename(artefacts.encoder)
+    world.pins.clear()
+    world.pin(DAYS[0], narrower, artefacts.codebook)
+    assert refresh(world, DAYS[0]) == 0
+    rows = world.table("item_features", DAYS[0]).to_pylist()
+    assert {row["category"] for row in rows if row["in_scope"]} == {"dress"}
+
+
+def test_a_click_counts_to_the_windows_edge_whatever_partition_it_came_in(world: World) -> None:
+    """Shown late on day 1, clicked after midnight: still within two days of early on day 4."""
+    midnight = int(dt.datetime.combine(DAYS[1], dt.time(), dt.UTC).timestamp()) * 1_000_000
+    minute = 60_000_000
+    blank = {"user": 1, "clicked": False, "click_time": None}
+    click = {"item": 2, "event_time": midnight - 6 * minute, "clicked": True}
+    world.write_impressions(DAYS[0], [{**blank, **click, "click_time": midnight + 30 * minute}] * 3)
+    for day in DAYS[1:3]:
+        world.write("impressions", day, [], rows_to_group=1)
+    moment = midnight + 2 * 86_400_000_000 + 15 * minute
+    world.write_impressions(DAYS[3], [{**blank, "item": 3, "event_time": moment}] * 3)
+    assert refresh(world, DAYS[3]) == 0
+    rows = world.table("user_simscores", DAYS[3]).to_pylist()
+    assert [row["history_item_ids"] for row in rows] == [[2]] * 3
+
+
+def test_two_feature_sets_do_not_fight_over_shared_histories(world: World, capsys: Capture) -> None:
+    assert refresh(world, DAYS[0]) == 0
+    before = published(world)
+    text = world.config.read_text().replace('feature_set = "test"', 'feature_set = "other"')
+    args = ["refresh", "--config", str(world.config), "--ds", str(DAYS[0])]
+    world.config.write_text(text.replace("history_len = 5", "history_len = 3"))
+    assert main(args) == 2
+    assert "would undo the other's night" in paragraph(capsys)
+    assert published(world) == before
+    world.config.write_text(text)
+    assert main(args) == 0
+    assert published(world).items() >= before.items()
+
+
+# ---- More bad input ----------------------------------------------------------------------------
+
+
+def edit(world: World, old: str, new: str) -> list[str]:
+    world.settings()
+    text = world.config.read_text()
+    assert old in text
+    world.config.write_text(text.replace(old, new))
+    return ["refresh", "--config", str(world.config), "--ds", str(DAYS[0])]
+
+
+def test_files_that_the_pattern_misses_are_not_taken_for_an_empty_day(
+    world: World, capsys: Capture
+) -> None:
+    assert main(edit(world, "impressions/ds={ds}/*.parquet", "impressions/ds={ds}/x*.parquet")) == 1
+    assert "Taken for an empty day" in paragraph(capsys)
+    assert published(world) == {}
+
+
+def test_a_folder_with_brackets_is_a_folder_like_any_other(
+    tmp_path: Path, artefacts: Artefacts
+) -> None:
+    world = pinned(World(tmp_path / "shop [1]"), artefacts)
+    assert refresh(world, DAYS[0]) == 0
+    assert len(world.table("user_simscores", DAYS[0])) == 152
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("impressions/ds={ds}/", "impressions/ds=2026-03-01/", "one partition for each day"),
+        ("impressions/ds={ds}/", "impressions/ds={date}/", "knows {ds} only"),
+        ("window_days = 2", "window_days = 1000000", "window_days"),
+        ("[embed]", 'carry = ["ds"]\n[embed]', "carry"),
+    ],
+)
+def test_settings_that_could_not_work_exit_2(
+    world: World, capsys: Capture, old: str, new: str, told: str
+) -> None:
+    assert main(edit(world, old, new)) == 2
+    assert told in paragraph(capsys)
+
+
+def test_an_optional_column_that_the_settings_name_must_be_there(
+    world: World, capsys: Capture
+) -> None:
+    new = '[impressions.columns]\nclick_time = "clck_time"\n[embed]'
+    assert main(edit(world, "[embed]", new)) == 1
+    assert "lacks the column 'clck_time'" in paragraph(capsys)
+
+
+def test_an_empty_catalogue_with_impressions_is_refused_by_the_gate(
+    world: World, capsys: Capture
+) -> None:
+    world.write("catalogue", DAYS[0], [], rows_to_group=1)
+    assert refresh(world, DAYS[0]) == 3
+    assert "152 of 152 impressions" in paragraph(capsys)
+
+
+def test_a_categorical_carried_column_passes_through_as_text(world: World) -> None:
+    def add(rows: pa.Table) -> pa.Table:
+        return rows.append_column(
+            "device", pa.array(["a", "b"] * 60)[: len(rows)].dictionary_encode()
+        )
+
+    for day in DAYS:
+        rewrite(world, day, add)
+    assert main(edit(world, "[embed]", 'carry = ["device"]\n[embed]')) == 0
+    assert set(world.table("user_simscores", DAYS[0])["device"].to_pylist()) == {"a", "b"}
+
+
+def test_the_shops_impression_ids_keep_their_type(world: World) -> None:
+    for day in DAYS:
+        rewrite(
+            world, day, lambda rows: rows.append_column("impression_id", pa.array(range(len(rows))))
+        )
+    assert refresh(world, DAYS[0]) == 0
+    assert world.table("user_simscores", DAYS[0]).schema.field("impression_id").type == pa.int64()
+
+
+def test_text_that_is_not_utf8_is_refused(world: World, capsys: Capture) -> None:
+    path = world.folder / "catalogue" / f"ds={DAYS[0]}" / "0.parquet"
+    rows = pq.read_table(path, partitioning=None)
+    bad = pa.array([b"\xff.png"] * len(rows)).cast(pa.string(), safe=False)
+    rows = rows.set_column(rows.column_names.index("image_uri"), "image_uri", bad)
+    pq.write_table(rows, path)
+    assert refresh(world, DAYS[0]) == 1
+    assert "not UTF-8" in paragraph(capsys)
+
+
+def test_a_root_that_is_a_file_is_told_without_a_traceback(world: World, capsys: Capture) -> None:
+    world.root.write_text("")
+    assert refresh(world, DAYS[0]) == 1
+    assert str(world.root) in paragraph(capsys)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from feature_jobs import storage, tables
-from feature_jobs.schemas import CourierError, InputNotReady, OperatorError
+from feature_jobs.schemas import CourierError, InputNotReady
 from feature_jobs.tables import MANIFEST, STAGED, SUCCESS
 from pipelines import runs
 
@@ -86,6 +86,10 @@ def interrupt(
     return steps
 
 
+def version_of(target: str, which: str = "version") -> str:
+    return json.loads(Path(target, MANIFEST).read_text())[which]
+
+
 OLD, NEW = [1, 2, 3, 4], [5, 6, 7, 8, 9]
 
 
@@ -140,7 +144,9 @@ def test_killed_at_any_step_no_reader_accepts_a_mixture_and_the_next_run_finishe
         assert look(target)[1] == NEW
         assert tables.is_published(target)
         if not first:
-            assert runs.roll_back(target)
+            old = version_of(target, "parent_version")
+            assert runs.has_version(target, old)
+            runs.bring_back(target, old)
             assert look(target)[1] == OLD
         if ended:
             break
@@ -171,21 +177,43 @@ def test_another_version_after_a_kill_leaves_no_file_of_the_one_never_published(
     assert len(list(target.glob("*.parquet"))) > 2
     runs.publish_partition(stage(tmp_path / "new", NEW), str(target))
     assert look(str(target))[1] == NEW
-    assert runs.roll_back(str(target))
+    runs.bring_back(str(target), version_of(str(target), "parent_version"))
     assert look(str(target))[1] == OLD
 
 
 def test_rolled_back_versions_can_be_brought_back_again(tmp_path: Path) -> None:
     target = str(tmp_path / "t")
     runs.publish_partition(stage(tmp_path / "old", OLD), target)
-    with pytest.raises(OperatorError, match="no previous version"):
-        runs.roll_back(target)
-    assert look(target)[1] == OLD
+    old = version_of(target)
+    assert not runs.has_version(target, "000000000000")
     runs.publish_partition(stage(tmp_path / "new", NEW), target)
-    for expected in (OLD, NEW, OLD):
-        runs.roll_back(target)
+    new = version_of(target)
+    for version, expected in ((old, OLD), (new, NEW), (new, NEW), (old, OLD)):
+        assert runs.has_version(target, version)
+        runs.bring_back(target, version)
         assert look(target)[1] == expected
         assert through_manifest(target) == expected
+
+
+def test_bringing_back_killed_at_any_step_goes_on_and_never_the_other_way(tmp_path: Path) -> None:
+    killed_at, ended = 0, False
+    while not ended:
+        target = str(tmp_path / str(killed_at) / "t")
+        runs.publish_partition(stage(tmp_path / f"{killed_at}-old", OLD), target)
+        old = version_of(target)
+        runs.publish_partition(stage(tmp_path / f"{killed_at}-new", NEW), target)
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt(patch, killed_at, lambda: None)
+            try:
+                runs.bring_back(target, old)
+                ended = True
+            except Killed:
+                pass
+        runs.bring_back(target, old)
+        assert look(target)[1] == OLD
+        assert tables.is_published(target)
+        killed_at += 1
+    assert killed_at > 4
 
 
 def test_two_runs_of_one_feature_set_exclude_each_other(tmp_path: Path) -> None:
