@@ -1,4 +1,4 @@
-# One image for the launcher, for training on GPUs and for Beam's workers: all run the same code.
+# One image for the launcher, for work on GPUs and for Beam's workers: all run the same code.
 #
 #   build     docker build -t IMAGE .
 #   launch    docker run --rm --entrypoint courier -v "$PWD:/shop" -w /shop IMAGE \

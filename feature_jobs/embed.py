@@ -4,8 +4,9 @@ In: the catalogue of ds, the images, an encoder package, and the previous partit
 tables. Out: `item_embeddings` and `item_rejects`.
 
 The law: in-catalogue rows of `item_embeddings` + rows of `item_rejects` = the catalogue, each item
-once. An image is read only when its file may have changed since the previous partition, and
-embedded only when its bytes or the encoder did. An item that left the catalogue keeps its
+once. An image is read only when its file, the image roots or the encoder may have changed since the
+previous partition, and embedded only when its bytes or the encoder did; rejects are tried every
+night. An item that left the catalogue keeps its
 embedding for `window_days`, since histories still hold it.
 
 Flow: catalogue rows → item shards → plan (what is unchanged, what must be read) → chunks of images
@@ -14,8 +15,6 @@ its chunk files. Chunk files also are what a killed run does not do again.
 """
 
 import datetime as dt
-import errno
-import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,11 +30,12 @@ import pyarrow.compute as pc
 from apache_beam.utils.shared import Shared
 
 from courier_model import encoder as encoders
-from courier_model.images import BadImage, DecodeLimits, Preprocessing, decode
+from courier_model.image_files import Image, Rejected, locate, read_image
+from courier_model.images import BadImage
 from feature_jobs import storage, tables
 from feature_jobs.histories import every_shard
-from feature_jobs.inputs import CATALOGUE_COLUMNS, RowGroup, Source, read_rows
-from feature_jobs.schemas import ITEM_EMBEDDINGS, ITEM_REJECTS, TIMESTAMP, DataContractError
+from feature_jobs.inputs import CATALOGUE_COLUMNS, RowGroup, Source, check_unique, read_rows
+from feature_jobs.schemas import ITEM_EMBEDDINGS, ITEM_REJECTS, TIMESTAMP
 
 _READERS = 2 * (os.cpu_count() or 1)  # reading waits on the disk, decoding on a core
 _IMAGE_COLUMNS = ("image_generation", "image_size", "image_mtime", "image_sha256")
@@ -83,19 +83,6 @@ class EmbedJob:
 
 
 # ---- Pure functions: the plan --------------------------------------------------------------
-
-
-def check_unique(item_ids: pa.ChunkedArray, ds: dt.date) -> None:
-    """Raises DataContractError where a sorted column of item IDs holds one twice."""
-    twice = pc.equal(item_ids[1:], item_ids[:-1]) if len(item_ids) > 1 else pa.array([], pa.bool_())
-    repeated = pc.unique(pc.filter(item_ids[1:], twice))
-    if len(repeated):
-        examples = ", ".join(str(i) for i in repeated[:5].to_pylist())
-        raise DataContractError(
-            f"The catalogue of ds {ds} holds {len(repeated):,} items twice or more, for example "
-            f"item_id {examples}. Each item must stand there once, since it has one image and one "
-            "cluster ID. Deduplicate the catalogue where it is written."
-        )
 
 
 def former_items(
@@ -170,74 +157,6 @@ def _has_version(uri: str, version: tuple[int | None, ...], roots: Sequence[str]
 
 
 # ---- Pure functions: images ----------------------------------------------------------------
-
-
-@functools.cache
-def _resolved(roots: tuple[str, ...]) -> tuple[str, ...]:
-    """The roots as beginnings of resolved paths."""
-    return tuple(os.path.join(os.path.realpath(root), "") for root in roots)
-
-
-def locate(uri: str | None, roots: Sequence[str]) -> str:
-    """The path of an image: `uri` itself, or below the first root; never outside the roots.
-
-    Raises BadImage("unsupported_uri") for anything else, network addresses included.
-    """
-    if not uri or "://" in uri or "\0" in uri:
-        raise BadImage("unsupported_uri", f"{str(uri)[:100]!r} is no path below the image roots")
-    path = os.path.realpath(os.path.join(roots[0], uri))
-    if not path.startswith(_resolved(tuple(roots))):
-        raise BadImage("unsupported_uri", f"{uri!r} lies outside the image roots")
-    return path
-
-
-@dataclass(frozen=True)
-class Image:
-    """One image file as read: its version and digest, and its pixels unless `same_bytes`."""
-
-    file: storage.FileInfo
-    sha256: str
-    pixels: np.ndarray | None  # uint8 [3, S, S]
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """Why an item has no embedding."""
-
-    stage: str
-    reason: str
-    message: str
-
-
-def read_image(
-    uri: str | None, known_sha256: str | None, roots: Sequence[str], preprocessing: Preprocessing
-) -> Image | Rejected:
-    """Reads and decodes one image; one with the known digest is not decoded again.
-
-    Faults of the disk other than a missing or forbidden file are raised: they are no property of
-    the image, and would reject a good one.
-    """
-    stage = "read"
-    try:
-        path = locate(uri, roots)
-        file = storage.stat(path)
-        if file.size > DecodeLimits().max_bytes:
-            raise BadImage("too_many_bytes", f"the file has {file.size:,} bytes")
-        data = storage.read_bytes(path)
-        stage = "decode"
-        sha256 = hashlib.sha256(data).hexdigest()
-        pixels = None if sha256 == known_sha256 else decode(data, preprocessing)
-        return Image(file, sha256, pixels)
-    except BadImage as error:
-        return Rejected(stage, error.reason, str(error))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return Rejected(stage, "missing", f"no file {uri!r} below the image roots")
-    except PermissionError:
-        return Rejected(stage, "forbidden", f"{uri!r} may not be read")
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
-            return Rejected(stage, "unsupported_uri", f"{str(uri)[:100]!r}: {error.strerror}")
-        raise
 
 
 def embed_images(

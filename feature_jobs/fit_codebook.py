@@ -1,6 +1,7 @@
 """FIT-CODEBOOK: k-means over a sample of one day's in-scope embeddings. Occasional, never nightly.
 
-In: a published `item_embeddings` partition. Out: a codebook package. The sample is chosen by a hash
+In: a published `item_embeddings` partition. Out: files with a sample of it, and of that a codebook,
+which one machine fits. The sample is chosen by a hash
 of the item ID, so that it depends neither on the order of files nor on the number of workers.
 """
 

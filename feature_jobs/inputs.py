@@ -448,6 +448,19 @@ def _to_bool(form: Form, path: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.bool_())
 
 
+def check_unique(item_ids: pa.ChunkedArray, ds: dt.date) -> None:
+    """Raises DataContractError where a sorted column of item IDs holds one twice."""
+    twice = pc.equal(item_ids[1:], item_ids[:-1]) if len(item_ids) > 1 else pa.array([], pa.bool_())
+    repeated = pc.unique(pc.filter(item_ids[1:], twice))
+    if len(repeated):
+        examples = ", ".join(str(i) for i in repeated[:5].to_pylist())
+        raise DataContractError(
+            f"The catalogue of ds {ds} holds {len(repeated):,} items twice or more, for example "
+            f"item_id {examples}. Each item must stand there once, since it has one image and one "
+            "cluster ID. Deduplicate the catalogue where it is written."
+        )
+
+
 # ---- Days ----------------------------------------------------------------------------------
 
 

@@ -92,7 +92,7 @@ def read_encoder_info(folder: str) -> EncoderInfo:
     except (FileNotFoundError, NotADirectoryError, TypeError, KeyError) as error:
         raise OperatorError(
             f"{folder!r} is no encoder package: {path} is missing or lacks a field ({error!r}). "
-            "Point at a folder made by `courier init-encoder` or `courier train`."
+            "Point at a folder made by `courier init-encoder`."
         ) from error
 
 
@@ -182,7 +182,12 @@ def write_part(
     ).sort_by(table.key)
     for field in schema:
         if not field.nullable and rows[field.name].null_count:
-            raise DataContractError(f"{table.name}.{field.name} must not be null but is in a row.")
+            key = rows[table.key].filter(pc.is_null(rows[field.name]))[0]
+            example = "a row" if table.key == "user_id" else f"the row of {table.key} {key}"
+            raise DataContractError(
+                f"{table.name}.{field.name} must not be null but is in {example}; whoever joins "
+                "the table counts on it. This is a fault of COURIER: please report it."
+            )
     name = part_name(shard, shards) + ".parquet"
     path = os.path.join(folder, name)
     write_parquet(path, rows)

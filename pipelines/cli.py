@@ -6,12 +6,12 @@ command runs.
 """
 
 import datetime as dt
-import json
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from json import dumps
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -54,7 +54,7 @@ config_option = click.option(
     "--config", default="courier.toml", show_default=True, metavar="FILE", help="The settings."
 )
 ds_option = click.option("--ds", type=_Ds(), required=True, help="The day to make features of.")
-json_option = click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
+json_option = click.option("--json", is_flag=True, help="The result as JSON.")
 dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Only print what would be computed, reused and left alone."
 )
@@ -90,7 +90,7 @@ def cli() -> None:
 
 def _make(
     stages: Sequence[str], config: str, ds: dt.date, dry_run: bool, allow_overlap: bool,
-    as_json: bool, beam_args: Sequence[str],
+    json: bool, beam_args: Sequence[str],
 ) -> None:  # fmt: skip
     from pipelines import nightly, status
     from pipelines.config import load_settings
@@ -99,17 +99,19 @@ def _make(
     night = plan_night(load_settings(config), ds, stages, allow_overlap, _say)
     if dry_run:
         plan = status.describe_plan(night, beam_args)
-        click.echo(json.dumps(plan, indent=1) if as_json else status.render_plan(plan))
+        click.echo(dumps(plan, indent=1) if json else status.render_plan(plan))
         return
     report = nightly.run_night(night, beam_args, _say)
-    click.echo(json.dumps(report, indent=1) if as_json else status.render_report(report))
+    click.echo(dumps(report, indent=1) if json else status.render_report(report))
 
 
 @cli.command()
 @_night_options
 def refresh(**options: Any) -> None:
     """Make and publish the whole night of one day; resumes, and does nothing twice."""
-    _make(("embed", "item-features", "histories", "simscore"), **options)
+    from pipelines.config import STAGES
+
+    _make(STAGES, **options)
 
 
 @cli.command()
@@ -147,21 +149,17 @@ def simscore(**options: Any) -> None:
 @click.option(
     "--name", default=None, help="First part of the encoder's id. [default: the backbone]"
 )
-@click.option(
-    "--category", "categories", multiple=True, help="One in scope; repeat. [default: all]"
-)
+@click.option("--category", multiple=True, help="One in scope; repeat. [default: all]")
 def init_encoder(
     config: str, backbone: str, weights: str, input_size: int | None, seed: int, name: str | None,
-    categories: tuple[str, ...],
+    category: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Make an encoder package without training; prints the pin to append to the settings."""
     from pipelines import artefacts
 
     folder = os.path.dirname(os.path.abspath(config))
     name = name or backbone.replace("_", "-")
-    click.echo(
-        artefacts.init_encoder(backbone, weights, input_size, seed, name, categories, folder)
-    )
+    click.echo(artefacts.init_encoder(backbone, weights, input_size, seed, name, category, folder))
 
 
 @cli.command("fit-codebook")
@@ -189,13 +187,13 @@ def fit_codebook(
 @cli.command()
 @config_option
 @json_option
-def status(config: str, as_json: bool) -> None:
+def status(config: str, json: bool) -> None:
     """Say what is published, what is unfinished, and which pins hold."""
     from pipelines import status as statuses
     from pipelines.config import load_settings
 
     found = statuses.collect(load_settings(config))
-    click.echo(json.dumps(found, indent=1) if as_json else statuses.render(found))
+    click.echo(dumps(found, indent=1) if json else statuses.render(found))
 
 
 @cli.command()
@@ -217,16 +215,14 @@ def rollback(config: str, ds: dt.date) -> None:
 @click.option(
     "--impressions", required=True, metavar="PATH", help="Parquet; {ds} stands for the day."
 )
-@click.option("--images", "image_roots", multiple=True, metavar="FOLDER", help="Where images lie.")
+@click.option("--images", multiple=True, metavar="FOLDER", help="Where images lie.")
 @click.option("--out", default="courier.toml", metavar="FILE", help="The settings to write.")
-def init(catalogue: str, impressions: str, image_roots: tuple[str, ...], out: str) -> None:
+def init(catalogue: str, impressions: str, images: tuple[str, ...], out: str) -> None:
     """Look at your tables and images, say what will not work, and write commented settings."""
     from pipelines import init as first_look
 
     first_look.refuse_existing(out)
-    found = first_look.look(
-        catalogue, impressions, image_roots, os.path.dirname(os.path.abspath(out))
-    )
+    found = first_look.look(catalogue, impressions, images, os.path.dirname(os.path.abspath(out)))
     for finding in found.findings:
         click.echo(f"{finding.level:8} {finding.text}")
     first_look.write_settings(out, found.toml)
@@ -307,7 +303,7 @@ def main(args: Sequence[str] | None = None) -> int:
             _say(f"Error: {error}")
             return error.exit_status
         if isinstance(error, OSError) and error.filename:
-            _say(f"Error: {error}. Nothing was published by this; the same command resumes.")
+            _say(f"Error: {error}. Mend the file or the disk and run the same command again.")
             return 1
         if isinstance(error, click.ClickException):
             error.show()

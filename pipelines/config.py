@@ -27,7 +27,8 @@ from pydantic import (
 from feature_jobs import storage
 from feature_jobs.schemas import TABLES, OperatorError
 
-STAGES = ("embed", "fit-codebook", "item-features", "histories", "simscore")
+STAGES = ("embed", "item-features", "histories", "simscore")  # of the night, in order
+BEAM_STAGES = (*STAGES, "fit-codebook")
 _NAME = r"^[a-z0-9][a-z0-9-]*$"
 
 
@@ -169,14 +170,16 @@ class Settings(_Section):
         if len({pin.from_ds for pin in self.pins}) < len(self.pins):
             raise ValueError("two [[pins]] have the same from_ds, so neither can win")
         ours = {column.name for column in TABLES["user_simscores"].columns}
-        ours |= {"ds", *type(self.impressions.columns).model_fields}
+        ours |= {"ds", "click_time", "history"}
         if clash := sorted(ours & set(self.impressions.carry)):
-            raise ValueError(f"impressions.carry would overwrite our own columns {clash}")
+            raise ValueError(f"impressions.carry cannot pass on {clash}, names that are ours")
         if len(set(self.impressions.carry)) < len(self.impressions.carry):
             raise ValueError("impressions.carry names a column twice")
-        unknown = [k for k, v in self.beam.items() if isinstance(v, dict) and k not in STAGES]
+        unknown = [k for k, v in self.beam.items() if isinstance(v, dict) and k not in BEAM_STAGES]
         if unknown:
-            raise ValueError(f"[beam.{unknown[0]}] names no stage; stages are {', '.join(STAGES)}")
+            raise ValueError(
+                f"[beam.{unknown[0]}] names no stage; stages are {', '.join(BEAM_STAGES)}"
+            )
         return self
 
     def pin_for(self, ds: dt.date) -> Pin:
@@ -203,7 +206,9 @@ def load_settings(path: str) -> Settings:
             "`courier init --catalogue … --impressions …`."
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise OperatorError(f"The settings {path} are not valid TOML: {error}.") from error
+        raise OperatorError(
+            f"The settings {path} are not valid TOML: {error}. Correct that line."
+        ) from error
     folder = os.path.dirname(os.path.abspath(path))
     try:
         # As JSON, since strict mode then takes arrays for tuples and text for dates, and no more.

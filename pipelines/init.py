@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from courier_model.image_files import Rejected, read_image
 from courier_model.images import Preprocessing
-from feature_jobs import embed, inputs, storage
+from feature_jobs import inputs, storage
 from feature_jobs.schemas import DataContractError, OperatorError
 from pipelines.config import Gates
 from pipelines.init_settings import near, settings_text
@@ -197,7 +198,7 @@ def _about_ids(items: Table, events: Table) -> Iterator[Finding]:
             yield Finding("problem", str(error))
             return
         in_order = ids.take(pc.sort_indices(ids))
-        if twice := fault_of(lambda: embed.check_unique(in_order, ds)):
+        if twice := fault_of(lambda: inputs.check_unique(in_order, ds)):
             yield Finding("problem", twice)
         else:
             yield Finding("ok", f"catalogue: {rows:,} items, each once.")
@@ -321,10 +322,10 @@ def _about_images(items: Table, roots: Sequence[str], folder: str) -> Iterator[F
 def _try_images(uris: Sequence[str | None], roots: Sequence[str]) -> Finding:
     """Reads and decodes images as the night will."""
     with ThreadPoolExecutor() as pool:
-        results = pool.map(lambda uri: embed.read_image(uri, None, roots, _PREPROCESSING), uris)
+        results = pool.map(lambda uri: read_image(uri, None, roots, _PREPROCESSING), uris)
         rejected: dict[str, list[str | None]] = {}
         for uri, result in zip(uris, results, strict=True):
-            if isinstance(result, embed.Rejected):
+            if isinstance(result, Rejected):
                 rejected.setdefault(result.reason.replace("_", " "), []).append(uri)
     bad, allowed = sum(map(len, rejected.values())), Gates().max_reject_share
     if not bad:

@@ -56,7 +56,7 @@ $impressions_path
 $impressions_columns
 
 [embed]
-# Images that go through the encoder at once: 8 is fastest on a CPU, 256 on a GPU.
+# Images that go through the encoder at once: 8 was best on two CPU cores, a GPU wants 256 or so.
 # batch_size = 32
 # Images that a worker does again after it was killed, at most.
 # chunk_items = 256

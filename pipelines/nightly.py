@@ -73,7 +73,7 @@ def _upstream_counts(night: Night) -> dict[str, int]:
 
 def _check(stage: Stage, counts: dict[str, int], settings: Settings) -> None:
     try:
-        quality.check(stage.name, counts, settings)
+        quality.check(stage.name, stage.input_rows, counts, settings)
     except CourierError:
         runs.reopen(stage)  # so that mended inputs are looked at again
         raise
@@ -86,13 +86,13 @@ def _publish(night: Night) -> None:
         with _shared(settings):
             runs.publish(stage)
     if night.is_whole:
-        before = runs.read_night(settings.root, settings.feature_set, night.ds)
+        root, feature_set = settings.root, settings.feature_set
+        before = runs.read_night(root, feature_set, night.ds)
         parts = [stage.partition(t) for stage in night.stages for t in stage.tables]
-        record = runs.night_record(settings.root, settings.feature_set, night.ds, parts, None)
+        earlier = before and {**before, "before": None}  # one step back is kept, not all
+        record = runs.night_record(root, feature_set, night.ds, parts, earlier)
         if before is None or before["tables"] != record["tables"]:
-            earlier = before and {**before, "before": None}
-            path = runs.night_path(settings.root, settings.feature_set, night.ds)
-            tables.write_json(path, {**record, "before": earlier})
+            tables.write_json(runs.night_path(root, feature_set, night.ds), record)
 
 
 def _shared(settings: Settings) -> AbstractContextManager[None]:

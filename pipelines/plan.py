@@ -5,6 +5,7 @@ stage then knows all that it depends on, and with that its `run_id`.
 """
 
 import datetime as dt
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,11 +30,10 @@ from feature_jobs.schemas import (
 )
 from feature_jobs.simscore import SimscoreJob, define_simscore, discard_broadcast
 from pipelines import runs
-from pipelines.config import Pin, Settings
+from pipelines.config import STAGES, Pin, Settings
 from pipelines.runs import Stage
 
-_CLICKS_SHARE = 8  # impressions to a click, at least: it only sizes the shards
-STAGES = ("embed", "item-features", "histories", "simscore")
+_IMPRESSIONS_PER_CLICK = 8  # at least, as a rule: it only sizes the shards
 _UPSTREAM = {
     "embed": (),
     "item-features": ("embed",),
@@ -105,7 +105,7 @@ class _Planner:
         self.allow_overlap = allow_overlap
         self.say = say
         self.encoder = tables.read_encoder_info(pin.encoder)
-        self._opened: dict[str, Any] = {}
+        self._opened: dict[str, inputs.Source] = {}
 
     def open_inputs(self, needed: Sequence[str]) -> None:
         """Opens the tables of ds; raises DataContractError where their IDs are of two types."""
@@ -214,9 +214,9 @@ class _Planner:
     # -- HISTORIES --
 
     def _histories(self, made: dict[str, Stage]) -> Stage:
-        log, missing = self._log()
+        log, missing = self._log
         rows = sum(source.rows for source in log)
-        shards = hashing.num_shards(rows, self.settings.rows_per_shard)
+        shards = hashing.num_shards(rows // _IMPRESSIONS_PER_CLICK, self.settings.rows_per_shard)
         schema = USER_HISTORIES.schema(self._item_id_type(), self._user_id_type())
         self._check_shared()
 
@@ -240,9 +240,9 @@ class _Planner:
         settings, impressions = self.settings, self._impressions(self.ds)
         logged = "history" in impressions.form.columns
         unneeded = logged or not impressions.rows
-        log, missing = ([], []) if unneeded else self._log()
+        log, missing = ([], []) if unneeded else self._log
         # Of impressions, and of the clicks of all days: these are a fraction of their rows.
-        rows = max(impressions.rows, sum(day.rows for day in log) // _CLICKS_SHARE)
+        rows = max(impressions.rows, sum(day.rows for day in log) // _IMPRESSIONS_PER_CLICK)
         shards = hashing.num_shards(rows, settings.rows_per_shard)
         optional = [] if settings.simscore.history_item_ids else ["history_item_ids"]
         schema = USER_SIMSCORES.schema(
@@ -305,6 +305,7 @@ class _Planner:
             ),
         )  # fmt: skip
 
+    @functools.cached_property
     def _log(self) -> tuple[list[inputs.Source], list[str]]:
         """The impressions of ds and of the days that its histories need, and the missing days."""
         log, missing = [self._impressions(self.ds)], []
@@ -314,8 +315,7 @@ class _Planner:
                 log.append(self._impressions(day))
             except InputNotReady:
                 missing.append(str(day))
-        if missing and "told" not in self._opened:
-            self._opened["told"] = True
+        if missing:
             self.say(
                 f"histories of ds {self.ds}: no impressions on {len(missing)} of the "
                 f"{self.settings.window_days + SLACK_DAYS} days before it "
@@ -341,7 +341,7 @@ class _Planner:
         return inputs.common_id_type("user_id", self._sources(), otherwise=pa.int64())
 
     def _sources(self) -> list[inputs.Source]:
-        return [s for s in self._opened.values() if isinstance(s, inputs.Source)]
+        return list(self._opened.values())
 
     def _check_shared(self) -> None:
         """Refuses to replace histories that another feature set made under another law."""

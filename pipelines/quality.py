@@ -10,21 +10,21 @@ from feature_jobs.schemas import DataContractError, GateRefused
 from pipelines.config import Settings
 
 
-def check(stage: str, counts: Mapping[str, int], settings: Settings) -> None:
+def check(stage: str, input_rows: int, counts: Mapping[str, int], settings: Settings) -> None:
     """Raises GateRefused, or DataContractError for a catalogue without one readable image.
 
-    `counts` are those of the stage and of the ones before it, and `input_rows` of its input.
+    `input_rows` are those of the stage's input, `counts` its own and those of the ones before it.
     """
     gates = {"embed": _embed, "item-features": _item_features, "simscore": _simscore}
     if stage in gates:
-        gates[stage](counts, settings)
+        gates[stage](input_rows, counts, settings)
 
 
-def _embed(counts: Mapping[str, int], settings: Settings) -> None:
+def _embed(input_rows: int, counts: Mapping[str, int], settings: Settings) -> None:
     catalogue = counts["catalogue_items"]
     rejects = counts["item_rejects_rows"]
     embedded = counts["item_embeddings_rows"] - counts["former_items"]
-    _law("rows that reached EMBED", catalogue, counts["input_rows"])
+    _law("rows that reached EMBED", catalogue, input_rows)
     _law("embeddings + rejects = catalogue", embedded + rejects, catalogue)
     if catalogue and not embedded:
         raise DataContractError(
@@ -40,13 +40,13 @@ def _embed(counts: Mapping[str, int], settings: Settings) -> None:
     )  # fmt: skip
 
 
-def _item_features(counts: Mapping[str, int], settings: Settings) -> None:
+def _item_features(input_rows: int, counts: Mapping[str, int], settings: Settings) -> None:
     expected = counts["item_embeddings_rows"] + counts["item_rejects_rows"]
     _law("item_features rows", counts["item_features_rows"], expected)
 
 
-def _simscore(counts: Mapping[str, int], settings: Settings) -> None:
-    _law("user_simscores rows", counts["user_simscores_rows"], counts["input_rows"])
+def _simscore(input_rows: int, counts: Mapping[str, int], settings: Settings) -> None:
+    _law("user_simscores rows", counts["user_simscores_rows"], input_rows)
     _share(
         "impressions are of items that the catalogue lacks",
         counts["unknown_items"], counts["impressions"],

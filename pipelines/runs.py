@@ -31,11 +31,14 @@ from feature_jobs.schemas import (
 )
 from feature_jobs.tables import MANIFEST, STAGED, SUCCESS, Partition
 
-VERSIONS = "_versions"
-# Of what decides about the bytes that are made.
-VERSIONS_OF = {
+KEPT = "_versions"
+# The packages that decide which bytes are made.
+PACKAGE_VERSIONS = {
     "courier": __version__,
-    **{name: installed(name) for name in ("apache-beam", "numpy", "pillow", "pyarrow", "torch")},
+    **{
+        name: installed(name)
+        for name in ("apache-beam", "numpy", "pillow", "pyarrow", "torch", "torchvision")
+    },
 }
 
 
@@ -68,7 +71,7 @@ class Stage:
         """Twelve hex digits: the same inputs, settings and versions give the same id."""
         parts = [
             self.name, str(self.ds), [t.name for t in self.tables], dict(self.inputs),
-            dict(self.identities), dict(self.settings), self.shards, VERSIONS_OF,
+            dict(self.identities), dict(self.settings), self.shards, PACKAGE_VERSIONS,
         ]  # fmt: skip
         return tables.digest(parts)[:12]
 
@@ -245,7 +248,7 @@ def seal(stage: Stage, table: Table) -> None:
         "made_from": stage.made_from(),
         "settings": dict(stage.settings),
         "notes": dict(stage.notes),
-        "versions": VERSIONS_OF,
+        "versions": PACKAGE_VERSIONS,
     }
     tables.write_json(os.path.join(folder, STAGED), manifest)
 
@@ -254,7 +257,6 @@ def counts_of(stage: Stage) -> dict[str, int]:
     """Counts and rows of all tables that the stage made."""
     manifests = {table.name: stage.partition(table).manifest for table in stage.tables}
     counts = {f"{name}_rows": m["rows"] for name, m in manifests.items()}
-    counts["input_rows"] = stage.input_rows
     for manifest in manifests.values():
         counts.update(manifest["counts"])
     return counts
@@ -270,8 +272,8 @@ def reopen(stage: Stage) -> None:
 # ---- Publishing ------------------------------------------------------------------------------
 
 
-def publish(stage: Stage) -> list[str]:
-    """Publishes all tables of a staged stage, then deletes its staging; returns the versions.
+def publish(stage: Stage) -> None:
+    """Publishes all tables of a staged stage, then deletes its staging.
 
     A stage that is published already is left alone.
     """
@@ -280,7 +282,6 @@ def publish(stage: Stage) -> list[str]:
             staged = tables.open_staged(os.path.join(stage.staging, table.name))
             publish_partition(staged, stage.folder(table))
     storage.delete_tree(os.path.dirname(stage.staging))  # and what other runs of ds left behind
-    return [tables.open_published(stage.folder(t)).manifest["version"] for t in stage.tables]
 
 
 def version_of(manifest: Mapping[str, Any]) -> str:
@@ -312,7 +313,7 @@ def publish_partition(staged: Partition, target: str) -> None:
 def has_version(target: str, version: str) -> bool:
     """Whether `version` is the published one, or is kept beside it."""
     current = _current(target)
-    kept = os.path.join(target, VERSIONS, version, MANIFEST)
+    kept = os.path.join(target, KEPT, version, MANIFEST)
     return storage.exists(kept) or (
         current is not None and json.loads(current)["version"] == version
     )
@@ -323,7 +324,7 @@ def bring_back(target: str, version: str) -> None:
 
     Can be killed and called again at any point, like `publish_partition`.
     """
-    kept = os.path.join(target, VERSIONS, version)
+    kept = os.path.join(target, KEPT, version)
     path = os.path.join(kept, MANIFEST)
     manifest = tables.read_json(path if storage.exists(path) else os.path.join(target, MANIFEST))
     sources = {f["name"]: os.path.join(kept, f["name"]) for f in manifest["files"]}
@@ -344,7 +345,7 @@ def replace_partition(manifest: dict[str, Any], sources: Mapping[str, str], targ
         return
     storage.delete(os.path.join(target, SUCCESS))
     if old is not None and not resumed and current is not None:
-        kept = os.path.join(target, VERSIONS, old["version"], MANIFEST)
+        kept = os.path.join(target, KEPT, old["version"], MANIFEST)
         storage.write_bytes(kept, current)
     for name, source in sources.items():
         path = os.path.join(target, name)
@@ -355,7 +356,13 @@ def replace_partition(manifest: dict[str, Any], sources: Mapping[str, str], targ
     else:
         parent = old["version"] if old else None
         data = json.dumps({**manifest, "parent_version": parent}, indent=1).encode() + b"\n"
-        storage.write_if_unchanged(os.path.join(target, MANIFEST), data, current)
+        try:
+            storage.write_if_unchanged(os.path.join(target, MANIFEST), data, current)
+        except storage.Changed as error:
+            raise CourierError(
+                f"Another run published {target} just now, so this one stopped before it could mix "
+                "the two. Run the same command again when the other has ended."
+            ) from error
     _put_away(target, keep={file["name"] for file in manifest["files"]})
     success = hashlib.sha256(data).hexdigest() + "\n"
     storage.write_bytes(os.path.join(target, SUCCESS), success.encode())
@@ -366,7 +373,7 @@ def _put_away(target: str, keep: set[str]) -> None:
     for name in storage.list_names(target):
         match = re.fullmatch(r"part-\d+-of-\d+-([0-9a-f]+)\.parquet", name)
         if match and name not in keep:
-            kept = os.path.join(target, VERSIONS, match[1])
+            kept = os.path.join(target, KEPT, match[1])
             if storage.exists(os.path.join(kept, MANIFEST)):
                 storage.move(os.path.join(target, name), os.path.join(kept, name))
             else:

@@ -129,6 +129,6 @@ def render_report(report: dict[str, Any]) -> str:
     times = ", ".join(f"{stage} {s:,.1f} s" for stage, s in seconds.items())
     return (
         f"ds {report['ds']} published, run {report['run_id']} ({times})\n"
-        f"  rows: {', '.join(r for r in rows if not r.startswith('input '))}\n"
+        f"  rows: {', '.join(rows)}\n"
         f"  {', '.join(rest)}"
     )

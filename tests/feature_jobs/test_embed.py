@@ -1,136 +1,21 @@
-"""What becomes of one image, and which files an address may reach."""
+"""EMBED's pure functions: the catalogue's law, former items, and rows that stay together."""
 
 import datetime as dt
-import os
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from courier_model.images import BadImage, Preprocessing
-from feature_jobs import embed, storage
-from feature_jobs.embed import Image, Rejected, check_unique, former_items, locate, read_image
+from courier_model.encoder import load_encoder
+from courier_model.image_files import Image, read_image
+from feature_jobs import embed
+from feature_jobs.embed import former_items
+from feature_jobs.inputs import check_unique
 from feature_jobs.schemas import ITEM_EMBEDDINGS, DataContractError
+from tests.conftest import Artefacts
 from tests.support.world import picture
 
-SMALL = Preprocessing(32, 36, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 DAY = dt.date(2026, 3, 10)
-
-
-@pytest.fixture
-def roots(tmp_path: Path) -> tuple[str, ...]:
-    for name in ("images", "other", "images-private"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a.png").write_bytes(picture(1))
-    (tmp_path / "secret.png").write_bytes(picture(2))
-    (tmp_path / "images" / "link.png").symlink_to(tmp_path / "secret.png")
-    return (str(tmp_path / "images"), str(tmp_path / "other"))
-
-
-def test_an_address_is_found_below_the_first_root_or_by_its_path_below_any(
-    roots: tuple[str, ...],
-) -> None:
-    assert locate("a.png", roots) == os.path.join(roots[0], "a.png")
-    assert locate("./x/../a.png", roots) == os.path.join(roots[0], "a.png")
-    assert locate(os.path.join(roots[1], "a.png"), roots) == os.path.join(roots[1], "a.png")
-
-
-@pytest.mark.parametrize(
-    "uri",
-    [
-        None, "", "../secret.png", "link.png", "/etc/passwd", "../images-private/a.png", ".",
-        "https://shop.example/a.png", "gs://bucket/a.png", "file:///etc/passwd", "a\0.png",
-    ],
-)  # fmt: skip
-def test_no_address_leads_out_of_the_roots(roots: tuple[str, ...], uri: str | None) -> None:
-    with pytest.raises(BadImage) as refused:
-        locate(uri, roots)
-    assert refused.value.reason == "unsupported_uri"
-    assert isinstance(read_image(uri, None, roots, SMALL), Rejected)
-
-
-def test_the_whole_disk_may_be_a_root(roots: tuple[str, ...]) -> None:
-    path = os.path.join(roots[0], "a.png")
-    assert locate(path, ("/",)) == path
-
-
-def test_a_file_that_is_too_large_is_not_read(
-    roots: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with open(os.path.join(roots[0], "large.png"), "wb") as file:
-        file.truncate(10**9)
-    monkeypatch.setattr(storage, "read_bytes", lambda _path: pytest.fail("was read"))
-    found = read_image("large.png", None, roots, SMALL)
-    assert isinstance(found, Rejected)
-    assert found.reason == "too_many_bytes"
-
-
-def test_an_image_is_read_with_its_version_and_digest(roots: tuple[str, ...]) -> None:
-    image = read_image("a.png", None, roots, SMALL)
-    assert isinstance(image, Image)
-    assert image.pixels is not None
-    assert image.pixels.shape == (3, 32, 32)
-    assert image.file.size == len(picture(1))
-    again = read_image("a.png", image.sha256, roots, SMALL)
-    assert isinstance(again, Image)
-    assert again.pixels is None
-    assert again.sha256 == image.sha256
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "stage", "reason"),
-    [
-        ("none.png", None, "read", "missing"),
-        ("a.png/b.png", None, "read", "missing"),
-        ("folder", None, "read", "missing"),
-        ("empty.png", b"", "decode", "empty"),
-        ("page.jpg", b"<html></html>", "decode", "not_an_image"),
-        ("cut.png", picture(1)[:120], "decode", "truncated"),
-        ("data:image/png;base64," + "A" * 5000, None, "read", "unsupported_uri"),
-        ("/".join(["long"] * 2000), None, "read", "unsupported_uri"),
-        ("loop.png", None, "read", "unsupported_uri"),
-        ("pipe.png", None, "read", "missing"),
-    ],
-)
-def test_a_bad_image_is_rejected_with_its_stage_and_reason(
-    roots: tuple[str, ...], name: str, data: bytes | None, stage: str, reason: str
-) -> None:
-    (Path(roots[0]) / "folder").mkdir()
-    (Path(roots[0]) / "loop.png").symlink_to("loop.png")
-    os.mkfifo(Path(roots[0]) / "pipe.png")
-    if data is not None:
-        (Path(roots[0]) / name).write_bytes(data)
-    found = read_image(name, None, roots, SMALL)
-    assert isinstance(found, Rejected)
-    assert (found.stage, found.reason) == (stage, reason)
-    assert found.message
-
-
-@pytest.mark.parametrize(
-    ("error", "reason"), [(PermissionError, "forbidden"), (FileNotFoundError, "missing")]
-)
-def test_what_the_disk_says_of_the_file_is_a_reject(
-    roots: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, error: type, reason: str
-) -> None:
-    def fail(_path: str) -> bytes:
-        raise error
-
-    monkeypatch.setattr(storage, "read_bytes", fail)
-    found = read_image("a.png", None, roots, SMALL)
-    assert isinstance(found, Rejected)
-    assert found.reason == reason
-
-
-@pytest.mark.parametrize("error", [TimeoutError, ConnectionResetError, OSError(5, "I/O error")])
-def test_a_fault_of_the_disk_is_raised_and_never_a_reject(
-    roots: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, error: type | OSError
-) -> None:
-    def fail(_path: str) -> bytes:
-        raise error
-
-    monkeypatch.setattr(storage, "read_bytes", fail)
-    with pytest.raises(OSError):  # noqa: PT011 - the very fault that was planted
-        read_image("a.png", None, roots, SMALL)
 
 
 def test_a_sorted_catalogue_with_an_item_twice_is_refused_with_examples() -> None:
@@ -155,14 +40,12 @@ def test_former_items_are_dated_when_they_left_and_kept_for_the_window() -> None
 
 
 def test_images_may_be_read_ahead_in_any_order_without_mixing_items(
-    roots: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, artefacts: object
+    tmp_path: Path, artefacts: Artefacts
 ) -> None:
     """Rows and embeddings stay together although good, known and bad images alternate."""
-    from courier_model.encoder import load_encoder
-
-    encoder = load_encoder(artefacts.encoder)  # type: ignore[attr-defined]
+    encoder, roots = load_encoder(artefacts.encoder), [str(tmp_path)]
     for n in range(6):
-        (Path(roots[0]) / f"{n}.png").write_bytes(picture(n))
+        (tmp_path / f"{n}.png").write_bytes(picture(n))
     names = ["0.png", "gone.png", "1.png", "2.png", "gone.png", "3.png", "4.png", "5.png"]
     known = read_image("2.png", None, roots, encoder.preprocessing)
     assert isinstance(known, Image)

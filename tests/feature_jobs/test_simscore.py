@@ -1,12 +1,14 @@
 """The pieces of a SimScore row, each against a closed form or a plain loop."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from feature_jobs import simscore
+from feature_jobs.schemas import CourierError
 from feature_jobs.simscore import (
     ItemVectors,
     impression_ids,
@@ -130,6 +132,14 @@ def test_the_longest_run_is_counted(values: list[int], longest: int) -> None:
     assert simscore._longest_run(np.array(values, np.uint64)) == longest
 
 
-def test_the_broadcast_copy_is_private_to_the_user() -> None:
-    folder = Path(simscore.broadcast_folder("k"))
-    assert folder.name.startswith("courier-")
+def test_a_broadcast_folder_that_others_may_write_to_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever could plant embeddings there would decide about scores."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    folder.chmod(0o777)
+    monkeypatch.setattr(simscore, "broadcast_folder", lambda _key: str(folder))
+    job = SimpleNamespace(broadcast_key="k")
+    with pytest.raises(CourierError, match="could plant embeddings"):
+        simscore.open_item_vectors(job)  # type: ignore[arg-type]

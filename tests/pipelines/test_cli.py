@@ -5,6 +5,7 @@ import tomllib
 from collections import Counter
 from pathlib import Path
 
+import click
 import pytest
 
 from pipelines import progress, status
@@ -28,7 +29,7 @@ def test_help_names_every_command_and_each_has_a_help_of_its_own(capsys: Capture
 
 def test_a_mistyped_command_exits_2_and_names_the_nearest(capsys: Capture) -> None:
     assert main(["refesh"]) == 2
-    assert "refesh" in capsys.readouterr().err
+    assert "'refresh'" in capsys.readouterr().err
 
 
 def test_every_option_is_read_from_the_environment(
@@ -40,6 +41,18 @@ def test_every_option_is_read_from_the_environment(
     monkeypatch.setenv("COURIER_REFRESH_DRY_RUN", "1")
     assert main(["refresh"]) == 0
     assert f"ds {DAYS[0]}" in capsys.readouterr().out
+
+
+def test_the_environments_names_are_those_of_the_options() -> None:
+    options = [
+        (name, option)
+        for name, command in cli.commands.items()
+        for option in command.params
+        if isinstance(option, click.Option) and option.opts != ["--help"]
+    ]
+    assert len(options) > 20
+    for name, option in options:
+        assert option.opts == ["--" + str(option.name).replace("_", "-")], name
 
 
 def test_no_settings_exit_2_and_say_how_to_get_them(tmp_path: Path, capsys: Capture) -> None:
@@ -168,9 +181,8 @@ def test_progress_is_shown_while_a_stage_runs(
 def test_a_reports_counts_are_all_told() -> None:
     report = {
         "ds": "2026-01-01", "run_id": "r", "seconds": {"embed": 1.5},
-        "counts": {"item_embeddings_rows": 1234, "input_rows": 9, "images_read": 7},
+        "counts": {"item_embeddings_rows": 1234, "images_read": 7},
     }  # fmt: skip
     text = status.render_report(report)
     assert "item_embeddings 1,234" in text
     assert "images_read 7" in text
-    assert "input" not in text

@@ -1,0 +1,269 @@
+"""Bad input: one paragraph, the right exit status, and what was published before stays."""
+
+import datetime as dt
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.cli import main
+from tests.conftest import Artefacts, pinned
+from tests.support.commands import (
+    Capture,
+    courier,
+    manifest,
+    paragraph,
+    published,
+    refresh,
+    rewrite,
+)
+from tests.support.world import (
+    DAYS,
+    NORMAL,
+    UNKNOWN,
+    World,
+    catalogue_items,
+    draw_impressions,
+    make_codebook,
+    make_encoder,
+)
+
+# ---- Refused -----------------------------------------------------------------------------------
+
+
+def test_too_many_rejects_publish_nothing_and_a_mended_night_embeds_only_them(
+    world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert refresh(world, DAYS[0]) == 0
+    before = published(world)
+    images = [world.image(n) for n in (*NORMAL, 8)]
+    hidden = [(path, path.read_bytes(), path.stat().st_mtime_ns) for path in images]
+    for path, *_ in hidden:
+        path.unlink()
+    assert refresh(world, DAYS[1]) == 3
+    message = paragraph(capsys)
+    assert "9 of 12 catalogue items" in message
+    assert "max_reject_share" in message
+    assert published(world) == before
+    for path, data, mtime in hidden:
+        path.write_bytes(data)
+        os.utime(path, ns=(mtime, mtime))
+    assert refresh(world, DAYS[1]) == 0
+    assert len(world.table("item_rejects", DAYS[1])) == 2
+
+
+def test_too_many_unknown_items_publish_nothing(world: World, capsys: Capture) -> None:
+    rows = [{**row, "item": UNKNOWN} for row in draw_impressions(DAYS[0], seed=0)]
+    world.write_impressions(DAYS[0], rows)
+    assert refresh(world, DAYS[0]) == 3
+    assert "152 of 152 impressions are of items that the catalogue lacks" in paragraph(capsys)
+    assert published(world) == {}
+    world.write_impressions(DAYS[0], draw_impressions(DAYS[0], seed=0))
+    assert refresh(world, DAYS[0]) == 0
+
+
+def test_a_catalogue_without_one_readable_image_is_refused(world: World, capsys: Capture) -> None:
+    (world.folder / "images").rename(world.folder / "elsewhere")
+    assert refresh(world, DAYS[0]) == 1
+    message = paragraph(capsys)
+    assert "Not one of the 12 catalogue images can be read (missing 12)" in message
+    assert "image_roots" in message
+    assert published(world) == {}
+
+
+def test_a_duplicate_item_is_refused_and_what_was_published_stays(
+    world: World, capsys: Capture
+) -> None:
+    assert refresh(world, DAYS[0]) == 0
+    before = published(world)
+    world.write_catalogue(DAYS[0], [*catalogue_items(DAYS[0]), NORMAL[0]])
+    assert refresh(world, DAYS[0]) == 1
+    message = paragraph(capsys)
+    assert "item_id 1." in message
+    assert "Deduplicate" in message
+    assert published(world) == before
+    world.write_catalogue(DAYS[0], catalogue_items(DAYS[0]))
+    assert refresh(world, DAYS[0]) == 0
+
+
+def test_an_event_after_its_day_is_refused_without_naming_the_user(
+    world: World, capsys: Capture
+) -> None:
+    rows = draw_impressions(DAYS[0], seed=0)
+    rows[5] = {**rows[5], "event_time": rows[5]["event_time"] + 3 * 86_400_000_000, "user": 4}
+    world.ids = "string"
+    world.write_catalogue(DAYS[0], catalogue_items(DAYS[0]))
+    for number, day in enumerate(DAYS):
+        world.write_impressions(day, draw_impressions(day, seed=number))
+    world.write_impressions(DAYS[0], rows)
+    assert refresh(world, DAYS[0]) == 1
+    message = paragraph(capsys)
+    assert "lie after their day" in message
+    assert f"item-{rows[5]['item']}" in message
+    assert "user-" not in message
+    assert published(world) == {}
+
+
+def test_unreadable_parquet_and_missing_partitions_have_their_own_status(
+    world: World, capsys: Capture
+) -> None:
+    broken = world.folder / "impressions" / f"ds={DAYS[0]}" / "1.parquet"
+    broken.write_bytes(b"not parquet")
+    assert refresh(world, DAYS[0]) == 1
+    assert str(broken) in paragraph(capsys)
+    assert refresh(world, dt.date(2026, 4, 1)) == 4
+    assert "no partition for ds 2026-04-01" in paragraph(capsys)
+    assert published(world) == {}
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--ds", "2026-3-1x"], "is no date YYYY-MM-DD"),
+        (["--ds", "2026-02-27"], "No pin holds for ds 2026-02-27"),
+        (["--ds", "2026-03-01", "--", "--num_worker=3"], "Did you mean --num_workers"),
+        (["--ds", "2026-03-01", "2026-03-02"], "Unexpected argument"),
+        (["--ds", "2026-03-01", "--nonsense"], "nonsense"),
+        ([], "Missing option '--ds'"),
+    ],
+)
+def test_wrong_usage_exits_2_before_anything_is_made(
+    world: World, capsys: Capture, args: list[str], told: str
+) -> None:
+    assert courier(world, "refresh", *args) == 2
+    assert told in capsys.readouterr().err
+    assert not world.root.exists()
+
+
+def test_an_unknown_setting_exits_2_and_names_the_nearest(world: World, capsys: Capture) -> None:
+    world.extra_settings = "history_length = 5"
+    with pytest.raises(Exception, match="did you mean 'history_len'"):
+        world.settings()
+    assert main(["refresh", "--config", str(world.config), "--ds", str(DAYS[0])]) == 2
+    assert "did you mean 'history_len'" in paragraph(capsys)
+
+
+def test_a_codebook_of_another_encoder_is_refused(
+    world: World, tmp_path: Path, capsys: Capture, artefacts: Artefacts
+) -> None:
+    other = make_encoder(tmp_path / "other", seed=1)
+    world.pin(DAYS[1], other, artefacts.codebook)
+    assert refresh(world, DAYS[1]) == 2
+    message = paragraph(capsys)
+    assert "mixes two encoders" in message
+    assert os.path.basename(other) in message
+
+
+def test_a_codebook_made_from_the_day_itself_serves_only_the_first_day_or_when_allowed(
+    world: World, tmp_path: Path, capsys: Capture, artefacts: Artefacts
+) -> None:
+    late = make_codebook(tmp_path / "late", artefacts.encoder, data_ds=str(DAYS[1]))
+    world.pins.clear()
+    world.pin(DAYS[0], artefacts.encoder, late)
+    assert refresh(world, DAYS[0]) == 0
+    assert manifest(world, "item_features", DAYS[0])["notes"] == {"bootstrap": True}
+    assert refresh(world, DAYS[1]) == 2
+    assert "would know their own future" in paragraph(capsys)
+    assert refresh(world, DAYS[1], "--allow-overlap") == 0
+    notes = manifest(world, "item_features", DAYS[1])["notes"]
+    assert notes == {"codebook_overlap_allowed": True}
+    assert refresh(world, DAYS[2]) == 0
+    assert manifest(world, "item_features", DAYS[2])["notes"] == {}
+
+
+# ---- More bad input ----------------------------------------------------------------------------
+
+
+def edit(world: World, old: str, new: str) -> list[str]:
+    world.settings()
+    text = world.config.read_text()
+    assert old in text
+    world.config.write_text(text.replace(old, new))
+    return ["refresh", "--config", str(world.config), "--ds", str(DAYS[0])]
+
+
+def test_files_that_the_pattern_misses_are_not_taken_for_an_empty_day(
+    world: World, capsys: Capture
+) -> None:
+    assert main(edit(world, "impressions/ds={ds}/*.parquet", "impressions/ds={ds}/x*.parquet")) == 1
+    assert "Taken for an empty day" in paragraph(capsys)
+    assert published(world) == {}
+
+
+def test_a_folder_with_brackets_is_a_folder_like_any_other(
+    tmp_path: Path, artefacts: Artefacts
+) -> None:
+    world = pinned(World(tmp_path / "shop [1]"), artefacts)
+    assert refresh(world, DAYS[0]) == 0
+    assert len(world.table("user_simscores", DAYS[0])) == 152
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("impressions/ds={ds}/", "impressions/ds=2026-03-01/", "one partition for each day"),
+        ("impressions/ds={ds}/", "impressions/ds={date}/", "knows {ds} only"),
+        ("window_days = 2", "window_days = 1000000", "window_days"),
+        ("[embed]", 'carry = ["ds"]\n[embed]', "carry"),
+    ],
+)
+def test_settings_that_could_not_work_exit_2(
+    world: World, capsys: Capture, old: str, new: str, told: str
+) -> None:
+    assert main(edit(world, old, new)) == 2
+    assert told in paragraph(capsys)
+
+
+def test_an_optional_column_that_the_settings_name_must_be_there(
+    world: World, capsys: Capture
+) -> None:
+    new = '[impressions.columns]\nclick_time = "clck_time"\n[embed]'
+    assert main(edit(world, "[embed]", new)) == 1
+    assert "lacks the column 'clck_time'" in paragraph(capsys)
+
+
+def test_an_empty_catalogue_with_impressions_is_refused_by_the_gate(
+    world: World, capsys: Capture
+) -> None:
+    world.write("catalogue", DAYS[0], [], rows_to_group=1)
+    assert refresh(world, DAYS[0]) == 3
+    assert "152 of 152 impressions" in paragraph(capsys)
+
+
+def test_a_categorical_carried_column_passes_through_as_text(world: World) -> None:
+    def add(rows: pa.Table) -> pa.Table:
+        return rows.append_column(
+            "device", pa.array(["a", "b"] * 60)[: len(rows)].dictionary_encode()
+        )
+
+    for day in DAYS:
+        rewrite(world, day, add)
+    assert main(edit(world, "[embed]", 'carry = ["device"]\n[embed]')) == 0
+    assert set(world.table("user_simscores", DAYS[0])["device"].to_pylist()) == {"a", "b"}
+
+
+def test_the_shops_impression_ids_keep_their_type(world: World) -> None:
+    for day in DAYS:
+        rewrite(
+            world, day, lambda rows: rows.append_column("impression_id", pa.array(range(len(rows))))
+        )
+    assert refresh(world, DAYS[0]) == 0
+    assert world.table("user_simscores", DAYS[0]).schema.field("impression_id").type == pa.int64()
+
+
+def test_text_that_is_not_utf8_is_refused(world: World, capsys: Capture) -> None:
+    path = world.folder / "catalogue" / f"ds={DAYS[0]}" / "0.parquet"
+    rows = pq.read_table(path, partitioning=None)
+    bad = pa.array([b"\xff.png"] * len(rows)).cast(pa.string(), safe=False)
+    rows = rows.set_column(rows.column_names.index("image_uri"), "image_uri", bad)
+    pq.write_table(rows, path)
+    assert refresh(world, DAYS[0]) == 1
+    assert "not UTF-8" in paragraph(capsys)
+
+
+def test_a_root_that_is_a_file_is_told_without_a_traceback(world: World, capsys: Capture) -> None:
+    world.root.write_text("")
+    assert refresh(world, DAYS[0]) == 1
+    assert str(world.root) in paragraph(capsys)

@@ -1,0 +1,63 @@
+"""Commands run in-process on a tiny world, and what they published and told."""
+
+import datetime as dt
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.cli import main
+from tests.support.world import World
+
+Capture = pytest.CaptureFixture[str]
+
+
+def courier(world: World, *args: str) -> int:
+    world.settings()
+    command, *rest = args
+    return main([command, "--config", str(world.config), *rest])
+
+
+def refresh(world: World, day: dt.date, *args: str) -> int:
+    return courier(world, "refresh", "--ds", str(day), *args)
+
+
+def published(world: World) -> dict[str, bytes]:
+    """Every file that a reader may look at, with its bytes."""
+    files = [p for p in world.root.rglob("*") if p.is_file()]
+    hidden = ("_staging", "_runs")
+    return {
+        str(p.relative_to(world.root)): p.read_bytes()
+        for p in files
+        if not set(hidden) & set(p.relative_to(world.root).parts)
+    }
+
+
+def counts(world: World, table: str, day: dt.date) -> dict[str, Any]:
+    return manifest(world, table, day)["counts"]
+
+
+def manifest(world: World, table: str, day: dt.date) -> dict[str, Any]:
+    path = world.root / "test" / table / f"ds={day}" / "_manifest.json"
+    return json.loads(path.read_text())
+
+
+def paragraph(capsys: Capture) -> str:
+    """The error that was told: one paragraph, no traceback."""
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    (told,) = [line for line in errors.splitlines() if line.startswith("Error: ")]
+    return told
+
+
+def vectors(world: World, day: dt.date) -> dict[int, list[float]]:
+    rows = world.table("item_embeddings", day)
+    return dict(zip(rows["item_id"].to_pylist(), rows["embedding"].to_pylist(), strict=True))
+
+
+def rewrite(world: World, day: dt.date, change: Callable[[pa.Table], pa.Table]) -> None:
+    for path in (world.folder / "impressions" / f"ds={day}").glob("*.parquet"):
+        pq.write_table(change(pq.read_table(path, partitioning=None)), path)
