@@ -186,9 +186,10 @@ class Settings(_Section):
         """The pin with the greatest from_ds ≤ ds; raises OperatorError where there is none."""
         valid = [pin for pin in self.pins if pin.from_ds <= ds]
         if not valid:
-            dates = ", ".join(str(pin.from_ds) for pin in self.pins) or "none at all"
+            dates = ", ".join(str(pin.from_ds) for pin in self.pins)
+            found = f"pins from {dates} on" if dates else "no pins"
             raise OperatorError(
-                f"No pin holds for ds {ds}: the settings have pins from {dates}. A pin says which "
+                f"No pin holds for ds {ds}: the settings have {found}. A pin says which "
                 "encoder and codebook make the features of a day. Make an encoder with `courier "
                 "init-encoder` and add the stanza that it prints to the settings."
             )

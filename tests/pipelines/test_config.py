@@ -358,6 +358,6 @@ def test_a_day_before_every_pin_is_refused(folder: Path, pins: str) -> None:
     assert refused.value.exit_status == 2
     message = str(refused.value)
     assert "2026-01-04" in message
-    assert ("2026-01-05" if pins else "none at all") in message
+    assert ("2026-01-05" if pins else "the settings have no pins") in message
     assert "courier init-encoder" in message
     assert "\n" not in message
