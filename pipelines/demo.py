@@ -133,14 +133,14 @@ def _rng(shop: Shop, *stream: int) -> np.random.Generator:
     return np.random.default_rng([shop.seed, *stream])
 
 
-def drawn_items(shop: Shop, clean: bool = False) -> Items:
-    """Items of random looks. Unless `clean`, 2 % lack their image and 1 % have a broken one."""
+def drawn_items(shop: Shop) -> Items:
+    """Items of random looks; 2 % lack their image and 1 % have a broken one."""
     _check_item_count(shop, shop.items, "The demo shop")
     rng = _rng(shop, _ITEMS)
     item_id = np.arange(1, shop.items + 1)
     category = np.array(TYPES)[rng.integers(len(TYPES), size=shop.items)]
     pattern = rng.integers(len(PATTERNS), size=shop.items)
-    fault = np.full(shop.items, "") if clean else _faults(shop)
+    fault = _faults(shop)
     # A broken file is named .jpg whatever it holds; of the good ones some are PNG.
     suffix = np.where((rng.random(shop.items) < 0.1) & (fault == ""), ".png", ".jpg")
     return Items(
@@ -308,17 +308,15 @@ def make_shop(
     shop: Shop,
     photos: Path | None = None,
     items_csv: Path | None = None,
-    clean: bool = False,
 ) -> ShopSummary:
     """Makes the shop in the folder `out`, or finds it there made with the same parameters.
 
-    With `photos` and `items_csv` the items are photographs, which stay where they are. `clean`
-    leaves out the missing and broken images of a drawn shop. Raises OperatorError on parameters
-    that can't be used, and where `out` holds something else.
+    With `photos` and `items_csv` the items are photographs, which stay where they are. Raises
+    OperatorError on parameters that can't be used, and where `out` holds something else.
     """
     _check_shop(shop)
     out = out.resolve()
-    parameters = _parameters(shop, photos, items_csv, clean)
+    parameters = _parameters(shop, photos, items_csv)
     made = _already_made(out, parameters)
     if made:
         return made
@@ -327,7 +325,7 @@ def make_shop(
         _check_item_count(shop, len(rows), f"The item list {items_csv}")
         world = make_world(shop, photographed_items(photos, rows), arriving=0.05)
     else:
-        world = make_world(shop, drawn_items(shop, clean), arriving=0.15)
+        world = make_world(shop, drawn_items(shop), arriving=0.15)
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -365,9 +363,7 @@ def _check_item_count(shop: Shop, items: int, source: str) -> None:
         )
 
 
-def _parameters(
-    shop: Shop, photos: Path | None, items_csv: Path | None, clean: bool
-) -> dict[str, Any]:
+def _parameters(shop: Shop, photos: Path | None, items_csv: Path | None) -> dict[str, Any]:
     """What the shop follows from, as JSON has it."""
     if (photos is None) != (items_csv is None):
         found, lacking = ("--items", "--images") if photos is None else ("--images", "--items")
@@ -378,7 +374,6 @@ def _parameters(
     digest = hashlib.sha256(read_item_list(items_csv)).hexdigest() if items_csv else None
     return {
         "shop": {**asdict(shop), "first_ds": shop.first_ds.isoformat()},
-        "clean": clean,
         "photos": str(photos.resolve()) if photos else None,
         "items_csv_sha256": digest,
     }

@@ -154,14 +154,6 @@ def test_some_images_are_missing_and_some_undecodable(made: Made) -> None:
     assert formats == {"JPEG", "PNG"}
 
 
-def test_a_clean_shop_has_every_image(tmp_path: Path) -> None:
-    summary = make_shop(tmp_path / "shop", SMALL, clean=True)
-    assert (summary.images_written, summary.missing, summary.undecodable) == (SMALL.items, 0, 0)
-    for path in (tmp_path / "shop" / "images").iterdir():
-        with Image.open(path) as image:
-            assert image.convert("RGB").size == (32, 32)
-
-
 def test_times_lie_in_their_day_and_clicks_follow(made: Made) -> None:
     for ds in made.summary.ds:
         log = made.table("impressions", ds)
