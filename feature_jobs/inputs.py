@@ -370,8 +370,9 @@ def common_id_type(name: str, sources: Iterable[Source], otherwise: pa.DataType)
 # ---- Reading rows --------------------------------------------------------------------------
 
 
-def read_rows(group: RowGroup, wanted: Sequence[str]) -> pa.Table:
-    """One row group in our form: the `wanted` of our columns that are there, then the carried ones.
+def read_rows(group: RowGroup, wanted: Sequence[str], carry: Sequence[str] = ()) -> pa.Table:
+    """One row group in our form: the `wanted` of our columns that are there, then columns of the
+    shop's as they are.
 
     Raises DataContractError for damaged pages, a null where none is allowed, or a click that is
     neither 0 nor 1.
@@ -379,10 +380,9 @@ def read_rows(group: RowGroup, wanted: Sequence[str]) -> pa.Table:
     form = group.form
     ours = [name for name in wanted if name in form.columns]
     theirs = [form.columns[name] for name in ours]
-    carry = [name for name in form.carry if name in wanted]
     try:
         with pq.ParquetFile(group.path) as file:
-            rows = file.read_row_group(group.index, columns=[*theirs, *carry])
+            rows = file.read_row_group(group.index, columns=list(dict.fromkeys([*theirs, *carry])))
     except _UNREADABLE as error:
         raise unreadable(group.path, error) from error
     columns = {

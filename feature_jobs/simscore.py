@@ -36,7 +36,6 @@ from feature_jobs.histories import (
 )
 from feature_jobs.inputs import (
     IMPRESSION_COLUMNS,
-    OPTIONAL_COLUMNS,
     RowGroup,
     Source,
     check_day,
@@ -351,7 +350,7 @@ def _columns(
     length = there.sum(axis=1).astype(np.int32)
     largest = np.where(mask, scores, -np.inf).max(axis=1, initial=-np.inf)
     offsets = np.concatenate([[0], np.cumsum(length)]).astype(np.int32)
-    columns = {name: rows[name] for name in rows.column_names if name not in OPTIONAL_COLUMNS}
+    columns = {name: rows[name] for name in rows.column_names if name not in _READ_TOO}
     given = "impression_id" in rows.column_names
     return {
         **columns,
@@ -378,8 +377,7 @@ class ReadImpressions(beam.DoFn):
 
     @tables.refusing
     def process(self, group: RowGroup) -> Iterator[tuple[int, bytes]]:
-        wanted = [*IMPRESSION_COLUMNS, *_READ_TOO, *group.form.carry]
-        rows = read_rows(group, wanted)
+        rows = read_rows(group, [*IMPRESSION_COLUMNS, *_READ_TOO], group.form.carry)
         check_day(group, rows, self._job.end_us)
         _check_histories(group, rows)
         return tables.split_by_shard(rows, "user_id", self._job.shards)

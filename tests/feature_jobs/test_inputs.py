@@ -60,8 +60,10 @@ def open_catalogue(template: str) -> inputs.Source:
     return inputs.open_source("catalogue", template, DS, columns)
 
 
-def read(source: inputs.Source, wanted: Sequence[str] = WANTED) -> pa.Table:
-    return pa.concat_tables(inputs.read_rows(group, wanted) for group in source.groups())
+def read(
+    source: inputs.Source, wanted: Sequence[str] = WANTED, carry: Sequence[str] = ()
+) -> pa.Table:
+    return pa.concat_tables(inputs.read_rows(group, wanted, carry) for group in source.groups())
 
 
 def refusal(kind: type[CourierError], work: Callable[[], object], *named: str) -> str:
@@ -548,7 +550,7 @@ def test_columns_go_by_the_shops_names_and_carried_ones_keep_their_type(tmp_path
     source = inputs.open_source("impressions", template, DS, NAMES | names, carry=("price",))
     assert source.carried == (pa.field("price", pa.float32()),)
     assert source.form.columns == names  # the optional ones are not there
-    found = read(source, [*WANTED, "price"])
+    found = read(source, WANTED, carry=["price"])
     assert found.column_names == [*IMPRESSION_COLUMNS, "price"]
     assert found["price"].type == pa.float32()
     assert found["price"].to_pylist() == [1.5, None, 2.5]

@@ -332,6 +332,22 @@ def test_carried_columns_and_the_shops_own_impression_ids_pass_through(world: Wo
     assert sorted(zip(*(found[c].to_pylist() for c in key), strict=True)) == wanted
 
 
+def test_a_request_id_is_carried_as_it_is_nulls_too(world: World) -> None:
+    for day in DAYS:
+        rewrite(
+            world,
+            day,
+            lambda rows: rows.append_column(
+                "request_id", pa.array(["r", None] * len(rows), pa.string())[: len(rows)]
+            ),
+        )
+    world.settings()
+    text = world.config.read_text().replace("[embed]", 'carry = ["request_id"]\n[embed]')
+    world.config.write_text(text)
+    assert main(["refresh", "--config", str(world.config), "--ds", str(DAYS[0])]) == 0
+    assert set(world.table("user_simscores", DAYS[0])["request_id"].to_pylist()) == {"r", None}
+
+
 def test_a_logged_history_is_scored_as_it_is(world: World) -> None:
     logged = [1, 2, UNKNOWN, 3, 1, 4, 5, 6]
     rewrite(
