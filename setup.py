@@ -31,12 +31,24 @@ setup(
         "pyarrow>=25,<26",  # Beam wants < 26
         "pydantic>=2.14,<3",
         "safetensors>=0.8,<1",
+        "tensorboard>=2.21,<3",  # torch.utils.tensorboard needs it, but torch does not ask for it
         # Minor releases of torch drop what an earlier one deprecated, hence the tight upper bound;
         # torchvision goes with its torch. We run the lower pair on a GPU, the upper one elsewhere.
         "torch>=2.11,<2.15",
         "torchvision>=0.26,<0.30",
     ],
     extras_require={
-        "dev": ["duckdb", "hypothesis", "mypy", "pandas", "pytest", "ruff", "xxhash"],
+        # The text tower of the CLIP baseline, which nothing else needs.
+        "clip": ["transformers>=5.23,<6"],
+        "dev": [
+            "duckdb",
+            "hypothesis",
+            "mypy",
+            "pandas",
+            "pytest",
+            "ruff",
+            "transformers",  # as in `clip`, of which `make pins` takes the bounds
+            "xxhash",
+        ],
     },
 )

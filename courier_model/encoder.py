@@ -73,13 +73,19 @@ class ImageEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """uint8 RGB `[batch, 3, S, S]` as `images.decode` gives it -> float32 `[batch, 256]`.
 
-        L2-normalised. Under autocast the backbone runs in the lower precision, the norm is always
-        taken in float32.
+        L2-normalised.
+        """
+        return F.normalize(self.features(images), dim=-1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """The embedding before its L2 norm is taken, which training attends with (METHOD §4).
+
+        float32 also under autocast, where the backbone runs in the lower precision.
         """
         if images.dtype != torch.uint8:  # floats in 0..1 would silently become all but black
             raise TypeError(f"expected uint8 images, found {images.dtype}")
-        normalised = (images.float() / 255 - self.mean) / self.std
-        return F.normalize(self.backbone(normalised).float(), dim=-1)
+        output: Tensor = self.backbone((images.float() / 255 - self.mean) / self.std)
+        return output.float()
 
 
 def build_encoder(

@@ -2,7 +2,8 @@
 
 What an encoder sees must not depend on where it runs, so everything between the file's bytes and
 the uint8 pixels is here, with Pillow alone. The encoder itself divides by mean and std, so pixels
-travel as uint8, a quarter of the size of floats.
+travel as uint8, a quarter of the size of floats. Training decodes to `Preprocessing.square` and
+cuts its crops out of that (`augment`).
 
 Bytes come from strangers: formats, bytes and pixels are bounded before anything is decoded.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import io
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,10 @@ class Preprocessing:
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
         """The inverse of `dataclasses.asdict`, also after JSON has turned tuples into lists."""
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+    def square(self) -> Preprocessing:
+        """As what training keeps of an image: the centre square of the resized picture, uncut."""
+        return replace(self, input_size=self.resize_size)
 
 
 def decode(

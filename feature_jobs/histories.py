@@ -193,12 +193,13 @@ def user_histories(clicks: pa.Table, end_us: int, law: HistoryLaw) -> pa.Table:
 
 
 class ReadClicks(beam.DoFn):
-    """A row group of impressions → its clicks (user_id, item_id, click_time) by user shard."""
+    """A row group of impressions → its clicks (user_id, item_id, click_time) by shard of `key`."""
 
-    def __init__(self, click_delay_us: int, end_us: int, shards: int, staging: str):
+    def __init__(self, click_delay_us: int, end_us: int, shards: int, staging: str, key: str):
         self._click_delay_us = click_delay_us
         self._end_us = end_us  # of the day that is made: its own partition may not reach past it
         self._shards = shards
+        self._key = key
         self.staging = staging
 
     @tables.refusing
@@ -211,7 +212,7 @@ class ReadClicks(beam.DoFn):
             clicks = rows.select(["user_id", "item_id"]).append_column(
                 "click_time", pa.array(moments).cast(TIMESTAMP)
             )
-            yield from tables.split_by_shard(clicks, "user_id", self._shards)
+            yield from tables.split_by_shard(clicks, self._key, self._shards)
 
 
 class WriteUserHistories(beam.DoFn):
@@ -250,13 +251,14 @@ def read_clicks(
     end_us: int,
     shards: int,
     staging: str,
+    key: str = "user_id",
 ) -> beam.PCollection:
-    """The clicks of all days of `log`, as (user shard, IPC bytes)."""
+    """The clicks of all days of `log`, as (shard of their `key`, IPC bytes)."""
     return (
         root
         | "ClickGroups" >> beam.Create([group for day in log for group in day.groups()])
         | "SpreadClickGroups" >> beam.Reshuffle()
-        | "ReadClicks" >> beam.ParDo(ReadClicks(law.click_delay_us, end_us, shards, staging))
+        | "ReadClicks" >> beam.ParDo(ReadClicks(law.click_delay_us, end_us, shards, staging, key))
     )
 
 

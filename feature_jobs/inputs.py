@@ -26,7 +26,7 @@ _FOOTER_READERS = 16
 CATALOGUE_COLUMNS = ("item_id", "image_uri", "category")
 IMPRESSION_COLUMNS = ("user_id", "item_id", "event_time", "clicked")
 OPTIONAL_COLUMNS = ("click_time", "impression_id", "request_id", "history")
-_NULLABLE = ("image_uri", "category", "click_time", "history")
+_NULLABLE = ("image_uri", "category", "title", "click_time", "request_id", "history")
 # What pyarrow raises for damaged bytes; a damaged footer may name impossible types or columns.
 _UNREADABLE = (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError, OSError)
 
@@ -68,6 +68,7 @@ class Source:
     item_id: pa.DataType | None
     user_id: pa.DataType | None
     impression_id: pa.DataType | None
+    request_id: pa.DataType | None
     carried: tuple[pa.Field, ...]
 
     def groups(self) -> list[RowGroup]:
@@ -174,6 +175,7 @@ def open_source(
         item_id=same_id_type("item_id", present, paths, footers),
         user_id=same_id_type("user_id", present, paths, footers),
         impression_id=same_id_type("impression_id", present, paths, footers),
+        request_id=same_id_type("request_id", present, paths, footers),
         carried=tuple(pa.field(c, _decoded(first.field(c).type)) for c in carry) if first else (),
     )
 
@@ -291,7 +293,8 @@ def _kinds(
 
 _ID = "int64 or string"
 _EXPECTED = {
-    "item_id": _ID, "user_id": _ID, "image_uri": "string", "category": "string",
+    "item_id": _ID, "user_id": _ID,
+    "image_uri": "string", "category": "string", "title": "string",
     "event_time": "a timestamp", "click_time": "a timestamp", "clicked": "bool, or int 0 and 1",
     "impression_id": _ID, "request_id": _ID, "history": f"a list of {_ID}",
 }  # fmt: skip
@@ -446,6 +449,14 @@ def _to_bool(form: Form, path: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
                 "of clicks need a threshold before they are labels."
             )
     return column.cast(pa.bool_())
+
+
+def distinct_categories(catalogue: Source) -> list[str]:
+    """The categories of all items, ascending; reads that column alone."""
+    found: set[str] = set()
+    for group in catalogue.groups():
+        found.update(pc.unique(read_rows(group, ["category"])["category"]).drop_null().to_pylist())
+    return sorted(found)
 
 
 def check_unique(item_ids: pa.ChunkedArray, ds: dt.date) -> None:

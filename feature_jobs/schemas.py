@@ -1,7 +1,8 @@
 """Every table that COURIER publishes: columns, types, key and meaning; and how a run can fail.
 
 A table's schema depends on the shop only through the types of its IDs (int64 or string), which are
-kept from the user's tables to ours. Lists are newest first, padded with 0, and hold no nulls.
+kept from the user's tables to ours. Lists are newest first, padded with 0, and hold no nulls;
+those of a training row and of a user's history are not padded.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 EMBEDDING_DIM = 256  # COURIER appendix §4
+ROW_PVS = 5  # of a training row, and
+ROW_CLICKS = 5  # so many clicks: ten images, COURIER appendix §4
 SIM_TIERS = 20  # tiers of width 0.1 over [-1, 1], arXiv 2407.19467
 
 
@@ -66,18 +69,20 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """One published table. Rows are sorted by `key` within each file."""
+    """One published table. Rows are sorted by `key` within each file, then by `then_by`."""
 
     name: str
     key: str
     shared: bool
     columns: tuple[Column, ...]
+    then_by: tuple[str, ...] = ()
 
     def schema(
         self,
         item_id: pa.DataType,
         user_id: pa.DataType | None = None,
         impression_id: pa.DataType | None = None,
+        request_id: pa.DataType | None = None,
         extra: Sequence[pa.Field] = (),
         without: Sequence[str] = (),
     ) -> pa.Schema:
@@ -86,6 +91,7 @@ class Table:
             _ITEM_ID: item_id,
             _USER_ID: user_id,
             "impression_id": impression_id,
+            "request_id": request_id,
             "list item_id": pa.list_(item_id),
         }
         fields = [
@@ -109,6 +115,26 @@ USER_HISTORIES = Table(
         Column("user_id", _USER_ID, "a user with a click in the window"),
         Column("item_ids", "list item_id", "items clicked before the end of ds, newest first"),
         Column("click_times", pa.list_(TIMESTAMP), "when, aligned with item_ids"),
+    ),
+)
+
+TRAINING_ROWS = Table(
+    "training_rows",
+    key="user_id",
+    then_by=("request_id", "chunk"),
+    shared=True,
+    columns=(
+        Column("user_id", _USER_ID, "to whom the items were shown"),
+        Column("request_id", "request_id", "the shop's, else its first moment in microseconds"),
+        Column("chunk", pa.int32(), "from 0; a request with more clicks than a row holds has more"),
+        Column("event_time", TIMESTAMP, "the row's moment: the request's earliest impression"),
+        Column("pv_item_ids", "list item_id", f"at most {ROW_PVS} items shown, clicked ones first"),
+        Column("pv_clicked", pa.list_(pa.bool_()), "the labels, aligned with pv_item_ids"),
+        Column(
+            "click_item_ids",
+            "list item_id",
+            f"at most {ROW_CLICKS} items clicked before event_time, newest first",
+        ),
     ),
 )
 
@@ -194,5 +220,12 @@ USER_SIMSCORES = Table(
 
 TABLES = {
     table.name: table
-    for table in (USER_HISTORIES, ITEM_EMBEDDINGS, ITEM_REJECTS, ITEM_FEATURES, USER_SIMSCORES)
+    for table in (
+        USER_HISTORIES,
+        TRAINING_ROWS,
+        ITEM_EMBEDDINGS,
+        ITEM_REJECTS,
+        ITEM_FEATURES,
+        USER_SIMSCORES,
+    )
 }

@@ -173,13 +173,13 @@ def write_part(
     folder: str, table: Table, schema: pa.Schema, rows: pa.Table, shard: int, shards: int,
     counts: dict[str, int] | None = None,
 ) -> None:  # fmt: skip
-    """Writes one shard of `table` and its receipt; `rows` are sorted by the table's key here.
+    """Writes one shard of `table` and its receipt; `rows` are sorted as `table` says here.
 
     Raises DataContractError for a null where `schema` allows none.
     """
     rows = pa.Table.from_arrays(
         [rows[field.name].cast(field.type) for field in schema], schema=schema
-    ).sort_by(table.key)
+    ).sort_by([(name, "ascending") for name in (table.key, *table.then_by)])
     for field in schema:
         if not field.nullable and rows[field.name].null_count:
             key = rows[table.key].filter(pc.is_null(rows[field.name]))[0]

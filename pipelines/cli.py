@@ -135,6 +135,39 @@ def simscore(**options: Any) -> None:
     _make(("histories", "simscore"), **options)
 
 
+@cli.command("training-rows")
+@config_option
+@click.option("--ds", type=_Ds(), help="The day to make rows of.")
+@click.option("--start-ds", type=_Ds(), help="Or the first of several days.")
+@click.option("--end-ds", type=_Ds(), help="And the last of them.")
+@dry_run_option
+@json_option
+@beam_argument
+def training_rows(
+    config: str, ds: dt.date | None, start_ds: dt.date | None, end_ds: dt.date | None,
+    dry_run: bool, json: bool, beam_args: Sequence[str],
+) -> None:  # fmt: skip
+    """Make what an encoder is trained on, for one day or several: training_rows.
+
+    With --json, one document for each day.
+    """
+    for day in _days(ds, start_ds, end_ds):
+        _make(("training-rows",), config, day, dry_run, False, json, beam_args)
+
+
+def _days(ds: dt.date | None, start: dt.date | None, end: dt.date | None) -> list[dt.date]:
+    """The one day, or all from `start` to `end`; raises UsageError unless one form is given."""
+    if ds and not start and not end:
+        return [ds]
+    if ds or not start or not end:
+        raise click.UsageError(
+            "Give one day as --ds, or the first and the last of several as --start-ds and --end-ds."
+        )
+    if start > end:
+        raise click.UsageError(f"--start-ds {start} comes after --end-ds {end}.")
+    return [start + dt.timedelta(days=n) for n in range((end - start).days + 1)]
+
+
 # ---- Artefacts -------------------------------------------------------------------------------
 
 

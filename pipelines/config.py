@@ -28,7 +28,7 @@ from feature_jobs import storage
 from feature_jobs.schemas import TABLES, OperatorError
 
 STAGES = ("embed", "item-features", "histories", "simscore")  # of the night, in order
-BEAM_STAGES = (*STAGES, "fit-codebook")
+BEAM_STAGES = (*STAGES, "training-rows", "fit-codebook")
 _NAME = r"^[a-z0-9][a-z0-9-]*$"
 
 
@@ -71,11 +71,12 @@ class _Section(BaseModel):
 
 
 class CatalogueColumns(_Section):
-    """Names of the catalogue's columns in the shop's table."""
+    """Names of the catalogue's columns in the shop's table; the last one may be absent there."""
 
     item_id: str = "item_id"
     image_uri: str = "image_uri"
     category: str = "category"
+    title: str = "title"
 
 
 class ImpressionColumns(_Section):
@@ -130,6 +131,14 @@ class Simscore(_Section):
     history_item_ids: bool = False
 
 
+class Training(_Section):
+    """What encoders are trained on: items of `categories`, of all where there are none. Without
+    a request_id, impressions further apart than the gap are of two requests."""
+
+    categories: tuple[str, ...] = ()
+    request_gap_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
+
+
 class Gates(_Section):
     """Above these shares the night is made but not published."""
 
@@ -159,6 +168,7 @@ class Settings(_Section):
     embed: Embed = Embed()
     item_features: ItemFeatures = ItemFeatures()
     simscore: Simscore = Simscore()
+    training: Training = Training()
     gates: Gates = Gates()
     beam: dict[str, Any] = {}
     pins: tuple[Pin, ...] = ()

@@ -7,8 +7,8 @@ only), courier.toml, and demo.json with the parameters and what was made.
 The shop's laws: an item arrives every day and some leave; popularity and activity are skewed; what
 is shown depends on popularity alone, so that only clicks tell of tastes. A user has tastes over
 what the pictures show (colour and pattern) and over categories; chargers are clicked whatever they
-look like. No table has a column about looks or tastes: who wants to know them has to look at the
-images.
+look like. No table has a column about looks or tastes, and titles don't tell of them: who wants to
+know them has to look at the images.
 
 The same parameters give the same bytes. The shop is built in a sibling folder and renamed, so that
 a folder of this name is whole; a killed run leaves `<out>.partial-<pid>` behind, which may be
@@ -49,7 +49,11 @@ REQUESTS_PER_USER_DAY = 4.0
 MIN_DAYS = 7
 
 # Streams of random numbers, one per purpose, so that a change in one leaves the others as they are.
-_ITEMS, _FAULTS, _DRAWING, _CALENDAR, _USERS, _LOG = range(6)
+_ITEMS, _FAULTS, _DRAWING, _CALENDAR, _USERS, _LOG, _TITLES = range(7)
+
+# Invented, so that a title tells an item from others of its category, but neither colour nor cut.
+_BRANDS = ("Aldovar", "Brenna", "Corvel", "Dunmere", "Elstow", "Farrin", "Helvia", "Jorunn")
+_MODELS = ("Alto", "Bergen", "Calla", "Delta", "Ember", "Fjord", "Gala", "Harbor", "Indra", "Juno")
 
 _UTC_TIME = pa.timestamp("us", tz="UTC")
 CATALOGUE = pa.schema(
@@ -57,6 +61,7 @@ CATALOGUE = pa.schema(
         pa.field("item_id", pa.int64(), nullable=False),
         pa.field("image_uri", pa.string(), nullable=False),
         pa.field("category", pa.string()),
+        pa.field("title", pa.string()),
     ]
 )
 IMPRESSIONS = pa.schema(
@@ -107,15 +112,16 @@ class ShopSummary:
 class World:
     """The shop with everything that its tables don't tell.
 
-    An item is in the catalogue on days first_day <= day < end_day (`[items]`). `popularity`
-    `[items]` is the weight with which it is shown. Tastes are added to the log-odds of a click:
-    `colour_taste` `[users, colours + 1]`, `pattern_taste` `[users, patterns + 1]` (the last column,
-    for unknown looks, is 0) and `category_taste` `[users, categories]`, whose columns
-    `category_code` `[items]` names. `activity` `[users]` is a factor of mean 1 on the number of
-    requests. Users are numbered 1, 2, ...
+    An item is in the catalogue on days first_day <= day < end_day (`[items]`), with its `title`
+    (`[items]`, "" for none). `popularity` `[items]` is the weight with which it is shown. Tastes
+    are added to the log-odds of a click: `colour_taste` `[users, colours + 1]`, `pattern_taste`
+    `[users, patterns + 1]` (the last column, for unknown looks, is 0) and `category_taste`
+    `[users, categories]`, whose columns `category_code` `[items]` names. `activity` `[users]` is a
+    factor of mean 1 on the number of requests. Users are numbered 1, 2, ...
     """
 
     items: Items
+    title: Texts
     first_day: Ints
     end_day: Ints
     popularity: Floats
@@ -186,6 +192,7 @@ def make_world(shop: Shop, items: Items, arriving: float) -> World:
     activity = rng.lognormal(0, 0.8, size=shop.users)
     return World(
         items=items,
+        title=_titles(shop, items.category),
         first_day=first_day,
         end_day=end_day,
         # Zipf's law, less its very peak: with 600 items the first takes 2 % of what is shown.
@@ -196,6 +203,18 @@ def make_world(shop: Shop, items: Items, arriving: float) -> World:
         category_taste=rng.normal(0, 0.35, size=(shop.users, len(categories))),
         activity=activity / activity.mean(),
     )
+
+
+def _titles(shop: Shop, category: Texts) -> Texts:
+    """A made-up product name for each item, `[items]`; one in fifty has none."""
+    rng = _rng(shop, _TITLES)
+    n = len(category)
+    brand, model = (rng.choice(words, size=n) for words in (_BRANDS, _MODELS))
+    number = rng.integers(100, 1000, size=n)
+    named = rng.random(n) >= 0.02
+    words = zip(brand, category, model, number, strict=True)
+    titles = np.array([" ".join(str(part) for part in parts if str(part)) for parts in words])
+    return np.where(named, titles, "")
 
 
 def _tastes(users: int, kinds: int, liked: float, rng: np.random.Generator) -> Floats:
@@ -235,11 +254,12 @@ def catalogue_table(world: World, day: int) -> pa.Table:
     items = world.items
     present = np.flatnonzero((world.first_day <= day) & (day < world.end_day))
     present = present[items.item_id[present].argsort()]
-    category = items.category[present]
+    category, title = items.category[present], world.title[present]
     columns = [
         pa.array(items.item_id[present]),
         pa.array(items.image_uri[present].tolist()),
         pa.array(category.tolist(), mask=category == ""),
+        pa.array(title.tolist(), mask=title == ""),
     ]
     return pa.table(columns, schema=CATALOGUE)
 

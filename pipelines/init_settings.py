@@ -34,7 +34,7 @@ $image_roots
 # Wait for a file _SUCCESS in the partition.
 # require_success = false
 
-# The names of the columns in your table.
+# The names of the columns in your table. The title may be absent there.
 [catalogue.columns]
 $catalogue_columns
 
@@ -68,6 +68,12 @@ $impressions_columns
 [simscore]
 # Add the items that were scored as a column.
 # history_item_ids = false
+
+[training]
+# The categories whose items an encoder is trained on, ["dress", "shirt"] say; none means all.
+# categories = []
+# Without a request_id, impressions of one user further apart than this are of two requests.
+# request_gap_seconds = 60.0
 
 [gates]
 # Above these shares a night is made but not published: of items without a usable image ...

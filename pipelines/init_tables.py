@@ -30,6 +30,7 @@ _SYNONYMS: Mapping[str, Mapping[str, str]] = {
         "image_uri": "image image_url image_path image_file img img_url img_path pic pic_url "
         "picture uri url path",
         "category": "cat category_name cate category_id cate_id cat_id",
+        "title": "item_title product_title item_name product_name name",
     },
     "impressions": {
         "user_id": "uid userid user member_id customer_id visitor_id",
@@ -181,6 +182,7 @@ def open_table(place: Place, ds: dt.date) -> Table:
         item_id=inputs.same_id_type("item_id", usable, paths, footers),
         user_id=None,
         impression_id=None,
+        request_id=None,
         carried=(),
     )
     rows, in_rows = _sample_rows(source)

@@ -1,4 +1,4 @@
-"""What a night will do, found out before any of it is done.
+"""What a night, or a stage outside it, will do, found out before any of it is done.
 
 Settings, artefacts and inputs are opened and checked here, by footers and manifests alone. Each
 stage then knows all that it depends on, and with that its `run_id`.
@@ -7,7 +7,7 @@ stage then knows all that it depends on, and with that its `run_id`.
 import datetime as dt
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,31 +15,36 @@ import pyarrow as pa
 
 from feature_jobs import codebook as codebooks
 from feature_jobs import embed, hashing, inputs, tables
-from feature_jobs.histories import DAY_US, SLACK_DAYS, HistoryLaw, define_user_histories
+from feature_jobs.histories import DAY_US, HistoryLaw, define_user_histories
 from feature_jobs.item_features import FeaturesJob, define_item_features
 from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
     ITEM_FEATURES,
     ITEM_REJECTS,
+    ROW_CLICKS,
+    TRAINING_ROWS,
     USER_HISTORIES,
     USER_SIMSCORES,
     DataContractError,
-    InputNotReady,
     OperatorError,
     Table,
 )
 from feature_jobs.simscore import SimscoreJob, define_simscore, discard_broadcast
+from feature_jobs.training_rows import TrainingRowsJob, define_training_rows
 from pipelines import runs
 from pipelines.config import STAGES, Pin, Settings
 from pipelines.runs import Stage
+from pipelines.shop_tables import ShopTables
 
 _IMPRESSIONS_PER_CLICK = 8  # at least, as a rule: it only sizes the shards
-_UPSTREAM = {
+_UPSTREAM = {  # in the order in which they are made
     "embed": (),
     "item-features": ("embed",),
     "histories": (),
     "simscore": ("embed", "item-features"),
+    "training-rows": (),
 }
+_WITHOUT_PIN = {"histories", "training-rows"}
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,8 @@ def plan_night(
     `allow_overlap` lets an encoder or codebook be used that was made from ds or later days.
     Raises OperatorError, DataContractError or InputNotReady.
     """
-    needed = [s for s in STAGES if s in wanted or any(s in _UPSTREAM[w] for w in wanted)]
-    pin = settings.pin_for(ds)
-    planner = _Planner(settings, ds, pin, allow_overlap, say)
+    needed = [s for s in _UPSTREAM if s in wanted or any(s in _UPSTREAM[w] for w in wanted)]
+    planner = _Planner(settings, ds, allow_overlap, say)
     planner.open_inputs(needed)
     made: dict[str, Stage] = {}
     for name in needed:
@@ -91,29 +95,28 @@ def plan_night(
 
 
 class _Planner:
-    """The checked inputs and artefacts of one ds, opened once however many stages need them."""
+    """The checked inputs and artefacts of one ds, and what each stage makes of them."""
 
     def __init__(
         self,
         settings: Settings,
         ds: dt.date,
-        pin: Pin,
         allow_overlap: bool,
         say: Callable[[str], None],
     ):
-        self.settings, self.ds, self.pin = settings, ds, pin
+        self.settings, self.ds = settings, ds
         self.allow_overlap = allow_overlap
-        self.say = say
-        self.encoder = tables.read_encoder_info(pin.encoder)
-        self._opened: dict[str, inputs.Source] = {}
+        self.shop = ShopTables(settings, ds, say)
 
     def open_inputs(self, needed: Sequence[str]) -> None:
-        """Opens the tables of ds; raises DataContractError where their IDs are of two types."""
+        """Opens pin and tables of ds; raises DataContractError where IDs are of two types."""
+        if set(needed) - _WITHOUT_PIN:
+            _ = self.encoder  # a pin that does not hold is told before an input that is missing
         if "embed" in needed:
-            self._catalogue()
-        if {"histories", "simscore"} & set(needed):
-            self._impressions(self.ds)
-            self._user_id_type()
+            self.shop.catalogue(self.ds)
+        if {"histories", "simscore", "training-rows"} & set(needed):
+            self.shop.impressions(self.ds)
+            self.shop.user_id_type()
         self._item_id_type()
 
     def plan(self, name: str, made: dict[str, Stage]) -> Stage:
@@ -122,6 +125,7 @@ class _Planner:
             "item-features": self._item_features,
             "histories": self._histories,
             "simscore": self._simscore,
+            "training-rows": self._training_rows,
         }
         return plans[name](made)
 
@@ -132,7 +136,7 @@ class _Planner:
     # -- EMBED --
 
     def _embed(self, made: dict[str, Stage]) -> Stage:
-        settings, catalogue = self.settings, self._catalogue()
+        settings, catalogue = self.settings, self.shop.catalogue(self.ds)
         before, rejects = self._latest(ITEM_EMBEDDINGS), self._latest(ITEM_REJECTS)
         item_id = self._item_id_type()
         if before and before.schema.field("item_id").type != item_id:
@@ -176,7 +180,7 @@ class _Planner:
             },
             input_rows=catalogue.rows,
             notes={
-                "one_snapshot_for_all_days": "{ds}" not in settings.catalogue.path,
+                "one_snapshot_for_all_days": self.shop.has_one_catalogue,
                 **self._overlap("encoder", self.encoder.data_end_ds),
             },
         )
@@ -214,10 +218,10 @@ class _Planner:
     # -- HISTORIES --
 
     def _histories(self, made: dict[str, Stage]) -> Stage:
-        log, missing = self._log
+        log, missing = self.shop.log
         rows = sum(source.rows for source in log)
         shards = hashing.num_shards(rows // _IMPRESSIONS_PER_CLICK, self.settings.rows_per_shard)
-        schema = USER_HISTORIES.schema(self._item_id_type(), self._user_id_type())
+        schema = USER_HISTORIES.schema(self._item_id_type(), self.shop.user_id_type())
         self._check_shared()
 
         return self._stage(
@@ -237,17 +241,17 @@ class _Planner:
     # -- SIMSCORE --
 
     def _simscore(self, made: dict[str, Stage]) -> Stage:
-        settings, impressions = self.settings, self._impressions(self.ds)
+        settings, impressions = self.settings, self.shop.impressions(self.ds)
         logged = "history" in impressions.form.columns
         unneeded = logged or not impressions.rows
-        log, missing = ([], []) if unneeded else self._log
+        log, missing = ([], []) if unneeded else self.shop.log
         # Of impressions, and of the clicks of all days: these are a fraction of their rows.
         rows = max(impressions.rows, sum(day.rows for day in log) // _IMPRESSIONS_PER_CLICK)
         shards = hashing.num_shards(rows, settings.rows_per_shard)
         optional = [] if settings.simscore.history_item_ids else ["history_item_ids"]
         schema = USER_SIMSCORES.schema(
             self._item_id_type(),
-            self._user_id_type(),
+            self.shop.user_id_type(),
             impressions.impression_id or pa.string(),
             extra=impressions.carried,
             without=optional,
@@ -282,66 +286,70 @@ class _Planner:
             clean=lambda staging: discard_broadcast(job(staging)),
         )
 
+    # -- TRAINING-ROWS --
+
+    def _training_rows(self, made: dict[str, Stage]) -> Stage:
+        settings, impressions = self.settings, self.shop.impressions(self.ds)
+        log, missing = self.shop.log
+        categories = tuple(sorted(set(settings.training.categories))) or None
+        if categories:
+            self.shop.check_categories(categories)
+        catalogues = self.shop.catalogues() if categories else []
+        # Of impressions, of the clicks of all days and of items: each has shards of its own kind.
+        rows = max(
+            impressions.rows,
+            sum(day.rows for day in log) // _IMPRESSIONS_PER_CLICK,
+            *(day.rows for day in catalogues),
+        )
+        shards = hashing.num_shards(rows, settings.rows_per_shard)
+        schema = TRAINING_ROWS.schema(
+            self._item_id_type(),
+            self.shop.user_id_type(),
+            request_id=impressions.request_id or pa.string(),
+        )
+        job = partial(
+            TrainingRowsJob,
+            law=replace(self._law(), history_len=ROW_CLICKS),
+            gap_us=round(settings.training.request_gap_seconds * 1_000_000),
+            end_us=self._end_us(),
+            categories=categories,
+            shards=shards,
+            schema=schema,
+        )
+        return self._stage(
+            "training-rows",
+            lambda root, staging: define_training_rows(
+                root, impressions, log, catalogues, job(staging=staging)
+            ),
+            tables=(TRAINING_ROWS,),
+            shards=shards,
+            inputs={
+                "log": [source.identity() for source in log],
+                "catalogues": [source.identity() for source in catalogues],
+            },
+            identities={},
+            settings={
+                **self._click_settings(),
+                "categories": categories,
+                "request_gap_seconds": settings.training.request_gap_seconds,
+            },
+            input_rows=impressions.rows,
+            notes={
+                "days_without_log": missing,
+                "one_snapshot_for_all_days": bool(catalogues) and self.shop.has_one_catalogue,
+            },
+        )
+
     # -- What the stages share --
-
-    def _catalogue(self) -> inputs.Source:
-        section = self.settings.catalogue
-        return self._once(
-            "catalogue",
-            lambda: inputs.open_source(
-                "catalogue", section.path, self.ds, section.columns.model_dump(),
-                require_success=section.require_success,
-                named=section.columns.model_fields_set,
-            ),
-        )  # fmt: skip
-
-    def _impressions(self, ds: dt.date) -> inputs.Source:
-        section = self.settings.impressions
-        return self._once(
-            f"impressions {ds}",
-            lambda: inputs.open_source(
-                "impressions", section.path, ds, section.columns.model_dump(), section.carry,
-                section.input_timezone, section.require_success, section.columns.model_fields_set,
-            ),
-        )  # fmt: skip
-
-    @functools.cached_property
-    def _log(self) -> tuple[list[inputs.Source], list[str]]:
-        """The impressions of ds and of the days that its histories need, and the missing days."""
-        log, missing = [self._impressions(self.ds)], []
-        for back in range(1, self.settings.window_days + SLACK_DAYS + 1):
-            day = self.ds - dt.timedelta(days=back)
-            try:
-                log.append(self._impressions(day))
-            except InputNotReady:
-                missing.append(str(day))
-        if missing:
-            self.say(
-                f"histories of ds {self.ds}: no impressions on {len(missing)} of the "
-                f"{self.settings.window_days + SLACK_DAYS} days before it "
-                f"({missing[-1]} to {missing[0]})"
-            )
-        return log, missing
 
     def _latest(self, table: Table) -> tables.Partition | None:
         return runs.latest_before(self.settings.root, self.settings.feature_set, table, self.ds)
-
-    def _once(self, key: str, open_it: Callable[[], inputs.Source]) -> inputs.Source:
-        if key not in self._opened:
-            self._opened[key] = open_it()
-        return self._opened[key]
 
     def _item_id_type(self) -> pa.DataType:
         """The shop's; on days without any file that of the day before, so that tables still fit."""
         before = self._latest(ITEM_EMBEDDINGS)
         otherwise = before.schema.field("item_id").type if before else pa.int64()
-        return inputs.common_id_type("item_id", self._sources(), otherwise)
-
-    def _user_id_type(self) -> pa.DataType:
-        return inputs.common_id_type("user_id", self._sources(), otherwise=pa.int64())
-
-    def _sources(self) -> list[inputs.Source]:
-        return list(self._opened.values())
+        return self.shop.item_id_type(otherwise)
 
     def _check_shared(self) -> None:
         """Refuses to replace histories that another feature set made under another law."""
@@ -364,6 +372,14 @@ class _Planner:
                     "settings, or another root."
                 )
 
+    @functools.cached_property
+    def pin(self) -> Pin:
+        return self.settings.pin_for(self.ds)
+
+    @functools.cached_property
+    def encoder(self) -> tables.EncoderInfo:
+        return tables.read_encoder_info(self.pin.encoder)
+
     def _law(self) -> HistoryLaw:
         return HistoryLaw(
             self.settings.history_len,
@@ -372,8 +388,10 @@ class _Planner:
         )
 
     def _history_settings(self) -> dict[str, Any]:
+        return {"history_len": self.settings.history_len, **self._click_settings()}
+
+    def _click_settings(self) -> dict[str, Any]:
         return {
-            "history_len": self.settings.history_len,
             "window_days": self.settings.window_days,
             "click_delay_seconds": self.settings.impressions.click_delay_seconds,
             "day_timezone": self.settings.day_timezone,

@@ -15,7 +15,12 @@ def check(stage: str, input_rows: int, counts: Mapping[str, int], settings: Sett
 
     `input_rows` are those of the stage's input, `counts` its own and those of the ones before it.
     """
-    gates = {"embed": _embed, "item-features": _item_features, "simscore": _simscore}
+    gates = {
+        "embed": _embed,
+        "item-features": _item_features,
+        "simscore": _simscore,
+        "training-rows": _training_rows,
+    }
     if stage in gates:
         gates[stage](input_rows, counts, settings)
 
@@ -53,6 +58,11 @@ def _simscore(input_rows: int, counts: Mapping[str, int], settings: Settings) ->
         settings.gates.max_unknown_item_share, "max_unknown_item_share",
         "A catalogue of another day or shop looks like this",
     )  # fmt: skip
+
+
+def _training_rows(input_rows: int, counts: Mapping[str, int], settings: Settings) -> None:
+    reached = counts["impressions"] + counts["out_of_scope_impressions"]
+    _law("impressions that reached TRAINING-ROWS", reached, input_rows)
 
 
 def _reasons(counts: Mapping[str, int]) -> str:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipelines", "courier_model", "feature_jobs")
 # What jobs share. Every other module of feature_jobs is a job.
 SHARED_GROUND = {"schemas", "tables", "storage", "hashing", "inputs", "histories", "codebook"}
-HEAVY = {"torch", "torchvision", "faiss", "apache_beam"}
+HEAVY = {"torch", "torchvision", "transformers", "tensorboard", "faiss", "apache_beam"}
 
 
 def modules_of(package: str) -> dict[str, Path]:

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tests.test_imports import IMPORTS, PACKAGES
+from tests.test_imports import IMPORTS, PACKAGES, importers, loaded_by
 
 ROOT = Path(__file__).parents[1]
 NAMES = {"PIL": "pillow", "apache_beam": "apache-beam", "faiss": "faiss-gpu"}
@@ -30,7 +30,11 @@ def keywords_of_setup() -> dict[str, ast.expr]:
 
 SETUP = keywords_of_setup()
 NEEDED = [Requirement(text) for text in ast.literal_eval(SETUP["install_requires"])]
-DEV = [Requirement(text) for text in ast.literal_eval(SETUP["extras_require"])["dev"]]
+EXTRAS = {
+    extra: [Requirement(text) for text in texts]
+    for extra, texts in ast.literal_eval(SETUP["extras_require"]).items()
+}
+DEV, CLIP = EXTRAS["dev"], EXTRAS["clip"]
 PIN_LINES = [
     line for line in read("requirements.txt").splitlines() if line and not line.startswith("#")
 ]
@@ -53,7 +57,7 @@ def test_every_line_of_the_requirements_is_one_exact_pin_from_the_index() -> Non
         assert pin.url is None, name
 
 
-@pytest.mark.parametrize("needed", NEEDED, ids=lambda requirement: requirement.name)
+@pytest.mark.parametrize("needed", [*NEEDED, *CLIP], ids=lambda requirement: requirement.name)
 def test_a_pin_satisfies_what_setup_asks_for(needed: Requirement) -> None:
     assert pinned(needed.name) in needed.specifier
     assert {s.operator for s in needed.specifier} == {">=", "<"}  # both ends are stated
@@ -84,8 +88,16 @@ def test_every_package_that_the_code_imports_is_declared() -> None:
     known = {*sys.stdlib_module_names, *PACKAGES}
     found = {name.split(".")[0] for names in IMPORTS.values() for name in names} - known
     assert {"pyarrow", "torch", "click"} <= found
-    declared = {canonicalize_name(needed.name) for needed in NEEDED}
+    declared = {canonicalize_name(needed.name) for needed in (*NEEDED, *CLIP)}
     assert {canonicalize_name(NAMES.get(name, name)) for name in found} <= declared
+
+
+def test_what_is_optional_is_imported_where_a_tower_is_made_and_tested() -> None:
+    assert importers("transformers") == {"courier_model.titles"}
+    loaded = loaded_by("import courier_model.titles")
+    assert "torch" in loaded
+    assert "transformers" not in loaded
+    assert {needed.name for needed in CLIP} == {"transformers"} <= {tool.name for tool in DEV}
 
 
 # ---- The image -------------------------------------------------------------------------------

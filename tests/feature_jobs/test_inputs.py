@@ -56,7 +56,7 @@ def open_impressions(template: str, **settings: Any) -> inputs.Source:
 
 
 def open_catalogue(template: str) -> inputs.Source:
-    columns = {name: name for name in CATALOGUE_COLUMNS}
+    columns = {name: name for name in (*CATALOGUE_COLUMNS, "title")}
     return inputs.open_source("catalogue", template, DS, columns)
 
 
@@ -385,9 +385,9 @@ def test_a_flipped_bit_in_a_footer_is_refused_in_our_words_or_does_no_harm(tmp_p
 # ---- Refused by rows -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("column", [*IMPRESSION_COLUMNS, "impression_id", "request_id"])
+@pytest.mark.parametrize("column", [*IMPRESSION_COLUMNS, "impression_id"])
 def test_a_null_where_a_value_is_needed_is_counted_and_named(tmp_path: Path, column: str) -> None:
-    rows = impressions(impression_id=["a", "b", "c"], request_id=["r", "r", "s"])
+    rows = impressions(impression_id=["a", "b", "c"])
     values = pa.array([None, *rows[column].to_pylist()[1:]], rows[column].type)
     rows = rows.set_column(rows.column_names.index(column), column, values)
     source = open_impressions(write(tmp_path, rows))
@@ -410,11 +410,31 @@ def test_nulls_that_mean_something_are_kept(tmp_path: Path) -> None:
     assert read(source, CATALOGUE_COLUMNS).to_pylist() == catalogue().to_pylist()
     optional = {
         "click_time": pa.array([NOON, None, None], TIMESTAMP),
+        "request_id": pa.array(["r", None, None]),
         "history": pa.array([[1, 2], None, []]),
     }
     rows = read(open_impressions(write(tmp_path, impressions(**optional))))
+    assert rows["request_id"].to_pylist() == ["r", None, None]
     assert rows["click_time"].to_pylist() == [NOON, None, None]
     assert rows["history"].to_pylist() == [[1, 2], None, []]
+
+
+def test_titles_are_read_where_the_catalogue_has_them(tmp_path: Path) -> None:
+    wanted = [*CATALOGUE_COLUMNS, "title"]
+    without = open_catalogue(write(tmp_path / "without", catalogue()))
+    assert read(without, wanted).column_names == [*CATALOGUE_COLUMNS]
+    titles = pa.array(["Silk dress", None], pa.large_string())
+    source = open_catalogue(write(tmp_path / "with", catalogue(title=titles)))
+    rows = read(source, wanted)
+    assert rows.column_names == wanted
+    assert rows["title"].type == pa.string()
+    assert rows["title"].to_pylist() == ["Silk dress", None]
+    assert read(source, CATALOGUE_COLUMNS).equals(read(without, CATALOGUE_COLUMNS))
+
+
+def test_a_title_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    template = write(tmp_path, catalogue(title=[1, 2]))
+    refusal(DataContractError, lambda: open_catalogue(template), "'title'", "must be string")
 
 
 @pytest.mark.parametrize("clicks", [[0, 1, 2], [0, -1, 1]])

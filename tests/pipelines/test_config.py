@@ -49,6 +49,9 @@ chunk_items = 16
 vector = true
 [simscore]
 history_item_ids = true
+[training]
+categories = ["dress", "shirt"]
+request_gap_seconds = 30
 [gates]
 max_reject_share = 0.2
 max_unknown_item_share = 1
@@ -114,6 +117,7 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
         "embed": {"batch_size": 8, "chunk_items": 16},
         "item_features": {"vector": True},
         "simscore": {"history_item_ids": True},
+        "training": {"categories": ("dress", "shirt"), "request_gap_seconds": 30.0},
         "gates": {"max_reject_share": 0.2, "max_unknown_item_share": 1.0},
         "pins": (
             {
@@ -133,6 +137,7 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
         "item_id": "sku",
         "image_uri": "image_uri",
         "category": "category",
+        "title": "title",
     }
     assert settings.impressions.input_timezone == "America/New_York"
     assert settings.impressions.click_delay_seconds == 2.0
@@ -158,6 +163,7 @@ def test_what_is_left_out_has_a_default(folder: Path) -> None:
     assert settings.impressions.click_delay_seconds == 0
     assert not settings.catalogue.require_success
     assert not settings.item_features.vector
+    assert (settings.training.categories, settings.training.request_gap_seconds) == ((), 60)
     for columns in (settings.catalogue.columns, settings.impressions.columns):
         assert all(name == column for name, column in columns.model_dump().items())
 
@@ -232,6 +238,8 @@ def test_an_unknown_key_like_no_other_is_refused_with_all_known_ones(folder: Pat
         ("carry = 'price'", "[impressions]", "impressions.carry"),
         ("carry = [1]", "[impressions]", "impressions.carry.0"),
         ("click_delay_seconds = -1", "[impressions]", "impressions.click_delay_seconds"),
+        ("training = {request_gap_seconds = 0}", "root = ", "training.request_gap_seconds"),
+        ("training = {categories = 'dress'}", "root = ", "training.categories"),
         ("click_delay_seconds = inf", "[impressions]", "impressions.click_delay_seconds"),
         ("pins = [{from_ds = 20260101, encoder = 'e'}]", "root = ", "pins.0.from_ds"),
         ("pins = [{from_ds = '2026-02-30', encoder = 'e'}]", "root = ", "pins.0.from_ds"),

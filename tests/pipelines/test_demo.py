@@ -116,13 +116,45 @@ def test_the_summary_counts_what_is_there(made: Made) -> None:
 def test_no_column_tells_of_looks_or_tastes(made: Made) -> None:
     for ds in made.summary.ds:
         catalogue, log = made.table("catalogue", ds), made.table("impressions", ds)
-        assert catalogue.schema.names == ["item_id", "image_uri", "category"]
+        assert catalogue.schema.equals(demo.CATALOGUE)
+        assert catalogue.schema.names == ["item_id", "image_uri", "category", "title"]
         assert log.schema.equals(demo.IMPRESSIONS)
         assert log.schema.names == [
             *("user_id", "item_id", "event_time", "clicked", "click_time", "request_id")
         ]
         for name in ("catalogue", "impressions"):
             assert (made.folder / name / f"ds={ds}" / "_SUCCESS").read_bytes() == b""
+
+
+def test_a_title_names_the_category_and_an_item_keeps_it(made: Made) -> None:
+    seen: dict[int, str | None] = {}
+    for ds in made.summary.ds:
+        for item in made.table("catalogue", ds).to_pylist():
+            assert seen.setdefault(item["item_id"], item["title"]) == item["title"]
+            assert item["title"] is None or f" {item['category']} " in item["title"]
+    titles = [title for title in seen.values() if title]
+    assert len(set(titles)) > 0.95 * len(titles)  # a title tells items apart
+    assert 0 < len(seen) - len(titles) < 0.06 * len(seen)  # a few have none
+
+
+def test_titles_do_not_tell_of_looks() -> None:
+    items = demo.drawn_items(SMALL)
+    titles = demo.make_world(SMALL, items, arriving=0.15).title
+    others = replace(items, colour=items.colour[::-1], pattern=items.pattern[::-1])
+    assert (others.colour != items.colour).any()
+    assert (demo.make_world(SMALL, others, arriving=0.15).title == titles).all()
+    words = {word.lower() for title in titles for word in title.split()}
+    assert not words & {*COLOURS, *PATTERNS}
+    other_seed = demo.make_world(replace(SMALL, seed=8), items, arriving=0.15).title
+    assert (other_seed != titles).mean() > 0.9
+
+
+def test_an_item_without_a_category_has_a_title_without_one() -> None:
+    items = demo.drawn_items(SMALL)
+    items = replace(items, category=np.full_like(items.category, ""))
+    titles = demo.make_world(SMALL, items, arriving=0.15).title
+    assert {len(title.split()) for title in titles} == {0, 3}
+    assert not any("  " in title for title in titles)
 
 
 def test_items_arrive_every_day_and_some_leave(made: Made) -> None:
@@ -300,7 +332,9 @@ def test_photographs_are_measured_and_stay_where_they_are(tmp_path: Path) -> Non
     settings = load_settings(str(out / "courier.toml"))
     assert settings.catalogue.image_roots == (str(photos),)
     last = Made(out, summary).table("catalogue", summary.ds[-1]).to_pylist()
-    assert {"item_id": 117, "image_uri": "17.jpg", "category": "hat"} in last
+    (item,) = (item for item in last if item["item_id"] == 117)
+    assert (item["image_uri"], item["category"]) == ("17.jpg", "hat")
+    assert " hat " in item["title"]
     assert make_shop(out, shop, photos, items_csv) == summary
 
 

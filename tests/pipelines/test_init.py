@@ -359,6 +359,7 @@ def test_columns_of_other_names_are_guessed_noted_and_written(shop: Shop) -> Non
         "img_url": shop.catalogue["image_uri"],
         "cate_id": pa.array([7] * ITEMS),  # fits no category, so that the next name is taken
         "category_name": shop.catalogue["category"],
+        "Item_Name": pa.array([f"a thing, number {i}" for i in range(ITEMS)]),
     }
     shop.write()
     for ds in DAYS:
@@ -370,7 +371,7 @@ def test_columns_of_other_names_are_guessed_noted_and_written(shop: Shop) -> Non
     assert noted(first, "item_id is taken from 'IID'", "category is taken from 'category_name'")
     settings = shop.settings(first)
     assert settings.catalogue.columns == config.CatalogueColumns(
-        item_id="IID", image_uri="img_url", category="category_name"
+        item_id="IID", image_uri="img_url", category="category_name", title="Item_Name"
     )
     assert settings.impressions.columns == config.ImpressionColumns(
         user_id="uid", item_id="nid", event_time="ts", clicked="is_click"

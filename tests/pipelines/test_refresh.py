@@ -21,8 +21,10 @@ from pipelines.cli import main
 from tests.conftest import Artefacts, pinned
 from tests.support.commands import (
     Capture,
+    Killed,
     counts,
     courier,
+    die_at_write,
     manifest,
     paragraph,
     published,
@@ -150,10 +152,6 @@ def test_a_reject_heals_once_its_image_is_there(world: World) -> None:
 # ---- Killed ------------------------------------------------------------------------------------
 
 
-class Killed(Exception):
-    """Stands for a process that ends here."""
-
-
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.85, 0.97])
 def test_a_night_that_died_at_any_write_ends_as_if_it_had_not(
     refreshed_once: tuple[World, dict[str, bytes], int], share: float
@@ -180,21 +178,6 @@ def refreshed_once(
         assert refresh(world, DAYS[0]) == 0
     assert len(written) > 60
     return world, published(world), len(written)
-
-
-def die_at_write(patch: pytest.MonkeyPatch, at: int | None) -> list[str]:
-    written: list[str] = []
-    real = storage.atomic_writer
-
-    def writer(path: str) -> Any:
-        if len(written) == at:
-            raise Killed(path)
-        if "progress" not in path:  # heartbeats follow the clock
-            written.append(path)
-        return real(path)
-
-    patch.setattr(storage, "atomic_writer", writer)
-    return written
 
 
 def start(world: World, day: dt.date, *args: str) -> subprocess.Popen[str]:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from feature_jobs import storage
 from pipelines.cli import main
 from tests.support.world import World
 
@@ -61,3 +62,23 @@ def vectors(world: World, day: dt.date) -> dict[int, list[float]]:
 def rewrite(world: World, day: dt.date, change: Callable[[pa.Table], pa.Table]) -> None:
     for path in (world.folder / "impressions" / f"ds={day}").glob("*.parquet"):
         pq.write_table(change(pq.read_table(path, partitioning=None)), path)
+
+
+class Killed(Exception):
+    """Stands for a process that ends here."""
+
+
+def die_at_write(patch: pytest.MonkeyPatch, at: int | None) -> list[str]:
+    """Files written from now on; raises Killed instead of writing the one numbered `at`."""
+    written: list[str] = []
+    real = storage.atomic_writer
+
+    def writer(path: str) -> Any:
+        if len(written) == at:
+            raise Killed(path)
+        if "progress" not in path:  # heartbeats follow the clock
+            written.append(path)
+        return real(path)
+
+    patch.setattr(storage, "atomic_writer", writer)
+    return written

@@ -1,22 +1,23 @@
 """The slow, obviously right twins: plain loops over plain values, as the laws read."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import xxhash
 
 Click = tuple[Any, Any, int]  # user, item, click time in us
 
 
 def clicks_of(rows: Iterable[dict[str, Any]], delay_us: int = 0) -> list[Click]:
     """When each click happened: its own time, else the event's plus the delay, never before it."""
-    found = []
-    for row in rows:
-        if row["clicked"]:
-            time = row["click_time"]
-            time = row["event_time"] + delay_us if time is None else max(time, row["event_time"])
-            found.append((row["user"], row["item"], time))
-    return found
+    return [(r["user"], r["item"], clicked_at(r, delay_us)) for r in rows if r["clicked"]]
+
+
+def clicked_at(row: dict[str, Any], delay_us: int = 0) -> int:
+    event, click = row["event_time"], row["click_time"]
+    return int(event + delay_us if click is None else max(click, event))
 
 
 def history(clicks: list[Click], user: Any, moment: int, length: int, window_us: int) -> list[Any]:
@@ -62,3 +63,64 @@ def nearest(vector: np.ndarray, centres: np.ndarray) -> tuple[int, float]:
     distances = [float(np.sqrt(((vector - centre) ** 2).sum())) for centre in centres]
     best = min(range(len(distances)), key=distances.__getitem__)
     return best, distances[best]
+
+
+def training_rows(
+    rows: Iterable[dict[str, Any]],
+    clicks: list[Click],
+    end: int,
+    gap_us: int,
+    window_us: int,
+    delay_us: int = 0,
+    name_of: Any = str,
+) -> list[tuple[Any, Any, int, int, list[Any], list[bool], list[Any]]]:
+    """The columns of `training_rows` in their order; `rows` have a `request`, None without one,
+    which `name_of` then makes of the request's first moment."""
+    made = []
+    for user, request, shown in _requests(rows, gap_us, name_of):
+        moment = min(row["event_time"] for row in shown)
+        clicked, unclicked = [], []
+        for item in {row["item"] for row in shown}:
+            times = [clicked_at(r, delay_us) for r in shown if r["item"] == item and r["clicked"]]
+            if any(time < end for time in times):
+                clicked.append(item)
+            elif not times:
+                unclicked.append(item)
+        pvs = sorted(clicked) + sorted(unclicked, key=lambda item: _sample(user, request, item))
+        for chunk in range(max(1, math.ceil(len(clicked) / 5))):
+            part = pvs[5 * chunk : 5 * chunk + 5]
+            labels = [item in clicked for item in part]
+            past = history(clicks, user, moment, 5, window_us)
+            if part:
+                made.append((user, request, chunk, moment, part, labels, past))
+    return sorted(made, key=lambda row: row[:3])
+
+
+def _requests(
+    rows: Iterable[dict[str, Any]], gap_us: int, name_of: Any
+) -> list[tuple[Any, Any, list[dict[str, Any]]]]:
+    """(user, request_id, its impressions)."""
+    given: dict[Any, list[dict[str, Any]]] = {}
+    bursts: dict[Any, list[list[dict[str, Any]]]] = {}
+    for row in sorted(rows, key=lambda row: row["event_time"]):
+        if row["request"] is not None:
+            given.setdefault((row["user"], row["request"]), []).append(row)
+            continue
+        mine = bursts.setdefault(row["user"], [])
+        if not mine or row["event_time"] - mine[-1][-1]["event_time"] > gap_us:
+            mine.append([])
+        mine[-1].append(row)
+    return [(user, name, shown) for (user, name), shown in given.items()] + [
+        (user, name_of(shown[0]["event_time"]), shown)
+        for user, mine in bursts.items()
+        for shown in mine
+    ]
+
+
+def _sample(*ids: Any) -> int:
+    """xxHash64 of the hashes of the IDs, 8 little-endian bytes each."""
+    parts = [
+        i.encode() if isinstance(i, str) else i.to_bytes(8, "little", signed=True) for i in ids
+    ]
+    hashes = [xxhash.xxh64_intdigest(part) for part in parts]
+    return xxhash.xxh64_intdigest(b"".join(h.to_bytes(8, "little") for h in hashes))

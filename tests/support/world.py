@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from courier_model.encoder import build_encoder, embed, load_encoder, save_encoder
 from courier_model.images import decode
 from feature_jobs.codebook import Codebook, CodebookInfo, codebook_id, save_codebook
+from feature_jobs.schemas import TABLES
 from pipelines.config import Settings, load_settings
 
 DAYS = tuple(dt.date(2026, 3, day) for day in (1, 2, 3, 4))
@@ -154,7 +155,7 @@ class World:
 
     def table(self, name: str, day: dt.date) -> pa.Table:
         """A published table, as a user reads it: by its plain path."""
-        top = "shared" if name == "user_histories" else "test"
+        top = "shared" if TABLES[name].shared else "test"
         return pq.read_table(self.root / top / name / f"ds={day}", partitioning=None)
 
 

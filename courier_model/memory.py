@@ -1,0 +1,99 @@
+"""What makes a large contrastive batch fit one device.
+
+*Cached gradients* (arXiv 2101.06983): embed all images without a graph, take the loss on those
+features alone, then embed again chunk by chunk, each time going back from the features' cached
+gradient. Twice the forward passes, the memory of one chunk, and the gradients of the plain batch.
+*Gradient checkpointing* (arXiv 1604.06174) of the attention blocks, as in COURIER appendix §4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.swin_transformer import ShiftedWindowAttention
+
+from feature_jobs.schemas import OperatorError
+
+T = TypeVar("T")
+
+
+def checkpoint_attention(backbone: nn.Module) -> None:
+    """Makes Swin's attention blocks forget their activations and compute them again going back.
+
+    Raises OperatorError for a backbone without such blocks.
+    """
+    blocks = [m for m in backbone.modules() if isinstance(m, ShiftedWindowAttention)]
+    if not blocks:
+        raise OperatorError(
+            "Gradient checkpointing is meant for the attention blocks of Swin transformers, and "
+            "this backbone has none. Leave --checkpoint-attention out, or take swin_t."
+        )
+    for block in blocks:
+        # On the instance: a wrapping module would rename the weights in every saved file.
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def freeze_batch_statistics(module: nn.Module) -> None:
+    """Puts batch normalisation into evaluation mode: with it, an image's features depend on its
+    neighbours in the chunk, and chunks would not give the gradients of the whole batch."""
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.eval()
+
+
+def backward(
+    encode: Callable[[Tensor], Tensor],
+    images: Tensor,
+    chunk_images: int | None,
+    loss_of: Callable[[Tensor], T],
+    go_back: Callable[[T], bool],
+) -> T:
+    """Adds the gradients of `loss_of(encode(images))` to the parameters'; returns that loss.
+
+    `images` `[n, …]`; `encode` gives features `[m, D]` of any number of them, in a context of its
+    own for autocast, since weights that autocast has cached without a graph get no gradients.
+    `go_back` calls backward on what `loss_of` returned, or returns False to leave this batch out.
+    With `chunk_images` the gradients are cached. Random numbers of a chunk are the same both times.
+    """
+    if chunk_images is None or len(images) <= chunk_images:
+        result = loss_of(encode(images))
+        go_back(result)
+        return result
+    chunks = images.split(chunk_images)
+    with torch.no_grad():
+        states, parts = zip(*[(_random_state(c), encode(c)) for c in chunks], strict=True)
+    features = torch.cat(parts).requires_grad_()
+    result = loss_of(features)
+    if go_back(result) and features.grad is not None:
+        _backward_again(encode, chunks, states, features.grad.split(chunk_images))
+    return result
+
+
+def _backward_again(
+    encode: Callable[[Tensor], Tensor],
+    chunks: Sequence[Tensor],
+    states: Sequence[list[Tensor]],
+    gradients: Sequence[Tensor],
+) -> None:
+    after = _random_state(chunks[0])
+    for chunk, state, gradient in zip(chunks, states, gradients, strict=True):
+        _set_random_state(chunk, state)
+        encode(chunk).backward(gradient)
+    _set_random_state(chunks[0], after)
+
+
+def _random_state(like: Tensor) -> list[Tensor]:
+    """The state of the generators that dropout on the device of `like` may draw from."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(like.device)] if like.is_cuda else states
+
+
+def _set_random_state(like: Tensor, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if like.is_cuda:
+        torch.cuda.set_rng_state(states[1], like.device)

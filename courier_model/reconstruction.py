@@ -1,0 +1,83 @@
+"""How an image is reconstructed from the images that the user clicked before (METHOD §4).
+
+Axes: `B` rows, `P` PV items per row, `C` clicks per row, newest first, `D` = 256. Masked places are
+never attended to; what a row without any valid click gives is meaningless and for the caller to
+leave out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from feature_jobs.schemas import EMBEDDING_DIM
+
+HEADS = 4
+
+
+class CrossAttention(nn.Module):
+    """r_j = MultiHeadAttention(query = p_j, keys = values = c_1..c_C), 4 heads.
+
+    COURIER appendix §2: how an item can be reconstructed from the history *given the item* is much
+    easier to learn, and says more, than which item comes next.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(EMBEDDING_DIM, HEADS, batch_first=True)
+
+    def forward(self, items: Tensor, clicks: Tensor, valid: Tensor) -> Tensor:
+        """items float `[B, P, D]`, not normalised; clicks `[B, C, D]`; valid bool `[B, C]`.
+
+        Returns float `[B, P, D]`, not normalised.
+        """
+        output: Tensor = self.attention(
+            items, clicks, clicks, key_padding_mask=_hidden(valid), need_weights=False
+        )[0]
+        return output
+
+
+def mean_of_clicks(items: Tensor, clicks: Tensor, valid: Tensor) -> Tensor:
+    """The ablation without reconstruction: every item of a row gets the mean of its valid clicks.
+
+    Shapes as in `CrossAttention.forward`.
+    """
+    weights = valid.to(clicks.dtype)[:, :, None]  # [B, C, 1]
+    mean = (clicks * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return mean[:, None].expand(-1, items.shape[1], -1)
+
+
+class MaskedSelfAttention(nn.Module):
+    """Random masked prediction (COURIER appendix §2): a masked click is predicted from the rest of
+    the sequence, earlier and later, without knowing the target.
+
+    A learned vector stands in for the masked place, and learned ones tell the places apart.
+    """
+
+    def __init__(self, places: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(EMBEDDING_DIM, HEADS, batch_first=True)
+        self.mask = nn.Parameter(torch.zeros(EMBEDDING_DIM))
+        self.positions = nn.Parameter(torch.zeros(places, EMBEDDING_DIM))
+        nn.init.normal_(self.mask, std=0.02)
+        nn.init.normal_(self.positions, std=0.02)
+
+    def forward(self, sequence: Tensor, valid: Tensor, masked: Tensor) -> Tensor:
+        """sequence float `[B, T, D]`, valid bool `[B, T]`, masked int64 `[B]`: which place.
+
+        Returns float `[B, D]`: what the masked place is predicted to be.
+        """
+        rows = torch.arange(len(sequence), device=sequence.device)
+        is_masked = torch.zeros_like(valid)
+        is_masked[rows, masked] = True
+        tokens = torch.where(is_masked[:, :, None], self.mask, sequence) + self.positions
+        output: Tensor = self.attention(
+            tokens, tokens, tokens, key_padding_mask=_hidden(valid), need_weights=False
+        )[0]
+        return output[rows, masked]
+
+
+def _hidden(valid: Tensor) -> Tensor:
+    """The key padding mask; where nothing is valid nothing is hidden, since a softmax over nothing
+    is NaN, and NaN times a mask of zeros stays NaN in the gradients."""
+    return ~valid & valid.any(dim=1, keepdim=True)

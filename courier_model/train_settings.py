@@ -1,0 +1,94 @@
+"""What a training run depends on besides its data, checked before anything is read; two presets."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from feature_jobs.schemas import OperatorError
+
+# The temperature of each objective's loss, by COURIER appendix §4; None where it has none.
+TEMPERATURES: dict[str, float | None] = {
+    "courier": 0.05,
+    "courier-projection": 0.05,
+    "no-ucs": 0.05,
+    "no-reconstruction": 0.05,
+    "no-unclicked-negatives": 0.05,
+    "masked-self-attention": 0.05,
+    "simclr": 0.2,
+    "simsiam": None,
+    "clip": 0.1,
+}
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+# What may change between a run and its continuation without making it another run.
+_FREE = ("epochs", "precision", "checkpoint_attention", "compile", "workers", "cache")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The defaults are the paper's (COURIER appendix §4, METHOD §4).
+
+    `input_size` in pixels and `temperature` default to the backbone's and the objective's own.
+    `batch_rows` is the global batch, in rows of up to ten images. With `chunk_images` gradients are
+    cached: so many images at a time have activations on the device; without, all of a batch have.
+    `evaluate_every` is in steps. `workers` decode, 0 for the training process itself.
+
+    Raises OperatorError where a value makes no sense.
+    """
+
+    objective: str = "courier"
+    backbone: str = "swin_t"
+    weights: str = "imagenet"
+    input_size: int | None = None
+    epochs: int = 1
+    batch_rows: int = 3072
+    chunk_images: int | None = 256
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-6
+    temperature: float | None = None
+    text_model: str | None = None
+    precision: str = "auto"
+    checkpoint_attention: bool = True
+    compile: bool = False
+    evaluate_every: int = 100
+    held_out_rows: int = 20_000
+    workers: int = 8
+    cache: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in TEMPERATURES:
+            near = difflib.get_close_matches(self.objective, TEMPERATURES, n=1, cutoff=0)[0]
+            raise OperatorError(
+                f"There is no objective {self.objective!r}; the nearest is {near!r}. All are: "
+                f"{', '.join(TEMPERATURES)}."
+            )
+        if self.batch_rows < 2:
+            raise OperatorError(
+                f"A batch of {self.batch_rows} rows is too small to have a negative: those of a "
+                "row are the other rows' images. Give 2 rows or more as --batch-rows; thousands "
+                "are better."
+            )
+        if (self.objective == "clip") != (self.text_model is not None):
+            needs = "needs a text model" if self.objective == "clip" else "reads no titles"
+            raise OperatorError(
+                f"The objective {self.objective!r} {needs}. --text-model names a model of the "
+                "Hugging Face hub, or the folder of one, for the objective clip alone."
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with, for a run to go on from it."""
+        return {name: value for name, value in asdict(self).items() if name not in _FREE}
+
+
+PRESETS = {
+    # One epoch on one GPU or many; the effective batch is the paper's 3,072 rows on any number.
+    "paper": TrainSettings(),
+    # The demo shop, from scratch, in three minutes on two CPU cores.
+    "demo": TrainSettings(
+        backbone="shufflenet_v2_x0_5", weights="random", input_size=64, epochs=12, batch_rows=64,
+        chunk_images=None, learning_rate=1e-3, precision="fp32", checkpoint_attention=False,
+        evaluate_every=40, workers=0,
+    ),
+}  # fmt: skip

@@ -1,0 +1,105 @@
+"""The shop's tables of one ds and of the days before it, opened once however many stages read them.
+
+Opening reads footers alone. A day that is not there is an error for ds, and told for earlier ones.
+"""
+
+import datetime as dt
+import difflib
+import functools
+from collections.abc import Callable, Sequence
+
+import pyarrow as pa
+
+from feature_jobs import inputs
+from feature_jobs.histories import SLACK_DAYS
+from feature_jobs.inputs import Source
+from feature_jobs.schemas import InputNotReady, OperatorError
+from pipelines.config import Settings
+
+
+class ShopTables:
+    """The catalogues and impressions that the stages of `ds` read; `say` tells of missing days."""
+
+    def __init__(self, settings: Settings, ds: dt.date, say: Callable[[str], None]):
+        self._settings, self._ds, self._say = settings, ds, say
+        self._opened: dict[str, Source] = {}
+
+    def catalogue(self, ds: dt.date) -> Source:
+        section = self._settings.catalogue
+        return self._once(
+            f"catalogue {ds}",
+            lambda: inputs.open_source(
+                "catalogue", section.path, ds, section.columns.model_dump(),
+                require_success=section.require_success,
+                named=section.columns.model_fields_set,
+            ),
+        )  # fmt: skip
+
+    @property
+    def has_one_catalogue(self) -> bool:
+        """Whether one snapshot serves all days."""
+        return "{ds}" not in self._settings.catalogue.path
+
+    def impressions(self, ds: dt.date) -> Source:
+        section = self._settings.impressions
+        return self._once(
+            f"impressions {ds}",
+            lambda: inputs.open_source(
+                "impressions", section.path, ds, section.columns.model_dump(), section.carry,
+                section.input_timezone, section.require_success, section.columns.model_fields_set,
+            ),
+        )  # fmt: skip
+
+    @functools.cached_property
+    def log(self) -> tuple[list[Source], list[str]]:
+        """The impressions of ds and of the days that its histories need, and the missing days."""
+        log, missing = self._days_back(self.impressions)
+        if missing:
+            self._say(
+                f"histories of ds {self._ds}: no impressions on {len(missing)} of the "
+                f"{self._settings.window_days + SLACK_DAYS} days before it "
+                f"({missing[-1]} to {missing[0]})"
+            )
+        return log, missing
+
+    def catalogues(self) -> list[Source]:
+        """The catalogues of ds and of the days of the log, which tell an item's category."""
+        if self.has_one_catalogue:
+            return [self.catalogue(self._ds)]
+        return self._days_back(self.catalogue)[0]
+
+    def check_categories(self, wanted: Sequence[str]) -> None:
+        """Raises OperatorError for a category that the catalogue of ds has no item of."""
+        found = inputs.distinct_categories(self.catalogue(self._ds))
+        unknown = [category for category in wanted if category not in found]
+        if found and unknown:  # the catalogue of an empty day tells nothing
+            near = difflib.get_close_matches(unknown[0], found, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(found[:10])}."
+            raise OperatorError(
+                f"training.categories names {unknown[0]!r}, but the catalogue of ds {self._ds} has "
+                f"no item of that category; {hint} An encoder would be trained without items that "
+                "it is meant for. Correct training.categories in the settings."
+            )
+
+    def item_id_type(self, otherwise: pa.DataType) -> pa.DataType:
+        """Of all tables that were opened; `otherwise` where no file tells."""
+        return inputs.common_id_type("item_id", self._opened.values(), otherwise)
+
+    def user_id_type(self) -> pa.DataType:
+        return inputs.common_id_type("user_id", self._opened.values(), otherwise=pa.int64())
+
+    def _days_back(self, open_day: Callable[[dt.date], Source]) -> tuple[list[Source], list[str]]:
+        """One table's partitions of ds and of the days that its histories need, newest first."""
+        found, missing = [open_day(self._ds)], []
+        for back in range(1, self._settings.window_days + SLACK_DAYS + 1):
+            day = self._ds - dt.timedelta(days=back)
+            try:
+                found.append(open_day(day))
+            except InputNotReady:
+                missing.append(str(day))
+        return found, missing
+
+    def _once(self, key: str, open_it: Callable[[], Source]) -> Source:
+        if key not in self._opened:
+            self._opened[key] = open_it()
+        return self._opened[key]
