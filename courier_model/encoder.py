@@ -284,11 +284,7 @@ def save_encoder(
     same weights are already there under this name with another scope or other dates, since one ID
     cannot mean both.
     """
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
-        raise OperatorError(
-            f"The encoder's name is {name!r}; expected small letters, digits and hyphens, not "
-            "beginning with a hyphen, since it becomes a folder name and part of the encoder_id."
-        )
+    check_name(name)
     state = {key: tensor.cpu().contiguous() for key, tensor in encoder.state_dict().items()}
     preprocessing = asdict(encoder.preprocessing)
     encoder_id = _encoder_id(name, encoder.backbone_name, preprocessing, state)
@@ -307,6 +303,15 @@ def save_encoder(
     saved = read_encoder_info(str(folder))
     _check_same_scope(saved, info, folder)
     return saved
+
+
+def check_name(name: str) -> None:
+    """Raises OperatorError for a name that no encoder can have."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
+        raise OperatorError(
+            f"The encoder's name is {name!r}; expected small letters, digits and hyphens, not "
+            "beginning with a hyphen, since it becomes a folder name and part of the encoder_id."
+        )
 
 
 def _write_folder(folder: Path, info: EncoderInfo, state: dict[str, Tensor]) -> None:

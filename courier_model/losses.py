@@ -33,7 +33,7 @@ class Term:
     """One part of a loss over this process's anchors.
 
     `loss` is the sum over the anchors, a scalar; `anchors` their number; `hits` how many of them
-    have their own positive as the nearest candidate, both int64 scalars.
+    have their own positive alone as the nearest candidate, both int64 scalars.
     """
 
     loss: Tensor
@@ -56,8 +56,9 @@ def contrastive_loss(
     allowed.scatter_(1, positives[:, None], torch.ones_like(positives, dtype=torch.bool)[:, None])
     logits = (cosines / temperature).masked_fill(~allowed, -torch.inf)
     loss = F.cross_entropy(logits, positives, reduction="sum")
-    hits = (logits.detach().argmax(dim=1) == positives).sum()
-    return Term(loss, torch.tensor(len(positives), device=positives.device), hits)
+    # Not by argmax: it favours the first of equals, and there may be no candidate at all.
+    is_nearest = (logits >= logits.gather(1, positives[:, None])).sum(1) == 1
+    return Term(loss, torch.tensor(len(positives), device=positives.device), is_nearest.sum())
 
 
 def pv_loss(

@@ -63,8 +63,8 @@ class Objective(nn.Module):
 class Courier(Objective):
     """User-intention reconstruction: L_pv + L_ucs of METHOD §4, and its ablations.
 
-    `reconstruct=False` puts the mean of the clicks in place of attention; `unclicked_negatives`
-    leaves other users' unclicked PVs out of the softmax with False; `projection` adds the head of
+    `reconstruct=False` puts the mean of the clicks in place of attention; with
+    `unclicked_negatives=False` only clicked PVs are candidates; `projection` adds the head of
     COURIER appendix §3.
     """
 
@@ -95,8 +95,9 @@ class Courier(Objective):
         return terms
 
     def _reconstruct(self, items: Tensor, clicks: Tensor, valid: Tensor) -> Tensor:
-        attend = self.attention or mean_of_clicks
-        output: Tensor = attend(items, clicks, valid)
+        if self.attention is None:
+            return mean_of_clicks(items, clicks, valid)
+        output: Tensor = self.attention(items, clicks, valid)
         return output
 
     def _pv(self, pv: Tensor, clicks: Tensor, has_click: Tensor, rows: Places) -> Term:
@@ -105,7 +106,7 @@ class Courier(Objective):
         is_anchor = is_image & clicked & has_click.any(1).repeat_interleave(rows.pv.shape[1])
         images = _candidates(
             pv.flatten(0, 1),
-            is_image if self.unclicked_negatives else is_anchor,
+            is_image if self.unclicked_negatives else is_image & clicked,
             rows.keys_at(rows.pv).flatten(),
         )
         return losses.pv_loss(reconstructions, is_anchor, images, self.temperature)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from feature_jobs.schemas import EMBEDDING_DIM
 
@@ -16,21 +17,31 @@ HEADS = 4
 
 
 class CrossAttention(nn.Module):
-    """r_j = MultiHeadAttention(query = p_j, keys = values = c_1..c_C), 4 heads.
+    """r_j = MultiHeadAttention(query = p_j, keys = values = c_1..c_C), 4 heads; the clicks are
+    L2-normalised, the item is not.
 
     COURIER appendix §2: how an item can be reconstructed from the history *given the item* is much
     easier to learn, and says more, than which item comes next.
+
+    The value and output projections begin as the identity, so that a reconstruction begins as a
+    weighted mean of the clicks. From random ones the way back to the space of the embeddings has to
+    be learned first; on a small shop, the attention then learns to tell the item by what the item
+    itself has asked for sooner than the encoder learns any taste. Keys of unit length slow the
+    attention down for the same reason.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(EMBEDDING_DIM, HEADS, batch_first=True)
+        nn.init.eye_(self.attention.in_proj_weight.data[2 * EMBEDDING_DIM :])  # q, k, then v
+        nn.init.eye_(self.attention.out_proj.weight)
 
     def forward(self, items: Tensor, clicks: Tensor, valid: Tensor) -> Tensor:
-        """items float `[B, P, D]`, not normalised; clicks `[B, C, D]`; valid bool `[B, C]`.
+        """items `[B, P, D]` and clicks `[B, C, D]` float, not normalised; valid bool `[B, C]`.
 
         Returns float `[B, P, D]`, not normalised.
         """
+        clicks = F.normalize(clicks, dim=-1)
         output: Tensor = self.attention(
             items, clicks, clicks, key_padding_mask=_hidden(valid), need_weights=False
         )[0]

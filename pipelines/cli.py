@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from json import dumps
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -195,6 +196,60 @@ def init_encoder(
     click.echo(artefacts.init_encoder(backbone, weights, input_size, seed, name, category, folder))
 
 
+@cli.command()
+@config_option
+@click.option(
+    "--until", type=_Ds(), required=True, help="Train on no row of this day or later; pin from it."
+)
+@click.option("--start-ds", type=_Ds(), help="First day. [default: all that have training rows]")
+@click.option(
+    "--held-out-days", type=click.IntRange(1), default=1, help="Last ones: to measure on."
+)
+@click.option("--name", default=None, help="Of the run and the encoder. [default: the objective]")
+@click.option("--preset", type=click.Choice(["paper", "demo"]), default="paper")
+@click.option("--objective", help="courier, an ablation or a baseline.")
+@click.option("--backbone", help="A torchvision classification model.")
+@click.option("--weights", metavar="imagenet|random|PATH", help="Where the backbone begins.")
+@click.option("--input-size", type=click.IntRange(16, 1024), help="Pixels.")
+@click.option("--epochs", type=click.IntRange(1))
+@click.option("--batch-rows", type=int, help="Of up to ten images each, over all processes.")
+@click.option(
+    "--chunk-images", type=click.IntRange(1), help="Cached gradients: at a time on a GPU."
+)
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True))
+@click.option("--temperature", type=float, help="Default: the objective's own.")
+@click.option("--text-model", metavar="NAME|PATH", help="Hugging Face; for the objective clip.")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]))
+@click.option("--checkpoint-attention/--no-checkpoint-attention", default=None, help="Of Swin.")
+@click.option("--compile/--no-compile", default=None, help="torch.compile the backbone.")
+@click.option("--evaluate-every", type=click.IntRange(1), help="Steps.")
+@click.option("--workers", type=click.IntRange(0), help="Processes that decode.")
+@click.option("--cache/--no-cache", default=None, help="Keep resized images on disk.")
+@click.option("--seed", type=click.IntRange(0))
+def train(
+    config: str, until: dt.date, start_ds: dt.date | None, held_out_days: int, name: str | None,
+    preset: str, **given: Any,
+) -> None:  # fmt: skip
+    """Train an encoder on training rows; prints the pin to append to the settings.
+
+    The preset gives what no option says: `paper` is COURIER's appendix, for GPUs; `demo` trains a
+    small network in minutes on a CPU. The same command goes on where a run was stopped. On several
+    GPUs: torchrun --nproc-per-node 8 --no-python courier train ...
+    """
+    from courier_model.train_settings import PRESETS
+    from pipelines import training
+    from pipelines.config import load_settings
+
+    wanted = replace(PRESETS[preset], **{k: v for k, v in given.items() if v is not None})
+    settings = load_settings(config)
+    folder = os.path.dirname(os.path.abspath(config))
+    stanza = training.train(
+        settings, folder, wanted, name or wanted.objective, start_ds, until, held_out_days, _say
+    )
+    if stanza:
+        click.echo(stanza)
+
+
 @cli.command("fit-codebook")
 @config_option
 @ds_option
@@ -269,7 +324,7 @@ def init(catalogue: str, impressions: str, images: tuple[str, ...], out: str) ->
 )
 @click.option("--images", type=click.Path(path_type=Path), help="Photographs to use instead.")
 @click.option("--items", metavar="N|CSV", help="How many to draw; or item_id,category,image_path.")
-@click.option("--users", type=click.IntRange(1), default=300)
+@click.option("--users", type=click.IntRange(1), default=1200)
 @click.option("--days", type=click.IntRange(1), default=9)
 @click.option("--first-ds", type=_Ds(), default="2026-01-01")
 @click.option("--seed", default=7)

@@ -82,7 +82,7 @@ class Shop:
 
     seed: int = 7
     items: int = 600
-    users: int = 300
+    users: int = 1200
     days: int = 9
     first_ds: datetime.date = datetime.date(2026, 1, 1)
     image_size: int = 128
@@ -198,8 +198,8 @@ def make_world(shop: Shop, items: Items, arriving: float) -> World:
         # Zipf's law, less its very peak: with 600 items the first takes 2 % of what is shown.
         popularity=1.0 / (10 + rank),
         category_code=category_code,
-        colour_taste=_tastes(shop.users, len(COLOURS), liked=1.9, rng=rng),
-        pattern_taste=_tastes(shop.users, len(PATTERNS), liked=1.0, rng=rng),
+        colour_taste=_tastes(shop.users, len(COLOURS), liked=2.8, rng=rng),
+        pattern_taste=_tastes(shop.users, len(PATTERNS), liked=1.4, rng=rng),
         category_taste=rng.normal(0, 0.35, size=(shop.users, len(categories))),
         activity=activity / activity.mean(),
     )
@@ -218,8 +218,8 @@ def _titles(shop: Shop, category: Texts) -> Texts:
 
 
 def _tastes(users: int, kinds: int, liked: float, rng: np.random.Generator) -> Floats:
-    """Log-odds `[users, kinds + 1]`. Each user likes one or two kinds; others lie just below 0."""
-    taste = rng.normal(-0.35, 0.1, size=(users, kinds + 1))
+    """Log-odds `[users, kinds + 1]`. Each user likes one or two kinds; others lie below 0."""
+    taste = rng.normal(-0.6, 0.1, size=(users, kinds + 1))
     rank = rng.random((users, kinds)).argsort(axis=1)
     favourite = rank < rng.integers(1, 3, size=(users, 1))
     taste[:, :kinds][favourite] = liked + rng.normal(0, 0.15, size=favourite.sum())
@@ -237,7 +237,7 @@ def click_probability(world: World, user: Ints, item: Ints) -> Floats:
     popularity = np.log(world.popularity)
     standing = (popularity - popularity.mean()) / popularity.std()
     odds = (
-        -2.6
+        -3.0
         + np.where(items.category[item] == CHARGER, 0.0, looks)
         + world.category_taste[user, world.category_code[item]]
         + 0.25 * standing[item]
