@@ -16,7 +16,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11; do \
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 help:
-	@echo 'make demo    a small synthetic shop in $(DEMO)/ and three nights of features for it'
+	@echo 'make demo    a small synthetic shop in $(DEMO)/, an encoder trained on it, three nights of features'
 	@echo 'make test    the tests'
 	@echo 'make check   what CI runs: format check, lint, types, tests'
 	@echo 'make bench   the benchmarks in tests/benchmarks'
@@ -58,13 +58,13 @@ endef
 
 demo: $(READY)
 	courier demo --out $(DEMO)
-	$(call pin,encoder,courier init-encoder \
-		--backbone shufflenet_v2_x1_0 --input-size 96 --weights random)
-	cd $(DEMO) && courier embed --ds 2026-01-05
-	$(call pin,codebook,courier fit-codebook --ds 2026-01-05 --clusters 32)
-	cd $(DEMO) && courier refresh --ds 2026-01-06
+	cd $(DEMO) && courier training-rows --start-ds 2026-01-01 --end-ds 2026-01-05
+	$(call pin,encoder,courier train --preset demo --until 2026-01-06)
+	cd $(DEMO) && courier embed --ds 2026-01-06
+	$(call pin,codebook,courier fit-codebook --ds 2026-01-06 --clusters 32)
 	cd $(DEMO) && courier refresh --ds 2026-01-07
 	cd $(DEMO) && courier refresh --ds 2026-01-08
+	cd $(DEMO) && courier refresh --ds 2026-01-09
 	cd $(DEMO) && courier status
 
 # ---- checks --------------------------------------------------------------------------------------

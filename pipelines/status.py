@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from feature_jobs import storage, tables
-from feature_jobs.schemas import TABLES
+from feature_jobs.schemas import TABLES, TRAINING_ROWS
 from pipelines import beam_options, runs
 from pipelines.config import Settings
 from pipelines.plan import Night
@@ -66,7 +66,7 @@ def render(found: dict[str, Any]) -> str:
             (f"{day['tables'][n]['rows']:,}" if n in day["tables"] else "-").rjust(widths[n])
             for n in names
         )
-        lines.append(f"{ds:10}  {'whole' if day['whole_night'] else 'partial':7}  {rows}")
+        lines.append(f"{ds:10}  {_night_of(day):7}  {rows}")
     lines += [f"unfinished: {run} (the same command resumes it)" for run in found["staged"]]
     for pin in found["pins"]:
         lines.append(
@@ -74,6 +74,13 @@ def render(found: dict[str, Any]) -> str:
             f"{os.path.basename(pin['codebook']) if pin['codebook'] else 'none'}"
         )
     return "\n".join(lines)
+
+
+def _night_of(day: dict[str, Any]) -> str:
+    """Training rows are made outside the night, so that alone they begin none."""
+    if day["whole_night"]:
+        return "whole"
+    return "partial" if set(day["tables"]) - {TRAINING_ROWS.name} else "-"
 
 
 # ---- A night -------------------------------------------------------------------------------

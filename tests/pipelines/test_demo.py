@@ -254,7 +254,7 @@ def test_popularity_and_activity_are_skewed_and_clicks_are_rare(log: Log) -> Non
         counts = np.sort(np.bincount(ids))[::-1]
         return float(counts[: len(counts) // 10].sum() / counts.sum())
 
-    assert 5000 < len(log.item) / Shop().days < 7000
+    assert 20_000 < len(log.item) / Shop().days < 28_000
     assert 0.3 < share_of_top_tenth(log.item) < 0.7
     assert share_of_top_tenth(log.user) > 0.2
     assert 0.10 < log.clicked.mean() < 0.20
