@@ -4,7 +4,8 @@ Every process computes the loss of its own anchors against the candidates of all
 the joint batch is then the plain sum over processes: `gather` carries the part of it that reaches
 other processes' embeddings back to them, `sum_gradients` adds up the rest.
 (DistributedDataParallel would have to be told, for every one of a step's backward passes with
-cached gradients, whether to synchronise.)
+cached gradients, whether to synchronise. Batch statistics are each process's own, also those of
+SimSiam's heads.)
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class ImageEncoder(nn.Module):
         return F.normalize(self.features(images), dim=-1)
 
     def features(self, images: Tensor) -> Tensor:
-        """The embedding before its L2 norm is taken, which training attends with (METHOD §4).
+        """The embedding before its L2 norm is taken, which training attends with.
 
         float32 also under autocast, where the backbone runs in the lower precision.
         """

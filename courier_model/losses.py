@@ -2,7 +2,7 @@
 
 All of them but SimSiam's are one contrastive loss over different anchors and candidates. Axes: `a`
 anchors of this process, `N` candidates of all processes, `D` = 256. Each returns a `Term`, whose
-sum the caller divides by the *global* number of anchors, over all processes (METHOD §4).
+sum the caller divides by the *global* number of anchors, over all processes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def contrastive_loss(
 
     `anchors` float `[a, D]`, `positives` int64 `[a]` places among the candidates. Vectors are
     L2-normalised here. Candidates that are not valid leave the denominator, and so do those that
-    show the same image as the anchor's positive, since they are no negatives (METHOD §4).
+    show the same image as the anchor's positive, since they are no negatives.
     """
     cosines = F.normalize(anchors.float(), dim=-1) @ F.normalize(candidates.vectors, dim=-1).T
     same_image = candidates.keys[positives][:, None] == candidates.keys
@@ -64,7 +64,7 @@ def contrastive_loss(
 def pv_loss(
     reconstructions: Tensor, is_anchor: Tensor, images: Candidates, temperature: float
 ) -> Term:
-    """L_pv of METHOD §4 (COURIER appendix §4): a clicked image is told from all others by its
+    """L_pv (COURIER appendix §2 and §4): a clicked image is told from all others by its
     reconstruction from the images clicked before.
 
     − Σ_j y_j m_j log softmax_i( p̂_i · r̂_j / τ )[i = j]
@@ -80,7 +80,8 @@ def pv_loss(
 def ucs_loss(
     reconstructions: Tensor, is_anchor: Tensor, newest: Candidates, temperature: float
 ) -> Term:
-    """L_ucs of METHOD §4, user click sequence: the newest click is told from all rows' newest
+    """L_ucs, user click sequence (as in the authors' research code): the newest click is told
+    from all rows' newest
     clicks by its reconstruction from the older ones.
 
     `reconstructions` float `[rows, D]`, `is_anchor` bool `[rows]` (rows with two clicks or more);

@@ -55,8 +55,9 @@ def backward(
 ) -> T:
     """Adds the gradients of `loss_of(encode(images))` to the parameters'; returns that loss.
 
-    `images` `[n, …]`; `encode` gives features `[m, D]` of any number of them, in a context of its
-    own for autocast, since weights that autocast has cached without a graph get no gradients.
+    `images` `[n, …]`; `encode` gives features `[m, D]` of any number of them, each time in an
+    autocast context of its own: older torch casts weights once per context, and those cast without
+    a graph would get no gradients.
     `go_back` calls backward on what `loss_of` returned, or returns False to leave this batch out.
     With `chunk_images` the gradients are cached. Random numbers of a chunk are the same both times.
     """

@@ -17,10 +17,9 @@ from courier_model import losses
 from courier_model.distributed import first_place, gather, largest
 from courier_model.losses import Candidates, Term
 from courier_model.reconstruction import CrossAttention, MaskedSelfAttention, mean_of_clicks
-from courier_model.rows import ROW_CLICKS
 from courier_model.titles import TextTower
 from courier_model.train_settings import TEMPERATURES
-from feature_jobs.schemas import EMBEDDING_DIM
+from feature_jobs.schemas import EMBEDDING_DIM, ROW_CLICKS
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Objective(nn.Module):
 
 
 class Courier(Objective):
-    """User-intention reconstruction: L_pv + L_ucs of METHOD §4, and its ablations.
+    """User-intention reconstruction: L_pv + L_ucs (`losses`), and its ablations.
 
     `reconstruct=False` puts the mean of the clicks in place of attention; with
     `unclicked_negatives=False` only clicked PVs are candidates; `projection` adds the head of

@@ -1,4 +1,4 @@
-"""How an image is reconstructed from the images that the user clicked before (METHOD §4).
+"""How an image is reconstructed from the images that the user clicked before.
 
 Axes: `B` rows, `P` PV items per row, `C` clicks per row, newest first, `D` = 256. Masked places are
 never attended to; what a row without any valid click gives is meaningless and for the caller to

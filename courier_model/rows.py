@@ -27,10 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from courier_model.augment import Pixels, centre_crop, random_crop, simclr_view
 from courier_model.image_cache import ImageCache
-from feature_jobs.schemas import DataContractError, OperatorError
+from feature_jobs.schemas import ROW_CLICKS, ROW_PVS, DataContractError, OperatorError
 
-ROW_PVS = 5
-ROW_CLICKS = 5
 AUGMENTATIONS = ("centre", "crop", "simclr")
 
 Codes = npt.NDArray[np.int64]

@@ -27,7 +27,7 @@ _FREE = ("epochs", "precision", "checkpoint_attention", "compile", "workers", "c
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The defaults are the paper's (COURIER appendix §4, METHOD §4).
+    """The defaults are the paper's (COURIER appendix §4).
 
     `input_size` in pixels and `temperature` default to the backbone's and the objective's own.
     `batch_rows` is the global batch, in rows of up to ten images. With `chunk_images` gradients are
