@@ -80,9 +80,8 @@ def pv_loss(
 def ucs_loss(
     reconstructions: Tensor, is_anchor: Tensor, newest: Candidates, temperature: float
 ) -> Term:
-    """L_ucs, user click sequence (as in the authors' research code): the newest click is told
-    from all rows' newest
-    clicks by its reconstruction from the older ones.
+    """L_ucs, user click sequence (the authors' research code): the newest click is told from all
+    rows' newest clicks by its reconstruction from the older ones.
 
     `reconstructions` float `[rows, D]`, `is_anchor` bool `[rows]` (rows with two clicks or more);
     `newest` are the newest clicks of all processes' rows, in the same order.
