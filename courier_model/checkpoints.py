@@ -24,7 +24,6 @@ _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{12})\.pt")
 
 # What torch's restricted unpickler raises for bytes that are no state, as far as it tells.
 _UNREADABLE = (
-    OSError,
     RuntimeError,
     EOFError,
     LookupError,
@@ -40,7 +39,7 @@ class _Damaged(Exception):
 
 
 def save(folder: str, step: int, state: dict[str, Any]) -> str:
-    """Writes the checkpoint of `step`, 0 or more, at once for any reader; returns its path.
+    """Writes the checkpoint of `step`, 0 or more, atomically; returns its path.
 
     Of the others only the last `KEEP - 1` of earlier steps stay. Another one of the same step is
     superseded, and one of a later step was left behind by a run that has since gone back (the

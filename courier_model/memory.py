@@ -1,7 +1,7 @@
 """What makes a large contrastive batch fit one device.
 
 *Cached gradients* (arXiv 2101.06983): embed all images without a graph, take the loss on those
-features alone, then embed again chunk by chunk, each time going back from the features' cached
+features alone, then embed again chunk by chunk, each time backpropagating from the features' cached
 gradient. Twice the forward passes, the memory of one chunk, and the gradients of the plain batch.
 *Gradient checkpointing* (arXiv 1604.06174) of the attention blocks, as in COURIER appendix §4.
 """
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def checkpoint_attention(backbone: nn.Module) -> None:
-    """Makes Swin's attention blocks forget their activations and compute them again going back.
+    """Makes Swin's attention blocks recompute their activations in the backward pass.
 
     Raises OperatorError for a backbone without such blocks.
     """
@@ -31,7 +31,7 @@ def checkpoint_attention(backbone: nn.Module) -> None:
     if not blocks:
         raise OperatorError(
             "Gradient checkpointing is meant for the attention blocks of Swin transformers, and "
-            "this backbone has none. Leave --checkpoint-attention out, or take swin_t."
+            "this backbone has none. Give --no-checkpoint-attention, or take swin_t."
         )
     for block in blocks:
         # On the instance: a wrapping module would rename the weights in every saved file.
@@ -51,26 +51,26 @@ def backward(
     images: Tensor,
     chunk_images: int | None,
     loss_of: Callable[[Tensor], T],
-    go_back: Callable[[T], bool],
+    backpropagate: Callable[[T], bool],
 ) -> T:
     """Adds the gradients of `loss_of(encode(images))` to the parameters'; returns that loss.
 
     `images` `[n, …]`; `encode` gives features `[m, D]` of any number of them, each time in an
     autocast context of its own: older torch casts weights once per context, and those cast without
-    a graph would get no gradients.
-    `go_back` calls backward on what `loss_of` returned, or returns False to leave this batch out.
-    With `chunk_images` the gradients are cached. Random numbers of a chunk are the same both times.
+    a graph would get no gradients. `backpropagate` calls backward on what `loss_of` returned, or
+    returns False to leave this batch out. With `chunk_images` the gradients are cached. Random
+    numbers of a chunk are the same both times.
     """
     if chunk_images is None or len(images) <= chunk_images:
         result = loss_of(encode(images))
-        go_back(result)
+        backpropagate(result)
         return result
     chunks = images.split(chunk_images)
     with torch.no_grad():
         states, parts = zip(*[(_random_state(c), encode(c)) for c in chunks], strict=True)
     features = torch.cat(parts).requires_grad_()
     result = loss_of(features)
-    if go_back(result) and features.grad is not None:
+    if backpropagate(result) and features.grad is not None:
         _backward_again(encode, chunks, states, features.grad.split(chunk_images))
     return result
 

@@ -221,8 +221,7 @@ class Clip(Objective):
         is_pv = torch.zeros_like(has_title)
         is_pv[rows.pv[rows.pv >= 0]] = True
         pairs = torch.nonzero(has_title & is_pv)[:, 0]
-        # One text at least: without, the text tower would take no part in going back.
-        texts = self.text([rows.titles[i] for i in pairs.tolist()] or [""])[: len(pairs)]
+        texts = self.text([rows.titles[i] for i in pairs.tolist()])
         n = largest(len(pairs), features.device)
         padding = n - len(pairs)
         valid = torch.arange(n, device=features.device) < len(pairs)
@@ -251,7 +250,7 @@ def build_objective(name: str, temperature: float | None, text_model: str | None
 
     `text_model` is CLIP's. Its modules are initialised from torch's global random numbers.
     """
-    chosen = temperature or TEMPERATURES[name] or 0.0
+    chosen = temperature or TEMPERATURES[name] or 0.0  # SimSiam's loss has none
     if name in _COURIER:
         return Courier(chosen, **_COURIER[name])
     others: Mapping[str, Callable[[], Objective]] = {

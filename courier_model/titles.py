@@ -74,7 +74,7 @@ def _load(name_or_path: str) -> tuple[Any, Any]:
         raise OperatorError(
             f"The titles need a language model, but the package transformers cannot be imported: "
             f"{_one_line(error)}. It is optional, since nothing but the CLIP baseline needs it. "
-            "Install it with pip install 'courier-features[clip]'."
+            "Install it with pip install '.[clip]' in COURIER's own folder."
         ) from error
     logging.set_verbosity_error()  # its report of tensors not needed; we refuse where some lack
     try:

@@ -6,16 +6,18 @@ On eight GPUs:   torchrun --nproc-per-node 8 --no-python courier train --preset 
 A step is: the distinct images of a batch of rows -> features -> the objective's terms, each divided
 by its number of anchors over all processes -> gradients, summed over all processes -> Adam. Which
 rows a step sees follows from the step, and what it draws at random from seed, step and process: a
-run that is resumed at a step goes on as if it had never stopped.
+run that is resumed at a step goes on as if it had never stopped. (With several processes and
+batch normalisation that is not frozen, the running statistics are the first process's.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -136,12 +138,15 @@ class Training:
     def run(self, report: Callable[[Progress], None], stopped: Callable[[], bool]) -> Record:
         """Goes on from the last checkpoint to the end.
 
-        Raises Stopped once `stopped` says so, with a checkpoint written, and CourierError for a
-        loss that is not finite.
+        Raises Stopped once `stopped` says so, with a checkpoint written; CourierError for a loss
+        that is not finite; OperatorError for a checkpoint of another run or of a later step;
+        DataContractError where the held-out rows can tell nothing.
         """
         self._resume()
         record = self.record
-        board = _Board(self.folder, record.step) if self.process.leads else None
+        # A run that was killed before its first checkpoint measures step 0 again.
+        first = record.step + 1 if record.measures else 0
+        board = _Board(self.folder, first) if self.process.leads else None
         if not record.measures:
             self._evaluate_baselines(board)
         clock = _Clock(record.seconds)
@@ -149,7 +154,7 @@ class Training:
             loss = self._train_on(batch)
             record.step += 1
             record.seconds = clock.seconds()
-            rate = clock.images_per_second(batch.images.shape[:2].numel())
+            rate = clock.images_per_second(batch.images.shape[:2].numel() * self.process.size)
             if board:
                 board.add(record.step, {**_named("loss", loss.terms), "images_per_second": rate})
             left = clock.seconds_left(self.steps - record.step)
@@ -158,9 +163,13 @@ class Training:
             ended = record.step == self.steps
             evaluates = ended or record.step % self.settings.evaluate_every == 0
             if evaluates:
-                self._evaluate(board)
-            if evaluates or stop or clock.is_time_to_save():
+                with clock.paused():
+                    self._evaluate(board)
+            # Asked of all, since saving is something that processes do together.
+            due = distributed.any_process(clock.is_time_to_save(), self.process.device)
+            if evaluates or stop or due:
                 self._save()
+                clock.saved()
             if stop and not ended:
                 raise Stopped
         return record
@@ -171,26 +180,29 @@ class Training:
         """One step of the optimizer, unless no process has an anchor in its part of the batch."""
         device, settings = self.process.device, self.settings
         torch.manual_seed(_seed(settings.seed, batch.step, self.process.rank))
-        self._set_training_mode()
+        images = batch.images.shape[1]
+        self._set_training_mode(images)
         self.optimizer.zero_grad()
-        if not batch.images.shape[1]:
-            batch = _with_a_black_image(batch, self.encoder.preprocessing.input_size)
+        size = self.encoder.preprocessing.input_size
+        seen = batch if images else _with_a_black_image(batch, size)
         loss = memory.backward(
             self._features,
-            batch.images.flatten(0, 1).to(device, non_blocking=True),  # [views * n, 3, S, S]
-            settings.chunk_images,
-            partial(self._loss, places=_places(batch, device), views=len(batch.images)),
-            partial(self._go_back, step=batch.step),
+            seen.images.flatten(0, 1).to(device, non_blocking=True),  # [views * n, 3, S, S]
+            settings.chunk_images or None,
+            partial(self._loss, places=_places(seen, device), views=len(seen.images)),
+            partial(self._backpropagate, step=batch.step),
         )
         self._count(batch, loss)
         if loss.part is not None:
             self._step_optimizer(batch.step)
         return loss
 
-    def _set_training_mode(self) -> None:
+    def _set_training_mode(self, images: int) -> None:
         self.encoder.train()
         self.objective.train()
-        if self.settings.chunk_images is not None:
+        # One image may have a single value in the last layers, of which torch takes no statistics;
+        # and those of the black one that stands for none are not to be learned.
+        if self.settings.chunk_images or images < 2:
             memory.freeze_batch_statistics(self.encoder)
 
     def _features(self, images: Tensor) -> Tensor:
@@ -209,7 +221,7 @@ class Training:
         values = {name: float(distributed.total(part)) for name, part in parts.items()}
         return Loss(torch.stack([*parts.values()]).sum() if parts else None, values)
 
-    def _go_back(self, loss: Loss, step: int) -> bool:
+    def _backpropagate(self, loss: Loss, step: int) -> bool:
         if loss.part is None:
             return False
         for name, value in loss.terms.items():
@@ -232,7 +244,8 @@ class Training:
                 f"The {what} became {value} at step {step}; expected a finite number. Training "
                 "stopped before the optimizer could take it into the weights, and the checkpoints "
                 f"in {self.folder} are of steps before. The same settings would come to the same "
-                "step again: give a lower --learning-rate or --precision fp32, and another --name."
+                "step again: go on with --precision fp32, or begin anew with a lower "
+                "--learning-rate and another --name."
             )
 
     def _count(self, batch: Batch, loss: Loss) -> None:
@@ -255,8 +268,8 @@ class Training:
             raise DataContractError(
                 f"The held-out days have {colours.impressions:,} impressions with a history and "
                 f"readable images, {colours.clicks:,} of them clicked; both clicked and unclicked "
-                "ones are needed to tell a good encoder from a bad one. Train on more days, or "
-                "check catalogue.image_roots in the settings."
+                "ones are needed to tell a good encoder from a bad one. Hold out more days with "
+                "--held-out-days, or check catalogue.image_roots in the settings."
             )
         self._note({"step": None, **asdict(colours)}, "colour histogram", board)
         self._measure("untrained", board)
@@ -312,6 +325,12 @@ class Training:
         if state is None:
             return
         check_same_run(state["identity"], self.identity, self.folder)
+        if state["record"]["step"] > self.steps:
+            raise OperatorError(
+                f"The run in {self.folder} is at step {state['record']['step']:,} already, but "
+                f"{self.settings.epochs} epochs end at step {self.steps:,}. Give as many --epochs "
+                "as before or more, or another --name."
+            )
         self.encoder.load_state_dict(state["encoder"])
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -359,7 +378,8 @@ def check_same_run(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: 
 
 
 def choose_training_precision(wanted: str, device: torch.device) -> str:
-    """ "auto" is bf16 where the hardware multiplies in it, else fp16 on CUDA and fp32 on CPUs."""
+    """The `wanted` precision; for "auto" bf16 where the hardware multiplies in it, else fp16 on
+    CUDA and fp32 on a CPU."""
     if wanted != "auto":
         return wanted
     precision = choose_precision(device)
@@ -405,7 +425,7 @@ def open_cache(
     return ImageCache(path, uris, data.image_roots, preprocessing)
 
 
-# ---- Small things ----------------------------------------------------------------------------
+# ---- Seeds, places, reports ------------------------------------------------------------------
 
 
 def _seed(*parts: int) -> int:
@@ -437,10 +457,10 @@ def _named(group: str, values: Mapping[str, float]) -> dict[str, float]:
 
 
 class _Board:
-    """Scalars for TensorBoard; what a killed run wrote after its last checkpoint is hidden."""
+    """Scalars for TensorBoard, from step `first` on; what a killed run wrote of those is hidden."""
 
-    def __init__(self, folder: str, step: int) -> None:
-        self._writer = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=step + 1)
+    def __init__(self, folder: str, first: int) -> None:
+        self._writer = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=first)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -449,11 +469,12 @@ class _Board:
 
 
 class _Clock:
-    """The time of a run over all its sessions, and the rates of this one."""
+    """The time of a run over all its sessions, and the rates of this one, evaluations aside."""
 
     def __init__(self, seconds_before: float) -> None:
         self._before = seconds_before
         self._started = self._saved = time.monotonic()
+        self._paused = 0.0
         self._steps = self._images = 0
 
     def seconds(self) -> float:
@@ -463,13 +484,22 @@ class _Clock:
         """Of this session, after one more step of so many images."""
         self._steps += 1
         self._images += images
-        return self._images / (time.monotonic() - self._started)
+        return self._images / self._training_seconds()
 
     def seconds_left(self, steps: int) -> float:
-        return steps * (time.monotonic() - self._started) / self._steps
+        return steps * self._training_seconds() / self._steps
+
+    def _training_seconds(self) -> float:
+        return time.monotonic() - self._started - self._paused
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        before = time.monotonic()
+        yield
+        self._paused += time.monotonic() - before
 
     def is_time_to_save(self) -> bool:
-        if time.monotonic() - self._saved < _SAVE_SECONDS:
-            return False
+        return time.monotonic() - self._saved > _SAVE_SECONDS
+
+    def saved(self) -> None:
         self._saved = time.monotonic()
-        return True

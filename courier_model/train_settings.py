@@ -31,7 +31,7 @@ class TrainSettings:
 
     `input_size` in pixels and `temperature` default to the backbone's and the objective's own.
     `batch_rows` is the global batch, in rows of up to ten images. With `chunk_images` gradients are
-    cached: so many images at a time have activations on the device; without, all of a batch have.
+    cached: so many images at a time have activations on the device; with 0 all of a batch have.
     `evaluate_every` is in steps. `workers` processes decode, 0 for the training process itself, by
     default one for each core that is left, at most 8.
 
@@ -44,7 +44,7 @@ class TrainSettings:
     input_size: int | None = None
     epochs: int = 1
     batch_rows: int = 3072
-    chunk_images: int | None = 256
+    chunk_images: int = 256
     learning_rate: float = 1e-4
     weight_decay: float = 1e-6
     temperature: float | None = None
@@ -65,16 +65,24 @@ class TrainSettings:
                 f"There is no objective {self.objective!r}; the nearest is {near!r}. All are: "
                 f"{', '.join(TEMPERATURES)}."
             )
-        if self.temperature is not None and self.temperature <= 0:
+        if self.temperature is not None and not self.temperature > 0:
             raise OperatorError(
                 f"The temperature is {self.temperature}; it divides cosines, so it must be above "
-                "0. The paper's are 0.05 to 0.5."
+                "0. The defaults are 0.05 to 0.2."
+            )
+        if self.temperature is not None and TEMPERATURES[self.objective] is None:
+            raise OperatorError(
+                f"The loss of {self.objective!r} has no temperature. Leave --temperature out."
+            )
+        if self.precision not in PRECISIONS:
+            raise OperatorError(
+                f"The precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}."
             )
         if self.batch_rows < 2:
             raise OperatorError(
-                f"A batch of {self.batch_rows} rows is too small to have a negative: those of a "
-                "row are the other rows' images. Give 2 rows or more as --batch-rows; thousands "
-                "are better."
+                f"A batch of {self.batch_rows} rows is too small to have negatives, which are "
+                "images of the other rows. Give 2 rows or more as --batch-rows; thousands are "
+                "better."
             )
         if (self.objective == "clip") != (self.text_model is not None):
             needs = "needs a text model" if self.objective == "clip" else "reads no titles"
@@ -95,7 +103,7 @@ PRESETS = {
     # 600 items, each of which is encoded once: more rows are more clicks at the same cost.
     "demo": TrainSettings(
         backbone="resnet18", weights="random", input_size=32, epochs=6, batch_rows=1024,
-        chunk_images=None, learning_rate=3e-4, precision="fp32", checkpoint_attention=False,
+        chunk_images=0, learning_rate=3e-4, precision="fp32", checkpoint_attention=False,
         evaluate_every=7, workers=0,
     ),
 }  # fmt: skip

@@ -153,7 +153,15 @@ def training_rows(
     With --json, one document for each day.
     """
     for day in _days(ds, start_ds, end_ds):
-        _make(("training-rows",), config, day, dry_run, False, json, beam_args)
+        _make(
+            ("training-rows",),
+            config,
+            day,
+            dry_run,
+            allow_overlap=False,
+            json=json,
+            beam_args=beam_args,
+        )
 
 
 def _days(ds: dt.date | None, start: dt.date | None, end: dt.date | None) -> list[dt.date]:
@@ -199,33 +207,52 @@ def init_encoder(
 @cli.command()
 @config_option
 @click.option(
-    "--until", type=_Ds(), required=True, help="Train on no row of this day or later; pin from it."
+    "--until",
+    type=_Ds(),
+    required=True,
+    help="Train on days before this one; the pin holds from it.",
 )
 @click.option("--start-ds", type=_Ds(), help="First day. [default: all that have training rows]")
 @click.option(
-    "--held-out-days", type=click.IntRange(1), default=1, help="Last ones: to measure on."
+    "--held-out-days",
+    type=click.IntRange(1),
+    default=1,
+    help="How many of the last days to measure on.",
 )
-@click.option("--name", default=None, help="Of the run and the encoder. [default: the objective]")
-@click.option("--preset", type=click.Choice(["paper", "demo"]), default="paper")
+@click.option(
+    "--name", default=None, help="Of the run, and of the encoder. [default: the objective]"
+)
+@click.option(
+    "--preset",
+    type=click.Choice(["paper", "demo"]),
+    default="paper",
+    help="Defaults of what follows.",
+)
 @click.option("--objective", help="courier, an ablation or a baseline.")
 @click.option("--backbone", help="A torchvision classification model.")
 @click.option("--weights", metavar="imagenet|random|PATH", help="Where the backbone begins.")
-@click.option("--input-size", type=click.IntRange(16, 1024), help="Pixels.")
-@click.option("--epochs", type=click.IntRange(1))
-@click.option("--batch-rows", type=int, help="Of up to ten images each, over all processes.")
+@click.option("--input-size", type=click.IntRange(16, 1024), help="Side of the images in pixels.")
+@click.option("--epochs", type=click.IntRange(1), help="Passes over all rows.")
+@click.option("--batch-rows", type=int, help="Rows of a batch, over all processes.")
 @click.option(
-    "--chunk-images", type=click.IntRange(1), help="Cached gradients: at a time on a GPU."
+    "--chunk-images",
+    type=click.IntRange(0),
+    help="Cache gradients, so many images at a time; 0: do not.",
 )
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True))
-@click.option("--temperature", type=float, help="Default: the objective's own.")
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="Of Adam.")
+@click.option("--temperature", type=float, help="Of the loss. [default: the objective's]")
 @click.option("--text-model", metavar="NAME|PATH", help="Hugging Face; for the objective clip.")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]))
-@click.option("--checkpoint-attention/--no-checkpoint-attention", default=None, help="Of Swin.")
+@click.option(
+    "--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), help="Of the encoder."
+)
+@click.option(
+    "--checkpoint-attention/--no-checkpoint-attention", default=None, help="Saves memory."
+)
 @click.option("--compile/--no-compile", default=None, help="torch.compile the backbone.")
-@click.option("--evaluate-every", type=click.IntRange(1), help="Steps.")
+@click.option("--evaluate-every", type=click.IntRange(1), help="Steps between held-out measures.")
 @click.option("--workers", type=click.IntRange(0), help="Processes that decode.")
 @click.option("--cache/--no-cache", default=None, help="Keep resized images on disk.")
-@click.option("--seed", type=click.IntRange(0))
+@click.option("--seed", type=click.IntRange(0), help="Of weights, order and crops.")
 def train(
     config: str, until: dt.date, start_ds: dt.date | None, held_out_days: int, name: str | None,
     preset: str, **given: Any,

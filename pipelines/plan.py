@@ -295,11 +295,11 @@ class _Planner:
         if categories:
             self.shop.check_categories(categories)
         catalogues = self.shop.catalogues() if categories else []
-        # Of impressions, of the clicks of all days and of items: each has shards of its own kind.
+        # What meets in a shard: impressions, the clicks of all days, the catalogues of all days.
         rows = max(
             impressions.rows,
             sum(day.rows for day in log) // _IMPRESSIONS_PER_CLICK,
-            *(day.rows for day in catalogues),
+            sum(day.rows for day in catalogues),
         )
         shards = hashing.num_shards(rows, settings.rows_per_shard)
         schema = TRAINING_ROWS.schema(

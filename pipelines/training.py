@@ -23,7 +23,13 @@ from courier_model.rows import build_sets
 from courier_model.train import Record, Stopped, Training, TrainingData
 from courier_model.train_settings import TrainSettings
 from feature_jobs import inputs, storage, tables
-from feature_jobs.schemas import TRAINING_ROWS, CourierError, InputNotReady, OperatorError
+from feature_jobs.schemas import (
+    TRAINING_ROWS,
+    CourierError,
+    DataContractError,
+    InputNotReady,
+    OperatorError,
+)
 from feature_jobs.tables import EncoderInfo, Partition
 from pipelines import runs
 from pipelines.artefacts import stanza
@@ -55,14 +61,14 @@ def train(
     settings: Settings, folder: str, wanted: TrainSettings, name: str, start: dt.date | None,
     until: dt.date, held_out_days: int, say: Callable[[str], None],
 ) -> str | None:  # fmt: skip
-    """Trains on days before `until` in `folder`/training/`name` and saves the encoder below
-    `folder`/encoders; returns its stanza.
+    """Trains on days before `until`, in a folder of its own below `folder`/training, and saves the
+    encoder below `folder`/encoders; returns its stanza.
 
     Goes on where the same command was stopped. Under torchrun all processes call this alike; all
     but the first are silent and return None.
     """
     check_name(name)
-    run_folder = os.path.join(folder, "training", name)
+    run_folder = os.path.join(folder, "training", f"{name}-until-{until}")
     with joined() as process, contextlib.ExitStack() as stack:
         bar = StepBar(say if process.leads else None)
         span = find_span(settings, start, until, held_out_days, bar.say)
@@ -80,7 +86,8 @@ def train(
         tables.write_json(os.path.join(path, "train.json"), _account(run, span, sources))
         for warning in _disappointments(record):
             bar.say(warning)
-        best = record.best or {}
+        best = record.best
+        assert best is not None
         comment = (
             f"{wanted.objective}, {wanted.backbone}, trained on ds {info.data_start_ds} to "
             f"{info.data_end_ds}, held-out AUC {best['auc']:.4f} at step {best['step']:,}"
@@ -98,21 +105,31 @@ def find_span(
     """The published days from `start` on, or all, and before `until`; the last `held_out_days` of
     them are held out.
 
-    Raises InputNotReady where a day after `start` is missing, or too few are there, and
-    OperatorError where days were made under other settings.
+    Raises InputNotReady where a day from `start` on is missing, or too few are there, and
+    OperatorError where `start` is not before `until` or days were made under other settings.
     """
+    if start and start >= until:
+        raise OperatorError(
+            f"Training from ds {start} on until ds {until} leaves no day: --start-ds must lie "
+            "before --until."
+        )
     days = runs.published_days(settings.root, settings.feature_set, TRAINING_ROWS)
     days = [ds for ds in days if (start or dt.date.min) <= ds < until]
     last = until - dt.timedelta(days=1)
-    first = start or (days[0] if days else last - dt.timedelta(days=held_out_days))
-    wanted = [first + dt.timedelta(days=n) for n in range((until - first).days)]
-    missing = [ds for ds in wanted if ds not in days]
-    if (start and missing) or len(days) <= held_out_days:
+    first = start or min([*days, last - dt.timedelta(days=held_out_days)])
+    expected = [first + dt.timedelta(days=n) for n in range((until - first).days)]
+    missing = [ds for ds in expected if ds not in days]
+    if start and missing:
         raise InputNotReady(
-            f"Training until ds {until} needs training_rows of {held_out_days + 1} days or more, "
-            f"the last {held_out_days} of them to measure on; {len(days)} of the {len(wanted)} "
-            f"days from {first} to {last} are published. Make the others with `courier "
-            f"training-rows --start-ds {missing[0] if missing else first} --end-ds {last}`."
+            f"{len(missing)} of the {len(expected)} days from {start} to {last} have no "
+            f"training_rows, {missing[0]} first. Make them with `courier training-rows --start-ds "
+            f"{missing[0]} --end-ds {missing[-1]}`, or leave --start-ds out to train on the others."
+        )
+    if len(days) <= held_out_days:
+        raise InputNotReady(
+            f"{len(days)} days before ds {until} have training_rows; {held_out_days + 1} or more "
+            f"are needed, to train on and, the last {held_out_days}, to measure on. Make more with "
+            f"`courier training-rows --start-ds {(missing or expected)[0]} --end-ds {last}`."
         )
     if missing:
         say(f"no training_rows of {len(missing)} days: {', '.join(map(str, missing[:10]))}")
@@ -129,19 +146,20 @@ def find_span(
 
 
 def _check_alike(settings: Settings, found: Mapping[dt.date, Partition]) -> None:
-    """Other feature sets make this table too: what they made may not be what is meant here."""
+    """Raises OperatorError where a day was made under other [training] settings, by another
+    feature set for instance, since the table is shared."""
     training = settings.training
-    wanted = {
+    expected = {
         "categories": sorted(set(training.categories)) or None,
         "request_gap_seconds": training.request_gap_seconds,
     }
     for ds, partition in found.items():
-        made = {name: partition.manifest["settings"][name] for name in wanted}
-        if made != wanted:
+        made = {name: partition.manifest["settings"][name] for name in expected}
+        if made != expected:
             raise OperatorError(
                 f"The training_rows of ds {ds} were made with {made}, but [training] in these "
-                f"settings says {wanted}. The encoder would be trained on items that it is not "
-                f"meant for. Correct the settings, or run `courier training-rows --ds {ds}`."
+                f"settings says {expected}. The encoder would be trained on other rows than are "
+                f"meant. Correct the settings, or run `courier training-rows --ds {ds}`."
             )
 
 
@@ -170,6 +188,7 @@ def read_data(settings: Settings, span: Span) -> tuple[TrainingData, dict[str, A
         "training_rows": {str(ds): part.manifest["version"] for ds, part in span.all.items()},
         "held_out_from_ds": str(next(iter(span.held_out))),
         "catalogues": catalogues,
+        "one_snapshot_for_all_days": "{ds}" not in settings.catalogue.path,
         "image_roots": settings.catalogue.image_roots,
     }
     train, held_out = build_sets(rows, catalogue)
@@ -182,14 +201,21 @@ def read_catalogue(
 ) -> tuple[pa.Table, list[dict[str, object]]]:
     """item_id, image_uri and title of the wanted items, each from the newest snapshot of `days`
     that has it, and the snapshots' identities; items that none has are left out."""
+    shop = ShopTables(settings, days[-1], lambda _: None)
     found, identities = [], []
     for ds in reversed(days):
-        shop = ShopTables(settings, ds, lambda _: None)
         try:
             source = shop.catalogue(ds)
         except InputNotReady:
             continue
-        shop.item_id_type(otherwise=item_ids.type)
+        if source.item_id not in (None, item_ids.type):
+            raise DataContractError(
+                f"item_id is {source.item_id} in the catalogue of ds {ds} but {item_ids.type} in "
+                "training_rows. No item would have an image. Cast it where the catalogue is "
+                "written, and make the training rows again."
+            )
+        if not source.rows:
+            continue
         rows = pa.concat_tables([_items_of(group, item_ids) for group in source.groups()])
         inputs.check_unique(rows["item_id"].combine_chunks().sort(), ds)
         found.append(rows)
@@ -310,9 +336,9 @@ def _disappointments(record: Record) -> Iterator[str]:
         name = "a plain colour histogram" if measured["step"] is None else "the untrained encoder"
         if measured["auc"] >= record.best["auc"]:
             yield (
-                f"WARNING: {name} ranks held-out clicks as well (AUC {measured['auc']:.4f}) as the "
-                f"trained encoder ({record.best['auc']:.4f}). More days, more epochs or another "
-                "--learning-rate may help; pinning this one will not."
+                f"WARNING: {name} ranks held-out clicks at least as well (AUC "
+                f"{measured['auc']:.4f}) as the trained encoder ({record.best['auc']:.4f}). More "
+                "days, more epochs or another --learning-rate may help; pinning this one will not."
             )
 
 

@@ -122,7 +122,7 @@ def test_courier_and_its_ablations_are_their_formulas(
     attend = (
         oracles.mean
         if objective.attention is None
-        else oracles.Attention(objective.attention.attention)
+        else oracles.CrossAttention(objective.attention.attention)
     )
     world = images, rows.keys.tolist(), listed(rows), attend, 0.05
     assert list(terms) == (["pv"] if name == "no-ucs" else ["pv", "ucs"])
@@ -142,7 +142,7 @@ def test_couriers_gradient_is_the_slope_of_the_formula(build: Callable[[str], Ob
     objective, rows = build("courier"), a_world(0)
     features = features_of(objective).requires_grad_()
     total(objective(features, rows)).backward()
-    attend = oracles.Attention(objective.attention.attention)
+    attend = oracles.CrossAttention(objective.attention.attention)
     way, step = normal(IMAGES, EMBEDDING_DIM, seed=9).double(), 1e-4
 
     def loss(images: Tensor) -> float:

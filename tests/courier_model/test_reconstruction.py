@@ -43,7 +43,9 @@ def test_it_is_the_formula(reconstruct: Reconstruct, items: Tensor, clicks: Tens
     found = reconstruct(items, clicks, VALID)
     assert found.shape == items.shape
     one = reconstruct
-    attend = oracles.Attention(one.attention) if isinstance(one, CrossAttention) else oracles.mean
+    attend: oracles.Attend = oracles.mean
+    if isinstance(one, CrossAttention):
+        attend = oracles.CrossAttention(one.attention)
     for row in range(1, 4):
         past = clicks[row][VALID[row]].tolist()
         for place in range(2):

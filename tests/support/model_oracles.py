@@ -74,6 +74,13 @@ class Attention:
         return _linear(joined, self.out)
 
 
+class CrossAttention(Attention):
+    """The same over clicks of unit length."""
+
+    def __call__(self, query: Vector, keys: list[Vector]) -> Vector:
+        return super().__call__(query, [[x / math.sqrt(dot(k, k)) for x in k] for k in keys])
+
+
 def _linear(x: Vector, layer: tuple[list[Vector], Vector]) -> Vector:
     return [dot(row, x) + bias for row, bias in zip(*layer, strict=True)]
 
