@@ -121,6 +121,13 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
         p.grad.copy_(part.view_as(p))
 
 
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Gives all processes the first one's values, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
 def wait_for_all() -> None:
     """Returns in every process once all have come here."""
     if dist.is_initialized():

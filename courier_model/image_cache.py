@@ -185,5 +185,9 @@ class _Store:
     def _write_at(self, name: str, code: int, row: np.ndarray) -> None:
         data, offset = memoryview(row.tobytes()), code * row.nbytes
         while data:  # a nearly full disk may take part of it
-            written = os.pwrite(self._handles[name], data, offset)
+            try:
+                written = os.pwrite(self._handles[name], data, offset)
+            except OSError as error:
+                error.filename = self._path(name)  # which the system leaves out here
+                raise
             data, offset = data[written:], offset + written

@@ -49,10 +49,10 @@ class CrossAttention(nn.Module):
 
 
 def mean_of_clicks(items: Tensor, clicks: Tensor, valid: Tensor) -> Tensor:
-    """The ablation without reconstruction: every item of a row gets the mean of its valid clicks.
-
-    Shapes as in `CrossAttention.forward`.
+    """The ablation without reconstruction: every item of a row gets the mean of its valid clicks,
+    L2-normalised as in `CrossAttention`, whose shapes these are.
     """
+    clicks = F.normalize(clicks, dim=-1)
     weights = valid.to(clicks.dtype)[:, :, None]  # [B, C, 1]
     mean = (clicks * weights).sum(1) / weights.sum(1).clamp(min=1)
     return mean[:, None].expand(-1, items.shape[1], -1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -27,7 +27,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from courier_model.augment import Pixels, centre_crop, random_crop, simclr_view
 from courier_model.image_cache import ImageCache
-from feature_jobs.schemas import ROW_CLICKS, ROW_PVS, DataContractError, OperatorError
+from feature_jobs.schemas import (
+    ROW_CLICKS,
+    ROW_PVS,
+    CourierError,
+    DataContractError,
+    OperatorError,
+)
 
 AUGMENTATIONS = ("centre", "crop", "simclr")
 
@@ -85,7 +91,10 @@ def build_sets(rows: Sequence[pa.Table], catalogue: pa.Table) -> list[TrainingSe
     item_ids = pc.unique(found).sort()
     user_ids = pc.unique(pa.chunked_array([c for t in rows for c in t["user_id"].chunks]))
     at = pc.index_in(item_ids, value_set=catalogue["item_id"])
-    columns = {name: catalogue[name].take(at) for name in ("image_uri", "title")}
+    # Large strings, since `take` joins chunks, and all URIs of a large shop exceed 2 GiB.
+    columns = {
+        name: catalogue[name].cast(pa.large_string()).take(at) for name in ("image_uri", "title")
+    }
     items = pa.table({"item_id": item_ids, **columns})
     return [_build_set(table, items, user_ids) for table in rows]
 
@@ -276,7 +285,7 @@ def _texts(column: pa.ChunkedArray, codes: Codes) -> list[str]:
     return pc.fill_null(column.take(pa.array(codes)), "").to_pylist()
 
 
-def batches(dataset: RowBatches, first_step: int, last_step: int, workers: int) -> Iterable[Batch]:
+def batches(dataset: RowBatches, first_step: int, last_step: int, workers: int) -> Iterator[Batch]:
     """The batches of the steps `first_step` <= step < `last_step`, in order.
 
     Made by `workers` processes, or in this one for 0. An error of a worker is raised here, as the
@@ -297,14 +306,31 @@ def batches(dataset: RowBatches, first_step: int, last_step: int, workers: int) 
             # and a second one each does not help: a worker's turn comes once in `workers` steps.
             "prefetch_factor": 1,
         }
-    return DataLoader(
-        dataset,
+    loader = DataLoader(
+        _Reporting(dataset),
         batch_size=None,  # the dataset makes whole batches
         sampler=range(first_step, last_step),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         **several,
     )
+    for found in loader:
+        if isinstance(found, Exception):
+            raise found
+        yield found
+
+
+class _Reporting(Dataset[Batch | Exception]):
+    """Batches, and errors as values: the DataLoader would put a traceback into their message."""
+
+    def __init__(self, dataset: RowBatches) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, step: int) -> Batch | Exception:
+        try:
+            return self._dataset[step]
+        except (CourierError, OSError) as error:
+            return error
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:

@@ -6,8 +6,8 @@ On eight GPUs:   torchrun --nproc-per-node 8 --no-python courier train --preset 
 A step is: the distinct images of a batch of rows -> features -> the objective's terms, each divided
 by its number of anchors over all processes -> gradients, summed over all processes -> Adam. Which
 rows a step sees follows from the step, and what it draws at random from seed, step and process: a
-run that is resumed at a step goes on as if it had never stopped. (With several processes and
-batch normalisation that is not frozen, the running statistics are the first process's.)
+run that is resumed at a step goes on as if it had never stopped. (With several processes
+and batch normalisation that is not frozen, the statistics kept are the first process's.)
 """
 
 from __future__ import annotations
@@ -163,6 +163,7 @@ class Training:
             ended = record.step == self.steps
             evaluates = ended or record.step % self.settings.evaluate_every == 0
             if evaluates:
+                self._check_that_it_learns()
                 with clock.paused():
                     self._evaluate(board)
             # Asked of all, since saving is something that processes do together.
@@ -237,6 +238,12 @@ class Training:
             self._check_finite("norm of the gradients", norm, step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise CourierError(
+                f"The gradients overflow 16 bits at every scale since about step {step}; steps "
+                "are left out and nothing is learned. The same command goes on with --precision "
+                "fp32 or bf16."
+            )
 
     def _check_finite(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):
@@ -246,6 +253,15 @@ class Training:
                 f"in {self.folder} are of steps before. The same settings would come to the same "
                 "step again: go on with --precision fp32, or begin anew with a lower "
                 "--learning-rate and another --name."
+            )
+
+    def _check_that_it_learns(self) -> None:
+        if self.record.counts["skipped_batches"] == self.record.step:
+            raise DataContractError(
+                f"Not one of the {self.record.step:,} batches had anything to learn from for the "
+                f"objective {self.settings.objective!r}, with {self.record.counts['bad_images']:,} "
+                "images that could not be read. The encoder would be the untrained one. Check "
+                "catalogue.image_roots in the settings, and for clip that the catalogue has titles."
             )
 
     def _count(self, batch: Batch, loss: Loss) -> None:
@@ -286,10 +302,15 @@ class Training:
     def _measure(self, name: str, board: _Board | None) -> dict[str, Any]:
         self.encoder.eval()
         self.objective.eval()
+        distributed.copy_from_first(
+            self.encoder.buffers()
+        )  # batch statistics: those that are saved
         torch.manual_seed(_seed(self.settings.seed))
         vectors = self.evaluation.embed(
             self._features, self.encoder.preprocessing.input_size, self.process
         )
+        largest = float(np.abs(vectors.values).max())
+        self._check_finite("largest feature of a held-out image", largest, self.record.step)
         found = asdict(self.evaluation.rank_clicks(vectors))
         found["nearest"] = self.evaluation.nearest(
             vectors, self.objective, self.settings.batch_rows, self.process.device
@@ -308,6 +329,7 @@ class Training:
     # ---- Checkpoints -------------------------------------------------------------------------
 
     def _save(self) -> None:
+        distributed.copy_from_first(self.encoder.buffers())
         if self.process.leads:
             state = {
                 "identity": self.identity,
@@ -322,6 +344,13 @@ class Training:
 
     def _resume(self) -> None:
         state = checkpoints.load_latest(os.path.join(self.folder, "checkpoints"), self.say)
+        step = state["record"]["step"] if state else 0
+        if distributed.largest(step, self.process.device) != step:
+            raise OperatorError(
+                f"One process finds a checkpoint of step {step:,} in {self.folder}, another a "
+                "later one. All processes must see the same folder: put it on a disk that they "
+                "share."
+            )
         if state is None:
             return
         check_same_run(state["identity"], self.identity, self.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -65,10 +66,15 @@ class TrainSettings:
                 f"There is no objective {self.objective!r}; the nearest is {near!r}. All are: "
                 f"{', '.join(TEMPERATURES)}."
             )
-        if self.temperature is not None and not self.temperature > 0:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise OperatorError(
                 f"The temperature is {self.temperature}; it divides cosines, so it must be above "
                 "0. The defaults are 0.05 to 0.2."
+            )
+        if not 0 < self.learning_rate < math.inf:
+            raise OperatorError(
+                f"The learning rate is {self.learning_rate}; expected is a number above 0, such as "
+                "1e-4."
             )
         if self.temperature is not None and TEMPERATURES[self.objective] is None:
             raise OperatorError(

@@ -215,7 +215,7 @@ def init_encoder(
 @click.option("--start-ds", type=_Ds(), help="First day. [default: all that have training rows]")
 @click.option(
     "--held-out-days",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 365),
     default=1,
     help="How many of the last days to measure on.",
 )
@@ -252,7 +252,7 @@ def init_encoder(
 @click.option("--evaluate-every", type=click.IntRange(1), help="Steps between held-out measures.")
 @click.option("--workers", type=click.IntRange(0), help="Processes that decode.")
 @click.option("--cache/--no-cache", default=None, help="Keep resized images on disk.")
-@click.option("--seed", type=click.IntRange(0), help="Of weights, order and crops.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Of weights, order and crops.")
 def train(
     config: str, until: dt.date, start_ds: dt.date | None, held_out_days: int, name: str | None,
     preset: str, **given: Any,

@@ -77,8 +77,8 @@ def train(
             stack.enter_context(_alone_in(run_folder))
         wait_for_all()
         run = Training(wanted, data, run_folder, process, bar.say)
-        with stop_requests(bar.say) as stop_asked:
-            record = run.run(bar.show, stop_asked)
+        with stop_requests() as stop_asked:
+            record = _run(run, bar, stop_asked)
         if not process.leads:
             return None
         info = _export(run, record, span, folder, name)
@@ -93,6 +93,18 @@ def train(
             f"{info.data_end_ds}, held-out AUC {best['auc']:.4f} at step {best['step']:,}"
         )
         return stanza(folder, comment, until, encoder=path)
+
+
+def _run(run: Training, bar: StepBar, stop_asked: Callable[[], bool]) -> Record:
+    try:
+        return run.run(bar.show, stop_asked)
+    except torch.OutOfMemoryError as error:
+        raise OperatorError(
+            f"The device's memory is too small for this run: {str(error).splitlines()[0]} Encode "
+            "fewer images at a time with --chunk-images, recompute with --checkpoint-attention, "
+            "or give a smaller --batch-rows, --input-size or --backbone. The same command goes on "
+            "from the last checkpoint where only the second is changed."
+        ) from error
 
 
 # ---- Which days ------------------------------------------------------------------------------
@@ -146,19 +158,22 @@ def find_span(
 
 
 def _check_alike(settings: Settings, found: Mapping[dt.date, Partition]) -> None:
-    """Raises OperatorError where a day was made under other [training] settings, by another
-    feature set for instance, since the table is shared."""
+    """Raises OperatorError where a day was made under other settings, by another feature set for
+    instance, since the table is shared."""
     training = settings.training
     expected = {
         "categories": sorted(set(training.categories)) or None,
         "request_gap_seconds": training.request_gap_seconds,
+        "window_days": settings.window_days,
+        "click_delay_seconds": settings.impressions.click_delay_seconds,
+        "day_timezone": settings.day_timezone,
     }
     for ds, partition in found.items():
         made = {name: partition.manifest["settings"][name] for name in expected}
         if made != expected:
             raise OperatorError(
-                f"The training_rows of ds {ds} were made with {made}, but [training] in these "
-                f"settings says {expected}. The encoder would be trained on other rows than are "
+                f"The training_rows of ds {ds} were made with {made}, but these "
+                f"settings say {expected}. The encoder would be trained on other rows than are "
                 f"meant. Correct the settings, or run `courier training-rows --ds {ds}`."
             )
 
@@ -168,12 +183,9 @@ def _check_alike(settings: Settings, found: Mapping[dt.date, Partition]) -> None
 
 def read_data(settings: Settings, span: Span) -> tuple[TrainingData, dict[str, Any]]:
     """The rows of both ranges over one table of items, and the identities of what was read."""
-    rows = [
-        pa.concat_tables(
-            tables.read_parquet(path, _COLUMNS) for part in parts.values() for path in part.paths
-        )
-        for parts in (span.train, span.held_out)
-    ]
+    rows = [_rows_of(parts) for parts in (span.train, span.held_out)]
+    if rows[0].schema != rows[1].schema:
+        raise _other_types(rows[0].schema, rows[1].schema)
     shown = [
         chunk.flatten()
         for table in rows
@@ -194,6 +206,29 @@ def read_data(settings: Settings, span: Span) -> tuple[TrainingData, dict[str, A
     train, held_out = build_sets(rows, catalogue)
     data = TrainingData(train, held_out, settings.catalogue.image_roots, tables.digest(sources))
     return data, sources
+
+
+def _rows_of(days: Mapping[dt.date, Partition]) -> pa.Table:
+    """The rows of all days; an empty day, which may not know the types of its IDs, has none."""
+    parts = [part for part in days.values() if part.rows] or list(days.values())[:1]
+    found = []
+    for part in parts:
+        for path in part.paths:
+            rows = tables.read_parquet(path, _COLUMNS)
+            at = rows.schema.get_field_index("request_id")
+            found.append(rows.set_column(at, "request_id", rows["request_id"].cast(pa.string())))
+            if found[-1].schema != found[0].schema:
+                raise _other_types(found[0].schema, found[-1].schema)
+    return pa.concat_tables(found)
+
+
+def _other_types(one: pa.Schema, other: pa.Schema) -> DataContractError:
+    name = next(f.name for f in one if f.type != other.field(f.name).type)
+    return DataContractError(
+        f"{name} is {one.field(name).type} in the training_rows of one day but "
+        f"{other.field(name).type} in those of another. IDs of two types never meet. Cast it where "
+        "the log is written, and make the training rows of those days again."
+    )
 
 
 def read_catalogue(
@@ -255,7 +290,7 @@ def _alone_in(folder: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stop_requests(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+def stop_requests() -> Iterator[Callable[[], bool]]:
     """Whether SIGINT or SIGTERM came. The first is delivered once the block raises Stopped, with
     everything saved; a second one at once."""
     received: list[int] = []
@@ -264,8 +299,7 @@ def stop_requests(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
         if received:
             restore()
             signal.raise_signal(number)
-        received.append(number)
-        say("stopping after this step; a second signal stops at once")
+        received.append(number)  # no more: whoever is interrupted may be writing a line just now
 
     def restore() -> None:
         for number, handler in before.items():

@@ -78,7 +78,11 @@ class CrossAttention(Attention):
     """The same over clicks of unit length."""
 
     def __call__(self, query: Vector, keys: list[Vector]) -> Vector:
-        return super().__call__(query, [[x / math.sqrt(dot(k, k)) for x in k] for k in keys])
+        return super().__call__(query, [unit(key) for key in keys])
+
+
+def unit(x: Vector) -> Vector:
+    return [value / math.sqrt(dot(x, x)) for value in x]
 
 
 def _linear(x: Vector, layer: tuple[list[Vector], Vector]) -> Vector:
@@ -86,7 +90,7 @@ def _linear(x: Vector, layer: tuple[list[Vector], Vector]) -> Vector:
 
 
 def mean(_item: Vector, clicks: list[Vector]) -> Vector:
-    return [sum(values) / len(clicks) for values in zip(*clicks, strict=True)]
+    return [sum(values) / len(clicks) for values in zip(*map(unit, clicks), strict=True)]
 
 
 # ---- Contrastive losses ----------------------------------------------------------------------
