@@ -36,6 +36,13 @@ class Process:
         """Whether it is the one that writes and speaks for all."""
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str:
+        """For people."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"cpu, {torch.get_num_threads()} threads"
+
 
 @contextmanager
 def joined() -> Iterator[Process]:

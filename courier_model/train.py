@@ -12,12 +12,10 @@ and batch normalisation that is not frozen, the statistics kept are the first pr
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -26,7 +24,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from courier_model import checkpoints, distributed, memory
 from courier_model.distributed import Process
@@ -37,10 +34,10 @@ from courier_model.images import Preprocessing
 from courier_model.losses import Term
 from courier_model.objectives import Objective, Places, build_objective
 from courier_model.rows import Batch, RowBatches, TrainingSet, batches
+from courier_model.train_progress import Board, Clock, Progress
 from courier_model.train_settings import TrainSettings
 from feature_jobs.schemas import CourierError, DataContractError, OperatorError
 
-_SAVE_SECONDS = 600.0  # between checkpoints, where no evaluation comes first
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _COUNTS = ("rows", "images", "bad_images", "skipped_batches")
 
@@ -53,17 +50,6 @@ class TrainingData:
     held_out: TrainingSet
     image_roots: tuple[str, ...]
     fingerprint: str
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is, for whoever watches it. The loss is the sum of the objective's terms."""
-
-    step: int
-    steps: int
-    loss: float
-    images_per_second: float
-    seconds_left: float
 
 
 @dataclass
@@ -140,16 +126,27 @@ class Training:
 
         Raises Stopped once `stopped` says so, with a checkpoint written; CourierError for a loss
         that is not finite; OperatorError for a checkpoint of another run or of a later step;
-        DataContractError where the held-out rows can tell nothing.
+        DataContractError where the held-out rows can tell nothing, or no batch has an anchor.
         """
+        try:
+            return self._run(report, stopped)
+        except torch.OutOfMemoryError as error:
+            raise OperatorError(
+                f"The device's memory is too small for this run: {str(error).splitlines()[0]} "
+                "Encode fewer images at a time with --chunk-images, recompute with "
+                "--checkpoint-attention, or give a smaller --batch-rows, --input-size or "
+                "--backbone."
+            ) from error
+
+    def _run(self, report: Callable[[Progress], None], stopped: Callable[[], bool]) -> Record:
         self._resume()
         record = self.record
         # A run that was killed before its first checkpoint measures step 0 again.
         first = record.step + 1 if record.measures else 0
-        board = _Board(self.folder, first) if self.process.leads else None
+        board = Board(self.folder, first) if self.process.leads else None
         if not record.measures:
             self._evaluate_baselines(board)
-        clock = _Clock(record.seconds)
+        clock = Clock(record.seconds)
         for batch in batches(self.batches, record.step, self.steps, self.workers):
             loss = self._train_on(batch)
             record.step += 1
@@ -277,7 +274,7 @@ class Training:
 
     # ---- The held-out measure ----------------------------------------------------------------
 
-    def _evaluate_baselines(self, board: _Board | None) -> None:
+    def _evaluate_baselines(self, board: Board | None) -> None:
         """What training must beat: a colour histogram, and the encoder as it begins."""
         colours = self.evaluation.rank_clicks(self.evaluation.colours(self.process))
         if colours.auc is None:
@@ -290,7 +287,7 @@ class Training:
         self._note({"step": None, **asdict(colours)}, "colour histogram", board)
         self._measure("untrained", board)
 
-    def _evaluate(self, board: _Board | None) -> None:
+    def _evaluate(self, board: Board | None) -> None:
         found = self._measure(f"step {self.record.step:,}", board)
         best = self.record.best
         if best is None or found["auc"] > best["auc"]:
@@ -299,7 +296,7 @@ class Training:
             weights = self.encoder.state_dict()
             self.record.best_weights = {k: v.cpu().clone() for k, v in weights.items()}
 
-    def _measure(self, name: str, board: _Board | None) -> dict[str, Any]:
+    def _measure(self, name: str, board: Board | None) -> dict[str, Any]:
         self.encoder.eval()
         self.objective.eval()
         distributed.copy_from_first(
@@ -317,7 +314,7 @@ class Training:
         )
         return self._note({"step": self.record.step, **found}, name, board)
 
-    def _note(self, found: dict[str, Any], name: str, board: _Board | None) -> dict[str, Any]:
+    def _note(self, found: dict[str, Any], name: str, board: Board | None) -> dict[str, Any]:
         self.record.measures.append(found)
         numbers = {k: found.get(k) for k in ("auc", "gauc", "nearest")}
         known = {k: v for k, v in numbers.items() if v is not None}
@@ -454,7 +451,7 @@ def open_cache(
     return ImageCache(path, uris, data.image_roots, preprocessing)
 
 
-# ---- Seeds, places, reports ------------------------------------------------------------------
+# ---- Seeds and places ------------------------------------------------------------------------
 
 
 def _seed(*parts: int) -> int:
@@ -483,52 +480,3 @@ def _with_a_black_image(batch: Batch, size: int) -> Batch:
 
 def _named(group: str, values: Mapping[str, float]) -> dict[str, float]:
     return {f"{group}/{name}": value for name, value in values.items()}
-
-
-class _Board:
-    """Scalars for TensorBoard, from step `first` on; what a killed run wrote of those is hidden."""
-
-    def __init__(self, folder: str, first: int) -> None:
-        self._writer = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=first)
-
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
-
-
-class _Clock:
-    """The time of a run over all its sessions, and the rates of this one, evaluations aside."""
-
-    def __init__(self, seconds_before: float) -> None:
-        self._before = seconds_before
-        self._started = self._saved = time.monotonic()
-        self._paused = 0.0
-        self._steps = self._images = 0
-
-    def seconds(self) -> float:
-        return self._before + time.monotonic() - self._started
-
-    def images_per_second(self, images: int) -> float:
-        """Of this session, after one more step of so many images."""
-        self._steps += 1
-        self._images += images
-        return self._images / self._training_seconds()
-
-    def seconds_left(self, steps: int) -> float:
-        return steps * self._training_seconds() / self._steps
-
-    def _training_seconds(self) -> float:
-        return time.monotonic() - self._started - self._paused
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        before = time.monotonic()
-        yield
-        self._paused += time.monotonic() - before
-
-    def is_time_to_save(self) -> bool:
-        return time.monotonic() - self._saved > _SAVE_SECONDS
-
-    def saved(self) -> None:
-        self._saved = time.monotonic()

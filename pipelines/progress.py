@@ -17,7 +17,7 @@ from feature_jobs import storage, tables
 from pipelines.runs import Stage
 
 if TYPE_CHECKING:
-    from courier_model.train import Progress  # which nights do not need
+    from courier_model.train_progress import Progress  # which nights do not need
 
 _TERMINAL_SECONDS = 0.5
 _LOG_SECONDS = 15.0

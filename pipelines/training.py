@@ -15,9 +15,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
-from courier_model.distributed import Process, joined, wait_for_all
+from courier_model.distributed import joined, wait_for_all
 from courier_model.encoder import check_name, save_encoder
 from courier_model.rows import build_sets
 from courier_model.train import Record, Stopped, Training, TrainingData
@@ -78,7 +77,7 @@ def train(
         wait_for_all()
         run = Training(wanted, data, run_folder, process, bar.say)
         with stop_requests() as stop_asked:
-            record = _run(run, bar, stop_asked)
+            record = run.run(bar.show, stop_asked)
         if not process.leads:
             return None
         info = _export(run, record, span, folder, name)
@@ -93,18 +92,6 @@ def train(
             f"{info.data_end_ds}, held-out AUC {best['auc']:.4f} at step {best['step']:,}"
         )
         return stanza(folder, comment, until, encoder=path)
-
-
-def _run(run: Training, bar: StepBar, stop_asked: Callable[[], bool]) -> Record:
-    try:
-        return run.run(bar.show, stop_asked)
-    except torch.OutOfMemoryError as error:
-        raise OperatorError(
-            f"The device's memory is too small for this run: {str(error).splitlines()[0]} Encode "
-            "fewer images at a time with --chunk-images, recompute with --checkpoint-attention, "
-            "or give a smaller --batch-rows, --input-size or --backbone. The same command goes on "
-            "from the last checkpoint where only the second is changed."
-        ) from error
 
 
 # ---- Which days ------------------------------------------------------------------------------
@@ -353,7 +340,7 @@ def _account(run: Training, span: Span, sources: Mapping[str, Any]) -> dict[str,
         },
         "git_revision": _git_revision(),
         "versions": runs.PACKAGE_VERSIONS,
-        "device": _device_name(run.process),
+        "device": run.process.device_name,
         "processes": run.process.size,
         "steps": record.step,
         "counts": record.counts,
@@ -374,12 +361,6 @@ def _disappointments(record: Record) -> Iterator[str]:
                 f"{measured['auc']:.4f}) as the trained encoder ({record.best['auc']:.4f}). More "
                 "days, more epochs or another --learning-rate may help; pinning this one will not."
             )
-
-
-def _device_name(process: Process) -> str:
-    if process.device.type == "cuda":
-        return torch.cuda.get_device_name(process.device)
-    return f"cpu, {torch.get_num_threads()} threads"
 
 
 def _git_revision() -> str | None:

@@ -135,7 +135,7 @@ def dry_run(target: str) -> str:
 @pytest.mark.parametrize(
     ("target", "commands"),
     [
-        ("demo", ["courier demo", "courier init-encoder", "courier refresh", "courier status"]),
+        ("demo", ["courier demo", "courier train", "courier refresh", "courier status"]),
         ("test", ["python -m pytest"]),
         ("check", ["ruff format --check .", "ruff check .", "mypy", "python -m pytest"]),
         ("bench", ["tests/benchmarks" if any(ROOT.glob("tests/benchmarks/*.py")) else "for b in"]),

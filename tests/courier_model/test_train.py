@@ -31,7 +31,8 @@ from courier_model.images import decode
 from courier_model.measures import HeldOut
 from courier_model.objectives import Courier, Places, build_objective
 from courier_model.rows import TrainingSet
-from courier_model.train import Progress, Record, Stopped, Training, TrainingData
+from courier_model.train import Record, Stopped, Training, TrainingData
+from courier_model.train_progress import Progress
 from courier_model.train_settings import TEMPERATURES, TrainSettings
 from feature_jobs.schemas import CourierError, DataContractError, OperatorError
 from tests.support import model_oracles

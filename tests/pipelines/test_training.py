@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from courier_model.train import Progress, Training
+from courier_model.train import Training
+from courier_model.train_progress import Progress
 from feature_jobs import storage
 from feature_jobs.tables import read_encoder_info
 from pipelines import progress, training
@@ -269,7 +270,7 @@ def test_terminated_it_saves_exits_143_and_the_same_command_ends_as_if_it_had_no
     assert process.returncode == 143
     assert out == ""
     assert "Traceback" not in errors
-    assert "stopping after this step" in errors
+    assert "Interrupted; the same command resumes" in errors
     assert "the same command resumes" in errors
     (saved,) = (run_folder(shop) / "checkpoints").glob("step-*.pt")
     assert not (shop.folder / "encoders").exists()
