@@ -1,4 +1,4 @@
-"""The measures say what METHOD §9 says, and what plain loops say."""
+"""The measures say what their definitions say, and what plain loops say."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Each objective is METHOD's formula of the rows; images that no row shows take no part."""
+"""Each objective is its formula of the rows; images that no row shows take no part."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The formulas of METHOD §4 and §5 as they read: loops over single vectors, lists of floats.
+"""The formulas of losses and attention as they read: loops over single vectors, lists of floats.
 
 Rows are those of `objectives.Places`, as lists: places among the images, -1 = masked.
 """
