@@ -305,6 +305,11 @@ def save_encoder(
     return saved
 
 
+def origin_of(weights: str) -> str:
+    """What encoder.json says of the `weights` of `build_encoder`: no folder of this machine."""
+    return weights if weights in ("imagenet", "random") else os.path.basename(weights)
+
+
 def check_name(name: str) -> None:
     """Raises OperatorError for a name that no encoder can have."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):

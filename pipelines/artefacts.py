@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 
-from courier_model.encoder import build_encoder, save_encoder
+from courier_model.encoder import build_encoder, origin_of, save_encoder
 from feature_jobs import storage, tables
 from feature_jobs.codebook import save_codebook
 from feature_jobs.fit_codebook import (
@@ -44,7 +44,7 @@ def init_encoder(
     info = save_encoder(
         encoder, os.path.join(folder, "encoders"), name, tuple(categories) or None,
         data_start_ds=None, data_end_ds=None,
-        weights=weights if weights in ("imagenet", "random") else os.path.basename(weights),
+        weights=origin_of(weights),
     )  # fmt: skip
     path = os.path.join(folder, "encoders", info.encoder_id)
     comment = f"{backbone}, weights {info.weights}, made without click data: it may serve any day"

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from courier_model.distributed import joined, wait_for_all
-from courier_model.encoder import check_name, save_encoder
+from courier_model.encoder import check_name, origin_of, save_encoder
 from courier_model.rows import build_sets
 from courier_model.train import Record, Stopped, Training, TrainingData
 from courier_model.train_settings import TrainSettings
@@ -314,12 +314,10 @@ def _export(run: Training, record: Record, span: Span, folder: str, name: str) -
     assert record.best_weights is not None
     run.encoder.load_state_dict(record.best_weights)
     days = list(span.all)
-    weights = run.settings.weights
-    origin = weights if weights in ("imagenet", "random") else os.path.basename(weights)
     return save_encoder(
         run.encoder.eval(), os.path.join(folder, "encoders"), name, span.categories,
         data_start_ds=str(days[0]), data_end_ds=str(days[-1]),
-        weights=f"{origin}, trained for {run.settings.objective}",
+        weights=f"{origin_of(run.settings.weights)}, trained for {run.settings.objective}",
     )  # fmt: skip
 
 
