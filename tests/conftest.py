@@ -1,9 +1,11 @@
 """Worlds that several tests read. None of them changes what a session-wide one holds."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines.nightly import run_night
 from pipelines.plan import plan_night
@@ -46,3 +48,12 @@ def refreshed(
         world.write_images(day)
         run_night(plan_night(world.settings(), day), [], lambda _: None)
     return world
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Convolutions of 32 pixels are so short that two threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

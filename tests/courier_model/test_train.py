@@ -38,6 +38,8 @@ from feature_jobs.schemas import CourierError, DataContractError, OperatorError
 from tests.support import model_oracles
 from tests.support.world import picture
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALONE = Process(0, 1, torch.device("cpu"))
 ITEMS = 16
 REPOST = 11  # has the bytes of item 2
@@ -73,15 +75,6 @@ def small_encoder(backbone: str, weights: str, input_size: int | None, seed: int
 def _small_encoders() -> Iterator[None]:
     with patch.object(training_job, "build_encoder", small_encoder):
         yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Convolutions of 32 pixels are so short that two threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

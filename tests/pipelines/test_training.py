@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from courier_model.train import Training
 from courier_model.train_progress import Progress
@@ -42,21 +40,14 @@ from tests.support.world import (
     make_codebook,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D = DAYS[3]
 SECTION = f"[training]\ncategories = {json.dumps(SCOPE)}\nrequest_gap_seconds = 1800\n"
 OPTIONS = (
     "--until", str(D), "--preset", "demo", "--backbone", "shufflenet_v2_x0_5", "--epochs", "4",
     "--batch-rows", "16", "--evaluate-every", "4", "--name", "tiny",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Convolutions of 32 pixels are so short that two threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
