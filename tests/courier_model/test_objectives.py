@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from courier_model.losses import Term
 from courier_model.objectives import Objective, Places, build_objective
@@ -34,36 +34,14 @@ TITLES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A BERT as small as can be."""
-    folder = tmp_path_factory.mktemp("models") / "bert"
-    words = tmp_path_factory.mktemp("words") / "vocab.txt"
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words.write_text("\n".join([*special, "red", "long", "shoe", "lamp"]) + "\n")
-    BertTokenizerFast(str(words)).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=9,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=8,
-        initializer_range=0.5,  # titles shall differ by more than rounding
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        BertModel(config).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
-def build(text_model: str) -> Callable[[str], Objective]:
+def build(bert: Path) -> Callable[[str], Objective]:
     """By name, with biases that are not zero, and without dropout."""
 
     def build(name: str) -> Objective:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            objective = build_objective(name, None, text_model if name == "clip" else None)
+            objective = build_objective(name, None, str(bert) if name == "clip" else None)
         for seed, (key, parameter) in enumerate(objective.named_parameters()):
             if "attention" in key and not key.startswith("text."):
                 parameter.data = normal(*parameter.shape, seed=seed) / 8

@@ -1,0 +1,24 @@
+"""Shops that tests of `courier train` and of `courier init` begin with."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.first_look import Shop, draw
+from tests.support.training_shop import SECTION, D, make_rows
+from tests.support.world import DAYS, World
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shop with training rows of every day, D included. Read only."""
+    world = World(tmp_path_factory.mktemp("prepared") / "shop", "int", 1000, SECTION)
+    assert make_rows(world, DAYS[0], D) == 0
+    return world.folder
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Shop:
+    """What `courier init` looks at; tests of other commands have a shop of their own."""
+    draw(tmp_path / "images")
+    return Shop(tmp_path)
