@@ -42,6 +42,7 @@ setup(
         "clip": ["transformers>=5.23,<6"],
         "dev": [
             "duckdb",
+            "gcp-storage-emulator",
             "hypothesis",
             "mypy",
             "pandas",

@@ -13,23 +13,22 @@ import hashlib
 import os
 import pickle
 import re
-import shutil
 import sys
-import uuid
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import safetensors.torch
 import torch
 import torchvision
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 
 from courier_model.images import Preprocessing
+from feature_jobs import storage
 from feature_jobs.schemas import EMBEDDING_DIM, DataContractError, OperatorError
 from feature_jobs.tables import EncoderInfo, digest, read_encoder_info, write_encoder_info
 
@@ -189,7 +188,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         )
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         first_line = str(error).partition("\n")[0]
@@ -278,7 +277,8 @@ def save_encoder(
     data_end_ds: str | None,
     weights: str,
 ) -> EncoderInfo:
-    """Writes `<folder_root>/<encoder_id>/`: model.safetensors and encoder.json, both or neither.
+    """Writes `<folder_root>/<encoder_id>/`: model.safetensors, and encoder.json last, without which
+    it is no encoder.
 
     Saving the same encoder again changes nothing. Raises OperatorError for a bad name, and when the
     same weights are already there under this name with another scope or other dates, since one ID
@@ -297,10 +297,11 @@ def save_encoder(
         data_end_ds=data_end_ds,
         weights=weights,
     )
-    folder = Path(folder_root) / encoder_id
-    if not folder.exists():
-        _write_folder(folder, info, state)
-    saved = read_encoder_info(str(folder))
+    folder = os.path.join(folder_root, encoder_id)
+    if not storage.exists(os.path.join(folder, "encoder.json")):
+        storage.write_bytes(os.path.join(folder, _WEIGHTS_FILE), safetensors.torch.save(state))
+        write_encoder_info(folder, info)
+    saved = read_encoder_info(folder)
     _check_same_scope(saved, info, folder)
     return saved
 
@@ -319,24 +320,7 @@ def check_name(name: str) -> None:
         )
 
 
-def _write_folder(folder: Path, info: EncoderInfo, state: dict[str, Tensor]) -> None:
-    """Writes beside `folder` and renames. A kill leaves a hidden folder that nothing reads."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile.mkdtemp: its mode 0700 would outlive the rename and shut others out.
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    temporary.mkdir()
-    try:
-        save_file(state, temporary / _WEIGHTS_FILE)
-        write_encoder_info(str(temporary), info)
-        os.rename(temporary, folder)
-    except OSError:
-        if not folder.exists():  # else another process was first, with the same content
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _check_same_scope(saved: EncoderInfo, wanted: EncoderInfo, folder: Path) -> None:
+def _check_same_scope(saved: EncoderInfo, wanted: EncoderInfo, folder: str) -> None:
     for field in ("categories", "data_start_ds", "data_end_ds"):
         found, expected = getattr(saved, field), getattr(wanted, field)
         if found != expected:
@@ -353,9 +337,9 @@ def load_encoder(folder: str) -> ImageEncoder:
     damaged or do not belong together.
     """
     info = read_encoder_info(folder)
-    path = Path(folder) / _WEIGHTS_FILE
+    path = os.path.join(folder, _WEIGHTS_FILE)
     try:
-        state = load_file(path)
+        state = safetensors.torch.load(storage.read_bytes(path))
     except (OSError, SafetensorError) as error:
         raise DataContractError(
             f"{path} cannot be read as safetensors ({error}), so the encoder {info.encoder_id} is "
@@ -373,7 +357,7 @@ def load_encoder(folder: str) -> ImageEncoder:
     return _rebuild(info, state, path)
 
 
-def _rebuild(info: EncoderInfo, state: dict[str, Tensor], path: Path) -> ImageEncoder:
+def _rebuild(info: EncoderInfo, state: dict[str, Tensor], path: str) -> ImageEncoder:
     with torch.random.fork_rng(devices=[]):  # its initial weights are overwritten
         encoder = ImageEncoder(info.backbone, Preprocessing.from_dict(info.preprocessing))
     misfit = _load_state(encoder, state)
@@ -387,9 +371,9 @@ def _rebuild(info: EncoderInfo, state: dict[str, Tensor], path: Path) -> ImageEn
     return encoder.eval()
 
 
-def choose_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def choose_device(wanted: str = "auto") -> torch.device:
+    """CUDA where there is one, unless "cpu" is `wanted`; else the CPU, even if "cuda" is."""
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def choose_precision(device: torch.device) -> str:
@@ -429,7 +413,7 @@ def embed(
         raise ValueError(f"needs an encoder in eval mode and a precision out of {PRECISIONS}")
     if not len(images):
         return np.zeros((0, EMBEDDING_DIM), np.float32)
-    encoder.to(device)
+    encoder.to(device).to(memory_format=torch.channels_last)
     with (
         torch.inference_mode(),
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
@@ -449,7 +433,9 @@ def _embed_batch(
 ) -> Tensor:
     padded = np.zeros((batch_size, *images.shape[1:]), np.uint8)
     padded[: len(images)] = images
-    output: Tensor = encoder(torch.from_numpy(padded).to(device))
+    # Channels last: measured 1.1 to 1.2 times as fast on a CPU for swin_t and ResNets.
+    channels_last = torch.from_numpy(padded).to(device, memory_format=torch.channels_last)
+    output: Tensor = encoder(channels_last)
     return output[: len(images)]
 
 

@@ -51,7 +51,7 @@ class ImageCache:
         preprocessing: Preprocessing,
     ) -> None:
         self._uris = uris
-        self._roots = tuple(os.path.abspath(root) for root in roots)
+        self._roots = tuple(storage.absolute(root) for root in roots)
         self._square = preprocessing.square()
         self._store = None if folder is None else _Store(folder, len(uris), self._side)
         if self._store is not None:
@@ -87,7 +87,7 @@ class ImageCache:
         pixels = np.zeros((len(codes), 3, self._side, self._side), np.uint8)
         keys, good = np.zeros(len(codes), np.int64), np.zeros(len(codes), bool)
         for place, code in enumerate(codes.tolist()):
-            image = read_image(self._uris[code].as_py(), None, self._roots, self._square)
+            image = read_image(self._uris[code].as_py(), self._roots, self._square)
             if isinstance(image, Image):
                 assert image.pixels is not None  # no digest was known
                 pixels[place], keys[place], good[place] = image.pixels, _key(image.sha256), True

@@ -1,84 +1,156 @@
 """The one way from an image's address to its pixels: found below the roots, read, decoded.
 
-What is wrong with the image makes a reject; what is wrong with the disk is raised.
+What is wrong with the image makes a reject; what is wrong with the disk or the network is raised.
 """
 
 import errno
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
+import posixpath
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from courier_model.images import BadImage, DecodeLimits, Preprocessing, decode
 from feature_jobs import storage
 
+T = TypeVar("T")
 
-@functools.cache
-def _resolved(roots: tuple[str, ...]) -> tuple[str, ...]:
-    """The roots as beginnings of resolved paths."""
-    return tuple(os.path.join(os.path.realpath(root), "") for root in roots)
+# A picture within the limits can take half a gigabyte while it is decoded. More at once than there
+# are cores would not be faster, however many threads wait for files.
+_DECODING = threading.BoundedSemaphore(os.cpu_count() or 1)
+
+
+@dataclass
+class Image:
+    """One image file as read: its digest and its pixels, None where they were not wanted."""
+
+    bytes_read: int
+    sha256: str
+    pixels: np.ndarray | None  # uint8 [3, S, S]
+    io_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Why an item has no embedding. `sha256` is that of bytes that cannot be decoded."""
+
+    stage: str
+    reason: str
+    message: str
+    sha256: str | None = None
+    bytes_read: int = 0
+
+
+# ---- Where an image lies -------------------------------------------------------------------
 
 
 def locate(uri: str | None, roots: Sequence[str]) -> str:
-    """The path of an image: `uri` itself, or below the first root; never outside the roots.
+    """The path of an image: `gs://…`, or below one of the roots, a relative one below the first.
 
     Raises BadImage("unsupported_uri") for anything else, network addresses included.
     """
+    if uri and uri.startswith("gs://"):
+        return uri
     if not uri or "://" in uri or "\0" in uri:
         raise BadImage("unsupported_uri", f"{str(uri)[:100]!r} is no path below the image roots")
-    path = os.path.realpath(os.path.join(roots[0], uri))
+    path = os.path.join(roots[0], uri)
+    remote = storage.is_remote(path)
+    path = posixpath.normpath(path).replace(":/", "://", 1) if remote else _real_path(path)
     if not path.startswith(_resolved(tuple(roots))):
         raise BadImage("unsupported_uri", f"{uri!r} lies outside the image roots")
     return path
 
 
-@dataclass(frozen=True)
-class Image:
-    """One image file as read: its version, its digest and its pixels, None for known bytes."""
-
-    file: storage.FileInfo
-    sha256: str
-    pixels: np.ndarray | None  # uint8 [3, S, S]
+@functools.cache
+def _resolved(roots: tuple[str, ...]) -> tuple[str, ...]:
+    """The roots as beginnings of resolved paths."""
+    real = (root if storage.is_remote(root) else os.path.realpath(root) for root in roots)
+    return tuple(os.path.join(root, "") for root in real)
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """Why an item has no embedding."""
+def _real_path(path: str) -> str:
+    """As os.path.realpath, which asks the disk about every folder on the way, every time."""
+    folder, name = os.path.split(path)
+    if name not in ("", ".", ".."):
+        path = os.path.join(_real_folder(folder), name)
+        if not os.path.islink(path):
+            return path
+    return os.path.realpath(path)
 
-    stage: str
-    reason: str
-    message: str
+
+# Kept for the life of the process: that a folder becomes a link meanwhile is not noticed.
+_real_folder = functools.lru_cache(maxsize=1 << 16)(os.path.realpath)
+
+
+# ---- What is there --------------------------------------------------------------------------
+
+
+def find_image(uri: str | None, roots: Sequence[str]) -> storage.FileInfo | Rejected:
+    """What can be told of an image without reading it: its version, or why it cannot be read.
+
+    Faults other than a missing or forbidden file are raised: they are no property of the image,
+    and would reject a good one.
+    """
+    return _or_rejected(uri, lambda: _stat(locate(uri, roots)))
+
+
+def _stat(path: str) -> storage.FileInfo:
+    file = storage.stat(path)
+    if not file.size:
+        raise BadImage("empty", "the file has 0 bytes")
+    if file.size > DecodeLimits().max_bytes:
+        raise BadImage("too_many_bytes", f"the file has {file.size:,} bytes")
+    return file
 
 
 def read_image(
-    uri: str | None, known_sha256: str | None, roots: Sequence[str], preprocessing: Preprocessing
+    uri: str | None,
+    roots: Sequence[str],
+    preprocessing: Preprocessing,
+    skip_decoding: Callable[[str], bool] = lambda sha256: False,
 ) -> Image | Rejected:
-    """Reads and decodes one image; one with the known digest is not decoded again.
+    """Reads and decodes one image; `skip_decoding` is asked once, with the digest of its bytes.
 
-    Faults of the disk other than a missing or forbidden file are raised: they are no property of
-    the image, and would reject a good one.
+    Faults other than a missing or forbidden file are raised, as by `find_image`.
     """
-    stage = "read"
+    started = time.perf_counter()
+    data = _or_rejected(uri, lambda: _read(locate(uri, roots)))
+    if isinstance(data, Rejected):
+        return data
+    read = time.perf_counter()
+    sha256 = hashlib.sha256(data).hexdigest()
     try:
-        path = locate(uri, roots)
-        file = storage.stat(path)
-        if file.size > DecodeLimits().max_bytes:
-            raise BadImage("too_many_bytes", f"the file has {file.size:,} bytes")
-        data = storage.read_bytes(path)
-        stage = "decode"
-        sha256 = hashlib.sha256(data).hexdigest()
-        pixels = None if sha256 == known_sha256 else decode(data, preprocessing)
-        return Image(file, sha256, pixels)
+        with _DECODING:
+            pixels = None if skip_decoding(sha256) else decode(data, preprocessing)
     except BadImage as error:
-        return Rejected(stage, error.reason, str(error))
+        return Rejected("decode", error.reason, str(error), sha256, len(data))
+    return Image(len(data), sha256, pixels, read - started, time.perf_counter() - read)
+
+
+def _read(path: str) -> bytes:
+    if not storage.is_remote(path):
+        _stat(path)  # here it costs nothing, and a pipe would be waited for without end
+    # One byte more than allowed, by which `decode` sees that there are too many.
+    return storage.read_bytes(path, DecodeLimits().max_bytes + 1)
+
+
+def _or_rejected(uri: str | None, look: Callable[[], T]) -> T | Rejected:
+    try:
+        return look()
+    except BadImage as error:
+        return Rejected("read", error.reason, str(error))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return Rejected(stage, "missing", f"no file {uri!r} below the image roots")
+        return Rejected("read", "missing", f"no file {uri!r} below the image roots")
     except PermissionError:
-        return Rejected(stage, "forbidden", f"{uri!r} may not be read")
+        return Rejected("read", "forbidden", f"{uri!r} may not be read")
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
-            return Rejected(stage, "unsupported_uri", f"{str(uri)[:100]!r}: {error.strerror}")
+            return Rejected("read", "unsupported_uri", f"{str(uri)[:100]!r}: {error.strerror}")
         raise

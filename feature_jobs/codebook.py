@@ -88,8 +88,7 @@ def load_codebook(folder: str) -> Codebook:
     """Raises DataContractError where the arrays are not those that the id was made of."""
     info = read_codebook_info(folder)
     try:
-        centres = np.load(os.path.join(folder, "centres.npy"), allow_pickle=False)
-        numbers = np.load(os.path.join(folder, "numbers.npy"), allow_pickle=False)
+        centres, numbers = (_load(folder, name) for name in ("centres", "numbers"))
     except (OSError, ValueError, EOFError) as error:
         raise _damaged(folder, str(error)) from error
     name = info.codebook_id.rsplit("-", 1)[0]
@@ -97,6 +96,12 @@ def load_codebook(folder: str) -> Codebook:
     if found != info.codebook_id or centres.shape != (info.clusters, EMBEDDING_DIM):
         raise _damaged(folder, f"its arrays {centres.shape} make {found}")
     return Codebook(info, centres, numbers)
+
+
+def _load(folder: str, name: str) -> np.ndarray:
+    data = storage.read_bytes(os.path.join(folder, name + ".npy"))
+    array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+    return array
 
 
 def _damaged(folder: str, found: str) -> DataContractError:

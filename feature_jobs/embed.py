@@ -5,48 +5,51 @@ tables. Out: `item_embeddings` and `item_rejects`.
 
 The law: in-catalogue rows of `item_embeddings` + rows of `item_rejects` = the catalogue, each item
 once. An image is read only when its file, the image roots or the encoder may have changed since the
-previous partition, and embedded only when its bytes or the encoder did; rejects are tried every
-night. An item that left the catalogue keeps its
-embedding for `window_days`, since histories still hold it.
+previous partition, and embedded only when its bytes or the encoder did; the same bytes under
+several items are embedded once. A reject is tried again after 1, 2, 4, 8 and 16 days, then every
+30. An item that left the catalogue keeps its embedding for `window_days`, since histories still
+hold it.
 
-Flow: catalogue rows → item shards → plan (what is unchanged, what must be read) → chunks of images
-→ embeddings in chunk files → each shard is put together from its plan, the previous partition and
-its chunk files. Chunk files also are what a killed run does not do again.
+Flow: catalogue rows → item shards → plan (what is unchanged, what must be read) → images by size,
+so that equal bytes meet → chunks → results, in chunk files → back to the item shards, each put
+together from its plan, the previous partition and the results. All rows travel as pieces of files;
+chunk files also are what a killed run does not do again.
 """
 
 import datetime as dt
-import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from apache_beam.utils.shared import Shared
+from apache_beam.ml.inference.base import ModelHandler, RunInference
 
-from courier_model import encoder as encoders
-from courier_model.image_files import Image, Rejected, locate, read_image
-from courier_model.images import BadImage
-from feature_jobs import storage, tables
+from courier_model.encoder import choose_device
+from courier_model.images import Preprocessing
+from courier_model.inference import Embedder, embed_images, results_schema
+from feature_jobs import embed_plan, hashing, storage, tables
+from feature_jobs.embed_plan import VERSION_COLUMNS
 from feature_jobs.histories import every_shard
-from feature_jobs.inputs import CATALOGUE_COLUMNS, RowGroup, Source, check_unique, read_rows
-from feature_jobs.schemas import ITEM_EMBEDDINGS, ITEM_REJECTS, TIMESTAMP
+from feature_jobs.inputs import CATALOGUE_COLUMNS, RowGroup, Source, read_rows
+from feature_jobs.pieces import Piece, read_all, read_pieces, write_pieces
+from feature_jobs.schemas import ITEM_EMBEDDINGS, ITEM_REJECTS
 
-_READERS = 2 * (os.cpu_count() or 1)  # reading waits on the disk, decoding on a core
-_IMAGE_COLUMNS = ("image_generation", "image_size", "image_mtime", "image_sha256")
+Keyed = tuple[int, Iterable[Piece | bytes]]  # b"" stands for a shard without any rows
+_KEPT = "kept"
+_SECONDS = ("io_seconds", "decode_seconds", "forward_seconds")
 
 
 @dataclass(frozen=True)
 class EmbedJob:
     """All that the workers need to know. `previous_*` is the latest partition before ds, if any.
 
-    `reuse` says whether the previous embeddings came from the same encoder, `same_roots` whether
-    an address meant the same file then.
+    `reuse` says whether the previous embeddings are those that would be made now, `same_roots`
+    whether an address meant the same file then, `full` that all images are to be embedded again.
+    `chunks` is the folder of chunk files, which other runs with the same encoder share.
     """
 
     ds: dt.date
@@ -54,7 +57,9 @@ class EmbedJob:
     embeddings_schema: pa.Schema
     rejects_schema: pa.Schema
     encoder_folder: str
+    preprocessing: Preprocessing
     image_roots: tuple[str, ...]
+    device: str
     batch_size: int
     chunk_items: int
     window_days: int
@@ -62,237 +67,146 @@ class EmbedJob:
     previous_rejects: tables.Partition | None
     reuse: bool
     same_roots: bool
+    full: bool
     staging: str
+    chunks: str
 
-    def folder(self, table: str) -> str:
-        return os.path.join(self.staging, table)
+    def path(self, step: str, name: str) -> str:
+        return os.path.join(self.staging, step, name)
 
     def is_done(self, shard: int) -> bool:
         names = (ITEM_EMBEDDINGS.name, ITEM_REJECTS.name)
-        return all(tables.has_part(self.folder(name), shard, self.shards) for name in names)
+        return all(
+            tables.has_part(os.path.join(self.staging, name), shard, self.shards) for name in names
+        )
 
-    def previous(self, shard: int, without: Sequence[str] = ()) -> pa.Table:
+    def previous_embeddings_of(self, shard: int, without: Sequence[str] = ()) -> pa.Table:
         """The previous embeddings of a shard's hash range; empty where there were none."""
         columns = [name for name in self.embeddings_schema.names if name not in without]
-        if self.previous_embeddings is None:
-            return tables.empty_rows(self.embeddings_schema).select(columns)
-        return self.previous_embeddings.read_shard(shard, self.shards, "item_id", columns)
+        return _shard_of(
+            self.previous_embeddings, self.embeddings_schema, shard, self.shards, columns
+        )
+
+    def previous_rejects_of(self, shard: int) -> pa.Table:
+        """The previous rejects of a shard's hash range."""
+        names = self.rejects_schema.names
+        return _shard_of(self.previous_rejects, self.rejects_schema, shard, self.shards, names)
 
     def plan_path(self, shard: int) -> str:
-        return os.path.join(self.staging, "plan", tables.part_name(shard, self.shards) + ".parquet")
+        return self.path("plan", tables.part_name(shard, self.shards) + ".parquet")
 
 
-# ---- Pure functions: the plan --------------------------------------------------------------
-
-
-def former_items(
-    previous: pa.Table, catalogue_ids: pa.ChunkedArray, ds: dt.date, window_days: int
+def _shard_of(
+    partition: tables.Partition | None,
+    schema: pa.Schema,
+    shard: int,
+    shards: int,
+    columns: list[str],
 ) -> pa.Table:
-    """Rows of `previous` that left the catalogue within `window_days`, dated when they left."""
-    gone = pc.invert(pc.is_in(previous["item_id"], value_set=catalogue_ids.combine_chunks()))
-    rows = previous.filter(gone)
-    left = pc.fill_null(rows["left_catalogue_ds"], pa.scalar(ds, pa.date32()))
-    rows = rows.set_column(rows.column_names.index("left_catalogue_ds"), "left_catalogue_ds", left)
-    oldest = pa.scalar(ds - dt.timedelta(days=window_days), pa.date32())
-    return rows.filter(pc.greater(left, oldest))
+    if partition is None:
+        return tables.empty_rows(schema).select(columns)
+    return partition.read_shard(shard, shards, "item_id", columns)
 
 
-def plan_shard(
-    catalogue: pa.Table, previous: pa.Table, ds: dt.date, window_days: int
-) -> pa.Table:  # fmt: skip
-    """The items of a shard: its catalogue rows, then kept former items.
+# ---- Pure functions ------------------------------------------------------------------------
 
-    Columns of the catalogue, `in_catalogue`, `left_catalogue_ds` and `previous_row`, the item's row
-    in `previous` (null without one). Raises DataContractError for a duplicate item.
+
+def still_valid(results: pa.Table, images: pa.Table) -> pa.Table:
+    """The rows of `results`, of an earlier run, that `embed_images` would make of `images` again.
+
+    Item, address and version are unchanged. A row without an embedding, since its bytes were known,
+    counts only while those bytes are still the known ones. Rejects never count: they are tried
+    again, since someone may have mended the file.
     """
-    catalogue = catalogue.sort_by("item_id")
-    check_unique(catalogue["item_id"], ds)
-    former = former_items(previous, catalogue["item_id"], ds, window_days)
-    columns = list(CATALOGUE_COLUMNS)
-    items = pa.concat_tables([catalogue.select(columns), former.select(columns)])
-    inside = np.arange(len(items)) < len(catalogue)
-    left = pa.concat_arrays(
-        [pa.nulls(len(catalogue), pa.date32()), former["left_catalogue_ds"].combine_chunks()]
-    )
-    previous_row = pc.index_in(items["item_id"], value_set=previous["item_id"].combine_chunks())
-    return (
-        items.append_column("in_catalogue", pa.array(inside))
-        .append_column("left_catalogue_ds", left)
-        .append_column("previous_row", previous_row)
-    )
-
-
-def unchanged(items: pa.Table, previous: pa.Table, roots: Sequence[str]) -> np.ndarray:
-    """Which items' files cannot have changed since `previous`, told without reading; bool [n]."""
-    before = previous.select(["image_uri", *_IMAGE_COLUMNS]).take(items["previous_row"])
-    same_uri = pc.fill_null(pc.equal(before["image_uri"], items["image_uri"]), False)
-    rows = np.flatnonzero(same_uri.to_numpy(zero_copy_only=False))
-    out = np.zeros(len(items), bool)
-    out[rows] = have_versions(before.take(pa.array(rows)), roots)
-    return out
-
-
-def have_versions(images: pa.Table, roots: Sequence[str]) -> np.ndarray:
-    """Which files still have the versions that `images` says, by its image columns; bool [n]."""
-    versions = zip(
-        images["image_size"].to_pylist(),
-        images["image_mtime"].cast(pa.int64()).to_pylist(),
-        images["image_generation"].to_pylist(),
-        strict=True,
-    )
-    with ThreadPoolExecutor(_READERS) as pool:
-        same = pool.map(
-            lambda uri, version: _has_version(uri, version, roots),
-            images["image_uri"].to_pylist(),
-            versions,
-        )
-        return np.fromiter(same, bool, len(images))
-
-
-def _has_version(uri: str, version: tuple[int | None, ...], roots: Sequence[str]) -> bool:
-    try:
-        return storage.stat(locate(uri, roots)).version == version
-    except (BadImage, OSError):
-        return False  # it is read again, and rejected or raised with its reason there
-
-
-# ---- Pure functions: images ----------------------------------------------------------------
-
-
-def embed_images(
-    rows: pa.Table,
-    encoder: encoders.ImageEncoder,
-    roots: Sequence[str],
-    batch_size: int,
-    done: Callable[[int, int], None] = lambda _images, _rejects: None,
-) -> pa.Table:
-    """Reads and embeds the images of `rows` (item_id, image_uri, known_sha256).
-
-    One row each: image columns and `embedding` (null for the bytes already known), or stage,
-    reason and message of a reject. Reading and decoding run ahead of the forward pass. `done` is
-    told after each batch how many images were dealt with so far, and how many of them rejected.
-    """
-    device = encoders.choose_device()
-    precision = encoders.choose_precision(device)
-    uris, known = rows["image_uri"].to_pylist(), rows["known_sha256"].to_pylist()
-    images: list[Image | Rejected] = []
-    embeddings: list[list[float] | np.ndarray | None] = []
-    with ThreadPoolExecutor(_READERS) as pool:
-        reading = pool.map(
-            lambda uri, sha: read_image(uri, sha, roots, encoder.preprocessing), uris, known
-        )
-        while batch := list(islice(reading, batch_size)):
-            pixels = [i.pixels for i in batch if isinstance(i, Image) and i.pixels is not None]
-            vectors = iter(
-                encoders.embed(encoder, np.stack(pixels), batch_size, device, precision)
-                if pixels
-                else ()
-            )
-            embeddings += [
-                next(vectors) if isinstance(i, Image) and i.pixels is not None else None
-                for i in batch
-            ]
-            images += [_without_pixels(image) for image in batch]
-            done(len(images), sum(isinstance(image, Rejected) for image in images))
-    return _results(rows["item_id"], rows["image_uri"], images, embeddings)
-
-
-def _without_pixels(image: Image | Rejected) -> Image | Rejected:
-    return Image(image.file, image.sha256, None) if isinstance(image, Image) else image
-
-
-def _results(
-    item_ids: pa.ChunkedArray,
-    image_uris: pa.ChunkedArray,
-    images: Sequence[Image | Rejected],
-    embeddings: Sequence[Any],
-) -> pa.Table:
-    def of_image(get: Any) -> list[Any]:
-        return [get(i) if isinstance(i, Image) else None for i in images]
-
-    def of_reject(name: str) -> pa.Array:
-        return pa.array([getattr(i, name, None) for i in images], pa.string())
-
-    return pa.table(
-        {
-            "item_id": item_ids,
-            "image_uri": image_uris,
-            "embedding": pa.array(embeddings, pa.list_(pa.float32())),
-            "image_generation": pa.array(of_image(lambda i: i.file.generation), pa.int64()),
-            "image_size": pa.array(of_image(lambda i: i.file.size), pa.int64()),
-            "image_mtime": pa.array(of_image(lambda i: i.file.mtime_us), pa.int64()).cast(
-                TIMESTAMP
-            ),
-            "image_sha256": pa.array(of_image(lambda i: i.sha256), pa.string()),
-            "stage": of_reject("stage"),
-            "reason": of_reject("reason"),
-            "message": of_reject("message"),
-        }
-    )
-
-
-# ---- Pure functions: putting a shard together ------------------------------------------------
+    results = results.filter(pc.is_null(results["reason"]))
+    now = images.take(embed_plan.row_of(results, images))
+    same = pc.fill_null(pc.equal(results["image_uri"], now["image_uri"]), False).to_numpy()
+    same = same & embed_plan.same_version(results, now)
+    known = pc.fill_null(pc.equal(results["image_sha256"], now["known_sha256"]), False)
+    return results.filter(pa.array(same & pc.or_(pc.is_valid(results["embedding"]), known)))
 
 
 def assemble_embeddings(plan: pa.Table, previous: pa.Table, results: pa.Table) -> pa.Table:
     """`item_embeddings` of a shard: planned items with an embedding, old or new.
 
-    `plan` has the columns of `plan_shard` and `unchanged`; `results` those of `embed_images`, one
-    row for each planned item that is not `unchanged`.
+    `plan` has the columns of `embed_plan.plan`; `results` those of `embed_images`, one row for each
+    item to read.
     """
-    result_row = pc.index_in(plan["item_id"], value_set=results["item_id"].combine_chunks())
     before = previous.take(plan["previous_row"])
-    after = results.take(result_row)
-    unchanged = plan["unchanged"]
+    after = results.take(embed_plan.row_of(plan, results))
+    is_same = pc.equal(plan["state"], embed_plan.UNCHANGED)
+    is_good = pc.and_(pc.is_valid(after["image_sha256"]), pc.is_null(after["reason"]))
     columns = {
         name: plan[name] for name in (*CATALOGUE_COLUMNS, "in_catalogue", "left_catalogue_ds")
     }
-    for name in _IMAGE_COLUMNS:
-        columns[name] = pc.if_else(unchanged, before[name], after[name])
+    for name in VERSION_COLUMNS:
+        columns[name] = pc.if_else(is_same, before[name], after[name])  # as it was when read
+    columns["image_sha256"] = pc.if_else(is_same, before["image_sha256"], after["image_sha256"])
     # An embedding is taken over when the file is unchanged, or was read and held the known bytes.
     columns["embedding"] = pa.chunked_array(
         [pc.coalesce(after["embedding"].combine_chunks(), before["embedding"].combine_chunks())]
     )
-    rejected = pc.is_valid(after["reason"])
-    return pa.table(columns).filter(pc.invert(rejected))
+    return pa.table(columns).filter(pc.or_(is_same, is_good))
 
 
 def assemble_rejects(
     plan: pa.Table, previous: pa.Table, results: pa.Table, ds: dt.date
 ) -> pa.Table:
-    """`item_rejects` of a shard: the catalogue items that `results` rejects, with their past."""
-    plan = plan.filter(plan["in_catalogue"])
-    rows = results.take(pc.index_in(plan["item_id"], value_set=results["item_id"].combine_chunks()))
-    rejected = pc.is_valid(rows["reason"])
-    plan, rows = plan.filter(rejected), rows.filter(rejected)
-    before = previous.take(
-        pc.index_in(plan["item_id"], value_set=previous["item_id"].combine_chunks())
-    )
+    """`item_rejects` of a shard: the catalogue items without an embedding, with their past.
+
+    An item that was not tried stays as it was in `previous`.
+    """
+    after = results.take(embed_plan.row_of(plan, results))
+    reason = {n: pc.coalesce(plan[n], after[n]) for n in ("stage", "reason", "message")}
+    waits = pc.equal(plan["state"], embed_plan.WAITING)
+    rejected = pc.and_(pc.or_(waits, pc.is_valid(reason["reason"])), plan["in_catalogue"])
+    plan, waits = plan.filter(rejected), waits.filter(rejected)
+    before = previous.take(embed_plan.row_of(plan, previous))
+    attempts = pc.cast(pc.add(pc.fill_null(before["attempts"], 0), 1), pa.int32())
     today = pa.scalar(ds, pa.date32())
-    return pa.table(
-        {
-            **{name: plan[name] for name in CATALOGUE_COLUMNS},
-            **{name: rows[name] for name in ("stage", "reason", "message")},
-            "attempts": pc.add(pc.fill_null(before["attempts"], 0), 1),
-            "first_ds": pc.fill_null(before["first_ds"], today),
-            "last_ds": pa.array([ds] * len(plan), pa.date32()),
-            "next_ds": pa.array([ds + dt.timedelta(days=1)] * len(plan), pa.date32()),
-        }
-    )
+    now = {
+        **{name: column.filter(rejected) for name, column in reason.items()},
+        "attempts": attempts,
+        "first_ds": pc.fill_null(before["first_ds"], today),
+        "last_ds": pa.chunked_array([pa.repeat(today, len(plan))]),
+        "next_ds": pa.chunked_array([embed_plan.next_ds(ds, attempts.to_numpy())]),
+    }
+    rows = {name: pc.if_else(waits, before[name], column) for name, column in now.items()}
+    return pa.table({**{name: plan[name] for name in CATALOGUE_COLUMNS}, **rows})
 
 
 def count_shard(
     plan: pa.Table, results: pa.Table, embeddings: pa.Table, rejects: pa.Table
 ) -> dict[str, int]:
     """What became of the items of a shard."""
-    reasons = pc.value_counts(rejects["reason"])
+    state = {s["values"].as_py(): s["counts"].as_py() for s in pc.value_counts(plan["state"])}
+    embedded = pc.sum(results["is_embedded"]).as_py() or 0
+    valid = results["reason"].null_count
     return {
         "catalogue_items": pc.sum(plan["in_catalogue"]).as_py() or 0,
         "former_items": len(embeddings) - (pc.sum(embeddings["in_catalogue"]).as_py() or 0),
-        "images_unchanged": pc.sum(plan["unchanged"]).as_py() or 0,
-        "images_read": len(results),
-        "images_embedded": len(results) - results["embedding"].null_count,
-        **{f"rejected_{r['values']}": r["counts"].as_py() for r in reasons},
+        "images_unchanged": state.get(embed_plan.UNCHANGED, 0),
+        "images_read": pc.sum(results["is_read"]).as_py() or 0,
+        "images_embedded": embedded,
+        "images_reused": valid - embedded,
+        "rejects_waiting": state.get(embed_plan.WAITING, 0),
+        **_rejected(rejects["reason"]),
+    }
+
+
+def _rejected(reasons: pa.ChunkedArray) -> dict[str, int]:
+    found = pc.value_counts(reasons.drop_null())
+    return {f"rejected_{reason['values']}": reason["counts"].as_py() for reason in found}
+
+
+def work_of(results: pa.Table) -> dict[str, float]:
+    """What the results of a shard cost, and on which devices they were made."""
+    embedded = results.filter(results["is_embedded"])
+    devices = pc.value_counts(embedded["device"])
+    return {
+        "bytes_read": pc.sum(results["bytes_read"]).as_py() or 0,
+        **{name: pc.sum(results[name]).as_py() or 0.0 for name in _SECONDS},
+        **{f"embedded_on_{d['values']}": d["counts"].as_py() for d in devices},
     }
 
 
@@ -306,116 +220,166 @@ class ReadCatalogue(beam.DoFn):
         self._job, self.staging = job, job.staging
 
     @tables.refusing
-    def process(self, group: RowGroup) -> Iterator[tuple[int, bytes]]:
+    def process(self, group: RowGroup) -> Iterator[tuple[int, Piece]]:
         rows = read_rows(group, CATALOGUE_COLUMNS)
-        return tables.split_by_shard(rows, "item_id", self._job.shards)
+        shard = hashing.shard_of(hashing.hash_ids(rows["item_id"]), self._job.shards)
+        name = tables.digest([group.path, group.index])[:16]
+        return write_pieces(self._job.path("catalogue", name), rows, shard)
 
 
 class PlanShard(beam.DoFn):
-    """All catalogue rows of a shard → its plan, as a file, and the chunks of images to read."""
+    """All catalogue rows of a shard → its plan, as a file, and the images to read, by size."""
 
     def __init__(self, job: EmbedJob):
         self._job, self.staging = job, job.staging
+        self._heartbeat = tables.Heartbeat(job.staging)
 
     @tables.refusing
-    def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int, bytes]]:
-        job, (shard, chunks) = self._job, element
+    def process(self, element: Keyed) -> Iterator[tuple[int, Piece]]:
+        job, (shard, pieces) = self._job, element
         if job.is_done(shard):
             return
         nothing = tables.empty_rows(job.embeddings_schema).select(CATALOGUE_COLUMNS)
-        catalogue = tables.from_ipc(chunks, nothing)
-        previous = job.previous(shard, without=["embedding"])
-        plan = plan_shard(catalogue, previous, job.ds, job.window_days)
-        # A former item's file is often deleted with it: its embedding stays, unlooked at.
-        same = ~plan["in_catalogue"].to_numpy()
-        if job.same_roots:
-            same = same | unchanged(plan, previous, job.image_roots)
-        same = same & job.reuse
-        plan = plan.append_column("unchanged", pa.array(same))
-        tables.write_parquet(job.plan_path(shard), plan)
-        tables.Heartbeat(job.staging, f"plan-{shard:05d}").end(total=int((~same).sum()))
-        known = previous["image_sha256"].take(plan["previous_row"])
-        to_read = plan.select(["item_id", "image_uri"]).append_column(
-            "known_sha256", known if job.reuse else pa.nulls(len(plan), pa.string())
+        catalogue = read_pieces(pieces, nothing)
+        previous = job.previous_embeddings_of(shard, without=["embedding"])
+        items = embed_plan.items_of_shard(catalogue, previous, job.ds, job.window_days)
+        plan = embed_plan.plan(
+            items,
+            previous,
+            job.previous_rejects_of(shard),
+            job.image_roots,
+            job.ds,
+            job.reuse,
+            job.same_roots and not job.full,
         )
-        to_read = to_read.filter(pa.array(~same))
-        for at in range(0, len(to_read), job.chunk_items):
-            yield shard, tables.to_ipc(to_read.slice(at, job.chunk_items))
+        tables.write_parquet(job.plan_path(shard), plan)
+        images = embed_plan.images_to_read(plan, previous, shard, job.reuse and not job.full)
+        self._heartbeat.add(total=len(images), **_rejected(plan["reason"]))
+        self._heartbeat.write()
+        yield from write_pieces(
+            job.path("to_read", f"{shard:05d}"), images, embed_plan.bucket_of(images, job.shards)
+        )
 
 
-class EmbedChunk(beam.DoFn):
-    """A chunk of images to read → the path of a file with what became of each.
+class CutBucket(beam.DoFn):
+    """The images of a bucket → what is left to do of them, in chunks.
 
-    The file's name is a digest of the chunk, so that a run which was killed finds it again. Its
-    rejects are tried once more then: a night that was refused for its rejects may have been mended.
+    What an earlier run did of them goes to the item shards, as output `kept`.
     """
-
-    _loaded = Shared()  # one encoder per worker process, whatever the number of threads
 
     def __init__(self, job: EmbedJob):
         self._job, self.staging = job, job.staging
+        self._heartbeat = tables.Heartbeat(job.staging)
 
     @tables.refusing
-    def process(self, element: tuple[int, bytes]) -> Iterator[tuple[int, bytes]]:
-        shard, chunk = element
-        name = f"{shard:05d}-{hashlib.sha256(chunk).hexdigest()[:16]}"
-        path = os.path.join(self._job.staging, "chunks", name + ".parquet")
-        rows = tables.from_ipc([chunk], pa.table({}))
-        kept = self._kept(path, rows["item_id"])
-        done = pc.is_in(rows["item_id"], value_set=kept["item_id"].combine_chunks())
-        todo = rows.filter(pc.invert(done))
-        heartbeat = tables.Heartbeat(self._job.staging, f"chunk-{name}")
-        heartbeat.end(done=len(kept))
-        if len(todo):
-            folder = self._job.encoder_folder
-            encoder = self._loaded.acquire(lambda: encoders.load_encoder(folder), tag=folder)
-            results = embed_images(
-                todo, encoder, self._job.image_roots, self._job.batch_size,
-                lambda n, rejects: heartbeat.beat(done=len(kept) + n, rejects=rejects),
-            )  # fmt: skip
-            tables.write_parquet(path, pa.concat_tables([kept, results]))
-            heartbeat.end()
-        yield shard, path.encode()
+    def process(self, element: Keyed) -> Iterator[Any]:
+        job, (bucket, pieces) = self._job, element
+        images = read_pieces(pieces, pa.table({}))
+        name = f"{bucket:05d}"
+        kept = self._kept(bucket, images)
+        if kept is not None:
+            self._heartbeat.add(done=len(kept))
+            done = pc.is_in(images["item_id"], value_set=kept["item_id"].combine_chunks())
+            images = images.filter(pc.invert(done))
+            for found in write_pieces(job.path("kept", name), kept, kept["shard"].to_numpy()):
+                yield beam.pvalue.TaggedOutput(_KEPT, found)
+        images, chunk = embed_plan.cut(images, job.chunk_items)
+        for _, piece in write_pieces(job.path("chunks_to_do", name), images, chunk):
+            yield bucket, piece
 
-    def _kept(self, path: str, item_ids: pa.ChunkedArray) -> pa.Table:
-        """What an earlier run embedded of this chunk, as far as the files are still the same."""
-        if not storage.exists(path):
-            return _results(item_ids[:0], pa.chunked_array([[]], pa.string()), [], [])
-        results = tables.read_parquet(path)
-        results = results.filter(pc.is_null(results["reason"]))
-        return results.filter(pa.array(have_versions(results, self._job.image_roots)))
+    def _kept(self, bucket: int, images: pa.Table) -> pa.Table | None:
+        """What earlier runs made of `images` and still holds, each item once; None for nothing."""
+        paths = storage.find(os.path.join(self._job.chunks, f"{bucket:05d}-*.arrow"))
+        if not paths:
+            return None
+        results = pa.concat_tables(still_valid(read_all(path), images) for path in paths)
+        codes = results["item_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+        _, first = np.unique(codes, return_index=True)
+        return results.take(pa.array(first))
+
+
+class EmbedChunk(ModelHandler[tuple[int, Piece], tuple[int, Piece], Embedder]):
+    """A chunk of images → what became of each, for the item shards.
+
+    Elements are whole chunks, whose images become batches of one shape here: as elements of their
+    own they would cost more than their embedding. The encoder is there once in a process, on a GPU
+    once for all processes of a worker.
+    """
+
+    def __init__(self, job: EmbedJob):
+        super().__init__()
+        self._job, self.staging = job, job.staging
+        self._heartbeat = tables.Heartbeat(job.staging)
+
+    def load_model(self) -> Embedder:
+        if self._job.device == "cuda" and choose_device().type != "cuda":
+            tables.warn(
+                self.staging,
+                'embed.device is "cuda" but a worker has no CUDA device that torch can use, so it '
+                "embeds on its CPU, many times slower. Check the machine type and drivers of "
+                "[beam.embed], or set embed.device to what is there.",
+            )
+        return Embedder(self._job.encoder_folder, self._job.batch_size, self._job.device)
+
+    def share_model_across_processes(self) -> bool:
+        return choose_device(self._job.device).type == "cuda"
+
+    def batch_elements_kwargs(self) -> dict[str, int]:
+        return {"min_batch_size": 1, "max_batch_size": 1}
+
+    def run_inference(
+        self, batch: Sequence[Any], model: Embedder, inference_args: dict[str, Any] | None = None
+    ) -> Iterator[tuple[int, Piece]]:
+        for bucket, piece in batch:
+            yield from self.embed_chunk((bucket, piece, model))
+
+    @tables.refusing
+    def embed_chunk(self, element: tuple[int, Piece, Embedder]) -> Iterator[tuple[int, Piece]]:
+        job, (bucket, piece, embedder) = self._job, element
+        images = read_pieces([piece], pa.table({}))
+        results = embed_images(
+            images, embedder.embed, job.preprocessing, job.image_roots, job.batch_size,
+            self._heartbeat.add,
+        )  # fmt: skip
+        for name in ("shard", *VERSION_COLUMNS):
+            results = results.append_column(name, images[name])
+        device = pa.repeat(pa.scalar(embedder.device_and_precision()), len(results))
+        results = results.append_column("device", device)
+        path = os.path.join(job.chunks, f"{bucket:05d}")
+        yield from write_pieces(path, results, images["shard"].to_numpy())
 
 
 class AssembleShard(beam.DoFn):
-    """The chunk files of a shard → its parts of `item_embeddings` and `item_rejects`."""
+    """The results of a shard → its parts of `item_embeddings` and `item_rejects`."""
 
     def __init__(self, job: EmbedJob):
         self._job, self.staging = job, job.staging
 
     @tables.refusing
-    def process(self, element: tuple[int, Iterable[bytes]]) -> None:
-        job, (shard, paths) = self._job, element
+    def process(self, element: Keyed) -> None:
+        job, (shard, pieces) = self._job, element
         if job.is_done(shard):
             return
         plan = tables.read_parquet(job.plan_path(shard))
-        chunks = [tables.read_parquet(path.decode()) for path in sorted(paths) if path]
-        nothing = _results(plan["item_id"][:0], plan["image_uri"][:0], [], [])
-        results = pa.concat_tables([nothing, *chunks])
-        embeddings = assemble_embeddings(plan, job.previous(shard), results)
-        rejects = assemble_rejects(plan, self._previous_rejects(shard), results, job.ds)
+        results = read_pieces(pieces, self._no_results())
+        embeddings = assemble_embeddings(plan, job.previous_embeddings_of(shard), results)
+        rejects = assemble_rejects(plan, job.previous_rejects_of(shard), results, job.ds)
         tables.write_part(
-            job.folder(ITEM_EMBEDDINGS.name), ITEM_EMBEDDINGS, job.embeddings_schema,
-            embeddings, shard, job.shards, count_shard(plan, results, embeddings, rejects),
+            os.path.join(job.staging, ITEM_EMBEDDINGS.name), ITEM_EMBEDDINGS, job.embeddings_schema,
+            embeddings, shard, job.shards,
+            count_shard(plan, results, embeddings, rejects), work_of(results),
         )  # fmt: skip
         tables.write_part(
-            job.folder(ITEM_REJECTS.name), ITEM_REJECTS, job.rejects_schema,
+            os.path.join(job.staging, ITEM_REJECTS.name), ITEM_REJECTS, job.rejects_schema,
             rejects, shard, job.shards,
         )  # fmt: skip
 
-    def _previous_rejects(self, shard: int) -> pa.Table:
-        if self._job.previous_rejects is None:
-            return tables.empty_rows(self._job.rejects_schema)
-        return self._job.previous_rejects.read_shard(shard, self._job.shards, "item_id")
+    def _no_results(self) -> pa.Table:
+        """As `EmbedChunk` writes them."""
+        schema = self._job.embeddings_schema
+        added = [pa.field(name, schema.field(name).type) for name in VERSION_COLUMNS]
+        found = [*results_schema(schema.field("item_id").type), pa.field("device", pa.string())]
+        return pa.schema([*found, *added]).empty_table()
 
 
 # ---- The job -------------------------------------------------------------------------------
@@ -424,7 +388,7 @@ class AssembleShard(beam.DoFn):
 def define_embed(root: beam.Pipeline, catalogue: Source, job: EmbedJob) -> None:
     """Writes `item_embeddings` and `item_rejects` below `job.staging`, one part per item shard."""
     shards = every_shard(root, job.shards)
-    chunks = (
+    cut = (
         (
             root
             | "CatalogueGroups" >> beam.Create(catalogue.groups())
@@ -435,12 +399,17 @@ def define_embed(root: beam.Pipeline, catalogue: Source, job: EmbedJob) -> None:
         | "CatalogueAndShards" >> beam.Flatten()
         | "CatalogueByShard" >> beam.GroupByKey()
         | "PlanShard" >> beam.ParDo(PlanShard(job))
+        | "ImagesBySize" >> beam.GroupByKey()
+        | "CutBucket" >> beam.ParDo(CutBucket(job)).with_outputs(_KEPT, main="to_do")
+    )
+    embedded = (
+        cut.to_do
         | "SpreadChunks" >> beam.Reshuffle()
-        | "EmbedChunk" >> beam.ParDo(EmbedChunk(job))
+        | "EmbedChunk" >> RunInference(EmbedChunk(job))
     )
     _ = (
-        (chunks, shards)
-        | "ChunksAndShards" >> beam.Flatten()
-        | "ChunksByShard" >> beam.GroupByKey()
+        (embedded, cut.kept, shards)
+        | "ResultsAndShards" >> beam.Flatten()
+        | "ResultsByShard" >> beam.GroupByKey()
         | "AssembleShard" >> beam.ParDo(AssembleShard(job))
     )

@@ -150,6 +150,7 @@ def open_source(
     paths = find_files(table, template, ds, require_success)
     with ThreadPoolExecutor(_FOOTER_READERS) as pool:
         footers = list(pool.map(read_footer, paths))
+        versions = tuple(pool.map(_version_of, paths))
     rows = sum(metadata.num_rows for metadata, _ in footers)
     if not rows and not is_marked_whole(template, ds):
         raise InputNotReady(
@@ -171,13 +172,17 @@ def open_source(
         tuple(paths),
         tuple(metadata.num_row_groups for metadata, _ in footers),
         rows,
-        tuple(storage.stat(path).version for path in paths),
+        versions,
         item_id=same_id_type("item_id", present, paths, footers),
         user_id=same_id_type("user_id", present, paths, footers),
         impression_id=same_id_type("impression_id", present, paths, footers),
         request_id=same_id_type("request_id", present, paths, footers),
         carried=tuple(pa.field(c, _decoded(first.field(c).type)) for c in carry) if first else (),
     )
+
+
+def _version_of(path: str) -> tuple[int | None, ...]:
+    return storage.stat(path).version
 
 
 def _decoded(kind: pa.DataType) -> pa.DataType:
@@ -187,7 +192,7 @@ def _decoded(kind: pa.DataType) -> pa.DataType:
 def read_footer(path: str) -> tuple[pq.FileMetaData, pa.Schema]:
     """Raises DataContractError where `path` is no Parquet file."""
     try:
-        with pq.ParquetFile(path) as file:
+        with storage.open_input(path) as data, pq.ParquetFile(data) as file:
             return file.metadata, file.schema_arrow
     except _UNREADABLE as error:
         raise unreadable(path, error) from error
@@ -384,7 +389,7 @@ def read_rows(group: RowGroup, wanted: Sequence[str], carry: Sequence[str] = ())
     ours = [name for name in wanted if name in form.columns]
     theirs = [form.columns[name] for name in ours]
     try:
-        with pq.ParquetFile(group.path) as file:
+        with storage.open_input(group.path) as data, pq.ParquetFile(data) as file:
             rows = file.read_row_group(group.index, columns=list(dict.fromkeys([*theirs, *carry])))
     except _UNREADABLE as error:
         raise unreadable(group.path, error) from error

@@ -50,6 +50,12 @@ class InputNotReady(CourierError):
     exit_status = 4
 
 
+class StorageUnavailable(CourierError):
+    """A disk or a bucket could not be reached for so long that the command gave up."""
+
+    exit_status = 1
+
+
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 _STRING = pa.string()
 _FLOATS = pa.list_(pa.float32())

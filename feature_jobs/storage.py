@@ -1,12 +1,17 @@
-"""Files and folders behind one small interface: the local disk now, `gs://` behind it later.
+"""Files and folders behind one small interface: of the local disk, and of `gs://` in `gcs`.
 
 Every write is atomic: a reader sees the old file, the new file or none, never half of one. A
 process killed while writing leaves at most a file whose name starts with `.tmp-`, which no reader
 looks at. Durability is that of the file system: after a power cut the newest files may be gone.
+
+Transient faults of a network are waited for, and then raise StorageUnavailable: they say nothing of
+the file that was asked for.
 """
 
 import contextlib
+import errno
 import fcntl
+import functools
 import glob as globbing
 import hashlib
 import os
@@ -14,11 +19,30 @@ import re
 import shutil
 import stat as file_mode
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
-from feature_jobs.schemas import OperatorError
+import pyarrow as pa
+
+from feature_jobs.schemas import OperatorError, StorageUnavailable
+
+RETRY_SECONDS = 120.0  # so long is a transient fault waited for
+FIRST_WAIT_SECONDS = 1.0  # at most, before the second try of a call; then twice as long each time
+
+P = ParamSpec("P")
+T = TypeVar("T")
+OfPath = Callable[Concatenate[str, P], T]
+
+# What a disk that is mounted over a network says while it cannot be reached.
+_TRANSIENT = {
+    getattr(errno, name)
+    for name in (
+        "EIO", "ETIMEDOUT", "ESTALE", "EAGAIN", "EINTR", "EREMOTEIO", "ECONNRESET", "ECONNABORTED",
+        "ENETDOWN", "ENETRESET", "ENETUNREACH", "EHOSTDOWN", "EHOSTUNREACH", "ENOTCONN",
+    )
+    if hasattr(errno, name)
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,15 +64,91 @@ class Changed(Exception):
     """A preconditioned write found another content than the one it was made for."""
 
 
+# ---- Where a path lies -----------------------------------------------------------------------
+
+
 def check_supported(path: str) -> None:
-    """Raises OperatorError for a path that no storage of this version can hold."""
-    if "://" in path:
+    """Raises OperatorError for a path that is neither local nor in a bucket."""
+    if "://" in path and not re.match("gs://[^/]", path):
         raise OperatorError(
-            f"The path {path!r} names a remote store, but this version reads and writes the local "
-            "disk only. Use a local path (a mounted bucket is one)."
+            f"The path {path!r} names a remote store other than gs://bucket/…: only those and "
+            "local paths are read and written (a mounted folder is one)."
         )
 
 
+def is_remote(path: str) -> bool:
+    return path.startswith("gs://")
+
+
+def absolute(path: str, folder: str = ".") -> str:
+    """`path` from `folder` on, or of a bucket as it is; without a `/` at its end."""
+    return path.rstrip("/") if is_remote(path) else os.path.abspath(os.path.join(folder, path))
+
+
+def _or_gcs(local: OfPath[P, T]) -> OfPath[P, T]:
+    """`local`, or for a gs:// path the function of `gcs` with the same name, which keeps the same
+    promises. Google's client is loaded when it is first needed."""
+
+    @functools.wraps(local)
+    def chosen(path: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if not is_remote(path):
+            return local(path, *args, **kwargs)
+        from feature_jobs import gcs
+
+        found: T = getattr(gcs, local.__name__)(path, *args, **kwargs)
+        return found
+
+    return chosen
+
+
+# ---- Transient faults --------------------------------------------------------------------------
+
+
+def unavailable(path: str, found: str) -> StorageUnavailable:
+    return StorageUnavailable(
+        f"{path} could not be reached for {RETRY_SECONDS:.0f} seconds ({found}). The store or the "
+        "way to it is at fault and not the data, so nothing was rejected for it. Run the same "
+        "command again later: it goes on from where it was."
+    )
+
+
+def _retrying(local: OfPath[P, T]) -> OfPath[P, T]:
+    """`local`, tried again with back-off and jitter while a disk cannot be reached."""
+
+    @functools.wraps(local)
+    def tried(path: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return local(path, *args, **kwargs)
+        except OSError as error:
+            if not _is_transient(error):
+                raise
+        return _retry(path, functools.partial(local, path, *args, **kwargs))
+
+    return tried
+
+
+def _is_transient(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _TRANSIENT
+
+
+def _retry(path: str, call: Callable[[], T]) -> T:
+    from google.api_core import exceptions, retry  # half a second, which only a fault has to pay
+
+    patient = retry.Retry(
+        _is_transient, initial=FIRST_WAIT_SECONDS, maximum=30, multiplier=2, timeout=RETRY_SECONDS
+    )
+    try:
+        found: T = patient(call)()
+    except exceptions.RetryError as error:
+        raise unavailable(path, str(error.cause)) from error
+    return found
+
+
+# ---- Looking ---------------------------------------------------------------------------------
+
+
+@_or_gcs
+@_retrying
 def stat(path: str) -> FileInfo:
     """Raises FileNotFoundError (or another OSError) where there is no such regular file."""
     found = os.stat(path)
@@ -57,29 +157,40 @@ def stat(path: str) -> FileInfo:
     return FileInfo(path, found.st_size, found.st_mtime_ns // 1000)
 
 
+@_or_gcs
 def exists(path: str) -> bool:
-    return os.path.exists(path)
+    """Whether there is a file; a folder is none (`is_folder`)."""
+    return os.path.isfile(path)
 
 
+@_or_gcs
+def is_folder(path: str) -> bool:
+    return os.path.isdir(path)
+
+
+@_or_gcs
 def glob(pattern: str) -> list[FileInfo]:
     """The files that match `pattern`, sorted by path; leading `.` and `_` mark what is no data."""
     fixed = os.path.dirname(re.split(r"[*?[]", pattern)[0])
     return [
         stat(path)
         for path in sorted(globbing.glob(pattern, recursive=True))
-        if os.path.isfile(path) and not _is_hidden(os.path.relpath(path, fixed or "."))
+        if os.path.isfile(path) and not is_hidden(os.path.relpath(path, fixed or "."))
     ]
 
 
+@_or_gcs
 def find(pattern: str) -> list[str]:
-    """The paths that match `pattern`, whatever they are called."""
+    """Paths of files that match `pattern`, sorted; a wildcard matches no leading dot."""
     return sorted(globbing.glob(pattern))
 
 
-def _is_hidden(path: str) -> bool:
-    return any(name[0] in "._" for name in path.split(os.sep))
+def is_hidden(path: str) -> bool:
+    """Whether a name on the way marks what is no data."""
+    return any(name.startswith((".", "_")) for name in path.split("/"))
 
 
+@_or_gcs
 def list_names(folder: str) -> list[str]:
     """Names in `folder`, sorted; empty where there is no such folder."""
     if not os.path.isdir(folder):
@@ -87,11 +198,36 @@ def list_names(folder: str) -> list[str]:
     return sorted(n for n in os.listdir(folder) if not n.startswith(".tmp-"))
 
 
-def read_bytes(path: str) -> bytes:
+# ---- Reading ---------------------------------------------------------------------------------
+
+
+@_or_gcs
+@_retrying
+def read_bytes(path: str, limit: int = -1) -> bytes:
+    """The bytes of a file, or the first `limit` of them."""
     with open(path, "rb") as file:
-        return file.read()
+        return file.read(limit)
 
 
+@_or_gcs
+def open_input(path: str) -> IO[bytes]:
+    """A file to read at any position, never a mixture of two versions. When it is replaced
+    meanwhile, a disk goes on with the old bytes; a bucket raises FileNotFoundError."""
+    found: IO[bytes] = pa.OSFile(path)
+    return found
+
+
+@_or_gcs
+def sha256(path: str) -> str:
+    """Digest of a file's bytes, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- Writing ---------------------------------------------------------------------------------
+
+
+@_or_gcs
 @contextlib.contextmanager
 def atomic_writer(path: str) -> Iterator[IO[Any]]:
     """A binary file that appears under `path` when the block ends well, and else not at all."""
@@ -107,11 +243,13 @@ def atomic_writer(path: str) -> Iterator[IO[Any]]:
             os.unlink(temporary)
 
 
+@_or_gcs
 def write_bytes(path: str, data: bytes) -> None:
     with atomic_writer(path) as file:
         file.write(data)
 
 
+@_or_gcs
 def write_if_unchanged(path: str, data: bytes, expected: bytes | None) -> None:
     """Replaces `path` only while it holds `expected` (None: while there is no file).
 
@@ -126,6 +264,7 @@ def write_if_unchanged(path: str, data: bytes, expected: bytes | None) -> None:
         write_bytes(path, data)
 
 
+@_or_gcs
 def link(source: str, target: str) -> None:
     """Gives a file a second name within one root, without copying where the disk can do so."""
     os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -138,6 +277,7 @@ def link(source: str, target: str) -> None:
             shutil.copyfileobj(data, file)
 
 
+@_or_gcs
 def move(source: str, target: str) -> None:
     """Moves a file within one root; replaces `target`."""
     os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -145,14 +285,19 @@ def move(source: str, target: str) -> None:
     delete(source)  # a rename between two hard links of one file leaves both
 
 
+@_or_gcs
 def delete(path: str) -> None:
     """Deletes a file; that it is gone already is no error, so that a killed deletion can resume."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 
 
+@_or_gcs
 def delete_tree(folder: str) -> None:
-    """Deletes a folder and all below it, at once for any reader; being gone is no error."""
+    """Deletes a folder and all below it; being gone is no error.
+
+    At once for any reader on a disk; in a bucket what says that other files are whole goes first.
+    """
     top, name = os.path.split(os.path.abspath(folder))
     aside = os.path.join(top, f".tmp-{uuid.uuid4().hex[:12]}-{name}")
     with contextlib.suppress(FileNotFoundError):
@@ -160,17 +305,14 @@ def delete_tree(folder: str) -> None:
         shutil.rmtree(aside)
 
 
-def sha256(path: str) -> str:
-    """Digest of a file's bytes, hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
+@_or_gcs
 @contextlib.contextmanager
 def lock(folder: str, wait: bool = False) -> Iterator[None]:
     """Holds `folder` exclusively; the system frees it when the process ends, however it ends.
 
-    Raises BlockingIOError at once where another process holds it, unless `wait`.
+    In a bucket that of a killed process is free when another on the same machine asks for it, and
+    five minutes later for others. Raises BlockingIOError at once where another process holds it,
+    unless `wait`.
     """
     os.makedirs(folder, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)

@@ -10,9 +10,12 @@ import functools
 import hashlib
 import json
 import os
+import re
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +27,7 @@ import pyarrow.parquet as pq
 from feature_jobs import hashing, storage
 from feature_jobs.schemas import (
     EMBEDDING_DIM,
+    CourierError,
     DataContractError,
     InputNotReady,
     OperatorError,
@@ -34,6 +38,9 @@ MANIFEST = "_manifest.json"
 SUCCESS = "_SUCCESS"
 STAGED = "_staged.json"
 _ROW_GROUP_ROWS = 32_768
+_RECEIPT_READERS = 16
+# As Python prints one, and Beam goes on.
+_IN_TRACEBACK = rf"^{re.escape(CourierError.__module__)}\.(\w+): (.+?)(?: \[while running .*\])?$"
 
 
 # ---- JSON and identities -------------------------------------------------------------------
@@ -171,10 +178,11 @@ def has_part(folder: str, shard: int, shards: int) -> bool:
 
 def write_part(
     folder: str, table: Table, schema: pa.Schema, rows: pa.Table, shard: int, shards: int,
-    counts: dict[str, int] | None = None,
+    counts: dict[str, int] | None = None, work: dict[str, float] | None = None,
 ) -> None:  # fmt: skip
     """Writes one shard of `table` and its receipt; `rows` are sorted as `table` says here.
 
+    `counts` are the same whenever the shard is made again; `work` is what it cost this time.
     Raises DataContractError for a null where `schema` allows none.
     """
     rows = pa.Table.from_arrays(
@@ -190,37 +198,46 @@ def write_part(
             )
     name = part_name(shard, shards) + ".parquet"
     path = os.path.join(folder, name)
-    write_parquet(path, rows)
+    size, sha256 = write_parquet(path, rows)
     receipt = {
         "name": name,
         "rows": len(rows),
-        "bytes": storage.stat(path).size,
-        "sha256": storage.sha256(path),
+        "bytes": size,
+        "sha256": sha256,
         "counts": counts or {},
+        "work": work or {},
     }
     write_json(_receipt_path(folder, shard, shards), receipt)
 
 
-def write_parquet(path: str, rows: pa.Table) -> None:
-    """One Parquet file, zstd; no dictionary pages for lists of floats, which never repeat."""
+def write_parquet(path: str, rows: pa.Table) -> tuple[int, str]:
+    """One Parquet file, zstd; no dictionary pages for lists of floats, which never repeat.
+
+    Returns its bytes and their sha256, hex.
+    """
     flat = [f.name for f in rows.schema if not pa.types.is_nested(f.type)]
-    with storage.atomic_writer(path) as file:
-        pq.write_table(
-            rows, file, compression="zstd", row_group_size=_ROW_GROUP_ROWS, use_dictionary=flat
-        )
+    # In memory first: a writer that is interrupted at its file complains when it is thrown away.
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        rows, sink, compression="zstd", row_group_size=_ROW_GROUP_ROWS, use_dictionary=flat
+    )
+    data = sink.getvalue()
+    storage.write_bytes(path, data)
+    return data.size, hashlib.sha256(data).hexdigest()
 
 
 def receipts(folder: str) -> list[dict[str, Any]]:
     """The receipts of all parts written so far, in shard order."""
     at = os.path.join(folder, "receipts")
-    return [read_json(os.path.join(at, name)) for name in storage.list_names(at)]
+    with ThreadPoolExecutor(_RECEIPT_READERS) as pool:
+        return list(pool.map(lambda n: read_json(os.path.join(at, n)), storage.list_names(at)))
 
 
-def sum_counts(parts: Iterable[dict[str, Any]]) -> dict[str, int]:
-    """Counts of all parts, added up by name."""
+def sum_counts(parts: Iterable[dict[str, Any]], what: str = "counts") -> dict[str, Any]:
+    """The "counts", or the "work", of all parts, added up by name."""
     total: Counter[str] = Counter()
     for part in parts:
-        total.update(part["counts"])
+        total.update(part[what])
     return dict(sorted(total.items()))
 
 
@@ -248,7 +265,8 @@ class Partition:
 
     @property
     def schema(self) -> pa.Schema:
-        return pq.read_schema(self.paths[0])
+        with storage.open_input(self.paths[0]) as file:
+            return pq.read_schema(file)
 
     def read_shard(
         self, shard: int, shards: int, key: str, columns: Sequence[str] | None = None
@@ -268,7 +286,7 @@ class Partition:
 
 def read_parquet(path: str, columns: Sequence[str] | None = None) -> pa.Table:
     """One of our own files; the folder's name never becomes a column."""
-    with pq.ParquetFile(path) as file:
+    with storage.open_input(path) as data, pq.ParquetFile(data) as file:
         return plain(file.read(columns=None if columns is None else list(columns)))
 
 
@@ -310,7 +328,7 @@ def open_published(folder: str) -> Partition:
 
 
 def refusing(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Iterator[Any]]:
-    """Makes the `process` of a DoFn leave a DataContractError where the launcher finds it.
+    """Makes the `process` of a DoFn leave a CourierError where the launcher finds it.
 
     The DoFn has its staging folder as `staging`. Once anything there was refused, the job runs to
     its end without doing more, and the launcher raises the error word for word. Raised in a worker
@@ -324,40 +342,71 @@ def refusing(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Iterato
             return
         try:
             yield from process(self, element) or ()
-        except DataContractError as error:
-            message = str(error)
-            name = hashlib.sha256(message.encode()).hexdigest()[:12]
-            write_json(os.path.join(errors, name + ".json"), {"message": message})
+        except CourierError as error:
+            found = {"kind": type(error).__name__, "message": str(error)}
+            write_json(os.path.join(errors, digest(found)[:12] + ".json"), found)
 
     return guarded
 
 
-def refused(staging: str) -> list[str]:
-    """The messages of all that was refused below `staging`."""
+def refused(staging: str) -> list[CourierError]:
+    """All that was refused below `staging`."""
     errors = os.path.join(staging, "errors")
-    return [read_json(os.path.join(errors, n))["message"] for n in storage.list_names(errors)]
+    found = [read_json(os.path.join(errors, name)) for name in storage.list_names(errors)]
+    return [_courier_error(error["kind"], error["message"]) for error in found]
+
+
+def _courier_error(kind: str, message: str) -> CourierError:
+    kinds = {kind.__name__: kind for kind in CourierError.__subclasses__()}
+    return kinds.get(kind, CourierError)(message)
+
+
+def courier_error_in(error: BaseException) -> CourierError | None:
+    """The first CourierError of those that led to `error`: Beam adds words of its own to the later
+    ones, and of other processes it gives the traceback as text."""
+    told = re.search(_IN_TRACEBACK, str(error), re.MULTILINE)
+    found = _courier_error(*told.groups()) if told else None
+    at: BaseException | None = error
+    while at is not None:
+        if isinstance(at, CourierError):
+            found = _courier_error(type(at).__name__, str(at))
+        at = at.__cause__ or at.__context__
+    return found
+
+
+def warn(staging: str, message: str) -> None:
+    """Leaves a warning where the launcher finds it; the same one of many workers counts once."""
+    name = hashlib.sha256(message.encode()).hexdigest()[:12]
+    write_json(os.path.join(staging, "warnings", name + ".json"), {"message": message})
+
+
+def warnings(staging: str) -> list[str]:
+    """What workers warned of below `staging`."""
+    folder = os.path.join(staging, "warnings")
+    return [read_json(os.path.join(folder, n))["message"] for n in storage.list_names(folder)]
 
 
 class Heartbeat:
-    """Counts of one worker's piece of work, as a file that the launcher adds up with all others.
+    """Counts of one worker thread, as a file that the launcher adds up with all others.
 
     Written every two seconds at most, so that a fast worker does not spend its time on telling.
     """
 
     _SECONDS = 2.0
 
-    def __init__(self, staging: str, name: str):
-        self._path = os.path.join(staging, "progress", name + ".json")
-        self._counts: dict[str, int] = {}
-        self._written = time.monotonic()
+    def __init__(self, staging: str):
+        self._folder = os.path.join(staging, "progress")
+        self._name: str | None = None  # known to the worker alone: workers begin as copies
+        self._counts: dict[str, float] = {}
+        self._written = 0.0
 
-    def beat(self, **counts: int) -> None:
-        self._counts = counts
+    def add(self, **counts: float) -> None:
+        for name, count in counts.items():
+            self._counts[name] = self._counts.get(name, 0) + count
         if time.monotonic() - self._written > self._SECONDS:
-            self.end()
+            self.write()
 
-    def end(self, **counts: int) -> None:
-        """Writes these counts, or the last ones, at once."""
-        self._counts = counts or self._counts
-        write_json(self._path, self._counts)
+    def write(self) -> None:
+        self._name = self._name or uuid.uuid4().hex[:12] + ".json"
+        write_json(os.path.join(self._folder, self._name), self._counts)
         self._written = time.monotonic()

@@ -27,35 +27,38 @@ _ANY_DAY = dt.date(2000, 1, 1)
 
 
 def stanza(folder: str, comment: str, from_ds: dt.date, **artefacts: str) -> str:
-    """A `[[pins]]` stanza; paths are written relative to `folder`, that of the settings."""
+    """A `[[pins]]` stanza; local paths are written relative to `folder`, that of the settings."""
     lines = [f"# {comment}", "[[pins]]", f'from_ds = "{from_ds}"']
-    lines += [
-        f"{name} = {json.dumps(os.path.relpath(path, folder))}" for name, path in artefacts.items()
-    ]
+    for name, path in artefacts.items():
+        near = path if storage.is_remote(path) else os.path.relpath(path, folder)
+        lines.append(f"{name} = {json.dumps(near)}")
     return "\n".join(lines)
 
 
 def init_encoder(
     backbone: str, weights: str, input_size: int | None, seed: int, name: str,
-    categories: Sequence[str], folder: str,
+    categories: Sequence[str], folder: str, out: str,
 ) -> str:  # fmt: skip
-    """Makes an encoder package below `folder`/encoders without training; returns its stanza."""
+    """Makes an encoder package below `out`/encoders without training; returns its stanza.
+
+    `folder` is that of the settings.
+    """
     encoder = build_encoder(backbone, weights, input_size, seed)
     info = save_encoder(
-        encoder, os.path.join(folder, "encoders"), name, tuple(categories) or None,
+        encoder, os.path.join(out, "encoders"), name, tuple(categories) or None,
         data_start_ds=None, data_end_ds=None,
         weights=origin_of(weights),
     )  # fmt: skip
-    path = os.path.join(folder, "encoders", info.encoder_id)
+    path = os.path.join(out, "encoders", info.encoder_id)
     comment = f"{backbone}, weights {info.weights}, made without click data: it may serve any day"
     return stanza(folder, comment, _ANY_DAY, encoder=path)
 
 
 def fit_codebook(
-    settings: Settings, ds: dt.date, clusters: int, seed: int, name: str, folder: str,
+    settings: Settings, ds: dt.date, clusters: int, seed: int, name: str, folder: str, out: str,
     beam_args: Sequence[str],
 ) -> str:  # fmt: skip
-    """Fits a codebook on the published embeddings of ds; returns its stanza.
+    """Fits a codebook on the published embeddings of ds, below `out`/codebooks; returns its stanza.
 
     The stanza holds from the next day on, since features know nothing of their own day.
     """
@@ -79,7 +82,7 @@ def fit_codebook(
     sample = read_sample(job)
     storage.delete_tree(staging)
     codebook = make_codebook(sample, clusters, seed, name, encoder.encoder_id, str(ds))
-    path = save_codebook(os.path.join(folder, "codebooks"), codebook)
+    path = save_codebook(os.path.join(out, "codebooks"), codebook)
     info = codebook.info
     comment = (
         f"{clusters:,} clusters fitted on {info.sample_items:,} items of ds {ds}, mean squared "

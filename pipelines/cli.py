@@ -64,6 +64,14 @@ overlap_option = click.option(
     is_flag=True,
     help="Use an encoder or codebook made from this day or later ones; the manifest records it.",
 )
+out_option = click.option(
+    "--out",
+    metavar="FOLDER",
+    help="Where packages go; may be gs://. [default: beside the settings]",
+)
+full_option = click.option(
+    "--full", is_flag=True, help="Read and embed every image again, whatever the day before had."
+)
 beam_argument = click.argument(
     "beam_args", nargs=-1, type=click.UNPROCESSED, callback=_beam_args, metavar="[-- BEAM OPTIONS]"
 )
@@ -91,13 +99,13 @@ def cli() -> None:
 
 def _make(
     stages: Sequence[str], config: str, ds: dt.date, dry_run: bool, allow_overlap: bool,
-    json: bool, beam_args: Sequence[str],
+    json: bool, beam_args: Sequence[str], full: bool = False,
 ) -> None:  # fmt: skip
     from pipelines import nightly, status
     from pipelines.config import load_settings
     from pipelines.plan import plan_night
 
-    night = plan_night(load_settings(config), ds, stages, allow_overlap, _say)
+    night = plan_night(load_settings(config), ds, stages, allow_overlap, _say, full)
     if dry_run:
         plan = status.describe_plan(night, beam_args)
         click.echo(dumps(plan, indent=1) if json else status.render_plan(plan))
@@ -108,6 +116,7 @@ def _make(
 
 @cli.command()
 @_night_options
+@full_option
 def refresh(**options: Any) -> None:
     """Make and publish the whole night of one day; resumes, and does nothing twice."""
     from pipelines.config import STAGES
@@ -117,6 +126,7 @@ def refresh(**options: Any) -> None:
 
 @cli.command()
 @_night_options
+@full_option
 def embed(**options: Any) -> None:
     """Embed the catalogue of one day: item_embeddings and item_rejects."""
     _make(("embed",), **options)
@@ -192,16 +202,28 @@ def _days(ds: dt.date | None, start: dt.date | None, end: dt.date | None) -> lis
     "--name", default=None, help="First part of the encoder's id. [default: the backbone]"
 )
 @click.option("--category", multiple=True, help="One in scope; repeat. [default: all]")
+@out_option
 def init_encoder(
     config: str, backbone: str, weights: str, input_size: int | None, seed: int, name: str | None,
-    category: tuple[str, ...],
+    category: tuple[str, ...], out: str | None,
 ) -> None:  # fmt: skip
     """Make an encoder package without training; prints the pin to append to the settings."""
     from pipelines import artefacts
 
-    folder = os.path.dirname(os.path.abspath(config))
+    folder, out = _folders(config, out)
     name = name or backbone.replace("_", "-")
-    click.echo(artefacts.init_encoder(backbone, weights, input_size, seed, name, category, folder))
+    click.echo(
+        artefacts.init_encoder(backbone, weights, input_size, seed, name, category, folder, out)
+    )
+
+
+def _folders(config: str, out: str | None) -> tuple[str, str]:
+    """That of the settings, and where packages go."""
+    from feature_jobs import storage
+
+    folder = os.path.dirname(os.path.abspath(config))
+    storage.check_supported(out or folder)
+    return folder, storage.absolute(out or folder)
 
 
 @cli.command()
@@ -253,9 +275,10 @@ def init_encoder(
 @click.option("--workers", type=click.IntRange(0), help="Processes that decode.")
 @click.option("--cache/--no-cache", default=None, help="Keep resized images on disk.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Of weights, order and crops.")
+@out_option
 def train(
     config: str, until: dt.date, start_ds: dt.date | None, held_out_days: int, name: str | None,
-    preset: str, **given: Any,
+    preset: str, out: str | None, **given: Any,
 ) -> None:  # fmt: skip
     """Train an encoder on training rows; prints the pin to append to the settings.
 
@@ -269,9 +292,10 @@ def train(
 
     wanted = replace(PRESETS[preset], **{k: v for k, v in given.items() if v is not None})
     settings = load_settings(config)
-    folder = os.path.dirname(os.path.abspath(config))
+    folder, out = _folders(config, out)
+    name = name or wanted.objective
     stanza = training.train(
-        settings, folder, wanted, name or wanted.objective, start_ds, until, held_out_days, _say
+        settings, folder, out, wanted, name, start_ds, until, held_out_days, _say
     )
     if stanza:
         click.echo(stanza)
@@ -283,17 +307,19 @@ def train(
 @click.option("--clusters", type=click.IntRange(1), required=True, help="Number of clusters.")
 @click.option("--seed", default=0, help="Of the first centres.")
 @click.option("--name", default="codebook", help="First part of the codebook's id.")
+@out_option
 @beam_argument
 def fit_codebook(
-    config: str, ds: dt.date, clusters: int, seed: int, name: str, beam_args: Sequence[str]
-) -> None:
+    config: str, ds: dt.date, clusters: int, seed: int, name: str, out: str | None,
+    beam_args: Sequence[str],
+) -> None:  # fmt: skip
     """Fit cluster centres on one day's embeddings; prints the pin to append to the settings."""
     from pipelines import artefacts
     from pipelines.config import load_settings
 
     settings = load_settings(config)
-    folder = os.path.dirname(os.path.abspath(config))
-    click.echo(artefacts.fit_codebook(settings, ds, clusters, seed, name, folder, beam_args))
+    folder, out = _folders(config, out)
+    click.echo(artefacts.fit_codebook(settings, ds, clusters, seed, name, folder, out, beam_args))
 
 
 # ---- Looking and starting --------------------------------------------------------------------
@@ -377,9 +403,17 @@ def demo(
 # ---- Running ---------------------------------------------------------------------------------
 
 
+_IDLE = ("semi_persistent_directory", "Resource module is not available")
+
+
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for Beam's idle warnings, and for what it makes of an interruption."""
-    return not _received and "semi_persistent_directory" not in record.getMessage()
+    """False for Beam's idle warnings, and for what it makes of an interruption or of an error that
+    `main` tells in one paragraph."""
+    text, error = record.getMessage(), record.exc_info and record.exc_info[1]
+    told = isinstance(error, CourierError) or f"{CourierError.__module__}." in text
+    if _received or (told and record.name.startswith("apache_beam")):
+        return False
+    return not any(idle in text for idle in _IDLE)
 
 
 def _set_up_logging() -> None:

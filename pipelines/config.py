@@ -1,6 +1,7 @@
 """Settings from one TOML file: typed, frozen, unknown keys refused with the nearest known one.
 
-Paths in the file are relative to the file's own folder, so that it can be used from anywhere.
+Paths in the file are relative to the file's own folder, so that it can be used from anywhere, or
+gs://….
 """
 
 import datetime as dt
@@ -11,7 +12,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo
 
 from pydantic import (
@@ -34,7 +35,7 @@ _NAME = r"^[a-z0-9][a-z0-9-]*$"
 
 def _path(path: str, info: ValidationInfo) -> str:
     storage.check_supported(path)
-    return os.path.abspath(os.path.join((info.context or {}).get("folder", "."), path))
+    return storage.absolute(path, (info.context or {}).get("folder", "."))
 
 
 def _template(path: str, info: ValidationInfo) -> str:
@@ -113,8 +114,10 @@ class Impressions(_Section):
 
 
 class Embed(_Section):
-    """`batch_size` images go through the encoder at once; `chunk_items` are redone after a kill."""
+    """`batch_size` images go through the encoder at once; about `chunk_items` are redone after a
+    kill. A `device` "cuda" that is not there is warned of; "auto" takes what there is."""
 
+    device: Literal["auto", "cuda", "cpu"] = "auto"
     batch_size: Count = 32
     chunk_items: Count = 256
 

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -62,7 +61,7 @@ def look(catalogue: str, impressions: str, image_roots: Sequence[str], folder: s
     shop, log = find_place("catalogue", catalogue), find_place("impressions", impressions)
     shop_ds, log_ds = _days_to_look_at(shop, log)
     items, events = open_table(shop, shop_ds), open_table(log, log_ds)
-    roots = [os.path.abspath(root) for root in image_roots] or _guess_roots(items)
+    roots = [storage.absolute(root) for root in image_roots] or _guess_roots(items)
     findings = (
         *_about_place(shop, folder),
         *_about_place(log, folder),
@@ -97,7 +96,7 @@ def write_settings(path: str, toml: str) -> None:
 
 def _check_folder(root: str) -> None:
     storage.check_supported(root)
-    if not os.path.isdir(root):
+    if not storage.is_folder(root):
         raise OperatorError(
             f"--images {root} is no folder. The folder that the catalogue's image_uri are relative "
             "to was expected."
@@ -263,15 +262,18 @@ def _about_day(events: Table) -> Iterator[Finding]:
 
 
 def _guess_roots(items: Table) -> list[str]:
-    """The folder that most relative URIs are below, and the common one of the absolute ones."""
+    """The folder that most relative URIs are below, the common one of the absolute ones, and the
+    buckets of the others."""
     if not items.has("image_uri"):
         return []
     found, sample = [], [uri or "" for uri in _sample(items)]
     relative = [uri for uri in sample if uri and "://" not in uri and not os.path.isabs(uri)]
-    counts = {
-        root: sum(os.path.isfile(os.path.join(root, uri)) for uri in relative)
-        for root in _candidates(os.path.dirname(items.source.paths[0]))
-    }
+    candidates = _candidates(os.path.dirname(items.source.paths[0]))
+    with ThreadPoolExecutor() as pool:
+        counts = {
+            root: sum(pool.map(storage.exists, [os.path.join(root, uri) for uri in relative]))
+            for root in candidates
+        }
     best = max(counts, key=lambda root: counts[root])  # of equally good ones the nearest
     if 2 * counts[best] > len(relative):
         found.append(best)
@@ -279,7 +281,8 @@ def _guess_roots(items: Table) -> list[str]:
     folders = {os.path.dirname(uri) for uri in uris if os.path.isabs(uri)}
     if folders and (common := os.path.commonpath(folders)) != os.sep:
         found.append(common)
-    return found
+    buckets = {uri.split("/")[2] for uri in uris if storage.is_remote(uri)} - {""}
+    return found + [f"gs://{bucket}" for bucket in sorted(buckets)]
 
 
 def _sample(items: Table) -> list[str | None]:
@@ -291,19 +294,21 @@ def _sample(items: Table) -> list[str | None]:
 
 def _candidates(folder: str) -> list[str]:
     """`folder`, its parents, and `images` in each, nearest first; never the whole file system."""
-    folders = [Path(folder), *Path(folder).parents[:_PARENTS]]
-    around = [path for parent in folders for path in (parent, parent / "images")]
-    return [str(path) for path in around if path.name]
+    folders = [folder]
+    while len(folders) <= _PARENTS and os.path.dirname(folders[-1]) != "gs:":  # above a bucket
+        folders.append(os.path.dirname(folders[-1]))
+    around = [path for parent in folders for path in (parent, os.path.join(parent, "images"))]
+    return [path for path in dict.fromkeys(around) if os.path.basename(path)]
 
 
 def _about_images(items: Table, roots: Sequence[str], folder: str) -> Iterator[Finding]:
     sample = _sample(items) if items.has("image_uri") else []
-    if remote := [uri for uri in sample if uri and "://" in uri]:
+    if remote := [uri for uri in sample if uri and "://" in uri and not storage.is_remote(uri)]:
         yield Finding(
             "problem",
             f"images: {len(remote)} of {len(sample)} sampled image_uri are addresses (for example "
-            f"{_example(remote[0])}), but this version reads local files only. Fetch the images "
-            "first, and write their paths into image_uri.",
+            f"{_example(remote[0])}), but only local files and those of gs:// buckets are read. "
+            "Fetch the images first, and write their paths into image_uri.",
         )
     local = [uri for uri in sample if uri not in remote]
     if local and roots:
@@ -322,7 +327,7 @@ def _about_images(items: Table, roots: Sequence[str], folder: str) -> Iterator[F
 def _try_images(uris: Sequence[str | None], roots: Sequence[str]) -> Finding:
     """Reads and decodes images as the night will."""
     with ThreadPoolExecutor() as pool:
-        results = pool.map(lambda uri: read_image(uri, None, roots, _PREPROCESSING), uris)
+        results = pool.map(lambda uri: read_image(uri, roots, _PREPROCESSING), uris)
         rejected: dict[str, list[str | None]] = {}
         for uri, result in zip(uris, results, strict=True):
             if isinstance(result, Rejected):

@@ -6,12 +6,14 @@ import os
 from collections.abc import Sequence
 from string import Template
 
+from feature_jobs import storage
 from pipelines.config import CatalogueColumns, ImpressionColumns
 from pipelines.init_tables import Place, Table
 
 _SETTINGS = Template("""\
-# Settings of COURIER, written by `courier init`. Paths are relative to this file's folder, and {ds}
-# stands for the day, YYYY-MM-DD. A setting that is commented out has the default or example shown.
+# Settings of COURIER, written by `courier init`. Paths are relative to this file's folder, or gs://…;
+# {ds} stands for the day, YYYY-MM-DD. A setting that is commented out has the default or example
+# shown.
 
 # Where the tables are published.
 root = "features"
@@ -29,7 +31,8 @@ day_timezone = "UTC"
 [catalogue]
 # One row per item: one snapshot per day, or one for all days.
 path = $catalogue_path
-# Images are read below these folders alone; a relative image_uri begins at the first.
+# Local images are read below these folders alone; a relative image_uri begins at the first.
+# A gs:// image_uri is read wherever it lies.
 $image_roots
 # Wait for a file _SUCCESS in the partition.
 # require_success = false
@@ -56,9 +59,11 @@ $impressions_path
 $impressions_columns
 
 [embed]
+# "cuda" warns where there is none and a CPU must do; "auto" takes what there is.
+# device = "auto"
 # Images that go through the encoder at once: 8 was best on two CPU cores, a GPU wants 256 or so.
 # batch_size = 32
-# Images that a worker does again after it was killed, at most.
+# About as many images as a thread of a worker loses when it is killed.
 # chunk_items = 256
 
 [item_features]
@@ -123,6 +128,8 @@ def settings_text(items: Table, events: Table, roots: Sequence[str], folder: str
 
 def near(path: str, folder: str) -> str:
     """`path` relative to `folder` where that takes at most two steps up, else absolute."""
+    if storage.is_remote(path):
+        return path
     relative = os.path.relpath(path, folder)
     return path if relative.split(os.sep).count(os.pardir) > 2 else relative
 

@@ -98,7 +98,7 @@ _DAY_FOLDER = re.compile(r"(?:\w+=)?(\d{4}-\d{2}-\d{2})")
 def find_place(table: str, typed: str) -> Place:
     """Where a table lies, from a path as people type it; raises OperatorError if nowhere."""
     storage.check_supported(typed)
-    path = os.path.abspath(typed)
+    path = storage.absolute(typed)
     if "{ds}" in path:
         return Place(table, path, _days_of(table, path))
     pattern, files = _files_at(table, path)
@@ -111,7 +111,7 @@ def find_place(table: str, typed: str) -> Place:
 
 def _files_at(table: str, path: str) -> tuple[str, list[str]]:
     """The pattern of a file, glob or folder without {ds}, and the Parquet files that match it."""
-    if os.path.isdir(path):
+    if storage.is_folder(path):
         depths = ("*.parquet", "*/*.parquet", "**/*.parquet")
         patterns = [os.path.join(path, depth) for depth in depths]
     else:

@@ -38,29 +38,38 @@ def run_night(night: Night, beam_args: Sequence[str], say: Callable[[str], None]
         s.name: beam_options.pipeline_options(settings.beam, s.name, beam_args)
         for s in night.stages
     }  # all are checked before the first stage runs
-    started, seconds, made = time.time(), {}, False
+    started, made = time.time(), False
+    seconds: dict[str, float] = {}
+    work: dict[str, float] = {}
     with runs.exclusive(settings.root, settings.feature_set):
         counts = _upstream_counts(night)
         for stage in night.stages:
+            if stage.forced:
+                runs.force(stage)
             before = time.monotonic()
             if not stage.is_made():
                 made = True
-                say(f"{stage.name}: making {_names(stage)} of ds {night.ds} (run {stage.run_id})")
-                with progress.watch(stage):
-                    runs.make(
-                        stage, partial(beam_options.run_pipeline, options=options[stage.name])
-                    )
+                _make(stage, options[stage.name], say)
             counts |= runs.counts_of(stage)
+            work |= runs.work_of(stage)
             if not stage.is_published():
                 _check(stage, counts, settings)
             seconds[stage.name] = round(time.monotonic() - before, 1)
         if all(stage.is_published() for stage in night.stages):
             say(f"ds {night.ds}: already published from the same inputs, nothing to do")
-        report = {"ds": str(night.ds), "run_id": night.run_id, "counts": counts, "seconds": seconds}
+        report = {"ds": str(night.ds), "run_id": night.run_id, "counts": counts}
+        report |= {"work": work, "seconds": seconds}
         if made:
             _write_run(night, {**report, "started": started, "ended": time.time()})
         _publish(night)
     return report
+
+
+def _make(stage: Stage, options: Any, say: Callable[[str], None]) -> None:
+    names = ", ".join(table.name for table in stage.tables)
+    say(f"{stage.name}: making {names} of ds {stage.ds} (run {stage.run_id})")
+    with progress.watch(stage):
+        runs.make(stage, partial(beam_options.run_pipeline, options=options))
 
 
 def _upstream_counts(night: Night) -> dict[str, int]:
@@ -105,10 +114,6 @@ def _write_run(night: Night, report: dict[str, Any]) -> None:
     settings = night.settings
     folder = f"{settings.root}/{settings.feature_set}/_runs/ds={night.ds}/{night.run_id}"
     tables.write_json(f"{folder}/run.json", {**report, "command": sys.argv[1:]})
-
-
-def _names(stage: Stage) -> str:
-    return ", ".join(table.name for table in stage.tables)
 
 
 def roll_back(settings: Settings, ds: dt.date) -> dict[str, str]:

@@ -6,6 +6,7 @@ stage then knows all that it depends on, and with that its `run_id`.
 
 import datetime as dt
 import functools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from courier_model.images import Preprocessing
 from feature_jobs import codebook as codebooks
 from feature_jobs import embed, hashing, inputs, tables
 from feature_jobs.histories import DAY_US, HistoryLaw, define_user_histories
@@ -27,7 +29,6 @@ from feature_jobs.schemas import (
     USER_SIMSCORES,
     DataContractError,
     OperatorError,
-    Table,
 )
 from feature_jobs.simscore import SimscoreJob, define_simscore, discard_broadcast
 from feature_jobs.training_rows import TrainingRowsJob, define_training_rows
@@ -44,6 +45,7 @@ _UPSTREAM = {  # in the order in which they are made
     "simscore": ("embed", "item-features"),
     "training-rows": (),
 }
+CHUNK_FOLDER = "chunks-"  # + digest: beside the folders of runs, the chunk files that they share
 _WITHOUT_PIN = {"histories", "training-rows"}
 
 
@@ -74,14 +76,16 @@ def plan_night(
     wanted: Sequence[str] = STAGES,
     allow_overlap: bool = False,
     say: Callable[[str], None] = lambda _: None,
+    full: bool = False,
 ) -> Night:
     """Checks settings, artefacts and inputs for the `wanted` stages of ds, and plans them.
 
-    `allow_overlap` lets an encoder or codebook be used that was made from ds or later days.
+    `allow_overlap` lets an encoder or codebook be used that was made from ds or later days, `full`
+    embeds every image as if there had been no day before.
     Raises OperatorError, DataContractError or InputNotReady.
     """
     needed = [s for s in _UPSTREAM if s in wanted or any(s in _UPSTREAM[w] for w in wanted)]
-    planner = _Planner(settings, ds, allow_overlap, say)
+    planner = _Planner(settings, ds, allow_overlap, say, full)
     planner.open_inputs(needed)
     made: dict[str, Stage] = {}
     for name in needed:
@@ -103,9 +107,10 @@ class _Planner:
         ds: dt.date,
         allow_overlap: bool,
         say: Callable[[str], None],
+        full: bool,
     ):
         self.settings, self.ds = settings, ds
-        self.allow_overlap = allow_overlap
+        self.allow_overlap, self.full = allow_overlap, full
         self.shop = ShopTables(settings, ds, say)
 
     def open_inputs(self, needed: Sequence[str]) -> None:
@@ -137,7 +142,7 @@ class _Planner:
 
     def _embed(self, made: dict[str, Stage]) -> Stage:
         settings, catalogue = self.settings, self.shop.catalogue(self.ds)
-        before, rejects = self._latest(ITEM_EMBEDDINGS), self._latest(ITEM_REJECTS)
+        before, rejects = self._day_before or (None, None)
         item_id = self._item_id_type()
         if before and before.schema.field("item_id").type != item_id:
             raise DataContractError(
@@ -146,13 +151,18 @@ class _Planner:
                 "again. Cast item_id back where it is written, or start a new feature_set."
             )
         made_by = before.manifest["identities"]["encoder_id"] if before else None
+        roots = list(settings.catalogue.image_roots)
+        shards = hashing.num_shards(catalogue.rows, settings.rows_per_shard)
+        chunks = self._chunk_folder(item_id, shards)
         job = partial(
             embed.EmbedJob,
             ds=self.ds,
-            shards=hashing.num_shards(catalogue.rows, settings.rows_per_shard),
+            shards=shards,
             embeddings_schema=ITEM_EMBEDDINGS.schema(item_id),
             rejects_schema=ITEM_REJECTS.schema(item_id),
             encoder_folder=self.pin.encoder,
+            preprocessing=Preprocessing.from_dict(self.encoder.preprocessing),
+            device=settings.embed.device,
             image_roots=settings.catalogue.image_roots,
             batch_size=settings.embed.batch_size,
             chunk_items=settings.embed.chunk_items,
@@ -160,30 +170,44 @@ class _Planner:
             previous_embeddings=before,
             previous_rejects=rejects,
             reuse=made_by == self.encoder.encoder_id,
-            same_roots=before is not None
-            and before.manifest["settings"]["image_roots"] == list(settings.catalogue.image_roots),
+            full=self.full,
+            same_roots=before is not None and before.manifest["settings"]["image_roots"] == roots,
         )
+
+        def define(root: Any, staging: str) -> None:
+            folder = os.path.join(os.path.dirname(staging), chunks)
+            embed.define_embed(root, catalogue, job(staging=staging, chunks=folder))
+
         return self._stage(
             "embed",
-            lambda root, staging: embed.define_embed(root, catalogue, job(staging=staging)),
+            define,
             tables=(ITEM_EMBEDDINGS, ITEM_REJECTS),
-            shards=hashing.num_shards(catalogue.rows, settings.rows_per_shard),
+            shards=shards,
             inputs={
                 "catalogue": catalogue.identity(),
                 "previous": [p.manifest["version"] for p in (before, rejects) if p],
             },
             identities={"encoder_id": self.encoder.encoder_id},
             settings={
-                "image_roots": settings.catalogue.image_roots,
+                "image_roots": roots,
                 "batch_size": settings.embed.batch_size,
                 "window_days": settings.window_days,
             },
             input_rows=catalogue.rows,
+            forced=self.full,
             notes={
+                **({"full": True} if self.full else {}),
                 "one_snapshot_for_all_days": self.shop.has_one_catalogue,
                 **self._overlap("encoder", self.encoder.data_end_ds),
             },
         )
+
+    def _chunk_folder(self, item_id: pa.DataType, shards: int) -> str:
+        """Name of the folder of chunk files, shared by all runs of ds that would embed alike."""
+        settings = self.settings
+        embedding = [self.encoder.encoder_id, settings.embed.batch_size, runs.PACKAGE_VERSIONS]
+        layout = [str(item_id), shards, list(settings.catalogue.image_roots), self.full]
+        return CHUNK_FOLDER + tables.digest([embedding, layout])[:12]
 
     # -- ITEM-FEATURES --
 
@@ -342,12 +366,15 @@ class _Planner:
 
     # -- What the stages share --
 
-    def _latest(self, table: Table) -> tables.Partition | None:
-        return runs.latest_before(self.settings.root, self.settings.feature_set, table, self.ds)
+    @functools.cached_property
+    def _day_before(self) -> tuple[tables.Partition, ...]:
+        """Embeddings and rejects of the newest day before ds that has both; empty for none."""
+        settings, wanted = self.settings, (ITEM_EMBEDDINGS, ITEM_REJECTS)
+        return runs.latest_before(settings.root, settings.feature_set, wanted, self.ds)
 
     def _item_id_type(self) -> pa.DataType:
         """The shop's; on days without any file that of the day before, so that tables still fit."""
-        before = self._latest(ITEM_EMBEDDINGS)
+        before, _ = self._day_before or (None, None)
         otherwise = before.schema.field("item_id").type if before else pa.int64()
         return self.shop.item_id_type(otherwise)
 

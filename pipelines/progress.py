@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from feature_jobs import storage, tables
+from feature_jobs.schemas import CourierError
 from pipelines.runs import Stage
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ _BAR = 24
 def watch(stage: Stage) -> Iterator[None]:
     """Shows a bar on a terminal's stderr, or a line now and then elsewhere, during the block."""
     live = sys.stderr.isatty()
-    storage.delete_tree(os.path.join(stage.staging, "progress"))
+    for folder in ("progress", "warnings"):  # of an earlier run
+        storage.delete_tree(os.path.join(stage.staging, folder))
     ended = threading.Event()
     thread = threading.Thread(target=_watch, args=(stage, live, ended), daemon=True)
     thread.start()
@@ -40,12 +42,24 @@ def watch(stage: Stage) -> Iterator[None]:
 
 
 def _watch(stage: Stage, live: bool, ended: threading.Event) -> None:
-    started = time.monotonic()
-    while not ended.wait(_TERMINAL_SECONDS if live else _LOG_SECONDS):
-        _show(stage, live, time.monotonic() - started)
+    started, told, over = time.monotonic(), set[str](), False
+    while not over:
+        over = ended.wait(_TERMINAL_SECONDS if live else _LOG_SECONDS)
+        # What cannot be read now may be next time, and the job itself tells what ails the store.
+        with contextlib.suppress(OSError, CourierError):
+            _warn(stage, told)
+            if live or not over:
+                _show(stage, live, time.monotonic() - started)
     if live:
-        _show(stage, live, time.monotonic() - started)
         sys.stderr.write("\n")
+
+
+def _warn(stage: Stage, told: set[str]) -> None:
+    """Tells what workers warn of, as soon as it is there and once."""
+    for message in tables.warnings(stage.staging):
+        if message not in told:
+            sys.stderr.write(f"WARNING: {message}\n")
+            told.add(message)
 
 
 def _show(stage: Stage, live: bool, seconds: float) -> None:
@@ -58,7 +72,7 @@ def _show(stage: Stage, live: bool, seconds: float) -> None:
 
 
 def measure(stage: Stage) -> Counter[str]:
-    """done, total and rejects so far: images where the workers report them, else shards."""
+    """done and total, and what else the workers tell: images where they do, else shards."""
     folder = os.path.join(stage.staging, "progress")
     found: Counter[str] = Counter()
     for name in storage.list_names(folder):
@@ -67,12 +81,38 @@ def measure(stage: Stage) -> Counter[str]:
 
 
 def describe(name: str, counts: Counter[str], seconds: float) -> str:
-    """One line: a bar, done of total, the rate, the time left, the rejects."""
+    """One line: a bar, done of total, the rate, the time left; of images also what became of them.
+
+    `counts` are those of `measure`: what `embed_images` tells of each image, added up.
+    """
     done, total = counts["done"], counts["total"]
-    rate = done / seconds if seconds else 0.0
-    left = f", {(total - done) / rate:,.0f} s left" if done else ""
-    rejects = f", {counts['rejects']:,} rejects" if counts["rejects"] else ""
-    return f"{name} {_bar(done, total)} {done:,}/{total:,}, {rate:,.1f}/s{left}{rejects}"
+    seconds = max(seconds, 1e-3)
+    text = f"{name} {_bar(done, total)} {done:,}/{total:,}, {done / seconds:,.1f}/s"
+    if counts["bytes"]:
+        text += f", {counts['bytes'] / seconds / 1e6:,.2f} MB/s"
+    if done:
+        text += f", {(total - done) * seconds / done:,.0f} s left"
+    for what in ("embedded", "reused"):
+        text += f", {counts[what]:,} {what}" if counts[what] else ""
+    return text + _rejected(counts) + _seconds(counts)
+
+
+def _seconds(counts: Counter[str]) -> str:
+    """What images cost so far, the threads of all workers added up."""
+    kinds = ("io", "decode", "forward")
+    found = [f"{k} {counts[k + '_seconds']:,.0f} s" for k in kinds if counts[k + "_seconds"]]
+    return f"; {', '.join(found)}" if found else ""
+
+
+def _rejected(counts: Counter[str]) -> str:
+    """How many images were rejected, and for which reasons, the most frequent first."""
+    reasons = Counter(
+        {k.removeprefix("rejected_"): n for k, n in counts.items() if k.startswith("rejected_")}
+    )
+    if not reasons:
+        return ""
+    named = ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in reasons.most_common())
+    return f", {reasons.total():,} rejected ({named})"
 
 
 def _bar(done: int, total: int) -> str:

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version as installed
 from typing import Any
@@ -25,13 +25,15 @@ from typing import Any
 from feature_jobs import __version__, storage, tables
 from feature_jobs.schemas import (
     CourierError,
-    DataContractError,
     InputNotReady,
     Table,
 )
 from feature_jobs.tables import MANIFEST, STAGED, SUCCESS, Partition
 
 KEPT = "_versions"
+_LATER = ", or within five minutes where that was killed on another machine"
+_BEGUN = "made_from.json"  # of what is upstream; the first file of a staging folder
+_OF_RECEIPT = ("counts", "work")  # what no manifest says of a single file
 # The packages that decide which bytes are made.
 PACKAGE_VERSIONS = {
     "courier": __version__,
@@ -47,7 +49,8 @@ class Stage:
     """One job of one ds, planned: nothing of it has run yet.
 
     `inputs` are what the work depends on, `identities` the artefacts it uses, `notes` what a reader
-    of the manifest should know. `define` wires the job below a pipeline root, once everything
+    of the manifest should know. A `forced` stage is made again although it is published (`force`).
+    `define` wires the job below a pipeline root, once everything
     upstream is made, to write below a staging folder; `clean` frees what it left on this machine.
     """
 
@@ -65,6 +68,7 @@ class Stage:
     input_rows: int = 0
     notes: Mapping[str, Any] = field(default_factory=dict)
     clean: Callable[[str], None] = lambda _: None
+    forced: bool = False
 
     @property
     def run_id(self) -> str:
@@ -77,14 +81,23 @@ class Stage:
 
     @property
     def staging(self) -> str:
-        return staging_folder(self.root, self.feature_set, self.name, self.ds, self.run_id)
+        return self._forced_staging if self.forced else self._staging(self.run_id)
+
+    @property
+    def _forced_staging(self) -> str:
+        return self._staging(self.run_id + "-forced")
+
+    def _staging(self, name: str) -> str:
+        return staging_folder(self.root, self.feature_set, self.name, self.ds, name)
 
     def folder(self, table: Table) -> str:
         """Where the table is published."""
         return table_folder(self.root, self.feature_set, table, self.ds)
 
     def is_published(self) -> bool:
-        return all(
+        """Once forced it is not, until it has been made and published anew: a forced run that was
+        killed may have published one of two tables that belong together."""
+        return not storage.exists(os.path.join(self._forced_staging, _BEGUN)) and all(
             tables.is_published(self.folder(t))
             and self._is_mine(tables.open_published(self.folder(t)))
             for t in self.tables
@@ -173,13 +186,16 @@ def published_days(root: str, feature_set: str, table: Table) -> list[dt.date]:
     return [d for d in days if tables.is_published(table_folder(root, feature_set, table, d))]
 
 
-def latest_before(root: str, feature_set: str, table: Table, ds: dt.date) -> Partition | None:
-    """The newest published partition of a day before ds; None where the world begins."""
-    for day in reversed(begun_days(root, feature_set, table)):
-        folder = table_folder(root, feature_set, table, day)
-        if day < ds and tables.is_published(folder):
-            return tables.open_published(folder)
-    return None
+def latest_before(
+    root: str, feature_set: str, wanted: Sequence[Table], ds: dt.date
+) -> tuple[Partition, ...]:
+    """The partitions of the newest day before ds that has all of the `wanted` tables, since those
+    of several days do not go together; empty where the world begins."""
+    for day in reversed(begun_days(root, feature_set, wanted[0])):
+        folders = [table_folder(root, feature_set, table, day) for table in wanted]
+        if day < ds and all(map(tables.is_published, folders)):
+            return tuple(map(tables.open_published, folders))
+    return ()
 
 
 @contextlib.contextmanager
@@ -191,8 +207,8 @@ def exclusive(root: str, feature_set: str) -> Iterator[None]:
     except BlockingIOError as error:
         raise CourierError(
             f"Another run is writing the feature set {feature_set!r} below {root}. Two at once "
-            "would do the same work twice and publish over each other. Wait for it, or stop it; "
-            "its lock is freed when its process ends."
+            "would do the same work twice and publish over each other. Wait for it, or stop it: "
+            f"its lock is freed when its process ends{_LATER if storage.is_remote(root) else ''}."
         ) from error
 
 
@@ -202,23 +218,43 @@ def exclusive(root: str, feature_set: str) -> Iterator[None]:
 def make(stage: Stage, run_pipeline: Callable[[Callable[[Any], None]], None]) -> None:
     """Runs the stage's job below its staging folder and seals the tables it made.
 
-    Raises a worker's DataContractError word for word; nothing is published in any case.
+    Raises a worker's CourierError word for word; nothing is published in any case.
     """
     _forget_other_content(stage)
     storage.delete_tree(os.path.join(stage.staging, "errors"))
     try:
         run_pipeline(lambda root: stage.define(root, stage.staging))
+    except Exception as error:
+        if found := _told(stage, error):
+            raise found from error
+        raise
     finally:
         stage.clean(stage.staging)
-    if messages := tables.refused(stage.staging):
-        raise DataContractError(messages[0])
+    if errors := tables.refused(stage.staging):
+        raise errors[0]
     for table in stage.tables:
         seal(stage, table)
 
 
+def _told(stage: Stage, error: Exception) -> CourierError | None:
+    """The CourierError that a job ended for: what is left of it where no worker could leave it, as
+    when the store of the staging folder was away too, or else one that was left before."""
+    if found := tables.courier_error_in(error):
+        return found
+    with contextlib.suppress(OSError, CourierError):
+        return next(iter(tables.refused(stage.staging)), None)
+    return None
+
+
+def force(stage: Stage) -> None:
+    """From now on, by the first file of its staging folder, the stage counts as unpublished. What a
+    forced run that was killed had done stays."""
+    _forget_other_content(stage)
+
+
 def _forget_other_content(stage: Stage) -> None:
     """Deletes what was begun from another content of the tables upstream."""
-    path = os.path.join(stage.staging, "made_from.json")
+    path = os.path.join(stage.staging, _BEGUN)
     now = stage.made_from()
     if not storage.exists(path) or tables.read_json(path) != now:
         storage.delete_tree(stage.staging)
@@ -240,7 +276,7 @@ def seal(stage: Stage, table: Table) -> None:
         "ds": str(stage.ds),
         "feature_set": None if table.shared else stage.feature_set,
         "run_id": stage.run_id,
-        "files": [{k: v for k, v in part.items() if k != "counts"} for part in parts],
+        "files": [{k: v for k, v in part.items() if k not in _OF_RECEIPT} for part in parts],
         "rows": sum(part["rows"] for part in parts),
         "counts": tables.sum_counts(parts),
         "identities": dict(stage.identities),
@@ -260,6 +296,12 @@ def counts_of(stage: Stage) -> dict[str, int]:
     for manifest in manifests.values():
         counts.update(manifest["counts"])
     return counts
+
+
+def work_of(stage: Stage) -> dict[str, float]:
+    """What making the stage's tables cost, interrupted runs included; empty once published."""
+    receipts = [tables.receipts(os.path.join(stage.staging, t.name)) for t in stage.tables]
+    return tables.sum_counts((part for parts in receipts for part in parts), "work")
 
 
 def reopen(stage: Stage) -> None:

@@ -2,14 +2,14 @@
 
 import datetime as dt
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from feature_jobs import storage, tables
 from feature_jobs.schemas import TABLES, TRAINING_ROWS
 from pipelines import beam_options, runs
 from pipelines.config import Settings
-from pipelines.plan import Night
+from pipelines.plan import CHUNK_FOLDER, Night
 from pipelines.runs import Stage
 
 # ---- What lies on disk ---------------------------------------------------------------------
@@ -48,6 +48,7 @@ def _staged(top: str) -> list[str]:
         for stage in storage.list_names(top)
         for ds in storage.list_names(os.path.join(top, stage))
         for run_id in storage.list_names(os.path.join(top, stage, ds))
+        if not run_id.startswith(CHUNK_FOLDER)
     ]
 
 
@@ -109,6 +110,8 @@ def describe_plan(night: Night, beam_args: Sequence[str]) -> dict[str, Any]:
 
 
 def _action(stage: Stage) -> str:
+    if stage.forced and stage.is_published():
+        return "compute: everything again"
     if stage.is_published():
         return "leave alone: published from the same inputs"
     if stage.is_staged():
@@ -134,8 +137,22 @@ def render_report(report: dict[str, Any]) -> str:
     rows = [f"{k.removesuffix('_rows')} {v:,}" for k, v in counts.items() if k.endswith("_rows")]
     rest = [f"{k} {v:,}" for k, v in counts.items() if not k.endswith("_rows")]
     times = ", ".join(f"{stage} {s:,.1f} s" for stage, s in seconds.items())
+    work = _work(report["work"])
     return (
         f"ds {report['ds']} published, run {report['run_id']} ({times})\n"
         f"  rows: {', '.join(rows)}\n"
-        f"  {', '.join(rest)}"
+        f"  {', '.join(rest)}" + (f"\n  {work}" if work else "")
     )
+
+
+def _work(work: Mapping[str, float]) -> str:
+    """What the images cost, each thread's time by itself; empty where none was read."""
+    found = [
+        f"{name.removesuffix('_seconds')} {value:,.1f} s"
+        for name, value in work.items()
+        if name.endswith("_seconds")
+    ]
+    if work.get("bytes_read"):
+        found.insert(0, f"read {work['bytes_read'] / 1e6:,.1f} MB")
+    found += [f"{k.replace('_', ' ')} {v:,}" for k, v in work.items() if k.startswith("embedded_")]
+    return ", ".join(found)

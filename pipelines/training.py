@@ -57,11 +57,11 @@ class Span:
 
 
 def train(
-    settings: Settings, folder: str, wanted: TrainSettings, name: str, start: dt.date | None,
-    until: dt.date, held_out_days: int, say: Callable[[str], None],
+    settings: Settings, folder: str, out: str, wanted: TrainSettings, name: str,
+    start: dt.date | None, until: dt.date, held_out_days: int, say: Callable[[str], None],
 ) -> str | None:  # fmt: skip
     """Trains on days before `until`, in a folder of its own below `folder`/training, and saves the
-    encoder below `folder`/encoders; returns its stanza.
+    encoder below `out`/encoders; returns its stanza.
 
     Goes on where the same command was stopped. Under torchrun all processes call this alike; all
     but the first are silent and return None.
@@ -80,8 +80,8 @@ def train(
             record = run.run(bar.show, stop_asked)
         if not process.leads:
             return None
-        info = _export(run, record, span, folder, name)
-        path = os.path.join(folder, "encoders", info.encoder_id)
+        info = _export(run, record, span, out, name)
+        path = os.path.join(out, "encoders", info.encoder_id)
         tables.write_json(os.path.join(path, "train.json"), _account(run, span, sources))
         for warning in _disappointments(record):
             bar.say(warning)
@@ -309,13 +309,13 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 # ---- What is left behind ---------------------------------------------------------------------
 
 
-def _export(run: Training, record: Record, span: Span, folder: str, name: str) -> EncoderInfo:
+def _export(run: Training, record: Record, span: Span, out: str, name: str) -> EncoderInfo:
     """Saves the encoder of the best evaluated step."""
     assert record.best_weights is not None
     run.encoder.load_state_dict(record.best_weights)
     days = list(span.all)
     return save_encoder(
-        run.encoder.eval(), os.path.join(folder, "encoders"), name, span.categories,
+        run.encoder.eval(), os.path.join(out, "encoders"), name, span.categories,
         data_start_ds=str(days[0]), data_end_ds=str(days[-1]),
         weights=f"{origin_of(run.settings.weights)}, trained for {run.settings.objective}",
     )  # fmt: skip

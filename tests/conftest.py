@@ -1,5 +1,8 @@
 """Worlds that several tests read. None of them changes what a session-wide one holds."""
 
+import subprocess
+import sys
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from feature_jobs import gcs_client
 from pipelines.nightly import run_night
 from pipelines.plan import plan_night
 from tests.support.world import DAYS, World, make_codebook, make_encoder
@@ -57,3 +61,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def gcs_emulator() -> Iterator[str]:
+    """The address of a store of Google's API with one empty bucket, `shop`."""
+    command = [sys.executable, "-m", "tests.support.gcs_emulator", "shop"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=Path(__file__).parents[1], text=True, **pipes) as process:
+        yield process.stdout.readline().strip()
+        process.kill()
+
+
+@pytest.fixture
+def bucket(gcs_emulator: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An empty "folder" of one's own in that bucket, `gs://…`, which processes find too."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_emulator)
+    gcs_client.forget_client()
+    yield f"gs://shop/{uuid.uuid4().hex}"
+    gcs_client.forget_client()

@@ -15,7 +15,10 @@ from packaging.version import Version
 from tests.test_imports import IMPORTS, PACKAGES, importers, loaded_by
 
 ROOT = Path(__file__).parents[1]
-NAMES = {"PIL": "pillow", "apache_beam": "apache-beam", "faiss": "faiss-gpu"}
+NAMES = {
+    "PIL": "pillow", "apache_beam": "apache-beam", "faiss": "faiss-gpu",
+    "google": "google-cloud-storage",
+}  # fmt: skip
 
 
 def read(name: str) -> str:

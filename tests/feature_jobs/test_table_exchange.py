@@ -1,5 +1,6 @@
 """What jobs hand each other without loss: JSON, columns, chunks of a shuffle, word of a refusal."""
 
+import copy
 import hashlib
 import json
 import os
@@ -13,7 +14,13 @@ import pytest
 from hypothesis import given, settings
 
 from feature_jobs import hashing, tables
-from feature_jobs.schemas import EMBEDDING_DIM, DataContractError, OperatorError
+from feature_jobs.schemas import (
+    EMBEDDING_DIM,
+    CourierError,
+    DataContractError,
+    OperatorError,
+    StorageUnavailable,
+)
 from tests.support.table_rows import FLOATS, KEYS, SHARDS, embeddings
 
 # ---- JSON and identities ---------------------------------------------------------------------
@@ -196,12 +203,19 @@ class Worker:
             raise element
 
 
-def test_a_broken_contract_reaches_the_launcher_word_for_word(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", [DataContractError, OperatorError, StorageUnavailable, CourierError]
+)
+def test_what_is_refused_reaches_the_launcher_word_for_word(
+    tmp_path: Path, kind: type[CourierError]
+) -> None:
     worker = Worker(tmp_path)
     assert list(worker.process(1)) == [1]
     assert tables.refused(worker.staging) == []
-    assert list(worker.process(DataContractError("item 7 is »null«"))) == []
-    assert tables.refused(worker.staging) == ["item 7 is »null«"]
+    assert list(worker.process(kind("item 7 is »null«"))) == []
+    (found,) = tables.refused(worker.staging)
+    assert type(found) is kind
+    assert str(found) == "item 7 is »null«"
 
 
 def test_once_anything_is_refused_no_worker_does_more(tmp_path: Path) -> None:
@@ -210,18 +224,36 @@ def test_once_anything_is_refused_no_worker_does_more(tmp_path: Path) -> None:
     assert list(Worker(tmp_path).process(1)) == []
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), OperatorError("a setting"), OSError(5)])
-def test_what_is_no_broken_contract_is_raised(tmp_path: Path, error: Exception) -> None:
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(5)])
+def test_what_is_not_for_the_operator_is_raised(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)):
         list(Worker(tmp_path).process(error))
     assert os.listdir(tmp_path) == []
 
 
-def test_a_heartbeat_replaces_the_one_before(tmp_path: Path) -> None:
-    heartbeat = tables.Heartbeat(str(tmp_path), "worker-1")
-    heartbeat.end(done=1)
-    heartbeat.beat(done=5, rejects=1)  # too soon to be written
-    assert json.loads((tmp_path / "progress" / "worker-1.json").read_text()) == {"done": 1}
-    heartbeat.end()
-    assert tables.read_json(str(tmp_path / "progress/worker-1.json")) == {"done": 5, "rejects": 1}
-    assert os.listdir(tmp_path / "progress") == ["worker-1.json"]
+def test_a_heartbeat_is_one_file_that_grows_with_what_is_counted(tmp_path: Path) -> None:
+    heartbeat = tables.Heartbeat(str(tmp_path))
+    heartbeat.add(done=1)
+    heartbeat.add(done=4, rejected_missing=1)  # too soon to be written
+    (name,) = os.listdir(tmp_path / "progress")
+    assert tables.read_json(str(tmp_path / "progress" / name)) == {"done": 1}
+    heartbeat.write()
+    assert os.listdir(tmp_path / "progress") == [name]
+    told = tables.read_json(str(tmp_path / "progress" / name))
+    assert told == {"done": 5, "rejected_missing": 1}
+
+
+def test_workers_that_begin_as_copies_of_one_have_heartbeats_of_their_own(tmp_path: Path) -> None:
+    one = tables.Heartbeat(str(tmp_path))
+    other = copy.deepcopy(one)
+    one.add(done=1)
+    other.add(done=2)
+    found = [json.loads(path.read_text()) for path in (tmp_path / "progress").iterdir()]
+    assert sorted(told["done"] for told in found) == [1, 2]
+
+
+def test_a_warning_of_many_workers_is_told_once(tmp_path: Path) -> None:
+    assert tables.warnings(str(tmp_path)) == []
+    for message in ("no »CUDA« here", "another", "no »CUDA« here"):
+        tables.warn(str(tmp_path), message)
+    assert sorted(tables.warnings(str(tmp_path))) == ["another", "no »CUDA« here"]

@@ -65,6 +65,7 @@ def test_a_part_is_there_once_its_receipt_is_and_holds_the_rows(tmp_path: Path) 
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "counts": {"clicks": 6},
+        "work": {},
     }
     found = tables.read_parquet(str(tmp_path / receipt["name"]))
     assert found.to_pylist() == rows.sort_by("user_id").to_pylist()
@@ -73,10 +74,12 @@ def test_a_part_is_there_once_its_receipt_is_and_holds_the_rows(tmp_path: Path) 
 def test_receipts_come_in_shard_order_and_their_counts_add_up(tmp_path: Path) -> None:
     schema, rows = histories([1])
     for shard, counts in ((10, {"b": 1}), (2, {"a": 2, "b": 3}), (0, None)):
-        tables.write_part(str(tmp_path), USER_HISTORIES, schema, rows, shard, 16, counts)
+        work = {"seconds": shard / 4}
+        tables.write_part(str(tmp_path), USER_HISTORIES, schema, rows, shard, 16, counts, work)
     found = tables.receipts(str(tmp_path))
     assert [receipt["name"][5:10] for receipt in found] == ["00000", "00002", "00010"]
     assert tables.sum_counts(found) == {"a": 2, "b": 4}
+    assert tables.sum_counts(found, "work") == {"seconds": 3.0}
     assert tables.sum_counts([]) == {}
 
 

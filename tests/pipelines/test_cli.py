@@ -8,8 +8,10 @@ from pathlib import Path
 import click
 import pytest
 
+from feature_jobs.schemas import StorageUnavailable
 from pipelines import progress, status
 from pipelines.cli import cli, main
+from pipelines.runs import Stage
 from tests.conftest import Artefacts
 from tests.support.world import DAYS, World
 
@@ -155,13 +157,21 @@ def test_an_unfinished_run_is_listed(world: World, capsys: Capture, artefacts: A
         ({"done": 0, "total": 8}, 4.0, "x [........................] 0/8, 0.0/s"),
         ({"done": 4, "total": 8}, 4.0, "x [############............] 4/8, 1.0/s, 4 s left"),
         (
-            {"done": 8, "total": 8, "rejects": 2}, 4.0,
-            "x [########################] 8/8, 2.0/s, 0 s left, 2 rejects",
+            {
+                "done": 8, "total": 8, "bytes": 6_000_000, "embedded": 4, "reused": 1,
+                "rejected_missing": 1, "rejected_not_an_image": 2,
+            }, 4.0,
+            "x [########################] 8/8, 2.0/s, 1.50 MB/s, 0 s left, 4 embedded, 1 reused, "
+            "3 rejected (not an image 2, missing 1)",
+        ),
+        (
+            {"done": 0, "total": 8, "rejected_missing": 1234}, 4.0,
+            "x [........................] 0/8, 0.0/s, 1,234 rejected (missing 1,234)",
         ),
         ({"done": 0, "total": 0}, 0.0, "x [........................] 0/0, 0.0/s"),
     ],
 )  # fmt: skip
-def test_progress_tells_done_total_rate_time_left_and_rejects(
+def test_progress_tells_done_total_rates_time_left_and_what_became_of_images(
     counts: dict[str, int], seconds: float, line: str
 ) -> None:
     assert progress.describe("x", Counter(counts), seconds) == line
@@ -175,14 +185,46 @@ def test_progress_is_shown_while_a_stage_runs(
     assert main(["embed", "--config", str(world.config), "--ds", str(DAYS[0])]) == 0
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("embed [")]
     assert len(lines) > 2
-    assert any("/12" in line for line in lines)
+    assert any("/11" in line for line in lines)  # one of the twelve is not there
+    assert "1 rejected (missing 1)" in lines[-1]
 
 
-def test_a_reports_counts_are_all_told() -> None:
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "x"), StorageUnavailable("x")])
+def test_progress_goes_on_after_a_listing_failed(
+    world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.05)
+    measure, failed = progress.measure, []
+
+    def fail_at_first(stage: Stage) -> Counter[str]:
+        if len(failed) < 3:
+            failed.append(stage)
+            raise error
+        return measure(stage)
+
+    monkeypatch.setattr(progress, "measure", fail_at_first)
+    world.settings()
+    assert main(["embed", "--config", str(world.config), "--ds", str(DAYS[0])]) == 0
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert "embed [" in told
+
+
+def test_a_reports_counts_and_what_they_cost_are_all_told() -> None:
     report = {
         "ds": "2026-01-01", "run_id": "r", "seconds": {"embed": 1.5},
         "counts": {"item_embeddings_rows": 1234, "images_read": 7},
+        "work": {},
     }  # fmt: skip
     text = status.render_report(report)
     assert "item_embeddings 1,234" in text
     assert "images_read 7" in text
+    assert len(text.splitlines()) == 3
+    report["work"] = {
+        "bytes_read": 2_500_000, "decode_seconds": 3.25, "embedded_on_cpu_fp32": 1900,
+        "forward_seconds": 12.0, "io_seconds": 0.0,
+    }  # fmt: skip
+    last = status.render_report(report).splitlines()[-1]
+    expected = "read 2.5 MB, decode 3.2 s, forward 12.0 s, io 0.0 s, embedded on cpu fp32 1,900"
+    assert last.strip() == expected

@@ -43,6 +43,7 @@ user_id = "uid"
 history = "recent"
 
 [embed]
+device = "cpu"
 batch_size = 8
 chunk_items = 16
 [item_features]
@@ -114,7 +115,7 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
         "history_len": 20,
         "window_days": 7,
         "rows_per_shard": 1000,
-        "embed": {"batch_size": 8, "chunk_items": 16},
+        "embed": {"device": "cpu", "batch_size": 8, "chunk_items": 16},
         "item_features": {"vector": True},
         "simscore": {"history_item_ids": True},
         "training": {"categories": ("dress", "shirt"), "request_gap_seconds": 30.0},
@@ -303,10 +304,26 @@ def test_a_time_zone_that_is_none_is_refused(folder: Path, zone: str) -> None:
 
 
 @pytest.mark.parametrize("old", ['"features"', '"catalogue/ds={ds}"', '"images"'])
-def test_a_remote_path_is_refused(folder: Path, old: str) -> None:
-    message = refusal(folder, LEAST.replace(old, '"gs://shop/x"'))
-    assert "gs://shop/x" in message
-    assert "local" in message
+@pytest.mark.parametrize("path", ["s3://shop/x", "https://shop/x", "gs://", "gs:///x", "GS://b/x"])
+def test_a_remote_path_other_than_of_a_bucket_is_refused(folder: Path, old: str, path: str) -> None:
+    message = refusal(folder, LEAST.replace(old, f'"{path}"'))
+    assert path in message
+    assert "gs://bucket" in message
+
+
+def test_a_path_in_a_bucket_is_kept_as_it_is(folder: Path) -> None:
+    pin = '[[pins]]\nfrom_ds = 2026-02-01\nencoder = "encoders/e"\ncodebook = "codebooks/c"\n'
+    text = LEAST + pin
+    for old in ("features", "images", "catalogue/ds={ds}", "encoders/e", "codebooks/c"):
+        assert f'"{old}"' in text
+        text = text.replace(f'"{old}"', f'"gs://shop/[x]/{old}/"')
+    settings = load(folder, text)
+    assert settings.root == "gs://shop/[x]/features"
+    assert settings.catalogue.path == "gs://shop/[x]/catalogue/ds={ds}"
+    assert settings.catalogue.image_roots == ("gs://shop/[x]/images",)
+    assert settings.pins[0].encoder == "gs://shop/[x]/encoders/e"
+    assert settings.pins[0].codebook == "gs://shop/[x]/codebooks/c"
+    assert settings.impressions.path.startswith("/")
 
 
 @pytest.mark.parametrize("column", ["sim_scores", "user_id", "history", "encoder_id", "click_time"])

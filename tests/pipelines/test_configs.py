@@ -31,10 +31,14 @@ def test_the_demo_shops_settings_load_and_lie_beside_its_tables() -> None:
 
 def test_the_nightly_settings_load_and_depend_on_no_folder() -> None:
     settings = load_settings(str(CONFIGS / "nightly.toml"))
-    assert settings.embed == Embed(batch_size=256, chunk_items=4096)
+    assert settings.embed == Embed(device="cuda", batch_size=256, chunk_items=16384)
     (pin,) = settings.pins
     paths = [settings.root, settings.catalogue.path, settings.impressions.path, pin.encoder]
-    assert all(path.startswith("/mnt/shop/") for path in [*paths, *settings.catalogue.image_roots])
+    paths.append(pin.codebook)
+    assert all(
+        path.startswith("gs://my-bucket/shop/")
+        for path in [*paths, *settings.catalogue.image_roots]
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -3,13 +3,16 @@
 import re
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from feature_jobs.schemas import DataContractError, OperatorError
 from pipelines import config
 from pipelines.init import FirstLook, look, refuse_existing, write_settings
+from tests.support.buckets import upload
 from tests.support.first_look import (
     DAYS,
+    ITEMS,
     Shop,
     draw,
     impressions,
@@ -237,15 +240,35 @@ def test_a_path_without_a_parquet_file_is_refused(shop: Shop, path: str) -> None
         shop.look()
 
 
-def test_remote_paths_and_missing_image_folders_are_refused(shop: Shop) -> None:
+def test_paths_of_other_stores_and_missing_image_folders_are_refused(shop: Shop) -> None:
     shop.write()
     log = f"{shop.folder}/impressions"
     with pytest.raises(OperatorError, match="remote store"):
-        look("gs://shop/catalogue", log, [], str(shop.folder))
+        look("s3://shop/catalogue", log, [], str(shop.folder))
     with pytest.raises(OperatorError, match="remote store"):
-        shop.look("gs://shop/images")
+        shop.look("https://shop/images")
     with pytest.raises(OperatorError, match="is no folder"):
         shop.look(str(shop.folder / "pictures"))
+
+
+def test_a_shop_in_a_bucket_is_looked_at_like_one_on_a_disk(shop: Shop, bucket: str) -> None:
+    upload(shop.write().folder, bucket)
+    first = look(f"{bucket}/catalogue", f"{bucket}/impressions/", [], str(shop.folder))
+    assert problems(first) == []
+    settings = shop.settings(first)
+    assert settings.catalogue.path == f"{bucket}/catalogue/dt={{ds}}/*.parquet"
+    assert settings.impressions.path == f"{bucket}/impressions/dt={{ds}}/*.parquet"
+    assert settings.catalogue.image_roots == (f"{bucket}/images",)
+    with pytest.raises(OperatorError, match="is no folder"):
+        look(f"{bucket}/catalogue", f"{bucket}/impressions", [f"{bucket}/none"], "/")
+
+
+def test_images_in_a_bucket_are_looked_at(shop: Shop, bucket: str) -> None:
+    shop.catalogue["image_uri"] = pa.array([f"{bucket}/images/{i}.png" for i in range(ITEMS)])
+    upload(shop.write().folder / "images", f"{bucket}/images")
+    first = shop.look()
+    assert problems(first) == []
+    assert 'image_roots = ["gs://shop"]' in first.toml
 
 
 def test_a_damaged_file_is_refused_in_one_paragraph(shop: Shop) -> None:

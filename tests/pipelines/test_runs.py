@@ -1,5 +1,6 @@
 """Publishing: killed at any point it leaves no mixture, and the next run finishes it."""
 
+import datetime as dt
 import hashlib
 import json
 import os
@@ -13,7 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from feature_jobs import storage, tables
-from feature_jobs.schemas import CourierError, InputNotReady
+from feature_jobs.schemas import (
+    CourierError,
+    DataContractError,
+    InputNotReady,
+    StorageUnavailable,
+)
 from feature_jobs.tables import MANIFEST, STAGED, SUCCESS
 from pipelines import runs
 
@@ -170,10 +176,11 @@ def test_another_version_after_a_kill_leaves_no_file_of_the_one_never_published(
 ) -> None:
     target = tmp_path / "t"
     runs.publish_partition(stage(tmp_path / "old", OLD), str(target))
+    lost = stage(tmp_path / "lost", [0, 0, 0])
     with monkeypatch.context() as patch:
         interrupt(patch, 4, lambda: None)
         with pytest.raises(Killed):
-            runs.publish_partition(stage(tmp_path / "lost", [0, 0, 0]), str(target))
+            runs.publish_partition(lost, str(target))
     assert len(list(target.glob("*.parquet"))) > 2
     runs.publish_partition(stage(tmp_path / "new", NEW), str(target))
     assert look(str(target))[1] == NEW
@@ -214,6 +221,69 @@ def test_bringing_back_killed_at_any_step_goes_on_and_never_the_other_way(tmp_pa
         assert tables.is_published(target)
         killed_at += 1
     assert killed_at > 4
+
+
+def stage_of(root: Path) -> runs.Stage:
+    return runs.Stage(
+        name="embed", ds=dt.date(2026, 3, 1), root=str(root), feature_set="test", tables=(),
+        shards=1, inputs={}, identities={}, settings={}, define=lambda *_: None,
+    )  # fmt: skip
+
+
+AWAY = "gs://b/x could not be reached. Try again."
+TRACEBACK = f"""Traceback (most recent call last):
+  File "x.py", line 7, in process
+feature_jobs.schemas.StorageUnavailable: {AWAY}
+
+During handling of the above exception, another exception occurred:
+
+feature_jobs.schemas.StorageUnavailable: gs://b/errors/y could not be [while running 'ParDo(X)']
+"""
+
+
+@pytest.mark.parametrize("how", ["itself", "cause", "context", "text"])
+def test_of_a_job_that_fails_the_error_that_led_to_it_is_told(tmp_path: Path, how: str) -> None:
+    def fail(_: Callable) -> None:
+        if how == "text":  # of a worker in another process
+            raise RuntimeError(TRACEBACK)
+        try:
+            raise StorageUnavailable(AWAY)
+        except StorageUnavailable as error:
+            if how == "itself":
+                raise
+            if how == "cause":
+                raise RuntimeError("Beam failed") from error
+            raise StorageUnavailable("gs://b/x [while running 'ParDo(X)']")  # noqa: B904
+
+    with pytest.raises(StorageUnavailable) as told:
+        runs.make(stage_of(tmp_path), fail)
+    assert str(told.value) == AWAY
+
+
+def test_of_a_job_that_fails_what_was_left_before_is_told(tmp_path: Path) -> None:
+    stage = stage_of(tmp_path)
+
+    def leave(_: Callable) -> None:
+        left = {"kind": "DataContractError", "message": "two rows of item 3"}
+        tables.write_json(f"{stage.staging}/errors/x.json", left)
+        raise RuntimeError("Beam failed")
+
+    with pytest.raises(DataContractError, match="two rows of item 3"):
+        runs.make(stage, leave)
+
+
+def test_a_job_that_fails_for_another_reason_fails_with_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Callable) -> None:
+        def away(_: str) -> None:
+            raise StorageUnavailable(AWAY)
+
+        monkeypatch.setattr(tables, "refused", away)
+        raise RuntimeError("Beam failed")
+
+    with pytest.raises(RuntimeError, match="Beam failed"):
+        runs.make(stage_of(tmp_path), fail)
 
 
 def test_two_runs_of_one_feature_set_exclude_each_other(tmp_path: Path) -> None:

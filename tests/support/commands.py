@@ -3,6 +3,7 @@
 import datetime as dt
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -28,12 +29,16 @@ def refresh(world: World, day: dt.date, *args: str) -> int:
 
 def published(world: World) -> dict[str, bytes]:
     """Every file that a reader may look at, with its bytes."""
-    files = [p for p in world.root.rglob("*") if p.is_file()]
+    return published_below(world.root)
+
+
+def published_below(root: Path) -> dict[str, bytes]:
+    files = [p for p in root.rglob("*") if p.is_file()]
     hidden = ("_staging", "_runs")
     return {
-        str(p.relative_to(world.root)): p.read_bytes()
+        str(p.relative_to(root)): p.read_bytes()
         for p in files
-        if not set(hidden) & set(p.relative_to(world.root).parts)
+        if not set(hidden) & set(p.relative_to(root).parts)
     }
 
 

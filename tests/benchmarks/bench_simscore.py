@@ -1,10 +1,9 @@
-"""How fast a night is, beside the bare loops that it wraps. Run by `make bench`.
+"""How fast SIMSCORE is, beside the bare loop that it wraps. Run by `make bench`.
 
-    python tests/benchmarks/bench_night.py [--backbone swin_t] [--images 160] [--photos DIR]
+    python tests/benchmarks/bench_simscore.py [--impressions 200000] [--items 100000]
 
-EMBED is measured against a bare torch loop over the same files (torchvision's own transform, the
-same batch, the same threads), as function and as whole job. SIMSCORE is measured as a whole job,
-Parquet in and out, against a numpy loop user by user with everything in memory, which is the limit.
+A whole job, Parquet in and out, against a numpy loop user by user with everything in memory, which
+is the limit.
 """
 
 import argparse
@@ -20,19 +19,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-import torchvision
-from PIL import Image
 
-from courier_model.encoder import ImageEncoder, build_encoder, save_encoder
-from feature_jobs import embed, hashing, tables
+from courier_model.encoder import build_encoder, save_encoder
+from feature_jobs import hashing, tables
 from feature_jobs.codebook import Codebook, CodebookInfo, codebook_id, save_codebook
 from pipelines.config import load_settings
-from pipelines.demo import Shop, make_shop
 from pipelines.nightly import run_night
 from pipelines.plan import plan_night
 
-BATCH = 8
 DAY = dt.date(2026, 1, 5)
 HISTORY, DIM, PER_USER = 50, 256, 5
 
@@ -41,69 +35,6 @@ def timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-# ---- EMBED -------------------------------------------------------------------------------------
-
-
-def bare_loop(encoder: ImageEncoder, paths: list[str]) -> np.ndarray:
-    """What a user would write: open, transform, stack, forward, normalise."""
-    transform = torchvision.models.Swin_T_Weights.IMAGENET1K_V1.transforms()
-    if encoder.backbone_name != "swin_t":
-        size = encoder.preprocessing
-        transform.crop_size, transform.resize_size = [size.input_size], [size.resize_size]
-    found = []
-    with torch.inference_mode():
-        for at in range(0, len(paths), BATCH):
-            images = [Image.open(p).convert("RGB") for p in paths[at : at + BATCH]]
-            batch = torch.stack([transform(image) for image in images])
-            found.append(torch.nn.functional.normalize(encoder.backbone(batch), dim=1))
-    return torch.cat(found).numpy()
-
-
-def bench_embed(folder: Path, backbone: str, count: int, photos: Path | None) -> None:
-    root = photos or folder / "shop" / "images"
-    files = sorted(p for p in root.rglob("*.jpg") if readable(p))[:count]
-    count = len(files) // BATCH * BATCH  # whole batches, so that padding costs neither side
-    uris = [str(p.relative_to(root)) for p in files[:count]]
-    paths = [str(root / uri) for uri in uris]
-    encoder = build_encoder(backbone, "random")
-    rows = pa.table(
-        {
-            "item_id": np.arange(count),
-            "image_uri": uris,
-            "known_sha256": pa.nulls(count, pa.string()),
-        }
-    )
-    bare_loop(encoder, paths[:BATCH])
-    ratios = {"embed_images": [], "job": []}
-    for _ in range(3):  # in turn, since shared machines drift
-        bare = count / timed(lambda: bare_loop(encoder, paths))
-        ours = count / timed(lambda: embed.embed_images(rows, encoder, (str(root),), BATCH))
-        job = count / timed(embed_job(folder, root, uris, encoder))
-        ratios["embed_images"].append(ours / bare)
-        ratios["job"].append(job / bare)
-        print(f"  bare loop {bare:8.1f}  embed_images {ours:8.1f}  whole job {job:8.1f}  images/s")
-    for name, values in ratios.items():
-        print(f"  {name} / bare loop: median {np.median(values):.2f}")
-
-
-def readable(path: Path) -> bool:
-    try:
-        Image.open(path).load()
-        return True
-    except OSError:
-        return False
-
-
-def embed_job(folder: Path, root: Path, uris: list[str], encoder: ImageEncoder) -> Callable:
-    """The night's first stage, in a new folder."""
-    top = Path(tempfile.mkdtemp(dir=folder))
-    info = save_encoder(encoder, str(top), "bench", None, None, None, "random")
-    write_catalogue(top, uris)
-    settings = write_settings(top, str(root), top / info.encoder_id, None)
-    night = plan_night(load_settings(settings), DAY, ["embed"])
-    return lambda: run_night(night, [], lambda _: None)
 
 
 # ---- SIMSCORE ------------------------------------------------------------------------------------
@@ -208,7 +139,7 @@ def write_shard(stage: object, vectors: np.ndarray, rows: np.ndarray, shard: int
     tables.write_part(top, rejects, schema, nothing, shard, stage.shards)
 
 
-# ---- What both need --------------------------------------------------------------------------
+# ---- What it needs ----------------------------------------------------------------------------
 
 
 def write(folder: Path, rows: pa.Table) -> None:
@@ -227,7 +158,7 @@ def write_settings(top: Path, images: str, encoder: Path, codebook: str | None) 
     pin = f"[[pins]]\nfrom_ds = 2026-01-02\nencoder = '{encoder}'\n"
     path.write_text(
         f'root = "features"\n[catalogue]\npath = "catalogue"\nimage_roots = ["{images}"]\n'
-        f'[impressions]\npath = "impressions/{{ds}}"\n[embed]\nbatch_size = {BATCH}\n{pin}'
+        f'[impressions]\npath = "impressions/{{ds}}"\n{pin}'
         + (f"codebook = '{codebook}'\n" if codebook else "")
     )
     return str(path)
@@ -235,22 +166,14 @@ def write_settings(top: Path, images: str, encoder: Path, codebook: str | None) 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--backbone", default="swin_t")
-    parser.add_argument("--images", type=int, default=96)
-    parser.add_argument("--photos", type=Path)
     parser.add_argument("--impressions", type=int, default=200_000)
     parser.add_argument("--items", type=int, default=100_000)
     given = parser.parse_args()
     logging.disable(logging.WARNING)
     print(f"{dt.date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} CPUs")
+    print(f"SIMSCORE, L = {HISTORY}, {given.impressions:,} impressions, {given.items:,} items")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if given.photos is None:
-            make_shop(folder / "shop", Shop(items=given.images + 20))
-        print(f"EMBED, {given.backbone}, batch {BATCH}, {given.images} images")
-        bench_embed(folder, given.backbone, given.images, given.photos)
-        print(f"SIMSCORE, L = {HISTORY}, {given.impressions:,} impressions, {given.items:,} items")
-        bench_simscore(folder, given.impressions, given.items)
+        bench_simscore(Path(name), given.impressions, given.items)
 
 
 if __name__ == "__main__":

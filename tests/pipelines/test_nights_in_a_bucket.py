@@ -1,0 +1,210 @@
+"""A shop whose tables, images, encoder, codebook and features all lie in a bucket."""
+
+import datetime as dt
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from apache_beam.internal.gcp import auth
+
+from feature_jobs import storage, tables
+from feature_jobs.codebook import load_codebook
+from feature_jobs.schemas import TABLES, TRAINING_ROWS
+from feature_jobs.tables import Partition
+from pipelines import cli, runs
+from pipelines.cli import main
+from pipelines.config import Settings, load_settings
+from pipelines.nightly import run_night
+from pipelines.plan import plan_night
+from tests.conftest import Artefacts
+from tests.support.buckets import upload
+from tests.support.world import (
+    DAYS,
+    LEAVES_ON_DAY_2,
+    NORMAL,
+    World,
+    catalogue_items,
+    picture,
+)  # fmt: skip
+
+NIGHT = [table for table in TABLES.values() if table != TRAINING_ROWS]
+# A disk has file times where a bucket has generations.
+VERSIONS = ["image_generation", "image_mtime"]
+
+
+@pytest.fixture
+def in_bucket(
+    world: World, artefacts: Artefacts, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Settings for the world as it is on its first day, moved to a bucket."""
+
+    def look(*_: object) -> None:
+        raise AssertionError("Beam looks for credentials, which takes it half a minute")
+
+    monkeypatch.setattr(auth, "get_service_credentials", look)
+    text = world.settings() and world.config.read_text()
+    for name in ("catalogue", "impressions", "images"):
+        upload(world.folder / name, f"{bucket}/{name}")
+        text = text.replace(f'"{name}', f'"{bucket}/{name}')
+    for folder in (artefacts.encoder, artefacts.codebook):
+        text = text.replace(folder, upload(folder, f"{bucket}/made/{Path(folder).name}"))
+    path = world.folder / "bucket.toml"
+    path.write_text(text.replace('"features"', f'"{bucket}/features"'))
+    return path
+
+
+def make(settings: Settings, ds: dt.date) -> list[str]:
+    said: list[str] = []
+    run_night(plan_night(settings, ds), [], said.append)
+    return said
+
+
+def published(settings: Settings, name: str, ds: dt.date) -> Partition:
+    folder = runs.table_folder(settings.root, settings.feature_set, TABLES[name], ds)
+    return tables.open_published(folder)
+
+
+def rows_of(partition: Partition) -> pa.Table:
+    rows = pa.concat_tables(tables.read_parquet(path) for path in partition.paths)
+    return rows.drop_columns([name for name in VERSIONS if name in rows.column_names])
+
+
+def snapshot(settings: Settings) -> dict[str, object]:
+    """Every object below the root with its version, but for accounts of runs and their times."""
+    files = storage.find(f"{settings.root}/*/*/*/*") + storage.find(f"{settings.root}/*/*/*")
+    return {path: storage.stat(path).version for path in files if "/_runs/" not in path}
+
+
+@pytest.mark.parametrize("refreshed", ["int"], indirect=True)
+def test_nights_in_a_bucket_have_the_tables_of_those_on_a_disk(
+    refreshed: World, in_bucket: Path, bucket: str
+) -> None:
+    here, there = refreshed.settings(), load_settings(str(in_bucket))
+    for ds in DAYS[:2]:
+        if ds == DAYS[1]:
+            storage.delete(f"{bucket}/images/{LEAVES_ON_DAY_2}.png")
+        make(there, ds)
+        for table in NIGHT:
+            mine, theirs = published(here, table.name, ds), published(there, table.name, ds)
+            assert theirs.folder.startswith(f"{bucket}/features/")
+            assert rows_of(mine).equals(rows_of(theirs)), table.name
+            assert mine.rows > 0
+            digests = [[f["sha256"] for f in p.manifest["files"]] for p in (mine, theirs)]
+            assert (digests[0] == digests[1]) == (table.name != "item_embeddings"), table.name
+            for file, at in zip(theirs.manifest["files"], theirs.paths, strict=True):
+                assert file["sha256"] == storage.sha256(at)
+        assert runs.is_whole_night(there.root, there.feature_set, ds)
+
+
+def test_a_night_in_a_bucket_can_be_repeated_and_brought_back(
+    world: World, in_bucket: Path, bucket: str
+) -> None:
+    settings = load_settings(str(in_bucket))
+    make(settings, DAYS[0])
+    first = snapshot(settings)
+    assert len(first) > 10
+    assert "nothing to do" in make(settings, DAYS[0])[-1]
+    assert snapshot(settings) == first
+    assert not storage.is_folder(f"{settings.root}/_staging")
+    before = rows_of(published(settings, "item_embeddings", DAYS[0]))
+
+    storage.write_bytes(f"{bucket}/images/{NORMAL[0]}.png", picture(50))
+    arguments = ["--config", str(in_bucket), "--ds", str(DAYS[0])]
+    assert main(["refresh", *arguments, "--dry-run"]) == 0
+    world.write_catalogue(DAYS[0], catalogue_items(DAYS[0])[1:])
+    storage.delete_tree(f"{bucket}/catalogue")
+    upload(world.folder / "catalogue", f"{bucket}/catalogue")
+    make(settings, DAYS[0])
+    after = rows_of(published(settings, "item_embeddings", DAYS[0]))
+    assert len(after) < len(before)
+    assert main(["rollback", *arguments]) == 0
+    assert rows_of(published(settings, "item_embeddings", DAYS[0])).equals(before)
+    assert runs.is_whole_night(settings.root, settings.feature_set, DAYS[0])
+
+
+def test_packages_are_made_in_a_bucket(
+    in_bucket: Path, bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config", str(in_bucket), "--out", f"{bucket}/packages/"]
+    options = ["--weights", "random", "--backbone", "shufflenet_v2_x0_5", "--input-size", "32"]
+    assert main(["init-encoder", *arguments, *options]) == 0
+    stanza = capsys.readouterr().out
+    (encoder,) = storage.list_names(f"{bucket}/packages/encoders")
+    assert f'encoder = "{bucket}/packages/encoders/{encoder}"' in stanza
+    assert tables.read_encoder_info(f"{bucket}/packages/encoders/{encoder}").encoder_id == encoder
+
+    ds = ["--ds", str(DAYS[0])]
+    assert main(["embed", "--config", str(in_bucket), *ds]) == 0
+    capsys.readouterr()
+    assert main(["fit-codebook", *arguments, *ds, "--clusters", "3"]) == 0
+    stanza = capsys.readouterr().out
+    (codebook,) = storage.list_names(f"{bucket}/packages/codebooks")
+    assert f'codebook = "{bucket}/packages/codebooks/{codebook}"' in stanza
+    assert f'encoder = "{bucket}/made/' in stanza
+    assert len(load_codebook(f"{bucket}/packages/codebooks/{codebook}").centres) == 3
+
+
+def test_two_runs_do_not_write_one_feature_set(
+    in_bucket: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = load_settings(str(in_bucket))
+    arguments = ["refresh", "--config", str(in_bucket), "--ds", str(DAYS[0])]
+    with runs.exclusive(settings.root, settings.feature_set):
+        assert main(arguments) == 1
+    told = capsys.readouterr().err
+    assert "Another run is writing the feature set 'test'" in told
+    assert "within five minutes" in told
+
+
+def test_a_store_that_stays_away_fails_the_stage_and_rejects_nothing(
+    in_bucket: Path, bucket: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    settings = load_settings(str(in_bucket))
+    arguments = ["refresh", "--config", str(in_bucket), "--ds", str(DAYS[0])]
+    with monkeypatch.context() as broken:
+        broken.setattr(storage, "read_bytes", unreachable(f"{bucket}/images/"))
+        assert main(arguments) == 1
+    told = capsys.readouterr().err
+    assert f"Error: {bucket}/images/" in told
+    assert "could not be reached" in told
+    assert "Traceback" not in told
+    assert not storage.is_folder(f"{settings.root}/test/item_rejects")
+    assert main(arguments) == 0
+    assert published(settings, "item_rejects", DAYS[0]).rows == 2
+
+
+def test_a_store_that_takes_no_message_either_is_told_in_one_paragraph(
+    in_bucket: Path, bucket: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Nothing can be left for the launcher, so Beam's worker ends with an exception."""
+    write = tables.write_json
+
+    def fail(path: str, *args: object) -> None:
+        if "/errors/" in path:
+            raise storage.unavailable(path, "HTTP 503")
+        write(path, *args)
+
+    monkeypatch.setattr(storage, "read_bytes", unreachable(f"{bucket}/images/"))
+    monkeypatch.setattr(tables, "write_json", fail)
+    assert main(["refresh", "--config", str(in_bucket), "--ds", str(DAYS[0])]) == 1
+    (told,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("Error: ")]
+    assert told.startswith(f"Error: {bucket}/images/")
+    assert "while running" not in told
+    logged = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert logged
+    assert not any(map(cli._is_news, logged))
+
+
+def unreachable(below: str) -> Callable:
+    call = storage.read_bytes
+
+    def fail(path: str, *args: object) -> object:
+        if path.startswith(below):
+            raise storage.unavailable(path, "HTTP 503")
+        return call(path, *args)
+
+    return fail

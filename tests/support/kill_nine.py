@@ -1,0 +1,120 @@
+"""Kills `courier embed` with signal 9 at random moments and lets it resume, many times over.
+
+    python -m tests.support.kill_nine CONFIG DS KILLS SEED
+
+Every run is a fork of this process, which has imported all that a run needs but has run nothing, as
+an interpreter of its own would take ten seconds to begin. Each run begins with the files below the
+root as they are now. Prints a summary as JSON.
+"""
+
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from feature_jobs import embed
+from feature_jobs.pieces import read_all
+from pipelines import cli
+from pipelines.config import load_settings
+from tests.support.commands import published_below
+
+for _module in ("apache_beam", "pipelines.nightly", "pipelines.plan", "pipelines.status", "torch"):
+    importlib.import_module(_module)
+
+
+class Runs:
+    """Runs of one command on one root, each in a process of its own."""
+
+    def __init__(self, config: str, ds: str):
+        self.root = Path(load_settings(config).root)
+        self._command = ["embed", "--config", config, "--ds", ds]
+        self._before = self.root.with_name("before")
+        self._told = self.root.with_name("told.json")
+        shutil.copytree(self.root, self._before)
+
+    def begin_again(self) -> None:
+        shutil.rmtree(self.root)
+        shutil.copytree(self._before, self.root)
+
+    def start(self) -> int:
+        """The number of a new process that runs the command."""
+        self._told.unlink(missing_ok=True)
+        number = os.fork()
+        if number:
+            return number
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+        chunks = _watch_chunks()
+        status = cli.main(self._command)
+        self._told.write_text(json.dumps(chunks))
+        os._exit(status)
+
+    def finish(self, number: int) -> list[int]:
+        """Waits for a process to end well; returns the size of each chunk that it embedded."""
+        _, status = os.waitpid(number, 0)
+        if status:
+            raise RuntimeError(f"courier embed ended with {os.waitstatus_to_exitcode(status)}")
+        found: list[int] = json.loads(self._told.read_text())
+        return found
+
+    def embedded(self) -> int:
+        """The images that a killed run has embedded, as its chunk files say."""
+        files = self.root.rglob("chunks-*/0*.arrow")  # none that was begun: ".tmp-…"
+        return sum(read_all(str(path))["reason"].null_count for path in files)
+
+
+def _watch_chunks() -> list[int]:
+    """The numbers of images of the chunks that are embedded from now on, as they are."""
+    chunks: list[int] = []
+    real = embed.embed_images
+
+    def count(rows: pa.Table, *args: Any) -> pa.Table:
+        chunks.append(len(rows))
+        return real(rows, *args)
+
+    embed.embed_images = count
+    return chunks
+
+
+def kill(runs: Runs, seconds: float) -> bool:
+    """Whether a run was still at work after `seconds`, when it was killed."""
+    runs.begin_again()
+    number = runs.start()
+    time.sleep(seconds)
+    os.kill(number, signal.SIGKILL)
+    _, status = os.waitpid(number, 0)
+    return os.WIFSIGNALED(status)
+
+
+def main(config: str, ds: str, kills: int, seed: int) -> dict[str, Any]:
+    rng, runs = random.Random(seed), Runs(config, ds)
+    started = time.monotonic()
+    chunks = runs.finish(runs.start())
+    duration = time.monotonic() - started
+    uninterrupted = published_below(runs.root)
+    found: dict[str, Any] = {"chunks": len(chunks), "images": sum(chunks), "seconds": duration}
+    found |= {"killed": 0, "too_late": 0, "mismatches": 0, "resumed_from_chunks": 0}
+    while found["killed"] < kills and found["too_late"] < 2 * kills:
+        if not kill(runs, rng.random() * duration):
+            found["too_late"] += 1
+            continue
+        found["killed"] += 1
+        had = runs.embedded()
+        again = sum(runs.finish(runs.start()))
+        found["resumed_from_chunks"] += had > 0 and again < sum(chunks)
+        found["mismatches"] += published_below(runs.root) != uninterrupted
+    return found
+
+
+if __name__ == "__main__":
+    _config, _ds, _kills, _seed = sys.argv[1:]
+    sys.stdout.write(json.dumps(main(_config, _ds, int(_kills), int(_seed))) + "\n")
