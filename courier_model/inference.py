@@ -68,6 +68,7 @@ class _Forward:
     pool: Executor
     rows: dict[str, int] = field(default_factory=dict)  # digest -> row of the vectors
     seconds: float = 0.0
+    _told: float = 0.0
     _waiting: list[np.ndarray] = field(default_factory=list)
     _running: deque[Future[np.ndarray]] = field(default_factory=deque)
     _done: list[np.ndarray] = field(default_factory=list)
@@ -85,6 +86,11 @@ class _Forward:
         while self._running:
             self._done.append(self._running.popleft().result())
         return np.concatenate([np.empty((0, EMBEDDING_DIM), np.float32), *self._done])
+
+    def untold(self) -> float:
+        """The seconds spent since this was last asked."""
+        before, self._told = self._told, self.seconds
+        return self._told - before
 
     def _start(self) -> None:
         batch, self._waiting = np.stack(self._waiting), []
@@ -138,14 +144,15 @@ def embed_images(
     with _pool(readers) as pool, _pool(1) as device:
         forward = _Forward(embed, batch_size, device)
         for block in _ahead(pool, look, list(known), readers, 2 * batch_size):
-            tell(done=sum(items_of[uri] for uri in block), **_counts(block.values()))
+            done = sum(items_of[uri] for uri in block)
+            tell(done=done, forward_seconds=forward.untold(), **_counts(block.values()))
             for uri, image in block.items():
                 if isinstance(image, Image) and image.pixels is not None:
                     forward.add(image.sha256, image.pixels)
                     image.pixels = None
                 images[uri] = image
         vectors = forward.vectors()
-    tell(forward_seconds=forward.seconds)
+    tell(forward_seconds=forward.untold())
     return _results(rows, images, forward, vectors)
 
 

@@ -15,12 +15,19 @@ import torch
 
 from courier_model import encoder as encoders
 from courier_model.images import decode
-from feature_jobs import embed as embed_stage
 from feature_jobs import storage, tables
 from feature_jobs.schemas import StorageUnavailable
 from pipelines.cli import main
 from tests.conftest import Artefacts, pinned
-from tests.support.commands import Capture, counts, courier, paragraph, published, vectors
+from tests.support.commands import (
+    Capture,
+    counts,
+    courier,
+    given_to_the_encoder,
+    paragraph,
+    published,
+    vectors,
+)
 from tests.support.world import (
     CPU,
     DAYS,
@@ -80,19 +87,6 @@ def work(world: World, day: dt.date) -> list[int]:
 
 def rejects(world: World, day: dt.date) -> dict[int, dict[str, Any]]:
     return {row["item_id"]: row for row in world.table("item_rejects", day).to_pylist()}
-
-
-def given_to_the_encoder(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The items whose images are read from now on, as they are."""
-    items: list[int] = []
-    real = embed_stage.embed_images
-
-    def count(rows: pa.Table, *args: Any) -> pa.Table:
-        items.extend(rows["item_id"].to_pylist())
-        return real(rows, *args)
-
-    monkeypatch.setattr(embed_stage, "embed_images", count)
-    return items
 
 
 # ---- The same bytes --------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feature_jobs import embed as embed_stage
 from feature_jobs import storage
 from feature_jobs.pieces import read_all
 from pipelines.cli import main
@@ -26,6 +25,7 @@ from tests.support.commands import (
     counts,
     courier,
     die_at_write,
+    given_to_the_encoder,
     manifest,
     paragraph,
     published,
@@ -212,14 +212,7 @@ def test_killed_with_signal_9_while_embedding_it_resumes_and_embeds_no_image_twi
     done = [read_all(str(path)) for path in world.root.rglob("chunks-*/0*.arrow")]
     embedded = sum(len(rows) - rows["embedding"].null_count for rows in done)
     assert embedded
-    images: list[int] = []
-    real = embed_stage.embed_images
-
-    def count(rows: pa.Table, *args: Any) -> pa.Table:
-        images.extend(rows["item_id"].to_pylist())
-        return real(rows, *args)
-
-    monkeypatch.setattr(embed_stage, "embed_images", count)
+    images = given_to_the_encoder(monkeypatch)
     assert refresh(world, DAYS[0]) == 0
     assert published(world) == uninterrupted
     # One that is not there needs no reading to know it; one that is no image is tried once more.

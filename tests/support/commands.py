@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from feature_jobs import embed as embed_stage
 from feature_jobs import storage
 from pipelines.cli import main
 from tests.support.world import World
@@ -67,6 +68,19 @@ def vectors(world: World, day: dt.date) -> dict[int, list[float]]:
 def rewrite(world: World, day: dt.date, change: Callable[[pa.Table], pa.Table]) -> None:
     for path in (world.folder / "impressions" / f"ds={day}").glob("*.parquet"):
         pq.write_table(change(pq.read_table(path, partitioning=None)), path)
+
+
+def given_to_the_encoder(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The items whose images are read from now on, as they are."""
+    items: list[int] = []
+    real = embed_stage.embed_images
+
+    def count(rows: pa.Table, *args: Any) -> pa.Table:
+        items.extend(rows["item_id"].to_pylist())
+        return real(rows, *args)
+
+    monkeypatch.setattr(embed_stage, "embed_images", count)
+    return items
 
 
 class Killed(Exception):
