@@ -312,7 +312,7 @@ def test_a_fault_of_the_disk_in_a_worker_stops_the_parent(
 def test_a_fault_of_the_disk_is_no_bad_image(
     rows: TrainingSet, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_path: str) -> bytes:
+    def fail(_path: str, _limit: int) -> bytes:
         raise OSError(errno.EIO, "the disk is ill")
 
     monkeypatch.setattr(storage, "read_bytes", fail)
