@@ -143,13 +143,7 @@ class _Planner:
     def _embed(self, made: dict[str, Stage]) -> Stage:
         settings, catalogue = self.settings, self.shop.catalogue(self.ds)
         before, rejects = self._day_before or (None, None)
-        item_id = self._item_id_type()
-        if before and before.schema.field("item_id").type != item_id:
-            raise DataContractError(
-                f"item_id is {item_id} in the tables of ds {self.ds} but was "
-                f"{before.schema.field('item_id').type} in {before.folder}. No item would be found "
-                "again. Cast item_id back where it is written, or start a new feature_set."
-            )
+        item_id = self._same_item_id_type(before)
         made_by = before.manifest["identities"]["encoder_id"] if before else None
         roots = list(settings.catalogue.image_roots)
         shards = hashing.num_shards(catalogue.rows, settings.rows_per_shard)
@@ -201,6 +195,17 @@ class _Planner:
                 **self._overlap("encoder", self.encoder.data_end_ds),
             },
         )
+
+    def _same_item_id_type(self, before: tables.Partition | None) -> pa.DataType:
+        """Today's type of item_id; raises DataContractError where it was another one `before`."""
+        item_id = self._item_id_type()
+        if before and before.schema.field("item_id").type != item_id:
+            raise DataContractError(
+                f"item_id is {item_id} in the tables of ds {self.ds} but was "
+                f"{before.schema.field('item_id').type} in {before.folder}. No item would be found "
+                "again. Cast item_id back where it is written, or start a new feature_set."
+            )
+        return item_id
 
     def _chunk_folder(self, item_id: pa.DataType, shards: int) -> str:
         """Name of the folder of chunk files, shared by all runs of ds that would embed alike."""
