@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from tests.support.commands import published_below
 
 for _module in ("apache_beam", "pipelines.nightly", "pipelines.plan", "pipelines.status", "torch"):
     importlib.import_module(_module)
+
+_ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT  # asks, and leaves the answer to whoever waits
 
 
 class Runs:
@@ -66,10 +69,17 @@ class Runs:
         found: list[int] = json.loads(self._told.read_text())
         return found
 
+    def chunks(self) -> int:
+        """How many chunks a run has written."""
+        return len(self._chunk_files())
+
     def embedded(self) -> int:
         """The images that a killed run has embedded, as its chunk files say."""
-        files = self.root.rglob("chunks-*/0*.arrow")  # none that was begun: ".tmp-…"
-        return sum(read_all(str(path))["reason"].null_count for path in files)
+        return sum(read_all(path)["reason"].null_count for path in self._chunk_files())
+
+    def _chunk_files(self) -> list[str]:
+        """None that was begun: ".tmp-…". By `glob`, which bears that folders go meanwhile."""
+        return glob(f"{self.root}/_staging/*/embed/*/chunks-*/0*.arrow")
 
 
 def _watch_chunks() -> list[int]:
@@ -85,10 +95,16 @@ def _watch_chunks() -> list[int]:
     return chunks
 
 
-def kill(runs: Runs, seconds: float) -> bool:
-    """Whether a run was still at work after `seconds`, when it was killed."""
+def kill(runs: Runs, chunks: int, seconds: float) -> bool:
+    """Whether a run was still at work `seconds` after it had written `chunks`, when it was killed.
+
+    How fast a run is depends on what else the machine does: time alone would hit the start of a
+    slow one again and again.
+    """
     runs.begin_again()
     number = runs.start()
+    while runs.chunks() < chunks and not os.waitid(os.P_PID, number, _ENDED):
+        time.sleep(0.001)
     time.sleep(seconds)
     os.kill(number, signal.SIGKILL)
     _, status = os.waitpid(number, 0)
@@ -104,7 +120,9 @@ def main(config: str, ds: str, kills: int, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {"chunks": len(chunks), "images": sum(chunks), "seconds": duration}
     found |= {"killed": 0, "too_late": 0, "mismatches": 0, "resumed_from_chunks": 0}
     while found["killed"] < kills and found["too_late"] < 2 * kills:
-        if not kill(runs, rng.random() * duration):
+        # Every other time anywhere from the start on, else in the midst of embedding.
+        chunk = rng.randrange(1, len(chunks)) if found["killed"] % 2 else 0
+        if not kill(runs, chunk, rng.random() * (duration / len(chunks) if chunk else duration)):
             found["too_late"] += 1
             continue
         found["killed"] += 1
