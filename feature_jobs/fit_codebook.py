@@ -1,38 +1,90 @@
-"""FIT-CODEBOOK: k-means over a sample of one day's in-scope embeddings. Occasional, never nightly.
+"""FIT-CODEBOOK: cluster centres from one day's in-scope embeddings. Occasional, never nightly.
 
-In: a published `item_embeddings` partition. Out: files with a sample of it, and of that a codebook,
-which one machine fits. The sample is chosen by a hash
-of the item ID, so that it depends neither on the order of files nor on the number of workers.
+In: a published `item_embeddings` partition; where a codebook of another encoder is continued, an
+`item_features` partition with its numbers. Out: files with a sample, and of that a codebook, which
+one machine fits. Sample and held-out items are chosen by a hash of the item ID, so that they depend
+neither on the order of files nor on the number of workers.
+
+Modes: `fresh` begins with new centres and new numbers. `warm` starts from the parent's centres,
+`aligned`, for a new encoder, from the mean of the new embeddings of each old cluster's members;
+both then give each number to the centre that keeps most of its items.
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import apache_beam as beam
-import faiss
 import numpy as np
 import pyarrow as pa
 
-from feature_jobs import hashing, tables
-from feature_jobs.codebook import Codebook, CodebookInfo, codebook_id, nearest_centre
+from feature_jobs import hashing, storage, tables
+from feature_jobs.codebook import (
+    Codebook,
+    CodebookInfo,
+    Resolution,
+    cluster_column,
+    codebook_id,
+    continued_numbers,
+    health_of,
+    retired_numbers,
+)
+from feature_jobs.kmeans import SinglePass, count_distinct, first_centres, lloyd
+from feature_jobs.nearest import CentreSearch
 from feature_jobs.schemas import EMBEDDING_DIM, DataContractError, OperatorError
 
-_SAMPLE_SEED = 1  # of the hash: independent of the one that shards are made with
-_ITERATIONS = 25
-_POINTS_PER_CLUSTER = 256  # more changes k-means centres little (faiss's own default)
+_SAMPLE_SEED, _HELD_OUT_SEED = 1, 2  # of the hashes: independent of that of the shards
+_HELD_OUT_SHARE, _HELD_OUT_ITEMS = 0.05, 65_536  # the smaller of the two
+_READ = ["item_id", "embedding", "category", "in_catalogue"]
+_BLOCK_ROWS = 65_536
+ALGORITHMS = {"lloyd": 256, "single-pass": 32}  # with the items per cluster that they sample
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was asked for: clusters by label, and how to find them.
+
+    `soft_threshold` is λ of single-pass clustering.
+    """
+
+    clusters: Mapping[str, int]
+    seed: int = 0
+    name: str = "codebook"
+    algorithm: str = "lloyd"
+    mode: str = "fresh"
+    points_per_cluster: int = ALGORITHMS["lloyd"]
+    soft_threshold: float = 0.0
 
 
 @dataclass(frozen=True)
 class SampleJob:
-    """`fraction` of the in-scope catalogue items is drawn; `categories` None means all."""
+    """`fraction` of the in-scope catalogue items is drawn, and `held_out` of them kept apart;
+    `categories` None means all. `old` has the parent's numbers of the items, by label."""
 
     embeddings: tables.Partition
     categories: tuple[str, ...] | None
     fraction: float
+    held_out: float
     staging: str
+    old: tables.Partition | None = None
+    old_labels: tuple[str, ...] = ()
 
 
-# ---- Pure functions ------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Sample:
+    """`points` float32 [n, 256] by the hash of their items' IDs, `held_out` float32 [h, 256].
+
+    `old` are the parent's numbers of the points by label, int32 [n], 0 = none.
+    """
+
+    points: np.ndarray
+    held_out: np.ndarray
+    fingerprint: str
+    old: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+# ---- Pure functions: the sample --------------------------------------------------------------
 
 
 def count_in_scope(embeddings: tables.Partition, categories: tuple[str, ...] | None) -> int:
@@ -48,110 +100,284 @@ def _fitted_on(rows: pa.Table, categories: tuple[str, ...] | None) -> np.ndarray
     return tables.in_scope(rows["category"], categories) & rows["in_catalogue"].to_numpy()
 
 
-def sample_fraction(items: int, clusters: int) -> float:
-    return min(1.0, clusters * _POINTS_PER_CLUSTER / max(1, items))
+def fractions(items: int, clusters: int, points_per_cluster: int) -> tuple[float, float]:
+    """The shares of the in-scope items to sample, of those not held out, and to hold out."""
+    held_out = min(_HELD_OUT_SHARE, _HELD_OUT_ITEMS / max(1, items))
+    return min(1.0, clusters * points_per_cluster / max(1.0, items * (1 - held_out))), held_out
 
 
-def draw_sample(rows: pa.Table, categories: tuple[str, ...] | None, fraction: float) -> pa.Table:
-    """The rows of `item_embeddings` to fit on: in the catalogue, in scope, and chosen by hash."""
-    chosen = hashing.hash_ids(rows["item_id"], _SAMPLE_SEED) <= np.uint64(fraction * (2**64 - 1025))
-    wanted = _fitted_on(rows, categories)
-    return rows.filter(pa.array(wanted & chosen)).select(["item_id", "embedding"])
+def _chosen(ids: pa.ChunkedArray, fraction: float, seed: int) -> np.ndarray:
+    """A `fraction` of the items, the same whatever else there is; bool [n]."""
+    return hashing.hash_ids(ids, seed) < np.uint64(fraction * (2**64 - 2048))
 
 
-def check_sample(points: np.ndarray, clusters: int) -> None:
-    """Raises DataContractError for rows that are no unit vectors, OperatorError for too few."""
-    norms = np.linalg.norm(points, axis=1)
-    bad = int((~(np.abs(norms - 1) < 1e-3)).sum())  # written so that NaN counts as bad
+def draw_sample(rows: pa.Table, job: SampleJob) -> pa.Table:
+    """The rows of `item_embeddings` to fit on, or to hold out: in the catalogue and in scope."""
+    held_out = _chosen(rows["item_id"], job.held_out, _HELD_OUT_SEED)
+    wanted = held_out | _chosen(rows["item_id"], job.fraction, _SAMPLE_SEED)
+    drawn = rows.select(["item_id", "embedding"]).append_column("held_out", pa.array(held_out))
+    return drawn.filter(pa.array(wanted & _fitted_on(rows, job.categories)))
+
+
+def check_points(points: np.ndarray) -> None:
+    """Raises DataContractError for rows float32 [n, 256] that are no finite unit vectors."""
+    bad = sum(
+        int((~(np.abs(np.linalg.norm(points[at : at + _BLOCK_ROWS], axis=1) - 1) < 1e-3)).sum())
+        for at in range(0, len(points), _BLOCK_ROWS)
+    )  # written so that NaN counts as bad
     if bad:
         raise DataContractError(
             f"{bad:,} of {len(points):,} sampled embeddings are not finite unit vectors; centres "
-            "fitted on them would be meaningless. Run `courier embed` for this ds again."
+            "fitted on them would be meaningless. Run `courier embed --full` for this ds."
         )
-    distinct = len(np.unique(points, axis=0))
+
+
+def check_distinct(points: np.ndarray, clusters: int) -> None:
+    """Raises OperatorError where there are fewer distinct points than clusters."""
+    distinct = count_distinct(points)
     if distinct < clusters:
         raise OperatorError(
             f"{clusters:,} clusters were asked for, but the in-scope items of this ds have only "
-            f"{distinct:,} distinct embeddings ({len(points):,} items), so that clusters would be "
-            f"empty. Ask for at most {distinct:,}, or fit on a larger catalogue."
+            f"{distinct:,} distinct embeddings ({len(points):,} items to fit on), so that clusters "
+            f"would be empty. Ask for at most {distinct:,}, or fit on a larger catalogue."
         )
 
 
-def fit(points: np.ndarray, clusters: int, seed: int) -> np.ndarray:
-    """Lloyd's k-means of `points` float32 [n, 256] by faiss: centres float32 [clusters, 256].
+# ---- Pure functions: the fit -----------------------------------------------------------------
 
-    Deterministic for a seed and a number of threads.
+
+def starting_centres(
+    points: np.ndarray, anchors: np.ndarray, members: np.ndarray, clusters: int, seed: int
+) -> np.ndarray:
+    """First centres float32 [clusters, 256] of a fit that continues another one.
+
+    `anchors` float32 [old, 256] stand for the old clusters, `members` int64 [old] are their items
+    in the sample. The largest come first; where they are too few, or have no items, random points
+    take their place.
     """
-    kmeans = faiss.Kmeans(
-        EMBEDDING_DIM, clusters, niter=_ITERATIONS, seed=seed, gpu=faiss.get_num_gpus() > 0,
-        min_points_per_centroid=1, max_points_per_centroid=len(points),
-    )  # fmt: skip
-    kmeans.train(np.ascontiguousarray(points, np.float32))
-    return np.array(kmeans.centroids).reshape(clusters, EMBEDDING_DIM)
+    largest = np.argsort(-members, kind="stable")[:clusters]
+    kept = np.sort(largest[members[largest] > 0])
+    rng = np.random.default_rng(seed)
+    drawn = rng.choice(len(points), clusters - len(kept), replace=False)
+    return np.concatenate([anchors[kept], points[np.sort(drawn)]]).astype(np.float32)
+
+
+def member_means(
+    points: np.ndarray, old: np.ndarray, numbers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The mean point of each of `numbers` int32 [k], float32 [k, 256], and its members int64 [k].
+
+    `old` int32 [n] are the points' numbers. One without members has the mean 0.
+    """
+    order = np.argsort(numbers)
+    at = np.minimum(np.searchsorted(numbers, old, sorter=order), len(numbers) - 1)
+    place = np.where(numbers[order[at]] == old, order[at], len(numbers))  # [n]; last one = none
+    members = np.bincount(place, minlength=len(numbers) + 1)
+    sums = np.zeros((len(numbers) + 1, EMBEDDING_DIM))
+    for rows in np.array_split(np.argsort(place, kind="stable"), max(1, len(points) // 65_536)):
+        # Rows of one number are neighbours: one sum for each run of them, [runs, 256].
+        starts = np.flatnonzero(np.diff(place[rows], prepend=-1))
+        if len(starts):
+            sums[place[rows[starts]]] += np.add.reduceat(points[rows], starts, dtype=np.float64)
+    means = sums[:-1] / np.maximum(1, members[:-1])[:, None]
+    return means.astype(np.float32), members[:-1]
 
 
 def make_codebook(
-    sample: pa.Table, clusters: int, seed: int, name: str, encoder_id: str, ds: str
+    sample: Sample,
+    fit: Fit,
+    encoder_id: str,
+    ds: str,
+    parent: Codebook | None = None,
+    stream: Iterable[np.ndarray] = (),
 ) -> Codebook:
-    """Fits `sample` (item_id, embedding) and numbers the centres 1..clusters.
+    """Fits all resolutions and numbers their centres.
 
-    Raises what `check_sample` raises.
+    `parent` is continued, or in mode `fresh` only its numbers are not used again. `stream` has all
+    in-scope embeddings float32 [any, 256], which only single-pass clustering reads.
+    Raises what `check_points` and `check_distinct` raise.
     """
-    sample = sample.sort_by("item_id")
-    points = tables.embedding_matrix(sample["embedding"])
-    check_sample(points, clusters)
-    centres = fit(points, clusters, seed)
-    nearest, distance = nearest_centre(centres, points)
-    numbers = np.arange(1, clusters + 1, dtype=np.int32)
+    check_points(sample.points)
+    check_distinct(sample.points, max(fit.clusters.values()))
+    known = {
+        label: _known_numbers(sample, fit, parent, label)
+        for label in fit.clusters
+        if parent and fit.mode != "fresh" and label in parent.centres
+    }
+    starts = {
+        label: _continued_start(sample, fit, parent, label, known[label])
+        for label in known
+        if parent
+    }
+    centres = _fit_centres(sample.points, fit, starts, stream)
+    numbers, resolutions = {}, []
+    for label in fit.clusters:
+        before = parent.info.resolution(label) if parent else None
+        numbers[label], found = _describe(
+            sample, label, centres[label], known.get(label), before.max_id if before else 0
+        )
+        resolutions.append(found)
+    identity = codebook_id(fit.name, centres, numbers, encoder_id)
     info = CodebookInfo(
-        codebook_id=codebook_id(name, centres, numbers, encoder_id),
+        codebook_id=identity,
         encoder_id=encoder_id,
-        parent=None,
-        clusters=clusters,
-        max_id=clusters,
-        algorithm="lloyd",
-        seed=seed,
-        iterations=_ITERATIONS,
-        sample_items=len(points),
-        sample_fingerprint=f"{int(np.bitwise_xor.reduce(hashing.hash_ids(sample['item_id']))):016x}",
-        objective=float((distance**2).mean()),
-        sizes=tuple(np.bincount(nearest, minlength=clusters).tolist()),
+        parent=parent.info.codebook_id if parent else None,
+        lineage=parent.info.lineage if parent else identity,
+        mode=fit.mode,
+        algorithm=fit.algorithm,
+        seed=fit.seed,
+        soft_threshold=fit.soft_threshold,
+        sample_items=len(sample.points),
+        held_out_items=len(sample.held_out),
+        sample_fingerprint=sample.fingerprint,
         data_start_ds=ds,
         data_end_ds=ds,
+        resolutions=tuple(resolutions),
     )
     return Codebook(info, centres, numbers)
+
+
+def _known_numbers(sample: Sample, fit: Fit, parent: Codebook, label: str) -> np.ndarray:
+    """The parent's numbers of the sample's points; int32 [n]."""
+    if fit.mode == "aligned":
+        return sample.old[label]
+    place = CentreSearch(parent.centres[label]).nearest(sample.points).place
+    return np.asarray(parent.numbers[label])[place]
+
+
+def _continued_start(
+    sample: Sample, fit: Fit, parent: Codebook, label: str, known: np.ndarray
+) -> np.ndarray:
+    means, members = member_means(sample.points, known, parent.numbers[label])
+    anchors = means if fit.mode == "aligned" else parent.centres[label]
+    return starting_centres(sample.points, anchors, members, fit.clusters[label], fit.seed)
+
+
+def _fit_centres(
+    points: np.ndarray, fit: Fit, starts: Mapping[str, np.ndarray], stream: Iterable[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Centres by label; the stream is read once for all of them."""
+    if fit.algorithm == "lloyd":
+        return {k: lloyd(points, n, fit.seed, starts.get(k)) for k, n in fit.clusters.items()}
+    passes = {
+        label: SinglePass(
+            starts.get(label, first_centres(points, clusters, fit.seed)),
+            soft_threshold=fit.soft_threshold,
+        )
+        for label, clusters in fit.clusters.items()
+    }
+    for rows in stream:
+        check_points(rows)
+        for single_pass in passes.values():
+            single_pass.add(rows)
+    return {label: single_pass.centres() for label, single_pass in passes.items()}
+
+
+def _describe(
+    sample: Sample, label: str, centres: np.ndarray, known: np.ndarray | None, max_id: int
+) -> tuple[np.ndarray, Resolution]:
+    """The numbers of `centres` and what the artefact says of them."""
+    clusters, search = len(centres), CentreSearch(centres)
+    found, held_out = search.nearest(sample.points), search.nearest(sample.held_out)
+    old = np.zeros(len(found.place), np.int32) if known is None else known
+    numbers = continued_numbers(old, found.place, clusters, max_id)
+    max_id = max(max_id, int(numbers.max()))
+    sizes = np.bincount(found.place, minlength=clusters)
+    return numbers, Resolution(
+        label=label,
+        clusters=clusters,
+        max_id=max_id,
+        objective=_mean_square(found.distance),
+        held_out_objective=_mean_square(held_out.distance) if len(sample.held_out) else None,
+        health=health_of(sizes),
+        sizes=tuple(sizes.tolist()),
+        retired=retired_numbers(numbers, max_id),
+    )
+
+
+def _mean_square(distance: np.ndarray) -> float:
+    return float((distance.astype(np.float64) ** 2).mean())
 
 
 # ---- Transforms ----------------------------------------------------------------------------
 
 
 class SamplePart(beam.DoFn):
-    """A file of `item_embeddings` → a file with the sample of its rows."""
+    """The number of a part of `item_embeddings` → a file with the sample of its rows."""
 
     def __init__(self, job: SampleJob):
-        self._job = job
+        self._job, self.staging = job, job.staging
 
-    def process(self, path: str) -> None:
+    @tables.refusing
+    def process(self, part: int) -> None:
         job = self._job
-        rows = tables.read_parquet(path, ["item_id", "embedding", "category", "in_catalogue"])
-        sample = draw_sample(rows, job.categories, job.fraction)
-        tables.write_parquet(os.path.join(job.staging, os.path.basename(path)), sample)
+        paths = job.embeddings.paths
+        sample = draw_sample(tables.read_parquet(paths[part], _READ), job)
+        if job.old:
+            columns = ["item_id", *map(cluster_column, job.old_labels)]
+            features = job.old.read_shard(part, len(paths), "item_id", columns)
+            for label in job.old_labels:
+                numbers = tables.lookup(sample["item_id"], features, cluster_column(label))
+                sample = sample.append_column(cluster_column(label), pa.array(numbers))
+        tables.write_parquet(_sample_path(job, part), sample)
 
 
 # ---- The job -------------------------------------------------------------------------------
 
 
 def define_sample(root: beam.Pipeline, job: SampleJob) -> None:
-    """Writes the sample of each part of `job.embeddings` as a file of the same name."""
+    """Writes the sample of each part of `job.embeddings` as a file."""
     _ = (
         root
-        | "Parts" >> beam.Create(job.embeddings.paths)
+        | "Parts" >> beam.Create(range(len(job.embeddings.paths)))
         | "SpreadParts" >> beam.Reshuffle()
         | "SamplePart" >> beam.ParDo(SamplePart(job))
     )
 
 
-def read_sample(job: SampleJob) -> pa.Table:
-    """All sampled rows: at most a few hundred for each cluster, so one machine holds them."""
-    paths = [os.path.join(job.staging, os.path.basename(path)) for path in job.embeddings.paths]
-    return pa.concat_tables(tables.read_parquet(path) for path in paths)
+def _sample_path(job: SampleJob, part: int) -> str:
+    return os.path.join(job.staging, "sample", f"{part:05d}.parquet")
+
+
+def read_sample(job: SampleJob) -> Sample:
+    """All sampled rows, each at its place from the start: no second copy of the matrix."""
+    paths = [_sample_path(job, part) for part in range(len(job.embeddings.paths))]
+    narrow = ["item_id", "held_out", *map(cluster_column, job.old_labels)]
+    rows = pa.concat_tables(tables.read_parquet(path, narrow) for path in paths)
+    hashes, held_out = hashing.hash_ids(rows["item_id"], _SAMPLE_SEED), rows["held_out"].to_numpy()
+    order = np.lexsort((hashes, held_out))  # the points first, then what is held out
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    matrix = np.empty((len(order), EMBEDDING_DIM), np.float32)
+    at = 0
+    for path in paths:
+        part = tables.embedding_matrix(tables.read_parquet(path, ["embedding"])["embedding"])
+        matrix[place[at : at + len(part)]] = part
+        at += len(part)
+    fitted = order[: int((~held_out).sum())]
+    return Sample(
+        points=matrix[: len(fitted)],
+        held_out=matrix[len(fitted) :],
+        fingerprint=f"{int(np.bitwise_xor.reduce(hashes[fitted])):016x}",
+        old={k: rows[cluster_column(k)].to_numpy()[fitted] for k in job.old_labels},
+    )
+
+
+def stream_embeddings(job: SampleJob) -> Iterator[np.ndarray]:
+    """All in-scope embeddings that are not held out, part by part and shuffled within each, so that
+    items of one time or kind don't come together; the next part is read meanwhile."""
+    paths = job.embeddings.paths
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(tables.read_parquet, paths[0], _READ)
+        for following in [*paths[1:], None]:
+            rows = ahead.result()
+            if following:
+                ahead = reader.submit(tables.read_parquet, following, _READ)
+            held_out = _chosen(rows["item_id"], job.held_out, _HELD_OUT_SEED)
+            kept = np.flatnonzero(_fitted_on(rows, job.categories) & ~held_out)
+            hashes = hashing.hash_ids(rows["item_id"], _SAMPLE_SEED)[kept]
+            yield tables.embedding_matrix(rows["embedding"])[kept[np.argsort(hashes)]]
+
+
+def discard_sample(job: SampleJob) -> None:
+    storage.delete_tree(os.path.join(job.staging, "sample"))

@@ -1,14 +1,17 @@
-"""ITEM-FEATURES: the cluster ID and the flags of every item, as the CTR model reads them.
+"""ITEM-FEATURES: the cluster IDs and the flags of every item, as the CTR model reads them.
 
-In: `item_embeddings` and `item_rejects` of ds, a codebook of the same encoder. Out:
-`item_features`, one row for every catalogue item and every kept former item.
+In: `item_embeddings` and `item_rejects` of ds, a codebook of the same encoder, `item_features` of
+the day before. Out: `item_features`, one row for every catalogue item and every kept former item;
+beside each part, how many items each cluster has and how many left it since the day before.
 
 The law: an item whose category is out of the encoder's scope, or that has no embedding, has
 cluster_id 0 (COURIER appendix §7); any other has the number of its exactly nearest centre.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -17,19 +20,30 @@ import pyarrow.compute as pc
 from apache_beam.utils.shared import Shared
 
 from feature_jobs import tables
-from feature_jobs.codebook import Codebook, load_codebook, nearest_centre
-from feature_jobs.schemas import EMBEDDING_DIM, ITEM_FEATURES
+from feature_jobs.codebook import Codebook, cluster_column, health_of, load_codebook
+from feature_jobs.nearest import CodebookSearch
+from feature_jobs.schemas import EMBEDDING_DIM, ITEM_FEATURES, DataContractError
+
+_CLUSTERS = "clusters"  # folder of the counts beside the parts
+_COUNTS = ("items", "compared", "moved")
+_NAMED = 5  # clusters that most items left, by name
 
 
 @dataclass(frozen=True)
 class FeaturesJob:
-    """All that the workers need to know; one part is made for each part of `embeddings`."""
+    """All that the workers need to know; one part is made for each part of `embeddings`.
+
+    `before` are the features of the day before, None for none. Where they are `of_another_lineage`
+    every number has changed its meaning.
+    """
 
     embeddings: tables.Partition
     rejects: tables.Partition
     codebook_folder: str
     categories: tuple[str, ...] | None
     schema: pa.Schema
+    before: tables.Partition | None
+    of_another_lineage: bool
     staging: str
 
     @property
@@ -41,23 +55,23 @@ class FeaturesJob:
 
 
 def features_of(
-    embedded: pa.Table, rejected: pa.Table, codebook: Codebook, categories: tuple[str, ...] | None
+    embedded: pa.Table,
+    rejected: pa.Table,
+    search: CodebookSearch,
+    categories: tuple[str, ...] | None,
 ) -> pa.Table:
-    """`item_features`, the Vector form included, from `item_embeddings` and `item_rejects` rows."""
+    """`item_features`, all that is made on request included, from `item_embeddings` and
+    `item_rejects` rows. Raises DataContractError for an embedding that is no unit vector."""
     category = pa.chunked_array(
         embedded["category"].chunks + rejected["category"].chunks, pa.string()
     )
     scope = tables.in_scope(category, categories)
-    usable = scope[: len(embedded)]
-    n = len(category)
-    cluster, distance = np.zeros(n, np.int32), np.zeros(n, np.float32)
-    vectors = np.zeros((n, EMBEDDING_DIM), np.float32)
-    rows = np.flatnonzero(usable)
-    vectors[rows] = tables.embedding_matrix(embedded["embedding"])[rows]
-    nearest, distance[rows] = nearest_centre(codebook.centres, vectors[rows])
-    cluster[rows] = codebook.numbers[nearest]
+    n, rows = len(category), np.flatnonzero(scope[: len(embedded)])
+    points = tables.embedding_matrix(embedded["embedding"])[rows]
+    _check_points(points, embedded["item_id"], rows)
     inside = np.ones(n, bool)
     inside[: len(embedded)] = embedded["in_catalogue"].to_numpy()
+    info = search.codebook.info
     return pa.table(
         {
             "item_id": pa.chunked_array(embedded["item_id"].chunks + rejected["item_id"].chunks),
@@ -65,13 +79,45 @@ def features_of(
             "has_image": np.arange(n) < len(embedded),
             "in_scope": scope,
             "in_catalogue": inside,
-            "cluster_id": cluster,
-            "centre_distance": distance,
-            "encoder_id": pa.array([codebook.info.encoder_id] * n, pa.string()),
-            "codebook_id": pa.array([codebook.info.codebook_id] * n, pa.string()),
-            "embedding": tables.list_column(vectors, pa.list_(pa.float32())),
+            **_assigned(points, rows, n, search),
+            "encoder_id": pa.array([info.encoder_id] * n, pa.string()),
+            "codebook_id": pa.array([info.codebook_id] * n, pa.string()),
+            "embedding": tables.list_column(_spread(points, rows, n), pa.list_(pa.float32())),
         }
     )
+
+
+def _assigned(
+    points: np.ndarray, rows: np.ndarray, n: int, search: CodebookSearch
+) -> dict[str, np.ndarray]:
+    """Cluster IDs of all resolutions, [n] each, and the distances of the main one."""
+    columns = {}
+    for label in search.codebook.info.labels:
+        numbers, found = search.assign(label, points)
+        columns[cluster_column(label)] = _spread(numbers, rows, n)
+        if label == search.codebook.info.labels[0]:
+            columns["centre_distance"] = _spread(found.distance, rows, n)
+            second = np.where(np.isfinite(found.second), found.second, np.float32(0))
+            columns["second_distance"] = _spread(second, rows, n)
+    return columns
+
+
+def _spread(values: np.ndarray, rows: np.ndarray, n: int) -> np.ndarray:
+    """`values` at `rows` of n, zeros elsewhere."""
+    out = np.zeros((n, *values.shape[1:]), values.dtype)
+    out[rows] = values
+    return out
+
+
+def _check_points(points: np.ndarray, ids: pa.ChunkedArray, rows: np.ndarray) -> None:
+    norms = np.einsum("nd,nd->n", points, points)
+    bad = rows[~(np.abs(norms - 1) < 2e-3)]  # written so that NaN counts as bad
+    if len(bad):
+        raise DataContractError(
+            f"The embedding of item_id {ids[int(bad[0])]} and {len(bad) - 1:,} more of "
+            f"item_embeddings are not finite unit vectors of {EMBEDDING_DIM} floats; their "
+            "cluster IDs would be arbitrary. Run `courier embed --full` for this ds."
+        )
 
 
 def count_features(rows: pa.Table) -> dict[str, int]:
@@ -83,13 +129,71 @@ def count_features(rows: pa.Table) -> dict[str, int]:
     }
 
 
+def count_clusters(
+    rows: pa.Table, before: pa.Table | None, codebook: Codebook, of_another_lineage: bool
+) -> pa.Table:
+    """For each number of each resolution: the items that have it, those that had it the day before
+    and have some number now, and those of them that have another one now."""
+    parts = []
+    for label in codebook.info.labels:
+        column = cluster_column(label)
+        new = rows[column].to_numpy()
+        old = np.zeros(len(new), np.int32)
+        if before is not None and column in before.column_names:
+            old = tables.lookup(rows["item_id"], before, column)
+        both = (old > 0) & (new > 0)
+        moved = both & ((old != new) | of_another_lineage)
+        counts = [_bincount(new), _bincount(old[both]), _bincount(old[moved])]
+        length = max(map(len, counts))
+        counts = [np.pad(c, (0, length - len(c))) for c in counts]
+        number = np.flatnonzero(np.any(counts, axis=0))
+        columns = [
+            pa.array([label] * len(number), pa.string()),
+            number,
+            *(c[number] for c in counts),
+        ]
+        parts.append(pa.table(columns, names=["label", "cluster_id", *_COUNTS]))
+    return pa.concat_tables(parts)
+
+
+def _bincount(numbers: np.ndarray) -> np.ndarray:
+    """How often each number occurs; 0 = none does not count."""
+    counts = np.bincount(numbers, minlength=1)
+    counts[0] = 0
+    return counts
+
+
+def summarise_clusters(counts: pa.Table, codebook: Codebook) -> dict[str, dict[str, Any]]:
+    """By resolution: the health of its clusters, how many items moved since the day before, and
+    the clusters that most of them left."""
+    total = counts.group_by(["label", "cluster_id"]).aggregate([(n, "sum") for n in _COUNTS])
+    found = {}
+    for label in codebook.info.labels:
+        rows = total.filter(pc.equal(total["label"], label)).sort_by(
+            [("moved_sum", "descending"), ("cluster_id", "ascending")]
+        )
+        numbers = pa.array(np.asarray(codebook.numbers[label], np.int64))
+        sizes = tables.lookup(numbers, rows, "items_sum", key="cluster_id")
+        left = rows.filter(pc.greater(rows["moved_sum"], 0)).slice(0, _NAMED)
+        found[label] = {
+            **health_of(sizes),
+            "compared_items": pc.sum(rows["compared_sum"]).as_py() or 0,
+            "moved_items": pc.sum(rows["moved_sum"]).as_py() or 0,
+            "most_moved": [
+                {"cluster_id": r["cluster_id"], "moved": r["moved_sum"], "of": r["compared_sum"]}
+                for r in left.to_pylist()
+            ],
+        }
+    return found
+
+
 # ---- Transforms ----------------------------------------------------------------------------
 
 
 class AssignShard(beam.DoFn):
-    """A shard number → one part of `item_features`."""
+    """A shard number → one part of `item_features`, and its counts of clusters."""
 
-    _loaded = Shared()  # one set of centres per worker process
+    _loaded = Shared()  # one per worker process; its arrays are shared by those of a machine
 
     def __init__(self, job: FeaturesJob):
         self._job, self.staging = job, job.staging
@@ -104,13 +208,24 @@ class AssignShard(beam.DoFn):
             shard, job.shards, "item_id", ["item_id", "embedding", "category", "in_catalogue"]
         )
         rejected = job.rejects.read_shard(shard, job.shards, "item_id", ["item_id", "category"])
-        codebook = self._loaded.acquire(
-            lambda: load_codebook(job.codebook_folder), tag=job.codebook_folder
+        search = self._loaded.acquire(
+            lambda: CodebookSearch(load_codebook(job.codebook_folder)), tag=job.codebook_folder
         )
-        rows = features_of(embedded, rejected, codebook, job.categories)
+        rows = features_of(embedded, rejected, search, job.categories)
+        before = job.before and job.before.read_shard(
+            shard, job.shards, "item_id", self._compared_columns(search.codebook)
+        )
+        counts = count_clusters(rows, before, search.codebook, job.of_another_lineage)
+        tables.write_parquet(_counts_path(job.staging, shard), counts)
         tables.write_part(
             folder, ITEM_FEATURES, job.schema, rows, shard, job.shards, count_features(rows)
         )
+
+    def _compared_columns(self, codebook: Codebook) -> list[str]:
+        """Those that the day before has too."""
+        there = self._job.before.schema.names if self._job.before else []
+        mine = map(cluster_column, codebook.info.labels)
+        return ["item_id", *(column for column in mine if column in there)]
 
 
 # ---- The job -------------------------------------------------------------------------------
@@ -124,3 +239,13 @@ def define_item_features(root: beam.Pipeline, job: FeaturesJob) -> None:
         | "SpreadShards" >> beam.Reshuffle()
         | "AssignShard" >> beam.ParDo(AssignShard(job))
     )
+
+
+def _counts_path(staging: str, shard: int) -> str:
+    return os.path.join(staging, _CLUSTERS, f"{shard:05d}.parquet")
+
+
+def read_clusters(staging: str, shards: int, codebook_folder: str) -> Mapping[str, dict[str, Any]]:
+    """What `summarise_clusters` makes of all shards' counts."""
+    counts = pa.concat_tables(tables.read_parquet(_counts_path(staging, n)) for n in range(shards))
+    return summarise_clusters(counts, load_codebook(codebook_folder))

@@ -194,11 +194,23 @@ ITEM_FEATURES = Table(
         Column(
             "centre_distance", pa.float32(), "Euclidean, to its centre; 0 where cluster_id is 0"
         ),
+        Column(
+            "second_distance",
+            pa.float32(),
+            "Euclidean, to the second-nearest centre; 0 where there is none",
+        ),
         Column("encoder_id", _STRING, "the encoder of the embedding"),
         Column("codebook_id", _STRING, "the codebook of the cluster ID"),
         Column("embedding", _FLOATS, f"[{EMBEDDING_DIM}] the Vector form; zeros without a feature"),
     ),
 )
+
+
+def cluster_field(column: str) -> pa.Field:
+    """The column of `item_features` for a further resolution of a codebook."""
+    meaning = {"meaning": "as cluster_id, of another resolution of the codebook"}
+    return pa.field(column, pa.int32(), nullable=False, metadata=meaning)
+
 
 USER_SIMSCORES = Table(
     "user_simscores",
@@ -222,6 +234,19 @@ USER_SIMSCORES = Table(
         Column("encoder_id", _STRING, "the encoder of the scores"),
         Column("codebook_id", _STRING, "the codebook of same_cluster"),
     ),
+)
+
+# Lies in the package of a codebook that has a parent; in no partition.
+CROSSWALK = pa.schema(
+    [
+        ("label", _STRING),  # of the resolution
+        ("old_cluster_id", pa.int32()),  # a number of the parent
+        ("new_cluster_id", pa.int32()),  # where items of it went; 0 = it had none and is retired
+        ("items", pa.int64()),
+        ("item_share", pa.float64()),  # of the old number's items; they sum to one
+        ("impressions", pa.int64()),  # of these items on the day of the fit
+        ("impression_share", pa.float64()),  # of the old number's; item_share where it had none
+    ]
 )
 
 TABLES = {

@@ -12,9 +12,9 @@ files, one copy per machine, shared by its processes.
 """
 
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import apache_beam as beam
 import numpy as np
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.utils.shared import Shared
 
-from feature_jobs import hashing, storage, tables
+from feature_jobs import broadcast, hashing, tables
 from feature_jobs.histories import (
     Clicks,
     HistoryLaw,
@@ -45,7 +45,6 @@ from feature_jobs.schemas import (
     EMBEDDING_DIM,
     SIM_TIERS,
     USER_SIMSCORES,
-    CourierError,
     DataContractError,
 )
 
@@ -55,10 +54,13 @@ _BLOCK_ROWS = 512  # impressions scored at once: 512 x 50 x 256 floats are 26 MB
 
 @dataclass(frozen=True)
 class SimscoreJob:
-    """All that the workers need to know. `end_us` is the first moment after ds."""
+    """All that the workers need to know. `end_us` is the first moment after ds. `before` are the
+    features of the day before, None for none, whose numbers may be `of_another_lineage`."""
 
     features: tables.Partition
     embeddings: tables.Partition
+    before: tables.Partition | None
+    of_another_lineage: bool
     law: HistoryLaw
     end_us: int
     shards: int
@@ -156,23 +158,26 @@ class ItemVectors:
     """What is known of every item of `item_features`, memory-mapped and ordered by the ID's hash.
 
     `vector_row` int64 [n] is the item's row in `vectors` float32 [v, 256], -1 for an item that
-    scores 0. `longest_run` is the largest number of items with one hash.
+    scores 0. `old_cluster_ids` int32 [n] are those of the day before: 0 for none, -1 for one of
+    another lineage. `longest_run` is the largest number of items with one hash.
     """
 
     item_ids: pa.ChunkedArray
     hashes: np.ndarray
     cluster_ids: np.ndarray
+    old_cluster_ids: np.ndarray
     vector_row: np.ndarray
     vectors: np.ndarray
     longest_run: int
 
-    def look_up(self, ids: pa.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Whether each item is known, its row in `vectors` or -1, its cluster ID or 0; [m] each."""
+    def look_up(self, ids: pa.Array) -> "FoundItems":
         row = self.find(ids)
         known = row >= 0
-        vector, cluster = np.full(len(ids), -1, np.int64), np.zeros(len(ids), np.int32)
+        vector = np.full(len(ids), -1, np.int64)
+        cluster, old_cluster = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
         vector[known], cluster[known] = self.vector_row[row[known]], self.cluster_ids[row[known]]
-        return known, vector, cluster
+        old_cluster[known] = self.old_cluster_ids[row[known]]
+        return FoundItems(known, vector, cluster, old_cluster)
 
     def find(self, ids: pa.Array) -> np.ndarray:
         """The row of each item ID, -1 for an unknown item; int64 [m]."""
@@ -186,35 +191,25 @@ class ItemVectors:
         return found
 
 
-def broadcast_folder(key: str) -> str:
-    """Where a machine keeps its one copy."""
-    return os.path.join(tempfile.gettempdir(), f"courier-{os.getuid()}-{key}")
+class FoundItems(NamedTuple):
+    """Of some item IDs, [m] each: whether it is known, its row of the vectors or -1, its cluster ID
+    or 0, and that of the day before as in `ItemVectors`."""
 
-
-def discard_broadcast(job: SimscoreJob) -> None:
-    """Deletes this machine's copy; a worker's own goes with the worker."""
-    storage.delete_tree(broadcast_folder(job.broadcast_key))
+    known: np.ndarray
+    vector: np.ndarray
+    cluster: np.ndarray
+    old_cluster: np.ndarray
 
 
 def open_item_vectors(job: SimscoreJob) -> ItemVectors:
     """The machine's copy, made by the first process that needs it while the others wait."""
-    folder = broadcast_folder(job.broadcast_key)
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    found = os.lstat(folder)
-    if found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise CourierError(
-            f"{folder} belongs to another user or can be written by others, who could plant "
-            "embeddings there. Delete it, or set TMPDIR to a folder of your own."
-        )
-    with storage.lock(folder, wait=True):
-        if not storage.exists(os.path.join(folder, "done.json")):
-            longest = _build_item_vectors(job, folder)
-            tables.write_json(os.path.join(folder, "done.json"), {"longest_run": longest})
+    folder, longest = broadcast.shared_folder(
+        job.broadcast_key, lambda folder: _build_item_vectors(job, folder)
+    )
     arrays = {
         name: np.load(os.path.join(folder, name + ".npy"), mmap_mode="r", allow_pickle=False)
-        for name in ("hashes", "cluster_ids", "vector_row", "vectors")
+        for name in ("hashes", "cluster_ids", "old_cluster_ids", "vector_row", "vectors")
     }
-    longest = tables.read_json(os.path.join(folder, "done.json"))["longest_run"]
     with pa.memory_map(os.path.join(folder, "item_ids.arrow")) as file:
         item_ids = pa.ipc.open_file(file).read_all()["item_id"]
     return ItemVectors(item_ids, longest_run=longest, **arrays)
@@ -240,6 +235,7 @@ def _build_item_vectors(job: SimscoreJob, folder: str) -> int:
         return np.lib.format.open_memmap(path, "w+", dtype=dtype, shape=shape)
 
     hashes, clusters = create("hashes", "u8", (n,)), create("cluster_ids", "i4", (n,))
+    old_clusters = create("old_cluster_ids", "i4", (n,))
     vector_row = create("vector_row", "i8", (n,))
     vectors = create("vectors", "f4", (max(1, job.embeddings.rows), EMBEDDING_DIM))
     at = filled = longest = 0
@@ -251,12 +247,23 @@ def _build_item_vectors(job: SimscoreJob, folder: str) -> int:
             hashes[rows] = items["hash"].to_numpy()
             longest = max(longest, _longest_run(items["hash"].to_numpy()))
             clusters[rows] = items["cluster_id"].to_numpy()
+            old_clusters[rows] = _old_clusters(job, shard, items["item_id"])
             row = items["row"].to_numpy()
             vector_row[rows] = np.where(row >= 0, row + filled, -1)
             vectors[filled : filled + len(matrix)] = matrix
             ids.write_table(pa.table({"item_id": items["item_id"]}, schema=schema))
             at, filled = at + len(items), filled + len(matrix)
     return longest
+
+
+def _old_clusters(job: SimscoreJob, shard: int, ids: pa.ChunkedArray) -> np.ndarray:
+    """`old_cluster_ids` of a shard's items."""
+    if job.before is None:
+        return np.zeros(len(ids), np.int32)
+    columns = ["item_id", "cluster_id"]
+    before = job.before.read_shard(shard, len(job.features.paths), "item_id", columns)
+    old = tables.lookup(ids, before, "cluster_id")
+    return np.where(old > 0, -1, 0) if job.of_another_lineage else old
 
 
 def _scoring_shard(job: SimscoreJob, shard: int, shards: int) -> tuple[pa.Table, np.ndarray]:
@@ -304,13 +311,14 @@ def score_impressions(
     """
     rows = sort_impressions(rows)
     item_ids, shown, history = _histories(rows, clicks, law)
-    known, vector, cluster = items.look_up(item_ids)  # [distinct items] each
+    known, vector, cluster, old_cluster = items.look_up(item_ids)  # [distinct items] each
     used = np.unique(vector[vector >= 0])
     vectors = items.vectors[used] if len(used) else np.zeros((1, EMBEDDING_DIM), np.float32)
     local = np.where(vector >= 0, np.searchsorted(used, vector), -1)
     there = history >= 0
     scores, mask = sim_scores(vectors, local[shown], np.where(there, local[history], -1))
     same = there & (cluster[history] == cluster[shown][:, None]) & (cluster[shown] > 0)[:, None]
+    compared = (old_cluster != 0) & (cluster > 0)
     columns = _columns(rows, scores, mask, there, item_ids.take(pa.array(history[there])))
     columns["same_cluster"] = pa.array(same.sum(axis=1).astype(np.int32))
     _, early = click_moments(rows.filter(rows["clicked"]), law.click_delay_us)
@@ -318,6 +326,8 @@ def score_impressions(
         "impressions": len(rows),
         "clicks": pc.sum(rows["clicked"]).as_py() or 0,
         "unknown_items": int((~known[shown]).sum()),
+        "compared_impressions": int(compared[shown].sum()),
+        "moved_impressions": int((compared & (old_cluster != cluster))[shown].sum()),
         "without_history": int((~there.any(axis=1)).sum()),
         "click_times_before_event": early,
     }

@@ -129,9 +129,17 @@ def list_column(matrix: np.ndarray, type: pa.DataType) -> pa.Array:
 
 
 def embedding_matrix(column: pa.ChunkedArray) -> np.ndarray:
-    """The list column `embedding` as float32 [n, 256]."""
-    flat = column.combine_chunks().flatten()
-    return flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, EMBEDDING_DIM)
+    """The list column `embedding` as float32 [n, 256]; read-only, where it needs no copy."""
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.astype(np.float32, copy=False).reshape(-1, EMBEDDING_DIM)
+
+
+def lookup(
+    ids: pa.Array | pa.ChunkedArray, rows: pa.Table, column: str, key: str = "item_id"
+) -> np.ndarray:
+    """The integer in `column` of the row that has each of `ids` as `key`, 0 for none; [n]."""
+    at = pc.index_in(ids, value_set=rows[key].combine_chunks())
+    return pc.fill_null(rows[column].take(at), 0).to_numpy()
 
 
 def to_ipc(table: pa.Table) -> bytes:

@@ -64,6 +64,11 @@ overlap_option = click.option(
     is_flag=True,
     help="Use an encoder or codebook made from this day or later ones; the manifest records it.",
 )
+churn_option = click.option(
+    "--allow-churn",
+    is_flag=True,
+    help="Publish however many items changed their cluster ID; the manifest records it.",
+)
 out_option = click.option(
     "--out",
     metavar="FOLDER",
@@ -98,14 +103,14 @@ def cli() -> None:
 
 
 def _make(
-    stages: Sequence[str], config: str, ds: dt.date, dry_run: bool, allow_overlap: bool,
-    json: bool, beam_args: Sequence[str], full: bool = False,
+    stages: Sequence[str], config: str, ds: dt.date, dry_run: bool, json: bool,
+    beam_args: Sequence[str], **allowed: bool,
 ) -> None:  # fmt: skip
     from pipelines import nightly, status
     from pipelines.config import load_settings
-    from pipelines.plan import plan_night
+    from pipelines.plan import NightOptions, plan_night
 
-    night = plan_night(load_settings(config), ds, stages, allow_overlap, _say, full)
+    night = plan_night(load_settings(config), ds, stages, _say, NightOptions(**allowed))
     if dry_run:
         plan = status.describe_plan(night, beam_args)
         click.echo(dumps(plan, indent=1) if json else status.render_plan(plan))
@@ -117,6 +122,7 @@ def _make(
 @cli.command()
 @_night_options
 @full_option
+@churn_option
 def refresh(**options: Any) -> None:
     """Make and publish the whole night of one day; resumes, and does nothing twice."""
     from pipelines.config import STAGES
@@ -134,6 +140,7 @@ def embed(**options: Any) -> None:
 
 @cli.command("item-features")
 @_night_options
+@churn_option
 def item_features(**options: Any) -> None:
     """Assign cluster IDs to the embedded items of one day: item_features."""
     _make(("item-features",), **options)
@@ -141,6 +148,7 @@ def item_features(**options: Any) -> None:
 
 @cli.command()
 @_night_options
+@churn_option
 def simscore(**options: Any) -> None:
     """Score the impressions of one day: user_histories and user_simscores."""
     _make(("histories", "simscore"), **options)
@@ -168,7 +176,6 @@ def training_rows(
             config,
             day,
             dry_run,
-            allow_overlap=False,
             json=json,
             beam_args=beam_args,
         )
@@ -304,22 +311,67 @@ def train(
 @cli.command("fit-codebook")
 @config_option
 @ds_option
-@click.option("--clusters", type=click.IntRange(1), required=True, help="Number of clusters.")
+@click.option(
+    "--clusters",
+    required=True,
+    metavar="N|LABEL=N,...",
+    help="How many; or several resolutions, one of them main, as in coarse=1000,main=10000.",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["fresh", "warm", "aligned"]),
+    help="What becomes of the parent's numbers. [default: keep them where there is a parent]",
+)
+@click.option(
+    "--parent", metavar="FOLDER", help="The codebook to continue. [default: the pinned one]"
+)
+@click.option(
+    "--algorithm",
+    type=click.Choice(["lloyd", "single-pass"]),
+    default="lloyd",
+    help="k-means on a sample, or one pass over all items in little memory.",
+)
+@click.option(
+    "--points-per-cluster",
+    type=click.IntRange(1),
+    help="Items to sample for each cluster. [default: 256; 32 to begin a single pass]",
+)
+@click.option(
+    "--soft-threshold",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="λ of single-pass, which makes centres sparse.",
+)
 @click.option("--seed", default=0, help="Of the first centres.")
 @click.option("--name", default="codebook", help="First part of the codebook's id.")
 @out_option
+@click.option("--dry-run", is_flag=True, help="Only say what it would do, and what that takes.")
 @beam_argument
 def fit_codebook(
-    config: str, ds: dt.date, clusters: int, seed: int, name: str, out: str | None,
-    beam_args: Sequence[str],
+    config: str, ds: dt.date, clusters: str, mode: str | None, parent: str | None,
+    points_per_cluster: int | None, out: str | None, dry_run: bool, beam_args: Sequence[str],
+    **asked: Any,
 ) -> None:  # fmt: skip
-    """Fit cluster centres on one day's embeddings; prints the pin to append to the settings."""
-    from pipelines import artefacts
+    """Fit cluster centres on one day's embeddings; prints the pin to append to the settings.
+
+    Nights never fit: they keep the pinned codebook, and its numbers, as they are. To follow a
+    catalogue that changed, --mode warm starts from the old centres; for a new encoder, aligned
+    follows the items of the old clusters; new clusters get new numbers. fresh gives every cluster a
+    new number. Where there is a parent, the package holds the crosswalk from old to new numbers.
+    """
+    from feature_jobs.codebook import parse_clusters
+    from pipelines import codebooks
     from pipelines.config import load_settings
 
     settings = load_settings(config)
     folder, out = _folders(config, out)
-    click.echo(artefacts.fit_codebook(settings, ds, clusters, seed, name, folder, out, beam_args))
+    fit = codebooks.asked_fit(parse_clusters(clusters), points_per_cluster, **asked)
+    plan = codebooks.plan_fit(settings, ds, fit, mode, parent, _say)
+    if dry_run:
+        codebooks.check_fits(plan)
+        click.echo(codebooks.describe(plan))
+        return
+    click.echo(codebooks.fit_codebook(settings, plan, folder, out, beam_args, _say))
 
 
 # ---- Looking and starting --------------------------------------------------------------------

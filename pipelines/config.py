@@ -123,9 +123,11 @@ class Embed(_Section):
 
 
 class ItemFeatures(_Section):
-    """`vector` adds the embedding itself as a column: the Vector form."""
+    """`vector` adds the embedding itself as a column: the Vector form; `second_distance` that to
+    the second-nearest centre, which tells how clear a cluster ID is."""
 
     vector: bool = False
+    second_distance: bool = False
 
 
 class Simscore(_Section):
@@ -143,10 +145,16 @@ class Training(_Section):
 
 
 class Gates(_Section):
-    """Above these shares the night is made but not published."""
+    """Above these shares the night is made but not published. "Moved" is what has another cluster
+    ID than the day before, of what had one; `max_cluster_share` is that of the largest cluster,
+    `max_dead_share` that of clusters without an item."""
 
     max_reject_share: Share = 0.05
     max_unknown_item_share: Share = 0.05
+    max_moved_item_share: Share = 0.2
+    max_moved_impression_share: Share = 0.2
+    max_cluster_share: Share = 0.5
+    max_dead_share: Share = 0.5
 
 
 class Pin(_Section):
@@ -194,6 +202,11 @@ class Settings(_Section):
                 f"[beam.{unknown[0]}] names no stage; stages are {', '.join(BEAM_STAGES)}"
             )
         return self
+
+    def allowing_churn(self) -> "Settings":
+        """The same, but cluster IDs may change as they like."""
+        free = {"max_moved_item_share": 1.0, "max_moved_impression_share": 1.0}
+        return self.model_copy(update={"gates": self.gates.model_copy(update=free)})
 
     def pin_for(self, ds: dt.date) -> Pin:
         """The pin with the greatest from_ds ≤ ds; raises OperatorError where there is none."""

@@ -69,6 +69,8 @@ $impressions_columns
 [item_features]
 # Add the embedding itself as a column.
 # vector = false
+# Add the distance to the second-nearest centre, which tells how clear a cluster ID is.
+# second_distance = false
 
 [simscore]
 # Add the items that were scored as a column.
@@ -85,6 +87,12 @@ $impressions_columns
 # max_reject_share = 0.05
 # ... and of impressions whose item the catalogue lacks.
 # max_unknown_item_share = 0.05
+# ... of items, and of impressions, whose cluster ID is not that of the day before.
+# max_moved_item_share = 0.2
+# max_moved_impression_share = 0.2
+# ... of items in one cluster, and of clusters without an item.
+# max_cluster_share = 0.5
+# max_dead_share = 0.5
 
 # Beam's own options, as Beam spells them; [beam.embed] and the like are for one stage alone.
 [beam]

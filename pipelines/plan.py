@@ -15,10 +15,10 @@ from typing import Any
 import pyarrow as pa
 
 from courier_model.images import Preprocessing
+from feature_jobs import broadcast, embed, hashing, inputs, tables
 from feature_jobs import codebook as codebooks
-from feature_jobs import embed, hashing, inputs, tables
 from feature_jobs.histories import DAY_US, HistoryLaw, define_user_histories
-from feature_jobs.item_features import FeaturesJob, define_item_features
+from feature_jobs.item_features import FeaturesJob, define_item_features, read_clusters
 from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
     ITEM_FEATURES,
@@ -29,11 +29,13 @@ from feature_jobs.schemas import (
     USER_SIMSCORES,
     DataContractError,
     OperatorError,
+    cluster_field,
 )
-from feature_jobs.simscore import SimscoreJob, define_simscore, discard_broadcast
+from feature_jobs.simscore import SimscoreJob, define_simscore
 from feature_jobs.training_rows import TrainingRowsJob, define_training_rows
 from pipelines import runs
-from pipelines.config import STAGES, Pin, Settings
+from pipelines.config import STAGES, Settings
+from pipelines.pinned import PinnedArtefacts
 from pipelines.runs import Stage
 from pipelines.shop_tables import ShopTables
 
@@ -47,6 +49,17 @@ _UPSTREAM = {  # in the order in which they are made
 }
 CHUNK_FOLDER = "chunks-"  # + digest: beside the folders of runs, the chunk files that they share
 _WITHOUT_PIN = {"histories", "training-rows"}
+
+
+@dataclass(frozen=True)
+class NightOptions:
+    """What an operator says of one night. `allow_overlap` lets an encoder or codebook be used that
+    was made from ds or later days, `allow_churn` publishes however many items changed their
+    cluster, `full` embeds every image as if there had been no day before."""
+
+    allow_overlap: bool = False
+    allow_churn: bool = False
+    full: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,18 +87,17 @@ def plan_night(
     settings: Settings,
     ds: dt.date,
     wanted: Sequence[str] = STAGES,
-    allow_overlap: bool = False,
     say: Callable[[str], None] = lambda _: None,
-    full: bool = False,
+    options: NightOptions = NightOptions(),
 ) -> Night:
     """Checks settings, artefacts and inputs for the `wanted` stages of ds, and plans them.
 
-    `allow_overlap` lets an encoder or codebook be used that was made from ds or later days, `full`
-    embeds every image as if there had been no day before.
     Raises OperatorError, DataContractError or InputNotReady.
     """
+    if options.allow_churn:
+        settings = settings.allowing_churn()
     needed = [s for s in _UPSTREAM if s in wanted or any(s in _UPSTREAM[w] for w in wanted)]
-    planner = _Planner(settings, ds, allow_overlap, say, full)
+    planner = _Planner(settings, ds, say, options)
     planner.open_inputs(needed)
     made: dict[str, Stage] = {}
     for name in needed:
@@ -105,18 +117,19 @@ class _Planner:
         self,
         settings: Settings,
         ds: dt.date,
-        allow_overlap: bool,
         say: Callable[[str], None],
-        full: bool,
+        options: NightOptions,
     ):
-        self.settings, self.ds = settings, ds
-        self.allow_overlap, self.full = allow_overlap, full
+        self.settings, self.ds, self.options = settings, ds, options
         self.shop = ShopTables(settings, ds, say)
+        self.pinned = PinnedArtefacts(settings, ds, options.allow_overlap)
 
     def open_inputs(self, needed: Sequence[str]) -> None:
         """Opens pin and tables of ds; raises DataContractError where IDs are of two types."""
         if set(needed) - _WITHOUT_PIN:
-            _ = self.encoder  # a pin that does not hold is told before an input that is missing
+            _ = (
+                self.pinned.encoder
+            )  # a pin that does not hold is told before an input that is missing
         if "embed" in needed:
             self.shop.catalogue(self.ds)
         if {"histories", "simscore", "training-rows"} & set(needed):
@@ -154,8 +167,8 @@ class _Planner:
             shards=shards,
             embeddings_schema=ITEM_EMBEDDINGS.schema(item_id),
             rejects_schema=ITEM_REJECTS.schema(item_id),
-            encoder_folder=self.pin.encoder,
-            preprocessing=Preprocessing.from_dict(self.encoder.preprocessing),
+            encoder_folder=self.pinned.pin.encoder,
+            preprocessing=Preprocessing.from_dict(self.pinned.encoder.preprocessing),
             device=settings.embed.device,
             image_roots=settings.catalogue.image_roots,
             batch_size=settings.embed.batch_size,
@@ -163,8 +176,8 @@ class _Planner:
             window_days=settings.window_days,
             previous_embeddings=before,
             previous_rejects=rejects,
-            reuse=made_by == self.encoder.encoder_id,
-            full=self.full,
+            reuse=made_by == self.pinned.encoder.encoder_id,
+            full=self.options.full,
             same_roots=before is not None and before.manifest["settings"]["image_roots"] == roots,
         )
 
@@ -181,18 +194,18 @@ class _Planner:
                 "catalogue": catalogue.identity(),
                 "previous": [p.manifest["version"] for p in (before, rejects) if p],
             },
-            identities={"encoder_id": self.encoder.encoder_id},
+            identities={"encoder_id": self.pinned.encoder.encoder_id},
             settings={
                 "image_roots": roots,
                 "batch_size": settings.embed.batch_size,
                 "window_days": settings.window_days,
             },
             input_rows=catalogue.rows,
-            forced=self.full,
+            forced=self.options.full,
             notes={
-                **({"full": True} if self.full else {}),
+                **({"full": True} if self.options.full else {}),
                 "one_snapshot_for_all_days": self.shop.has_one_catalogue,
-                **self._overlap("encoder", self.encoder.data_end_ds),
+                **self.pinned.overlap("encoder", self.pinned.encoder.data_end_ds),
             },
         )
 
@@ -210,21 +223,35 @@ class _Planner:
     def _chunk_folder(self, item_id: pa.DataType, shards: int) -> str:
         """Name of the folder of chunk files, shared by all runs of ds that would embed alike."""
         settings = self.settings
-        embedding = [self.encoder.encoder_id, settings.embed.batch_size, runs.PACKAGE_VERSIONS]
-        layout = [str(item_id), shards, list(settings.catalogue.image_roots), self.full]
+        embedding = [
+            self.pinned.encoder.encoder_id,
+            settings.embed.batch_size,
+            runs.PACKAGE_VERSIONS,
+        ]
+        layout = [str(item_id), shards, list(settings.catalogue.image_roots), self.options.full]
         return CHUNK_FOLDER + tables.digest([embedding, layout])[:12]
 
     # -- ITEM-FEATURES --
 
     def _item_features(self, made: dict[str, Stage]) -> Stage:
-        settings, upstream, codebook = self.settings, made["embed"], self._codebook()
-        optional = [] if settings.item_features.vector else ["embedding"]
-        schema = ITEM_FEATURES.schema(self._item_id_type(), without=optional)
+        settings, upstream, codebook = self.settings, made["embed"], self.pinned.codebook
+        labels = [label for label in codebook.labels if label != codebooks.MAIN]
+        wanted = {
+            "embedding": settings.item_features.vector,
+            "second_distance": settings.item_features.second_distance,
+        }
+        schema = ITEM_FEATURES.schema(
+            self._item_id_type(),
+            extra=[cluster_field(codebooks.cluster_column(label)) for label in labels],
+            without=[name for name, asked in wanted.items() if not asked],
+        )
+        folder = str(self.pinned.pin.codebook)
+        before = self._features_before
 
         def define(root: Any, staging: str) -> None:
             job = FeaturesJob(
-                upstream.partition(ITEM_EMBEDDINGS), upstream.partition(ITEM_REJECTS),
-                str(self.pin.codebook), self.encoder.categories, schema, staging,
+                upstream.partition(ITEM_EMBEDDINGS), upstream.partition(ITEM_REJECTS), folder,
+                self.pinned.encoder.categories, schema, before, self._of_another_lineage, staging,
             )  # fmt: skip
             define_item_features(root, job)
 
@@ -233,16 +260,40 @@ class _Planner:
             define,
             tables=(ITEM_FEATURES,),
             shards=upstream.shards,
-            inputs={"embed": upstream.run_id},
-            upstream=(upstream,),
-            identities=self._identities(),
-            settings={
-                "vector": settings.item_features.vector,
-                "max_id": codebook.max_id,
-                "categories": self.encoder.categories,
+            inputs={
+                "embed": upstream.run_id,
+                "previous": before.manifest["version"] if before else None,
             },
-            notes=self._overlap("codebook", codebook.data_end_ds),
+            upstream=(upstream,),
+            identities=self.pinned.identities(),
+            settings={
+                **wanted,
+                "max_id": {r.label: r.max_id for r in codebook.resolutions},
+                "lineage": codebook.lineage,
+                "categories": self.pinned.encoder.categories,
+            },
+            notes={
+                **self.pinned.overlap("codebook", codebook.data_end_ds),
+                **self._churn_note(),
+            },
+            summarise=lambda staging: {"clusters": read_clusters(staging, upstream.shards, folder)},
         )
+
+    def _churn_note(self) -> dict[str, bool]:
+        return {"churn_allowed": True} if self.options.allow_churn else {}
+
+    @functools.cached_property
+    def _features_before(self) -> tables.Partition | None:
+        """`item_features` of the newest day before ds that has them: cluster IDs are compared."""
+        settings, wanted = self.settings, (ITEM_FEATURES,)
+        found = runs.latest_before(settings.root, settings.feature_set, wanted, self.ds)
+        return found[0] if found else None
+
+    @property
+    def _of_another_lineage(self) -> bool:
+        before = self._features_before
+        lineage = self.pinned.codebook.lineage
+        return before is not None and before.manifest["settings"]["lineage"] != lineage
 
     # -- HISTORIES --
 
@@ -290,8 +341,9 @@ class _Planner:
         def job(staging: str) -> SimscoreJob:
             return SimscoreJob(
                 features.partition(ITEM_FEATURES), embedded.partition(ITEM_EMBEDDINGS),
+                self._features_before, self._of_another_lineage,
                 self._law(), self._end_us(), shards, schema,
-                **self._identities(), staging=staging,
+                **self.pinned.identities(), staging=staging,
             )  # fmt: skip
 
         return self._stage(
@@ -305,14 +357,18 @@ class _Planner:
                 "item_features": features.run_id,
             },
             upstream=(embedded, features),
-            identities=self._identities(),
+            identities=self.pinned.identities(),
             settings={
                 **self._history_settings(),
                 "history_item_ids": settings.simscore.history_item_ids,
             },
             input_rows=impressions.rows,
-            notes={"logged_histories": logged, "days_without_log": missing},
-            clean=lambda staging: discard_broadcast(job(staging)),
+            notes={
+                "logged_histories": logged,
+                "days_without_log": missing,
+                **self._churn_note(),
+            },
+            clean=lambda staging: broadcast.discard(job(staging).broadcast_key),
         )
 
     # -- TRAINING-ROWS --
@@ -404,14 +460,6 @@ class _Planner:
                     "settings, or another root."
                 )
 
-    @functools.cached_property
-    def pin(self) -> Pin:
-        return self.settings.pin_for(self.ds)
-
-    @functools.cached_property
-    def encoder(self) -> tables.EncoderInfo:
-        return tables.read_encoder_info(self.pin.encoder)
-
     def _law(self) -> HistoryLaw:
         return HistoryLaw(
             self.settings.history_len,
@@ -431,40 +479,3 @@ class _Planner:
 
     def _end_us(self) -> int:
         return inputs.day_end(self.ds, self.settings.day_timezone)
-
-    def _codebook(self) -> codebooks.CodebookInfo:
-        """The pinned codebook; raises OperatorError where there is none, or of another encoder."""
-        if self.pin.codebook is None:
-            raise OperatorError(
-                f"The pin that holds for ds {self.ds} (from_ds {self.pin.from_ds}) names no "
-                "codebook, and the night never fits one. Run `courier embed` and `courier "
-                "fit-codebook` for an earlier day, and add the stanza that it prints."
-            )
-        info = codebooks.read_codebook_info(self.pin.codebook)
-        if info.encoder_id != self.encoder.encoder_id:
-            raise OperatorError(
-                f"The pin from {self.pin.from_ds} mixes two encoders: its encoder is "
-                f"{self.encoder.encoder_id}, but its codebook {info.codebook_id} was fitted on "
-                f"embeddings of {info.encoder_id}. Distances between the two mean nothing. Pin the "
-                "codebook's own encoder, or fit a codebook on the new embeddings."
-            )
-        return info
-
-    def _identities(self) -> dict[str, str]:
-        return {"encoder_id": self.encoder.encoder_id, "codebook_id": self._codebook().codebook_id}
-
-    def _overlap(self, what: str, data_end_ds: str | None) -> dict[str, bool]:
-        """Refuses an artefact made from ds or later, but on the first day or when allowed."""
-        if data_end_ds is None or data_end_ds < str(self.ds):
-            return {}
-        if self.allow_overlap:
-            return {f"{what}_overlap_allowed": True}
-        first = min((p.from_ds for p in self.settings.pins if p.codebook), default=self.ds)
-        if self.ds == first:
-            return {"bootstrap": True}
-        raise OperatorError(
-            f"The pinned {what} was made from data up to ds {data_end_ds}, but is to make features "
-            f"of ds {self.ds}: they would know their own future, look better offline than they "
-            f"are, and fail online. Pin a {what} made from days before {self.ds}, or say "
-            "--allow-overlap, which the manifest will record."
-        )

@@ -5,16 +5,31 @@ above its limit: nothing is published, and what was published before stays.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from feature_jobs.schemas import DataContractError, GateRefused
-from pipelines.config import Settings
+from pipelines.config import Gates, Settings
+
+_CHURN = (
+    "The CTR model's embedding rows would stand for other items. If a new codebook was pinned on "
+    "purpose, move the rows by its crosswalk and say --allow-churn, which the manifest records"
+)
 
 
-def check(stage: str, input_rows: int, counts: Mapping[str, int], settings: Settings) -> None:
+def check(
+    stage: str,
+    input_rows: int,
+    counts: Mapping[str, int],
+    settings: Settings,
+    clusters: Mapping[str, Mapping[str, Any]],
+) -> None:
     """Raises GateRefused, or DataContractError for a catalogue without one readable image.
 
-    `input_rows` are those of the stage's input, `counts` its own and those of the ones before it.
+    `input_rows` are those of the stage's input, `counts` its own and those of the ones before it,
+    `clusters` what it says of the clusters of each resolution.
     """
+    for label, found in clusters.items():
+        _clusters(label, found, settings.gates)
     gates = {
         "embed": _embed,
         "item-features": _item_features,
@@ -57,6 +72,36 @@ def _simscore(input_rows: int, counts: Mapping[str, int], settings: Settings) ->
         counts["unknown_items"], counts["impressions"],
         settings.gates.max_unknown_item_share, "max_unknown_item_share",
         "A catalogue of another day or shop looks like this",
+    )  # fmt: skip
+
+    _share(
+        "impressions are of items whose cluster ID is not that of the day before",
+        counts.get("moved_impressions", 0), counts.get("compared_impressions", 0),
+        settings.gates.max_moved_impression_share, "max_moved_impression_share", _CHURN,
+    )  # fmt: skip
+
+
+def _clusters(label: str, found: Mapping[str, Any], gates: Gates) -> None:
+    """Churn and imbalance of one resolution."""
+    left = ", ".join(
+        f"{c['cluster_id']} ({c['moved']:,} of {c['of']:,} items)" for c in found["most_moved"]
+    )
+    _share(
+        f"items have another cluster ID ({label}) than the day before",
+        found["moved_items"], found["compared_items"],
+        gates.max_moved_item_share, "max_moved_item_share", f"Most left clusters {left}. {_CHURN}",
+    )  # fmt: skip
+    if not found["items"]:
+        return
+    _share(
+        f"items with a cluster ID ({label}) are in one cluster",
+        found["items_max"], found["items"], gates.max_cluster_share, "max_cluster_share",
+        "An encoder that takes most images for the same one looks like this",
+    )  # fmt: skip
+    _share(
+        f"clusters ({label}) have no item",
+        found["dead"], found["clusters"], gates.max_dead_share, "max_dead_share",
+        "A codebook of another catalogue, or one much too old, looks like this",
     )  # fmt: skip
 
 

@@ -51,7 +51,8 @@ class Stage:
     `inputs` are what the work depends on, `identities` the artefacts it uses, `notes` what a reader
     of the manifest should know. A `forced` stage is made again although it is published (`force`).
     `define` wires the job below a pipeline root, once everything
-    upstream is made, to write below a staging folder; `clean` frees what it left on this machine.
+    upstream is made, to write below a staging folder; `clean` frees what it left on this machine;
+    `summarise` makes of what lies there what else the manifests say of all shards together.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Stage:
     input_rows: int = 0
     notes: Mapping[str, Any] = field(default_factory=dict)
     clean: Callable[[str], None] = lambda _: None
+    summarise: Callable[[str], Mapping[str, Any]] = lambda _: {}
     forced: bool = False
 
     @property
@@ -285,6 +287,7 @@ def seal(stage: Stage, table: Table) -> None:
         "settings": dict(stage.settings),
         "notes": dict(stage.notes),
         "versions": PACKAGE_VERSIONS,
+        **stage.summarise(stage.staging),
     }
     tables.write_json(os.path.join(folder, STAGED), manifest)
 
@@ -296,6 +299,12 @@ def counts_of(stage: Stage) -> dict[str, int]:
     for manifest in manifests.values():
         counts.update(manifest["counts"])
     return counts
+
+
+def clusters_of(stage: Stage) -> dict[str, Any]:
+    """How the stage's items spread over clusters, by resolution; empty where it assigns none."""
+    found = [stage.partition(table).manifest.get("clusters", {}) for table in stage.tables]
+    return {label: entry for clusters in found for label, entry in clusters.items()}
 
 
 def work_of(stage: Stage) -> dict[str, float]:

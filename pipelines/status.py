@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from feature_jobs import storage, tables
-from feature_jobs.schemas import TABLES, TRAINING_ROWS
+from feature_jobs.codebook import MAIN
+from feature_jobs.schemas import ITEM_FEATURES, TABLES, TRAINING_ROWS, USER_SIMSCORES
 from pipelines import beam_options, runs
 from pipelines.config import Settings
 from pipelines.plan import CHUNK_FOLDER, Night
@@ -23,6 +24,7 @@ def collect(settings: Settings) -> dict[str, Any]:
             folder = runs.table_folder(settings.root, settings.feature_set, table, ds)
             manifest = tables.open_published(folder).manifest
             entry = {k: manifest[k] for k in ("rows", "version", "run_id", "identities", "notes")}
+            entry |= {k: manifest[k] for k in ("clusters", "counts") if k in manifest}
             days.setdefault(str(ds), {})[table.name] = {**entry, "path": folder}
     return {
         "root": settings.root,
@@ -68,6 +70,7 @@ def render(found: dict[str, Any]) -> str:
             for n in names
         )
         lines.append(f"{ds:10}  {_night_of(day):7}  {rows}")
+    lines += _clusters(found["days"])
     lines += [f"unfinished: {run} (the same command resumes it)" for run in found["staged"]]
     for pin in found["pins"]:
         lines.append(
@@ -75,6 +78,35 @@ def render(found: dict[str, Any]) -> str:
             f"{os.path.basename(pin['codebook']) if pin['codebook'] else 'none'}"
         )
     return "\n".join(lines)
+
+
+def _clusters(days: Mapping[str, Any]) -> list[str]:
+    """How items spread over clusters on the newest day that has them, a line for each resolution,
+    and the share that moved there since the day before."""
+    newest = max(
+        (ds for ds, day in days.items() if ITEM_FEATURES.name in day["tables"]), default=""
+    )
+    if not newest:
+        return []
+    made = days[newest]["tables"]
+    counts = made.get(USER_SIMSCORES.name, {}).get("counts", {})
+    lines = []
+    for label, c in made[ITEM_FEATURES.name]["clusters"].items():
+        moved = _moved("items", c["moved_items"], c["compared_items"])
+        if label == MAIN:
+            seen = counts.get("moved_impressions", 0), counts.get("compared_impressions", 0)
+            moved += _moved("impressions", *seen)
+        lines.append(
+            f"clusters of {newest}, {label}: {c['used']:,} of {c['clusters']:,} used, perplexity "
+            f"{c['perplexity']:,.1f}, largest {c['largest_share']:.1%}, items per cluster "
+            f"{c['items_p5']:,.0f} / {c['items_p50']:,.0f} / {c['items_p95']:,.0f} (5, 50, 95 %)"
+            f"{moved}"
+        )
+    return lines
+
+
+def _moved(what: str, some: int, total: int) -> str:
+    return f"; moved {some / total:.1%} of {total:,} {what}" if total else ""
 
 
 def _night_of(day: dict[str, Any]) -> str:

@@ -22,10 +22,11 @@ import pyarrow.parquet as pq
 
 from courier_model.encoder import build_encoder, save_encoder
 from feature_jobs import hashing, tables
-from feature_jobs.codebook import Codebook, CodebookInfo, codebook_id, save_codebook
+from feature_jobs.codebook import save_codebook
 from pipelines.config import load_settings
 from pipelines.nightly import run_night
 from pipelines.plan import plan_night
+from tests.support.codebooks import by_hand
 
 DAY = dt.date(2026, 1, 5)
 HISTORY, DIM, PER_USER = 50, 256, 5
@@ -93,12 +94,8 @@ def make_tables(top: Path, vectors: np.ndarray, histories: np.ndarray, shown: np
 
 
 def save_book(top: Path, centres: np.ndarray, encoder_id: str) -> str:
-    numbers = np.arange(1, len(centres) + 1, dtype=np.int32)
-    info = CodebookInfo(
-        codebook_id("bench", centres, numbers, encoder_id), encoder_id, None, len(centres),
-        len(centres), "by hand", 0, 0, 0, "", 0.0, (), "2026-01-01", "2026-01-01",
-    )  # fmt: skip
-    return save_codebook(str(top), Codebook(info, centres, numbers))
+    numbers = {"main": np.arange(1, len(centres) + 1)}
+    return save_codebook(str(top), by_hand({"main": centres}, numbers, encoder_id, "2026-01-01"))
 
 
 def publish_items(settings: str, vectors: np.ndarray) -> None:

@@ -1,106 +1,75 @@
-"""Codebooks: the exact nearest centre, packages that cannot be confused, fits that are refused."""
+"""Codebooks: packages that cannot be confused, numbers that go on meaning what they meant."""
 
 import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feature_jobs import codebook as codebooks
-from feature_jobs import tables
-from feature_jobs.codebook import load_codebook, nearest_centre, read_codebook_info, save_codebook
-from feature_jobs.fit_codebook import check_sample, draw_sample, make_codebook, sample_fraction
+from feature_jobs import broadcast, codebook, storage
+from feature_jobs.codebook import (
+    Codebook,
+    continued_numbers,
+    health_of,
+    load_codebook,
+    parse_clusters,
+    read_codebook_info,
+    retired_numbers,
+    save_codebook,
+)
 from feature_jobs.schemas import DataContractError, OperatorError
-from tests.support import oracles
+from tests.support.codebooks import by_hand, unit_rows
 
-FLOATS = pa.list_(pa.float32())
-
-
-def unit_rows(count: int, seed: int = 0) -> np.ndarray:
-    rows = np.random.default_rng(seed).normal(size=(count, 256)).astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+ENCODER = "tiny-000000000000"
 
 
-def embeddings(points: np.ndarray, **columns: object) -> pa.Table:
-    return pa.table(
-        {
-            "item_id": np.arange(len(points)),
-            "embedding": tables.list_column(points, FLOATS),
-            "category": pa.array(["dress", None] * (len(points) // 2), pa.string()),
-            "in_catalogue": np.arange(len(points)) % 10 != 0,
-        }
-    )
-
-
-# ---- The nearest centre ------------------------------------------------------------------------
-
-
-def test_the_nearest_centre_is_that_of_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    centres, points = unit_rows(30, seed=1), unit_rows(200, seed=2)
-    expected = [oracles.nearest(point, centres) for point in points]
-    assert len({place for place, _ in expected}) > 20
-    for cells in (1 << 25, 100):  # in one block, and three rows at a time
-        monkeypatch.setattr(codebooks, "_BLOCK_CELLS", cells)
-        place, distance = nearest_centre(centres, points)
-        assert place.tolist() == [p for p, _ in expected]
-        np.testing.assert_allclose(distance, [d for _, d in expected], rtol=1e-5)
-
-
-def test_a_centre_is_assigned_to_itself_and_ties_go_to_the_first() -> None:
-    centres = unit_rows(10)
-    place, distance = nearest_centre(centres, centres)
-    assert place.tolist() == list(range(10))
-    np.testing.assert_allclose(distance, 0, atol=1e-6)
-    twice = np.concatenate([centres, centres])
-    assert nearest_centre(twice, centres)[0].tolist() == list(range(10))
-
-
-def test_no_items_are_assigned_to_nothing() -> None:
-    place, distance = nearest_centre(unit_rows(3), np.zeros((0, 256), np.float32))
-    assert (place.shape, distance.shape) == ((0,), (0,))
+def made(seed: int = 0, encoder: str = ENCODER) -> Codebook:
+    centres = {"main": unit_rows(4, seed), "coarse": unit_rows(2, seed + 1)}
+    return by_hand(centres, {"main": np.arange(1, 5), "coarse": np.arange(1, 3)}, encoder)
 
 
 # ---- Packages ----------------------------------------------------------------------------------
 
 
-def fitted(clusters: int = 4, seed: int = 0) -> codebooks.Codebook:
-    sample = embeddings(unit_rows(60)).select(["item_id", "embedding"])
-    return make_codebook(sample, clusters, seed, "book", "tiny-000000000000", "2026-01-05")
-
-
 def test_a_saved_codebook_is_the_one_that_is_loaded(tmp_path: Path) -> None:
-    made = fitted()
-    loaded = load_codebook(save_codebook(str(tmp_path), made))
-    assert loaded.info == made.info
-    np.testing.assert_array_equal(loaded.centres, made.centres)
-    assert loaded.numbers.tolist() == [1, 2, 3, 4]
-    assert loaded.info.max_id == 4
-    assert sum(loaded.info.sizes) == 60
+    book = made()
+    loaded = load_codebook(save_codebook(str(tmp_path), book))
+    assert loaded.info == book.info
+    assert loaded.info.labels == ("main", "coarse")
+    for label in loaded.info.labels:
+        np.testing.assert_array_equal(loaded.centres[label], book.centres[label])
+        np.testing.assert_array_equal(loaded.numbers[label], book.numbers[label])
+        assert isinstance(loaded.centres[label], np.memmap)  # one copy for all processes
 
 
-def test_the_id_changes_with_centres_numbers_and_encoder() -> None:
-    made = fitted()
+def test_the_id_changes_with_centres_numbers_labels_and_encoder() -> None:
+    book = made()
+    centres, numbers = dict(book.centres), dict(book.numbers)
+    other = {"main": centres["main"], "fine": centres["coarse"]}
     ids = {
-        made.info.codebook_id,
-        codebooks.codebook_id("book", made.centres + 1, made.numbers, made.info.encoder_id),
-        codebooks.codebook_id("book", made.centres, made.numbers + 1, made.info.encoder_id),
-        codebooks.codebook_id("book", made.centres, made.numbers, "other-000000000000"),
+        codebook.codebook_id("test", centres, numbers, ENCODER),
+        codebook.codebook_id("test", {k: c + 1 for k, c in centres.items()}, numbers, ENCODER),
+        codebook.codebook_id("test", centres, {k: n + 1 for k, n in numbers.items()}, ENCODER),
+        codebook.codebook_id("test", centres, numbers, "other-000000000000"),
+        codebook.codebook_id(
+            "test", other, {"main": numbers["main"], "fine": numbers["coarse"]}, ENCODER
+        ),
     }
-    assert len(ids) == 4
+    assert len(ids) == 5
+    assert book.info.codebook_id in ids
 
 
-@pytest.mark.parametrize("name", ["centres.npy", "numbers.npy"])
+@pytest.mark.parametrize("name", ["main-centres.npy", "coarse-numbers.npy"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "missing", "pickled"])
 def test_a_damaged_codebook_is_refused(tmp_path: Path, name: str, damage: str) -> None:
-    path = Path(save_codebook(str(tmp_path), fitted())) / name
+    path = Path(save_codebook(str(tmp_path), made())) / name
     data = path.read_bytes()
     if damage == "cut":
         path.write_bytes(data[: len(data) // 2])
     elif damage == "changed":
-        path.write_bytes(data[:-4] + bytes(4)[::-1] if data[-4:] != bytes(4) else data[:-1] + b"1")
+        path.write_bytes(data[:-4] + bytes(reversed(range(1, 5))))
     elif damage == "missing":
         path.unlink()
     else:
@@ -109,71 +78,105 @@ def test_a_damaged_codebook_is_refused(tmp_path: Path, name: str, damage: str) -
         load_codebook(str(path.parent))
 
 
+def test_arrays_of_another_codebook_are_told_from_the_original(tmp_path: Path) -> None:
+    folder = Path(save_codebook(str(tmp_path / "a"), made()))
+    other = Path(save_codebook(str(tmp_path / "b"), made(seed=5)))
+    shutil.copy(other / "main-centres.npy", folder / "main-centres.npy")
+    with pytest.raises(DataContractError, match="is damaged"):
+        load_codebook(str(folder))
+
+
 def test_a_folder_without_a_codebook_is_the_operators_mistake(tmp_path: Path) -> None:
     with pytest.raises(OperatorError, match="is no codebook package"):
         read_codebook_info(str(tmp_path))
 
 
-# ---- Fitting -----------------------------------------------------------------------------------
+def test_a_codebook_in_a_bucket_is_copied_once_to_each_machine(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(broadcast.tempfile, "tempdir", None)
+    book = made()
+    folder = save_codebook(bucket, book)
+    asked: list[str] = []
+    real = storage.read_bytes
+    monkeypatch.setattr(storage, "read_bytes", lambda path: asked.append(path) or real(path))
+    for _ in range(2):
+        np.testing.assert_array_equal(load_codebook(folder).centres["main"], book.centres["main"])
+    assert sum(path.endswith(".npy") and path.startswith("gs://") for path in asked) == 4
 
 
-def test_a_fit_depends_on_the_seed_and_on_nothing_else() -> None:
-    assert fitted().info == fitted().info
-    assert fitted(seed=1).info.codebook_id != fitted().info.codebook_id
-    sample = embeddings(unit_rows(60)).select(["item_id", "embedding"])
-    backwards = sample.take(pa.array(np.arange(60)[::-1]))
-    turned = make_codebook(backwards, 4, 0, "book", "tiny-000000000000", "2026-01-05")
-    assert turned.info == fitted().info
+# ---- What is asked for -------------------------------------------------------------------------
 
 
-def test_the_objective_falls_with_more_clusters() -> None:
-    objectives = [fitted(clusters).info.objective for clusters in (1, 4, 16, 60)]
-    assert objectives == sorted(objectives, reverse=True)
-    assert objectives[-1] == pytest.approx(0, abs=1e-6)
+def test_clusters_are_one_number_or_several_with_labels() -> None:
+    assert parse_clusters("32") == {"main": 32}
+    found = parse_clusters("coarse=16, main=100,fine_2=1000")
+    assert found == {"coarse": 16, "main": 100, "fine_2": 1000}
 
 
-def test_more_clusters_than_distinct_points_are_refused_with_the_number() -> None:
-    points = np.concatenate([unit_rows(10)] * 5)
-    check_sample(points, 10)
-    with pytest.raises(OperatorError, match="at most 10"):
-        check_sample(points, 11)
-    with pytest.raises(OperatorError, match="0 distinct"):
-        check_sample(points[:0], 1)
+@pytest.mark.parametrize(
+    "text", ["", "0", "-3", "ten", "main=", "main=3,main=4", "main=3,4", "id=3,main=4", "Fine=3"]
+)
+def test_clusters_that_are_not_understood_are_refused(text: str) -> None:
+    with pytest.raises(OperatorError, match="is not understood at"):
+        parse_clusters(text)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 2.0])
-def test_rows_that_are_no_unit_vectors_are_refused(value: float) -> None:
-    points = unit_rows(10)
-    points[3, 5] = value
-    with pytest.raises(DataContractError, match="1 of 10 sampled embeddings"):
-        check_sample(points, 2)
+def test_without_a_main_resolution_there_is_no_cluster_id() -> None:
+    with pytest.raises(OperatorError, match="names no 'main'"):
+        parse_clusters("coarse=16,fine=100")
 
 
-def test_the_sample_holds_catalogue_items_in_scope_only() -> None:
-    rows = embeddings(unit_rows(100))
-    everything = draw_sample(rows, None, 1.0)["item_id"].to_pylist()
-    assert everything == [i for i in range(100) if i % 10]
-    scoped = draw_sample(rows, ("dress",), 1.0)["item_id"].to_pylist()
-    assert scoped == [i for i in range(100) if i % 10 and i % 2 == 0]
+# ---- The life of numbers -----------------------------------------------------------------------
 
 
-@given(st.integers(1, 10_000), st.integers(1, 100))
-def test_the_fraction_is_a_share_and_aims_at_256_items_per_cluster(items: int, k: int) -> None:
-    fraction = sample_fraction(items, k)
-    assert 0 < fraction <= 1
-    assert fraction == 1 or fraction * items == pytest.approx(256 * k)
+def test_a_number_goes_to_the_centre_that_keeps_most_of_its_items() -> None:
+    old = np.array([7, 7, 7, 2, 2, 2, 2, 5], np.int32)
+    place = np.array([1, 1, 0, 0, 0, 0, 1, 2])
+    # Centre 0 has three of number 2, centre 1 two of 7; centre 2 only one of 5.
+    assert continued_numbers(old, place, 3, max_id=9).tolist() == [2, 7, 5]
 
 
-def test_a_smaller_fraction_draws_a_part_of_the_larger_ones_sample() -> None:
-    rows = embeddings(unit_rows(2000))
-    samples = [set(draw_sample(rows, None, f)["item_id"].to_pylist()) for f in (0.1, 0.3, 1.0)]
-    assert samples[0] < samples[1] < samples[2]
-    assert 0.07 < len(samples[0]) / len(samples[2]) < 0.13
+def test_a_centre_without_old_items_gets_a_new_number_and_none_is_given_twice() -> None:
+    old = np.array([3, 3, 3, 0, 0], np.int32)
+    place = np.array([0, 0, 1, 1, 2])
+    assert continued_numbers(old, place, 4, max_id=9).tolist() == [3, 10, 11, 12]
+    assert retired_numbers(np.array([3, 10, 11, 12]), 12) == (1, 2, 4, 5, 6, 7, 8, 9)
 
 
-def test_a_damaged_folder_copy_is_told_from_the_original(tmp_path: Path) -> None:
-    folder = Path(save_codebook(str(tmp_path / "a"), fitted()))
-    other = Path(save_codebook(str(tmp_path / "b"), fitted(seed=1)))
-    shutil.copy(other / "centres.npy", folder / "centres.npy")
-    with pytest.raises(DataContractError, match="is damaged"):
-        load_codebook(str(folder))
+@given(st.integers(0, 2**32 - 1))
+def test_numbers_are_distinct_and_old_or_above_all_that_were_issued(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    clusters, max_id, n = int(rng.integers(1, 30)), int(rng.integers(0, 40)), 200
+    old = rng.integers(0, max_id + 1, n).astype(np.int32)
+    place = rng.integers(0, clusters, n)
+    numbers = continued_numbers(old, place, clusters, max_id)
+    assert len(set(numbers.tolist())) == clusters
+    for centre, number in enumerate(numbers):
+        if number <= max_id:
+            assert ((old == number) & (place == centre)).any()
+    new = numbers[numbers > max_id]
+    assert sorted(new) == list(range(max_id + 1, max_id + 1 + len(new)))
+    order = rng.permutation(n)
+    again = continued_numbers(old[order], place[order], clusters, max_id)
+    np.testing.assert_array_equal(again, numbers)
+
+
+# ---- Health ------------------------------------------------------------------------------------
+
+
+def test_equal_clusters_have_a_perplexity_of_their_number() -> None:
+    found = health_of(np.array([5, 5, 5, 5]))
+    assert found["perplexity"] == pytest.approx(4)
+    assert (found["used"], found["dead"], found["largest_share"]) == (4, 0, 0.25)
+    assert (found["items_p5"], found["items_p50"], found["items_max"]) == (5, 5, 5)
+
+
+def test_dead_clusters_and_a_large_one_are_seen() -> None:
+    found = health_of(np.array([97, 1, 1, 1, 0, 0]))
+    assert (found["items"], found["clusters"], found["used"], found["dead"]) == (100, 6, 4, 2)
+    assert found["largest_share"] == 0.97
+    assert 1 < found["perplexity"] < 1.3
+    nothing = health_of(np.zeros(3, np.int64))
+    assert (nothing["used"], nothing["perplexity"], nothing["largest_share"]) == (0, 0, 0)

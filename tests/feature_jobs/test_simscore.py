@@ -1,14 +1,10 @@
 """The pieces of a SimScore row, each against a closed form or a plain loop."""
 
-from pathlib import Path
-from types import SimpleNamespace
-
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from feature_jobs import simscore
-from feature_jobs.schemas import CourierError
 from feature_jobs.simscore import (
     ItemVectors,
     impression_ids,
@@ -18,11 +14,7 @@ from feature_jobs.simscore import (
     sort_impressions,
 )
 from tests.support import oracles
-
-
-def unit_rows(count: int, seed: int = 0) -> np.ndarray:
-    rows = np.random.default_rng(seed).normal(size=(count, 256)).astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+from tests.support.codebooks import unit_rows
 
 
 def test_scores_equal_the_loop_whatever_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +103,7 @@ def test_items_with_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(simscore.hashing, "hash_ids", lambda ids: np.full(len(ids), 7, np.uint64))
     known = ItemVectors(
         pa.chunked_array([["a", "b"], ["c"]]), np.full(3, 7, np.uint64), np.zeros(3, "i4"),
-        np.arange(3), unit_rows(3), longest_run=3,
+        np.zeros(3, "i4"), np.arange(3), unit_rows(3), longest_run=3,
     )  # fmt: skip
     assert known.find(pa.array(["c", "x", "a"])).tolist() == [2, -1, 0]
 
@@ -119,10 +111,10 @@ def test_items_with_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> 
 def test_nothing_is_known_of_an_empty_catalogue() -> None:
     nothing = ItemVectors(
         pa.chunked_array([], pa.int64()), np.zeros(0, np.uint64), np.zeros(0, "i4"),
-        np.zeros(0, "i8"), unit_rows(1), longest_run=0,
+        np.zeros(0, "i4"), np.zeros(0, "i8"), unit_rows(1), longest_run=0,
     )  # fmt: skip
-    known, row, cluster = nothing.look_up(pa.array([1, 2]))
-    assert (known.tolist(), row.tolist(), cluster.tolist()) == ([False] * 2, [-1] * 2, [0] * 2)
+    found = nothing.look_up(pa.array([1, 2]))
+    assert [column.tolist() for column in found] == [[False] * 2, [-1] * 2, [0] * 2, [0] * 2]
 
 
 @pytest.mark.parametrize(
@@ -130,16 +122,3 @@ def test_nothing_is_known_of_an_empty_catalogue() -> None:
 )
 def test_the_longest_run_is_counted(values: list[int], longest: int) -> None:
     assert simscore._longest_run(np.array(values, np.uint64)) == longest
-
-
-def test_a_broadcast_folder_that_others_may_write_to_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever could plant embeddings there would decide about scores."""
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    folder.chmod(0o777)
-    monkeypatch.setattr(simscore, "broadcast_folder", lambda _key: str(folder))
-    job = SimpleNamespace(broadcast_key="k")
-    with pytest.raises(CourierError, match="could plant embeddings"):
-        simscore.open_item_vectors(job)  # type: ignore[arg-type]

@@ -48,6 +48,7 @@ batch_size = 8
 chunk_items = 16
 [item_features]
 vector = true
+second_distance = true
 [simscore]
 history_item_ids = true
 [training]
@@ -56,6 +57,10 @@ request_gap_seconds = 30
 [gates]
 max_reject_share = 0.2
 max_unknown_item_share = 1
+max_moved_item_share = 0.1
+max_moved_impression_share = 0.3
+max_cluster_share = 0.4
+max_dead_share = 0.6
 
 [beam]
 runner = "FlinkRunner"
@@ -116,10 +121,17 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
         "window_days": 7,
         "rows_per_shard": 1000,
         "embed": {"device": "cpu", "batch_size": 8, "chunk_items": 16},
-        "item_features": {"vector": True},
+        "item_features": {"vector": True, "second_distance": True},
         "simscore": {"history_item_ids": True},
         "training": {"categories": ("dress", "shirt"), "request_gap_seconds": 30.0},
-        "gates": {"max_reject_share": 0.2, "max_unknown_item_share": 1.0},
+        "gates": {
+            "max_reject_share": 0.2,
+            "max_unknown_item_share": 1.0,
+            "max_moved_item_share": 0.1,
+            "max_moved_impression_share": 0.3,
+            "max_cluster_share": 0.4,
+            "max_dead_share": 0.6,
+        },
         "pins": (
             {
                 "from_ds": dt.date(2026, 1, 5),
@@ -219,7 +231,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(
 
 def test_an_unknown_key_like_no_other_is_refused_with_all_known_ones(folder: Path) -> None:
     message = refusal(folder, with_line("gates = {zzz = 1}"))
-    assert "'gates.zzz', known here are max_reject_share, max_unknown_item_share" in message
+    assert "'gates.zzz', known here are max_cluster_share, max_dead_share, " in message
 
 
 @pytest.mark.parametrize(

@@ -145,15 +145,20 @@ def test_item_features_equal_the_loop_over_items(
     for row in rows:
         item = row["item_id"]
         scope = category(numbers[item]) in SCOPE
-        expected, distance = 0, 0.0
+        expected, coarse, distance, second = 0, 0, 0.0, 0.0
         if item in vectors and scope:
-            place, distance = oracles.nearest(vectors[item], codebook.centres)
-            expected = int(codebook.numbers[place])
+            place, distance = oracles.nearest(vectors[item], codebook.centres["main"])
+            expected = int(codebook.numbers["main"][place])
+            others = np.delete(codebook.centres["main"], place, axis=0)
+            second = oracles.nearest(vectors[item], others)[1]
+            coarse_place = oracles.nearest(vectors[item], codebook.centres["coarse"])[0]
+            coarse = int(codebook.numbers["coarse"][coarse_place])
         assert row["category"] == category(numbers[item])
         assert (row["has_image"], row["in_scope"]) == (item in vectors, scope)
         assert row["in_catalogue"] == (item in inside)
-        assert row["cluster_id"] == expected
+        assert (row["cluster_id"], row["cluster_coarse"]) == (expected, coarse)
         assert row["centre_distance"] == pytest.approx(distance, abs=1e-5)
+        assert row["second_distance"] == pytest.approx(second, abs=1e-5)
         vector = vectors[item] if expected else np.zeros(256, "f4")
         np.testing.assert_array_equal(np.array(row["embedding"], "f4"), vector)
     without = {refreshed.item(OUT_OF_SCOPE), refreshed.item(WITHOUT_CATEGORY)}

@@ -143,7 +143,7 @@ def test_packages_are_made_in_a_bucket(
     (codebook,) = storage.list_names(f"{bucket}/packages/codebooks")
     assert f'codebook = "{bucket}/packages/codebooks/{codebook}"' in stanza
     assert f'encoder = "{bucket}/made/' in stanza
-    assert len(load_codebook(f"{bucket}/packages/codebooks/{codebook}").centres) == 3
+    assert len(load_codebook(f"{bucket}/packages/codebooks/{codebook}").centres["main"]) == 3
 
 
 def test_two_runs_do_not_write_one_feature_set(

@@ -18,9 +18,10 @@ from PIL import Image, ImageDraw
 
 from courier_model.encoder import build_encoder, embed, load_encoder, save_encoder
 from courier_model.images import decode
-from feature_jobs.codebook import Codebook, CodebookInfo, codebook_id, save_codebook
+from feature_jobs.codebook import save_codebook
 from feature_jobs.schemas import TABLES
 from pipelines.config import Settings, load_settings
+from tests.support.codebooks import by_hand
 
 DAYS = tuple(dt.date(2026, 3, day) for day in (1, 2, 3, 4))
 SCOPE = ("dress", "shirt")
@@ -33,6 +34,7 @@ OUT_OF_SCOPE, WITHOUT_CATEGORY = 12, 13
 UNKNOWN = 99
 SILENT_USER = 6  # never clicks
 CLUSTERS = 4
+NUMBERS = {"main": np.array([2, 3, 5, 9], np.int32), "coarse": np.array([1, 4], np.int32)}
 CPU = torch.device("cpu")
 DAY_US = 86_400_000_000
 
@@ -45,6 +47,7 @@ class World:
     ids: str = "int"
     rows_per_shard: int = 10
     extra_settings: str = ""
+    gates: str = "max_cluster_share = 1.0\nmax_dead_share = 1.0"
     pins: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -144,8 +147,10 @@ class World:
             '[catalogue]\npath = "catalogue/ds={ds}/*.parquet"\nimage_roots = ["images"]\n'
             '[impressions]\npath = "impressions/ds={ds}/*.parquet"\n'
             "[embed]\nbatch_size = 4\nchunk_items = 3\n"
-            "[item_features]\nvector = true\n[simscore]\nhistory_item_ids = true\n"
-            "[gates]\nmax_reject_share = 0.5\nmax_unknown_item_share = 0.5\n" + "".join(self.pins)
+            "[item_features]\nvector = true\nsecond_distance = true\n"
+            "[simscore]\nhistory_item_ids = true\n"
+            "[gates]\nmax_reject_share = 0.5\nmax_unknown_item_share = 0.5\n"
+            f"{self.gates}\n" + "".join(self.pins)
         )
         return load_settings(str(self.config))
 
@@ -229,14 +234,10 @@ def make_encoder(folder: Path, seed: int = 0, categories: tuple[str, ...] | None
 
 
 def make_codebook(folder: Path, encoder: str, data_ds: str = "2026-02-28") -> str:
-    """Centres at four of the world's images, with numbers 2, 3, 5, 9; the package's folder."""
+    """Centres at four of the world's images, and two of them as coarse ones; its folder."""
     network = load_encoder(encoder)
     pixels = [decode(picture(n), network.preprocessing) for n in (1, 2, 3, 12)]
     centres = embed(network, np.stack(pixels), CLUSTERS, CPU, "fp32")
-    numbers = np.array([2, 3, 5, 9], np.int32)
     encoder_id = os.path.basename(encoder)
-    info = CodebookInfo(
-        codebook_id("test", centres, numbers, encoder_id), encoder_id, None, CLUSTERS, 9, "by hand",
-        0, 0, 4, "", 0.0, (1, 1, 1, 1), data_ds, data_ds,
-    )  # fmt: skip
-    return save_codebook(str(folder), Codebook(info, centres, numbers))
+    by_label = {"main": centres, "coarse": centres[:2]}
+    return save_codebook(str(folder), by_hand(by_label, NUMBERS, encoder_id, data_ds))

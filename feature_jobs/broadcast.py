@@ -1,0 +1,41 @@
+"""Files that all processes of a worker machine share: one copy, made by the first that needs it."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from feature_jobs import storage, tables
+from feature_jobs.schemas import CourierError
+
+_DONE = "done.json"
+
+
+def shared_folder(key: str, build: Callable[[str], Any]) -> tuple[str, Any]:
+    """This machine's folder for `key`, and the JSON value that `build` of that folder returned.
+
+    `build` runs once, while other processes wait; one that was killed is run again. Raises
+    CourierError where the folder belongs to somebody else.
+    """
+    folder = folder_of(key)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    found = os.lstat(folder)
+    if found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise CourierError(
+            f"{folder} belongs to another user or can be written by others, who could plant "
+            "embeddings there. Delete it, or set TMPDIR to a folder of your own."
+        )
+    done = os.path.join(folder, _DONE)
+    with storage.lock(folder, wait=True):
+        if not storage.exists(done):
+            tables.write_json(done, build(folder))
+    return folder, tables.read_json(done)
+
+
+def folder_of(key: str) -> str:
+    return os.path.join(tempfile.gettempdir(), f"courier-{os.getuid()}-{key}")
+
+
+def discard(key: str) -> None:
+    """Deletes this machine's copy; a worker's own goes with the worker."""
+    storage.delete_tree(folder_of(key))

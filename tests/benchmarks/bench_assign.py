@@ -1,0 +1,228 @@
+"""How fast every item finds its nearest centre, beside faiss and the bare product. `make bench`.
+
+    python tests/benchmarks/bench_assign.py [--clusters 1000,16384,65536] [--threads 2]
+
+Items are unit vectors about styles, styles about categories, in noise whose spectrum falls off;
+centres are those of one step of k-means. All take turns in one process; rates are medians. "Parquet"
+reads `item_embeddings` and writes `item_features`; the rest have all in memory, and products store
+or choose nothing, so they are limits. Wrong are IDs that are not the nearest in float64.
+"""
+
+import argparse
+import datetime as dt
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import torch
+
+from feature_jobs import tables
+from feature_jobs.nearest import CentreSearch
+
+DIM = 256
+WORK = 1 << 29  # rows times centres of one measurement
+BLOCK = 1 << 25  # scores held at once by those that hold all: 128 MiB
+CHECKED = 2000  # rows whose IDs are compared with float64
+
+
+# ---- Data ----------------------------------------------------------------------------------------
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+class Shop:
+    """Items of a catalogue with a quarter as many styles as there are clusters."""
+
+    def __init__(self, clusters: int):
+        self._rng = np.random.default_rng(0)
+        basis = np.linalg.qr(self._rng.normal(size=(DIM, DIM)))[0]
+        falling = np.arange(1, DIM + 1) ** -0.5
+        self._shape = (falling[:, None] / np.linalg.norm(falling) * basis).astype(np.float32)
+        categories = unit(self._noise(200))
+        styles = max(clusters // 4, 200)
+        of = self._rng.integers(0, 200, styles)
+        self._styles = unit(categories[of] + 0.7 * self._noise(styles))
+
+    def _noise(self, count: int) -> np.ndarray:
+        return self._rng.standard_normal((count, DIM), np.float32) @ self._shape
+
+    def items(self, count: int) -> np.ndarray:
+        of = self._rng.integers(0, len(self._styles), count)
+        return unit(self._styles[of] + 0.6 * self._noise(count))
+
+    def centres(self, clusters: int) -> np.ndarray:
+        items = self.items(2 * clusters)
+        sums = items[:clusters].copy()
+        place = CentreSearch(sums.copy()).nearest(items[clusters:]).place
+        np.add.at(sums, place, items[clusters:])
+        return sums / (1 + np.bincount(place, minlength=clusters)).astype(np.float32)[:, None]
+
+
+# ---- What is compared ----------------------------------------------------------------------------
+
+Find = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # rows → places, distances
+
+
+def by_courier(centres: np.ndarray) -> Find:
+    search = CentreSearch(centres)
+    return lambda rows: search.nearest(rows)[:2]
+
+
+def by_faiss(centres: np.ndarray) -> Find:
+    index = faiss.IndexFlatL2(DIM)
+    index.add(centres)
+
+    def find(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        squared, place = index.search(rows, 1)
+        return place[:, 0], np.sqrt(squared[:, 0])
+
+    return find
+
+
+def by_numpy(centres: np.ndarray) -> Find:
+    half = (centres**2).sum(axis=1) / 2
+
+    def find(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        size = BLOCK // len(centres)
+        blocks = (rows[at : at + size] for at in range(0, len(rows), size))
+        place = np.concatenate([(block @ centres.T - half).argmax(axis=1) for block in blocks])
+        return place, np.linalg.norm(rows - centres[place], axis=1)
+
+    return find
+
+
+def through_parquet(find: Find, path: Path) -> Callable[[], object]:
+    def run() -> None:
+        rows = tables.read_parquet(str(path), ["item_id", "embedding"])
+        place, distance = find(tables.embedding_matrix(rows["embedding"]))
+        columns = {
+            "item_id": rows["item_id"],
+            "cluster_id": place.astype(np.int32) + 1,
+            "centre_distance": distance,
+        }
+        tables.write_parquet(str(path.with_suffix(".out")), pa.table(columns))
+
+    return run
+
+
+def product_of_numpy(rows: np.ndarray, centres: np.ndarray) -> Callable[[], object]:
+    size = BLOCK // len(centres)
+    scores = np.empty((size, len(centres)), np.float32)
+
+    def run() -> None:
+        for at in range(0, len(rows) - size + 1, size):
+            np.matmul(rows[at : at + size], centres.T, out=scores)
+
+    return run
+
+
+def product_of_torch(
+    rows: np.ndarray, centres: np.ndarray, kind: torch.dtype
+) -> Callable[[], object]:
+    size = BLOCK // len(centres)
+    multiply = torch._int_mm if kind == torch.int8 else torch.mm
+    result = torch.int32 if kind == torch.int8 else torch.float32
+    scale = 127 if kind == torch.int8 else 1
+    a, b = ((torch.from_numpy(array) * scale).to(kind) for array in (rows, centres))
+    scores = torch.empty(size, len(centres), dtype=result)
+
+    def run() -> None:
+        for at in range(0, len(rows) - size + 1, size):
+            multiply(a[at : at + size], b.T, out=scores)
+
+    return run
+
+
+# ---- Measuring -----------------------------------------------------------------------------------
+
+
+def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float]]:
+    """Seconds by the clock, and of all processors together; the libraries' threads come to rest
+    between runs."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            time.sleep(0.1)
+            start, used = time.perf_counter(), time.process_time()
+            run()
+            taken[name].append((time.perf_counter() - start, time.process_time() - used))
+    return {name: tuple(np.median(times, axis=0)) for name, times in taken.items()}
+
+
+def wrong(find: Find, rows: np.ndarray, centres: np.ndarray) -> int:
+    """How many of the first rows' IDs are not the nearest in float64."""
+    size = max(1, BLOCK // len(centres) // 2)
+    exact, count = centres.astype(np.float64), 0
+    half = (exact**2).sum(axis=1) / 2
+    found = find(rows)[0]
+    for at in range(0, min(CHECKED, len(rows)), size):
+        block = rows[at : at + size].astype(np.float64)
+        count += int((found[at : at + size] != (block @ exact.T - half).argmax(axis=1)).sum())
+    return count
+
+
+def bench(clusters: int, repeats: int, folder: Path) -> None:
+    shop = Shop(clusters)
+    centres, rows = shop.centres(clusters), shop.items(WORK // max(clusters, 4096))
+    path = folder / f"{clusters}.parquet"
+    embedding = tables.list_column(rows, pa.list_(pa.float32()))
+    items = pa.table({"item_id": np.arange(len(rows)), "embedding": embedding})
+    tables.write_parquet(str(path), items)
+    finds = {"courier": by_courier(centres), "faiss": by_faiss(centres), "numpy": by_numpy(centres)}
+    runs: dict[str, Callable[[], object]] = {}
+    for name, find in finds.items():
+        runs[f"{name}, in memory"] = lambda find=find: find(rows)
+        runs[f"{name}, Parquet"] = through_parquet(find, path)
+    runs["product, numpy float32"] = product_of_numpy(rows, centres)
+    runs["product, torch float32"] = product_of_torch(rows, centres, torch.float32)
+    runs["product, torch int8"] = product_of_torch(rows, centres, torch.int8)
+    print(f"\nK = {clusters:,}, {len(rows):,} items")
+    print(f"{'':26}{'items/s':>12}{'/ faiss':>9}{'by CPU time':>13}{'wrong IDs':>11}")
+    found = medians(runs, repeats)
+    clock, used = found["faiss, in memory"]
+    for name, (seconds, cpu) in found.items():
+        library, _, how = name.partition(", ")
+        errors = str(wrong(finds[library], rows[:CHECKED], centres)) if how == "in memory" else ""
+        ratios = f"{clock / seconds:9.2f}{used / cpu:13.2f}{errors:>11}"
+        print(f"{name:26}{len(rows) / seconds:12,.0f}{ratios}", flush=True)
+
+
+def bench_gpu(clusters: int = 100_000, items: int = 10_000_000) -> None:
+    shop = Shop(clusters)
+    search = CentreSearch(shop.items(clusters))
+    part = shop.items(500_000)
+    search.nearest(part[:50_000])
+    start = time.perf_counter()
+    for _ in range(items // len(part)):
+        search.nearest(part)
+    seconds = time.perf_counter() - start
+    print(f"\n{torch.cuda.get_device_name()}: {items:,} items, K = {clusters:,}: {seconds:.1f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Items to their nearest centres.")
+    parser.add_argument("--clusters", default="1000,16384,65536")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    faiss.omp_set_num_threads(given.threads)
+    processor = platform.processor() or platform.machine()
+    print(f"{dt.date.today()}, {processor}, {os.cpu_count()} CPUs, {given.threads} threads")
+    with tempfile.TemporaryDirectory() as folder:
+        for clusters in map(int, given.clusters.split(",")):
+            bench(clusters, given.repeats, Path(folder))
+    if torch.cuda.is_available():
+        bench_gpu()
+
+
+if __name__ == "__main__":
+    main()

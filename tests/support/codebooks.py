@@ -1,0 +1,39 @@
+"""Unit vectors, and codebooks made by hand, without a fit."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from feature_jobs.codebook import Codebook, CodebookInfo, Resolution, codebook_id, health_of
+from feature_jobs.schemas import EMBEDDING_DIM
+
+
+def unit_rows(count: int, seed: int = 0) -> np.ndarray:
+    """Random directions; float32 [count, 256]."""
+    rows = np.random.default_rng(seed).normal(size=(count, EMBEDDING_DIM)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def by_hand(
+    centres: Mapping[str, np.ndarray],
+    numbers: Mapping[str, np.ndarray],
+    encoder_id: str,
+    data_ds: str = "2026-02-28",
+    lineage: str | None = None,
+    name: str = "test",
+) -> Codebook:
+    """One whose centres each stand for one item, by label; its highest numbers were issued last."""
+    numbers = {label: np.asarray(n, np.int32) for label, n in numbers.items()}
+    identity = codebook_id(name, centres, numbers, encoder_id)
+    resolutions = tuple(
+        Resolution(
+            label, len(n), int(n.max()), 0.0, None, health_of(np.ones(len(n), np.int64)),
+            (1,) * len(n), retired=(),
+        )
+        for label, n in numbers.items()
+    )  # fmt: skip
+    info = CodebookInfo(
+        identity, encoder_id, None, lineage or identity, "fresh", "by hand", 0, 0.0, 4, 0, "",
+        data_ds, data_ds, resolutions,
+    )  # fmt: skip
+    return Codebook(info, centres, numbers)
