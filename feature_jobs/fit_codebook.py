@@ -261,8 +261,8 @@ def _fit_centres(
         return {k: lloyd(points, n, fit.seed, starts.get(k)) for k, n in fit.clusters.items()}
     passes = {
         label: SinglePass(
-            starts.get(label, first_centres(points, clusters, fit.seed)),
-            soft_threshold=fit.soft_threshold,
+            starts[label] if label in starts else first_centres(points, clusters, fit.seed),
+            fit.soft_threshold,
         )
         for label, clusters in fit.clusters.items()
     }

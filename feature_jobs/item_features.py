@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from apache_beam.utils.shared import Shared
 
 from feature_jobs import tables
-from feature_jobs.codebook import Codebook, cluster_column, health_of, load_codebook
+from feature_jobs.codebook import MAIN, Codebook, cluster_column, health_of, load_codebook
 from feature_jobs.nearest import CodebookSearch
 from feature_jobs.schemas import EMBEDDING_DIM, ITEM_FEATURES, DataContractError
 
@@ -59,9 +59,13 @@ def features_of(
     rejected: pa.Table,
     search: CodebookSearch,
     categories: tuple[str, ...] | None,
+    second: bool = False,
 ) -> pa.Table:
-    """`item_features`, all that is made on request included, from `item_embeddings` and
-    `item_rejects` rows. Raises DataContractError for an embedding that is no unit vector."""
+    """`item_features`, the Vector form included, from `item_embeddings` and `item_rejects` rows;
+    with the `second` distances.
+
+    Raises DataContractError for an embedding that is no unit vector.
+    """
     category = pa.chunked_array(
         embedded["category"].chunks + rejected["category"].chunks, pa.string()
     )
@@ -79,7 +83,7 @@ def features_of(
             "has_image": np.arange(n) < len(embedded),
             "in_scope": scope,
             "in_catalogue": inside,
-            **_assigned(points, rows, n, search),
+            **_assigned(points, rows, n, search, second),
             "encoder_id": pa.array([info.encoder_id] * n, pa.string()),
             "codebook_id": pa.array([info.codebook_id] * n, pa.string()),
             "embedding": tables.list_column(_spread(points, rows, n), pa.list_(pa.float32())),
@@ -88,17 +92,18 @@ def features_of(
 
 
 def _assigned(
-    points: np.ndarray, rows: np.ndarray, n: int, search: CodebookSearch
+    points: np.ndarray, rows: np.ndarray, n: int, search: CodebookSearch, second: bool
 ) -> dict[str, np.ndarray]:
     """Cluster IDs of all resolutions, [n] each, and the distances of the main one."""
     columns = {}
     for label in search.codebook.info.labels:
-        numbers, found = search.assign(label, points)
+        main = label == MAIN
+        numbers, found = search.assign(label, points, second and main)
         columns[cluster_column(label)] = _spread(numbers, rows, n)
-        if label == search.codebook.info.labels[0]:
+        if main:
             columns["centre_distance"] = _spread(found.distance, rows, n)
-            second = np.where(np.isfinite(found.second), found.second, np.float32(0))
-            columns["second_distance"] = _spread(second, rows, n)
+            known = np.where(np.isfinite(found.second), found.second, np.float32(0))
+            columns["second_distance"] = _spread(known, rows, n)
     return columns
 
 
@@ -197,6 +202,7 @@ class AssignShard(beam.DoFn):
 
     def __init__(self, job: FeaturesJob):
         self._job, self.staging = job, job.staging
+        self._second = "second_distance" in job.schema.names
 
     @tables.refusing
     def process(self, shard: int) -> None:
@@ -211,7 +217,7 @@ class AssignShard(beam.DoFn):
         search = self._loaded.acquire(
             lambda: CodebookSearch(load_codebook(job.codebook_folder)), tag=job.codebook_folder
         )
-        rows = features_of(embedded, rejected, search, job.categories)
+        rows = features_of(embedded, rejected, search, job.categories, self._second)
         before = job.before and job.before.read_shard(
             shard, job.shards, "item_id", self._compared_columns(search.codebook)
         )

@@ -3,9 +3,9 @@
     python tests/benchmarks/bench_assign.py [--clusters 1000,16384,65536] [--threads 2]
 
 Items are unit vectors about styles, styles about categories, in noise whose spectrum falls off;
-centres are those of one step of k-means. All take turns in one process; rates are medians. "Parquet"
-reads `item_embeddings` and writes `item_features`; the rest have all in memory, and products store
-or choose nothing, so they are limits. Wrong are IDs that are not the nearest in float64.
+centres are those of one step of k-means. All take turns in one process; rates are medians.
+"Parquet" reads item_embeddings and writes IDs and distances, the rest have all in memory; products
+choose nothing, so they are limits. Wrong are IDs that are not the nearest in float64.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from feature_jobs import tables
 from feature_jobs.nearest import CentreSearch
 
 DIM = 256
-WORK = 1 << 29  # rows times centres of one measurement
+WORK = 1 << 28  # rows times centres of one measurement
 BLOCK = 1 << 25  # scores held at once by those that hold all: 128 MiB
 CHECKED = 2000  # rows whose IDs are compared with float64
 
@@ -210,7 +210,7 @@ def bench_gpu(clusters: int = 100_000, items: int = 10_000_000) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Items to their nearest centres.")
     parser.add_argument("--clusters", default="1000,16384,65536")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

@@ -36,7 +36,7 @@ NO_REJECTS = pa.table({"item_id": pa.array([], pa.int64()), "category": pa.array
 
 
 def features(points: np.ndarray) -> pa.Table:
-    return features_of(embedded(points), NO_REJECTS, CodebookSearch(book()), None)
+    return features_of(embedded(points), NO_REJECTS, CodebookSearch(book()), None, second=True)
 
 
 def test_a_centre_has_its_own_number_and_distance_zero() -> None:

@@ -29,7 +29,11 @@ def crowded(count: int, seed: int, spread: float = 0.5) -> np.ndarray:
 
 def check(rows: np.ndarray, centres: np.ndarray) -> None:
     """Against the plain loop in float64, the runner-up by the plain loop without the nearest."""
-    found = CentreSearch(centres).nearest(rows)
+    search = CentreSearch(centres)
+    found, less = search.nearest(rows, second=True), search.nearest(rows)
+    np.testing.assert_array_equal(less.place, found.place)
+    np.testing.assert_allclose(less.distance, found.distance, rtol=1e-6)
+    assert np.isnan(less.second).all()
     rows, centres = rows.astype(np.float64), centres.astype(np.float64)
     expected = [oracles.nearest(row, centres) for row in rows]
     assert found.place.tolist() == [place for place, _ in expected]
@@ -95,14 +99,14 @@ def test_a_centre_is_its_own_nearest_at_distance_0() -> None:
 def test_of_equal_centres_the_first_is_the_nearest_and_the_second_as_far() -> None:
     centres = unit_rows(150)
     search = CentreSearch(np.concatenate([centres, centres, centres]))
-    found = search.nearest(crowded(50, seed=1))
+    found = search.nearest(crowded(50, seed=1), second=True)
     assert (found.place < 150).all()
     np.testing.assert_array_equal(found.second, found.distance)
     assert search.nearest(centres).place.tolist() == list(range(150))
 
 
 def test_all_centres_equal() -> None:
-    found = CentreSearch(np.ones((700, 256), np.float32)).nearest(unit_rows(100))
+    found = CentreSearch(np.ones((700, 256), np.float32)).nearest(unit_rows(100), second=True)
     assert found.place.tolist() == [0] * 100
     np.testing.assert_array_equal(found.second, found.distance)
 
@@ -118,7 +122,7 @@ def test_centres_that_float32_products_cannot_tell_apart_are_told_apart() -> Non
 
 
 def test_of_one_centre_the_second_is_infinitely_far() -> None:
-    found = CentreSearch(unit_rows(1)).nearest(unit_rows(40, seed=1))
+    found = CentreSearch(unit_rows(1)).nearest(unit_rows(40, seed=1), second=True)
     assert found.place.tolist() == [0] * 40
     assert np.isfinite(found.distance).all()
     assert found.second.tolist() == [np.inf] * 40
@@ -133,13 +137,13 @@ def test_no_rows_have_no_nearest() -> None:
 
 ROWS = crowded(400, seed=1)
 SEARCH = CentreSearch(crowded(500, seed=2))
-WHOLE = SEARCH.nearest(ROWS)
+WHOLE = SEARCH.nearest(ROWS, second=True)
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 399), min_size=1, max_size=80))
 def test_neither_order_nor_number_nor_company_of_rows_matters(picked: list[int]) -> None:
-    found = SEARCH.nearest(ROWS[picked])
+    found = SEARCH.nearest(ROWS[picked], second=True)
     for part, whole in zip(found, WHOLE, strict=True):
         np.testing.assert_array_equal(part, whole[picked])
 
@@ -147,7 +151,7 @@ def test_neither_order_nor_number_nor_company_of_rows_matters(picked: list[int])
 def test_a_wild_row_changes_no_other_and_one_that_is_not_finite_has_no_distance() -> None:
     rows = ROWS.copy()
     rows[10], rows[20], rows[30] = 1e6, np.nan, np.inf
-    found = SEARCH.nearest(rows)
+    found = SEARCH.nearest(rows, second=True)
     others = np.delete(np.arange(400), [10, 20, 30])
     for part, whole in zip(found, WHOLE, strict=True):
         np.testing.assert_array_equal(part[others], whole[others])
