@@ -23,7 +23,7 @@ def shared_folder(key: str, build: Callable[[str], Any]) -> tuple[str, Any]:
     if found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise CourierError(
             f"{folder} belongs to another user or can be written by others, who could plant "
-            "embeddings there. Delete it, or set TMPDIR to a folder of your own."
+            "embeddings or centres there. Delete it, or set TMPDIR to a folder of your own."
         )
     done = os.path.join(folder, _DONE)
     with storage.lock(folder, wait=True):
@@ -33,6 +33,7 @@ def shared_folder(key: str, build: Callable[[str], Any]) -> tuple[str, Any]:
 
 
 def folder_of(key: str) -> str:
+    """Where this machine keeps its copy."""
     return os.path.join(tempfile.gettempdir(), f"courier-{os.getuid()}-{key}")
 
 

@@ -9,19 +9,17 @@ number is not given to another cluster, so that a CTR model's ID embeddings stay
 import hashlib
 import io
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from feature_jobs import broadcast, storage, tables
-from feature_jobs.schemas import EMBEDDING_DIM, DataContractError, OperatorError
+from feature_jobs.schemas import EMBEDDING_DIM, MAIN, DataContractError, OperatorError
 
-MAIN = "main"  # the resolution of the column cluster_id
-_LABEL = r"[a-z][a-z0-9_]*"
 _QUANTILES = (0.05, 0.5, 0.95)
+_SAME = 0.25  # of a number's items or of a centre's: with fewer in common, they are not the same
 
 
 @dataclass(frozen=True)
@@ -52,14 +50,16 @@ class Resolution:
 class CodebookInfo:
     """What `codebook.json` says.
 
-    `lineage` is the codebook_id of the first ancestor: numbers of two lineages mean nothing to each
-    other. The data range is that of the embeddings it was fitted on, inclusive.
+    `ancestors` are the codebook_ids of parent, grandparent and so on; between two codebooks of
+    which neither is the other's ancestor, even equal numbers mean nothing. `mode` and `algorithm`
+    are those of `Fit`; the sample's fingerprint is the exclusive or of the hashes of its item IDs.
+    The data range is that of the embeddings it knows of, inclusive. `left_out` has the `max_id` of
+    labels that only ancestors have.
     """
 
     codebook_id: str
     encoder_id: str
-    parent: str | None
-    lineage: str
+    ancestors: tuple[str, ...]
     mode: str
     algorithm: str
     seed: int
@@ -69,11 +69,26 @@ class CodebookInfo:
     sample_fingerprint: str
     data_start_ds: str
     data_end_ds: str
+    left_out: Mapping[str, int]
     resolutions: tuple[Resolution, ...]
 
-    def resolution(self, label: str) -> Resolution | None:
-        """That of a label; None where the codebook has no such one."""
-        return next((r for r in self.resolutions if r.label == label), None)
+    def resolution(self, label: str) -> Resolution:
+        """That of a label; raises KeyError where the codebook has no such one."""
+        return {r.label: r for r in self.resolutions}[label]
+
+    @property
+    def parent(self) -> str | None:
+        return self.ancestors[0] if self.ancestors else None
+
+    @property
+    def made_of(self) -> tuple[str | None, ...]:
+        """What its identity holds beside its arrays."""
+        return self.encoder_id, self.parent, self.data_end_ds
+
+    @property
+    def max_ids(self) -> dict[str, int]:
+        """The highest number ever issued in the lineage, by label."""
+        return {**self.left_out, **{r.label: r.max_id for r in self.resolutions}}
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -90,44 +105,18 @@ class Codebook:
     numbers: Mapping[str, np.ndarray]
 
 
-def cluster_column(label: str) -> str:
-    """The column of `item_features` that holds the cluster IDs of a resolution."""
-    return "cluster_id" if label == MAIN else f"cluster_{label}"
-
-
-def parse_clusters(text: str) -> dict[str, int]:
-    """`10000`, or `coarse=1000,main=10000`: the number of clusters by label.
-
-    Raises OperatorError where it is neither, or names no `main`.
-    """
-    found: dict[str, int] = {}
-    for part in text.split(","):
-        label, _, count = part.strip().rpartition("=")
-        label = label.strip() or MAIN
-        fits = re.fullmatch(_LABEL, label) and label != "id" and label not in found
-        if not fits or not count.strip().isdecimal() or int(count) < 1:
-            raise OperatorError(
-                f"--clusters {text!r} is not understood at {part.strip()!r}. Give a number, or "
-                "several with labels, as in coarse=1000,main=10000,fine=100000: small letters, "
-                "digits and _, each label once."
-            )
-        found[label] = int(count)
-    if MAIN not in found:
-        raise OperatorError(
-            f"--clusters {text!r} names no {MAIN!r}, the resolution that the column cluster_id "
-            "holds; the others become columns cluster_<label>. Call one of them main."
-        )
-    return found
-
-
 # ---- Packages ------------------------------------------------------------------------------
 
 
 def codebook_id(
-    name: str, centres: Mapping[str, np.ndarray], numbers: Mapping[str, np.ndarray], encoder_id: str
+    name: str,
+    centres: Mapping[str, np.ndarray],
+    numbers: Mapping[str, np.ndarray],
+    made_of: Sequence[str | None],
 ) -> str:
-    """`<name>-<12 hex digits>` of a digest of everything that an assignment depends on."""
-    hasher = hashlib.sha256(encoder_id.encode())
+    """`<name>-<12 hex digits>` of a digest of all that an assignment depends on, and of what it was
+    `made_of`: encoder, parent and day, so that a later fit never takes an earlier one's place."""
+    hasher = hashlib.sha256(tables.canonical_json(list(made_of)))
     for label in sorted(centres):
         hasher.update(f"{label}:{centres[label].shape}".encode())
         hasher.update(np.ascontiguousarray(centres[label], "<f4").data)
@@ -161,11 +150,12 @@ def read_codebook_info(folder: str) -> CodebookInfo:
             Resolution(**{**r, "sizes": tuple(r["sizes"]), "retired": tuple(r["retired"])})
             for r in fields["resolutions"]
         )
-        return CodebookInfo(**{**fields, "resolutions": resolutions})
+        ancestors = tuple(fields["ancestors"])
+        return CodebookInfo(**{**fields, "resolutions": resolutions, "ancestors": ancestors})
     except (FileNotFoundError, NotADirectoryError, TypeError, KeyError) as error:
         raise OperatorError(
             f"{folder!r} is no codebook package: {path} is missing or lacks a field ({error!r}). "
-            "Point at a folder made by `courier fit-codebook`."
+            "Point at a folder made by `courier fit-codebook` of this version."
         ) from error
 
 
@@ -180,14 +170,18 @@ def load_codebook(folder: str) -> Codebook:
         near = _on_this_machine(folder, info.codebook_id, names)
         # Copied where written, which nobody does: torch takes no array that is read-only.
         arrays = {n: np.load(os.path.join(near, n), mmap_mode="c") for n in names}
-    except (OSError, ValueError, EOFError) as error:
+    except (FileNotFoundError, ValueError, EOFError) as error:
+        discard_copy(info.codebook_id)
         raise _damaged(folder, str(error)) from error
     centres = {label: arrays[f"{label}-centres.npy"] for label in info.labels}
     numbers = {label: arrays[f"{label}-numbers.npy"] for label in info.labels}
-    found = codebook_id(info.codebook_id.rsplit("-", 1)[0], centres, numbers, info.encoder_id)
-    shapes = {r.label: (r.clusters, EMBEDDING_DIM) for r in info.resolutions}
-    if found != info.codebook_id or any(centres[k].shape != shapes[k] for k in shapes):
-        broadcast.discard(_key(info.codebook_id))
+    found = codebook_id(info.codebook_id.rsplit("-", 1)[0], centres, numbers, info.made_of)
+    fits = all(
+        centres[r.label].shape == (r.clusters, EMBEDDING_DIM) and numbers[r.label].max() <= r.max_id
+        for r in info.resolutions
+    )
+    if found != info.codebook_id or not fits:
+        discard_copy(info.codebook_id)
         raise _damaged(folder, f"its arrays {[c.shape for c in centres.values()]} make {found}")
     return Codebook(info, centres, numbers)
 
@@ -204,6 +198,11 @@ def _on_this_machine(folder: str, identity: str, names: list[str]) -> str:
         return names
 
     return broadcast.shared_folder(_key(identity), copy)[0]
+
+
+def discard_copy(identity: str) -> None:
+    """Deletes what this machine keeps of a codebook in a bucket."""
+    broadcast.discard(_key(identity))
 
 
 def _key(identity: str) -> str:
@@ -225,19 +224,22 @@ def continued_numbers(old: np.ndarray, place: np.ndarray, clusters: int, max_id:
 
     `old` int32 [n] are the numbers that some items had, 0 = none, `place` int64 [n] the new centres
     that they fall to. A number goes to the centre that shares most items with it, pair by pair from
-    the largest, each number and each centre once. A centre that is left gets a number above
-    `max_id`, the highest one ever issued.
+    the largest, each number and each centre once, as long as what they share is a quarter of the
+    number's items or of the centre's. A centre that is left gets a number above `max_id`, the
+    highest one ever issued.
     """
+    old, place = old[old > 0], place[old > 0]
     # One cell for each pair of number and centre that occurs: [pairs]
-    cells, shared = np.unique(
-        old[old > 0] * np.int64(clusters) + place[old > 0], return_counts=True
-    )
+    cells, shared = np.unique(old * np.int64(clusters) + place, return_counts=True)
+    number, centre = np.divmod(cells, clusters)
+    least = np.minimum(np.bincount(old)[number], np.bincount(place)[centre]) if len(old) else shared
+    order = np.argsort(-shared, kind="stable")
+    order = order[(shared >= _SAME * least)[order]]
     numbers, given = np.zeros(clusters, np.int32), set[int]()
-    for cell in cells[np.argsort(-shared, kind="stable")].tolist():
-        number, centre = divmod(cell, clusters)
-        if number not in given and not numbers[centre]:
-            numbers[centre] = number
-            given.add(number)
+    for one, other in zip(number[order].tolist(), centre[order].tolist(), strict=True):
+        if one not in given and not numbers[other]:
+            numbers[other] = one
+            given.add(one)
     new = np.flatnonzero(numbers == 0)
     numbers[new] = max_id + 1 + np.arange(len(new))
     return numbers

@@ -7,7 +7,7 @@ codebook. The law: for every number of the parent the shares of its rows sum to 
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import apache_beam as beam
@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.utils.shared import Shared
 
-from feature_jobs import hashing, storage, tables
-from feature_jobs.codebook import Codebook, CodebookInfo, cluster_column, load_codebook
+from feature_jobs import hashing, tables
+from feature_jobs.codebook import Codebook, CodebookInfo
+from feature_jobs.histories import every_shard
 from feature_jobs.inputs import RowGroup, Source, read_rows
-from feature_jobs.nearest import CodebookSearch
+from feature_jobs.nearest import shared_search
 from feature_jobs.pieces import Piece, read_pieces, write_pieces
 from feature_jobs.schemas import CROSSWALK
 
@@ -29,7 +30,8 @@ _COUNTS = ["items", "impressions"]
 
 @dataclass(frozen=True)
 class CrosswalkJob:
-    """All that the workers need to know; `old` is None where both codebooks are of one encoder."""
+    """All that the workers need to know. `old` are `item_features` made with the parent; None where
+    both codebooks are of one encoder, so that the parent itself tells."""
 
     embeddings: tables.Partition
     categories: tuple[str, ...] | None
@@ -82,14 +84,13 @@ def crosswalk(counts: Iterable[pa.Table], parent: Codebook, codebook: Codebook) 
         rows.select(["label", "old_cluster_id"]), ["label", "old_cluster_id"], join_type="left anti"
     )
     rows = pa.concat_tables([rows, idle.select(rows.column_names)])
-    shares = {f"{n.removesuffix('s')}_share": _share(rows, n) for n in _COUNTS}
-    shares["impression_share"] = pc.coalesce(shares["impression_share"], shares["item_share"])
-    shares = {k: pc.coalesce(v, pa.scalar(1.0)) for k, v in shares.items()}
-    for name, share in shares.items():
-        rows = rows.append_column(name, share)
+    item_share = pc.coalesce(_share(rows, "items"), pa.scalar(1.0))
+    rows = rows.append_column("item_share", item_share)
+    impression_share = pc.coalesce(_share(rows, "impressions"), item_share)
+    rows = rows.append_column("impression_share", impression_share)
     order = [("label", "ascending"), ("old_cluster_id", "ascending"), ("items", "descending")]
-    schema = CROSSWALK
-    return rows.sort_by([*order, ("new_cluster_id", "ascending")]).select(schema.names).cast(schema)
+    rows = rows.sort_by([*order, ("new_cluster_id", "ascending")])
+    return rows.select(CROSSWALK.names).cast(CROSSWALK)
 
 
 def _without_items(parent: Codebook, codebook: Codebook, labels: list[str]) -> pa.Table:
@@ -123,14 +124,14 @@ def with_moves(info: CodebookInfo, table: pa.Table) -> CodebookInfo:
         found.append(
             replace(
                 resolution,
-                moved_items=_part(items[moved].sum(), items.sum()),
-                moved_impressions=_part(impressions[moved].sum(), impressions.sum()),
+                moved_items=_ratio(items[moved].sum(), items.sum()),
+                moved_impressions=_ratio(impressions[moved].sum(), impressions.sum()),
             )
         )
     return replace(info, resolutions=tuple(found))
 
 
-def _part(some: int, total: int) -> float | None:
+def _ratio(some: int, total: int) -> float | None:
     return float(some / total) if total else None
 
 
@@ -166,34 +167,27 @@ class CountMoves(beam.DoFn):
         job, (shard, pieces) = self._job, element
         wanted = ["item_id", "embedding", "category", "in_catalogue"]
         rows = job.embeddings.read_shard(shard, job.shards, "item_id", wanted)
-        scope = tables.in_scope(rows["category"], job.categories) & rows["in_catalogue"].to_numpy()
-        rows = rows.filter(pa.array(scope))
+        rows = rows.filter(pa.array(tables.fitted_on(rows, job.categories)))
         shown = _impressions_of(rows["item_id"], read_pieces(pieces, self._no_rows))
         points = tables.embedding_matrix(rows["embedding"])
-        codebook = _search(self._new, job.codebook_folder)
-        old_number = self._old_numbers(shard, rows["item_id"], points)
+        tables.check_unit(points, rows["item_id"])
+        codebook = shared_search(self._new, job.codebook_folder)
+        old = self._old_numbers(shard, rows["item_id"], points)
         parts = [
-            count_moves(old_number(label), codebook.assign(label, points)[0], shown, label)
+            count_moves(old[label], codebook.assign(label, points)[0], shown, label)
             for label in job.labels
         ]
         tables.write_parquet(_counts_path(job, shard), pa.concat_tables(parts))
 
     def _old_numbers(
         self, shard: int, ids: pa.ChunkedArray, points: np.ndarray
-    ) -> Callable[[str], np.ndarray]:
-        """What tells, for a label, the parent's number of each item."""
+    ) -> dict[str, np.ndarray]:
+        """By label, the parent's number of each item; int32 [n]."""
         job = self._job
         if job.old is None:
-            parent = _search(self._old, job.parent_folder)
-            return lambda label: parent.assign(label, points)[0]
-        columns = ["item_id", *map(cluster_column, job.labels)]
-        features = job.old.read_shard(shard, job.shards, "item_id", columns)
-        return lambda label: tables.lookup(ids, features, cluster_column(label))
-
-
-def _search(loaded: Shared, folder: str) -> CodebookSearch:
-    found: CodebookSearch = loaded.acquire(lambda: CodebookSearch(load_codebook(folder)), folder)
-    return found
+            parent = shared_search(self._old, job.parent_folder)
+            return {label: parent.assign(label, points)[0] for label in job.labels}
+        return tables.cluster_numbers(job.old, shard, job.shards, ids, job.labels)
 
 
 def _impressions_of(ids: pa.ChunkedArray, counts: pa.Table) -> np.ndarray:
@@ -209,7 +203,6 @@ def define_crosswalk(root: beam.Pipeline, impressions: Source | None, job: Cross
     """Writes the counts of each item shard as a file; without `impressions`, items alone count."""
     item_id = job.embeddings.schema.field("item_id").type
     no_rows = pa.table({"item_id": pa.array([], item_id), "impressions": pa.array([], pa.int64())})
-    every_shard = root | "EveryShard" >> beam.Create([(n, b"") for n in range(job.shards)])
     counted = (
         root
         | "ImpressionGroups" >> beam.Create(impressions.groups() if impressions else [])
@@ -217,7 +210,7 @@ def define_crosswalk(root: beam.Pipeline, impressions: Source | None, job: Cross
         | "CountImpressions" >> beam.ParDo(CountImpressions(job))
     )
     _ = (
-        (counted, every_shard)
+        (counted, every_shard(root, job.shards))
         | "ImpressionsAndShards" >> beam.Flatten()
         | "ByItemShard" >> beam.GroupByKey()
         | "CountMoves" >> beam.ParDo(CountMoves(job, no_rows))
@@ -232,8 +225,3 @@ def read_counts(job: CrosswalkJob) -> Iterator[pa.Table]:
     """The counts of all shards, one after the other."""
     for shard in range(job.shards):
         yield tables.read_parquet(_counts_path(job, shard))
-
-
-def discard_crosswalk(job: CrosswalkJob) -> None:
-    for name in ("impressions", "moves"):
-        storage.delete_tree(os.path.join(job.staging, name))

@@ -5,26 +5,25 @@ In: a published `item_embeddings` partition; where a codebook of another encoder
 one machine fits. Sample and held-out items are chosen by a hash of the item ID, so that they depend
 neither on the order of files nor on the number of workers.
 
-Modes: `fresh` begins with new centres and new numbers. `warm` starts from the parent's centres,
-`aligned`, for a new encoder, from the mean of the new embeddings of each old cluster's members;
-both then give each number to the centre that keeps most of its items.
+Modes (METHOD §6): `fresh` begins with new centres and new numbers. `warm` starts from the parent's
+centres, `aligned`, for a new encoder, from the mean of the new embeddings of each old cluster's
+members; both then give each number to the centre that keeps most of its items.
 """
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
-from feature_jobs import hashing, storage, tables
+from feature_jobs import hashing, tables
 from feature_jobs.codebook import (
     Codebook,
     CodebookInfo,
     Resolution,
-    cluster_column,
     codebook_id,
     continued_numbers,
     health_of,
@@ -32,7 +31,7 @@ from feature_jobs.codebook import (
 )
 from feature_jobs.kmeans import SinglePass, count_distinct, first_centres, lloyd
 from feature_jobs.nearest import CentreSearch
-from feature_jobs.schemas import EMBEDDING_DIM, DataContractError, OperatorError
+from feature_jobs.schemas import EMBEDDING_DIM, OperatorError, cluster_column
 
 _SAMPLE_SEED, _HELD_OUT_SEED = 1, 2  # of the hashes: independent of that of the shards
 _HELD_OUT_SHARE, _HELD_OUT_ITEMS = 0.05, 65_536  # the smaller of the two
@@ -45,7 +44,8 @@ ALGORITHMS = {"lloyd": 256, "single-pass": 32}  # with the items per cluster tha
 class Fit:
     """What was asked for: clusters by label, and how to find them.
 
-    `soft_threshold` is λ of single-pass clustering.
+    `soft_threshold` is λ of single-pass clustering. Raises OperatorError for one that the algorithm
+    has no use for.
     """
 
     clusters: Mapping[str, int]
@@ -56,11 +56,19 @@ class Fit:
     points_per_cluster: int = ALGORITHMS["lloyd"]
     soft_threshold: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.soft_threshold and self.algorithm != "single-pass":
+            raise OperatorError(
+                "--soft-threshold makes the centres of single-pass clustering sparse; lloyd has no "
+                "such thing and would ignore it. Say --algorithm single-pass, or leave it out."
+            )
+
 
 @dataclass(frozen=True)
 class SampleJob:
     """`fraction` of the in-scope catalogue items is drawn, and `held_out` of them kept apart;
-    `categories` None means all. `old` has the parent's numbers of the items, by label."""
+    `categories` None means all. `old` are `item_features` that tell the parent's numbers of the
+    items, of `old_labels`; None where they are not asked for."""
 
     embeddings: tables.Partition
     categories: tuple[str, ...] | None
@@ -75,7 +83,8 @@ class SampleJob:
 class Sample:
     """`points` float32 [n, 256] by the hash of their items' IDs, `held_out` float32 [h, 256].
 
-    `old` are the parent's numbers of the points by label, int32 [n], 0 = none.
+    The fingerprint is the exclusive or of their items' hashes, hex. `old` are the parent's numbers
+    of the points by label, int32 [n], 0 = none.
     """
 
     points: np.ndarray
@@ -92,15 +101,11 @@ def count_in_scope(embeddings: tables.Partition, categories: tuple[str, ...] | N
     total = 0
     for path in embeddings.paths:
         rows = tables.read_parquet(path, ["category", "in_catalogue"])
-        total += int(_fitted_on(rows, categories).sum())
+        total += int(tables.fitted_on(rows, categories).sum())
     return total
 
 
-def _fitted_on(rows: pa.Table, categories: tuple[str, ...] | None) -> np.ndarray:
-    return tables.in_scope(rows["category"], categories) & rows["in_catalogue"].to_numpy()
-
-
-def fractions(items: int, clusters: int, points_per_cluster: int) -> tuple[float, float]:
+def sampling_shares(items: int, clusters: int, points_per_cluster: int) -> tuple[float, float]:
     """The shares of the in-scope items to sample, of those not held out, and to hold out."""
     held_out = min(_HELD_OUT_SHARE, _HELD_OUT_ITEMS / max(1, items))
     return min(1.0, clusters * points_per_cluster / max(1.0, items * (1 - held_out))), held_out
@@ -108,6 +113,7 @@ def fractions(items: int, clusters: int, points_per_cluster: int) -> tuple[float
 
 def _chosen(ids: pa.ChunkedArray, fraction: float, seed: int) -> np.ndarray:
     """A `fraction` of the items, the same whatever else there is; bool [n]."""
+    # 2^64 itself has no room in 64 bits, and this is the largest float64 below it.
     return hashing.hash_ids(ids, seed) < np.uint64(fraction * (2**64 - 2048))
 
 
@@ -116,20 +122,7 @@ def draw_sample(rows: pa.Table, job: SampleJob) -> pa.Table:
     held_out = _chosen(rows["item_id"], job.held_out, _HELD_OUT_SEED)
     wanted = held_out | _chosen(rows["item_id"], job.fraction, _SAMPLE_SEED)
     drawn = rows.select(["item_id", "embedding"]).append_column("held_out", pa.array(held_out))
-    return drawn.filter(pa.array(wanted & _fitted_on(rows, job.categories)))
-
-
-def check_points(points: np.ndarray) -> None:
-    """Raises DataContractError for rows float32 [n, 256] that are no finite unit vectors."""
-    bad = sum(
-        int((~(np.abs(np.linalg.norm(points[at : at + _BLOCK_ROWS], axis=1) - 1) < 1e-3)).sum())
-        for at in range(0, len(points), _BLOCK_ROWS)
-    )  # written so that NaN counts as bad
-    if bad:
-        raise DataContractError(
-            f"{bad:,} of {len(points):,} sampled embeddings are not finite unit vectors; centres "
-            "fitted on them would be meaningless. Run `courier embed --full` for this ds."
-        )
+    return drawn.filter(pa.array(wanted & tables.fitted_on(rows, job.categories)))
 
 
 def check_distinct(points: np.ndarray, clusters: int) -> None:
@@ -137,9 +130,10 @@ def check_distinct(points: np.ndarray, clusters: int) -> None:
     distinct = count_distinct(points)
     if distinct < clusters:
         raise OperatorError(
-            f"{clusters:,} clusters were asked for, but the in-scope items of this ds have only "
-            f"{distinct:,} distinct embeddings ({len(points):,} items to fit on), so that clusters "
-            f"would be empty. Ask for at most {distinct:,}, or fit on a larger catalogue."
+            f"{clusters:,} clusters were asked for, but the sample of {len(points):,} in-scope "
+            f"items has only {distinct:,} distinct embeddings, so that clusters would be empty. "
+            f"Ask for at most {distinct:,}, sample more items with --points-per-cluster, or fit on "
+            "a larger catalogue."
         )
 
 
@@ -174,7 +168,8 @@ def member_means(
     place = np.where(numbers[order[at]] == old, order[at], len(numbers))  # [n]; last one = none
     members = np.bincount(place, minlength=len(numbers) + 1)
     sums = np.zeros((len(numbers) + 1, EMBEDDING_DIM))
-    for rows in np.array_split(np.argsort(place, kind="stable"), max(1, len(points) // 65_536)):
+    blocks = max(1, len(points) // _BLOCK_ROWS)
+    for rows in np.array_split(np.argsort(place, kind="stable"), blocks):
         # Rows of one number are neighbours: one sum for each run of them, [runs, 256].
         starts = np.flatnonzero(np.diff(place[rows], prepend=-1))
         if len(starts):
@@ -195,34 +190,24 @@ def make_codebook(
 
     `parent` is continued, or in mode `fresh` only its numbers are not used again. `stream` has all
     in-scope embeddings float32 [any, 256], which only single-pass clustering reads.
-    Raises what `check_points` and `check_distinct` raise.
+    Raises OperatorError where there are fewer distinct points than clusters.
     """
-    check_points(sample.points)
     check_distinct(sample.points, max(fit.clusters.values()))
-    known = {
-        label: _known_numbers(sample, fit, parent, label)
-        for label in fit.clusters
-        if parent and fit.mode != "fresh" and label in parent.centres
-    }
-    starts = {
-        label: _continued_start(sample, fit, parent, label, known[label])
-        for label in known
-        if parent
-    }
+    old, starts = _continue(sample, fit, parent)
     centres = _fit_centres(sample.points, fit, starts, stream)
+    max_ids = parent.info.max_ids if parent else {}
     numbers, resolutions = {}, []
     for label in fit.clusters:
-        before = parent.info.resolution(label) if parent else None
-        numbers[label], found = _describe(
-            sample, label, centres[label], known.get(label), before.max_id if before else 0
+        numbers[label], found = _number(
+            sample, label, centres[label], old.get(label), max_ids.pop(label, 0)
         )
         resolutions.append(found)
-    identity = codebook_id(fit.name, centres, numbers, encoder_id)
+    # What is continued knows the days that the parent was made of.
+    known = parent.info if parent and fit.mode != "fresh" else None
     info = CodebookInfo(
-        codebook_id=identity,
+        codebook_id="",
         encoder_id=encoder_id,
-        parent=parent.info.codebook_id if parent else None,
-        lineage=parent.info.lineage if parent else identity,
+        ancestors=(parent.info.codebook_id, *parent.info.ancestors) if parent else (),
         mode=fit.mode,
         algorithm=fit.algorithm,
         seed=fit.seed,
@@ -230,27 +215,44 @@ def make_codebook(
         sample_items=len(sample.points),
         held_out_items=len(sample.held_out),
         sample_fingerprint=sample.fingerprint,
-        data_start_ds=ds,
-        data_end_ds=ds,
+        data_start_ds=min(ds, known.data_start_ds) if known else ds,
+        data_end_ds=max(ds, known.data_end_ds) if known else ds,
+        left_out=max_ids,
         resolutions=tuple(resolutions),
     )
-    return Codebook(info, centres, numbers)
+    identity = codebook_id(fit.name, centres, numbers, info.made_of)
+    return Codebook(replace(info, codebook_id=identity), centres, numbers)
 
 
-def _known_numbers(sample: Sample, fit: Fit, parent: Codebook, label: str) -> np.ndarray:
-    """The parent's numbers of the sample's points; int32 [n]."""
-    if fit.mode == "aligned":
-        return sample.old[label]
-    place = CentreSearch(parent.centres[label]).nearest(sample.points).place
-    return np.asarray(parent.numbers[label])[place]
+def _continue(
+    sample: Sample, fit: Fit, parent: Codebook | None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """By label: the parent's numbers of the sample's points int32 [n], and the first centres
+    float32 [clusters, 256]; empty where no resolution is continued."""
+    if parent is None or fit.mode == "fresh":
+        return {}, {}
+    old, starts = {}, {}
+    for label in set(fit.clusters) & set(parent.centres):
+        if fit.mode == "aligned":
+            old[label] = sample.old[label]
+            _check_followed(old[label], label, parent)
+        else:
+            place = CentreSearch(parent.centres[label]).nearest(sample.points).place
+            old[label] = np.asarray(parent.numbers[label])[place]
+        means, members = member_means(sample.points, old[label], parent.numbers[label])
+        anchors = means if fit.mode == "aligned" else parent.centres[label]
+        clusters = fit.clusters[label]
+        starts[label] = starting_centres(sample.points, anchors, members, clusters, fit.seed)
+    return old, starts
 
 
-def _continued_start(
-    sample: Sample, fit: Fit, parent: Codebook, label: str, known: np.ndarray
-) -> np.ndarray:
-    means, members = member_means(sample.points, known, parent.numbers[label])
-    anchors = means if fit.mode == "aligned" else parent.centres[label]
-    return starting_centres(sample.points, anchors, members, fit.clusters[label], fit.seed)
+def _check_followed(old: np.ndarray, label: str, parent: Codebook) -> None:
+    if not (old > 0).any():
+        raise OperatorError(
+            f"Not one of the {len(old):,} sampled items had a cluster ID ({label}) of codebook "
+            f"{parent.info.codebook_id}, so that no number could be kept. Mode aligned needs items "
+            "that both know: are the item IDs written alike? Or say --mode fresh."
+        )
 
 
 def _fit_centres(
@@ -267,19 +269,18 @@ def _fit_centres(
         for label, clusters in fit.clusters.items()
     }
     for rows in stream:
-        check_points(rows)
         for single_pass in passes.values():
             single_pass.add(rows)
     return {label: single_pass.centres() for label, single_pass in passes.items()}
 
 
-def _describe(
-    sample: Sample, label: str, centres: np.ndarray, known: np.ndarray | None, max_id: int
+def _number(
+    sample: Sample, label: str, centres: np.ndarray, old: np.ndarray | None, max_id: int
 ) -> tuple[np.ndarray, Resolution]:
     """The numbers of `centres` and what the artefact says of them."""
     clusters, search = len(centres), CentreSearch(centres)
     found, held_out = search.nearest(sample.points), search.nearest(sample.held_out)
-    old = np.zeros(len(found.place), np.int32) if known is None else known
+    old = np.zeros(len(found.place), np.int32) if old is None else old
     numbers = continued_numbers(old, found.place, clusters, max_id)
     max_id = max(max_id, int(numbers.max()))
     sizes = np.bincount(found.place, minlength=clusters)
@@ -313,12 +314,13 @@ class SamplePart(beam.DoFn):
         job = self._job
         paths = job.embeddings.paths
         sample = draw_sample(tables.read_parquet(paths[part], _READ), job)
+        tables.check_unit(tables.embedding_matrix(sample["embedding"]), sample["item_id"])
         if job.old:
-            columns = ["item_id", *map(cluster_column, job.old_labels)]
-            features = job.old.read_shard(part, len(paths), "item_id", columns)
-            for label in job.old_labels:
-                numbers = tables.lookup(sample["item_id"], features, cluster_column(label))
-                sample = sample.append_column(cluster_column(label), pa.array(numbers))
+            numbers = tables.cluster_numbers(
+                job.old, part, len(paths), sample["item_id"], job.old_labels
+            )
+            for label, column in numbers.items():
+                sample = sample.append_column(cluster_column(label), pa.array(column))
         tables.write_parquet(_sample_path(job, part), sample)
 
 
@@ -374,10 +376,9 @@ def stream_embeddings(job: SampleJob) -> Iterator[np.ndarray]:
             if following:
                 ahead = reader.submit(tables.read_parquet, following, _READ)
             held_out = _chosen(rows["item_id"], job.held_out, _HELD_OUT_SEED)
-            kept = np.flatnonzero(_fitted_on(rows, job.categories) & ~held_out)
+            kept = np.flatnonzero(tables.fitted_on(rows, job.categories) & ~held_out)
             hashes = hashing.hash_ids(rows["item_id"], _SAMPLE_SEED)[kept]
-            yield tables.embedding_matrix(rows["embedding"])[kept[np.argsort(hashes)]]
-
-
-def discard_sample(job: SampleJob) -> None:
-    storage.delete_tree(os.path.join(job.staging, "sample"))
+            order = kept[np.argsort(hashes)]
+            points = tables.embedding_matrix(rows["embedding"])[order]
+            tables.check_unit(points, rows["item_id"].take(pa.array(order)))
+            yield points

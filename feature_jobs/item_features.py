@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 from apache_beam.utils.shared import Shared
 
 from feature_jobs import tables
-from feature_jobs.codebook import MAIN, Codebook, cluster_column, health_of, load_codebook
-from feature_jobs.nearest import CodebookSearch
-from feature_jobs.schemas import EMBEDDING_DIM, ITEM_FEATURES, DataContractError
+from feature_jobs.codebook import MAIN, Codebook, health_of, load_codebook
+from feature_jobs.nearest import CodebookSearch, shared_search
+from feature_jobs.schemas import ITEM_FEATURES, cluster_column
 
 _CLUSTERS = "clusters"  # folder of the counts beside the parts
 _COUNTS = ("items", "compared", "moved")
@@ -33,8 +33,8 @@ _NAMED = 5  # clusters that most items left, by name
 class FeaturesJob:
     """All that the workers need to know; one part is made for each part of `embeddings`.
 
-    `before` are the features of the day before, None for none. Where they are `of_another_lineage`
-    every number has changed its meaning.
+    `previous` are the features of the day before, None for none. Where they are
+    `of_another_lineage`, every number has changed its meaning.
     """
 
     embeddings: tables.Partition
@@ -42,7 +42,7 @@ class FeaturesJob:
     codebook_folder: str
     categories: tuple[str, ...] | None
     schema: pa.Schema
-    before: tables.Partition | None
+    previous: tables.Partition | None
     of_another_lineage: bool
     staging: str
 
@@ -72,7 +72,7 @@ def features_of(
     scope = tables.in_scope(category, categories)
     n, rows = len(category), np.flatnonzero(scope[: len(embedded)])
     points = tables.embedding_matrix(embedded["embedding"])[rows]
-    _check_points(points, embedded["item_id"], rows)
+    tables.check_unit(points, embedded["item_id"].take(pa.array(rows)))
     inside = np.ones(n, bool)
     inside[: len(embedded)] = embedded["in_catalogue"].to_numpy()
     info = search.codebook.info
@@ -102,6 +102,7 @@ def _assigned(
         columns[cluster_column(label)] = _spread(numbers, rows, n)
         if main:
             columns["centre_distance"] = _spread(found.distance, rows, n)
+        if second and main:
             known = np.where(np.isfinite(found.second), found.second, np.float32(0))
             columns["second_distance"] = _spread(known, rows, n)
     return columns
@@ -114,18 +115,8 @@ def _spread(values: np.ndarray, rows: np.ndarray, n: int) -> np.ndarray:
     return out
 
 
-def _check_points(points: np.ndarray, ids: pa.ChunkedArray, rows: np.ndarray) -> None:
-    norms = np.einsum("nd,nd->n", points, points)
-    bad = rows[~(np.abs(norms - 1) < 2e-3)]  # written so that NaN counts as bad
-    if len(bad):
-        raise DataContractError(
-            f"The embedding of item_id {ids[int(bad[0])]} and {len(bad) - 1:,} more of "
-            f"item_embeddings are not finite unit vectors of {EMBEDDING_DIM} floats; their "
-            "cluster IDs would be arbitrary. Run `courier embed --full` for this ds."
-        )
-
-
 def count_features(rows: pa.Table) -> dict[str, int]:
+    """What the receipt of a part tells of its rows of `item_features`."""
     cluster = rows["cluster_id"].to_numpy()
     return {
         "items": len(rows),
@@ -135,7 +126,7 @@ def count_features(rows: pa.Table) -> dict[str, int]:
 
 
 def count_clusters(
-    rows: pa.Table, before: pa.Table | None, codebook: Codebook, of_another_lineage: bool
+    rows: pa.Table, previous: pa.Table | None, codebook: Codebook, of_another_lineage: bool
 ) -> pa.Table:
     """For each number of each resolution: the items that have it, those that had it the day before
     and have some number now, and those of them that have another one now."""
@@ -144,8 +135,8 @@ def count_clusters(
         column = cluster_column(label)
         new = rows[column].to_numpy()
         old = np.zeros(len(new), np.int32)
-        if before is not None and column in before.column_names:
-            old = tables.lookup(rows["item_id"], before, column)
+        if previous is not None and column in previous.column_names:
+            old = tables.lookup(rows["item_id"], previous, column)
         both = (old > 0) & (new > 0)
         moved = both & ((old != new) | of_another_lineage)
         counts = [_bincount(new), _bincount(old[both]), _bincount(old[moved])]
@@ -182,6 +173,7 @@ def summarise_clusters(counts: pa.Table, codebook: Codebook) -> dict[str, dict[s
         left = rows.filter(pc.greater(rows["moved_sum"], 0)).slice(0, _NAMED)
         found[label] = {
             **health_of(sizes),
+            "largest_cluster": int(codebook.numbers[label][sizes.argmax()]),
             "compared_items": pc.sum(rows["compared_sum"]).as_py() or 0,
             "moved_items": pc.sum(rows["moved_sum"]).as_py() or 0,
             "most_moved": [
@@ -198,7 +190,7 @@ def summarise_clusters(counts: pa.Table, codebook: Codebook) -> dict[str, dict[s
 class AssignShard(beam.DoFn):
     """A shard number → one part of `item_features`, and its counts of clusters."""
 
-    _loaded = Shared()  # one per worker process; its arrays are shared by those of a machine
+    _loaded = Shared()
 
     def __init__(self, job: FeaturesJob):
         self._job, self.staging = job, job.staging
@@ -214,14 +206,12 @@ class AssignShard(beam.DoFn):
             shard, job.shards, "item_id", ["item_id", "embedding", "category", "in_catalogue"]
         )
         rejected = job.rejects.read_shard(shard, job.shards, "item_id", ["item_id", "category"])
-        search = self._loaded.acquire(
-            lambda: CodebookSearch(load_codebook(job.codebook_folder)), tag=job.codebook_folder
-        )
+        search = shared_search(self._loaded, job.codebook_folder)
         rows = features_of(embedded, rejected, search, job.categories, self._second)
-        before = job.before and job.before.read_shard(
+        previous = job.previous and job.previous.read_shard(
             shard, job.shards, "item_id", self._compared_columns(search.codebook)
         )
-        counts = count_clusters(rows, before, search.codebook, job.of_another_lineage)
+        counts = count_clusters(rows, previous, search.codebook, job.of_another_lineage)
         tables.write_parquet(_counts_path(job.staging, shard), counts)
         tables.write_part(
             folder, ITEM_FEATURES, job.schema, rows, shard, job.shards, count_features(rows)
@@ -229,7 +219,7 @@ class AssignShard(beam.DoFn):
 
     def _compared_columns(self, codebook: Codebook) -> list[str]:
         """Those that the day before has too."""
-        there = self._job.before.schema.names if self._job.before else []
+        there = self._job.previous.schema.names if self._job.previous else []
         mine = map(cluster_column, codebook.info.labels)
         return ["item_id", *(column for column in mine if column in there)]
 

@@ -4,11 +4,9 @@ Points are float32 [n, 256], centres float32 [clusters, 256]. Here is also what 
 it starts: how many distinct points there are, and what memory and time it will take.
 """
 
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import faiss
 import numpy as np
@@ -197,11 +195,13 @@ def estimate(algorithm: str, sample: int, rows: int, clusters: Sequence[int]) ->
     reads and checks it is not.
     """
     if algorithm == "lloyd":
-        return estimate_lloyd(sample, clusters)
-    return estimate_single_pass(sample, rows, clusters)
+        return _estimate_lloyd(sample, clusters)
+    return _estimate_single_pass(sample, rows, clusters)
 
 
-def estimate_lloyd(points: int, clusters: Sequence[int], iterations: int = _ITERATIONS) -> Estimate:
+def _estimate_lloyd(
+    points: int, clusters: Sequence[int], iterations: int = _ITERATIONS
+) -> Estimate:
     """Of `lloyd` of so many points for each of `clusters` in turn; its points are counted in."""
     working = max(_lloyd_bytes(points, k) for k in clusters)
     seconds = (
@@ -214,9 +214,9 @@ def estimate_lloyd(points: int, clusters: Sequence[int], iterations: int = _ITER
     return Estimate(4 * EMBEDDING_DIM * points + working, seconds)
 
 
-def estimate_single_pass(sample: int, rows: int, clusters: Sequence[int]) -> Estimate:
+def _estimate_single_pass(sample: int, rows: int, clusters: Sequence[int]) -> Estimate:
     """Of `first_centres` of the sample for each of `clusters`, and their passes side by side."""
-    first = estimate_lloyd(sample, clusters, _FIRST_ITERATIONS)
+    first = _estimate_lloyd(sample, clusters, _FIRST_ITERATIONS)
     seconds = _products(rows, clusters) * _seconds_per_product(
         lambda some, centres: SinglePass(centres).add(some)
     )
@@ -256,43 +256,3 @@ def _seconds_per_product(work: Callable[[np.ndarray, np.ndarray], object]) -> fl
         work(points, centres)
         seconds.append(time.perf_counter() - start)
     return min(seconds) / _products(len(points), [len(centres)])
-
-
-# Where control groups of version 2 and 1 are, and their files of limit, usage and file cache.
-_GROUP_FILES = {
-    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
-               "total_inactive_file"),
-}  # fmt: skip
-
-
-def available_bytes(root: str = "/") -> int:
-    """How much memory this process may still take: of the machine, and of its control groups.
-
-    What a group holds in its file cache counts as free, since it is dropped on demand. `root` is
-    the folder that holds `proc` and `sys`.
-    """
-    info = Path(root, "proc/meminfo")
-    if not info.exists():  # no Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([_fields(info)["MemAvailable:"] * 1024, *_free_in_groups(Path(root))])
-
-
-def _fields(path: Path) -> dict[str, int]:
-    return {line.split()[0]: int(line.split()[1]) for line in path.read_text().splitlines()}
-
-
-def _free_in_groups(root: Path) -> Iterator[int]:
-    """What is left below each memory limit, from this process's group to the topmost."""
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers not in _GROUP_FILES:
-            continue
-        top, limit, usage, cache = _GROUP_FILES[controllers]
-        own = Path(group.lstrip("/"))
-        for folder in (root / top / name for name in (own, *own.parents)):
-            # In a container the group may be called what it is called outside, and lie at the top.
-            text = (folder / limit).read_text() if (folder / limit).exists() else "max"
-            if text.strip() != "max":
-                used = int((folder / usage).read_text()) - _fields(folder / "memory.stat")[cache]
-                yield max(0, int(text) - used)

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from apache_beam.utils.shared import Shared
 from torch import Tensor
 
-from feature_jobs.codebook import Codebook
+from feature_jobs.codebook import Codebook, load_codebook
 
 _BIAS = 16  # columns that carry -|c|²/2: one would need 16 times the range of the others
 _GROUPS = 128  # of a tile's centres; a group's scores are looked at when its best is high
@@ -26,7 +27,7 @@ _CELLS_GPU = 1 << 25
 _RANKED, _MEASURED = 1 / 32, 1 / 2048
 _NEVER = -(1 << 30)  # below any score
 # What float32 loses at most, with room to spare: of a row's length, and of a squared distance.
-_LENGTH_ERROR, _SQUARE_ERROR = 1e-5, 1e-4
+_LENGTH_ERROR, _SQUARE_ERROR, _UNDERFLOW = 1e-5, 1e-4, 1e-30
 _setting_threads = threading.Lock()
 
 
@@ -182,7 +183,7 @@ class CentreSearch:
             apart = rows.index_select(0, r).sub_(self._centres.index_select(0, c))
             whole.copy_(apart.square_().sum(dim=1))
         # Where several may be the nearest, these again in float64, all of them: [pairs]
-        close = away <= _least(away, row, n)[row] * (1 + _SQUARE_ERROR)
+        close = away <= _least(away, row, n)[row] * (1 + _SQUARE_ERROR) + _UNDERFLOW
         ties = torch.bincount(row, weights=close, minlength=n) > 1
         again = (close & ties[row]).nonzero()[:, 0]
         exact = rows[row[again]].double().sub_(self._centres[centre[again]])
@@ -212,6 +213,13 @@ class CodebookSearch:
         near it is."""
         found = self._searches[label].nearest(rows, second)
         return np.asarray(self.codebook.numbers[label])[found.place], found
+
+
+def shared_search(loaded: Shared, folder: str) -> CodebookSearch:
+    """The search of the codebook in `folder`: one for each worker process, which `loaded` keeps,
+    while its centres are memory-mapped, once for each machine."""
+    found: CodebookSearch = loaded.acquire(lambda: CodebookSearch(load_codebook(folder)), folder)
+    return found
 
 
 def _length(columns: Tensor, bias: Tensor) -> Tensor:

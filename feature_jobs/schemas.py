@@ -206,10 +206,18 @@ ITEM_FEATURES = Table(
 )
 
 
-def cluster_field(column: str) -> pa.Field:
-    """The column of `item_features` for a further resolution of a codebook."""
-    meaning = {"meaning": "as cluster_id, of another resolution of the codebook"}
-    return pa.field(column, pa.int32(), nullable=False, metadata=meaning)
+MAIN = "main"  # the resolution of a codebook that cluster_id is of
+
+
+def cluster_column(label: str) -> str:
+    """The column of `item_features` that holds the cluster IDs of a resolution."""
+    return "cluster_id" if label == MAIN else f"cluster_{label}"
+
+
+def cluster_field(label: str) -> pa.Field:
+    """That column, for a resolution other than the main one."""
+    meaning = {"meaning": f"as cluster_id, of the resolution {label}"}
+    return pa.field(cluster_column(label), pa.int32(), nullable=False, metadata=meaning)
 
 
 USER_SIMSCORES = Table(

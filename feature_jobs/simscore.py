@@ -54,12 +54,13 @@ _BLOCK_ROWS = 512  # impressions scored at once: 512 x 50 x 256 floats are 26 MB
 
 @dataclass(frozen=True)
 class SimscoreJob:
-    """All that the workers need to know. `end_us` is the first moment after ds. `before` are the
-    features of the day before, None for none, whose numbers may be `of_another_lineage`."""
+    """All that the workers need to know. `end_us` is the first moment after ds.
+    `previous_features` are those of the day before, None for none, whose cluster IDs may be
+    `of_another_lineage`."""
 
     features: tables.Partition
     embeddings: tables.Partition
-    before: tables.Partition | None
+    previous_features: tables.Partition | None
     of_another_lineage: bool
     law: HistoryLaw
     end_us: int
@@ -258,11 +259,12 @@ def _build_item_vectors(job: SimscoreJob, folder: str) -> int:
 
 def _old_clusters(job: SimscoreJob, shard: int, ids: pa.ChunkedArray) -> np.ndarray:
     """`old_cluster_ids` of a shard's items."""
-    if job.before is None:
+    if job.previous_features is None:
         return np.zeros(len(ids), np.int32)
     columns = ["item_id", "cluster_id"]
-    before = job.before.read_shard(shard, len(job.features.paths), "item_id", columns)
-    old = tables.lookup(ids, before, "cluster_id")
+    shards = len(job.features.paths)
+    previous = job.previous_features.read_shard(shard, shards, "item_id", columns)
+    old = tables.lookup(ids, previous, "cluster_id")
     return np.where(old > 0, -1, 0) if job.of_another_lineage else old
 
 

@@ -32,6 +32,7 @@ from feature_jobs.schemas import (
     InputNotReady,
     OperatorError,
     Table,
+    cluster_column,
 )
 
 MANIFEST = "_manifest.json"
@@ -115,6 +116,26 @@ def in_scope(category: pa.ChunkedArray, categories: Sequence[str] | None) -> np.
     if categories is None:
         return np.ones(len(category), bool)
     return pc.is_in(category, value_set=pa.array(categories, pa.string())).to_numpy()
+
+
+def fitted_on(rows: pa.Table, categories: Sequence[str] | None) -> np.ndarray:
+    """Which rows of `item_embeddings` codebooks are made of, bool [n]: those in the catalogue and
+    in scope."""
+    return in_scope(rows["category"], categories) & rows["in_catalogue"].to_numpy()
+
+
+def check_unit(points: np.ndarray, ids: pa.ChunkedArray) -> None:
+    """Raises DataContractError where `points` float32 [n, 256], those of item `ids` [n], are not
+    finite unit vectors."""
+    square = np.einsum("nd,nd->n", points, points)
+    bad = np.flatnonzero(~(np.abs(square - 1) < 2e-3))  # written so that NaN counts as bad
+    if len(bad):
+        raise DataContractError(
+            f"item_embeddings holds {len(bad):,} rows whose embedding is no finite unit vector of "
+            f"{EMBEDDING_DIM} floats, for example that of item_id {ids[int(bad[0])]}. Distances to "
+            "it mean nothing, and its cluster ID would be arbitrary. Run `courier embed --full` "
+            "for this ds."
+        )
 
 
 # ---- Arrow and numpy -----------------------------------------------------------------------
@@ -330,6 +351,16 @@ def open_published(folder: str) -> Partition:
             "just now. Run the command that makes it, or ask again later."
         )
     return Partition(folder, read_json(os.path.join(folder, MANIFEST)))
+
+
+def cluster_numbers(
+    features: Partition, shard: int, shards: int, ids: pa.ChunkedArray, labels: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """By label, the cluster ID in `item_features` of each of some `ids` of a shard, 0 for none;
+    int32 [n]."""
+    columns = {label: cluster_column(label) for label in labels}
+    rows = features.read_shard(shard, shards, "item_id", ["item_id", *columns.values()])
+    return {label: lookup(ids, rows, column) for label, column in columns.items()}
 
 
 # ---- What workers tell the launcher ----------------------------------------------------------

@@ -10,84 +10,32 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from json import dumps
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import click
 
 from feature_jobs import __version__
 from feature_jobs.schemas import CourierError
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-class _Ds(click.ParamType):
-    """A date YYYY-MM-DD."""
-
-    name = "YYYY-MM-DD"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> dt.date:
-        try:
-            return value if isinstance(value, dt.date) else dt.date.fromisoformat(value)
-        except ValueError:
-            self.fail(f"{value!r} is no date YYYY-MM-DD", param, ctx)
+from pipelines.options import (
+    Ds,
+    beam_argument,
+    churn_option,
+    config_option,
+    dry_run_option,
+    ds_option,
+    full_option,
+    json_option,
+    night_options,
+    out_option,
+)
 
 
 def _say(message: str) -> None:
     click.echo(message, err=True)
-
-
-def _beam_args(
-    _ctx: click.Context, _param: click.Parameter, given: tuple[str, ...]
-) -> Sequence[str]:
-    if given and not given[0].startswith("--"):
-        raise click.UsageError(
-            f"Unexpected argument {given[0]!r}. A day is given as --ds YYYY-MM-DD; Beam's own "
-            "options follow `--`."
-        )
-    return given
-
-
-config_option = click.option(
-    "--config", default="courier.toml", show_default=True, metavar="FILE", help="The settings."
-)
-ds_option = click.option("--ds", type=_Ds(), required=True, help="The day to make features of.")
-json_option = click.option("--json", is_flag=True, help="The result as JSON.")
-dry_run_option = click.option(
-    "--dry-run", is_flag=True, help="Only print what would be computed, reused and left alone."
-)
-overlap_option = click.option(
-    "--allow-overlap",
-    is_flag=True,
-    help="Use an encoder or codebook made from this day or later ones; the manifest records it.",
-)
-churn_option = click.option(
-    "--allow-churn",
-    is_flag=True,
-    help="Publish however many items changed their cluster ID; the manifest records it.",
-)
-out_option = click.option(
-    "--out",
-    metavar="FOLDER",
-    help="Where packages go; may be gs://. [default: beside the settings]",
-)
-full_option = click.option(
-    "--full", is_flag=True, help="Read and embed every image again, whatever the day before had."
-)
-beam_argument = click.argument(
-    "beam_args", nargs=-1, type=click.UNPROCESSED, callback=_beam_args, metavar="[-- BEAM OPTIONS]"
-)
-
-
-def _night_options(command: F) -> F:
-    """What every command that makes tables of one ds takes."""
-    options = (config_option, ds_option, dry_run_option, overlap_option, json_option, beam_argument)
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 @click.group(context_settings={"auto_envvar_prefix": "COURIER", "show_default": True})
@@ -104,13 +52,13 @@ def cli() -> None:
 
 def _make(
     stages: Sequence[str], config: str, ds: dt.date, dry_run: bool, json: bool,
-    beam_args: Sequence[str], **allowed: bool,
+    beam_args: Sequence[str], **asked: bool,
 ) -> None:  # fmt: skip
     from pipelines import nightly, status
     from pipelines.config import load_settings
     from pipelines.plan import NightOptions, plan_night
 
-    night = plan_night(load_settings(config), ds, stages, _say, NightOptions(**allowed))
+    night = plan_night(load_settings(config), ds, stages, _say, NightOptions(**asked))
     if dry_run:
         plan = status.describe_plan(night, beam_args)
         click.echo(dumps(plan, indent=1) if json else status.render_plan(plan))
@@ -120,7 +68,7 @@ def _make(
 
 
 @cli.command()
-@_night_options
+@night_options
 @full_option
 @churn_option
 def refresh(**options: Any) -> None:
@@ -131,7 +79,7 @@ def refresh(**options: Any) -> None:
 
 
 @cli.command()
-@_night_options
+@night_options
 @full_option
 def embed(**options: Any) -> None:
     """Embed the catalogue of one day: item_embeddings and item_rejects."""
@@ -139,7 +87,7 @@ def embed(**options: Any) -> None:
 
 
 @cli.command("item-features")
-@_night_options
+@night_options
 @churn_option
 def item_features(**options: Any) -> None:
     """Assign cluster IDs to the embedded items of one day: item_features."""
@@ -147,7 +95,7 @@ def item_features(**options: Any) -> None:
 
 
 @cli.command()
-@_night_options
+@night_options
 @churn_option
 def simscore(**options: Any) -> None:
     """Score the impressions of one day: user_histories and user_simscores."""
@@ -156,9 +104,9 @@ def simscore(**options: Any) -> None:
 
 @cli.command("training-rows")
 @config_option
-@click.option("--ds", type=_Ds(), help="The day to make rows of.")
-@click.option("--start-ds", type=_Ds(), help="Or the first of several days.")
-@click.option("--end-ds", type=_Ds(), help="And the last of them.")
+@click.option("--ds", type=Ds(), help="The day to make rows of.")
+@click.option("--start-ds", type=Ds(), help="Or the first of several days.")
+@click.option("--end-ds", type=Ds(), help="And the last of them.")
 @dry_run_option
 @json_option
 @beam_argument
@@ -237,11 +185,11 @@ def _folders(config: str, out: str | None) -> tuple[str, str]:
 @config_option
 @click.option(
     "--until",
-    type=_Ds(),
+    type=Ds(),
     required=True,
     help="Train on days before this one; the pin holds from it.",
 )
-@click.option("--start-ds", type=_Ds(), help="First day. [default: all that have training rows]")
+@click.option("--start-ds", type=Ds(), help="First day. [default: all that have training rows]")
 @click.option(
     "--held-out-days",
     type=click.IntRange(1, 365),
@@ -310,7 +258,7 @@ def train(
 
 @cli.command("fit-codebook")
 @config_option
-@ds_option
+@click.option("--ds", type=Ds(), required=True, help="The day whose embeddings it is fitted on.")
 @click.option(
     "--clusters",
     required=True,
@@ -320,10 +268,13 @@ def train(
 @click.option(
     "--mode",
     type=click.Choice(["fresh", "warm", "aligned"]),
-    help="What becomes of the parent's numbers. [default: keep them where there is a parent]",
+    help="What becomes of the parent's numbers. [default: warm; aligned for another encoder; "
+    "fresh without a parent]",
 )
 @click.option(
-    "--parent", metavar="FOLDER", help="The codebook to continue. [default: the pinned one]"
+    "--parent",
+    metavar="FOLDER",
+    help="The codebook to continue. [default: the newest one pinned]",
 )
 @click.option(
     "--algorithm",
@@ -340,7 +291,7 @@ def train(
     "--soft-threshold",
     type=click.FloatRange(0),
     default=0.0,
-    help="λ of single-pass, which makes centres sparse.",
+    help="λ of single-pass, which makes centres sparse; 0 is right for dense embeddings.",
 )
 @click.option("--seed", default=0, help="Of the first centres.")
 @click.option("--name", default="codebook", help="First part of the codebook's id.")
@@ -359,19 +310,19 @@ def fit_codebook(
     follows the items of the old clusters; new clusters get new numbers. fresh gives every cluster a
     new number. Where there is a parent, the package holds the crosswalk from old to new numbers.
     """
-    from feature_jobs.codebook import parse_clusters
+    from feature_jobs.fit_codebook import ALGORITHMS, Fit
     from pipelines import codebooks
     from pipelines.config import load_settings
 
     settings = load_settings(config)
     folder, out = _folders(config, out)
-    fit = codebooks.asked_fit(parse_clusters(clusters), points_per_cluster, **asked)
-    plan = codebooks.plan_fit(settings, ds, fit, mode, parent, _say)
+    points = points_per_cluster or ALGORITHMS[asked["algorithm"]]
+    fit = Fit(codebooks.parse_clusters(clusters), points_per_cluster=points, **asked)
+    plan = codebooks.plan_fit(settings, ds, fit, mode, parent, beam_args, _say)
     if dry_run:
-        codebooks.check_fits(plan)
-        click.echo(codebooks.describe(plan))
+        click.echo(f"# {codebooks.describe(plan)}")  # a comment, as it may be appended too
         return
-    click.echo(codebooks.fit_codebook(settings, plan, folder, out, beam_args, _say))
+    click.echo(codebooks.fit_codebook(settings, plan, folder, out, _say))
 
 
 # ---- Looking and starting --------------------------------------------------------------------
@@ -431,7 +382,7 @@ def init(catalogue: str, impressions: str, images: tuple[str, ...], out: str) ->
 @click.option("--items", metavar="N|CSV", help="How many to draw; or item_id,category,image_path.")
 @click.option("--users", type=click.IntRange(1), default=1200)
 @click.option("--days", type=click.IntRange(1), default=9)
-@click.option("--first-ds", type=_Ds(), default="2026-01-01")
+@click.option("--first-ds", type=Ds(), default="2026-01-01")
 @click.option("--seed", default=7)
 def demo(
     out: Path, items: str | None, images: Path | None, users: int, days: int, first_ds: dt.date,

@@ -4,10 +4,13 @@ What it will do is found out before any of it is done, the memory and the time t
 included. The package appears when all of it is there; nothing else is changed.
 """
 
+import contextlib
 import datetime as dt
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -28,30 +31,33 @@ from feature_jobs.crosswalk import (
     with_moves,
 )
 from feature_jobs.fit_codebook import (
-    ALGORITHMS,
     Fit,
     SampleJob,
     count_in_scope,
     define_sample,
-    fractions,
     make_codebook,
     read_sample,
+    sampling_shares,
     stream_embeddings,
 )
 from feature_jobs.inputs import Source
-from feature_jobs.kmeans import Estimate, available_bytes, estimate
+from feature_jobs.kmeans import Estimate, estimate
 from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
     ITEM_FEATURES,
+    MAIN,
+    CourierError,
     InputNotReady,
     OperatorError,
 )
 from pipelines import beam_options, runs
 from pipelines.artefacts import stanza
 from pipelines.config import Settings
+from pipelines.free_memory import available_bytes
 from pipelines.shop_tables import ShopTables
 
 Say = Callable[[str], None]
+_LABEL = r"[a-z][a-z0-9_]*"
 
 
 @dataclass(frozen=True)
@@ -64,30 +70,49 @@ class FitPlan:
     encoder: tables.EncoderInfo
     parent_folder: str | None
     parent: CodebookInfo | None
-    sample: SampleJob
+    sampling: SampleJob
     items: int
     impressions: Source | None
     estimate: Estimate
+    options: Any
 
 
 # ---- Planning ------------------------------------------------------------------------------
 
 
-def asked_fit(
-    clusters: Mapping[str, int], points_per_cluster: int | None, algorithm: str, **asked: Any
-) -> Fit:
-    """Raises OperatorError for a soft threshold that the algorithm has no use for."""
-    if asked["soft_threshold"] and algorithm != "single-pass":
+def parse_clusters(text: str) -> dict[str, int]:
+    """`10000`, or `coarse=1000,main=10000`: the number of clusters by label.
+
+    Raises OperatorError where it is neither, or names no `main`.
+    """
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        label, _, count = part.strip().rpartition("=")
+        label = label.strip() or MAIN
+        fits = re.fullmatch(_LABEL, label) and label != "id" and label not in found
+        if not fits or not count.strip().isdecimal() or int(count) < 1:
+            raise OperatorError(
+                f"--clusters {text!r} is not understood at {part.strip()!r}. Give a number, or "
+                "several with labels, as in coarse=1000,main=10000,fine=100000: small letters, "
+                "digits and _, each label once."
+            )
+        found[label] = int(count)
+    if MAIN not in found:
         raise OperatorError(
-            "--soft-threshold makes the centres of single-pass clustering sparse; lloyd has no "
-            "such thing. Say --algorithm single-pass, or leave it out."
+            f"--clusters {text!r} names no {MAIN!r}, the resolution that the column cluster_id "
+            "holds; the others become columns cluster_<label>. Call one of them main."
         )
-    points = points_per_cluster or ALGORITHMS[algorithm]
-    return Fit(clusters, algorithm=algorithm, points_per_cluster=points, **asked)
+    return found
 
 
 def plan_fit(
-    settings: Settings, ds: dt.date, fit: Fit, mode: str | None, parent_folder: str | None, say: Say
+    settings: Settings,
+    ds: dt.date,
+    fit: Fit,
+    mode: str | None,
+    parent_folder: str | None,
+    beam_args: Sequence[str],
+    say: Say,
 ) -> FitPlan:
     """Opens and checks all that `fit` needs; `mode` None takes the one that keeps most numbers.
 
@@ -102,16 +127,11 @@ def plan_fit(
     _check_parent(fit, parent, encoder)
     items = count_in_scope(embeddings, encoder.categories)
     _check_items(items, fit, encoder, embeddings)
-    fraction, held_out = fractions(items, max(fit.clusters.values()), fit.points_per_cluster)
-    old = _old_features(settings, ds, parent) if _needs_features(fit, parent, encoder) else None
-    if old is None and fit.mode == "aligned" and parent:
-        raise InputNotReady(
-            f"Mode aligned follows the items of the old clusters, but no feature set below "
-            f"{settings.root} has item_features of codebook {parent.codebook_id} up to ds {ds}. "
-            "Numbers could not be kept. Run `courier item-features` for a day with that codebook, "
-            "or say --mode fresh, which gives every cluster a new number."
-        )
-    labels = tuple(k for k in fit.clusters if parent and parent.resolution(k))
+    fraction, held_out = sampling_shares(items, max(fit.clusters.values()), fit.points_per_cluster)
+    old = _old_features(settings, ds, fit, parent, encoder)
+    if old:
+        _check_alike(old, embeddings)
+    labels = tuple(k for k in fit.clusters if parent and k in parent.labels)
     run_id = tables.digest([embeddings.manifest["version"], asdict(fit), parent_folder])[:12]
     sample = SampleJob(
         embeddings, encoder.categories, fraction, held_out,
@@ -120,11 +140,14 @@ def plan_fit(
     )  # fmt: skip
     drawn = round(items * (fraction * (1 - held_out) + held_out))
     rows = items if fit.algorithm == "single-pass" else drawn
-    return FitPlan(
+    plan = FitPlan(
         fit, ds, encoder_folder, encoder, parent_folder, parent, sample, items,
-        _impressions(settings, ds, embeddings, say) if parent else None,
-        estimate(fit.algorithm, drawn, rows, list(fit.clusters.values())),
+        impressions=_impressions(settings, ds, embeddings, say) if parent else None,
+        estimate=estimate(fit.algorithm, drawn, rows, list(fit.clusters.values())),
+        options=beam_options.pipeline_options(settings.beam, "fit-codebook", beam_args),
     )  # fmt: skip
+    _check_memory(plan)
+    return plan
 
 
 def _open_embeddings(
@@ -185,16 +208,20 @@ def _check_items(
     )
 
 
-def _needs_features(fit: Fit, parent: CodebookInfo | None, encoder: tables.EncoderInfo) -> bool:
-    """Whether only published features tell which number an item had."""
-    other = parent is not None and parent.encoder_id != encoder.encoder_id
-    return other or fit.mode == "aligned"
-
-
 def _old_features(
-    settings: Settings, ds: dt.date, parent: CodebookInfo | None
+    settings: Settings,
+    ds: dt.date,
+    fit: Fit,
+    parent: CodebookInfo | None,
+    encoder: tables.EncoderInfo,
 ) -> tables.Partition | None:
-    """The newest `item_features` up to ds made with `parent`, of this feature set or another."""
+    """The newest `item_features` up to ds made with `parent`, of this feature set or another.
+
+    None where they are not needed, since the parent's own centres tell an item's number, or where
+    there are none. Raises InputNotReady where mode `aligned` cannot do without.
+    """
+    if parent is None or (parent.encoder_id == encoder.encoder_id and fit.mode != "aligned"):
+        return None
     others = [s for s in runs.feature_sets(settings.root) if s != settings.feature_set]
     for feature_set in [settings.feature_set, *others]:
         days = runs.published_days(settings.root, feature_set, ITEM_FEATURES)
@@ -202,9 +229,27 @@ def _old_features(
             found = tables.open_published(
                 runs.table_folder(settings.root, feature_set, ITEM_FEATURES, day)
             )
-            if parent and found.manifest["identities"]["codebook_id"] == parent.codebook_id:
+            if found.manifest["identities"]["codebook_id"] == parent.codebook_id:
                 return found
-    return None
+    if fit.mode != "aligned":
+        return None
+    raise InputNotReady(
+        f"Mode aligned follows the items of the old clusters, but neither {settings.feature_set} "
+        f"nor a feature set with a whole night below {settings.root} has item_features of codebook "
+        f"{parent.codebook_id} up to ds {ds}. "
+        "Numbers could not be kept. Run `courier item-features` for a day with that codebook, or "
+        "say --mode fresh, which gives every cluster a new number."
+    )
+
+
+def _check_alike(old: tables.Partition, embeddings: tables.Partition) -> None:
+    one, other = (p.schema.field("item_id").type for p in (old, embeddings))
+    if one != other:
+        raise OperatorError(
+            f"item_id is {one} in {old.folder}, which tells the old cluster IDs, but {other} in "
+            f"{embeddings.folder}: no item would be found again. Say --mode fresh without that "
+            "parent, or make the features with item_id of one type."
+        )
 
 
 def _impressions(
@@ -225,36 +270,37 @@ def _impressions(
     return found
 
 
-def check_fits(plan: FitPlan) -> None:
+def _check_memory(plan: FitPlan) -> None:
     """Raises OperatorError where the fit needs more memory than this machine has left."""
-    free = available_bytes()
+    free, fit = available_bytes(), plan.fit
     if plan.estimate.bytes <= free:
         return
+    fewer = f"sample fewer items with --points-per-cluster (now {fit.points_per_cluster})"
+    other = "" if fit.algorithm == "single-pass" else ", or say --algorithm single-pass"
     raise OperatorError(
-        f"The fit needs about {_gb(plan.estimate.bytes)}, and {_gb(free)} of memory are free here "
-        f"({describe(plan)}). It would be killed halfway. Run it on a larger machine, sample fewer "
-        f"items with --points-per-cluster (now {plan.fit.points_per_cluster}; 40 will do), ask for "
-        "fewer clusters, or say --algorithm single-pass, which reads all items in little memory."
+        f"The fit needs about {_size(plan.estimate.bytes)} of memory, and {_size(free)} are free "
+        f"here ({describe(plan)}). It would be killed halfway. Run it on a larger machine, ask for "
+        f"fewer clusters, {fewer}{other}."
     )
 
 
 def describe(plan: FitPlan) -> str:
-    """What is about to be done, and what it will take."""
+    """What is about to be done, and what it will take, in one line."""
     fit = plan.fit
     clusters = ", ".join(f"{label} {n:,}" for label, n in fit.clusters.items())
-    share = plan.sample.fraction * (1 - plan.sample.held_out)
+    share = plan.sampling.fraction * (1 - plan.sampling.held_out)
     parent = f" continues {plan.parent.codebook_id}" if plan.parent else ""
     reads = f"samples {plan.items * share:,.0f} of {plan.items:,} items"
     if fit.algorithm == "single-pass":
         reads += " and then reads all"
     return (
         f"{fit.algorithm}, {fit.mode}{parent}; clusters: {clusters}; {reads}; about "
-        f"{_gb(plan.estimate.bytes)} and {_duration(plan.estimate.seconds)}"
+        f"{_size(plan.estimate.bytes)} and {_duration(plan.estimate.seconds)}"
     )
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB"
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count > 1e9 else f"{count / 1e6:,.0f} MB"
 
 
 def _duration(seconds: float) -> str:
@@ -266,51 +312,61 @@ def _duration(seconds: float) -> str:
 # ---- Fitting -------------------------------------------------------------------------------
 
 
-def fit_codebook(
-    settings: Settings, plan: FitPlan, folder: str, out: str, beam_args: Sequence[str], say: Say
-) -> str:
+def fit_codebook(settings: Settings, plan: FitPlan, folder: str, out: str, say: Say) -> str:
     """Fits the codebook of `plan` and writes its package below `out`/codebooks.
 
     Returns the stanza that pins it from the next day on, since features know nothing of their own
     day; `folder` is that of the settings.
     """
-    check_fits(plan)
-    options = beam_options.pipeline_options(settings.beam, "fit-codebook", beam_args)
-    staging = plan.sample.staging
-    storage.delete_tree(staging)  # what a killed run left
-    say(f"fit-codebook: {describe(plan)}")
-    _run(lambda root: define_sample(root, plan.sample), staging, options)
-    sample = read_sample(plan.sample)
     parent = load_codebook(plan.parent_folder) if plan.parent_folder else None
-    stream = stream_embeddings(plan.sample)
-    codebook = make_codebook(
-        sample, plan.fit, plan.encoder.encoder_id, str(plan.ds), parent, stream
-    )
-    table = None
-    if parent and plan.parent_folder:
-        codebook, table = _compare(codebook, parent, plan, options, say)
-    path = save_codebook(os.path.join(out, "codebooks"), codebook, table)
-    storage.delete_tree(staging)
+    with _own_staging(plan.sampling.staging):
+        say(f"fit-codebook: {describe(plan)}")
+        _run(lambda root: define_sample(root, plan.sampling), plan)
+        sample, stream = read_sample(plan.sampling), stream_embeddings(plan.sampling)
+        codebook = make_codebook(
+            sample, plan.fit, plan.encoder.encoder_id, str(plan.ds), parent, stream
+        )
+        codebook, table = _compare(codebook, parent, plan, say)
+        path = save_codebook(os.path.join(out, "codebooks"), codebook, table)
     for line in report(codebook.info):
         say(f"  {line}")
     if table is not None:
         say(f"  crosswalk: {os.path.join(path, 'crosswalk.parquet')}, {table.num_rows:,} rows")
-    next_day = plan.ds + dt.timedelta(days=1)
+    next_day = dt.date.fromisoformat(codebook.info.data_end_ds) + dt.timedelta(days=1)
     comment = _comment(plan, codebook.info)
     return stanza(folder, comment, next_day, encoder=plan.encoder_folder, codebook=path)
 
 
-def _run(define: Callable[[Any], None], staging: str, options: Any) -> None:
-    beam_options.run_pipeline(define, options)
-    if errors := tables.refused(staging):
-        raise errors[0]
+@contextlib.contextmanager
+def _own_staging(staging: str) -> Iterator[None]:
+    """Keeps other fits of the day away; leaves nothing, not even of one that was killed before."""
+    folder = os.path.dirname(staging)
+    try:
+        with storage.lock(folder):
+            storage.delete_tree(staging)
+            try:
+                yield
+            finally:
+                storage.delete_tree(staging)
+    except BlockingIOError as error:
+        raise CourierError(
+            f"Another fit-codebook is at work in {folder}. Two at once would delete each other's "
+            "samples. Wait for it, or stop it."
+        ) from error
+
+
+def _run(define: Callable[[Any], None], plan: FitPlan) -> None:
+    run_pipeline = partial(beam_options.run_pipeline, options=plan.options)
+    runs.run_job(define, plan.sampling.staging, run_pipeline)
 
 
 def _compare(
-    codebook: Codebook, parent: Codebook, plan: FitPlan, options: Any, say: Say
+    codebook: Codebook, parent: Codebook | None, plan: FitPlan, say: Say
 ) -> tuple[Codebook, pa.Table | None]:
-    """The codebook with what moved since its parent, and the crosswalk."""
-    sample, parent_folder = plan.sample, str(plan.parent_folder)
+    """The codebook with what moved since its parent, and the crosswalk; None without a parent."""
+    sample = plan.sampling
+    if parent is None:
+        return codebook, None
     other = parent.info.encoder_id != codebook.info.encoder_id
     if other and sample.old is None:
         say(
@@ -322,12 +378,12 @@ def _compare(
         embeddings=sample.embeddings,
         categories=sample.categories,
         codebook_folder=save_codebook(os.path.join(sample.staging, "codebook"), codebook),
-        parent_folder=parent_folder,
+        parent_folder=str(plan.parent_folder),
         labels=tuple(label for label in codebook.info.labels if label in parent.centres),
         old=sample.old if other else None,
         staging=sample.staging,
     )
-    _run(lambda root: define_crosswalk(root, plan.impressions, job), sample.staging, options)
+    _run(lambda root: define_crosswalk(root, plan.impressions, job), plan)
     table = crosswalk(read_counts(job), parent, codebook)
     return replace(codebook, info=with_moves(codebook.info, table)), table
 
@@ -335,14 +391,13 @@ def _compare(
 def report(info: CodebookInfo) -> list[str]:
     """A line for each resolution: its objective, its health, and what moved since the parent."""
     lines = []
-    for label in info.labels:
-        r = next(r for r in info.resolutions if r.label == label)
+    for r in map(info.resolution, info.labels):
         held_out = "" if r.held_out_objective is None else f", held out {r.held_out_objective:.4f}"
         moved = "" if r.moved_items is None else f"; moved {r.moved_items:.1%} of items"
         if r.moved_impressions is not None:
             moved += f" and {r.moved_impressions:.1%} of impressions"
         lines.append(
-            f"{label}: {r.health['used']:,} of {r.clusters:,} clusters used, perplexity "
+            f"{r.label}: {r.health['used']:,} of {r.clusters:,} clusters used, perplexity "
             f"{r.health['perplexity']:,.1f}, largest {r.health['largest_share']:.1%} of "
             f"{info.sample_items:,} items; mean squared distance {r.objective:.4f}{held_out}{moved}"
         )
@@ -352,7 +407,7 @@ def report(info: CodebookInfo) -> list[str]:
 def _comment(plan: FitPlan, info: CodebookInfo) -> str:
     clusters = ", ".join(
         f"{r.label} {r.clusters:,} clusters with numbers up to {r.max_id:,}"
-        for r in info.resolutions
+        for r in map(info.resolution, info.labels)
     )
     parent = f", {info.mode} after {info.parent}" if info.parent else ""
     return f"{clusters}; fitted on {info.sample_items:,} items of ds {plan.ds}{parent}"

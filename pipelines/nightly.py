@@ -82,7 +82,7 @@ def _upstream_counts(night: Night) -> dict[str, int]:
 
 def _check(stage: Stage, counts: dict[str, int], settings: Settings) -> None:
     try:
-        clusters = runs.clusters_of(stage)
+        clusters = runs.clusters_of(*stage.upstream, stage)
         quality.check(stage.name, stage.input_rows, counts, settings, clusters)
     except CourierError:
         runs.reopen(stage)  # so that mended inputs are looked at again

@@ -23,6 +23,7 @@ from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
     ITEM_FEATURES,
     ITEM_REJECTS,
+    MAIN,
     ROW_CLICKS,
     TRAINING_ROWS,
     USER_HISTORIES,
@@ -127,9 +128,8 @@ class _Planner:
     def open_inputs(self, needed: Sequence[str]) -> None:
         """Opens pin and tables of ds; raises DataContractError where IDs are of two types."""
         if set(needed) - _WITHOUT_PIN:
-            _ = (
-                self.pinned.encoder
-            )  # a pin that does not hold is told before an input that is missing
+            # a pin that does not hold is told before an input that is missing
+            _ = self.pinned.encoder
         if "embed" in needed:
             self.shop.catalogue(self.ds)
         if {"histories", "simscore", "training-rows"} & set(needed):
@@ -235,18 +235,18 @@ class _Planner:
 
     def _item_features(self, made: dict[str, Stage]) -> Stage:
         settings, upstream, codebook = self.settings, made["embed"], self.pinned.codebook
-        labels = [label for label in codebook.labels if label != codebooks.MAIN]
+        labels = [label for label in codebook.labels if label != MAIN]
         wanted = {
             "embedding": settings.item_features.vector,
             "second_distance": settings.item_features.second_distance,
         }
         schema = ITEM_FEATURES.schema(
             self._item_id_type(),
-            extra=[cluster_field(codebooks.cluster_column(label)) for label in labels],
+            extra=[cluster_field(label) for label in labels],
             without=[name for name, asked in wanted.items() if not asked],
         )
         folder = str(self.pinned.pin.codebook)
-        before = self._features_before
+        before = self._previous_features
 
         def define(root: Any, staging: str) -> None:
             job = FeaturesJob(
@@ -269,13 +269,14 @@ class _Planner:
             settings={
                 **wanted,
                 "max_id": {r.label: r.max_id for r in codebook.resolutions},
-                "lineage": codebook.lineage,
+                "ancestors": codebook.ancestors,
                 "categories": self.pinned.encoder.categories,
             },
             notes={
                 **self.pinned.overlap("codebook", codebook.data_end_ds),
                 **self._churn_note(),
             },
+            clean=lambda _: codebooks.discard_copy(codebook.codebook_id),
             summarise=lambda staging: {"clusters": read_clusters(staging, upstream.shards, folder)},
         )
 
@@ -283,7 +284,7 @@ class _Planner:
         return {"churn_allowed": True} if self.options.allow_churn else {}
 
     @functools.cached_property
-    def _features_before(self) -> tables.Partition | None:
+    def _previous_features(self) -> tables.Partition | None:
         """`item_features` of the newest day before ds that has them: cluster IDs are compared."""
         settings, wanted = self.settings, (ITEM_FEATURES,)
         found = runs.latest_before(settings.root, settings.feature_set, wanted, self.ds)
@@ -291,9 +292,16 @@ class _Planner:
 
     @property
     def _of_another_lineage(self) -> bool:
-        before = self._features_before
-        lineage = self.pinned.codebook.lineage
-        return before is not None and before.manifest["settings"]["lineage"] != lineage
+        """Whether neither codebook, of ds and of the day before, is an ancestor of the other: then
+        even equal numbers mean nothing to each other."""
+        if self._previous_features is None:
+            return False
+        manifest, codebook = self._previous_features.manifest, self.pinned.codebook
+        before = manifest["identities"]["codebook_id"]
+        return not (
+            before in (codebook.codebook_id, *codebook.ancestors)
+            or codebook.codebook_id in manifest["settings"].get("ancestors", ())
+        )
 
     # -- HISTORIES --
 
@@ -341,7 +349,7 @@ class _Planner:
         def job(staging: str) -> SimscoreJob:
             return SimscoreJob(
                 features.partition(ITEM_FEATURES), embedded.partition(ITEM_EMBEDDINGS),
-                self._features_before, self._of_another_lineage,
+                self._previous_features, self._of_another_lineage,
                 self._law(), self._end_us(), shards, schema,
                 **self.pinned.identities(), staging=staging,
             )  # fmt: skip

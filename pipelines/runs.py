@@ -223,28 +223,41 @@ def make(stage: Stage, run_pipeline: Callable[[Callable[[Any], None]], None]) ->
     Raises a worker's CourierError word for word; nothing is published in any case.
     """
     _forget_other_content(stage)
-    storage.delete_tree(os.path.join(stage.staging, "errors"))
     try:
-        run_pipeline(lambda root: stage.define(root, stage.staging))
-    except Exception as error:
-        if found := _told(stage, error):
-            raise found from error
-        raise
+        run_job(lambda root: stage.define(root, stage.staging), stage.staging, run_pipeline)
     finally:
         stage.clean(stage.staging)
-    if errors := tables.refused(stage.staging):
-        raise errors[0]
     for table in stage.tables:
         seal(stage, table)
 
 
-def _told(stage: Stage, error: Exception) -> CourierError | None:
+def run_job(
+    define: Callable[[Any], None],
+    staging: str,
+    run_pipeline: Callable[[Callable[[Any], None]], None],
+) -> None:
+    """Runs the job that `define` wires to write below `staging`.
+
+    Raises a worker's CourierError word for word.
+    """
+    storage.delete_tree(os.path.join(staging, "errors"))
+    try:
+        run_pipeline(define)
+    except Exception as error:
+        if found := _told(staging, error):
+            raise found from error
+        raise
+    if errors := tables.refused(staging):
+        raise errors[0]
+
+
+def _told(staging: str, error: Exception) -> CourierError | None:
     """The CourierError that a job ended for: what is left of it where no worker could leave it, as
     when the store of the staging folder was away too, or else one that was left before."""
     if found := tables.courier_error_in(error):
         return found
     with contextlib.suppress(OSError, CourierError):
-        return next(iter(tables.refused(stage.staging)), None)
+        return next(iter(tables.refused(staging)), None)
     return None
 
 
@@ -301,9 +314,10 @@ def counts_of(stage: Stage) -> dict[str, int]:
     return counts
 
 
-def clusters_of(stage: Stage) -> dict[str, Any]:
-    """How the stage's items spread over clusters, by resolution; empty where it assigns none."""
-    found = [stage.partition(table).manifest.get("clusters", {}) for table in stage.tables]
+def clusters_of(*stages: Stage) -> dict[str, Any]:
+    """How the items spread over clusters, by resolution; empty where no stage assigns any."""
+    manifests = [stage.partition(table).manifest for stage in stages for table in stage.tables]
+    found = [manifest.get("clusters", {}) for manifest in manifests]
     return {label: entry for clusters in found for label, entry in clusters.items()}
 
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from feature_jobs import storage, tables
-from feature_jobs.codebook import MAIN
-from feature_jobs.schemas import ITEM_FEATURES, TABLES, TRAINING_ROWS, USER_SIMSCORES
+from feature_jobs.schemas import ITEM_FEATURES, MAIN, TABLES, TRAINING_ROWS, USER_SIMSCORES
 from pipelines import beam_options, runs
 from pipelines.config import Settings
 from pipelines.plan import CHUNK_FOLDER, Night
@@ -44,10 +43,12 @@ def collect(settings: Settings) -> dict[str, Any]:
 
 
 def _staged(top: str) -> list[str]:
-    """Runs that were begun, or made and not published: the next one of the same ds resumes them."""
+    """Runs that were begun, or made and not published: the next one of the same ds resumes them. A
+    fit of a codebook begins anew."""
     return [
         f"{stage} {ds} run {run_id}"
         for stage in storage.list_names(top)
+        if stage != "fit-codebook"
         for ds in storage.list_names(os.path.join(top, stage))
         for run_id in storage.list_names(os.path.join(top, stage, ds))
         if not run_id.startswith(CHUNK_FOLDER)
@@ -91,7 +92,7 @@ def _clusters(days: Mapping[str, Any]) -> list[str]:
     made = days[newest]["tables"]
     counts = made.get(USER_SIMSCORES.name, {}).get("counts", {})
     lines = []
-    for label, c in made[ITEM_FEATURES.name]["clusters"].items():
+    for label, c in made[ITEM_FEATURES.name].get("clusters", {}).items():
         moved = _moved("items", c["moved_items"], c["compared_items"])
         if label == MAIN:
             seen = counts.get("moved_impressions", 0), counts.get("compared_impressions", 0)

@@ -127,6 +127,7 @@ def test_beam_is_imported_by_jobs_histories_and_who_runs_them() -> None:
     assert "feature_jobs.embed" in found
     assert found <= JOBS | {
         "feature_jobs.histories",
+        "feature_jobs.nearest",
         "pipelines.beam_options",
     }
 
@@ -138,7 +139,7 @@ def test_google_is_known_to_the_storage_only() -> None:
 
 
 def test_the_command_line_is_known_to_the_cli_only() -> None:
-    assert importers("click") == {"pipelines.cli"}
+    assert importers("click") == {"pipelines.cli", "pipelines.options"}
 
 
 def test_top_level_folders_are_the_three_packages_and_their_tests() -> None:

@@ -14,7 +14,6 @@ from feature_jobs.codebook import (
     continued_numbers,
     health_of,
     load_codebook,
-    parse_clusters,
     read_codebook_info,
     retired_numbers,
     save_codebook,
@@ -44,20 +43,22 @@ def test_a_saved_codebook_is_the_one_that_is_loaded(tmp_path: Path) -> None:
         assert isinstance(loaded.centres[label], np.memmap)  # one copy for all processes
 
 
-def test_the_id_changes_with_centres_numbers_labels_and_encoder() -> None:
+def test_the_id_changes_with_centres_numbers_labels_encoder_parent_and_day() -> None:
     book = made()
     centres, numbers = dict(book.centres), dict(book.numbers)
-    other = {"main": centres["main"], "fine": centres["coarse"]}
+    other, made_of = {"main": centres["main"], "fine": centres["coarse"]}, book.info.made_of
     ids = {
-        codebook.codebook_id("test", centres, numbers, ENCODER),
-        codebook.codebook_id("test", {k: c + 1 for k, c in centres.items()}, numbers, ENCODER),
-        codebook.codebook_id("test", centres, {k: n + 1 for k, n in numbers.items()}, ENCODER),
-        codebook.codebook_id("test", centres, numbers, "other-000000000000"),
+        codebook.codebook_id("test", centres, numbers, made_of),
+        codebook.codebook_id("test", {k: c + 1 for k, c in centres.items()}, numbers, made_of),
+        codebook.codebook_id("test", centres, {k: n + 1 for k, n in numbers.items()}, made_of),
+        codebook.codebook_id("test", centres, numbers, ("other", *made_of[1:])),
+        codebook.codebook_id("test", centres, numbers, (ENCODER, "parent", made_of[2])),
+        codebook.codebook_id("test", centres, numbers, (ENCODER, None, "2026-03-01")),
         codebook.codebook_id(
-            "test", other, {"main": numbers["main"], "fine": numbers["coarse"]}, ENCODER
+            "test", other, {"main": numbers["main"], "fine": numbers["coarse"]}, made_of
         ),
     }
-    assert len(ids) == 5
+    assert len(ids) == 7
     assert book.info.codebook_id in ids
 
 
@@ -106,28 +107,6 @@ def test_a_codebook_in_a_bucket_is_copied_once_to_each_machine(
     assert sum(path.endswith(".npy") and path.startswith("gs://") for path in asked) == 4
 
 
-# ---- What is asked for -------------------------------------------------------------------------
-
-
-def test_clusters_are_one_number_or_several_with_labels() -> None:
-    assert parse_clusters("32") == {"main": 32}
-    found = parse_clusters("coarse=16, main=100,fine_2=1000")
-    assert found == {"coarse": 16, "main": 100, "fine_2": 1000}
-
-
-@pytest.mark.parametrize(
-    "text", ["", "0", "-3", "ten", "main=", "main=3,main=4", "main=3,4", "id=3,main=4", "Fine=3"]
-)
-def test_clusters_that_are_not_understood_are_refused(text: str) -> None:
-    with pytest.raises(OperatorError, match="is not understood at"):
-        parse_clusters(text)
-
-
-def test_without_a_main_resolution_there_is_no_cluster_id() -> None:
-    with pytest.raises(OperatorError, match="names no 'main'"):
-        parse_clusters("coarse=16,fine=100")
-
-
 # ---- The life of numbers -----------------------------------------------------------------------
 
 
@@ -143,6 +122,17 @@ def test_a_centre_without_old_items_gets_a_new_number_and_none_is_given_twice() 
     place = np.array([0, 0, 1, 1, 2])
     assert continued_numbers(old, place, 4, max_id=9).tolist() == [3, 10, 11, 12]
     assert retired_numbers(np.array([3, 10, 11, 12]), 12) == (1, 2, 4, 5, 6, 7, 8, 9)
+
+
+def test_a_number_does_not_go_to_a_sliver_of_its_items() -> None:
+    """Nine tenths of number 2 went to the centre that 1 has more of; the rest lie among others."""
+    old = np.array([1] * 200 + [2] * 90 + [2] * 10 + [0] * 40 + [3] * 60, np.int32)
+    place = np.array([0] * 290 + [1] * 110)
+    assert continued_numbers(old, place, 2, max_id=3).tolist() == [1, 3]
+    assert continued_numbers(old[:340], place[:340], 3, max_id=3).tolist() == [1, 2, 4]
+    crowd = np.concatenate([old[:300], np.full(200, 3, np.int32)])
+    moved = np.array([0] * 290 + [1] * 10 + [1] * 100 + [2] * 100)
+    assert continued_numbers(crowd, moved, 3, max_id=3).tolist() == [1, 3, 4]
 
 
 @given(st.integers(0, 2**32 - 1))

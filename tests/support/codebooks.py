@@ -19,12 +19,10 @@ def by_hand(
     numbers: Mapping[str, np.ndarray],
     encoder_id: str,
     data_ds: str = "2026-02-28",
-    lineage: str | None = None,
-    name: str = "test",
 ) -> Codebook:
     """One whose centres each stand for one item, by label; its highest numbers were issued last."""
     numbers = {label: np.asarray(n, np.int32) for label, n in numbers.items()}
-    identity = codebook_id(name, centres, numbers, encoder_id)
+    identity = codebook_id("test", centres, numbers, (encoder_id, None, data_ds))
     resolutions = tuple(
         Resolution(
             label, len(n), int(n.max()), 0.0, None, health_of(np.ones(len(n), np.int64)),
@@ -33,7 +31,7 @@ def by_hand(
         for label, n in numbers.items()
     )  # fmt: skip
     info = CodebookInfo(
-        identity, encoder_id, None, lineage or identity, "fresh", "by hand", 0, 0.0, 4, 0, "",
-        data_ds, data_ds, resolutions,
+        identity, encoder_id, (), "fresh", "by hand", 0, 0.0, 4, 0, "", data_ds, data_ds, {},
+        resolutions,
     )  # fmt: skip
     return Codebook(info, centres, numbers)

@@ -1,0 +1,71 @@
+"""The options that several commands of `courier` take."""
+
+import datetime as dt
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Ds(click.ParamType):
+    """A date YYYY-MM-DD."""
+
+    name = "YYYY-MM-DD"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> dt.date:
+        try:
+            return value if isinstance(value, dt.date) else dt.date.fromisoformat(value)
+        except ValueError:
+            self.fail(f"{value!r} is no date YYYY-MM-DD", param, ctx)
+
+
+def _beam_args(
+    _ctx: click.Context, _param: click.Parameter, given: tuple[str, ...]
+) -> Sequence[str]:
+    if given and not given[0].startswith("--"):
+        raise click.UsageError(
+            f"Unexpected argument {given[0]!r}. A day is given as --ds YYYY-MM-DD; Beam's own "
+            "options follow `--`."
+        )
+    return given
+
+
+config_option = click.option(
+    "--config", default="courier.toml", show_default=True, metavar="FILE", help="The settings."
+)
+ds_option = click.option("--ds", type=Ds(), required=True, help="The day to make features of.")
+json_option = click.option("--json", is_flag=True, help="The result as JSON.")
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Only print what would be computed, reused and left alone."
+)
+overlap_option = click.option(
+    "--allow-overlap",
+    is_flag=True,
+    help="Use an encoder or codebook made from this day or later ones; the manifest records it.",
+)
+churn_option = click.option(
+    "--allow-churn",
+    is_flag=True,
+    help="Publish however many items changed their cluster ID; the manifest records it.",
+)
+out_option = click.option(
+    "--out",
+    metavar="FOLDER",
+    help="Where packages go; may be gs://. [default: beside the settings]",
+)
+full_option = click.option(
+    "--full", is_flag=True, help="Read and embed every image again, whatever the day before had."
+)
+beam_argument = click.argument(
+    "beam_args", nargs=-1, type=click.UNPROCESSED, callback=_beam_args, metavar="[-- BEAM OPTIONS]"
+)
+
+
+def night_options(command: F) -> F:
+    """What every command that makes tables of one ds takes."""
+    options = (config_option, ds_option, dry_run_option, overlap_option, json_option, beam_argument)
+    for option in reversed(options):
+        command = option(command)
+    return command
