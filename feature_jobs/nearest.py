@@ -134,7 +134,7 @@ class CentreSearch:
         lost = _length(moved.sub_(rounded), bias - rounded_bias)
         length = _length(rounded, rounded_bias)
         error = (lost + _LENGTH_ERROR * length) * self._longest + length * self._rounding
-        return codes, error * 1.001 + 1
+        return codes, error * 1.001 + 1  # for what rounding did to the error itself
 
     def _screen(self, rows: Tensor, scores: Tensor, second: bool) -> tuple[Tensor, Tensor] | None:
         """All that may be a row's nearest, or its `second` one: rows and centres, int64 [pairs].
@@ -148,6 +148,7 @@ class CentreSearch:
         member = torch.arange(0, self._tile, _GROUPS, device=rows.device)
         found: list[tuple[Tensor, Tensor]] = []
         for at in range(0, self._count, self._tile):
+            # No public product of torch takes int8 at this speed; the tests guard this one.
             torch._int_mm(codes, self._codes[at : at + self._tile].T, out=scores)
             scores[:, self._count - at :] = _NEVER
             # The best score of each group, of this tile and of all tiles so far: [n, groups]
@@ -157,6 +158,8 @@ class CentreSearch:
             if second:
                 # Another group holds another centre: the second nearest is no worse than that: [n]
                 least = best.masked_fill(best == least[:, None], _NEVER).amax(dim=1)
+            # A row that is not finite wants no centre, and no row wants the padding, whose score
+            # the limit must pass by more than a float32 of its size is rounded by.
             limit = (least - 2 * error).nan_to_num_(nan=2.0**30).clamp_(min=_NEVER + 128).int()
             row, group = (tops >= limit[:, None]).nonzero(as_tuple=True)
             if len(row) > self._cells * _RANKED and n > 1:

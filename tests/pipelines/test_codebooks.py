@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from feature_jobs import storage
 from feature_jobs.codebook import CodebookInfo, load_codebook, read_codebook_info
 from feature_jobs.schemas import OperatorError
-from pipelines import codebooks
+from pipelines import codebooks, runs
 from pipelines.cli import main
 from tests.conftest import Artefacts
 from tests.support.commands import Capture, courier, manifest, paragraph, published, refresh
@@ -104,7 +105,7 @@ def test_several_resolutions_become_columns_of_the_night(shop: World, capsys: Ca
     info = info_of(shop, stanza)
     assert (info.mode, info.parent, info.labels) == ("fresh", None, ("main", "coarse"))
     assert "main: 8 of 8 clusters used" in told
-    assert re.search(r"samples [\d,]+ of 66 items; about [\d.,]+ [MG]B and \d+ s", told)
+    assert re.search(r"samples [\d,]+ of 68 items; about [\d.,]+ [MG]B and \d+ s", told)
     assert not (folder_of(shop, stanza) / "crosswalk.parquet").exists()
     assert not list((shop.root / "_staging").rglob("*.parquet"))
     shop.pins.append(stanza)
@@ -286,8 +287,53 @@ def test_aligned_without_the_old_numbers_says_where_to_get_them(
 ) -> None:
     arguments = ("--clusters", "8", "--parent", artefacts.codebook, "--mode", "aligned")
     message = refused(shop, capsys, 4, *arguments)
-    assert "no feature set below" in message
+    assert "has item_features of codebook" in message
     assert os.path.basename(artefacts.codebook) in message
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+def test_killed_at_any_write_of_the_package_it_leaves_none_that_counts(
+    night: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the same command makes the package whole, as if nothing had happened."""
+    real, files = storage.write_bytes, ("centres", "numbers", "crosswalk", "codebook.json")
+    again = Path(shutil.copytree(night.folder, night.folder.with_name("again")))
+
+    def write(path: str, data: bytes) -> None:
+        if f"{again}/codebooks/" in path and dies_at[-1] in path:
+            raise Killed
+        real(path, data)
+
+    dies_at: list[str] = []
+    arguments = ["--config", str(again / "courier.toml"), "--ds", str(DAYS[1]), "--clusters", "8"]
+    before = set(os.listdir(again / "codebooks"))
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_bytes", write)
+        for name in files:
+            dies_at.append(name)
+            with pytest.raises(Killed):
+                main(["fit-codebook", *arguments])
+            for folder in set(os.listdir(again / "codebooks")) - before:
+                with pytest.raises(OperatorError, match="is no codebook package"):
+                    read_codebook_info(str(again / "codebooks" / folder))
+    assert main(["fit-codebook", *arguments]) == 0
+    stanza, _ = fit(night, capsys, "--clusters", "8", ds=1)
+    whole = folder_of(night, stanza)
+    mine = again / "codebooks" / whole.name
+    assert sorted(os.listdir(mine)) == sorted(os.listdir(whole))
+    for path in whole.iterdir():
+        assert (mine / path.name).read_bytes() == path.read_bytes()
+
+
+def test_two_fits_of_a_feature_set_do_not_meet(night: World, capsys: Capture) -> None:
+    settings = night.settings()
+    folder = runs.staging_folder(settings.root, "test", "fit-codebook", DAYS[1], "any")
+    with storage.lock(os.path.dirname(folder)):
+        message = refused(night, capsys, 1, "--clusters", "8", ds=1)
+    assert "Another fit-codebook is at work" in message
 
 
 # ---- Bad input ---------------------------------------------------------------------------------
@@ -341,7 +387,7 @@ def test_embeddings_that_are_no_unit_vectors_are_refused(shop: World, capsys: Ca
         place = rows.schema.get_field_index("embedding")
         pq.write_table(rows.set_column(place, rows.schema.field("embedding"), column), path)
     message = refused(shop, capsys, 1, "--clusters", "8")
-    assert "are not finite unit vectors" in message
+    assert "no finite unit vector" in message
 
 
 def test_modes_that_continue_need_a_parent(shop: World, capsys: Capture) -> None:
