@@ -57,7 +57,7 @@ from pipelines.free_memory import available_bytes
 from pipelines.shop_tables import ShopTables
 
 Say = Callable[[str], None]
-_LABEL = r"[a-z][a-z0-9_]*"
+_LABEL, _RUN_ID = r"[a-z][a-z0-9_]*", r"[0-9a-f]{12}"
 
 
 @dataclass(frozen=True)
@@ -236,9 +236,9 @@ def _old_features(
     raise InputNotReady(
         f"Mode aligned follows the items of the old clusters, but neither {settings.feature_set} "
         f"nor a feature set with a whole night below {settings.root} has item_features of codebook "
-        f"{parent.codebook_id} up to ds {ds}. "
-        "Numbers could not be kept. Run `courier item-features` for a day with that codebook, or "
-        "say --mode fresh, which gives every cluster a new number."
+        f"{parent.codebook_id} up to ds {ds}. Numbers could not be kept. Run `courier "
+        "item-features` for a day with that codebook, or say --mode fresh, which gives every "
+        "cluster a new number."
     )
 
 
@@ -339,20 +339,26 @@ def fit_codebook(settings: Settings, plan: FitPlan, folder: str, out: str, say: 
 
 @contextlib.contextmanager
 def _own_staging(staging: str) -> Iterator[None]:
-    """Keeps other fits of the day away; leaves nothing, not even of one that was killed before."""
+    """Keeps other fits of the day away; leaves nothing, not even of those that were killed."""
     folder = os.path.dirname(staging)
     try:
         with storage.lock(folder):
-            storage.delete_tree(staging)
+            _sweep(folder)
             try:
                 yield
             finally:
-                storage.delete_tree(staging)
+                _sweep(folder)
     except BlockingIOError as error:
         raise CourierError(
             f"Another fit-codebook is at work in {folder}. Two at once would delete each other's "
             "samples. Wait for it, or stop it."
         ) from error
+
+
+def _sweep(folder: str) -> None:
+    for name in storage.list_names(folder):
+        if re.fullmatch(_RUN_ID, name):  # in a bucket the lock lies here too
+            storage.delete_tree(os.path.join(folder, name))
 
 
 def _run(define: Callable[[Any], None], plan: FitPlan) -> None:
