@@ -45,6 +45,11 @@ class Resolution:
     moved_items: float | None = None
     moved_impressions: float | None = None
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """Those of all centres, ascending: what is not retired; int64 [clusters]."""
+        return np.setdiff1d(np.arange(1, self.max_id + 1), self.retired)
+
 
 @dataclass(frozen=True)
 class CodebookInfo:

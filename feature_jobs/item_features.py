@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 from apache_beam.utils.shared import Shared
 
 from feature_jobs import tables
-from feature_jobs.codebook import MAIN, Codebook, health_of, load_codebook
+from feature_jobs.codebook import Codebook, CodebookInfo, health_of, read_codebook_info
 from feature_jobs.nearest import CodebookSearch, shared_search
-from feature_jobs.schemas import ITEM_FEATURES, cluster_column
+from feature_jobs.schemas import ITEM_FEATURES, MAIN, cluster_column
 
 _CLUSTERS = "clusters"  # folder of the counts beside the parts
 _COUNTS = ("items", "compared", "moved")
@@ -159,21 +159,21 @@ def _bincount(numbers: np.ndarray) -> np.ndarray:
     return counts
 
 
-def summarise_clusters(counts: pa.Table, codebook: Codebook) -> dict[str, dict[str, Any]]:
+def summarise_clusters(counts: pa.Table, codebook: CodebookInfo) -> dict[str, dict[str, Any]]:
     """By resolution: the health of its clusters, how many items moved since the day before, and
     the clusters that most of them left."""
     total = counts.group_by(["label", "cluster_id"]).aggregate([(n, "sum") for n in _COUNTS])
     found = {}
-    for label in codebook.info.labels:
+    for label in codebook.labels:
         rows = total.filter(pc.equal(total["label"], label)).sort_by(
             [("moved_sum", "descending"), ("cluster_id", "ascending")]
         )
-        numbers = pa.array(np.asarray(codebook.numbers[label], np.int64))
-        sizes = tables.lookup(numbers, rows, "items_sum", key="cluster_id")
+        numbers = codebook.resolution(label).numbers
+        sizes = tables.lookup(pa.array(numbers), rows, "items_sum", key="cluster_id")
         left = rows.filter(pc.greater(rows["moved_sum"], 0)).slice(0, _NAMED)
         found[label] = {
             **health_of(sizes),
-            "largest_cluster": int(codebook.numbers[label][sizes.argmax()]),
+            "largest_cluster": int(numbers[sizes.argmax()]),
             "compared_items": pc.sum(rows["compared_sum"]).as_py() or 0,
             "moved_items": pc.sum(rows["moved_sum"]).as_py() or 0,
             "most_moved": [
@@ -244,4 +244,4 @@ def _counts_path(staging: str, shard: int) -> str:
 def read_clusters(staging: str, shards: int, codebook_folder: str) -> Mapping[str, dict[str, Any]]:
     """What `summarise_clusters` makes of all shards' counts."""
     counts = pa.concat_tables(tables.read_parquet(_counts_path(staging, n)) for n in range(shards))
-    return summarise_clusters(counts, load_codebook(codebook_folder))
+    return summarise_clusters(counts, read_codebook_info(codebook_folder))

@@ -4,7 +4,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from feature_jobs.codebook import Codebook, CodebookInfo, Resolution, codebook_id, health_of
+from feature_jobs.codebook import (
+    Codebook,
+    CodebookInfo,
+    Resolution,
+    codebook_id,
+    health_of,
+    retired_numbers,
+)
 from feature_jobs.schemas import EMBEDDING_DIM
 
 
@@ -26,7 +33,7 @@ def by_hand(
     resolutions = tuple(
         Resolution(
             label, len(n), int(n.max()), 0.0, None, health_of(np.ones(len(n), np.int64)),
-            (1,) * len(n), retired=(),
+            (1,) * len(n), retired_numbers(n, int(n.max())),
         )
         for label, n in numbers.items()
     )  # fmt: skip
