@@ -9,7 +9,7 @@ cluster_id 0 (COURIER appendix §7); any other has the number of its exactly nea
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from apache_beam.utils.shared import Shared
 
 from feature_jobs import tables
-from feature_jobs.codebook import Codebook, CodebookInfo, health_of, read_codebook_info
+from feature_jobs.codebook import CodebookInfo, health_of, read_codebook_info
 from feature_jobs.nearest import CodebookSearch, shared_search
 from feature_jobs.schemas import ITEM_FEATURES, MAIN, cluster_column
 
@@ -126,12 +126,12 @@ def count_features(rows: pa.Table) -> dict[str, int]:
 
 
 def count_clusters(
-    rows: pa.Table, previous: pa.Table | None, codebook: Codebook, of_another_lineage: bool
+    rows: pa.Table, previous: pa.Table | None, labels: Sequence[str], of_another_lineage: bool
 ) -> pa.Table:
     """For each number of each resolution: the items that have it, those that had it the day before
     and have some number now, and those of them that have another one now."""
     parts = []
-    for label in codebook.info.labels:
+    for label in labels:
         column = cluster_column(label)
         new = rows[column].to_numpy()
         old = np.zeros(len(new), np.int32)
@@ -195,6 +195,7 @@ class AssignShard(beam.DoFn):
     def __init__(self, job: FeaturesJob):
         self._job, self.staging = job, job.staging
         self._second = "second_distance" in job.schema.names
+        self._there = job.previous.schema.names if job.previous else []
 
     @tables.refusing
     def process(self, shard: int) -> None:
@@ -209,19 +210,19 @@ class AssignShard(beam.DoFn):
         search = shared_search(self._loaded, job.codebook_folder)
         rows = features_of(embedded, rejected, search, job.categories, self._second)
         previous = job.previous and job.previous.read_shard(
-            shard, job.shards, "item_id", self._compared_columns(search.codebook)
+            shard, job.shards, "item_id", self._compared_columns(search.codebook.info.labels)
         )
-        counts = count_clusters(rows, previous, search.codebook, job.of_another_lineage)
+        labels = search.codebook.info.labels
+        counts = count_clusters(rows, previous, labels, job.of_another_lineage)
         tables.write_parquet(_counts_path(job.staging, shard), counts)
         tables.write_part(
             folder, ITEM_FEATURES, job.schema, rows, shard, job.shards, count_features(rows)
         )
 
-    def _compared_columns(self, codebook: Codebook) -> list[str]:
+    def _compared_columns(self, labels: Sequence[str]) -> list[str]:
         """Those that the day before has too."""
-        there = self._job.previous.schema.names if self._job.previous else []
-        mine = map(cluster_column, codebook.info.labels)
-        return ["item_id", *(column for column in mine if column in there)]
+        mine = map(cluster_column, labels)
+        return ["item_id", *(column for column in mine if column in self._there)]
 
 
 # ---- The job -------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ POINTS = unit_rows(12)
 NUMBERS = np.array([2, 3, 5, 9])
 
 
+LABELS = ("main", "coarse")
+
+
 def book() -> Codebook:
     centres = {"main": POINTS[:4], "coarse": POINTS[:1]}
     return by_hand(centres, {"main": NUMBERS, "coarse": np.array([7])}, "tiny-000000000000")
@@ -72,19 +75,19 @@ def test_what_moved_since_the_day_before_is_counted_by_the_cluster_it_left() -> 
     before = pa.table(
         {"item_id": [1, 2, 3, 4, 0], "cluster_id": pa.array([5, 5, 5, 5, 2], pa.int32())}
     )
-    counts = count_clusters(rows, before, book(), of_another_lineage=False)
+    counts = count_clusters(rows, before, LABELS, of_another_lineage=False)
     found = summarise_clusters(counts, book().info)
     main, coarse = found["main"], found["coarse"]
     assert (main["compared_items"], main["moved_items"]) == (4, 2)
     assert main["most_moved"] == [{"cluster_id": 5, "moved": 2, "of": 3}]
     assert (main["items"], main["used"], main["dead"], main["items_max"]) == (5, 4, 0, 2)
     assert (coarse["compared_items"], coarse["moved_items"]) == (0, 0)  # the column is new
-    other = summarise_clusters(count_clusters(rows, before, book(), True), book().info)["main"]
+    other = summarise_clusters(count_clusters(rows, before, LABELS, True), book().info)["main"]
     assert (other["compared_items"], other["moved_items"]) == (4, 4)
 
 
 def test_on_the_first_day_nothing_can_have_moved() -> None:
-    found = summarise_clusters(count_clusters(features(POINTS), None, book(), False), book().info)
+    found = summarise_clusters(count_clusters(features(POINTS), None, LABELS, False), book().info)
     assert (found["main"]["compared_items"], found["main"]["most_moved"]) == (0, [])
     assert found["main"]["items"] == 12
     assert sum(found["coarse"][k] for k in ("used", "dead")) == 1
@@ -92,6 +95,6 @@ def test_on_the_first_day_nothing_can_have_moved() -> None:
 
 def test_clusters_without_items_are_dead_and_shards_add_up() -> None:
     rows = features(POINTS[:2])
-    parts = [count_clusters(part, None, book(), False) for part in (rows[:1], rows[1:])]
+    parts = [count_clusters(part, None, LABELS, False) for part in (rows[:1], rows[1:])]
     found = summarise_clusters(pa.concat_tables(parts), book().info)["main"]
     assert (found["items"], found["used"], found["dead"]) == (2, 2, 2)
