@@ -1,6 +1,9 @@
 """Files that all processes of a worker machine share: one copy, made by the first that needs it."""
 
+import contextlib
+import glob
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +14,12 @@ from feature_jobs.schemas import CourierError
 _DONE = "done.json"
 
 
-def shared_folder(key: str, build: Callable[[str], Any]) -> tuple[str, Any]:
+def shared_folder(key: str, build: Callable[[str], Any], size: int = 0) -> tuple[str, Any]:
     """This machine's folder for `key`, and the JSON value that `build` of that folder returned.
 
-    `build` runs once, while other processes wait; one that was killed is run again. Raises
-    CourierError where the folder belongs to somebody else.
+    `build` runs once, while other processes wait; one that was killed is run again. Where the disk
+    lacks room for `size` bytes, copies whose keys have the same beginning, up to a dot, make way.
+    Raises CourierError where the folder belongs to somebody else, or there is no room.
     """
     folder = folder_of(key)
     os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -28,8 +32,29 @@ def shared_folder(key: str, build: Callable[[str], Any]) -> tuple[str, Any]:
     done = os.path.join(folder, _DONE)
     with storage.lock(folder, wait=True):
         if not storage.exists(done):
+            _make_room(key, size)
             tables.write_json(done, build(folder))
     return folder, tables.read_json(done)
+
+
+def _make_room(key: str, size: int) -> None:
+    """What a process has mapped stays readable after the files are gone."""
+    siblings = glob.glob(folder_of(glob.escape(key.split(".")[0])) + ".*")
+    for other in sorted(set(siblings) - {folder_of(key)}):
+        if _free_bytes() < size:
+            with contextlib.suppress(BlockingIOError), storage.lock(other):  # it is being made
+                storage.delete_tree(other)
+    if _free_bytes() < size:
+        raise CourierError(
+            f"{folder_of(key)} needs {size / 1e9:,.1f} GB for a copy of the embeddings, but the "
+            f"disk has {_free_bytes() / 1e9:,.1f} GB left. Half written, it would end the worker "
+            'without a word. Set [simscore] join = "shuffle", which needs no copy, or give the '
+            "workers larger disks."
+        )
+
+
+def _free_bytes() -> int:
+    return shutil.disk_usage(tempfile.gettempdir()).free
 
 
 def folder_of(key: str) -> str:

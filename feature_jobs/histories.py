@@ -1,138 +1,57 @@
 """Point-in-time histories: what a user had clicked strictly before a moment.
 
-In: the impressions of ds and of the days before it, as row groups. Out: `user_histories`,
-one row for every user with a click in the window as of the end of ds, newest item first.
+In: the impressions of one day or of several in a row, and what was known at the end of the day
+before them: its `user_histories` and `recent_clicks`, or, where the world begins, the log of the
+days of the window. Out, for each day: `user_histories`, one row for every user with a click in the
+window as of the end of ds; and `recent_clicks`, what the next day needs besides.
 
-The law, for this table, for SimScores and for every join: the history of a moment t holds the
-`history_len` latest distinct items with t - window <= click time < t. Equal times are not before.
-An item clicked twice stands once, at its newest place. Clicks of one user at one time are ordered
-by item ID, so that the order in which rows arrive never matters.
+The law, for these tables, for SimScores, training rows and every join: the history of a moment t
+holds the `history_len` latest distinct items with t - window <= click time < t - lag. Equal times
+are not before. An item clicked twice stands once, at its newest place (with `keep_repeats` at all
+of them). Clicks of one user at one time are ordered by item ID, so that the order in which rows
+arrive never matters. Known to a partition are the clicks of its log and of earlier days' logs.
 
-Clicks are looked for in the partitions of ds - window_days - SLACK_DAYS up to ds: a click may come
-some days after the partition of its impression, and a late row of ds looks back from its own time.
+A click may be dated after the end of the day that logs it, and an impression may come in the log of
+a later day than its own. `recent_clicks` therefore keeps what `user_histories` does not show but a
+moment from LATE_DAYS before the end of ds on can see. An impression that comes later than that sees
+what was left then of the clicks before its moment: never a click at or after it, but perhaps fewer.
 """
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_jobs import tables
+from feature_jobs import inputs, tables
+from feature_jobs.clicks import Clicks, HistoryLaw, histories_at, older_than, sort_clicks
 from feature_jobs.inputs import RowGroup, Source, check_day, read_rows
-from feature_jobs.schemas import TIMESTAMP, USER_HISTORIES
+from feature_jobs.pieces import Piece, read_pieces, write_pieces
+from feature_jobs.schemas import RECENT_CLICKS, TIMESTAMP, USER_HISTORIES, Table
 
 DAY_US = 86_400_000_000
-SLACK_DAYS = 2
-_MAX_CELLS = 4_000_000  # candidates looked at in one step: bounds the memory of a block
-_NEVER = np.iinfo(np.int64).max
+LATE_DAYS = 2
 
 
 @dataclass(frozen=True)
-class HistoryLaw:
-    """The settings that define a history. Times in microseconds."""
+class HistoryDay:
+    """One day whose log is walked through: its ordinal, its first moment and the first after it."""
 
-    history_len: int
-    window_us: int
-    click_delay_us: int
+    number: int
+    start_us: int
+    end_us: int
 
-
-# ---- Pure functions ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Clicks:
-    """Distinct clicks sorted by user, time, item; int64 [n] each, `users` and `items` as codes.
-
-    `repeated_at` is the place of the same user's next click on the same item, `_NEVER` without one.
-    """
-
-    users: np.ndarray
-    times: np.ndarray
-    items: np.ndarray
-    repeated_at: np.ndarray
+    @property
+    def known_from_us(self) -> int:
+        """The earliest moment whose history is known whole when the day's log comes in."""
+        return self.start_us - LATE_DAYS * DAY_US
 
 
-def sort_clicks(users: np.ndarray, times: np.ndarray, items: np.ndarray) -> Clicks:
-    """Sorts clicks and drops exact repeats. Item codes must follow the order of the item IDs."""
-    order = np.lexsort((items, times, users))
-    users, times, items = users[order], times[order], items[order]
-    new = np.ones(len(users), bool)
-    new[1:] = (np.diff(users) != 0) | (np.diff(times) != 0) | (np.diff(items) != 0)
-    users, times, items = users[new], times[new], items[new]
-    # Walk each user's clicks on one item in time order: the next of them is the repeat.
-    order = np.lexsort((np.arange(len(users)), items, users))
-    here, there = order[:-1], order[1:]
-    again = (users[here] == users[there]) & (items[here] == items[there])
-    repeated_at = np.full(len(users), _NEVER)
-    repeated_at[here[again]] = there[again]
-    return Clicks(users, times, items, repeated_at)
-
-
-def count_before(clicks: Clicks, users: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """For each (user, time): how many clicks sort strictly before it; int64 [m].
-
-    Thus clicks[:count] are those of smaller users and those of the user at earlier times.
-    """
-    n, m = len(clicks.users), len(users)
-    is_click = np.repeat([False, True], [m, n])  # a moment sorts before clicks at the same time
-    order = np.lexsort(
-        (is_click, np.concatenate([times, clicks.times]), np.concatenate([users, clicks.users]))
-    )
-    seen = np.cumsum(is_click[order])
-    counts = np.empty(n + m, np.int64)
-    counts[order] = seen
-    return counts[:m]
-
-
-def latest_distinct(clicks: Clicks, first: np.ndarray, end: np.ndarray, length: int) -> np.ndarray:
-    """For each range first:end of clicks, the places of its `length` latest distinct items.
-
-    Returns int64 [m, length], newest first, padded with -1. A click counts only while no newer
-    click on its item lies in the range.
-    """
-    found = np.full((len(first), length), -1, np.int64)
-    todo = np.flatnonzero(end > first)
-    width = 2 * length
-    while len(todo):
-        rows_at_once = max(1, _MAX_CELLS // width)
-        blocks = [todo[at : at + rows_at_once] for at in range(0, len(todo), rows_at_once)]
-        done = [_search_block(clicks, first, end, rows, width, found) for rows in blocks]
-        todo = todo[~np.concatenate(done)]
-        width *= 4  # rare: many repeats hide the older items, so look further back
-    return found
-
-
-def _search_block(
-    clicks: Clicks,
-    first: np.ndarray,
-    end: np.ndarray,
-    rows: np.ndarray,
-    width: int,
-    found: np.ndarray,
-) -> np.ndarray:
-    """Fills `found[rows]` from the `width` latest clicks; returns which rows are complete."""
-    length = found.shape[1]
-    place = end[rows, None] - 1 - np.arange(width)  # [rows, width], newest first
-    inside = place >= first[rows, None]
-    visible = inside & (clicks.repeated_at[np.maximum(place, 0)] >= end[rows, None])
-    rank = np.cumsum(visible, axis=1)
-    visible &= rank <= length
-    row, column = np.nonzero(visible)
-    found[rows[row], rank[row, column] - 1] = place[row, column]
-    return (rank[:, -1] >= length) | ~inside[:, -1]
-
-
-def histories_at(
-    clicks: Clicks, users: np.ndarray, times: np.ndarray, law: HistoryLaw
-) -> np.ndarray:
-    """The history of each (user, moment): places in `clicks`, int64 [m, history_len], -1 = none."""
-    end = count_before(clicks, users, times)
-    first = count_before(clicks, users, times - law.window_us)
-    return latest_distinct(clicks, first, end, law.history_len)
+# ---- Pure functions: clicks of tables --------------------------------------------------------
 
 
 def click_moments(rows: pa.Table, click_delay_us: int) -> tuple[np.ndarray, int]:
@@ -149,15 +68,26 @@ def click_moments(rows: pa.Table, click_delay_us: int) -> tuple[np.ndarray, int]
     return np.maximum(moment, event), int((moment < event).sum())
 
 
-def no_clicks(ids: pa.Schema) -> pa.Table:
-    """An empty table of clicks for the ID types in `ids`, of user_id and of item_id or item_ids."""
-    item = (
-        ids.field("item_id").type
-        if "item_id" in ids.names
-        else ids.field("item_ids").type.value_type
+def clicks_of(rows: pa.Table, day: int, click_delay_us: int) -> pa.Table:
+    """The clicks of some impressions (user_id, item_id, click_time, day), `day` being the ordinal
+    of the partition that logged them."""
+    rows = rows.filter(rows["clicked"])
+    moments, _ = click_moments(rows, click_delay_us)
+    return pa.table(
+        {
+            "user_id": rows["user_id"],
+            "item_id": rows["item_id"],
+            "click_time": pa.array(moments).cast(TIMESTAMP),
+            "day": np.full(len(rows), day, np.int32),
+        }
     )
-    columns = {"user_id": ids.field("user_id").type, "item_id": item, "click_time": TIMESTAMP}
-    return pa.schema(list(columns.items())).empty_table()
+
+
+def no_clicks(user_id: pa.DataType, item_id: pa.DataType) -> pa.Table:
+    """An empty table of clicks."""
+    kinds = [user_id, item_id, TIMESTAMP, pa.int32()]
+    names = ["user_id", "item_id", "click_time", "day"]
+    return pa.schema(list(zip(names, kinds, strict=True))).empty_table()
 
 
 def codes_of(ids: Sequence[pa.ChunkedArray]) -> tuple[pa.Array, list[np.ndarray]]:
@@ -167,37 +97,168 @@ def codes_of(ids: Sequence[pa.ChunkedArray]) -> tuple[pa.Array, list[np.ndarray]
     return distinct, [pc.index_in(c, value_set=distinct).to_numpy().astype(np.int64) for c in ids]
 
 
-def user_histories(clicks: pa.Table, end_us: int, law: HistoryLaw) -> pa.Table:
-    """The history of every user of `clicks` (user_id, item_id, click_time) as of `end_us`."""
+def clicks_before(rows: Iterable[pa.Table], no_rows: pa.Table) -> pa.Table:
+    """The clicks that `user_histories` and `recent_clicks` of a day hold, as logged on day 0."""
+    parts = [no_rows]
+    for table in rows:
+        items = table["item_ids"].combine_chunks()
+        of_row = pc.list_parent_indices(items)
+        parts.append(
+            pa.table(
+                {
+                    "user_id": table["user_id"].take(of_row),
+                    "item_id": items.flatten(),
+                    "click_time": table["click_times"].combine_chunks().flatten(),
+                    "day": np.zeros(len(of_row), np.int32),
+                }
+            )
+        )
+    return pa.concat_tables(parts)
+
+
+# ---- Pure functions: what is known on a day --------------------------------------------------
+
+
+class Known(NamedTuple):
+    """The clicks of some users that are known when the log of `day` is in: those of its histories.
+
+    `user_ids` and `item_ids` are distinct and ascending; the codes of `clicks` point into them.
+    """
+
+    day: HistoryDay
+    user_ids: pa.Array
+    item_ids: pa.Array
+    clicks: Clicks
+
+
+def walk_days(clicks: pa.Table, days: Sequence[HistoryDay], law: HistoryLaw) -> Iterator[Known]:
+    """What is known on each of `days`, consecutive ones: the night's recurrence.
+
+    `clicks` (user_id, item_id, click_time, day) hold all clicks of some users that were logged on
+    these days, and those from before the first. What a later moment cannot see is left behind, as
+    it is between two nights.
+    """
     user_ids, (users,) = codes_of([clicks["user_id"]])
     item_ids, (items,) = codes_of([clicks["item_id"]])
-    log = sort_clicks(users, clicks["click_time"].cast(pa.int64()).to_numpy(), items)
-    everyone = np.arange(len(user_ids))
-    places = histories_at(log, everyone, np.full(len(user_ids), end_us), law)
-    length = (places >= 0).sum(axis=1)
-    offsets = pa.array(np.concatenate([[0], np.cumsum(length)]).astype(np.int32))
-    flat = places[places >= 0]  # row by row, newest first
-    rows = pa.table(
+    logged = np.maximum(clicks["day"].to_numpy(), days[0].number - 1)
+    order = np.argsort(logged, kind="stable")
+    columns = [c[order] for c in (users, clicks["click_time"].cast(pa.int64()).to_numpy(), items)]
+    bounds = np.searchsorted(logged[order], [day.number for day in days] + [days[-1].number + 1])
+    carried = [column[: bounds[0]] for column in columns]
+    for day, at, end in zip(days, bounds[:-1], bounds[1:], strict=True):
+        now = [np.concatenate([c, new[at:end]]) for c, new in zip(carried, columns, strict=True)]
+        log = sort_clicks(now[0], now[1], now[2], law.keep_repeats)
+        yield Known(day, user_ids, item_ids, log)
+        needed = still_needed(log, len(user_ids), day.end_us, law)
+        carried = [log.users[needed], log.times[needed], log.items[needed]]
+
+
+def still_needed(clicks: Clicks, users: int, end_us: int, law: HistoryLaw) -> np.ndarray:
+    """Which clicks a moment from LATE_DAYS before `end_us` on can see, alone or after others have
+    come in; bool [n]."""
+    horizon = end_us - LATE_DAYS * DAY_US
+    needed = clicks.times >= horizon - law.lag_us
+    everyone = np.arange(users)
+    seen = histories_at(clicks, everyone, np.full(users, horizon), law)
+    needed[seen[seen >= 0]] = True
+    return needed
+
+
+def history_lists(known: Known, rows: pa.Table, law: HistoryLaw) -> pa.Array:
+    """The history of each of some impressions of the day, item IDs newest first; a list array."""
+    log = known.clicks
+    users = pc.fill_null(pc.index_in(rows["user_id"], value_set=known.user_ids), -1)
+    moments = rows["event_time"].cast(pa.int64()).to_numpy()
+    whole = np.maximum(moments, known.day.known_from_us)
+    places = histories_at(log, users.to_numpy().astype(np.int64), whole, law)
+    late = np.flatnonzero(moments < whole)
+    places[late] = older_than(log, places[late], moments[late] - law.lag_us)
+    return _lists(known.item_ids, log.items, places)
+
+
+def _lists(values: pa.Array, codes: np.ndarray, places: np.ndarray) -> pa.Array:
+    """For each row of `places` [m, L], -1 = none, the values of the codes there; a list array."""
+    there = places >= 0
+    flat = values.take(pa.array(codes[places[there]]))  # row by row, newest first
+    return list_array(there.sum(axis=1), flat)
+
+
+def list_array(sizes: np.ndarray, values: pa.Array) -> pa.Array:
+    """`values` cut into lists of `sizes` [n]."""
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def user_histories(known: Known, law: HistoryLaw) -> pa.Table:
+    """The history of every user who has one as of the end of the day."""
+    return _by_user(known, _at_the_end(known, law))
+
+
+def recent_clicks(known: Known, law: HistoryLaw) -> pa.Table:
+    """The known clicks that the next day needs and `user_histories` of this one does not show."""
+    log, day = known.clicks, known.day
+    needed = still_needed(log, len(known.user_ids), day.end_us, law)
+    shown = _at_the_end(known, law)
+    needed[shown[shown >= 0]] = False
+    return _by_user(known, np.flatnonzero(needed))
+
+
+def _at_the_end(known: Known, law: HistoryLaw) -> np.ndarray:
+    """Places of the clicks that are the histories of all users at the end of the day."""
+    users = len(known.user_ids)
+    places = histories_at(known.clicks, np.arange(users), np.full(users, known.day.end_us), law)
+    return places[places >= 0]
+
+
+def _by_user(known: Known, places: np.ndarray) -> pa.Table:
+    """The clicks at `places` [k], ascending, a row for each user who has some of them."""
+    log = known.clicks
+    users, sizes = np.unique(log.users[places], return_counts=True)
+    times = pa.array(log.times[places]).cast(TIMESTAMP)
+    return pa.table(
         {
-            "user_id": user_ids,
-            "item_ids": pa.ListArray.from_arrays(offsets, item_ids.take(pa.array(log.items[flat]))),
-            "click_times": pa.ListArray.from_arrays(
-                offsets, pa.array(log.times[flat]).cast(TIMESTAMP)
-            ),
+            "user_id": known.user_ids.take(pa.array(users)),
+            "item_ids": list_array(sizes, known.item_ids.take(pa.array(log.items[places]))),
+            "click_times": list_array(sizes, times),
         }
     )
-    return rows.filter(pa.array(length > 0))
 
 
-# ---- Transforms ----------------------------------------------------------------------------
+# ---- Transforms ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HistoriesJob:
+    """Histories of consecutive `days`, walked through in `shards` of users.
+
+    `before` are `user_histories` and `recent_clicks` of the day before the first, empty where that
+    day's clicks come from the log instead.
+    """
+
+    law: HistoryLaw
+    days: tuple[HistoryDay, ...]
+    before: tuple[tables.Partition, ...]
+    shards: int
+    user_id: pa.DataType
+    item_id: pa.DataType
+    day_timezone: str
+    staging: str
+
+    def known(self, shard: int, chunks: Iterable[bytes]) -> Iterator[Known]:
+        """What is known on each day of the users of a shard; `chunks` are the clicks of the log."""
+        nothing = no_clicks(self.user_id, self.item_id)
+        columns = ["user_id", "item_ids", "click_times"]
+        before = (p.read_shard(shard, self.shards, "user_id", columns) for p in self.before)
+        clicks = [clicks_before(before, nothing), tables.from_ipc(chunks, nothing)]
+        return walk_days(pa.concat_tables(clicks), self.days, self.law)
 
 
 class ReadClicks(beam.DoFn):
-    """A row group of impressions → its clicks (user_id, item_id, click_time) by shard of `key`."""
+    """A row group of impressions → its clicks by shard of `key`."""
 
-    def __init__(self, click_delay_us: int, end_us: int, shards: int, staging: str, key: str):
+    def __init__(self, click_delay_us: int, day_timezone: str, shards: int, staging: str, key: str):
         self._click_delay_us = click_delay_us
-        self._end_us = end_us  # of the day that is made: its own partition may not reach past it
+        self._day_timezone = day_timezone
         self._shards = shards
         self._key = key
         self.staging = staging
@@ -205,38 +266,55 @@ class ReadClicks(beam.DoFn):
     @tables.refusing
     def process(self, group: RowGroup) -> Iterator[tuple[int, bytes]]:
         rows = read_rows(group, ["user_id", "item_id", "event_time", "clicked", "click_time"])
-        check_day(group, rows, self._end_us)
-        rows = rows.filter(rows["clicked"])
-        if len(rows):
-            moments, _ = click_moments(rows, self._click_delay_us)
-            clicks = rows.select(["user_id", "item_id"]).append_column(
-                "click_time", pa.array(moments).cast(TIMESTAMP)
-            )
-            yield from tables.split_by_shard(clicks, self._key, self._shards)
+        check_day(group, rows, inputs.day_end(group.form.ds, self._day_timezone))
+        clicks = clicks_of(rows, group.form.ds.toordinal(), self._click_delay_us)
+        yield from tables.split_by_shard(clicks, self._key, self._shards)
 
 
-class WriteUserHistories(beam.DoFn):
-    """All clicks of a user shard → one part of `user_histories`."""
+class AdvanceHistories(beam.DoFn):
+    """The clicks of a user shard → ((day, shard), (table, piece of its rows)) for every day.
 
-    def __init__(self, law: HistoryLaw, end_us: int, shards: int, schema: pa.Schema, staging: str):
-        self._law = law
-        self._end_us = end_us
-        self._shards = shards
-        self._schema = schema
-        self._folder = os.path.join(staging, USER_HISTORIES.name)
-        self.staging = staging
+    `shards` are those of each day's tables, none more than the job's.
+    """
+
+    def __init__(self, job: HistoriesJob, shards: Sequence[int]):
+        self._job, self._shards = job, shards
+        self.staging = job.staging
 
     @tables.refusing
-    def process(self, element: tuple[int, Iterable[bytes]]) -> None:
-        shard, chunks = element
-        if tables.has_part(self._folder, shard, self._shards):
-            return
-        clicks = tables.from_ipc(chunks, no_clicks(self._schema))
-        rows = user_histories(clicks, self._end_us, self._law)
-        tables.write_part(
-            self._folder, USER_HISTORIES, self._schema, rows, shard, self._shards,
-            {"users": len(rows)},
-        )  # fmt: skip
+    def process(
+        self, element: tuple[int, Iterable[bytes]]
+    ) -> Iterator[tuple[tuple[int, int], tuple[str, Piece]]]:
+        job, (shard, chunks) = self._job, element
+        for day, known in enumerate(job.known(shard, chunks)):
+            into = shard * self._shards[day] // job.shards
+            made = user_histories(known, job.law), recent_clicks(known, job.law)
+            for table, rows in zip((USER_HISTORIES, RECENT_CLICKS), made, strict=True):
+                path = os.path.join(job.staging, "pieces", f"{table.name}-{day}-{shard:05d}")
+                for _, piece in write_pieces(path, rows, np.zeros(len(rows), np.int64)):
+                    yield (day, into), (table.name, piece)
+
+
+class WriteHistories(beam.DoFn):
+    """The pieces of a shard of a day → one part of `user_histories` and of `recent_clicks`."""
+
+    def __init__(self, job: HistoriesJob, shards: Sequence[int], stagings: Sequence[str]):
+        self._job, self._shards, self._stagings = job, shards, stagings
+        self.staging = job.staging
+
+    @tables.refusing
+    def process(self, element: tuple[tuple[int, int], Iterable]) -> None:
+        (day, shard), found = element
+        pieces = [entry for entry in found if entry]
+        for table in (USER_HISTORIES, RECENT_CLICKS):
+            self._write(table, day, shard, [piece for name, piece in pieces if name == table.name])
+
+    def _write(self, table: Table, day: int, shard: int, pieces: list[Piece]) -> None:
+        folder, shards = os.path.join(self._stagings[day], table.name), self._shards[day]
+        if not tables.has_part(folder, shard, shards):
+            schema = table.schema(self._job.item_id, self._job.user_id)
+            rows = read_pieces(pieces, tables.empty_rows(schema))
+            tables.write_part(folder, table, schema, rows, shard, shards)
 
 
 def every_shard(root: beam.Pipeline, shards: int) -> beam.PCollection:
@@ -244,41 +322,63 @@ def every_shard(root: beam.Pipeline, shards: int) -> beam.PCollection:
     return root | "EveryShard" >> beam.Create([(shard, b"") for shard in range(shards)])
 
 
+def every_shard_of_days(root: beam.Pipeline, shards: Sequence[int]) -> beam.PCollection:
+    """((day, shard), b"") for every shard of every day."""
+    keys = [((day, shard), b"") for day, n in enumerate(shards) for shard in range(n)]
+    return root | "EveryShardOfDays" >> beam.Create(keys)
+
+
 def read_clicks(
     root: beam.Pipeline,
     log: Sequence[Source],
     law: HistoryLaw,
-    end_us: int,
+    day_timezone: str,
     shards: int,
     staging: str,
     key: str = "user_id",
 ) -> beam.PCollection:
     """The clicks of all days of `log`, as (shard of their `key`, IPC bytes)."""
+    read = ReadClicks(law.click_delay_us, day_timezone, shards, staging, key)
     return (
         root
         | "ClickGroups" >> beam.Create([group for day in log for group in day.groups()])
         | "SpreadClickGroups" >> beam.Reshuffle()
-        | "ReadClicks" >> beam.ParDo(ReadClicks(law.click_delay_us, end_us, shards, staging, key))
+        | "ReadClicks" >> beam.ParDo(read)
     )
 
 
-# ---- The job -------------------------------------------------------------------------------
+def clicks_by_user(
+    root: beam.Pipeline, log: Sequence[Source], job: HistoriesJob
+) -> beam.PCollection:
+    """The clicks of `log` by the job's shards of users, every shard among them."""
+    clicks = read_clicks(root, log, job.law, job.day_timezone, job.shards, job.staging)
+    return (clicks, every_shard(root, job.shards)) | "ClicksAndShards" >> beam.Flatten()
 
 
-def define_user_histories(
+# ---- The job ---------------------------------------------------------------------------------
+
+
+def define_histories(
     root: beam.Pipeline,
     log: Sequence[Source],
-    law: HistoryLaw,
-    end_us: int,
-    shards: int,
-    schema: pa.Schema,
-    staging: str,
+    job: HistoriesJob,
+    shards: Sequence[int],
+    stagings: Sequence[str],
 ) -> None:
-    """Writes `user_histories` as of `end_us` below `staging`, one part per user shard."""
+    """Writes `user_histories` and `recent_clicks` of each day of `job`, in so many `shards`, below
+    the staging folder of that day.
+
+    `log` are the logs of the days, and of those before them where `job` has no tables of the day
+    before.
+    """
+    pieces = (
+        clicks_by_user(root, log, job)
+        | "ClicksByUser" >> beam.GroupByKey()
+        | "AdvanceHistories" >> beam.ParDo(AdvanceHistories(job, shards))
+    )
     _ = (
-        (read_clicks(root, log, law, end_us, shards, staging), every_shard(root, shards))
-        | beam.Flatten()
-        | beam.GroupByKey()
-        | "WriteUserHistories"
-        >> beam.ParDo(WriteUserHistories(law, end_us, shards, schema, staging))
+        (pieces, every_shard_of_days(root, shards))
+        | "PiecesAndShards" >> beam.Flatten()
+        | "ByDayAndShard" >> beam.GroupByKey()
+        | "WriteHistories" >> beam.ParDo(WriteHistories(job, shards, stagings))
     )

@@ -2,7 +2,7 @@
 
 A table's schema depends on the shop only through the types of its IDs (int64 or string), which are
 kept from the user's tables to ours. Lists are newest first, padded with 0, and hold no nulls;
-those of a training row and of a user's history are not padded.
+those of a training row and of a user's clicks are not padded.
 """
 
 from collections.abc import Sequence
@@ -120,6 +120,22 @@ USER_HISTORIES = Table(
     columns=(
         Column("user_id", _USER_ID, "a user with a click in the window"),
         Column("item_ids", "list item_id", "items clicked before the end of ds, newest first"),
+        Column("click_times", pa.list_(TIMESTAMP), "when, aligned with item_ids"),
+    ),
+)
+
+RECENT_CLICKS = Table(
+    "recent_clicks",
+    key="user_id",
+    shared=True,
+    columns=(
+        Column("user_id", _USER_ID, "a user with such a click"),
+        Column(
+            "item_ids",
+            "list item_id",
+            "clicked items that user_histories of ds does not show but the next day's histories "
+            "need, newest first; no feature, since some are dated after the end of ds",
+        ),
         Column("click_times", pa.list_(TIMESTAMP), "when, aligned with item_ids"),
     ),
 )
@@ -261,6 +277,7 @@ TABLES = {
     table.name: table
     for table in (
         USER_HISTORIES,
+        RECENT_CLICKS,
         TRAINING_ROWS,
         ITEM_EMBEDDINGS,
         ITEM_REJECTS,

@@ -1,20 +1,25 @@
 """SIMSCORE: the cosine of each impression's item with each item that its user had clicked before.
 
-In: the impressions of ds, the clicks of `window_days`, `item_features` and `item_embeddings`. Out:
+In: the impressions of one day or of several in a row; their histories, logged with them or made of
+clicks (see `histories`); `item_features` and `item_embeddings` of each day. Out, for each day:
 `user_simscores`.
 
 The law: rows = impressions of ds, one for one. sim(x, y) of COURIER appendix §1 eq. 1, over the
 history of the impression's own moment; 0 and masked where either item is unknown, has no
 embedding or is out of the encoder's scope.
 
-Flow: impressions and clicks meet in user shards; the embeddings are broadcast as memory-mapped
-files, one copy per machine, shared by its processes.
+Flow: impressions meet the clicks of their users in user shards, get their histories, and go to the
+shards of their day's table. The embeddings reach those by one of two joins, which give the same
+table: `broadcast`, as memory-mapped files, one copy per machine, shared by its processes; or
+`shuffle`, for catalogues larger than a worker's disk: each shard asks the item shards for what it
+needs, every item once. Rows travel by way of files (`pieces`): what is in Beam's hands is small.
 """
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -22,48 +27,49 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.utils.shared import Shared
 
-from feature_jobs import broadcast, hashing, tables
+from feature_jobs import hashing, tables
 from feature_jobs.histories import (
-    Clicks,
-    HistoryLaw,
+    HistoriesJob,
+    HistoryDay,
     click_moments,
-    codes_of,
-    every_shard,
-    histories_at,
-    no_clicks,
-    read_clicks,
-    sort_clicks,
+    clicks_by_user,
+    every_shard_of_days,
+    history_lists,
+    list_array,
 )
-from feature_jobs.inputs import (
-    IMPRESSION_COLUMNS,
-    RowGroup,
-    Source,
-    check_day,
-    read_rows,
+from feature_jobs.inputs import IMPRESSION_COLUMNS, RowGroup, Source, check_day, read_rows
+from feature_jobs.item_vectors import (
+    FoundItems,
+    ItemTables,
+    ItemVectors,
+    answer,
+    items_of_answers,
+    items_of_shard,
+    no_answers,
+    open_item_vectors,
 )
+from feature_jobs.pieces import Piece, read_pieces, write_pieces
 from feature_jobs.schemas import (
-    EMBEDDING_DIM,
     SIM_TIERS,
     USER_SIMSCORES,
     DataContractError,
 )
 
 _READ_TOO = ("click_time", "impression_id", "history")  # of the optional columns
-_BLOCK_ROWS = 512  # impressions scored at once: 512 x 50 x 256 floats are 26 MB
+_BLOCK_ROWS = 4096  # impressions scored at once
+_RUN_ROWS = 16  # of them with one history, at most
+_CACHED_VECTORS = 512  # gathered at once: half a megabyte of them stays in the cache
+_ROWS_AT_ONCE = 131_072  # of a user shard that get their histories at once
+BROADCAST, SHUFFLE = "broadcast", "shuffle"
 
 
 @dataclass(frozen=True)
-class SimscoreJob:
-    """All that the workers need to know. `end_us` is the first moment after ds.
-    `previous_features` are those of the day before, None for none, whose cluster IDs may be
-    `of_another_lineage`."""
+class SimscoreDay:
+    """One day of a job. `has_history` tells that its impressions come with theirs."""
 
-    features: tables.Partition
-    embeddings: tables.Partition
-    previous_features: tables.Partition | None
-    of_another_lineage: bool
-    law: HistoryLaw
-    end_us: int
+    day: HistoryDay
+    has_history: bool
+    items: ItemTables
     shards: int
     schema: pa.Schema
     encoder_id: str
@@ -71,8 +77,30 @@ class SimscoreJob:
     staging: str
 
     @property
+    def no_rows(self) -> pa.Table:
+        """Impressions with histories, for a shard that has none."""
+        made = {column.name for column in USER_SIMSCORES.columns} - set(IMPRESSION_COLUMNS)
+        given = [(f.name, f.type) for f in self.schema if f.name not in made]
+        history = ("history", pa.list_(self.schema.field("item_id").type))
+        return pa.schema([*given, history]).empty_table()
+
+    @cached_property
     def broadcast_key(self) -> str:
-        return tables.digest([self.features.manifest, self.embeddings.manifest, self.staging])[:16]
+        """Of the machine's copy of the items; the days of one feature set begin alike."""
+        mine = [self.items.features.manifest, self.items.embeddings.manifest, self.staging]
+        family = os.path.dirname(os.path.dirname(self.staging))
+        return f"{tables.digest(family)[:12]}.{tables.digest(mine)[:12]}"
+
+
+@dataclass(frozen=True)
+class SimscoreJob:
+    """All that the workers need to know. `histories` are None where all days have logged ones."""
+
+    days: tuple[SimscoreDay, ...]
+    histories: HistoriesJob | None
+    history_len: int
+    join: str
+    staging: str
 
 
 # ---- Pure functions: scores ----------------------------------------------------------------
@@ -85,18 +113,38 @@ def sim_scores(
 
     `vectors` float32 [v, 256] of unit rows; `impression` int64 [n] and `history` int64 [n, L] are
     rows of it, -1 = none. Returns scores float32 [n, L] in [-1, 1], 0 where either is none, and the
-    mask int8 [n, L] of real scores.
+    mask int8 [n, L] of real scores. Neighbours with one history share the reading of its vectors.
     """
+    n, length = history.shape
     mask = (history >= 0) & (impression >= 0)[:, None]
-    scores = np.zeros(history.shape, np.float32)
-    for at in range(0, len(impression), _BLOCK_ROWS):
-        block = slice(at, at + _BLOCK_ROWS)
-        if mask[block].any():
-            shown = vectors[impression[block]]  # [block, 256]
-            clicked = vectors[history[block]]  # [block, L, 256]; row -1 is masked below
-            scores[block] = np.einsum("nd,nld->nl", shown, clicked, optimize=True)
+    scores = np.zeros((n, length), np.float32)
+    for rows in _rows_with_one_history(history):  # [runs, r]
+        at_once = max(1, _CACHED_VECTORS // (length + rows.shape[1]))
+        for at in range(0, len(rows), at_once):
+            some = rows[at : at + at_once]
+            shown = _gather(vectors, impression[some])  # [runs, r, 256]
+            clicked = _gather(vectors, history[some[:, 0]])  # [runs, L, 256]
+            scores[some] = shown @ clicked.transpose(0, 2, 1)
     scores[~mask] = 0.0
     return np.clip(scores, -1.0, 1.0, out=scores), mask.astype(np.int8)
+
+
+def _rows_with_one_history(history: np.ndarray) -> Iterator[np.ndarray]:
+    """The places of all rows, int64 [runs, r] for each length r that a run of equal neighbours has;
+    longer runs are cut."""
+    place = np.arange(len(history))
+    new = np.ones(len(history), bool)
+    new[1:] = (history[1:] != history[:-1]).any(axis=1)
+    new |= (place - np.maximum.accumulate(np.where(new, place, 0))) % _RUN_ROWS == 0
+    starts = np.flatnonzero(new)
+    sizes = np.diff(starts, append=len(history))
+    for size in np.unique(sizes):
+        yield starts[sizes == size][:, None] + np.arange(size)
+
+
+def _gather(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`vectors` at `rows` [a, b]; float32 [a, b, 256], those at -1 arbitrary."""
+    return np.take(vectors, rows, axis=0, mode="clip")
 
 
 def simtier(scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -104,11 +152,11 @@ def simtier(scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
     Tier k holds -1 + k/10 <= score < -1 + (k+1)/10; a score of 1.0 falls into the last one.
     """
-    tier = np.clip(np.floor((scores.astype(np.float64) + 1.0) * 10.0), 0, SIM_TIERS - 1)
-    row, column = np.nonzero(mask)
-    cell = row * SIM_TIERS + tier[row, column].astype(np.int64)
-    counts = np.bincount(cell, minlength=len(scores) * SIM_TIERS)
-    return counts.reshape(len(scores), SIM_TIERS).astype(np.int32)
+    tier = np.clip(((scores.astype(np.float64) + 1.0) * 10.0).astype(np.int64), 0, SIM_TIERS - 1)
+    tier[mask == 0] = SIM_TIERS  # one too many, cut off at the end
+    tier += (np.arange(len(scores)) * (SIM_TIERS + 1))[:, None]
+    counts = np.bincount(tier.reshape(-1), minlength=len(scores) * (SIM_TIERS + 1))
+    return counts.reshape(len(scores), SIM_TIERS + 1)[:, :SIM_TIERS].astype(np.int32)
 
 
 def impression_ids(rows: pa.Table) -> pa.Array:
@@ -138,164 +186,27 @@ def impression_ids(rows: pa.Table) -> pa.Array:
     )
 
 
-def logged_history(lists: pa.ChunkedArray, item_ids: pa.Array, length: int) -> np.ndarray:
-    """Logged histories as codes into `item_ids`, int64 [n, length], -1 = none."""
-    lists = pc.fill_null(lists, pa.scalar([], lists.type)).combine_chunks()
-    sizes = pc.list_value_length(lists).to_numpy().astype(np.int64)
-    codes = pc.index_in(lists.flatten(), value_set=item_ids).to_numpy().astype(np.int64)
-    row = np.repeat(np.arange(len(sizes)), sizes)
-    place = np.arange(len(codes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    out = np.full((len(sizes), length), -1, np.int64)
-    kept = place < length
-    out[row[kept], place[kept]] = codes[kept]
+def history_codes(lists: pa.Array, codes: np.ndarray, length: int) -> np.ndarray:
+    """The first `length` places of each of `lists`, whose flat values have `codes`; int32
+    [n, length], -1 = none."""
+    offsets = lists.offsets.to_numpy().astype(np.int64) - lists.offsets[0].as_py()
+    sizes = np.minimum(np.diff(offsets), length)
+    place = np.arange(length)
+    there = place < sizes[:, None]
+    out = np.full((len(sizes), length), -1, np.int32)
+    out[there] = codes[(offsets[:-1, None] + place)[there]]
     return out
 
 
-# ---- Embeddings, broadcast -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ItemVectors:
-    """What is known of every item of `item_features`, memory-mapped and ordered by the ID's hash.
-
-    `vector_row` int64 [n] is the item's row in `vectors` float32 [v, 256], -1 for an item that
-    scores 0. `old_cluster_ids` int32 [n] are those of the day before: 0 for none, -1 for one of
-    another lineage. `longest_run` is the largest number of items with one hash.
-    """
-
-    item_ids: pa.ChunkedArray
-    hashes: np.ndarray
-    cluster_ids: np.ndarray
-    old_cluster_ids: np.ndarray
-    vector_row: np.ndarray
-    vectors: np.ndarray
-    longest_run: int
-
-    def look_up(self, ids: pa.Array) -> "FoundItems":
-        row = self.find(ids)
-        known = row >= 0
-        vector = np.full(len(ids), -1, np.int64)
-        cluster, old_cluster = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
-        vector[known], cluster[known] = self.vector_row[row[known]], self.cluster_ids[row[known]]
-        old_cluster[known] = self.old_cluster_ids[row[known]]
-        return FoundItems(known, vector, cluster, old_cluster)
-
-    def find(self, ids: pa.Array) -> np.ndarray:
-        """The row of each item ID, -1 for an unknown item; int64 [m]."""
-        wanted = hashing.hash_ids(ids)
-        start = np.searchsorted(self.hashes, wanted)
-        found = np.full(len(ids), -1, np.int64)
-        for step in range(self.longest_run):
-            row = np.minimum(start + step, len(self.hashes) - 1)
-            same = pc.equal(self.item_ids.take(pa.array(row)), ids).to_numpy(zero_copy_only=False)
-            found[same] = row[same]
-        return found
-
-
-class FoundItems(NamedTuple):
-    """Of some item IDs, [m] each: whether it is known, its row of the vectors or -1, its cluster ID
-    or 0, and that of the day before as in `ItemVectors`."""
-
-    known: np.ndarray
-    vector: np.ndarray
-    cluster: np.ndarray
-    old_cluster: np.ndarray
-
-
-def open_item_vectors(job: SimscoreJob) -> ItemVectors:
-    """The machine's copy, made by the first process that needs it while the others wait."""
-    folder, longest = broadcast.shared_folder(
-        job.broadcast_key, lambda folder: _build_item_vectors(job, folder)
-    )
-    arrays = {
-        name: np.load(os.path.join(folder, name + ".npy"), mmap_mode="r", allow_pickle=False)
-        for name in ("hashes", "cluster_ids", "old_cluster_ids", "vector_row", "vectors")
-    }
-    with pa.memory_map(os.path.join(folder, "item_ids.arrow")) as file:
-        item_ids = pa.ipc.open_file(file).read_all()["item_id"]
-    return ItemVectors(item_ids, longest_run=longest, **arrays)
-
-
-def _longest_run(sorted_values: np.ndarray) -> int:
-    """How often the most frequent of `sorted_values` occurs."""
-    if not len(sorted_values):
-        return 0
-    last = np.flatnonzero(np.diff(sorted_values, append=~sorted_values[-1:]))
-    return int(np.diff(last, prepend=-1).max())
-
-
-def _build_item_vectors(job: SimscoreJob, folder: str) -> int:
-    """Streams both tables shard by shard: memory does not grow with the catalogue.
-
-    Returns the largest number of items with one hash, all of which lie in one shard.
-    """
-    n, shards = job.features.rows, len(job.features.paths)
-
-    def create(name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-        path = os.path.join(folder, name + ".npy")
-        return np.lib.format.open_memmap(path, "w+", dtype=dtype, shape=shape)
-
-    hashes, clusters = create("hashes", "u8", (n,)), create("cluster_ids", "i4", (n,))
-    old_clusters = create("old_cluster_ids", "i4", (n,))
-    vector_row = create("vector_row", "i8", (n,))
-    vectors = create("vectors", "f4", (max(1, job.embeddings.rows), EMBEDDING_DIM))
-    at = filled = longest = 0
-    schema = pa.schema([pa.field("item_id", job.schema.field("item_id").type)])
-    with pa.ipc.new_file(os.path.join(folder, "item_ids.arrow"), schema) as ids:
-        for shard in range(shards):
-            items, matrix = _scoring_shard(job, shard, shards)
-            rows = slice(at, at + len(items))
-            hashes[rows] = items["hash"].to_numpy()
-            longest = max(longest, _longest_run(items["hash"].to_numpy()))
-            clusters[rows] = items["cluster_id"].to_numpy()
-            old_clusters[rows] = _old_clusters(job, shard, items["item_id"])
-            row = items["row"].to_numpy()
-            vector_row[rows] = np.where(row >= 0, row + filled, -1)
-            vectors[filled : filled + len(matrix)] = matrix
-            ids.write_table(pa.table({"item_id": items["item_id"]}, schema=schema))
-            at, filled = at + len(items), filled + len(matrix)
-    return longest
-
-
-def _old_clusters(job: SimscoreJob, shard: int, ids: pa.ChunkedArray) -> np.ndarray:
-    """`old_cluster_ids` of a shard's items."""
-    if job.previous_features is None:
-        return np.zeros(len(ids), np.int32)
-    columns = ["item_id", "cluster_id"]
-    shards = len(job.features.paths)
-    previous = job.previous_features.read_shard(shard, shards, "item_id", columns)
-    old = tables.lookup(ids, previous, "cluster_id")
-    return np.where(old > 0, -1, 0) if job.of_another_lineage else old
-
-
-def _scoring_shard(job: SimscoreJob, shard: int, shards: int) -> tuple[pa.Table, np.ndarray]:
-    """A shard's items by hash (item_id, hash, cluster_id, row) and the vectors float32 [v, 256]
-    of those that score; `row` is an item's place among them or -1."""
-    features = job.features.read_shard(
-        shard, shards, "item_id", ["item_id", "cluster_id", "in_scope", "has_image"]
-    )
-    embedded = job.embeddings.read_shard(shard, shards, "item_id", ["item_id", "embedding"])
-    features = features.append_column("hash", pa.array(hashing.hash_ids(features["item_id"])))
-    features = features.sort_by("hash")
-    scores = pc.and_(features["in_scope"], features["has_image"]).to_numpy()
-    at = pc.index_in(
-        features["item_id"].filter(pa.array(scores)), value_set=embedded["item_id"].combine_chunks()
-    )
-    row = np.full(len(features), -1, np.int64)
-    row[scores] = np.arange(int(scores.sum()))
-    matrix = tables.embedding_matrix(embedded["embedding"])[at.to_numpy()]
-    return features.append_column("row", pa.array(row)), matrix
-
-
-# ---- Pure functions: a user shard ------------------------------------------------------------
+# ---- Pure functions: a shard of impressions --------------------------------------------------
 
 
 def sort_impressions(rows: pa.Table) -> pa.Table:
-    """By user, item and time, then by all else that can be ordered: arrival does not decide.
+    """By user, time and item, then by all else that can be ordered: arrival does not decide.
 
     Rows alike but for nested columns or half floats stay as they came.
     """
-    first = ["user_id", "item_id", "event_time"]
+    first = ["user_id", "event_time", "item_id"]
     rest = [f.name for f in rows.schema if f.name not in first and _can_be_ordered(f.type)]
     return rows.sort_by([(name, "ascending") for name in (*first, *rest)])
 
@@ -305,76 +216,93 @@ def _can_be_ordered(kind: pa.DataType) -> bool:
 
 
 def score_impressions(
-    rows: pa.Table, clicks: pa.Table, items: ItemVectors, law: HistoryLaw
+    rows: pa.Table, items: ItemVectors, length: int, history_item_ids: bool = True
 ) -> tuple[pa.Table, dict[str, int]]:
     """`user_simscores` of a shard's impressions, artefact IDs aside, and what was counted.
 
-    `clicks` (user_id, item_id, click_time) hold all clicks of the users of `rows`.
+    `rows` have a `history`, newest first, of which the first `length` places are scored; it becomes
+    a column where `history_item_ids` are asked for. Sorted by impression_id.
     """
     rows = sort_impressions(rows)
-    item_ids, shown, history = _histories(rows, clicks, law)
-    known, vector, cluster, old_cluster = items.look_up(item_ids)  # [distinct items] each
-    used = np.unique(vector[vector >= 0])
-    vectors = items.vectors[used] if len(used) else np.zeros((1, EMBEDDING_DIM), np.float32)
-    local = np.where(vector >= 0, np.searchsorted(used, vector), -1)
-    there = history >= 0
-    scores, mask = sim_scores(vectors, local[shown], np.where(there, local[history], -1))
-    same = there & (cluster[history] == cluster[shown][:, None]) & (cluster[shown] > 0)[:, None]
-    compared = (old_cluster != 0) & (cluster > 0)
-    columns = _columns(rows, scores, mask, there, item_ids.take(pa.array(history[there])))
-    columns["same_cluster"] = pa.array(same.sum(axis=1).astype(np.int32))
-    _, early = click_moments(rows.filter(rows["clicked"]), law.click_delay_us)
-    return pa.table(columns), {
+    distinct, shown, history = _coded(rows, length)
+    found = items.look_up(distinct)
+    scored = _score(items.vectors, found, shown, history)
+    given = "impression_id" in rows.column_names
+    ids = rows["impression_id"].combine_chunks() if given else impression_ids(rows)
+    order = pc.sort_indices(ids)
+    at = order.to_numpy()
+    columns = {
+        **{name: rows[name].take(order) for name in rows.column_names if name not in _READ_TOO},
+        "impression_id": ids.take(order),
+        **{name: _column(values[at]) for name, values in scored.items()},
+    }
+    if history_item_ids:
+        past = history[at]
+        flat = distinct.take(pa.array(past[past >= 0]))
+        columns["history_item_ids"] = list_array((past >= 0).sum(axis=1), flat)
+    return pa.table(columns), _count(rows, found, shown, scored)
+
+
+def _coded(rows: pa.Table, length: int) -> tuple[pa.Array, np.ndarray, np.ndarray]:
+    """All distinct item IDs, and as codes into them the shown items [n] and the histories
+    [n, length]; int32."""
+    lists = rows["history"].combine_chunks()
+    lists = pc.fill_null(lists, pa.scalar([], lists.type))
+    encoded = pc.dictionary_encode(
+        pa.concat_arrays([rows["item_id"].combine_chunks(), lists.flatten()])
+    )
+    codes = encoded.indices.to_numpy()
+    shown, clicked = codes[: len(rows)], codes[len(rows) :]
+    return encoded.dictionary, shown, history_codes(lists, clicked, length)
+
+
+def _score(
+    vectors: np.ndarray, found: FoundItems, shown: np.ndarray, history: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The columns that are made of scores, [n, ...] each, block by block."""
+    vector, cluster = np.append(found.vector, -1), np.append(found.cluster, 0)  # at -1: none
+    blocks = []
+    for at in range(0, max(1, len(shown)), _BLOCK_ROWS):
+        items, past = shown[at : at + _BLOCK_ROWS], history[at : at + _BLOCK_ROWS]
+        scores, mask = sim_scores(vectors, vector[items], vector[past])
+        known = mask.sum(axis=1, dtype=np.int32)
+        largest = np.where(mask, scores, -np.inf).max(axis=1, initial=-np.inf)
+        own = cluster[items]
+        same = (cluster[past] == own[:, None]) & (own > 0)[:, None]
+        blocks.append(
+            {
+                "sim_scores": scores,
+                "sim_mask": mask,
+                "history_len": (past >= 0).sum(axis=1, dtype=np.int32),
+                "sim_known": known,
+                "sim_max": np.where(known > 0, largest, 0.0).astype(np.float32),
+                "sim_mean": (scores.sum(axis=1) / np.maximum(known, 1)).astype(np.float32),
+                "simtier": simtier(scores, mask),
+                "same_cluster": same.sum(axis=1, dtype=np.int32),
+            }
+        )
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def _column(values: np.ndarray) -> pa.Array:
+    """A column of numbers [n], or of lists of numbers [n, m]."""
+    kind = pa.from_numpy_dtype(values.dtype)
+    return tables.list_column(values, pa.list_(kind)) if values.ndim == 2 else pa.array(values)
+
+
+def _count(
+    rows: pa.Table, found: FoundItems, shown: np.ndarray, scored: dict[str, np.ndarray]
+) -> dict[str, int]:
+    compared = (found.old_cluster != 0) & (found.cluster > 0)
+    moved = compared & (found.old_cluster != found.cluster)
+    return {
         "impressions": len(rows),
         "clicks": pc.sum(rows["clicked"]).as_py() or 0,
-        "unknown_items": int((~known[shown]).sum()),
+        "unknown_items": int((~found.known[shown]).sum()),
         "compared_impressions": int(compared[shown].sum()),
-        "moved_impressions": int((compared & (old_cluster != cluster))[shown].sum()),
-        "without_history": int((~there.any(axis=1)).sum()),
-        "click_times_before_event": early,
-    }
-
-
-def _histories(
-    rows: pa.Table, clicks: pa.Table, law: HistoryLaw
-) -> tuple[pa.Array, np.ndarray, np.ndarray]:
-    """All distinct item IDs, and as codes into them: the shown items [n], the histories [n, L]."""
-    if "history" in rows.column_names:
-        flat = pa.chunked_array(
-            [c.flatten() for c in rows["history"].chunks], clicks["item_id"].type
-        )
-        item_ids, (shown, _) = codes_of([rows["item_id"], flat])
-        return item_ids, shown, logged_history(rows["history"], item_ids, law.history_len)
-    item_ids, (shown, clicked) = codes_of([rows["item_id"], clicks["item_id"]])
-    _, (users, clickers) = codes_of([rows["user_id"], clicks["user_id"]])
-    log: Clicks = sort_clicks(clickers, clicks["click_time"].cast(pa.int64()).to_numpy(), clicked)
-    moments = rows["event_time"].cast(pa.int64()).to_numpy()
-    places = histories_at(log, users, moments, law)
-    if not len(log.items):
-        return item_ids, shown, places
-    return item_ids, shown, np.where(places >= 0, log.items[places], -1)
-
-
-def _columns(
-    rows: pa.Table, scores: np.ndarray, mask: np.ndarray, there: np.ndarray, history_ids: pa.Array
-) -> dict[str, pa.Array]:
-    known = mask.sum(axis=1, dtype=np.int32)
-    length = there.sum(axis=1).astype(np.int32)
-    largest = np.where(mask, scores, -np.inf).max(axis=1, initial=-np.inf)
-    offsets = np.concatenate([[0], np.cumsum(length)]).astype(np.int32)
-    columns = {name: rows[name] for name in rows.column_names if name not in _READ_TOO}
-    given = "impression_id" in rows.column_names
-    return {
-        **columns,
-        "impression_id": rows["impression_id"] if given else impression_ids(rows),
-        "sim_scores": tables.list_column(scores, pa.list_(pa.float32())),
-        "sim_mask": tables.list_column(mask, pa.list_(pa.int8())),
-        "history_item_ids": pa.ListArray.from_arrays(pa.array(offsets), history_ids),
-        "history_len": pa.array(length),
-        "sim_known": pa.array(known),
-        "sim_max": pa.array(np.where(known > 0, largest, 0.0).astype(np.float32)),
-        "sim_mean": pa.array((scores.sum(axis=1) / np.maximum(known, 1)).astype(np.float32)),
-        "simtier": tables.list_column(simtier(scores, mask), pa.list_(pa.int32())),
+        "moved_impressions": int(moved[shown].sum()),
+        "without_history": int((scored["history_len"] == 0).sum()),
+        "click_times_before_event": click_moments(rows.filter(rows["clicked"]), 0)[1],
     }
 
 
@@ -382,17 +310,33 @@ def _columns(
 
 
 class ReadImpressions(beam.DoFn):
-    """A row group of the impressions of ds → its rows by user shard."""
+    """A row group of impressions → pieces of its rows: ((day, shard), piece), or where they get
+    their histories first (user shard, (day, piece)) as `by_user`."""
 
     def __init__(self, job: SimscoreJob):
         self._job, self.staging = job, job.staging
+        self._places = {day.day.number: place for place, day in enumerate(job.days)}
 
     @tables.refusing
-    def process(self, group: RowGroup) -> Iterator[tuple[int, bytes]]:
+    def process(self, group: RowGroup) -> Iterator[Any]:
+        place = self._places[group.form.ds.toordinal()]
+        day, histories = self._job.days[place], self._job.histories
         rows = read_rows(group, [*IMPRESSION_COLUMNS, *_READ_TOO], group.form.carry)
-        check_day(group, rows, self._job.end_us)
+        check_day(group, rows, day.day.end_us)
         _check_histories(group, rows)
-        return tables.split_by_shard(rows, "user_id", self._job.shards)
+        users = None if histories is None or day.has_history else histories.shards
+        shards = hashing.shard_of(hashing.hash_ids(rows["user_id"]), users or day.shards)
+        name = tables.digest([group.path, group.index])[:16]
+        for shard, piece in write_pieces(_pieces(self._job, "rows", name), rows, shards):
+            if users:
+                yield beam.pvalue.TaggedOutput("by_user", (shard, (place, piece)))
+            else:
+                yield (place, shard), piece
+
+
+def _pieces(job: SimscoreJob, *name: object) -> str:
+    """Where pieces go; what follows in the name is up to `write_pieces`."""
+    return os.path.join(job.staging, "pieces", "-".join(map(str, name)))
 
 
 def _check_histories(group: RowGroup, rows: pa.Table) -> None:
@@ -404,55 +348,151 @@ def _check_histories(group: RowGroup, rows: pa.Table) -> None:
         )
 
 
+class AddHistories(beam.DoFn):
+    """The impressions and the clicks of a user shard → ((day, shard), piece) of the impressions
+    with their histories."""
+
+    def __init__(self, job: SimscoreJob, histories: HistoriesJob):
+        self._job, self._histories = job, histories
+        self.staging = job.staging
+
+    @tables.refusing
+    def process(
+        self, element: tuple[int, dict[str, Iterable]]
+    ) -> Iterator[tuple[tuple[int, int], Piece]]:
+        job, histories, (user_shard, chunks) = self._job, self._histories, element
+        pieces: dict[int, list[Piece]] = {}
+        for place, piece in chunks["impressions"]:
+            pieces.setdefault(place, []).append(piece)
+        for place, known in enumerate(histories.known(user_shard, chunks["clicks"])):
+            if place not in pieces:
+                continue
+            shard = user_shard * job.days[place].shards // histories.shards
+            rows = read_pieces(pieces[place], job.days[place].no_rows)
+            for at in range(0, len(rows), _ROWS_AT_ONCE):
+                some = rows.slice(at, _ROWS_AT_ONCE)
+                some = some.append_column("history", history_lists(known, some, histories.law))
+                path = _pieces(job, "histories", place, user_shard, at)
+                for _, piece in write_pieces(path, some, np.zeros(len(some), np.int64)):
+                    yield (place, shard), piece
+
+
+class AskForItems(beam.DoFn):
+    """The pieces of a shard of a day → ((day, item shard), (shard, IPC bytes of the item IDs))."""
+
+    def __init__(self, job: SimscoreJob):
+        self._job, self.staging = job, job.staging
+
+    @tables.refusing
+    def process(
+        self, element: tuple[tuple[int, int], Iterable]
+    ) -> Iterator[tuple[tuple[int, int], tuple[int, bytes]]]:
+        (place, shard), pieces = element
+        day = self._job.days[place]
+        rows = read_pieces(pieces, day.no_rows)
+        both = [rows["item_id"].combine_chunks(), pc.list_flatten(rows["history"].combine_chunks())]
+        wanted = pa.table({"item_id": pc.unique(pa.concat_arrays(both))})
+        for item_shard, ids in tables.split_by_shard(wanted, "item_id", day.items.shards):
+            yield (place, item_shard), (shard, ids)
+
+
+class AnswerForItems(beam.DoFn):
+    """What the shards of a day ask of an item shard → ((day, shard), the bytes of question and
+    answer, the answer as IPC bytes)."""
+
+    def __init__(self, job: SimscoreJob):
+        self._job, self.staging = job, job.staging
+
+    @tables.refusing
+    def process(
+        self, element: tuple[tuple[int, int], Iterable[tuple[int, bytes]]]
+    ) -> Iterator[tuple[tuple[int, int], tuple[int, bytes]]]:
+        (place, item_shard), questions = element
+        found, matrix = items_of_shard(self._job.days[place].items, item_shard)
+        for shard, ids in questions:
+            wanted = tables.from_ipc([ids], found)["item_id"]
+            told = tables.to_ipc(answer(wanted, found, matrix))
+            yield (place, shard), (len(ids) + len(told), told)
+
+
 class ScoreShard(beam.DoFn):
-    """The impressions and the clicks of a user shard → one part of `user_simscores`."""
+    """The impressions of a shard of a day, with their histories → one part of `user_simscores`."""
 
     _opened = Shared()  # one mapping per worker process
 
-    def __init__(self, job: SimscoreJob, no_rows: pa.Table):
+    def __init__(self, job: SimscoreJob):
         self._job, self.staging = job, job.staging
-        self._no_rows = no_rows  # of impressions, for a shard that has none
 
     @tables.refusing
-    def process(self, element: tuple[int, dict[str, Iterable[bytes]]]) -> None:
-        job, (shard, chunks) = self._job, element
-        folder = os.path.join(job.staging, USER_SIMSCORES.name)
-        if tables.has_part(folder, shard, job.shards):
+    def process(self, element: tuple[tuple[int, int], dict[str, Iterable]]) -> None:
+        (place, shard), found = element
+        day = self._job.days[place]
+        folder = os.path.join(day.staging, USER_SIMSCORES.name)
+        if tables.has_part(folder, shard, day.shards):
             return
-        rows = tables.from_ipc(chunks["impressions"], self._no_rows)
-        clicks = tables.from_ipc(chunks["clicks"], no_clicks(job.schema))
-        items = self._opened.acquire(lambda: open_item_vectors(job), tag=job.broadcast_key)
-        scored, counts = score_impressions(rows, clicks, items, job.law)
-        for name, value in (("encoder_id", job.encoder_id), ("codebook_id", job.codebook_id)):
+        rows = read_pieces(found["rows"], day.no_rows)
+        wanted = "history_item_ids" in day.schema.names
+        answers = list(found.get("items", ()))
+        items = self._items(day, [told for _, told in answers])
+        scored, counts = score_impressions(rows, items, self._job.history_len, wanted)
+        for name, value in (("encoder_id", day.encoder_id), ("codebook_id", day.codebook_id)):
             scored = scored.append_column(name, pa.array([value] * len(scored), pa.string()))
-        tables.write_part(folder, USER_SIMSCORES, job.schema, scored, shard, job.shards, counts)
+        counts |= self._own_counts(day, rows, sum(size for size, _ in answers))
+        tables.write_part(folder, USER_SIMSCORES, day.schema, scored, shard, day.shards, counts)
+
+    def _items(self, day: SimscoreDay, answers: list[bytes]) -> ItemVectors:
+        if self._job.join == SHUFFLE:
+            nothing = no_answers(day.schema.field("item_id").type)
+            return items_of_answers(tables.from_ipc(answers, nothing))
+        key = day.broadcast_key
+        return self._opened.acquire(lambda: open_item_vectors(day.items, key), tag=key)
+
+    def _own_counts(self, day: SimscoreDay, rows: pa.Table, shuffled: int) -> dict[str, int]:
+        """What depends on how the job was run: how its items came, and whether a history may lack
+        clicks, since its impression came too late."""
+        counts = {"shuffled_bytes": shuffled} if self._job.join == SHUFFLE else {}
+        if not day.has_history:
+            moments = rows["event_time"].cast(pa.int64()).to_numpy()
+            counts["later_than_known"] = int((moments < day.day.known_from_us).sum())
+        return counts
 
 
 # ---- The job -------------------------------------------------------------------------------
 
 
 def define_simscore(
-    root: beam.Pipeline, impressions: Source, log: Sequence[Source], job: SimscoreJob
+    root: beam.Pipeline, impressions: Sequence[Source], log: Sequence[Source], job: SimscoreJob
 ) -> None:
-    """Writes `user_simscores` below `job.staging`, one part per user shard.
+    """Writes `user_simscores` of each day of `job` below the staging folder of that day, one part
+    per user shard.
 
-    `log` are the days that histories come from, ds among them; empty where histories are logged.
+    `impressions` are those of the days, and `log` where histories come from; see `histories`.
     """
-    rows = (
-        (
-            root
-            | "ImpressionGroups" >> beam.Create(impressions.groups())
-            | "SpreadImpressionGroups" >> beam.Reshuffle()
-            | "ReadImpressions" >> beam.ParDo(ReadImpressions(job)),
-            every_shard(root, job.shards),
-        )
-        | "ImpressionsAndShards" >> beam.Flatten()
-    )  # fmt: skip
-    clicks = read_clicks(root, log, job.law, job.end_us, job.shards, job.staging)
-    own = [(name, job.schema.field(name).type) for name in IMPRESSION_COLUMNS]
-    no_rows = pa.schema([*own, *impressions.carried]).empty_table()
-    _ = (
-        {"impressions": rows, "clicks": clicks}
-        | "ByUserShard" >> beam.CoGroupByKey()
-        | "ScoreShard" >> beam.ParDo(ScoreShard(job, no_rows))
+    read = (
+        root
+        | "ImpressionGroups" >> beam.Create([g for day in impressions for g in day.groups()])
+        | "SpreadImpressionGroups" >> beam.Reshuffle()
+        | "ReadImpressions" >> beam.ParDo(ReadImpressions(job)).with_outputs("by_user", main="rows")
     )
+    every = every_shard_of_days(root, [day.shards for day in job.days])
+    parts = [read.rows, every]
+    if job.histories:
+        users = {
+            "impressions": read.by_user,
+            "clicks": clicks_by_user(root, log, job.histories),
+        }
+        parts.append(
+            users
+            | "ByUser" >> beam.CoGroupByKey()
+            | "AddHistories" >> beam.ParDo(AddHistories(job, job.histories))
+        )
+    found = {"rows": parts | "RowsAndShards" >> beam.Flatten()}
+    if job.join == SHUFFLE:
+        found["items"] = (
+            found["rows"]
+            | "ForItems" >> beam.GroupByKey()
+            | "AskForItems" >> beam.ParDo(AskForItems(job))
+            | "ByItemShard" >> beam.GroupByKey()
+            | "AnswerForItems" >> beam.ParDo(AnswerForItems(job))
+        )
+    _ = found | "ByDayAndShard" >> beam.CoGroupByKey() | "ScoreShard" >> beam.ParDo(ScoreShard(job))

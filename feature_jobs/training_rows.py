@@ -32,15 +32,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_jobs import hashing, tables
+from feature_jobs.clicks import HistoryLaw, histories_at, sort_clicks
 from feature_jobs.histories import (
-    HistoryLaw,
     click_moments,
     codes_of,
     every_shard,
-    histories_at,
+    list_array,
     no_clicks,
     read_clicks,
-    sort_clicks,
 )
 from feature_jobs.inputs import IMPRESSION_COLUMNS, RowGroup, Source, check_day, read_rows
 from feature_jobs.schemas import ROW_PVS, TIMESTAMP, TRAINING_ROWS
@@ -54,6 +53,7 @@ class TrainingRowsJob:
     law: HistoryLaw
     gap_us: int
     end_us: int
+    day_timezone: str
     categories: tuple[str, ...] | None
     shards: int
     schema: pa.Schema
@@ -65,6 +65,10 @@ class TrainingRowsJob:
         item_id = self.schema.field("pv_item_ids").type.value_type
         kinds = (self.schema.field("user_id").type, item_id, TIMESTAMP, pa.bool_())
         return pa.schema(list(zip(IMPRESSION_COLUMNS, kinds, strict=True))).empty_table()
+
+    @property
+    def no_clicks(self) -> pa.Table:
+        return no_clicks(self.no_rows["user_id"].type, self.no_rows["item_id"].type)
 
 
 # ---- Pure functions: requests ----------------------------------------------------------------
@@ -216,9 +220,9 @@ def training_rows(
             "request_id": request_ids.take(pa.array(request)),
             "chunk": pa.array(chunk[starts].astype(np.int32)),
             "event_time": pa.array(requests.moments[request]).cast(TIMESTAMP),
-            "pv_item_ids": _lists(sizes, item_ids.take(pa.array(kept.items))),
-            "pv_clicked": _lists(sizes, pa.array(kept.clicked)),
-            "click_item_ids": _lists(there.sum(axis=1), past),
+            "pv_item_ids": list_array(sizes, item_ids.take(pa.array(kept.items))),
+            "pv_clicked": list_array(sizes, pa.array(kept.clicked)),
+            "click_item_ids": list_array(there.sum(axis=1), past),
         }
     )
     return made, {
@@ -229,12 +233,6 @@ def training_rows(
         "unclicked_left_out": len(shown.items) - len(kept.items),
         "clicks_after_the_day": too_late,
     }
-
-
-def _lists(sizes: np.ndarray, values: pa.Array) -> pa.ListArray:
-    """`values` cut into lists of `sizes` [n]."""
-    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), values)
 
 
 def are_in_scope(item_ids: pa.ChunkedArray, catalogues: pa.Table) -> np.ndarray:
@@ -298,7 +296,7 @@ class KeepInScope(beam.DoFn):
         job, (shard, chunks) = self._job, element
         catalogues = tables.from_ipc(chunks["catalogues"], self._no_items)
         rows = tables.from_ipc(chunks["impressions"], job.no_rows)
-        clicks = tables.from_ipc(chunks["clicks"], no_clicks(job.no_rows.schema))
+        clicks = tables.from_ipc(chunks["clicks"], job.no_clicks)
         kept = rows.filter(pa.array(are_in_scope(rows["item_id"], catalogues)))
         clicks = clicks.filter(pa.array(are_in_scope(clicks["item_id"], catalogues)))
         for name, found in (("impressions", kept), ("clicks", clicks)):
@@ -320,7 +318,7 @@ class WriteTrainingRows(beam.DoFn):
         if tables.has_part(folder, shard, job.shards):
             return
         rows = tables.from_ipc(chunks["impressions"], job.no_rows)
-        clicks = tables.from_ipc(chunks["clicks"], no_clicks(job.no_rows.schema))
+        clicks = tables.from_ipc(chunks["clicks"], job.no_clicks)
         made, counts = training_rows(rows, clicks, job)
         counts["out_of_scope_impressions"] = sum(chunks.get("out_of_scope", ()))
         tables.write_part(folder, TRAINING_ROWS, job.schema, made, shard, job.shards, counts)
@@ -369,7 +367,7 @@ def define_training_rows(
         | "ImpressionGroups" >> beam.Create(impressions.groups())
         | "SpreadImpressionGroups" >> beam.Reshuffle()
         | "ReadImpressions" >> beam.ParDo(ReadImpressions(job, key)),
-        "clicks": read_clicks(root, log, job.law, job.end_us, job.shards, job.staging, key),
+        "clicks": read_clicks(root, log, job.law, job.day_timezone, job.shards, job.staging, key),
     }
     if job.categories is not None:
         found = keep_in_scope(root, found, catalogues, job)

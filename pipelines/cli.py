@@ -25,12 +25,16 @@ from pipelines.options import (
     beam_argument,
     churn_option,
     config_option,
-    dry_run_option,
+    days_asked,
+    days_options,
     ds_option,
+    from_log_option,
     full_option,
+    join_option,
     json_option,
     night_options,
     out_option,
+    overlap_option,
 )
 
 
@@ -51,95 +55,95 @@ def cli() -> None:
 
 
 def _make(
-    stages: Sequence[str], config: str, ds: dt.date, dry_run: bool, json: bool,
-    beam_args: Sequence[str], **asked: bool,
+    stages: Sequence[str], config: str, days: Sequence[dt.date], dry_run: bool, json: bool,
+    beam_args: Sequence[str], **asked: Any,
 ) -> None:  # fmt: skip
+    """Makes the stages of all days, each in one job; of several, JSON is a list."""
     from pipelines import nightly, status
     from pipelines.config import load_settings
-    from pipelines.plan import NightOptions, plan_night
+    from pipelines.plan import NightOptions, plan_nights
 
-    night = plan_night(load_settings(config), ds, stages, _say, NightOptions(**asked))
+    nights = plan_nights(load_settings(config), days, stages, _say, NightOptions(**asked))
     if dry_run:
-        plan = status.describe_plan(night, beam_args)
-        click.echo(dumps(plan, indent=1) if json else status.render_plan(plan))
-        return
-    report = nightly.run_night(night, beam_args, _say)
-    click.echo(dumps(report, indent=1) if json else status.render_report(report))
+        found = [status.describe_plan(night, beam_args) for night in nights]
+    else:
+        found = nightly.run_nights(nights, beam_args, _say)
+    if json:
+        click.echo(dumps(found[0] if len(found) == 1 else found, indent=1))
+    else:
+        click.echo("\n".join(map(status.render_plan if dry_run else status.render_report, found)))
 
 
 @cli.command()
 @night_options
 @full_option
 @churn_option
-def refresh(**options: Any) -> None:
+@join_option
+@from_log_option
+def refresh(ds: dt.date, **options: Any) -> None:
     """Make and publish the whole night of one day; resumes, and does nothing twice."""
     from pipelines.config import STAGES
 
-    _make(STAGES, **options)
+    _make(STAGES, days=[ds], **options)
 
 
 @cli.command()
 @night_options
 @full_option
-def embed(**options: Any) -> None:
+def embed(ds: dt.date, **options: Any) -> None:
     """Embed the catalogue of one day: item_embeddings and item_rejects."""
-    _make(("embed",), **options)
+    _make(("embed",), days=[ds], **options)
 
 
 @cli.command("item-features")
 @night_options
 @churn_option
-def item_features(**options: Any) -> None:
+def item_features(ds: dt.date, **options: Any) -> None:
     """Assign cluster IDs to the embedded items of one day: item_features."""
-    _make(("item-features",), **options)
+    _make(("item-features",), days=[ds], **options)
 
 
 @cli.command()
-@night_options
+@days_options
+@from_log_option
+def histories(
+    ds: dt.date | None, start_ds: dt.date | None, end_ds: dt.date | None, **options: Any
+) -> None:
+    """Make the click histories of one day or several: user_histories and recent_clicks.
+
+    They go on from those of the day before. The days are one job; with --json, of several a list.
+    """
+    _make(("histories",), days=days_asked(ds, start_ds, end_ds), **options)
+
+
+@cli.command()
+@days_options
+@overlap_option
 @churn_option
-def simscore(**options: Any) -> None:
-    """Score the impressions of one day: user_histories and user_simscores."""
-    _make(("histories", "simscore"), **options)
+@join_option
+@from_log_option
+def simscore(
+    ds: dt.date | None, start_ds: dt.date | None, end_ds: dt.date | None, **options: Any
+) -> None:
+    """Score the impressions of one day or several: histories and user_simscores.
+
+    The days are one job, each impression with the history of its own moment; with --json, of
+    several a list.
+    """
+    _make(("histories", "simscore"), days=days_asked(ds, start_ds, end_ds), **options)
 
 
 @cli.command("training-rows")
-@config_option
-@click.option("--ds", type=Ds(), help="The day to make rows of.")
-@click.option("--start-ds", type=Ds(), help="Or the first of several days.")
-@click.option("--end-ds", type=Ds(), help="And the last of them.")
-@dry_run_option
-@json_option
-@beam_argument
+@days_options
 def training_rows(
-    config: str, ds: dt.date | None, start_ds: dt.date | None, end_ds: dt.date | None,
-    dry_run: bool, json: bool, beam_args: Sequence[str],
-) -> None:  # fmt: skip
+    ds: dt.date | None, start_ds: dt.date | None, end_ds: dt.date | None, **options: Any
+) -> None:
     """Make what an encoder is trained on, for one day or several: training_rows.
 
     With --json, one document for each day.
     """
-    for day in _days(ds, start_ds, end_ds):
-        _make(
-            ("training-rows",),
-            config,
-            day,
-            dry_run,
-            json=json,
-            beam_args=beam_args,
-        )
-
-
-def _days(ds: dt.date | None, start: dt.date | None, end: dt.date | None) -> list[dt.date]:
-    """The one day, or all from `start` to `end`; raises UsageError unless one form is given."""
-    if ds and not start and not end:
-        return [ds]
-    if ds or not start or not end:
-        raise click.UsageError(
-            "Give one day as --ds, or the first and the last of several as --start-ds and --end-ds."
-        )
-    if start > end:
-        raise click.UsageError(f"--start-ds {start} comes after --end-ds {end}.")
-    return [start + dt.timedelta(days=n) for n in range((end - start).days + 1)]
+    for day in days_asked(ds, start_ds, end_ds):
+        _make(("training-rows",), days=[day], **options)
 
 
 # ---- Artefacts -------------------------------------------------------------------------------

@@ -131,9 +131,12 @@ class ItemFeatures(_Section):
 
 
 class Simscore(_Section):
-    """`history_item_ids` adds the items that were scored as a column."""
+    """`history_item_ids` adds the items that were scored as a column. The embeddings `join` the
+    impressions by a copy on every worker, up to `broadcast_limit_gb` of it, or by a shuffle."""
 
     history_item_ids: bool = False
+    join: Literal["auto", "broadcast", "shuffle"] = "auto"
+    broadcast_limit_gb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
 
 
 class Training(_Section):
@@ -166,13 +169,20 @@ class Pin(_Section):
 
 
 class Settings(_Section):
-    """Everything that a night depends on besides its inputs."""
+    """Everything that a night depends on besides its inputs.
+
+    A history knows a click `history_lag_seconds` after it, and an item clicked twice once, or with
+    `keep_repeats` twice. Before `history_start_ds` there are no clicks.
+    """
 
     root: Path
     feature_set: Annotated[str, Field(pattern=_NAME)] = "production"
     day_timezone: Timezone = "UTC"
     history_len: Count = 50
     window_days: Annotated[int, Field(ge=1, le=3650)] = 30
+    history_lag_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    keep_repeats: bool = False
+    history_start_ds: dt.date | None = None
     rows_per_shard: Count = 131_072
     catalogue: Catalogue
     impressions: Impressions
@@ -190,6 +200,8 @@ class Settings(_Section):
             raise ValueError("feature_set must not be 'shared', where tables of all sets lie")
         if len({pin.from_ds for pin in self.pins}) < len(self.pins):
             raise ValueError("two [[pins]] have the same from_ds, so neither can win")
+        if self.history_lag_seconds >= self.window_days * 86_400:
+            raise ValueError("history_lag_seconds reaches past window_days: no click would count")
         ours = {column.name for column in TABLES["user_simscores"].columns}
         ours |= {"ds", "click_time", "history"}
         if clash := sorted(ours & set(self.impressions.carry)):

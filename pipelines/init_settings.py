@@ -25,6 +25,12 @@ day_timezone = "UTC"
 # history_len = 50
 # ... of the last so many days. Items that left the catalogue keep their features as long.
 # window_days = 30
+# So long after a click do histories know it: for a shop that serves stale ones.
+# history_lag_seconds = 0.0
+# An item clicked twice stands once in a history, at its newest place; or with true at both.
+# keep_repeats = false
+# Before this day there are no clicks: histories begin with it.
+# history_start_ds = "2026-01-01"
 # Tables are split into files of at most about so many rows.
 # rows_per_shard = 131072
 
@@ -75,6 +81,10 @@ $impressions_columns
 [simscore]
 # Add the items that were scored as a column.
 # history_item_ids = false
+# How embeddings reach impressions: as a copy on every worker ("broadcast"), or by a "shuffle"; "auto"
+# is a copy as long as it is not larger than the limit.
+# join = "auto"
+# broadcast_limit_gb = 20.0
 
 [training]
 # The categories whose items an encoder is trained on, ["dress", "shirt"] say; none means all.

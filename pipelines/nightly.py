@@ -1,9 +1,9 @@
 """The night: everything that is made for one ds, in order, and published when all of it is good.
 
     catalogue + images ── EMBED ──► item_embeddings, item_rejects ── ITEM-FEATURES ──► item_features
-    impressions ── HISTORIES ──► user_histories                                             │
-    impressions of ds, clicks of the window ── SIMSCORE ◄───────────────────────────────────┘
-                                                  └──► user_simscores
+    impressions of ds, histories of the day before ─┬─ HISTORIES ──► user_histories         │
+                                                    └─ SIMSCORE ◄───────────────────────────┘
+                                                          └──► user_simscores
 
 Every stage is planned before the first one runs, so that a wrong setting or a missing input is
 found at once and `--dry-run` can tell what would happen. The encoder and the codebook are those of
@@ -33,43 +33,75 @@ def run_night(night: Night, beam_args: Sequence[str], say: Callable[[str], None]
     Finds what an earlier run had done and does only the rest. Raises a CourierError, with nothing
     published, where an input, a law or a gate refuses.
     """
-    settings = night.settings
-    options = {
-        s.name: beam_options.pipeline_options(settings.beam, s.name, beam_args)
-        for s in night.stages
-    }  # all are checked before the first stage runs
-    started, made = time.time(), False
-    seconds: dict[str, float] = {}
-    work: dict[str, float] = {}
-    with runs.exclusive(settings.root, settings.feature_set):
-        counts = _upstream_counts(night)
-        for stage in night.stages:
-            if stage.forced:
-                runs.force(stage)
-            before = time.monotonic()
-            if not stage.is_made():
-                made = True
-                _make(stage, options[stage.name], say)
-            counts |= runs.counts_of(stage)
-            work |= runs.work_of(stage)
-            if not stage.is_published():
-                _check(stage, counts, settings)
-            seconds[stage.name] = round(time.monotonic() - before, 1)
-        if all(stage.is_published() for stage in night.stages):
-            say(f"ds {night.ds}: already published from the same inputs, nothing to do")
-        report = {"ds": str(night.ds), "run_id": night.run_id, "counts": counts}
-        report |= {"work": work, "seconds": seconds}
-        if made:
-            _write_run(night, {**report, "started": started, "ended": time.time()})
-        _publish(night)
+    (report,) = run_nights([night], beam_args, say)
     return report
 
 
-def _make(stage: Stage, options: Any, say: Callable[[str], None]) -> None:
-    names = ", ".join(table.name for table in stage.tables)
-    say(f"{stage.name}: making {names} of ds {stage.ds} (run {stage.run_id})")
-    with progress.watch(stage):
-        runs.make(stage, partial(beam_options.run_pipeline, options=options))
+def run_nights(
+    nights: Sequence[Night], beam_args: Sequence[str], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The same for consecutive days with the same stages, of which each is one job for all days."""
+    settings = nights[0].settings
+    options = {
+        s.name: beam_options.pipeline_options(settings.beam, s.name, beam_args)
+        for s in nights[0].stages
+    }  # all are checked before the first stage runs
+    started = time.time()
+    made: set[str] = set()
+    reports: list[dict[str, Any]] = [
+        {"ds": str(night.ds), "run_id": night.run_id, "counts": {}, "work": {}, "seconds": {}}
+        for night in nights
+    ]
+    with runs.exclusive(settings.root, settings.feature_set):
+        for night, report in zip(nights, reports, strict=True):
+            report["counts"] |= _upstream_counts(night)
+        for stages in zip(*(night.stages for night in nights), strict=True):
+            before = time.monotonic()
+            made |= _make_missing(stages, options[stages[0].name], say)
+            for stage, report in zip(stages, reports, strict=True):
+                report["counts"] |= runs.counts_of(stage)
+                report["work"] |= runs.work_of(stage)
+                if not stage.is_published():
+                    _check(stage, report["counts"], settings)
+                report["seconds"][stage.name] = round(time.monotonic() - before, 1)
+        for night, report in zip(nights, reports, strict=True):
+            if all(stage.is_published() for stage in night.stages):
+                say(f"ds {night.ds}: already published from the same inputs, nothing to do")
+            if made & {stage.run_id for stage in night.stages}:
+                _write_run(night, {**report, "started": started, "ended": time.time()})
+            _publish(night)
+    return reports
+
+
+def _make_missing(stages: Sequence[Stage], options: Any, say: Callable[[str], None]) -> set[str]:
+    """Makes those that are not made yet, with one job for each row of consecutive days; returns
+    their run_ids."""
+    for stage in stages:
+        if stage.forced:
+            runs.force(stage)
+    missing = [stage for stage in stages if not stage.is_made()]
+    for together in _consecutive(missing):
+        _make(together, options, say)
+    return {stage.run_id for stage in missing}
+
+
+def _consecutive(stages: Sequence[Stage]) -> list[list[Stage]]:
+    found: list[list[Stage]] = []
+    for stage in stages:
+        if found and found[-1][-1].ds + dt.timedelta(days=1) == stage.ds:
+            found[-1].append(stage)
+        else:
+            found.append([stage])
+    return found
+
+
+def _make(stages: Sequence[Stage], options: Any, say: Callable[[str], None]) -> None:
+    first, last = stages[0], stages[-1]
+    names = ", ".join(table.name for table in first.tables)
+    days = f"ds {first.ds}" if first is last else f"ds {first.ds} to {last.ds}"
+    say(f"{first.name}: making {names} of {days} (run {first.run_id})")
+    with progress.watch(stages):
+        runs.make(stages, partial(beam_options.run_pipeline, options=options))
 
 
 def _upstream_counts(night: Night) -> dict[str, int]:
@@ -84,9 +116,9 @@ def _check(stage: Stage, counts: dict[str, int], settings: Settings) -> None:
     try:
         clusters = runs.clusters_of(*stage.upstream, stage)
         quality.check(stage.name, stage.input_rows, counts, settings, clusters)
-    except CourierError:
+    except CourierError as error:
         runs.reopen(stage)  # so that mended inputs are looked at again
-        raise
+        raise type(error)(f"ds {stage.ds}: {error}") from error
 
 
 def _publish(night: Night) -> None:

@@ -58,6 +58,17 @@ out_option = click.option(
 full_option = click.option(
     "--full", is_flag=True, help="Read and embed every image again, whatever the day before had."
 )
+join_option = click.option(
+    "--join",
+    type=click.Choice(["auto", "broadcast", "shuffle"]),
+    help="How embeddings reach impressions: a copy on each worker, or a shuffle. [default: the "
+    "settings']",
+)
+from_log_option = click.option(
+    "--from-log",
+    is_flag=True,
+    help="Begin histories from the log of the window, not from those of the day before.",
+)
 beam_argument = click.argument(
     "beam_args", nargs=-1, type=click.UNPROCESSED, callback=_beam_args, metavar="[-- BEAM OPTIONS]"
 )
@@ -66,6 +77,33 @@ beam_argument = click.argument(
 def night_options(command: F) -> F:
     """What every command that makes tables of one ds takes."""
     options = (config_option, ds_option, dry_run_option, overlap_option, json_option, beam_argument)
+    return _with(options, command)
+
+
+def days_options(command: F) -> F:
+    """What every command takes that makes tables of one ds or of several in a row."""
+    days = (
+        click.option("--ds", type=Ds(), help="The day to make."),
+        click.option("--start-ds", type=Ds(), help="Or the first of several days."),
+        click.option("--end-ds", type=Ds(), help="And the last of them."),
+    )
+    return _with((config_option, *days, dry_run_option, json_option, beam_argument), command)
+
+
+def _with(options: Sequence[Callable[[F], F]], command: F) -> F:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def days_asked(ds: dt.date | None, start: dt.date | None, end: dt.date | None) -> list[dt.date]:
+    """The one day, or all from `start` to `end`; raises UsageError unless one form is given."""
+    if ds and not start and not end:
+        return [ds]
+    if ds or not start or not end:
+        raise click.UsageError(
+            "Give one day as --ds, or the first and the last of several as --start-ds and --end-ds."
+        )
+    if start > end:
+        raise click.UsageError(f"--start-ds {start} comes after --end-ds {end}.")
+    return [start + dt.timedelta(days=n) for n in range((end - start).days + 1)]

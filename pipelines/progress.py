@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from feature_jobs import storage, tables
@@ -26,13 +26,14 @@ _BAR = 24
 
 
 @contextlib.contextmanager
-def watch(stage: Stage) -> Iterator[None]:
-    """Shows a bar on a terminal's stderr, or a line now and then elsewhere, during the block."""
+def watch(stages: Sequence[Stage]) -> Iterator[None]:
+    """Shows a bar on a terminal's stderr, or a line now and then elsewhere, during the block, in
+    which one job makes all of `stages`."""
     live = sys.stderr.isatty()
     for folder in ("progress", "warnings"):  # of an earlier run
-        storage.delete_tree(os.path.join(stage.staging, folder))
+        storage.delete_tree(os.path.join(stages[0].staging, folder))
     ended = threading.Event()
-    thread = threading.Thread(target=_watch, args=(stage, live, ended), daemon=True)
+    thread = threading.Thread(target=_watch, args=(stages, live, ended), daemon=True)
     thread.start()
     try:
         yield
@@ -41,15 +42,15 @@ def watch(stage: Stage) -> Iterator[None]:
         thread.join()
 
 
-def _watch(stage: Stage, live: bool, ended: threading.Event) -> None:
+def _watch(stages: Sequence[Stage], live: bool, ended: threading.Event) -> None:
     started, told, over = time.monotonic(), set[str](), False
     while not over:
         over = ended.wait(_TERMINAL_SECONDS if live else _LOG_SECONDS)
         # What cannot be read now may be next time, and the job itself tells what ails the store.
         with contextlib.suppress(OSError, CourierError):
-            _warn(stage, told)
+            _warn(stages[0], told)
             if live or not over:
-                _show(stage, live, time.monotonic() - started)
+                _show(stages, live, time.monotonic() - started)
     if live:
         sys.stderr.write("\n")
 
@@ -62,8 +63,8 @@ def _warn(stage: Stage, told: set[str]) -> None:
             told.add(message)
 
 
-def _show(stage: Stage, live: bool, seconds: float) -> None:
-    text = describe(stage.name, measure(stage), seconds)
+def _show(stages: Sequence[Stage], live: bool, seconds: float) -> None:
+    text = describe(stages[0].name, measure(stages), seconds)
     if live:
         sys.stderr.write(f"\r\033[K{text}")
     else:
@@ -71,13 +72,16 @@ def _show(stage: Stage, live: bool, seconds: float) -> None:
     sys.stderr.flush()
 
 
-def measure(stage: Stage) -> Counter[str]:
+def measure(stages: Sequence[Stage]) -> Counter[str]:
     """done and total, and what else the workers tell: images where they do, else shards."""
-    folder = os.path.join(stage.staging, "progress")
+    folder = os.path.join(stages[0].staging, "progress")
     found: Counter[str] = Counter()
     for name in storage.list_names(folder):
         found.update(tables.read_json(os.path.join(folder, name)))
-    return found if found["total"] else Counter(done=stage.shards_done(), total=stage.shards)
+    if found["total"]:
+        return found
+    done, total = (sum(s.shards_done() for s in stages), sum(s.shards for s in stages))
+    return Counter(done=done, total=total)
 
 
 def describe(name: str, counts: Counter[str], seconds: float) -> str:

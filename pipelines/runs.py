@@ -50,9 +50,10 @@ class Stage:
 
     `inputs` are what the work depends on, `identities` the artefacts it uses, `notes` what a reader
     of the manifest should know. A `forced` stage is made again although it is published (`force`).
-    `define` wires the job below a pipeline root, once everything
-    upstream is made, to write below a staging folder; `clean` frees what it left on this machine;
-    `summarise` makes of what lies there what else the manifests say of all shards together.
+    `define` wires the job below a pipeline root, once everything upstream is made: for this stage,
+    the first of those it is given, and where they can be one job for those of the days after it,
+    each of which has its `part`. `clean` frees what it left on this machine; `summarise` makes of
+    what lies in the staging folder what else the manifests say of all shards together.
     """
 
     name: str
@@ -64,13 +65,14 @@ class Stage:
     inputs: Mapping[str, Any]
     identities: Mapping[str, str]
     settings: Mapping[str, Any]
-    define: Callable[[Any, str], None]
+    define: Callable[[Any, Sequence["Stage"]], None]
     upstream: tuple["Stage", ...] = ()
     input_rows: int = 0
     notes: Mapping[str, Any] = field(default_factory=dict)
-    clean: Callable[[str], None] = lambda _: None
+    clean: Callable[["Stage"], None] = lambda _: None
     summarise: Callable[[str], Mapping[str, Any]] = lambda _: {}
     forced: bool = False
+    part: Any = None
 
     @property
     def run_id(self) -> str:
@@ -217,18 +219,23 @@ def exclusive(root: str, feature_set: str) -> Iterator[None]:
 # ---- Making --------------------------------------------------------------------------------
 
 
-def make(stage: Stage, run_pipeline: Callable[[Callable[[Any], None]], None]) -> None:
-    """Runs the stage's job below its staging folder and seals the tables it made.
+def make(stages: Sequence[Stage], run_pipeline: Callable[[Callable[[Any], None]], None]) -> None:
+    """Runs one job for stages of consecutive days below their staging folders, and seals the
+    tables it made.
 
     Raises a worker's CourierError word for word; nothing is published in any case.
     """
-    _forget_other_content(stage)
+    for stage in stages:
+        _forget_other_content(stage)
+    first = stages[0]
     try:
-        run_job(lambda root: stage.define(root, stage.staging), stage.staging, run_pipeline)
+        run_job(lambda root: first.define(root, stages), first.staging, run_pipeline)
     finally:
-        stage.clean(stage.staging)
-    for table in stage.tables:
-        seal(stage, table)
+        for stage in stages:
+            stage.clean(stage)
+    for stage in stages:
+        for table in stage.tables:
+            seal(stage, table)
 
 
 def run_job(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import pyarrow as pa
 
 from feature_jobs import inputs
-from feature_jobs.histories import SLACK_DAYS
+from feature_jobs.histories import LATE_DAYS
 from feature_jobs.inputs import Source
 from feature_jobs.schemas import InputNotReady, OperatorError
 from pipelines.config import Settings
@@ -57,8 +57,7 @@ class ShopTables:
         if missing:
             self._say(
                 f"histories of ds {self._ds}: no impressions on {len(missing)} of the "
-                f"{self._settings.window_days + SLACK_DAYS} days before it "
-                f"({missing[-1]} to {missing[0]})"
+                f"{len(log) - 1 + len(missing)} days before it ({missing[-1]} to {missing[0]})"
             )
         return log, missing
 
@@ -85,14 +84,17 @@ class ShopTables:
         """Of all tables that were opened; `otherwise` where no file tells."""
         return inputs.common_id_type("item_id", self._opened.values(), otherwise)
 
-    def user_id_type(self) -> pa.DataType:
-        return inputs.common_id_type("user_id", self._opened.values(), otherwise=pa.int64())
+    def user_id_type(self, otherwise: pa.DataType) -> pa.DataType:
+        return inputs.common_id_type("user_id", self._opened.values(), otherwise)
 
     def _days_back(self, open_day: Callable[[dt.date], Source]) -> tuple[list[Source], list[str]]:
         """One table's partitions of ds and of the days that its histories need, newest first."""
         found, missing = [open_day(self._ds)], []
-        for back in range(1, self._settings.window_days + SLACK_DAYS + 1):
+        start = self._settings.history_start_ds or dt.date.min
+        for back in range(1, self._settings.window_days + LATE_DAYS + 1):
             day = self._ds - dt.timedelta(days=back)
+            if day < start:
+                break
             try:
                 found.append(open_day(day))
             except InputNotReady:

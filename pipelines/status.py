@@ -9,14 +9,16 @@ from feature_jobs import storage, tables
 from feature_jobs.schemas import ITEM_FEATURES, MAIN, TABLES, TRAINING_ROWS, USER_SIMSCORES
 from pipelines import beam_options, runs
 from pipelines.config import Settings
-from pipelines.plan import CHUNK_FOLDER, Night
+from pipelines.plan import Night
+from pipelines.plan_items import CHUNK_FOLDER
 from pipelines.runs import Stage
 
 # ---- What lies on disk ---------------------------------------------------------------------
 
 
 def collect(settings: Settings) -> dict[str, Any]:
-    """Pins; for each ds its tables and whether its night is whole; what is unfinished."""
+    """Pins; for each ds its tables and whether its night is whole; days that are stale, with the
+    day that was made again before them; what is unfinished."""
     days: dict[str, dict[str, Any]] = {}
     for table in TABLES.values():
         for ds in runs.published_days(settings.root, settings.feature_set, table):
@@ -38,6 +40,7 @@ def collect(settings: Settings) -> dict[str, Any]:
             }
             for ds, found in sorted(days.items())
         },
+        "stale": {ds: str(after) for ds, after in stale_days(settings).items()},
         "staged": _staged(os.path.join(settings.root, "_staging", settings.feature_set)),
     }
 
@@ -72,6 +75,7 @@ def render(found: dict[str, Any]) -> str:
         )
         lines.append(f"{ds:10}  {_night_of(day):7}  {rows}")
     lines += _clusters(found["days"])
+    lines += _stale(found["stale"])
     lines += [f"unfinished: {run} (the same command resumes it)" for run in found["staged"]]
     for pin in found["pins"]:
         lines.append(
@@ -79,6 +83,16 @@ def render(found: dict[str, Any]) -> str:
             f"{os.path.basename(pin['codebook']) if pin['codebook'] else 'none'}"
         )
     return "\n".join(lines)
+
+
+def _stale(days: Mapping[str, str]) -> list[str]:
+    """A line for each row of days that go on from histories of a day that was made again."""
+    return [
+        f"stale: {ds}, since histories of {after} were made again after it; `courier simscore "
+        f"--start-ds {ds} --end-ds {max(d for d, a in days.items() if a == after)}` makes them anew"
+        for ds, after in days.items()
+        if ds == min(d for d, a in days.items() if a == after)
+    ]
 
 
 def _clusters(days: Mapping[str, Any]) -> list[str]:
@@ -135,6 +149,7 @@ def describe_plan(night: Night, beam_args: Sequence[str]) -> dict[str, Any]:
                 "input_rows": stage.input_rows,
                 "shards": stage.shards,
                 "identities": dict(stage.identities),
+                **({"join": stage.settings["join"]} if "join" in stage.settings else {}),
                 "action": _action(stage),
             }
             for stage in night.stages
@@ -157,6 +172,7 @@ def render_plan(plan: dict[str, Any]) -> str:
     lines = [f"ds {plan['ds']}"]
     for stage in plan["stages"]:
         rows = f", {stage['input_rows']:,} input rows" if stage["input_rows"] else ""
+        rows += f", join by {stage['join']}" if "join" in stage else ""
         lines.append(
             f"  {stage['stage']:14} {stage['action']} (run {stage['run_id']}, {stage['shards']} "
             f"shards{rows})"

@@ -11,12 +11,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipelines", "courier_model", "feature_jobs")
 # What jobs share. Every other module of feature_jobs is a job.
 SHARED_GROUND = {
-    "schemas", "tables", "storage", "gcs", "gcs_client", "pieces", "hashing", "inputs", "histories",
-    "codebook", "nearest", "broadcast",
+    "schemas", "tables", "storage", "gcs", "gcs_client", "pieces", "hashing", "inputs", "clicks",
+    "histories", "codebook", "nearest", "broadcast",
 }  # fmt: skip
 # A job's own second half, which no other may know.
 HALVES = {
     "feature_jobs.embed_plan": "feature_jobs.embed",
+    "feature_jobs.item_vectors": "feature_jobs.simscore",
     "feature_jobs.kmeans": "feature_jobs.fit_codebook",
 }
 HEAVY = {"torch", "torchvision", "transformers", "tensorboard", "faiss", "apache_beam"}

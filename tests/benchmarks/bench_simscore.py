@@ -1,176 +1,546 @@
-"""How fast SIMSCORE is, beside the bare loop that it wraps. Run by `make bench`.
+"""How fast SIMSCORE is, beside its limits and what a user would otherwise run. Run by `make bench`.
 
-    python tests/benchmarks/bench_simscore.py [--impressions 200000] [--items 100000]
+    python tests/benchmarks/bench_simscore.py [--items 1000000] [--impressions 1000000]
+        [--mode multi_threading] [--shuffle 50000] [--memory 1000000,10000000]
 
-A whole job, Parquet in and out, against a numpy loop user by user with everything in memory, which
-is the limit.
+Histories of 50 items are logged, each with five impressions of its user; vectors have 256 floats.
+
+1. The job on two cores, Parquet to Parquet, with its start-up left out: the same night of five
+   users, in which a machine's copy of the embeddings is made.
+2. Limits of one core: numpy with all in memory, row by row and user by user; Parquet alone.
+3. On the same files, start-up left out likewise: a Beam pipeline of one row per element, and
+   DuckDB's fastest query on two threads.
+4. --shuffle: so many impressions with the embeddings broadcast and shuffled, score by score.
+5. --memory: the job's peak at so many impressions.
 """
 
 import argparse
 import datetime as dt
+import hashlib
+import json
 import logging
 import os
-import platform
+import shutil
 import tempfile
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import apache_beam as beam
+import duckdb
+import nights
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from apache_beam.io.parquetio import ReadFromParquet, WriteToParquet
+from apache_beam.options.pipeline_options import PipelineOptions
+from nights import timed
 
 from courier_model.encoder import build_encoder, save_encoder
 from feature_jobs import hashing, tables
-from feature_jobs.codebook import save_codebook
-from pipelines.config import load_settings
+from feature_jobs.codebook import (
+    Codebook,
+    CodebookInfo,
+    Resolution,
+    codebook_id,
+    health_of,
+    save_codebook,
+)
+from feature_jobs.schemas import ITEM_EMBEDDINGS, SIM_TIERS, TIMESTAMP, USER_SIMSCORES
+from pipelines import beam_options, runs
+from pipelines.config import Simscore, load_settings
 from pipelines.nightly import run_night
 from pipelines.plan import plan_night
-from tests.support.codebooks import by_hand
 
-DAY = dt.date(2026, 1, 5)
-HISTORY, DIM, PER_USER = 50, 256, 5
+DAY_BEFORE, DAY = dt.date(2026, 1, 5), dt.date(2026, 1, 6)
+NOON_US = int(dt.datetime.combine(DAY, dt.time(12), dt.UTC).timestamp()) * 1_000_000
+HISTORY, DIM, PER_USER, CENTRES = 50, 256, 5, 64
+FEW = 5 * PER_USER  # impressions of the night that is all start-up
+SUBSET = 100_000  # impressions for the yardsticks that are slow
+REPEATS = 3  # of each yardstick, since shared machines drift
+BEAM_DISTINCT, BEAM_TIMES = 2_000, 20  # impressions of the row-by-row pipeline, so often repeated
+USERS_AT_ONCE = 13_107  # written: a row group of some 65,536 impressions
+ALLOWED_BYTES = 1.5e9  # of memory beside the embeddings
+LOG_SCHEMA = pa.schema(
+    [
+        ("user_id", pa.int64()),
+        ("item_id", pa.int64()),
+        ("event_time", TIMESTAMP),
+        ("clicked", pa.bool_()),
+        ("history", pa.list_(pa.int64())),
+    ]
+)
+ONE_PROCESS = PipelineOptions([f"--runner={beam_options.LOCAL_RUNNER}"])
+ScoreRow = Callable[[dict[str, Any], dict[int, np.ndarray]], dict[str, Any]]
 
 
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+def rate_of(run: Callable[[int], object], few: int, many: int) -> float:
+    """Impressions/s of `run`, which takes their number, with its start-up left out; a median."""
+
+    def once() -> float:
+        start_up, whole = timed(lambda: run(few)), timed(lambda: run(many))
+        return (many - few) / (whole - start_up)
+
+    return float(np.median([once() for _ in range(REPEATS)]))
 
 
-# ---- SIMSCORE ------------------------------------------------------------------------------------
+# ---- A shop whose items are published already --------------------------------------------------
 
 
-def bench_simscore(folder: Path, impressions: int, items: int) -> None:
-    """The scoring job with logged histories: reading, scoring, writing."""
-    rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(items, DIM)).astype(np.float32)
+@dataclass(frozen=True)
+class Shop:
+    """Where all lies, below `top`."""
+
+    top: Path
+
+    @property
+    def settings(self) -> Path:
+        return self.top / "courier.toml"
+
+    @property
+    def log(self) -> Path:
+        return self.top / "impressions" / str(DAY) / "0.parquet"
+
+    @property
+    def scores(self) -> Path:
+        return self._published(USER_SIMSCORES.name)
+
+    @property
+    def embeddings(self) -> Path:
+        return self._published(ITEM_EMBEDDINGS.name)
+
+    def _published(self, table: str) -> Path:
+        return self.top / "features" / "production" / table / f"ds={DAY}"
+
+
+def unit_vectors(items: int) -> np.ndarray:
+    """The embedding of every item, by its ID; float32 [items, 256]."""
+    vectors = np.random.default_rng(0).standard_normal((items, DIM), np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    users = impressions // PER_USER
-    histories = rng.integers(0, items, (users, HISTORY))
-    shown = rng.integers(0, items, (users, PER_USER))
-    limit = impressions / timed(lambda: user_by_user(vectors, histories, shown))
-    print(f"  numpy, user by user, in memory: {limit:12,.0f} impressions/s")
-    top = Path(tempfile.mkdtemp(dir=folder))
-    settings = make_tables(top, vectors, histories, shown)
-    night = plan_night(load_settings(settings), DAY, ["simscore"])
-    scoring = next(stage for stage in night.stages if stage.name == "simscore")
-    report = run_night(night, [], lambda _: None)
-    seconds = report["seconds"]["simscore"]
-    ours = scoring.input_rows / seconds
-    print(f"  whole job, Parquet to Parquet:  {ours:12,.0f} impressions/s ({seconds} s)")
-    print(f"  job / numpy user by user: {ours / limit:.2f}")
+    return vectors
 
 
-def user_by_user(vectors: np.ndarray, histories: np.ndarray, shown: np.ndarray) -> list[np.ndarray]:
-    return [vectors[s] @ vectors[h].T for h, s in zip(histories, shown, strict=True)]
-
-
-def make_tables(top: Path, vectors: np.ndarray, histories: np.ndarray, shown: np.ndarray) -> str:
-    """A shop whose embeddings and features are published already, by hand."""
-    users = len(histories)
-    write_catalogue(top, ["x"] * len(vectors))
-    time_us = np.int64(dt.datetime.combine(DAY, dt.time(12), dt.UTC).timestamp() * 1e6)
-    rows = users * PER_USER
-    lists = tables.list_column(np.repeat(histories, PER_USER, axis=0), pa.list_(pa.int64()))
-    write(
-        top / "impressions" / str(DAY),
-        pa.table(
-            {
-                "user_id": np.repeat(np.arange(users), PER_USER),
-                "item_id": shown.reshape(-1),
-                "event_time": pa.array(np.full(rows, time_us)).cast(pa.timestamp("us", "UTC")),
-                "clicked": np.zeros(rows, bool),
-                "history": lists,
-            }
-        ),
-    )
+def make_shop(top: Path, items: int) -> Shop:
+    """Settings, a catalogue, and the item tables of two days: most nights know the one before."""
+    shop, vectors = Shop(top), unit_vectors(items)
+    (top / "catalogue").mkdir()
+    rows = {"item_id": np.arange(items), "image_uri": ["x"] * items, "category": ["a"] * items}
+    pq.write_table(pa.table(rows), top / "catalogue" / "0.parquet", row_group_size=65_536)
     encoder = build_encoder("shufflenet_v2_x0_5", "random", input_size=32)
     info = save_encoder(encoder, str(top), "bench", None, None, None, "random")
-    book = save_book(top, vectors[:64], info.encoder_id)
-    settings = write_settings(top, str(top), top / info.encoder_id, book)
-    publish_items(settings, vectors)
-    return settings
+    book = save_codebook(str(top), book_by_hand(vectors[:CENTRES], info.encoder_id))
+    write_settings(shop, info.encoder_id, os.path.basename(book))
+    for day in (DAY_BEFORE, DAY):
+        publish_items(shop, day, vectors)
+    return shop
 
 
-def save_book(top: Path, centres: np.ndarray, encoder_id: str) -> str:
-    numbers = {"main": np.arange(1, len(centres) + 1)}
-    return save_codebook(str(top), by_hand({"main": centres}, numbers, encoder_id, "2026-01-01"))
+def write_settings(shop: Shop, encoder: str, codebook: str) -> None:
+    """The settings of all nights."""
+    shop.settings.write_text(
+        f'root = "features"\n[catalogue]\npath = "catalogue"\nimage_roots = ["."]\n'
+        f'[impressions]\npath = "impressions/{{ds}}"\n'
+        f'[[pins]]\nfrom_ds = {DAY_BEFORE}\nencoder = "{encoder}"\ncodebook = "{codebook}"\n'
+    )
 
 
-def publish_items(settings: str, vectors: np.ndarray) -> None:
-    """Runs the item stages with an embedding stage that takes `vectors` instead of images."""
-    from pipelines import runs
+def book_by_hand(centres: np.ndarray, encoder_id: str) -> Codebook:
+    """A codebook without a fit, whose centres each stand for one item."""
+    made_before, count = "2026-01-01", len(centres)
+    arrays = {"main": centres}, {"main": np.arange(1, count + 1, dtype=np.int32)}
+    sizes = np.ones(count, np.int64)
+    main = Resolution(
+        "main", count, count, 0.0, None, health_of(sizes), tuple(sizes.tolist()), retired=()
+    )
+    info = CodebookInfo(
+        codebook_id("bench", *arrays, (encoder_id, None, made_before)), encoder_id, (), "fresh",
+        "by hand", 0, 0.0, count, 0, "", made_before, made_before, {}, (main,),
+    )  # fmt: skip
+    return Codebook(info, *arrays)
 
-    night = plan_night(load_settings(settings), DAY, ["embed", "item-features"])
-    stage = night.stages[0]
-    hashes = hashing.shard_of(hashing.hash_ids(pa.array(np.arange(len(vectors)))), stage.shards)
-    for shard in range(stage.shards):
-        rows = np.flatnonzero(hashes == shard)
-        write_shard(stage, vectors[rows], rows, shard)
+
+def publish_items(shop: Shop, day: dt.date, vectors: np.ndarray) -> None:
+    """Runs the item stages with an embedding stage that took `vectors` instead of images."""
+    night = plan_night(load_settings(str(shop.settings)), day, ["embed", "item-features"])
+    stage, parts = night.stages[0], shop.top / "parts"
+    if not parts.exists():  # of the first day: those of the others are links to them
+        of = hashing.shard_of(hashing.hash_ids(pa.array(np.arange(len(vectors)))), stage.shards)
+        for shard in range(stage.shards):
+            write_shard(parts, vectors, np.flatnonzero(of == shard), shard, stage)
+    shutil.copytree(parts, stage.staging, copy_function=os.link)
     for table in stage.tables:
         runs.seal(stage, table)
     run_night(night, [], lambda _: None)
 
 
-def write_shard(stage: object, vectors: np.ndarray, rows: np.ndarray, shard: int) -> None:
+def write_shard(
+    parts: Path, vectors: np.ndarray, items: np.ndarray, shard: int, stage: runs.Stage
+) -> None:
+    """The parts of one shard, as EMBED leaves them: its `items` embedded, none rejected."""
     embeddings, rejects = stage.tables
-    schema = embeddings.schema(pa.int64())
-    n = len(rows)
+    schema, n = embeddings.schema(pa.int64()), len(items)
     columns = {name: pa.nulls(n, schema.field(name).type) for name in schema.names}
     columns |= {
-        "item_id": pa.array(rows),
-        "embedding": tables.list_column(vectors, pa.list_(pa.float32())),
+        "item_id": pa.array(items),
+        "embedding": tables.list_column(vectors[items], pa.list_(pa.float32())),
         "category": pa.array(["a"] * n),
         "in_catalogue": pa.array(np.ones(n, bool)),
         "image_uri": pa.array(["x"] * n),
         "image_size": pa.array(np.zeros(n, np.int64)),
         "image_sha256": pa.array([""] * n),
     }
-    counts = {"catalogue_items": n, "former_items": 0}
-    top = os.path.join(stage.staging, embeddings.name)
-    tables.write_part(top, embeddings, schema, pa.table(columns), shard, stage.shards, counts)
-    schema = rejects.schema(pa.int64())
-    top = os.path.join(stage.staging, rejects.name)
-    nothing = schema.empty_table()
-    tables.write_part(top, rejects, schema, nothing, shard, stage.shards)
+    counts, shards = {"catalogue_items": n, "former_items": 0}, stage.shards
+    folder = str(parts / embeddings.name)
+    tables.write_part(folder, embeddings, schema, pa.table(columns), shard, shards, counts)
+    schema, folder = rejects.schema(pa.int64()), str(parts / rejects.name)
+    tables.write_part(folder, rejects, schema, schema.empty_table(), shard, shards)
 
 
-# ---- What it needs ----------------------------------------------------------------------------
+def write_log(shop: Shop, items: int, impressions: int) -> None:
+    """So many impressions of DAY in place of those before, in memory that does not grow."""
+    rng, users = np.random.default_rng(1), impressions // PER_USER
+    shop.log.parent.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(shop.log, LOG_SCHEMA) as file:
+        for at in range(0, users, USERS_AT_ONCE):
+            some = np.arange(at, min(at + USERS_AT_ONCE, users))
+            rows = len(some) * PER_USER
+            histories = rng.integers(0, items, (len(some), HISTORY)).repeat(PER_USER, axis=0)
+            columns = [
+                some.repeat(PER_USER),
+                rng.integers(0, items, rows),
+                pa.array(NOON_US + np.arange(rows)).cast(TIMESTAMP),
+                np.zeros(rows, bool),
+                tables.list_column(histories, pa.list_(pa.int64())),
+            ]
+            file.write_table(pa.table(columns, schema=LOG_SCHEMA))
 
 
-def write(folder: Path, rows: pa.Table) -> None:
-    folder.mkdir(parents=True)
-    pq.write_table(rows, folder / "0.parquet", row_group_size=65_536)
+# ---- 1. The job --------------------------------------------------------------------------------
 
 
-def write_catalogue(top: Path, uris: list[str]) -> None:
-    n = len(uris)
-    rows = {"item_id": np.arange(n), "image_uri": uris, "category": ["a"] * n}
-    write(top / "catalogue", pa.table(rows))
+def score(shop: Shop, mode: str) -> dict[str, Any]:
+    """The night's last stage over the log that is there, whatever was published before."""
+    shutil.rmtree(shop.scores, ignore_errors=True)
+    return nights.run_stage(shop.settings, DAY, "simscore", mode)
 
 
-def write_settings(top: Path, images: str, encoder: Path, codebook: str | None) -> str:
-    path = top / "courier.toml"
-    pin = f"[[pins]]\nfrom_ds = 2026-01-02\nencoder = '{encoder}'\n"
-    path.write_text(
-        f'root = "features"\n[catalogue]\npath = "catalogue"\nimage_roots = ["{images}"]\n'
-        f'[impressions]\npath = "impressions/{{ds}}"\n{pin}'
-        + (f"codebook = '{codebook}'\n" if codebook else "")
+def bench_job(shop: Shop, items: int, impressions: int, mode: str) -> float:
+    """Impressions/s of the job, start-up left out; log and scores of all of them stay."""
+    found = []
+    for rows in (FEW, impressions):
+        write_log(shop, items, rows)
+        found.append(score(shop, mode))
+    few, many = found
+    rate = (many["rows"] - few["rows"]) / (many["seconds"] - few["seconds"])
+    print(f"  job, {nights.WORKERS} workers, {mode}: {rate:,.0f} impressions/s, start-up aside")
+    for night in found:
+        print(
+            f"    {night['rows']:11,} impressions in {night['seconds']:6.1f} s, "
+            f"peak memory {night['peak_bytes'] / 1e9:.2f} GB",
+            flush=True,
+        )
+    return rate
+
+
+# ---- 2. Limits of one core ---------------------------------------------------------------------
+
+
+def in_memory(shop: Shop, items: int) -> dict[str, float]:
+    """numpy alone, with the vectors and the impressions at hand."""
+    vectors = unit_vectors(items)
+    rows = first_rows(shop, SUBSET)
+    shown = rows["item_id"].to_numpy().reshape(-1, PER_USER)
+    histories = rows["history"].combine_chunks().flatten().to_numpy()
+    histories = histories.reshape(-1, PER_USER, HISTORY)[:, 0]
+    return {
+        f"numpy, {name}": rows_per_second(lambda way=way: way(vectors, histories, shown), len(rows))
+        for name, way in (("row by row", row_by_row), ("user by user", user_by_user))
+    }
+
+
+def rows_per_second(work: Callable[[], object], rows: int) -> float:
+    """Of `work` that handles so many; a median."""
+    return rows / float(np.median([timed(work) for _ in range(REPEATS)]))
+
+
+def first_rows(shop: Shop, count: int) -> pa.Table:
+    """So many impressions of the log, or all of a shorter one."""
+    with pq.ParquetFile(shop.log) as file:
+        wanted = min(file.num_row_groups, -(-count // (USERS_AT_ONCE * PER_USER)))
+        return file.read_row_groups(range(wanted), use_threads=False)[:count]
+
+
+def row_by_row(vectors: np.ndarray, histories: np.ndarray, shown: np.ndarray) -> list[np.ndarray]:
+    """The scores of each impression, by a product of its own."""
+    return [vectors[h] @ vectors[i] for h, s in zip(histories, shown, strict=True) for i in s]
+
+
+def user_by_user(vectors: np.ndarray, histories: np.ndarray, shown: np.ndarray) -> list[np.ndarray]:
+    """The scores of each user, by one product."""
+    return [vectors[s] @ vectors[h].T for h, s in zip(histories, shown, strict=True)]
+
+
+def parquet_alone(shop: Shop, items: int) -> dict[str, float]:
+    """pyarrow reading the log and writing the job's own rows, on one thread."""
+    pa.set_cpu_count(1)
+    scored = tables.read_parquet(tables.open_published(str(shop.scores)).paths[0])[:SUBSET]
+    flat = [field.name for field in scored.schema if not pa.types.is_nested(field.type)]
+    path, rows = shop.top / "written.parquet", len(first_rows(shop, SUBSET))
+
+    def write() -> None:
+        pq.write_table(scored, path, compression="zstd", use_dictionary=flat)
+
+    return {
+        "Parquet, log read": rows_per_second(lambda: first_rows(shop, SUBSET), rows),
+        "Parquet, scores written": rows_per_second(write, len(scored)),
+    }
+
+
+def one_after_the_other(limits: dict[str, float]) -> float:
+    """What one core could do at best: read, score user by user, write."""
+    steps = ("Parquet, log read", "numpy, user by user", "Parquet, scores written")
+    return 1 / sum(1 / limits[step] for step in steps)
+
+
+# ---- 3. What a user would otherwise run ----------------------------------------------------------
+
+
+def beam_by_row(shop: Shop, items: int) -> dict[str, float]:
+    """A pipeline of one impression per element, with the embeddings as a dict.
+
+    Of few impressions and the items that they need: with a million of them the side input alone
+    would not be there in minutes. Repeated, since so few are scored in the time of the start-up.
+    """
+    rows = first_rows(shop, BEAM_DISTINCT)
+    needed, path = shop.top / "needed.parquet", shop.top / "some.parquet"
+    clicked = rows["history"].combine_chunks().flatten()
+    ids = pa.concat_arrays([rows["item_id"].combine_chunks(), clicked])
+    embeddings = pq.ParquetDataset(shop.embeddings, filters=pc.field("item_id").isin(ids))
+    pq.write_table(embeddings.read(["item_id", "embedding"]), needed)
+
+    def run(count: int, way: str) -> None:
+        pq.write_table(pa.concat_tables([rows] * BEAM_TIMES)[:count], path)
+        with beam.Pipeline(options=ONE_PROCESS) as root:
+            score_by_row(root, needed, path, *BY_ROW[way])
+
+    many = len(rows) * BEAM_TIMES
+    return {f"Beam, {way}": rate_of(partial(run, way=way), FEW, many) for way in BY_ROW}
+
+
+def score_by_row(
+    root: beam.Pipeline, items: Path, impressions: Path, function: ScoreRow, schema: pa.Schema
+) -> None:
+    """The pipeline as its user would write it. A dict that the function captures, or one that is a
+    singleton, scores no faster, and starts much later."""
+    vectors = root | "ReadItems" >> ReadFromParquet(str(items)) | beam.Map(to_pair)
+    _ = (
+        root
+        | "ReadImpressions" >> ReadFromParquet(str(impressions))
+        | beam.Map(function, beam.pvalue.AsDict(vectors))
+        | WriteToParquet(str(impressions.with_suffix(".out")), schema)
     )
-    return str(path)
+
+
+def to_pair(row: dict[str, Any]) -> tuple[int, np.ndarray]:
+    """An item's ID and vector."""
+    return row["item_id"], np.array(row["embedding"], np.float32)
+
+
+def score_row(row: dict[str, Any], vectors: dict[int, np.ndarray]) -> dict[str, Any]:
+    """An impression with its scores in the place of its history."""
+    clicked = np.stack([vectors[item] for item in row.pop("history")])
+    return {**row, "sim_scores": (clicked @ vectors[row["item_id"]]).tolist()}
+
+
+def score_row_fully(row: dict[str, Any], vectors: dict[int, np.ndarray]) -> dict[str, Any]:
+    """The same with all that the job's table has, but same_cluster."""
+    key = f"{row['user_id']} {row['item_id']} {row['event_time']}"
+    row = score_row(row, vectors)
+    scores = np.array(row["sim_scores"])
+    tiers = np.clip(np.floor((scores + 1) * 10), 0, SIM_TIERS - 1).astype(int)
+    return {
+        **row,
+        "impression_id": hashlib.md5(key.encode()).hexdigest(),
+        "sim_mask": [1] * len(scores),
+        "history_len": len(scores),
+        "sim_known": len(scores),
+        "sim_max": scores.max(),
+        "sim_mean": scores.mean(),
+        "simtier": np.bincount(tiers, minlength=SIM_TIERS).tolist(),
+        "encoder_id": "bench",
+        "codebook_id": "bench",
+    }
+
+
+SCORE_SCHEMA = pa.schema([*list(LOG_SCHEMA)[:-1], ("sim_scores", pa.list_(pa.float32()))])
+FULL_SCHEMA = USER_SIMSCORES.schema(
+    pa.int64(), pa.int64(), pa.string(), without=["history_item_ids", "same_cluster"]
+)
+BY_ROW = {
+    "rows, scores alone": (score_row, SCORE_SCHEMA),
+    "rows, the same columns": (score_row_fully, FULL_SCHEMA),
+}
+
+
+# The fastest of those tried. To collect each user's vectors once is slower, since a list is copied
+# into every row that meets it, and so is to order the scores by list(… ORDER BY place).
+QUERY = """
+COPY (
+    WITH shown AS (
+        SELECT row_number() OVER () AS row, * FROM '{log}' WHERE user_id < {users}
+    ), pairs AS (
+        SELECT row, item_id, unnest(history) AS clicked, generate_subscripts(history, 1) AS place
+        FROM shown
+    ), scores AS (
+        SELECT row, arg_min(array_inner_product(a.vector, b.vector), place, {length}) AS sim_scores
+        FROM pairs
+        JOIN items a ON a.item_id = pairs.item_id
+        JOIN items b ON b.item_id = pairs.clicked
+        GROUP BY row
+    )
+    SELECT shown.* EXCLUDE (row, history), sim_scores FROM shown JOIN scores USING (row)
+) TO '{out}' (FORMAT parquet, COMPRESSION zstd)
+"""
+
+
+def duckdb_query(shop: Shop, items: int) -> dict[str, float]:
+    """The embeddings as a table of arrays, then one query."""
+    vectors = (
+        f"SELECT item_id, embedding::FLOAT[{DIM}] AS vector FROM '{shop.embeddings}/*.parquet'"
+    )
+    out = shop.top / "duckdb.parquet"
+
+    def run(count: int) -> None:
+        with duckdb.connect() as database:
+            database.execute(f"SET threads = {nights.WORKERS}")
+            database.execute("SET preserve_insertion_order = false")
+            database.execute(f"CREATE TABLE items AS {vectors}")
+            users = count // PER_USER
+            database.execute(QUERY.format(log=shop.log, users=users, length=HISTORY, out=out))
+
+    many = min(SUBSET, pq.read_metadata(shop.log).num_rows)
+    return {"DuckDB, 2 threads": rate_of(run, FEW, many)}
+
+
+YARDSTICKS = {
+    "in_memory": in_memory,
+    "parquet_alone": parquet_alone,
+    "beam_by_row": beam_by_row,
+    "duckdb_query": duckdb_query,
+}
+ONE_CORE = ("in_memory", "parquet_alone")
+GOALS = {f"Beam, {way}": " (goal 30)" for way in BY_ROW}
+
+
+def bench_yardsticks(shop: Shop, items: int, ours: float) -> None:
+    """The rates of all yardsticks over the log that is there, each in its own process."""
+    rates: dict[str, float] = {}
+    for name in YARDSTICKS:
+        arguments = ("--items", items, "--yardstick", name, "--shop", shop.top)
+        rates |= nights.child(__file__, *arguments, one_thread=name in ONE_CORE)
+        if name == ONE_CORE[-1]:
+            rates["the least of these in turn"] = one_after_the_other(rates)
+    print(f"  {'':28}{'impressions/s':>14}{'job / it':>10}")
+    for name, rate in rates.items():
+        print(f"  {name:28}{rate:14,.0f}{ours / rate:10.2f}{GOALS.get(name, '')}", flush=True)
+
+
+# ---- 4. Broadcast or shuffle -------------------------------------------------------------------
+
+
+def bench_shuffle(shop: Shop, items: int, impressions: int, mode: str) -> None:
+    """The same impressions with both joins: how far apart the scores are, what was shuffled."""
+    if "join" not in Simscore.model_fields:
+        print("  these settings know no [simscore] join")
+        return
+    write_log(shop, items, impressions)
+    plain, kept = shop.settings.read_text(), []
+    for join in ("broadcast", "shuffle"):
+        shop.settings.write_text(f'{plain}[simscore]\njoin = "{join}"\n')
+        found = score(shop, mode)
+        shuffled = found["counts"]["shuffled_bytes"] / found["rows"]
+        print(f"  {join:9} {found['seconds']:6.1f} s, {shuffled:9,.0f} bytes shuffled/impression")
+        kept.append(shop.scores.rename(shop.top / join))
+    shop.settings.write_text(plain)
+    print(f"  largest difference of two scores: {largest_difference(*kept):.2g}", flush=True)
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Between sim_scores of the same impression in two partitions."""
+    ids, scores = zip(*map(scores_by_impression, (one, other)), strict=True)
+    if not ids[0].equals(ids[1]):
+        raise ValueError(f"{one} and {other} are not of the same impressions")
+    return float(np.abs(scores[0] - scores[1]).max())
+
+
+def scores_by_impression(folder: Path) -> tuple[pa.ChunkedArray, np.ndarray]:
+    """The impression IDs, ascending, and their scores float32 [n, L]."""
+    columns = ["impression_id", "sim_scores"]
+    paths = tables.open_published(str(folder)).paths
+    rows = pa.concat_tables(tables.read_parquet(path, columns) for path in paths)
+    rows = rows.sort_by("impression_id")
+    scores = rows["sim_scores"].combine_chunks().flatten().to_numpy()
+    return rows["impression_id"], scores.reshape(len(rows), -1)
+
+
+# ---- 5. Memory ---------------------------------------------------------------------------------
+
+
+def bench_memory(shop: Shop, items: int, sizes: list[int], mode: str) -> None:
+    """The job's peak beside what it may take: the embeddings' size on disk and 1.5 GB."""
+    embeddings = tables.open_published(str(shop.embeddings)).manifest["files"]
+    allowed = sum(file["bytes"] for file in embeddings) + ALLOWED_BYTES
+    for impressions in sizes:
+        write_log(shop, items, impressions)
+        found = score(shop, mode)
+        print(
+            f"  {found['rows']:11,} impressions in {found['seconds']:6.1f} s: peak memory "
+            f"{found['peak_bytes'] / 1e9:.2f} GB (goal {allowed / 1e9:.2f} GB)",
+            flush=True,
+        )
+
+
+# ---- All of it ---------------------------------------------------------------------------------
+
+
+def bench_all(top: Path, given: argparse.Namespace) -> None:
+    """Every measurement that was asked for, in one shop."""
+    shop = make_shop(top, given.items)
+    ours = bench_job(shop, given.items, given.impressions, given.mode)
+    bench_yardsticks(shop, given.items, ours)
+    if given.shuffle:
+        print(f"Broadcast or shuffle, {given.shuffle:,} impressions")
+        bench_shuffle(shop, given.items, given.shuffle, given.mode)
+    if given.memory:
+        print("Memory")
+        bench_memory(shop, given.items, [int(n) for n in given.memory.split(",")], given.mode)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--impressions", type=int, default=200_000)
-    parser.add_argument("--items", type=int, default=100_000)
+    parser = argparse.ArgumentParser(description="How fast impressions are scored.")
+    parser.add_argument("--items", type=int, default=1_000_000)
+    parser.add_argument("--impressions", type=int, default=1_000_000)
+    parser.add_argument("--mode", choices=nights.MODES, default="multi_threading")
+    parser.add_argument("--shuffle", type=int, default=50_000, help="impressions; 0 for none")
+    parser.add_argument("--memory", help="numbers of impressions, as in 1000000,10000000")
+    parser.add_argument("--yardstick", choices=YARDSTICKS, help=argparse.SUPPRESS)
+    parser.add_argument("--shop", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     logging.disable(logging.WARNING)
-    print(f"{dt.date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} CPUs")
-    print(f"SIMSCORE, L = {HISTORY}, {given.impressions:,} impressions, {given.items:,} items")
+    if given.yardstick:
+        print(json.dumps(YARDSTICKS[given.yardstick](Shop(given.shop), given.items)))
+        return
+    print(nights.head())
+    print(
+        f"SIMSCORE, L = {HISTORY}, D = {DIM}, {given.items:,} items, {given.impressions:,} "
+        f"impressions, {PER_USER} per user",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as name:
-        bench_simscore(Path(name), given.impressions, given.items)
+        bench_all(Path(name), given)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_jobs import histories
-from feature_jobs.histories import HistoryLaw, click_moments, histories_at, sort_clicks
+from feature_jobs import clicks as click_arrays
+from feature_jobs.clicks import HistoryLaw, histories_at, sort_clicks
+from feature_jobs.histories import (
+    DAY_US,
+    LATE_DAYS,
+    HistoryDay,
+    click_moments,
+    clicks_before,
+    clicks_of,
+    history_lists,
+    no_clicks,
+    recent_clicks,
+    user_histories,
+    walk_days,
+)
 from tests.support import oracles
 
 # Few users, items and times, so that ties and repeats are the rule.
@@ -19,15 +32,24 @@ moment = st.tuples(st.integers(0, 3), st.integers(0, 14))
 law = st.builds(
     HistoryLaw,
     history_len=st.integers(1, 4),
-    window_us=st.integers(1, 15),
+    window_us=st.integers(4, 15),
     click_delay_us=st.just(0),
+    lag_us=st.integers(0, 3),
+    keep_repeats=st.booleans(),
 )
+
+
+def expected_history(clicks: list[oracles.Click], user: Any, time: int, law: HistoryLaw) -> list:
+    return oracles.history(
+        clicks, user, time, law.history_len, law.window_us, law.lag_us, law.keep_repeats
+    )
 
 
 def found_histories(
     clicks: list[tuple[int, int, int]], moments: list[tuple[int, int]], law: HistoryLaw
 ) -> list[list[int]]:
-    log = sort_clicks(*(np.array([c[k] for c in clicks], np.int64) for k in (0, 2, 1)))
+    columns = (np.array([c[k] for c in clicks], np.int64) for k in (0, 2, 1))
+    log = sort_clicks(*columns, law.keep_repeats)
     users, times = (np.array([m[k] for m in moments], np.int64) for k in (0, 1))
     places = histories_at(log, users, times, law)
     assert places.shape == (len(moments), law.history_len)
@@ -39,10 +61,7 @@ def found_histories(
 def test_histories_equal_the_loop_over_clicks(
     clicks: list[tuple[int, int, int]], moments: list[tuple[int, int]], law: HistoryLaw
 ) -> None:
-    expected = [
-        oracles.history(clicks, user, time, law.history_len, law.window_us)
-        for user, time in moments
-    ]
+    expected = [expected_history(clicks, user, time, law) for user, time in moments]
     assert found_histories(clicks, moments, law) == expected
 
 
@@ -52,10 +71,10 @@ def test_no_click_at_or_after_a_moment_changes_its_history(
     clicks: list[tuple[int, int, int]], at: tuple[int, int], law: HistoryLaw, data: Any
 ) -> None:
     before = found_histories(clicks, [at], law)
-    later = data.draw(st.integers(at[1], 30))
+    later = data.draw(st.integers(at[1] - law.lag_us, 30))
     planted = (at[0], data.draw(st.integers(0, 5)), later)
     assert found_histories([*clicks, planted], [at], law) == before
-    future = [c for c in clicks if c[2] >= at[1]]
+    future = [c for c in clicks if c[2] >= at[1] - law.lag_us]
     assert found_histories([c for c in clicks if c not in future], [at], law) == before
 
 
@@ -68,10 +87,36 @@ def test_the_order_of_arrival_never_matters(clicks: list[tuple[int, int, int]], 
     assert found_histories(shuffled, moments, law) == found_histories(clicks, moments, law)
 
 
+# ---- Users who click a lot ---------------------------------------------------------------------
+
+
 def test_a_repeat_that_hides_many_older_items_is_looked_past() -> None:
-    """One item clicked a thousand times since the others: the search has to widen."""
+    """One item clicked a thousand times since the others: the search has to go far back."""
     clicks = [(0, item, item) for item in range(5)] + [(0, 9, t) for t in range(100, 1100)]
     assert found_histories(clicks, [(0, 5000)], HistoryLaw(4, 10_000, 0)) == [[9, 4, 3, 2]]
+
+
+def test_many_repeats_of_several_users_give_what_the_loop_gives() -> None:
+    rng = np.random.default_rng(0)
+    users, times = rng.integers(0, 3, 900), rng.integers(0, 1000, 900)
+    # Mostly two items, and now and then one of forty.
+    items = np.where(rng.random(900) < 0.95, rng.integers(0, 2, 900), rng.integers(2, 42, 900))
+    clicks = [(int(u), int(i), int(t)) for u, i, t in zip(users, items, times, strict=True)]
+    moments = [(u, t) for u in range(4) for t in range(0, 1100, 23)]
+    for law in (HistoryLaw(5, 2000, 0), HistoryLaw(5, 300, 0, 40), HistoryLaw(3, 900, 0)):
+        expected = [expected_history(clicks, user, time, law) for user, time in moments]
+        assert found_histories(clicks, moments, law) == expected
+    assert max(len(h) for h in expected) == 3
+
+
+def test_a_user_with_a_hundred_thousand_clicks_on_ten_items_costs_seconds_at_most() -> None:
+    """Looked up as a plain search would, these are ten thousand million candidates."""
+    n = 100_000
+    times, items = np.arange(n), np.arange(n) % 10
+    log = sort_clicks(np.zeros(n, np.int64), times, items)
+    places = histories_at(log, np.zeros(n, np.int64), times, HistoryLaw(50, 10 * n, 0))
+    assert (places[:, 10:] == -1).all()
+    np.testing.assert_array_equal(log.times[places[20:, :10]], times[20:, None] - np.arange(1, 11))
 
 
 def test_blocks_of_moments_give_what_one_block_gives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,15 +126,19 @@ def test_blocks_of_moments_give_what_one_block_gives(monkeypatch: pytest.MonkeyP
     law = HistoryLaw(6, 100, 0)
     whole = found_histories(clicks, moments, law)
     assert sum(len(h) for h in whole) > 200
-    monkeypatch.setattr(histories, "_MAX_CELLS", 50)
+    monkeypatch.setattr(click_arrays, "_MAX_CELLS", 50)
     assert found_histories(clicks, moments, law) == whole
 
 
+# ---- When a click happened ---------------------------------------------------------------------
+
+TIME = pa.timestamp("us", tz="UTC")
+
+
 def rows(event: list[int], click: list[int | None] | None) -> pa.Table:
-    time = pa.timestamp("us", tz="UTC")
-    columns = {"event_time": pa.array(event, pa.int64()).cast(time)}
+    columns = {"event_time": pa.array(event, pa.int64()).cast(TIME)}
     if click is not None:
-        columns["click_time"] = pa.array(click, pa.int64()).cast(time)
+        columns["click_time"] = pa.array(click, pa.int64()).cast(TIME)
     return pa.table(columns)
 
 
@@ -103,16 +152,125 @@ def test_a_click_is_never_dated_before_its_own_impression() -> None:
     assert (moments.tolist(), early) == ([10, 21], 1)
 
 
-def test_user_histories_are_as_of_the_end_of_the_day() -> None:
-    time = pa.timestamp("us", tz="UTC")
-    clicks = pa.table(
-        {
-            "user_id": ["b", "a", "a", "c"],
-            "item_id": [1, 2, 3, 4],
-            "click_time": pa.array([99, 50, 60, 100], pa.int64()).cast(time),
-        }
-    )
-    made = histories.user_histories(clicks, 100, HistoryLaw(5, 1000, 0)).to_pylist()
-    assert [(r["user_id"], r["item_ids"]) for r in made] == [("a", [3, 2]), ("b", [1])]
-    epoch = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
-    assert made[0]["click_times"] == [epoch + dt.timedelta(microseconds=u) for u in (60, 50)]
+# ---- Day after day -----------------------------------------------------------------------------
+
+FIRST = dt.date(2026, 3, 1).toordinal()
+EPOCH = dt.date(1970, 1, 1).toordinal()
+NUMBERS = tuple(range(FIRST, FIRST + 5))
+DAYS = tuple(HistoryDay(n, (n - EPOCH) * DAY_US, (n - EPOCH + 1) * DAY_US) for n in NUMBERS)
+QUARTER = DAY_US // 4
+# An impression: the day that logs it, user, item, how many quarters of a day after the day's start
+# it happened (below zero: late), whether it was clicked, and how many quarters later.
+impression = st.tuples(
+    st.integers(0, len(DAYS) - 1), st.integers(0, 2), st.integers(0, 6),
+    st.integers(-4 * (LATE_DAYS + 2), 3), st.booleans(), st.integers(0, 9),
+)  # fmt: skip
+daily_law = st.builds(
+    HistoryLaw,
+    history_len=st.integers(1, 4),
+    window_us=st.integers(2, 16).map(lambda quarters: quarters * QUARTER + 1),
+    click_delay_us=st.just(0),
+    lag_us=st.sampled_from([0, 1, QUARTER]),
+    keep_repeats=st.booleans(),
+)
+
+
+def logged(drawn: list[tuple], day: int) -> pa.Table:
+    """The impressions that the partition of a day holds."""
+    mine = [row for row in drawn if row[0] == day]
+    event = [DAYS[day].start_us + row[3] * QUARTER for row in mine]
+    clicked_at = [e + row[5] * QUARTER for e, row in zip(event, mine, strict=True)]
+    columns = [
+        pa.array([f"user-{row[1]}" for row in mine], pa.string()),
+        pa.array([row[2] for row in mine], pa.int64()),
+        pa.array(event, pa.int64()).cast(TIME),
+        pa.array([row[4] for row in mine], pa.bool_()),
+        pa.array(clicked_at, pa.int64()).cast(TIME),
+    ]
+    return pa.table(columns, names=["user_id", "item_id", "event_time", "clicked", "click_time"])
+
+
+def as_clicks(table: pa.Table) -> list[oracles.Click]:
+    columns = table["user_id"], table["item_id"], table["click_time"].cast(pa.int64())
+    return list(zip(*(c.to_pylist() for c in columns), strict=True))
+
+
+def clicks_on(drawn: list[tuple], days: list[int]) -> pa.Table:
+    nothing = no_clicks(pa.string(), pa.int64())
+    parts = [clicks_of(logged(drawn, day), NUMBERS[day], 0) for day in days]
+    return pa.concat_tables([nothing, *parts])
+
+
+def expected_lists(drawn: list[tuple], day: int, law: HistoryLaw) -> list[list[int]]:
+    """By the law as it reads, over the clicks that partitions up to `day` log."""
+    clicks = as_clicks(clicks_on(drawn, list(range(day + 1))))
+    rows = logged(drawn, day)
+    moments = rows["event_time"].cast(pa.int64()).to_pylist()
+    found = []
+    for user, moment in zip(rows["user_id"].to_pylist(), moments, strict=True):
+        whole = max(moment, DAYS[day].start_us - LATE_DAYS * DAY_US)
+        past = oracles.history_clicks(
+            clicks, user, whole, law.history_len, law.window_us, law.lag_us, law.keep_repeats
+        )
+        found.append([item for time, item in past if time < moment - law.lag_us])
+    return found
+
+
+def expected_state(drawn: list[tuple], day: int, law: HistoryLaw) -> dict[str, list[int]]:
+    clicks = as_clicks(clicks_on(drawn, list(range(day + 1))))
+    users = sorted({user for user, _, _ in clicks})
+    found = {user: expected_history(clicks, user, DAYS[day].end_us, law) for user in users}
+    return {user: past for user, past in found.items() if past}
+
+
+def state_of(table: pa.Table) -> dict[str, list[int]]:
+    return dict(zip(table["user_id"].to_pylist(), table["item_ids"].to_pylist(), strict=True))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(impression, max_size=60), daily_law)
+def test_one_walk_through_all_days_gives_what_the_loop_gives(
+    drawn: list[tuple], law: HistoryLaw
+) -> None:
+    clicks = clicks_on(drawn, list(range(len(DAYS))))
+    for day, known in enumerate(walk_days(clicks, DAYS, law)):
+        found = history_lists(known, logged(drawn, day), law).to_pylist()
+        assert found == expected_lists(drawn, day, law)
+        assert state_of(user_histories(known, law)) == expected_state(drawn, day, law)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(impression, max_size=60), daily_law, st.integers(1, len(DAYS) - 1))
+def test_night_after_night_through_tables_gives_the_same_tables_as_one_walk(
+    drawn: list[tuple], law: HistoryLaw, first: int
+) -> None:
+    """The first night begins from the log of the days before it, the next from its tables."""
+    whole = list(walk_days(clicks_on(drawn, list(range(len(DAYS)))), DAYS, law))
+    before = clicks_on(drawn, list(range(first)))
+    for day in range(first, len(DAYS)):
+        clicks = pa.concat_tables([before, clicks_on(drawn, [day])])
+        (known,) = walk_days(clicks, DAYS[day : day + 1], law)
+        rows = logged(drawn, day)
+        assert history_lists(known, rows, law).equals(history_lists(whole[day], rows, law))
+        state = [user_histories(known, law), recent_clicks(known, law)]
+        assert state == [user_histories(whole[day], law), recent_clicks(whole[day], law)]
+        before = clicks_before(state, no_clicks(pa.string(), pa.int64()))
+
+
+def test_user_histories_hold_no_click_of_a_later_day_and_recent_clicks_keep_it() -> None:
+    drawn = [(0, 1, 5, 3, True, 2), (0, 1, 6, 0, True, 0), (0, 2, 5, 3, True, 1)]
+    (known,) = walk_days(clicks_on(drawn, [0]), DAYS[:1], HistoryLaw(5, 9 * DAY_US, 0))
+    (today,) = user_histories(known, HistoryLaw(5, 9 * DAY_US, 0)).to_pylist()
+    assert (today["user_id"], today["item_ids"]) == ("user-1", [6])
+    assert [t < dt.datetime(2026, 3, 2, tzinfo=dt.UTC) for t in today["click_times"]] == [True]
+    kept = recent_clicks(known, HistoryLaw(5, 9 * DAY_US, 0))
+    assert state_of(kept) == {"user-1": [5], "user-2": [5]}
+
+
+def test_nothing_is_kept_that_no_later_moment_can_see() -> None:
+    """Ten users who clicked ten items on the first day: four days later five are left of each."""
+    drawn = [(0, user, item, 0, True, 0) for user in range(10) for item in range(10)]
+    law = HistoryLaw(5, 30 * DAY_US, 0)
+    known = list(walk_days(clicks_on(drawn, [0]), DAYS, law))
+    assert [len(k.clicks.users) for k in known] == [100, 100, 100, 50, 50]
+    assert len(recent_clicks(known[-1], law)) == 0

@@ -6,9 +6,8 @@ import pytest
 
 from feature_jobs import simscore
 from feature_jobs.simscore import (
-    ItemVectors,
+    history_codes,
     impression_ids,
-    logged_history,
     sim_scores,
     simtier,
     sort_impressions,
@@ -17,22 +16,28 @@ from tests.support import oracles
 from tests.support.codebooks import unit_rows
 
 
-def test_scores_equal_the_loop_whatever_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("run_rows", [16, 3, 1])
+@pytest.mark.parametrize("cached", [512, 7])
+def test_scores_equal_the_loop_however_rows_share_histories(
+    monkeypatch: pytest.MonkeyPatch, run_rows: int, cached: int
+) -> None:
     rng = np.random.default_rng(0)
     vectors = unit_rows(20)
-    shown, past = rng.integers(-1, 20, 50), rng.integers(-1, 20, (50, 4))
+    sizes = rng.integers(1, 9, 30)  # of runs of neighbours with one history
+    past = np.repeat(rng.integers(-1, 20, (30, 4)), sizes, axis=0)
+    shown = rng.integers(-1, 20, len(past))
     named = dict(enumerate(vectors))
     expected = [
         oracles.score(int(i), [int(j) for j in row], named, 4)
         for i, row in zip(shown, past, strict=True)
     ]
-    for block in (512, 7):
-        monkeypatch.setattr(simscore, "_BLOCK_ROWS", block)
-        scores, mask = sim_scores(vectors, shown, past)
-        np.testing.assert_allclose(scores, [s for s, _ in expected], atol=1e-6)
-        assert mask.tolist() == [m for _, m in expected]
-        assert (mask == 0).any()
-        assert (mask == 1).any()
+    monkeypatch.setattr(simscore, "_RUN_ROWS", run_rows)
+    monkeypatch.setattr(simscore, "_CACHED_VECTORS", cached)
+    scores, mask = sim_scores(vectors, shown, past)
+    np.testing.assert_allclose(scores, [s for s, _ in expected], atol=1e-6)
+    assert mask.tolist() == [m for _, m in expected]
+    assert (mask == 0).any()
+    assert (mask == 1).any()
 
 
 def test_a_vector_and_itself_score_1_its_opposite_minus_1_and_none_beyond() -> None:
@@ -92,33 +97,6 @@ def test_made_ids_tell_all_rows_apart_and_do_not_follow_arrival() -> None:
     assert impression_ids(alone)[0].as_py() in ids
 
 
-def test_logged_histories_are_cut_to_their_length_and_padded() -> None:
-    ids = pa.array([10, 20, 30, 40])
-    lists = pa.chunked_array([[[40, 10, 20], []], [None, [30]]], pa.list_(pa.int64()))
-    assert logged_history(lists, ids, 2).tolist() == [[3, 0], [-1, -1], [-1, -1], [2, -1]]
-
-
-def test_items_with_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """64-bit digests of 100 M strings collide now and then: no item may pass for another."""
-    monkeypatch.setattr(simscore.hashing, "hash_ids", lambda ids: np.full(len(ids), 7, np.uint64))
-    known = ItemVectors(
-        pa.chunked_array([["a", "b"], ["c"]]), np.full(3, 7, np.uint64), np.zeros(3, "i4"),
-        np.zeros(3, "i4"), np.arange(3), unit_rows(3), longest_run=3,
-    )  # fmt: skip
-    assert known.find(pa.array(["c", "x", "a"])).tolist() == [2, -1, 0]
-
-
-def test_nothing_is_known_of_an_empty_catalogue() -> None:
-    nothing = ItemVectors(
-        pa.chunked_array([], pa.int64()), np.zeros(0, np.uint64), np.zeros(0, "i4"),
-        np.zeros(0, "i4"), np.zeros(0, "i8"), unit_rows(1), longest_run=0,
-    )  # fmt: skip
-    found = nothing.look_up(pa.array([1, 2]))
-    assert [column.tolist() for column in found] == [[False] * 2, [-1] * 2, [0] * 2, [0] * 2]
-
-
-@pytest.mark.parametrize(
-    ("values", "longest"), [([], 0), ([3], 1), ([1, 2, 2, 2, 5, 5], 3), ([2**64 - 1] * 4, 4)]
-)
-def test_the_longest_run_is_counted(values: list[int], longest: int) -> None:
-    assert simscore._longest_run(np.array(values, np.uint64)) == longest
+def test_histories_are_cut_to_their_length_and_padded() -> None:
+    lists = pa.array([[9], [3, 0, 1], [], [2]], pa.list_(pa.int64()))[1:]
+    assert history_codes(lists, np.array([3, 0, 1, 2]), 2).tolist() == [[3, 0], [-1, -1], [2, -1]]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_jobs.histories import HistoryLaw
+from feature_jobs.clicks import HistoryLaw
 from feature_jobs.schemas import ROW_CLICKS, TIMESTAMP, TRAINING_ROWS
 from feature_jobs.training_rows import TrainingRowsJob, are_in_scope, training_rows
 from tests.support import oracles
@@ -75,7 +75,9 @@ def found_rows(
     kind = ID_TYPES[ids]
     request_id = ID_TYPES.get(requests, pa.string())
     schema = TRAINING_ROWS.schema(kind, kind, request_id=request_id)
-    job = TrainingRowsJob(HistoryLaw(ROW_CLICKS, WINDOW, DELAY), GAP, END, None, 1, schema, "")
+    job = TrainingRowsJob(
+        HistoryLaw(ROW_CLICKS, WINDOW, DELAY), GAP, END, "UTC", None, 1, schema, ""
+    )
     users, items, times = (list(c) for c in zip(*clicks, strict=True)) if clicks else ([],) * 3
     log = pa.table(
         {

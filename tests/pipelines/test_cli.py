@@ -3,6 +3,7 @@
 import json
 import tomllib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -197,11 +198,11 @@ def test_progress_goes_on_after_a_listing_failed(
     monkeypatch.setattr(progress, "_LOG_SECONDS", 0.05)
     measure, failed = progress.measure, []
 
-    def fail_at_first(stage: Stage) -> Counter[str]:
+    def fail_at_first(stages: Sequence[Stage]) -> Counter[str]:
         if len(failed) < 3:
-            failed.append(stage)
+            failed.append(stages)
             raise error
-        return measure(stage)
+        return measure(stages)
 
     monkeypatch.setattr(progress, "measure", fail_at_first)
     world.settings()

@@ -23,6 +23,9 @@ feature_set = "candidate-2"
 day_timezone = "Asia/Shanghai"
 history_len = 20
 window_days = 7
+history_lag_seconds = 90
+keep_repeats = true
+history_start_ds = 2025-12-01
 rows_per_shard = 1000
 
 [catalogue]
@@ -51,6 +54,8 @@ vector = true
 second_distance = true
 [simscore]
 history_item_ids = true
+join = "shuffle"
+broadcast_limit_gb = 1.5
 [training]
 categories = ["dress", "shirt"]
 request_gap_seconds = 30
@@ -119,10 +124,17 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
         "day_timezone": "Asia/Shanghai",
         "history_len": 20,
         "window_days": 7,
+        "history_lag_seconds": 90.0,
+        "keep_repeats": True,
+        "history_start_ds": dt.date(2025, 12, 1),
         "rows_per_shard": 1000,
         "embed": {"device": "cpu", "batch_size": 8, "chunk_items": 16},
         "item_features": {"vector": True, "second_distance": True},
-        "simscore": {"history_item_ids": True},
+        "simscore": {
+            "history_item_ids": True,
+            "join": "shuffle",
+            "broadcast_limit_gb": 1.5,
+        },
         "training": {"categories": ("dress", "shirt"), "request_gap_seconds": 30.0},
         "gates": {
             "max_reject_share": 0.2,
@@ -171,6 +183,9 @@ def test_what_is_left_out_has_a_default(folder: Path) -> None:
     settings = load(folder, LEAST)
     assert (settings.feature_set, settings.day_timezone) == ("production", "UTC")
     assert (settings.history_len, settings.window_days) == (50, 30)
+    assert (settings.history_lag_seconds, settings.keep_repeats) == (0, False)
+    assert settings.history_start_ds is None
+    assert settings.simscore.join == "auto"
     assert (settings.beam, settings.pins) == ({}, ())
     assert settings.impressions.input_timezone is None
     assert settings.impressions.click_delay_seconds == 0

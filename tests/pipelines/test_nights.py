@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from courier_model.encoder import embed, load_encoder
+from courier_model.encoder import choose_precision, embed, load_encoder
 from courier_model.images import BadImage, decode
 from feature_jobs.codebook import load_codebook
 from tests.support import oracles
@@ -94,7 +94,7 @@ def test_every_embedding_is_the_encoders_own(refreshed: World, artefacts: Any) -
         if number in (MISSING, UNDECODABLE):
             continue
         pixels = decode(refreshed.image(number).read_bytes(), encoder.preprocessing)
-        alone = embed(encoder, pixels[None], 1, CPU, "fp32")[0]
+        alone = embed(encoder, pixels[None], 4, CPU, choose_precision(CPU))[0]
         np.testing.assert_allclose(found[refreshed.item(number)], alone, atol=1e-5)
     norms = np.linalg.norm(list(found.values()), axis=1)
     np.testing.assert_allclose(norms, 1, atol=1e-5)

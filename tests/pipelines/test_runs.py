@@ -256,7 +256,7 @@ def test_of_a_job_that_fails_the_error_that_led_to_it_is_told(tmp_path: Path, ho
             raise StorageUnavailable("gs://b/x [while running 'ParDo(X)']")  # noqa: B904
 
     with pytest.raises(StorageUnavailable) as told:
-        runs.make(stage_of(tmp_path), fail)
+        runs.make([stage_of(tmp_path)], fail)
     assert str(told.value) == AWAY
 
 
@@ -269,7 +269,7 @@ def test_of_a_job_that_fails_what_was_left_before_is_told(tmp_path: Path) -> Non
         raise RuntimeError("Beam failed")
 
     with pytest.raises(DataContractError, match="two rows of item 3"):
-        runs.make(stage, leave)
+        runs.make([stage], leave)
 
 
 def test_a_job_that_fails_for_another_reason_fails_with_that(
@@ -283,7 +283,7 @@ def test_a_job_that_fails_for_another_reason_fails_with_that(
         raise RuntimeError("Beam failed")
 
     with pytest.raises(RuntimeError, match="Beam failed"):
-        runs.make(stage_of(tmp_path), fail)
+        runs.make([stage_of(tmp_path)], fail)
 
 
 def test_two_runs_of_one_feature_set_exclude_each_other(tmp_path: Path) -> None:

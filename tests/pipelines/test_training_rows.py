@@ -168,6 +168,7 @@ def test_the_manifest_tells_the_scope_and_the_law(shop: World) -> None:
         "categories": ["dress", "shirt"],
         "click_delay_seconds": 0.0,
         "day_timezone": "UTC",
+        "history_lag_seconds": 0.0,
         "request_gap_seconds": GAP_SECONDS,
         "window_days": WINDOW_DAYS,
     }

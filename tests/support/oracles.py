@@ -20,19 +20,36 @@ def clicked_at(row: dict[str, Any], delay_us: int = 0) -> int:
     return int(event + delay_us if click is None else max(click, event))
 
 
-def history(clicks: list[Click], user: Any, moment: int, length: int, window_us: int) -> list[Any]:
-    """The latest distinct items that `user` clicked in [moment - window, moment), newest first."""
+def history(
+    clicks: list[Click], user: Any, moment: int, length: int, window_us: int, lag_us: int = 0,
+    keep_repeats: bool = False,
+) -> list[Any]:  # fmt: skip
+    """The latest distinct items that `user` clicked in [moment - window, moment - lag), newest
+    first; with `keep_repeats` the latest ones, distinct or not."""
+    return [
+        item
+        for _, item in history_clicks(
+            clicks, user, moment, length, window_us, lag_us, keep_repeats
+        )
+    ]  # fmt: skip
+
+
+def history_clicks(
+    clicks: list[Click], user: Any, moment: int, length: int, window_us: int, lag_us: int = 0,
+    keep_repeats: bool = False,
+) -> list[tuple[int, Any]]:  # fmt: skip
+    """The same with their times: (time, item)."""
     mine = sorted(
         {
             (time, item)
             for who, item, time in clicks
-            if who == user and moment - window_us <= time < moment
+            if who == user and moment - window_us <= time < moment - lag_us
         }
     )
-    found: list[Any] = []
-    for _, item in reversed(mine):
-        if item not in found:
-            found.append(item)
+    found: list[tuple[int, Any]] = []
+    for time, item in reversed(mine):
+        if keep_repeats or item not in [other for _, other in found]:
+            found.append((time, item))
     return found[:length]
 
 

@@ -1,0 +1,225 @@
+"""What SIMSCORE knows of items: cluster IDs and vectors, found by item ID.
+
+Read from `item_features` and `item_embeddings` shard by shard, and then either all of it on each
+worker machine, as memory-mapped files that its processes share (`broadcast`), or for each shard of
+impressions what it asked the item shards for (`shuffle`). Both are `ItemVectors`.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_jobs import broadcast, hashing, tables
+from feature_jobs.schemas import EMBEDDING_DIM
+
+_ITEM_BYTES = 4 * EMBEDDING_DIM + 64  # of the machine's copy, with the item's ID
+
+
+@dataclass(frozen=True)
+class ItemTables:
+    """What is known of the items on one day. `previous_features` are those of the day before, None
+    for none, whose cluster IDs may be `of_another_lineage`."""
+
+    features: tables.Partition
+    embeddings: tables.Partition
+    previous_features: tables.Partition | None
+    of_another_lineage: bool
+
+    @property
+    def shards(self) -> int:
+        return len(self.features.paths)
+
+
+# ---- Items -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ItemVectors:
+    """What is known of items, ordered by the ID's hash; of all of them memory-mapped.
+
+    `starts` int64 [2^b + 1] say where the hashes with each of the leading b bits begin.
+    `vector_row` int64 [n] is the item's row in `vectors` float32 [v, 256], -1 for an item that
+    scores 0. `old_cluster_ids` int32 [n] are those of the day before: 0 for none, -1 for one of
+    another lineage.
+    """
+
+    item_ids: pa.ChunkedArray
+    hashes: np.ndarray
+    starts: np.ndarray
+    cluster_ids: np.ndarray
+    old_cluster_ids: np.ndarray
+    vector_row: np.ndarray
+    vectors: np.ndarray
+
+    def look_up(self, ids: pa.Array) -> "FoundItems":
+        row = self.find(ids)
+        known = row >= 0
+        vector = np.full(len(ids), -1, np.int64)
+        cluster, old_cluster = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
+        vector[known], cluster[known] = self.vector_row[row[known]], self.cluster_ids[row[known]]
+        old_cluster[known] = self.old_cluster_ids[row[known]]
+        return FoundItems(known, vector, cluster, old_cluster)
+
+    def find(self, ids: pa.Array) -> np.ndarray:
+        """The row of each item ID, -1 for an unknown item; int64 [m]."""
+        wanted = hashing.hash_ids(ids)
+        bucket = hashing.shard_of(wanted, len(self.starts) - 1)
+        row, end = self.starts[bucket], self.starts[bucket + 1]
+        found = np.full(len(ids), -1, np.int64)
+        todo = np.flatnonzero(row < end)
+        while len(todo):  # as often as the fullest bucket has items
+            at = row[todo]
+            hit = np.flatnonzero(self.hashes[at] == wanted[todo])
+            same = pc.equal(self.item_ids.take(at[hit]), ids.take(todo[hit]))
+            hit = hit[same.to_numpy(zero_copy_only=False)]
+            found[todo[hit]] = at[hit]
+            row[todo] += 1
+            todo = todo[(found[todo] < 0) & (row[todo] < end[todo])]
+        return found
+
+
+class FoundItems(NamedTuple):
+    """Of some item IDs, [m] each: whether it is known, its row of the vectors or -1, its cluster ID
+    or 0, and that of the day before as in `ItemVectors`."""
+
+    known: np.ndarray
+    vector: np.ndarray
+    cluster: np.ndarray
+    old_cluster: np.ndarray
+
+
+def bucket_starts(hashes: np.ndarray) -> np.ndarray:
+    """`ItemVectors.starts` of ascending `hashes`, one or two to a bucket on average."""
+    buckets = hashing.num_shards(len(hashes), 2)
+    bucket = hashing.shard_of(hashes, buckets)
+    return np.searchsorted(bucket, np.arange(buckets + 1))
+
+
+def items_of_shard(items: ItemTables, shard: int) -> tuple[pa.Table, np.ndarray]:
+    """A shard's items by hash (item_id, hash, cluster_id, old_cluster_id, row) and the vectors
+    float32 [v, 256] of those that score; `row` is an item's place among them or -1."""
+    features = items.features.read_shard(
+        shard, items.shards, "item_id", ["item_id", "cluster_id", "in_scope", "has_image"]
+    )
+    embedded = items.embeddings.read_shard(shard, items.shards, "item_id", ["item_id", "embedding"])
+    features = features.append_column("hash", pa.array(hashing.hash_ids(features["item_id"])))
+    features = features.sort_by("hash")
+    scores = pc.and_(features["in_scope"], features["has_image"]).to_numpy()
+    at = pc.index_in(
+        features["item_id"].filter(pa.array(scores)), value_set=embedded["item_id"].combine_chunks()
+    )
+    row = np.full(len(features), -1, np.int64)
+    row[scores] = np.arange(int(scores.sum()))
+    matrix = tables.embedding_matrix(embedded["embedding"])[at.to_numpy()]
+    old = pa.array(_old_clusters(items, shard, features["item_id"]), pa.int32())
+    return features.append_column("old_cluster_id", old).append_column("row", pa.array(row)), matrix
+
+
+def _old_clusters(items: ItemTables, shard: int, ids: pa.ChunkedArray) -> np.ndarray:
+    """`old_cluster_ids` of a shard's items."""
+    if items.previous_features is None:
+        return np.zeros(len(ids), np.int32)
+    columns = ["item_id", "cluster_id"]
+    previous = items.previous_features.read_shard(shard, items.shards, "item_id", columns)
+    old = tables.lookup(ids, previous, "cluster_id")
+    return np.where(old > 0, -1, 0) if items.of_another_lineage else old
+
+
+# ---- Items, broadcast ------------------------------------------------------------------------
+
+
+def open_item_vectors(items: ItemTables, key: str) -> ItemVectors:
+    """The machine's copy under `key`, made by the first process that needs it while the others
+    wait."""
+    folder, _ = broadcast.shared_folder(
+        key, partial(_build_item_vectors, items), broadcast_bytes(items.features.rows)
+    )
+    arrays = {
+        name: np.asarray(np.load(os.path.join(folder, name + ".npy"), mmap_mode="r"))
+        for name in ("hashes", "starts", "cluster_ids", "old_cluster_ids", "vector_row", "vectors")
+    }
+    with pa.memory_map(os.path.join(folder, "item_ids.arrow")) as file:
+        item_ids = pa.ipc.open_file(file).read_all()["item_id"]
+    return ItemVectors(item_ids, **arrays)
+
+
+def broadcast_bytes(items: int) -> int:
+    """About how much disk the machine's copy of so many items takes."""
+    return items * _ITEM_BYTES
+
+
+def _build_item_vectors(items: ItemTables, folder: str) -> None:
+    """Streams both tables shard by shard: memory does not grow with the catalogue."""
+    n = items.features.rows
+
+    def create(name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        path = os.path.join(folder, name + ".npy")
+        return np.lib.format.open_memmap(path, "w+", dtype=dtype, shape=shape)
+
+    hashes, clusters = create("hashes", "u8", (n,)), create("cluster_ids", "i4", (n,))
+    old_clusters = create("old_cluster_ids", "i4", (n,))
+    vector_row = create("vector_row", "i8", (n,))
+    vectors = create("vectors", "f4", (max(1, items.embeddings.rows), EMBEDDING_DIM))
+    at = filled = 0
+    schema = pa.schema([items.features.schema.field("item_id")])
+    with pa.ipc.new_file(os.path.join(folder, "item_ids.arrow"), schema) as ids:
+        for shard in range(items.shards):
+            found, matrix = items_of_shard(items, shard)
+            rows = slice(at, at + len(found))
+            hashes[rows] = found["hash"].to_numpy()
+            clusters[rows] = found["cluster_id"].to_numpy()
+            old_clusters[rows] = found["old_cluster_id"].to_numpy()
+            row = found["row"].to_numpy()
+            vector_row[rows] = np.where(row >= 0, row + filled, -1)
+            vectors[filled : filled + len(matrix)] = matrix
+            ids.write_table(pa.table({"item_id": found["item_id"]}, schema=schema))
+            at, filled = at + len(found), filled + len(matrix)
+    np.save(os.path.join(folder, "starts.npy"), bucket_starts(hashes))
+
+
+# ---- Items, shuffled -------------------------------------------------------------------------
+
+
+def answer(wanted: pa.ChunkedArray, found: pa.Table, matrix: np.ndarray) -> pa.Table:
+    """What `items_of_shard` found of the `wanted` item IDs (item_id, cluster_id, old_cluster_id,
+    embedding); the embedding of an item that scores 0 is null, and unknown items are left out."""
+    at = pc.index_in(wanted, value_set=found["item_id"].combine_chunks()).drop_null()
+    rows = found.select(["item_id", "cluster_id", "old_cluster_id"]).take(at)
+    row = found["row"].take(at).to_numpy()
+    scores = row >= 0
+    offsets = np.concatenate([[0], np.cumsum(scores * EMBEDDING_DIM)]).astype(np.int32)
+    lists = pa.ListArray.from_arrays(
+        pa.array(offsets), pa.array(matrix[row[scores]].reshape(-1)), mask=pa.array(~scores)
+    )
+    return rows.append_column("embedding", lists)
+
+
+def no_answers(item_id: pa.DataType) -> pa.Table:
+    """An empty table of `answer`."""
+    kinds = [item_id, pa.int32(), pa.int32(), pa.list_(pa.float32())]
+    names = ["item_id", "cluster_id", "old_cluster_id", "embedding"]
+    return pa.schema(list(zip(names, kinds, strict=True))).empty_table()
+
+
+def items_of_answers(answers: pa.Table) -> ItemVectors:
+    """The items of all item shards that a shard of impressions had asked for."""
+    hashes = hashing.hash_ids(answers["item_id"])
+    order = np.argsort(hashes)
+    answers = answers.take(pa.array(order))
+    scores = pc.is_valid(answers["embedding"]).to_numpy(zero_copy_only=False)
+    matrix = tables.embedding_matrix(answers["embedding"])  # a null has no values
+    row = np.where(scores, np.cumsum(scores) - 1, -1)
+    return ItemVectors(
+        answers["item_id"],
+        hashes[order],
+        bucket_starts(hashes[order]),
+        answers["cluster_id"].to_numpy(),
+        answers["old_cluster_id"].to_numpy(),
+        row,
+        matrix if len(matrix) else np.zeros((1, EMBEDDING_DIM), np.float32),
+    )
