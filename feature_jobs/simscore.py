@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
@@ -107,37 +107,37 @@ class SimscoreJob:
 
 
 def sim_scores(
-    vectors: np.ndarray, impression: np.ndarray, history: np.ndarray
+    vectors: np.ndarray, impression: np.ndarray, histories: np.ndarray, history_of: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine of each impression with each history item: COURIER appendix §1 eq. 1.
+    """Cosine of each impression with each item of its history: COURIER appendix §1 eq. 1.
 
-    `vectors` float32 [v, 256] of unit rows; `impression` int64 [n] and `history` int64 [n, L] are
-    rows of it, -1 = none. Returns scores float32 [n, L] in [-1, 1], 0 where either is none, and the
-    mask int8 [n, L] of real scores. Neighbours with one history share the reading of its vectors.
+    `vectors` float32 [v, 256] of unit rows; `impression` int64 [n] and `histories` int64 [h, L] are
+    rows of it, -1 = none. `history_of` int64 [n], ascending, says which history an impression has:
+    neighbours with the same one share the reading of its vectors. Returns scores float32 [n, L] in
+    [-1, 1], 0 where either is none, and the mask int8 [n, L] of real scores.
     """
-    n, length = history.shape
-    mask = (history >= 0) & (impression >= 0)[:, None]
-    scores = np.zeros((n, length), np.float32)
-    for rows in _rows_with_one_history(history):  # [runs, r]
+    length = histories.shape[1]
+    mask = (histories >= 0)[history_of] & (impression >= 0)[:, None]
+    scores = np.empty((len(impression), length), np.float32)
+    for rows in _rows_with_one_history(history_of):  # [runs, r]
         at_once = max(1, _CACHED_VECTORS // (length + rows.shape[1]))
         for at in range(0, len(rows), at_once):
             some = rows[at : at + at_once]
             shown = _gather(vectors, impression[some])  # [runs, r, 256]
-            clicked = _gather(vectors, history[some[:, 0]])  # [runs, L, 256]
+            clicked = _gather(vectors, histories[history_of[some[:, 0]]])  # [runs, L, 256]
             scores[some] = shown @ clicked.transpose(0, 2, 1)
     scores[~mask] = 0.0
     return np.clip(scores, -1.0, 1.0, out=scores), mask.astype(np.int8)
 
 
-def _rows_with_one_history(history: np.ndarray) -> Iterator[np.ndarray]:
+def _rows_with_one_history(history_of: np.ndarray) -> Iterator[np.ndarray]:
     """The places of all rows, int64 [runs, r] for each length r that a run of equal neighbours has;
     longer runs are cut."""
-    place = np.arange(len(history))
-    new = np.ones(len(history), bool)
-    new[1:] = (history[1:] != history[:-1]).any(axis=1)
+    place = np.arange(len(history_of))
+    new = np.diff(history_of, prepend=-1) != 0
     new |= (place - np.maximum.accumulate(np.where(new, place, 0))) % _RUN_ROWS == 0
     starts = np.flatnonzero(new)
-    sizes = np.diff(starts, append=len(history))
+    sizes = np.diff(starts, append=len(history_of))
     for size in np.unique(sizes):
         yield starts[sizes == size][:, None] + np.arange(size)
 
@@ -186,16 +186,46 @@ def impression_ids(rows: pa.Table) -> pa.Array:
     )
 
 
+def differ_from_before(lists: pa.Array) -> np.ndarray:
+    """Which of some lists of IDs, without nulls, are not equal to the one before; bool [n]."""
+    offsets, flat = _flat(lists)
+    values = flat if pa.types.is_int64(flat.type) else pc.dictionary_encode(flat).indices
+    values, sizes = values.to_numpy(), np.diff(offsets)
+    new = np.ones(len(sizes), bool)
+    new[1:] = sizes[1:] != sizes[:-1]
+    alike = np.flatnonzero(~new & (sizes > 0))
+    for size in np.unique(sizes[alike]):
+        rows = alike[sizes[alike] == size]
+        rows = rows[values[offsets[rows]] == values[offsets[rows] - size]]  # few others are equal
+        new[alike[sizes[alike] == size]] = True
+        for at in range(0, len(rows), _BLOCK_ROWS):
+            some = rows[at : at + _BLOCK_ROWS]
+            place = offsets[some][:, None] + np.arange(size)
+            new[some] = (values[place] != values[place - size]).any(axis=1)
+    return new
+
+
 def history_codes(lists: pa.Array, codes: np.ndarray, length: int) -> np.ndarray:
     """The first `length` places of each of `lists`, whose flat values have `codes`; int32
     [n, length], -1 = none."""
-    offsets = lists.offsets.to_numpy().astype(np.int64) - lists.offsets[0].as_py()
-    sizes = np.minimum(np.diff(offsets), length)
-    place = np.arange(length)
-    there = place < sizes[:, None]
+    offsets, _ = _flat(lists)
+    sizes = np.diff(offsets)
+    place = _within(sizes)
+    kept = place < length
     out = np.full((len(sizes), length), -1, np.int32)
-    out[there] = codes[(offsets[:-1, None] + place)[there]]
+    out[np.arange(len(sizes)).repeat(sizes)[kept], place[kept]] = codes[kept]
     return out
+
+
+def _flat(lists: pa.Array) -> tuple[np.ndarray, pa.Array]:
+    """Where each of some lists begins, int64 [n + 1], and the values of all."""
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    return offsets - offsets[0], lists.flatten()
+
+
+def _within(sizes: np.ndarray) -> np.ndarray:
+    """0, 1, … for the places of each list of these sizes; int64 [sum of sizes]."""
+    return np.arange(int(sizes.sum())) - (np.cumsum(sizes) - sizes).repeat(sizes)
 
 
 # ---- Pure functions: a shard of impressions --------------------------------------------------
@@ -208,7 +238,7 @@ def sort_impressions(rows: pa.Table) -> pa.Table:
     """
     first = ["user_id", "event_time", "item_id"]
     rest = [f.name for f in rows.schema if f.name not in first and _can_be_ordered(f.type)]
-    return rows.sort_by([(name, "ascending") for name in (*first, *rest)])
+    return tables.in_order(rows, [*first, *rest])
 
 
 def _can_be_ordered(kind: pa.DataType) -> bool:
@@ -224,9 +254,9 @@ def score_impressions(
     a column where `history_item_ids` are asked for. Sorted by impression_id.
     """
     rows = sort_impressions(rows)
-    distinct, shown, history = _coded(rows, length)
-    found = items.look_up(distinct)
-    scored = _score(items.vectors, found, shown, history)
+    coded = _coded(rows, length)
+    found = items.look_up(coded.item_ids)
+    scored = _score(items.vectors, found, coded)
     given = "impression_id" in rows.column_names
     ids = rows["impression_id"].combine_chunks() if given else impression_ids(rows)
     order = pc.sort_indices(ids)
@@ -237,43 +267,53 @@ def score_impressions(
         **{name: _column(values[at]) for name, values in scored.items()},
     }
     if history_item_ids:
-        past = history[at]
-        flat = distinct.take(pa.array(past[past >= 0]))
+        past = coded.histories[coded.history_of[at]]
+        flat = coded.item_ids.take(pa.array(past[past >= 0]))
         columns["history_item_ids"] = list_array((past >= 0).sum(axis=1), flat)
-    return pa.table(columns), _count(rows, found, shown, scored)
+    return pa.table(columns), _count(rows, found, coded.shown, scored)
 
 
-def _coded(rows: pa.Table, length: int) -> tuple[pa.Array, np.ndarray, np.ndarray]:
-    """All distinct item IDs, and as codes into them the shown items [n] and the histories
-    [n, length]; int32."""
+class _Coded(NamedTuple):
+    """Impressions as codes into distinct `item_ids`: `shown` int32 [n], `histories` int32 [h, L]
+    with -1 = none, and which of these each impression has, `history_of` int64 [n], ascending."""
+
+    item_ids: pa.Array
+    shown: np.ndarray
+    histories: np.ndarray
+    history_of: np.ndarray
+
+
+def _coded(rows: pa.Table, length: int) -> _Coded:
     lists = rows["history"].combine_chunks()
     lists = pc.fill_null(lists, pa.scalar([], lists.type))
-    encoded = pc.dictionary_encode(
-        pa.concat_arrays([rows["item_id"].combine_chunks(), lists.flatten()])
-    )
+    new = differ_from_before(lists)
+    lists = lists.filter(pa.array(new))
+    both = pa.concat_arrays([rows["item_id"].combine_chunks(), lists.flatten()])
+    encoded = pc.dictionary_encode(both)
     codes = encoded.indices.to_numpy()
     shown, clicked = codes[: len(rows)], codes[len(rows) :]
-    return encoded.dictionary, shown, history_codes(lists, clicked, length)
+    histories = history_codes(lists, clicked, length)
+    return _Coded(encoded.dictionary, shown, histories, np.cumsum(new) - 1)
 
 
-def _score(
-    vectors: np.ndarray, found: FoundItems, shown: np.ndarray, history: np.ndarray
-) -> dict[str, np.ndarray]:
+def _score(vectors: np.ndarray, found: FoundItems, coded: _Coded) -> dict[str, np.ndarray]:
     """The columns that are made of scores, [n, ...] each, block by block."""
     vector, cluster = np.append(found.vector, -1), np.append(found.cluster, 0)  # at -1: none
     blocks = []
-    for at in range(0, max(1, len(shown)), _BLOCK_ROWS):
-        items, past = shown[at : at + _BLOCK_ROWS], history[at : at + _BLOCK_ROWS]
-        scores, mask = sim_scores(vectors, vector[items], vector[past])
+    for at in range(0, max(1, len(coded.shown)), _BLOCK_ROWS):
+        items, of = coded.shown[at : at + _BLOCK_ROWS], coded.history_of[at : at + _BLOCK_ROWS]
+        first, end = (of[0], of[-1] + 1) if len(of) else (0, 0)
+        past, of = coded.histories[first:end], of - first
+        scores, mask = sim_scores(vectors, vector[items], vector[past], of)
         known = mask.sum(axis=1, dtype=np.int32)
         largest = np.where(mask, scores, -np.inf).max(axis=1, initial=-np.inf)
         own = cluster[items]
-        same = (cluster[past] == own[:, None]) & (own > 0)[:, None]
+        same = (cluster[past][of] == own[:, None]) & (own > 0)[:, None]
         blocks.append(
             {
                 "sim_scores": scores,
                 "sim_mask": mask,
-                "history_len": (past >= 0).sum(axis=1, dtype=np.int32),
+                "history_len": (past >= 0).sum(axis=1, dtype=np.int32)[of],
                 "sim_known": known,
                 "sim_max": np.where(known > 0, largest, 0.0).astype(np.float32),
                 "sim_mean": (scores.sum(axis=1) / np.maximum(known, 1)).astype(np.float32),

@@ -214,7 +214,7 @@ def write_part(
     `counts` are the same whenever the shard is made again; `work` is what it cost this time.
     Raises DataContractError for a null where `schema` allows none.
     """
-    rows = _sorted(
+    rows = in_order(
         pa.Table.from_arrays(
             [rows[field.name].cast(field.type) for field in schema], schema=schema
         ),
@@ -242,7 +242,7 @@ def write_part(
     write_json(_receipt_path(folder, shard, shards), receipt)
 
 
-def _sorted(rows: pa.Table, keys: Sequence[str]) -> pa.Table:
+def in_order(rows: pa.Table, keys: Sequence[str]) -> pa.Table:
     """`rows` in ascending order of `keys`; as they are where they stand so already."""
     order = pc.sort_indices(rows, [(key, "ascending") for key in keys])
     stands = np.array_equal(order.to_numpy(), np.arange(len(rows)))
@@ -250,7 +250,8 @@ def _sorted(rows: pa.Table, keys: Sequence[str]) -> pa.Table:
 
 
 def write_parquet(path: str, rows: pa.Table) -> tuple[int, str]:
-    """One Parquet file, zstd; no dictionary pages for lists of floats, which never repeat.
+    """One Parquet file, zstd; no dictionary pages for lists of floats, which never repeat, and no
+    statistics of lists, which nobody filters by.
 
     Returns its bytes and their sha256, hex.
     """
@@ -258,8 +259,9 @@ def write_parquet(path: str, rows: pa.Table) -> tuple[int, str]:
     # In memory first: a writer that is interrupted at its file complains when it is thrown away.
     sink = pa.BufferOutputStream()
     pq.write_table(
-        rows, sink, compression="zstd", row_group_size=_ROW_GROUP_ROWS, use_dictionary=flat
-    )
+        rows, sink, compression="zstd", row_group_size=_ROW_GROUP_ROWS, use_dictionary=flat,
+        write_statistics=flat,
+    )  # fmt: skip
     data = sink.getvalue()
     storage.write_bytes(path, data)
     return data.size, hashlib.sha256(data).hexdigest()

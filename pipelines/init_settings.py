@@ -81,8 +81,8 @@ $impressions_columns
 [simscore]
 # Add the items that were scored as a column.
 # history_item_ids = false
-# How embeddings reach impressions: as a copy on every worker ("broadcast"), or by a "shuffle"; "auto"
-# is a copy as long as it is not larger than the limit.
+# How embeddings reach impressions: as a copy on every worker ("broadcast"), or by a "shuffle";
+# "auto" is a copy as long as it is not larger than the limit.
 # join = "auto"
 # broadcast_limit_gb = 20.0
 

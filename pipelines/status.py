@@ -9,6 +9,7 @@ from feature_jobs import storage, tables
 from feature_jobs.schemas import ITEM_FEATURES, MAIN, TABLES, TRAINING_ROWS, USER_SIMSCORES
 from pipelines import beam_options, runs
 from pipelines.config import Settings
+from pipelines.history_state import stale_days
 from pipelines.plan import Night
 from pipelines.plan_items import CHUNK_FOLDER
 from pipelines.runs import Stage

@@ -3,9 +3,12 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from feature_jobs import simscore
 from feature_jobs.simscore import (
+    differ_from_before,
     history_codes,
     impression_ids,
     sim_scores,
@@ -24,16 +27,16 @@ def test_scores_equal_the_loop_however_rows_share_histories(
     rng = np.random.default_rng(0)
     vectors = unit_rows(20)
     sizes = rng.integers(1, 9, 30)  # of runs of neighbours with one history
-    past = np.repeat(rng.integers(-1, 20, (30, 4)), sizes, axis=0)
-    shown = rng.integers(-1, 20, len(past))
+    past, of = rng.integers(-1, 20, (30, 4)), np.arange(30).repeat(sizes)
+    shown = rng.integers(-1, 20, len(of))
     named = dict(enumerate(vectors))
     expected = [
-        oracles.score(int(i), [int(j) for j in row], named, 4)
-        for i, row in zip(shown, past, strict=True)
+        oracles.score(int(i), [int(j) for j in past[k]], named, 4)
+        for i, k in zip(shown, of, strict=True)
     ]
     monkeypatch.setattr(simscore, "_RUN_ROWS", run_rows)
     monkeypatch.setattr(simscore, "_CACHED_VECTORS", cached)
-    scores, mask = sim_scores(vectors, shown, past)
+    scores, mask = sim_scores(vectors, shown, past, of)
     np.testing.assert_allclose(scores, [s for s, _ in expected], atol=1e-6)
     assert mask.tolist() == [m for _, m in expected]
     assert (mask == 0).any()
@@ -43,7 +46,8 @@ def test_scores_equal_the_loop_however_rows_share_histories(
 def test_a_vector_and_itself_score_1_its_opposite_minus_1_and_none_beyond() -> None:
     x = unit_rows(50, seed=3)
     itself, opposite = np.arange(50), np.arange(50, 100)
-    scores, _ = sim_scores(np.concatenate([x, -x]), itself, np.stack([itself, opposite], axis=1))
+    both = np.stack([itself, opposite], axis=1)
+    scores, _ = sim_scores(np.concatenate([x, -x]), itself, both, itself)
     np.testing.assert_allclose(scores[:, 0], 1, atol=1e-6)
     np.testing.assert_allclose(scores[:, 1], -1, atol=1e-6)
     assert np.abs(scores).max() <= 1
@@ -100,3 +104,16 @@ def test_made_ids_tell_all_rows_apart_and_do_not_follow_arrival() -> None:
 def test_histories_are_cut_to_their_length_and_padded() -> None:
     lists = pa.array([[9], [3, 0, 1], [], [2]], pa.list_(pa.int64()))[1:]
     assert history_codes(lists, np.array([3, 0, 1, 2]), 2).tolist() == [[3, 0], [-1, -1], [2, -1]]
+
+
+SHORT_LISTS = st.lists(st.lists(st.integers(0, 2), max_size=3), max_size=12)
+
+
+@given(SHORT_LISTS, st.sampled_from([pa.int64(), pa.string()]), st.integers(0, 3))
+def test_neighbours_with_the_same_list_are_found(
+    drawn: list[list[int]], kind: pa.DataType, cut: int
+) -> None:
+    lists = [[str(v) if kind == pa.string() else v for v in some] for some in drawn]
+    found = differ_from_before(pa.array(lists, pa.list_(kind))[cut:])
+    lists = lists[cut:]
+    assert found.tolist() == [k == 0 or lists[k] != lists[k - 1] for k in range(len(lists))]
