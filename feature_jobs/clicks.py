@@ -10,18 +10,19 @@ import numpy as np
 
 _MAX_CELLS = 250_000  # candidates looked at in one step, so that a step stays in the cache
 _STEP = 4  # between two checkpoints of a user lie so many times `history_len` clicks
-_NEVER = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
 class HistoryLaw:
-    """The settings that define a history. Times in microseconds."""
+    """The settings that define a history. Times in microseconds; impressions may be `late_us` late
+    in the log and still get theirs."""
 
     history_len: int
     window_us: int
     click_delay_us: int
     lag_us: int = 0
     keep_repeats: bool = False
+    late_us: int = 0
 
 
 # ---- Clicks ----------------------------------------------------------------------------------
@@ -109,13 +110,6 @@ def histories_at(
     begin = places_before(clicks, users, times - law.lag_us)
     end = places_before(clicks, users, times - law.window_us)
     return latest_distinct(clicks, begin, end, law.history_len)
-
-
-def older_than(clicks: Clicks, places: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Of each row of `places` [m, L] the clicks strictly before its time, moved to the front."""
-    kept = np.append(clicks.times, _NEVER)[places] < times[:, None]  # -1 is the last one, never
-    front = np.argsort(~kept, axis=1, kind="stable")
-    return np.take_along_axis(np.where(kept, places, -1), front, axis=1)
 
 
 # ---- The latest distinct items of a range ----------------------------------------------------

@@ -13,8 +13,8 @@ arrive never matters. Known to a partition are the clicks of its log and of earl
 
 A click may be dated after the end of the day that logs it, and an impression may come in the log of
 a later day than its own. `recent_clicks` therefore keeps what `user_histories` does not show but a
-moment from LATE_DAYS before the end of ds on can see. An impression that comes later than that sees
-what was left then of the clicks before its moment: never a click at or after it, but perhaps fewer.
+moment from `late_us` before the end of ds on can see. An impression that comes later than that has
+no history: what is left of it by then depends on later clicks.
 """
 
 import os
@@ -28,13 +28,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_jobs import inputs, tables
-from feature_jobs.clicks import Clicks, HistoryLaw, histories_at, older_than, sort_clicks
+from feature_jobs.clicks import Clicks, HistoryLaw, histories_at, sort_clicks
 from feature_jobs.inputs import RowGroup, Source, check_day, read_rows
 from feature_jobs.pieces import Piece, read_pieces, write_pieces
 from feature_jobs.schemas import RECENT_CLICKS, TIMESTAMP, USER_HISTORIES, Table
 
 DAY_US = 86_400_000_000
-LATE_DAYS = 2
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,9 @@ class HistoryDay:
     start_us: int
     end_us: int
 
-    @property
-    def known_from_us(self) -> int:
-        """The earliest moment whose history is known whole when the day's log comes in."""
-        return self.start_us - LATE_DAYS * DAY_US
+    def known_from_us(self, law: HistoryLaw) -> int:
+        """The earliest moment whose history is known when the day's log comes in."""
+        return self.start_us - law.late_us
 
 
 # ---- Pure functions: clicks of tables --------------------------------------------------------
@@ -154,9 +152,9 @@ def walk_days(clicks: pa.Table, days: Sequence[HistoryDay], law: HistoryLaw) -> 
 
 
 def still_needed(clicks: Clicks, users: int, end_us: int, law: HistoryLaw) -> np.ndarray:
-    """Which clicks a moment from LATE_DAYS before `end_us` on can see, alone or after others have
+    """Which clicks a moment from `late_us` before `end_us` on can see, alone or after others have
     come in; bool [n]."""
-    horizon = end_us - LATE_DAYS * DAY_US
+    horizon = end_us - law.late_us
     needed = clicks.times >= horizon - law.lag_us
     everyone = np.arange(users)
     seen = histories_at(clicks, everyone, np.full(users, horizon), law)
@@ -166,14 +164,11 @@ def still_needed(clicks: Clicks, users: int, end_us: int, law: HistoryLaw) -> np
 
 def history_lists(known: Known, rows: pa.Table, law: HistoryLaw) -> pa.Array:
     """The history of each of some impressions of the day, item IDs newest first; a list array."""
-    log = known.clicks
-    users = pc.fill_null(pc.index_in(rows["user_id"], value_set=known.user_ids), -1)
     moments = rows["event_time"].cast(pa.int64()).to_numpy()
-    whole = np.maximum(moments, known.day.known_from_us)
-    places = histories_at(log, users.to_numpy().astype(np.int64), whole, law)
-    late = np.flatnonzero(moments < whole)
-    places[late] = older_than(log, places[late], moments[late] - law.lag_us)
-    return _lists(known.item_ids, log.items, places)
+    users = pc.fill_null(pc.index_in(rows["user_id"], value_set=known.user_ids), -1)
+    users = np.where(moments < known.day.known_from_us(law), -1, users.to_numpy())
+    places = histories_at(known.clicks, users, moments, law)
+    return _lists(known.item_ids, known.clicks.items, places)
 
 
 def _lists(values: pa.Array, codes: np.ndarray, places: np.ndarray) -> pa.Array:

@@ -5,7 +5,9 @@ worker machine, as memory-mapped files that its processes share (`broadcast`), o
 impressions what it asked the item shards for (`shuffle`). Both are `ItemVectors`.
 """
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -155,31 +157,51 @@ def broadcast_bytes(items: int) -> int:
 
 def _build_item_vectors(items: ItemTables, folder: str) -> None:
     """Streams both tables shard by shard: memory does not grow with the catalogue."""
-    n = items.features.rows
-
-    def create(name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-        path = os.path.join(folder, name + ".npy")
-        return np.lib.format.open_memmap(path, "w+", dtype=dtype, shape=shape)
-
-    hashes, clusters = create("hashes", "u8", (n,)), create("cluster_ids", "i4", (n,))
-    old_clusters = create("old_cluster_ids", "i4", (n,))
-    vector_row = create("vector_row", "i8", (n,))
-    vectors = create("vectors", "f4", (max(1, items.embeddings.rows), EMBEDDING_DIM))
-    at = filled = 0
+    n, filled = items.features.rows, 0
     schema = pa.schema([items.features.schema.field("item_id")])
-    with pa.ipc.new_file(os.path.join(folder, "item_ids.arrow"), schema) as ids:
+    with contextlib.ExitStack() as files:
+        write = {
+            name: files.enter_context(
+                _array_file(os.path.join(folder, name + ".npy"), dtype, shape)
+            )
+            for name, dtype, shape in (
+                ("hashes", "<u8", (n,)),
+                ("cluster_ids", "<i4", (n,)),
+                ("old_cluster_ids", "<i4", (n,)),
+                ("vector_row", "<i8", (n,)),
+                ("vectors", "<f4", (max(1, items.embeddings.rows), EMBEDDING_DIM)),
+            )
+        }
+        path = os.path.join(folder, "item_ids.arrow")
+        ids = files.enter_context(pa.ipc.new_file(path, schema))
         for shard in range(items.shards):
             found, matrix = items_of_shard(items, shard)
-            rows = slice(at, at + len(found))
-            hashes[rows] = found["hash"].to_numpy()
-            clusters[rows] = found["cluster_id"].to_numpy()
-            old_clusters[rows] = found["old_cluster_id"].to_numpy()
             row = found["row"].to_numpy()
-            vector_row[rows] = np.where(row >= 0, row + filled, -1)
-            vectors[filled : filled + len(matrix)] = matrix
+            write["hashes"](found["hash"].to_numpy())
+            write["cluster_ids"](found["cluster_id"].to_numpy())
+            write["old_cluster_ids"](found["old_cluster_id"].to_numpy())
+            write["vector_row"](np.where(row >= 0, row + filled, -1))
+            write["vectors"](matrix)
             ids.write_table(pa.table({"item_id": found["item_id"]}, schema=schema))
-            at, filled = at + len(found), filled + len(matrix)
+            filled += len(matrix)
+    hashes = np.load(os.path.join(folder, "hashes.npy"), mmap_mode="r")
     np.save(os.path.join(folder, "starts.npy"), bucket_starts(hashes))
+
+
+@contextlib.contextmanager
+def _array_file(
+    path: str, dtype: str, shape: tuple[int, ...]
+) -> Iterator[Callable[[np.ndarray], object]]:
+    """An .npy file that is written piece by piece; what its shape has more than that is zeros.
+
+    Written and not mapped, since what is written to a mapping counts as this process's memory.
+    """
+    with open(path, "wb") as file:
+        header = {"descr": dtype, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        size = file.tell() + np.dtype(dtype).itemsize * int(np.prod(shape))
+        yield lambda array: file.write(np.ascontiguousarray(array, dtype).data)
+        file.truncate(size)
 
 
 # ---- Items, shuffled -------------------------------------------------------------------------
@@ -223,3 +245,11 @@ def items_of_answers(answers: pa.Table) -> ItemVectors:
         row,
         matrix if len(matrix) else np.zeros((1, EMBEDDING_DIM), np.float32),
     )
+
+
+def ask_all(items: ItemTables, wanted: pa.Array) -> ItemVectors:
+    """The `wanted` items, asked of all item shards one after the other."""
+    answers = [no_answers(wanted.type)]
+    for shard in range(items.shards):
+        answers.append(answer(pa.chunked_array([wanted]), *items_of_shard(items, shard)))
+    return items_of_answers(pa.concat_tables(answers))

@@ -349,6 +349,20 @@ def _count(
 # ---- Transforms ----------------------------------------------------------------------------
 
 
+def read_impressions(group: RowGroup, end_us: int) -> pa.Table:
+    """The impressions of a row group; raises DataContractError for one after its day's end, or for
+    a logged history with a null inside."""
+    rows = read_rows(group, [*IMPRESSION_COLUMNS, *_READ_TOO], group.form.carry)
+    check_day(group, rows, end_us)
+    if "history" in rows.column_names and pc.list_flatten(rows["history"]).null_count:
+        raise DataContractError(
+            f"The column {group.form.columns['history']!r} of {group.path} has nulls inside its "
+            "lists. Every place of a history is an item, or the scores would stand at wrong "
+            "positions. Leave the missing items out where the table is written."
+        )
+    return rows
+
+
 class ReadImpressions(beam.DoFn):
     """A row group of impressions → pieces of its rows: ((day, shard), piece), or where they get
     their histories first (user shard, (day, piece)) as `by_user`."""
@@ -361,9 +375,7 @@ class ReadImpressions(beam.DoFn):
     def process(self, group: RowGroup) -> Iterator[Any]:
         place = self._places[group.form.ds.toordinal()]
         day, histories = self._job.days[place], self._job.histories
-        rows = read_rows(group, [*IMPRESSION_COLUMNS, *_READ_TOO], group.form.carry)
-        check_day(group, rows, day.day.end_us)
-        _check_histories(group, rows)
+        rows = read_impressions(group, day.day.end_us)
         users = None if histories is None or day.has_history else histories.shards
         shards = hashing.shard_of(hashing.hash_ids(rows["user_id"]), users or day.shards)
         name = tables.digest([group.path, group.index])[:16]
@@ -377,15 +389,6 @@ class ReadImpressions(beam.DoFn):
 def _pieces(job: SimscoreJob, *name: object) -> str:
     """Where pieces go; what follows in the name is up to `write_pieces`."""
     return os.path.join(job.staging, "pieces", "-".join(map(str, name)))
-
-
-def _check_histories(group: RowGroup, rows: pa.Table) -> None:
-    if "history" in rows.column_names and pc.list_flatten(rows["history"]).null_count:
-        raise DataContractError(
-            f"The column {group.form.columns['history']!r} of {group.path} has nulls inside its "
-            "lists. Every place of a history is an item, or the scores would stand at wrong "
-            "positions. Leave the missing items out where the table is written."
-        )
 
 
 class AddHistories(beam.DoFn):
@@ -488,12 +491,20 @@ class ScoreShard(beam.DoFn):
         return self._opened.acquire(lambda: open_item_vectors(day.items, key), tag=key)
 
     def _own_counts(self, day: SimscoreDay, rows: pa.Table, shuffled: int) -> dict[str, int]:
-        """What depends on how the job was run: how its items came, and whether a history may lack
-        clicks, since its impression came too late."""
+        """How many bytes the items came in, and how many impressions came too late."""
         counts = {"shuffled_bytes": shuffled} if self._job.join == SHUFFLE else {}
-        if not day.has_history:
+        histories = self._job.histories
+        if histories and not day.has_history:
             moments = rows["event_time"].cast(pa.int64()).to_numpy()
-            counts["later_than_known"] = int((moments < day.day.known_from_us).sum())
+            late = int((moments < day.day.known_from_us(histories.law)).sum())
+            counts["too_late_for_a_history"] = late
+            if late:
+                tables.warn(
+                    self.staging,
+                    "Some impressions came in the log more than late_days after their day: they "
+                    "have no history, and score 0. The manifest counts them as "
+                    "too_late_for_a_history.",
+                )
         return counts
 
 

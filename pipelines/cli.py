@@ -347,6 +347,35 @@ def status(config: str, json: bool) -> None:
 @cli.command()
 @config_option
 @ds_option
+@click.option(
+    "--impressions", type=click.IntRange(1), default=100, help="How many to plant clicks around."
+)
+@from_log_option
+@json_option
+def audit(config: str, ds: dt.date, impressions: int, from_log: bool, json: bool) -> None:
+    """Prove on your own data that the features of one day know nothing of the future.
+
+    Plants clicks around sampled impressions in a copy of a bucket of users and says which features
+    moved; compares with what was published; looks at what encoder, codebook and embeddings were
+    made from. Changes nothing, and ends with status 1 where it finds a leak.
+    """
+    from feature_jobs.schemas import DataContractError
+    from pipelines import audit as audits
+    from pipelines.config import load_settings
+
+    report = audits.audit(load_settings(config), ds, impressions, from_log, _say)
+    click.echo(dumps(report.as_json(), indent=1) if json else audits.render(report))
+    if report.leaks:
+        raise DataContractError(
+            f"The features of ds {ds} know what they must not: {report.leaks[0]}. A model trained "
+            "on them looks better offline than it will be online. Mend what is named, and make the "
+            "day again."
+        )
+
+
+@cli.command()
+@config_option
+@ds_option
 def rollback(config: str, ds: dt.date) -> None:
     """Bring back the night of one day that was published before the present one."""
     from pipelines import nightly

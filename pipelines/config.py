@@ -172,7 +172,8 @@ class Settings(_Section):
     """Everything that a night depends on besides its inputs.
 
     A history knows a click `history_lag_seconds` after it, and an item clicked twice once, or with
-    `keep_repeats` twice. Before `history_start_ds` there are no clicks.
+    `keep_repeats` twice. Impressions that come more than `late_days` late have none. Before
+    `history_start_ds` there are no clicks.
     """
 
     root: Path
@@ -182,6 +183,7 @@ class Settings(_Section):
     window_days: Annotated[int, Field(ge=1, le=3650)] = 30
     history_lag_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     keep_repeats: bool = False
+    late_days: Annotated[int, Field(ge=0, le=30)] = 2
     history_start_ds: dt.date | None = None
     rows_per_shard: Count = 131_072
     catalogue: Catalogue

@@ -66,6 +66,7 @@ def history_law(settings: Settings) -> HistoryLaw:
         round(settings.impressions.click_delay_seconds * 1_000_000),
         round(settings.history_lag_seconds * 1_000_000),
         settings.keep_repeats,
+        settings.late_days * DAY_US,
     )
 
 
@@ -74,6 +75,7 @@ def history_settings(settings: Settings) -> dict[str, Any]:
     return {
         "history_len": settings.history_len,
         "keep_repeats": settings.keep_repeats,
+        "late_days": settings.late_days,
         **click_settings(settings),
     }
 

@@ -29,6 +29,8 @@ day_timezone = "UTC"
 # history_lag_seconds = 0.0
 # An item clicked twice stands once in a history, at its newest place; or with true at both.
 # keep_repeats = false
+# Impressions may come in the log so many days after their own; later ones have no history.
+# late_days = 2
 # Before this day there are no clicks: histories begin with it.
 # history_start_ds = "2026-01-01"
 # Tables are split into files of at most about so many rows.

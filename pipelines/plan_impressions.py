@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from feature_jobs import broadcast, hashing, tables
 from feature_jobs.histories import HistoriesJob, HistoryDay, define_histories
-from feature_jobs.inputs import Source
+from feature_jobs.inputs import IMPRESSION_COLUMNS, Source
 from feature_jobs.item_vectors import ItemTables, broadcast_bytes
 from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
@@ -61,7 +61,7 @@ def plan_histories(day: DayPlan, made: dict[str, Stage]) -> Stage:
     def define(root: Any, stages: Sequence[Stage]) -> None:
         shards = [stage.shards for stage in stages]
         logs = [*before.log, *(stage.part.log for stage in stages)]
-        job = _histories_job(day, [stage.part for stage in stages], shards, stages[0].staging)
+        job = histories_job(day, [stage.part for stage in stages], shards, stages[0].staging)
         define_histories(root, logs, job, shards, [stage.staging for stage in stages])
 
     return day.stage(
@@ -78,7 +78,7 @@ def plan_histories(day: DayPlan, made: dict[str, Stage]) -> Stage:
     )
 
 
-def _histories_job(
+def histories_job(
     day: DayPlan, parts: Sequence[LogOfDay], shards: Sequence[int], staging: str
 ) -> HistoriesJob:
     """Histories of the days of `parts`, of which `day` is the first."""
@@ -129,6 +129,11 @@ class ScoresOfDay(LogOfDay):
     previous_features: tables.Partition | None
     of_another_lineage: bool
     schema: pa.Schema
+
+    @property
+    def no_rows(self) -> pa.Table:
+        """Impressions of a log without a file."""
+        return self.schema.empty_table().select(IMPRESSION_COLUMNS)
 
     def of(self, stage: Stage) -> SimscoreDay:
         """The day as the workers know it, once everything upstream is made."""
@@ -211,7 +216,7 @@ def _define_simscore(day: DayPlan, join: str, root: Any, stages: Sequence[Stage]
     staging, shards = stages[0].staging, [stage.shards for stage in stages]
     histories, log = None, []
     if not all(part.has_history or not part.log.rows for part in parts):
-        histories = _histories_job(day, parts, shards, staging)
+        histories = histories_job(day, parts, shards, staging)
         log = [*day.before.log, *(part.log for part in parts)]
     job = SimscoreJob(days, histories, day.settings.history_len, join, staging)
     define_simscore(root, [part.log for part in parts], log, job)

@@ -1,16 +1,17 @@
-"""The plans of EMBED and ITEM-FEATURES: what is made of the catalogue of ds."""
+"""The plans of EMBED and ITEM-FEATURES: what is made of the catalogue of ds.
+
+Both jobs need torch, which takes seconds and most of a gigabyte to load: it is loaded by who runs
+them, and not by who only reads what they made.
+"""
 
 import os
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
-from courier_model.images import Preprocessing
 from feature_jobs import codebook as codebooks
-from feature_jobs import embed, hashing, tables
-from feature_jobs.item_features import FeaturesJob, define_item_features, read_clusters
+from feature_jobs import hashing, tables
 from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
     ITEM_FEATURES,
@@ -37,30 +38,33 @@ def plan_embed(day: DayPlan, made: dict[str, Stage]) -> Stage:
     roots = list(settings.catalogue.image_roots)
     shards = hashing.num_shards(catalogue.rows, settings.rows_per_shard)
     chunks = _chunk_folder(day, item_id, shards)
-    job = partial(
-        embed.EmbedJob,
-        ds=day.ds,
-        shards=shards,
-        embeddings_schema=ITEM_EMBEDDINGS.schema(item_id),
-        rejects_schema=ITEM_REJECTS.schema(item_id),
-        encoder_folder=day.pinned.pin.encoder,
-        preprocessing=Preprocessing.from_dict(day.pinned.encoder.preprocessing),
-        device=settings.embed.device,
-        image_roots=settings.catalogue.image_roots,
-        batch_size=settings.embed.batch_size,
-        chunk_items=settings.embed.chunk_items,
-        window_days=settings.window_days,
-        previous_embeddings=before,
-        previous_rejects=rejects,
-        reuse=made_by == day.pinned.encoder.encoder_id,
-        full=day.options.full,
-        same_roots=before is not None and before.manifest["settings"]["image_roots"] == roots,
-    )
 
     def define(root: Any, stages: Sequence[Stage]) -> None:
+        from courier_model.images import Preprocessing
+        from feature_jobs import embed
+
         (stage,) = stages
-        folder = os.path.join(os.path.dirname(stage.staging), chunks)
-        embed.define_embed(root, catalogue, job(staging=stage.staging, chunks=folder))
+        job = embed.EmbedJob(
+            ds=day.ds,
+            shards=shards,
+            embeddings_schema=ITEM_EMBEDDINGS.schema(item_id),
+            rejects_schema=ITEM_REJECTS.schema(item_id),
+            encoder_folder=day.pinned.pin.encoder,
+            preprocessing=Preprocessing.from_dict(day.pinned.encoder.preprocessing),
+            device=settings.embed.device,
+            image_roots=settings.catalogue.image_roots,
+            batch_size=settings.embed.batch_size,
+            chunk_items=settings.embed.chunk_items,
+            window_days=settings.window_days,
+            previous_embeddings=before,
+            previous_rejects=rejects,
+            reuse=made_by == day.pinned.encoder.encoder_id,
+            full=day.options.full,
+            same_roots=before is not None and before.manifest["settings"]["image_roots"] == roots,
+            staging=stage.staging,
+            chunks=os.path.join(os.path.dirname(stage.staging), chunks),
+        )
+        embed.define_embed(root, catalogue, job)
 
     return day.stage(
         "embed",
@@ -130,12 +134,19 @@ def plan_item_features(day: DayPlan, made: dict[str, Stage]) -> Stage:
     before = day.previous_features
 
     def define(root: Any, stages: Sequence[Stage]) -> None:
+        from feature_jobs.item_features import FeaturesJob, define_item_features
+
         (stage,) = stages
         job = FeaturesJob(
             upstream.partition(ITEM_EMBEDDINGS), upstream.partition(ITEM_REJECTS), folder,
             day.pinned.encoder.categories, schema, before, day.of_another_lineage, stage.staging,
         )  # fmt: skip
         define_item_features(root, job)
+
+    def summarise(staging: str) -> dict[str, Any]:
+        from feature_jobs.item_features import read_clusters
+
+        return {"clusters": read_clusters(staging, upstream.shards, folder)}
 
     return day.stage(
         "item-features",
@@ -159,7 +170,7 @@ def plan_item_features(day: DayPlan, made: dict[str, Stage]) -> Stage:
             **churn_note(day),
         },
         clean=lambda _: codebooks.discard_copy(codebook.codebook_id),
-        summarise=lambda staging: {"clusters": read_clusters(staging, upstream.shards, folder)},
+        summarise=summarise,
     )
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 import pyarrow as pa
 
 from feature_jobs import inputs
-from feature_jobs.histories import LATE_DAYS
 from feature_jobs.inputs import Source
 from feature_jobs.schemas import InputNotReady, OperatorError
 from pipelines.config import Settings
@@ -91,7 +90,7 @@ class ShopTables:
         """One table's partitions of ds and of the days that its histories need, newest first."""
         found, missing = [open_day(self._ds)], []
         start = self._settings.history_start_ds or dt.date.min
-        for back in range(1, self._settings.window_days + LATE_DAYS + 1):
+        for back in range(1, self._settings.window_days + self._settings.late_days + 1):
             day = self._ds - dt.timedelta(days=back)
             if day < start:
                 break

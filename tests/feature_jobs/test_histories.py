@@ -13,7 +13,6 @@ from feature_jobs import clicks as click_arrays
 from feature_jobs.clicks import HistoryLaw, histories_at, sort_clicks
 from feature_jobs.histories import (
     DAY_US,
-    LATE_DAYS,
     HistoryDay,
     click_moments,
     clicks_before,
@@ -163,7 +162,7 @@ QUARTER = DAY_US // 4
 # it happened (below zero: late), whether it was clicked, and how many quarters later.
 impression = st.tuples(
     st.integers(0, len(DAYS) - 1), st.integers(0, 2), st.integers(0, 6),
-    st.integers(-4 * (LATE_DAYS + 2), 3), st.booleans(), st.integers(0, 9),
+    st.integers(-16, 3), st.booleans(), st.integers(0, 9),
 )  # fmt: skip
 daily_law = st.builds(
     HistoryLaw,
@@ -172,6 +171,7 @@ daily_law = st.builds(
     click_delay_us=st.just(0),
     lag_us=st.sampled_from([0, 1, QUARTER]),
     keep_repeats=st.booleans(),
+    late_us=st.sampled_from([0, 2 * DAY_US]),
 )
 
 
@@ -208,11 +208,8 @@ def expected_lists(drawn: list[tuple], day: int, law: HistoryLaw) -> list[list[i
     moments = rows["event_time"].cast(pa.int64()).to_pylist()
     found = []
     for user, moment in zip(rows["user_id"].to_pylist(), moments, strict=True):
-        whole = max(moment, DAYS[day].start_us - LATE_DAYS * DAY_US)
-        past = oracles.history_clicks(
-            clicks, user, whole, law.history_len, law.window_us, law.lag_us, law.keep_repeats
-        )
-        found.append([item for time, item in past if time < moment - law.lag_us])
+        too_late = moment < DAYS[day].start_us - law.late_us
+        found.append([] if too_late else expected_history(clicks, user, moment, law))
     return found
 
 
@@ -270,7 +267,7 @@ def test_user_histories_hold_no_click_of_a_later_day_and_recent_clicks_keep_it()
 def test_nothing_is_kept_that_no_later_moment_can_see() -> None:
     """Ten users who clicked ten items on the first day: four days later five are left of each."""
     drawn = [(0, user, item, 0, True, 0) for user in range(10) for item in range(10)]
-    law = HistoryLaw(5, 30 * DAY_US, 0)
+    law = HistoryLaw(5, 30 * DAY_US, 0, late_us=2 * DAY_US)
     known = list(walk_days(clicks_on(drawn, [0]), DAYS, law))
     assert [len(k.clicks.users) for k in known] == [100, 100, 100, 50, 50]
     assert len(recent_clicks(known[-1], law)) == 0

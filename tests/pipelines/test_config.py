@@ -25,6 +25,7 @@ history_len = 20
 window_days = 7
 history_lag_seconds = 90
 keep_repeats = true
+late_days = 3
 history_start_ds = 2025-12-01
 rows_per_shard = 1000
 
@@ -126,6 +127,7 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
         "window_days": 7,
         "history_lag_seconds": 90.0,
         "keep_repeats": True,
+        "late_days": 3,
         "history_start_ds": dt.date(2025, 12, 1),
         "rows_per_shard": 1000,
         "embed": {"device": "cpu", "batch_size": 8, "chunk_items": 16},

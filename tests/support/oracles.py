@@ -26,19 +26,6 @@ def history(
 ) -> list[Any]:  # fmt: skip
     """The latest distinct items that `user` clicked in [moment - window, moment - lag), newest
     first; with `keep_repeats` the latest ones, distinct or not."""
-    return [
-        item
-        for _, item in history_clicks(
-            clicks, user, moment, length, window_us, lag_us, keep_repeats
-        )
-    ]  # fmt: skip
-
-
-def history_clicks(
-    clicks: list[Click], user: Any, moment: int, length: int, window_us: int, lag_us: int = 0,
-    keep_repeats: bool = False,
-) -> list[tuple[int, Any]]:  # fmt: skip
-    """The same with their times: (time, item)."""
     mine = sorted(
         {
             (time, item)
@@ -46,10 +33,10 @@ def history_clicks(
             if who == user and moment - window_us <= time < moment - lag_us
         }
     )
-    found: list[tuple[int, Any]] = []
-    for time, item in reversed(mine):
-        if keep_repeats or item not in [other for _, other in found]:
-            found.append((time, item))
+    found: list[Any] = []
+    for _, item in reversed(mine):
+        if keep_repeats or item not in found:
+            found.append(item)
     return found[:length]
 
 
