@@ -68,8 +68,9 @@ demo: $(READY)
 	cd $(DEMO) && courier status
 
 # ---- checks --------------------------------------------------------------------------------------
+# Each file of tests in one process, so that what it sets up is set up once.
 test: $(READY)
-	python -m pytest -q
+	python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(READY)
 	ruff format --check .

@@ -47,6 +47,7 @@ setup(
             "mypy",
             "pandas",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "transformers",  # as in `clip`, of which `make pins` takes the bounds
             "xxhash",

@@ -1,7 +1,5 @@
 """Files that all processes of a worker machine share: one copy, made by the first that needs it."""
 
-import contextlib
-import glob
 import os
 import shutil
 import tempfile
@@ -17,9 +15,9 @@ _DONE = "done.json"
 def shared_folder(key: str, build: Callable[[str], Any], size: int = 0) -> tuple[str, Any]:
     """This machine's folder for `key`, and the JSON value that `build` of that folder returned.
 
-    `build` runs once, while other processes wait; one that was killed is run again. Where the disk
-    lacks room for `size` bytes, copies whose keys have the same beginning, up to a dot, make way.
-    Raises CourierError where the folder belongs to somebody else, or there is no room.
+    `build` runs once, while other processes wait; one that was killed is run again. Raises
+    CourierError where the folder belongs to somebody else, or where the disk has no room for the
+    `size` of it, in bytes.
     """
     folder = folder_of(key)
     os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -32,18 +30,12 @@ def shared_folder(key: str, build: Callable[[str], Any], size: int = 0) -> tuple
     done = os.path.join(folder, _DONE)
     with storage.lock(folder, wait=True):
         if not storage.exists(done):
-            _make_room(key, size)
+            _check_room(key, size)
             tables.write_json(done, build(folder))
     return folder, tables.read_json(done)
 
 
-def _make_room(key: str, size: int) -> None:
-    """What a process has mapped stays readable after the files are gone."""
-    siblings = glob.glob(folder_of(glob.escape(key.split(".")[0])) + ".*")
-    for other in sorted(set(siblings) - {folder_of(key)}):
-        if _free_bytes() < size:
-            with contextlib.suppress(BlockingIOError), storage.lock(other):  # it is being made
-                storage.delete_tree(other)
+def _check_room(key: str, size: int) -> None:
     if _free_bytes() < size:
         raise CourierError(
             f"{folder_of(key)} needs {size / 1e9:,.1f} GB for a copy of the embeddings, but the "

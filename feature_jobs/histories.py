@@ -19,8 +19,8 @@ no history: what is left of it by then depends on later clicks.
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import apache_beam as beam
 import numpy as np
@@ -66,11 +66,17 @@ def click_moments(rows: pa.Table, click_delay_us: int) -> tuple[np.ndarray, int]
     return np.maximum(moment, event), int((moment < event).sum())
 
 
-def clicks_of(rows: pa.Table, day: int, click_delay_us: int) -> pa.Table:
+def clicks_of(rows: pa.Table, day: int, end_us: int, law: HistoryLaw) -> pa.Table:
     """The clicks of some impressions (user_id, item_id, click_time, day), `day` being the ordinal
-    of the partition that logged them."""
+    of the partition that logged them and `end_us` its end.
+
+    Clicks dated a whole window after that are left out: a time in a wrong unit looks like this, and
+    would be kept for ever.
+    """
     rows = rows.filter(rows["clicked"])
-    moments, _ = click_moments(rows, click_delay_us)
+    moments, _ = click_moments(rows, law.click_delay_us)
+    sane = moments < end_us + law.window_us
+    rows, moments = rows.filter(pa.array(sane)), moments[sane]
     return pa.table(
         {
             "user_id": rows["user_id"],
@@ -117,16 +123,39 @@ def clicks_before(rows: Iterable[pa.Table], no_rows: pa.Table) -> pa.Table:
 # ---- Pure functions: what is known on a day --------------------------------------------------
 
 
-class Known(NamedTuple):
+@dataclass(frozen=True)
+class Known:
     """The clicks of some users that are known when the log of `day` is in: those of its histories.
 
     `user_ids` and `item_ids` are distinct and ascending; the codes of `clicks` point into them.
     """
 
     day: HistoryDay
+    law: HistoryLaw
     user_ids: pa.Array
     item_ids: pa.Array
     clicks: Clicks
+
+    def of_all_users(self, moment_us: int, law: HistoryLaw) -> np.ndarray:
+        """The places of the clicks that are the users' histories at a moment, ascending."""
+        users = len(self.user_ids)
+        places = histories_at(self.clicks, np.arange(users), np.full(users, moment_us), law)
+        return places[places >= 0]
+
+    @cached_property
+    def at_the_end(self) -> np.ndarray:
+        """The same at the end of the day, of all clicks till then: whoever serves stale histories
+        knows best how stale."""
+        return self.of_all_users(self.day.end_us, replace(self.law, lag_us=0))
+
+    @cached_property
+    def still_needed(self) -> np.ndarray:
+        """Which clicks a moment can see, alone or after others have come in, that may still come
+        in the log of the next day; bool [n]."""
+        horizon = self.day.end_us - self.law.late_us
+        needed = self.clicks.times >= horizon - self.law.lag_us
+        needed[self.of_all_users(horizon, self.law)] = True
+        return needed
 
 
 def walk_days(clicks: pa.Table, days: Sequence[HistoryDay], law: HistoryLaw) -> Iterator[Known]:
@@ -146,63 +175,39 @@ def walk_days(clicks: pa.Table, days: Sequence[HistoryDay], law: HistoryLaw) -> 
     for day, at, end in zip(days, bounds[:-1], bounds[1:], strict=True):
         now = [np.concatenate([c, new[at:end]]) for c, new in zip(carried, columns, strict=True)]
         log = sort_clicks(now[0], now[1], now[2], law.keep_repeats)
-        yield Known(day, user_ids, item_ids, log)
-        needed = still_needed(log, len(user_ids), day.end_us, law)
-        carried = [log.users[needed], log.times[needed], log.items[needed]]
+        known = Known(day, law, user_ids, item_ids, log)
+        yield known
+        if day is not days[-1]:
+            carried = [c[known.still_needed] for c in (log.users, log.times, log.items)]
 
 
-def still_needed(clicks: Clicks, users: int, end_us: int, law: HistoryLaw) -> np.ndarray:
-    """Which clicks a moment from `late_us` before `end_us` on can see, alone or after others have
-    come in; bool [n]."""
-    horizon = end_us - law.late_us
-    needed = clicks.times >= horizon - law.lag_us
-    everyone = np.arange(users)
-    seen = histories_at(clicks, everyone, np.full(users, horizon), law)
-    needed[seen[seen >= 0]] = True
-    return needed
-
-
-def history_lists(known: Known, rows: pa.Table, law: HistoryLaw) -> pa.Array:
+def history_lists(known: Known, rows: pa.Table) -> pa.Array:
     """The history of each of some impressions of the day, item IDs newest first; a list array."""
     moments = rows["event_time"].cast(pa.int64()).to_numpy()
     users = pc.fill_null(pc.index_in(rows["user_id"], value_set=known.user_ids), -1)
-    users = np.where(moments < known.day.known_from_us(law), -1, users.to_numpy())
-    places = histories_at(known.clicks, users, moments, law)
-    return _lists(known.item_ids, known.clicks.items, places)
-
-
-def _lists(values: pa.Array, codes: np.ndarray, places: np.ndarray) -> pa.Array:
-    """For each row of `places` [m, L], -1 = none, the values of the codes there; a list array."""
+    users = np.where(moments < known.day.known_from_us(known.law), -1, users.to_numpy())
+    places = histories_at(known.clicks, users, moments, known.law)
     there = places >= 0
-    flat = values.take(pa.array(codes[places[there]]))  # row by row, newest first
+    flat = known.item_ids.take(pa.array(known.clicks.items[places[there]]))  # newest first
     return list_array(there.sum(axis=1), flat)
 
 
 def list_array(sizes: np.ndarray, values: pa.Array) -> pa.Array:
     """`values` cut into lists of `sizes` [n]."""
-    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), values)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+    return pa.ListArray.from_arrays(offsets.cast(pa.int32()), values)  # no silent overflow
 
 
-def user_histories(known: Known, law: HistoryLaw) -> pa.Table:
+def user_histories(known: Known) -> pa.Table:
     """The history of every user who has one as of the end of the day."""
-    return _by_user(known, _at_the_end(known, law))
+    return _by_user(known, known.at_the_end)
 
 
-def recent_clicks(known: Known, law: HistoryLaw) -> pa.Table:
+def recent_clicks(known: Known) -> pa.Table:
     """The known clicks that the next day needs and `user_histories` of this one does not show."""
-    log, day = known.clicks, known.day
-    needed = still_needed(log, len(known.user_ids), day.end_us, law)
-    shown = _at_the_end(known, law)
-    needed[shown[shown >= 0]] = False
+    needed = known.still_needed.copy()
+    needed[known.at_the_end] = False
     return _by_user(known, np.flatnonzero(needed))
-
-
-def _at_the_end(known: Known, law: HistoryLaw) -> np.ndarray:
-    """Places of the clicks that are the histories of all users at the end of the day."""
-    users = len(known.user_ids)
-    places = histories_at(known.clicks, np.arange(users), np.full(users, known.day.end_us), law)
-    return places[places >= 0]
 
 
 def _by_user(known: Known, places: np.ndarray) -> pa.Table:
@@ -251,8 +256,8 @@ class HistoriesJob:
 class ReadClicks(beam.DoFn):
     """A row group of impressions → its clicks by shard of `key`."""
 
-    def __init__(self, click_delay_us: int, day_timezone: str, shards: int, staging: str, key: str):
-        self._click_delay_us = click_delay_us
+    def __init__(self, law: HistoryLaw, day_timezone: str, shards: int, staging: str, key: str):
+        self._law = law
         self._day_timezone = day_timezone
         self._shards = shards
         self._key = key
@@ -261,8 +266,15 @@ class ReadClicks(beam.DoFn):
     @tables.refusing
     def process(self, group: RowGroup) -> Iterator[tuple[int, bytes]]:
         rows = read_rows(group, ["user_id", "item_id", "event_time", "clicked", "click_time"])
-        check_day(group, rows, inputs.day_end(group.form.ds, self._day_timezone))
-        clicks = clicks_of(rows, group.form.ds.toordinal(), self._click_delay_us)
+        end_us = inputs.day_end(group.form.ds, self._day_timezone)
+        check_day(group, rows, end_us)
+        clicks = clicks_of(rows, group.form.ds.toordinal(), end_us, self._law)
+        if len(clicks) < (pc.sum(rows["clicked"]).as_py() or 0):
+            tables.warn(
+                self.staging,
+                f"Clicks of ds {group.form.ds} are dated more than window_days after its end and "
+                "are left out of histories. Look at click_time: a wrong unit looks like this.",
+            )
         yield from tables.split_by_shard(clicks, self._key, self._shards)
 
 
@@ -283,7 +295,7 @@ class AdvanceHistories(beam.DoFn):
         job, (shard, chunks) = self._job, element
         for day, known in enumerate(job.known(shard, chunks)):
             into = shard * self._shards[day] // job.shards
-            made = user_histories(known, job.law), recent_clicks(known, job.law)
+            made = user_histories(known), recent_clicks(known)
             for table, rows in zip((USER_HISTORIES, RECENT_CLICKS), made, strict=True):
                 path = os.path.join(job.staging, "pieces", f"{table.name}-{day}-{shard:05d}")
                 for _, piece in write_pieces(path, rows, np.zeros(len(rows), np.int64)):
@@ -333,7 +345,7 @@ def read_clicks(
     key: str = "user_id",
 ) -> beam.PCollection:
     """The clicks of all days of `log`, as (shard of their `key`, IPC bytes)."""
-    read = ReadClicks(law.click_delay_us, day_timezone, shards, staging, key)
+    read = ReadClicks(law, day_timezone, shards, staging, key)
     return (
         root
         | "ClickGroups" >> beam.Create([group for day in log for group in day.groups()])

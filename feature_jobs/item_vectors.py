@@ -44,13 +44,14 @@ class ItemTables:
 class ItemVectors:
     """What is known of items, ordered by the ID's hash; of all of them memory-mapped.
 
-    `starts` int64 [2^b + 1] say where the hashes with each of the leading b bits begin.
+    `item_ids` are int64 or large strings. `starts` int64 [2^b + 1] say where the hashes with each
+    of the leading b bits begin.
     `vector_row` int64 [n] is the item's row in `vectors` float32 [v, 256], -1 for an item that
     scores 0. `old_cluster_ids` int32 [n] are those of the day before: 0 for none, -1 for one of
     another lineage.
     """
 
-    item_ids: pa.ChunkedArray
+    item_ids: pa.Array
     hashes: np.ndarray
     starts: np.ndarray
     cluster_ids: np.ndarray
@@ -77,7 +78,8 @@ class ItemVectors:
         while len(todo):  # as often as the fullest bucket has items
             at = row[todo]
             hit = np.flatnonzero(self.hashes[at] == wanted[todo])
-            same = pc.equal(self.item_ids.take(at[hit]), ids.take(todo[hit]))
+            asked = ids.take(pa.array(todo[hit])).cast(self.item_ids.type)
+            same = pc.equal(self.item_ids.take(pa.array(at[hit])), asked)
             hit = hit[same.to_numpy(zero_copy_only=False)]
             found[todo[hit]] = at[hit]
             row[todo] += 1
@@ -145,9 +147,18 @@ def open_item_vectors(items: ItemTables, key: str) -> ItemVectors:
         name: np.asarray(np.load(os.path.join(folder, name + ".npy"), mmap_mode="r"))
         for name in ("hashes", "starts", "cluster_ids", "old_cluster_ids", "vector_row", "vectors")
     }
-    with pa.memory_map(os.path.join(folder, "item_ids.arrow")) as file:
-        item_ids = pa.ipc.open_file(file).read_all()["item_id"]
-    return ItemVectors(item_ids, **arrays)
+    return ItemVectors(_open_ids(folder, len(arrays["hashes"])), **arrays)
+
+
+def _open_ids(folder: str, count: int) -> pa.Array:
+    """The IDs of the machine's copy: one array over mapped files, of which nothing is copied."""
+    path = os.path.join(folder, "item_ids.npy")
+    if os.path.exists(path):
+        return pa.array(np.load(path, mmap_mode="r"))
+    ends = pa.py_buffer(np.load(os.path.join(folder, "id_ends.npy"), mmap_mode="r"))
+    path = os.path.join(folder, "id_text.bin")
+    text = pa.memory_map(path).read_buffer() if os.path.getsize(path) else pa.py_buffer(b"")
+    return pa.LargeStringArray.from_buffers(count, ends, text)
 
 
 def broadcast_bytes(items: int) -> int:
@@ -156,24 +167,22 @@ def broadcast_bytes(items: int) -> int:
 
 
 def _build_item_vectors(items: ItemTables, folder: str) -> None:
-    """Streams both tables shard by shard: memory does not grow with the catalogue."""
+    """Streams both tables shard by shard: what is in memory at once is one shard, and at the end
+    some twenty bytes an item for the index."""
     n, filled = items.features.rows, 0
-    schema = pa.schema([items.features.schema.field("item_id")])
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        "hashes": ("<u8", (n,)),
+        "cluster_ids": ("<i4", (n,)),
+        "old_cluster_ids": ("<i4", (n,)),
+        "vector_row": ("<i8", (n,)),
+        "vectors": ("<f4", (max(1, items.embeddings.rows), EMBEDDING_DIM)),
+    }
     with contextlib.ExitStack() as files:
         write = {
-            name: files.enter_context(
-                _array_file(os.path.join(folder, name + ".npy"), dtype, shape)
-            )
-            for name, dtype, shape in (
-                ("hashes", "<u8", (n,)),
-                ("cluster_ids", "<i4", (n,)),
-                ("old_cluster_ids", "<i4", (n,)),
-                ("vector_row", "<i8", (n,)),
-                ("vectors", "<f4", (max(1, items.embeddings.rows), EMBEDDING_DIM)),
-            )
+            name: files.enter_context(_array_file(os.path.join(folder, name + ".npy"), *shape))
+            for name, shape in shapes.items()
         }
-        path = os.path.join(folder, "item_ids.arrow")
-        ids = files.enter_context(pa.ipc.new_file(path, schema))
+        write_ids = files.enter_context(_id_files(folder, items.features, n))
         for shard in range(items.shards):
             found, matrix = items_of_shard(items, shard)
             row = found["row"].to_numpy()
@@ -182,10 +191,38 @@ def _build_item_vectors(items: ItemTables, folder: str) -> None:
             write["old_cluster_ids"](found["old_cluster_id"].to_numpy())
             write["vector_row"](np.where(row >= 0, row + filled, -1))
             write["vectors"](matrix)
-            ids.write_table(pa.table({"item_id": found["item_id"]}, schema=schema))
+            write_ids(found["item_id"])
             filled += len(matrix)
     hashes = np.load(os.path.join(folder, "hashes.npy"), mmap_mode="r")
     np.save(os.path.join(folder, "starts.npy"), bucket_starts(hashes))
+
+
+@contextlib.contextmanager
+def _id_files(
+    folder: str, features: tables.Partition, count: int
+) -> Iterator[Callable[[pa.ChunkedArray], object]]:
+    """The files of `_open_ids`, written piece by piece."""
+    if pa.types.is_int64(features.schema.field("item_id").type):
+        path = os.path.join(folder, "item_ids.npy")
+        with _array_file(path, "<i8", (count,)) as write:
+            yield lambda ids: write(ids.to_numpy())
+        return
+    total = 0
+    ends_file = _array_file(os.path.join(folder, "id_ends.npy"), "<i8", (count + 1,))
+    with ends_file as write_ends, open(os.path.join(folder, "id_text.bin"), "wb") as text:
+        write_ends(np.zeros(1, np.int64))
+
+        def write_text(ids: pa.ChunkedArray) -> None:
+            nonlocal total
+            array = ids.combine_chunks().cast(pa.large_string())
+            _, ends, data = array.buffers()
+            offsets = np.frombuffer(ends, np.int64)[array.offset :][: len(array) + 1]
+            first, last = (int(offsets[0]), int(offsets[-1])) if len(array) else (0, 0)
+            text.write(memoryview(data)[first:last] if last > first else b"")
+            write_ends(offsets[1:] - first + total)
+            total += last - first
+
+        yield write_text
 
 
 @contextlib.contextmanager
@@ -236,8 +273,9 @@ def items_of_answers(answers: pa.Table) -> ItemVectors:
     scores = pc.is_valid(answers["embedding"]).to_numpy(zero_copy_only=False)
     matrix = tables.embedding_matrix(answers["embedding"])  # a null has no values
     row = np.where(scores, np.cumsum(scores) - 1, -1)
+    kind = pa.int64() if pa.types.is_int64(answers["item_id"].type) else pa.large_string()
     return ItemVectors(
-        answers["item_id"],
+        answers["item_id"].cast(kind).combine_chunks(),
         hashes[order],
         bucket_starts(hashes[order]),
         answers["cluster_id"].to_numpy(),

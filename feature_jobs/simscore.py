@@ -18,7 +18,6 @@ needs, every item once. Rows travel by way of files (`pieces`): what is in Beam'
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -59,7 +58,7 @@ _READ_TOO = ("click_time", "impression_id", "history")  # of the optional column
 _BLOCK_ROWS = 4096  # impressions scored at once
 _RUN_ROWS = 16  # of them with one history, at most
 _CACHED_VECTORS = 512  # gathered at once: half a megabyte of them stays in the cache
-_ROWS_AT_ONCE = 131_072  # of a user shard that get their histories at once
+_ITEMS_AT_ONCE = 6_553_600  # of the histories that the impressions of a user shard get at once
 BROADCAST, SHUFFLE = "broadcast", "shuffle"
 
 
@@ -70,6 +69,7 @@ class SimscoreDay:
     day: HistoryDay
     has_history: bool
     items: ItemTables
+    broadcast_key: str  # of the machine's copy of the items
     shards: int
     schema: pa.Schema
     encoder_id: str
@@ -83,13 +83,6 @@ class SimscoreDay:
         given = [(f.name, f.type) for f in self.schema if f.name not in made]
         history = ("history", pa.list_(self.schema.field("item_id").type))
         return pa.schema([*given, history]).empty_table()
-
-    @cached_property
-    def broadcast_key(self) -> str:
-        """Of the machine's copy of the items; the days of one feature set begin alike."""
-        mine = [self.items.features.manifest, self.items.embeddings.manifest, self.staging]
-        family = os.path.dirname(os.path.dirname(self.staging))
-        return f"{tables.digest(family)[:12]}.{tables.digest(mine)[:12]}"
 
 
 @dataclass(frozen=True)
@@ -349,18 +342,23 @@ def _count(
 # ---- Transforms ----------------------------------------------------------------------------
 
 
-def read_impressions(group: RowGroup, end_us: int) -> pa.Table:
-    """The impressions of a row group; raises DataContractError for one after its day's end, or for
-    a logged history with a null inside."""
+def read_impressions(group: RowGroup, end_us: int, history_len: int) -> pa.Table:
+    """The impressions of a row group, with no more of a logged history than counts; raises
+    DataContractError for one after its day's end, or for a history with a null inside."""
     rows = read_rows(group, [*IMPRESSION_COLUMNS, *_READ_TOO], group.form.carry)
     check_day(group, rows, end_us)
-    if "history" in rows.column_names and pc.list_flatten(rows["history"]).null_count:
+    if "history" not in rows.column_names:
+        return rows
+    if pc.list_flatten(rows["history"]).null_count:
         raise DataContractError(
             f"The column {group.form.columns['history']!r} of {group.path} has nulls inside its "
             "lists. Every place of a history is an item, or the scores would stand at wrong "
             "positions. Leave the missing items out where the table is written."
         )
-    return rows
+    if (pc.max(pc.list_value_length(rows["history"])).as_py() or 0) <= history_len:
+        return rows
+    cut = pc.list_slice(rows["history"], 0, history_len)
+    return rows.set_column(rows.column_names.index("history"), "history", cut)
 
 
 class ReadImpressions(beam.DoFn):
@@ -375,7 +373,7 @@ class ReadImpressions(beam.DoFn):
     def process(self, group: RowGroup) -> Iterator[Any]:
         place = self._places[group.form.ds.toordinal()]
         day, histories = self._job.days[place], self._job.histories
-        rows = read_impressions(group, day.day.end_us)
+        rows = read_impressions(group, day.day.end_us, self._job.history_len)
         users = None if histories is None or day.has_history else histories.shards
         shards = hashing.shard_of(hashing.hash_ids(rows["user_id"]), users or day.shards)
         name = tables.digest([group.path, group.index])[:16]
@@ -412,9 +410,10 @@ class AddHistories(beam.DoFn):
                 continue
             shard = user_shard * job.days[place].shards // histories.shards
             rows = read_pieces(pieces[place], job.days[place].no_rows)
-            for at in range(0, len(rows), _ROWS_AT_ONCE):
-                some = rows.slice(at, _ROWS_AT_ONCE)
-                some = some.append_column("history", history_lists(known, some, histories.law))
+            at_once = max(1, _ITEMS_AT_ONCE // job.history_len)
+            for at in range(0, len(rows), at_once):
+                some = rows.slice(at, at_once)
+                some = some.append_column("history", history_lists(known, some))
                 path = _pieces(job, "histories", place, user_shard, at)
                 for _, piece in write_pieces(path, some, np.zeros(len(some), np.int64)):
                     yield (place, shard), piece
@@ -480,8 +479,11 @@ class ScoreShard(beam.DoFn):
         scored, counts = score_impressions(rows, items, self._job.history_len, wanted)
         for name, value in (("encoder_id", day.encoder_id), ("codebook_id", day.codebook_id)):
             scored = scored.append_column(name, pa.array([value] * len(scored), pa.string()))
-        counts |= self._own_counts(day, rows, sum(size for size, _ in answers))
-        tables.write_part(folder, USER_SIMSCORES, day.schema, scored, shard, day.shards, counts)
+        counts |= self._count_late(day, rows)
+        work = {"shuffled_bytes": sum(size for size, _ in answers)} if answers else {}
+        tables.write_part(
+            folder, USER_SIMSCORES, day.schema, scored, shard, day.shards, counts, work
+        )
 
     def _items(self, day: SimscoreDay, answers: list[bytes]) -> ItemVectors:
         if self._job.join == SHUFFLE:
@@ -490,22 +492,20 @@ class ScoreShard(beam.DoFn):
         key = day.broadcast_key
         return self._opened.acquire(lambda: open_item_vectors(day.items, key), tag=key)
 
-    def _own_counts(self, day: SimscoreDay, rows: pa.Table, shuffled: int) -> dict[str, int]:
-        """How many bytes the items came in, and how many impressions came too late."""
-        counts = {"shuffled_bytes": shuffled} if self._job.join == SHUFFLE else {}
+    def _count_late(self, day: SimscoreDay, rows: pa.Table) -> dict[str, int]:
+        """How many impressions came too late for a history."""
         histories = self._job.histories
-        if histories and not day.has_history:
-            moments = rows["event_time"].cast(pa.int64()).to_numpy()
-            late = int((moments < day.day.known_from_us(histories.law)).sum())
-            counts["too_late_for_a_history"] = late
-            if late:
-                tables.warn(
-                    self.staging,
-                    "Some impressions came in the log more than late_days after their day: they "
-                    "have no history, and score 0. The manifest counts them as "
-                    "too_late_for_a_history.",
-                )
-        return counts
+        if day.has_history or histories is None:
+            return {}
+        moments = rows["event_time"].cast(pa.int64()).to_numpy()
+        late = int((moments < day.day.known_from_us(histories.law)).sum())
+        if late:
+            tables.warn(
+                self.staging,
+                "Some impressions came in the log more than late_days after their day: they have "
+                "no history, and score 0. The manifest counts them as too_late_for_a_history.",
+            )
+        return {"too_late_for_a_history": late}
 
 
 # ---- The job -------------------------------------------------------------------------------

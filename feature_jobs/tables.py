@@ -309,6 +309,12 @@ class Partition:
         with storage.open_input(self.paths[0]) as file:
             return pq.read_schema(file)
 
+    def slim(self) -> "Partition":
+        """What a worker needs of it: whole manifests of many days and files would make a job too
+        large to be submitted."""
+        files = [{"name": file["name"], "rows": file["rows"]} for file in self.manifest["files"]]
+        return Partition(self.folder, {"files": files})
+
     def read_shard(
         self, shard: int, shards: int, key: str, columns: Sequence[str] | None = None
     ) -> pa.Table:

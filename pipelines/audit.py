@@ -20,14 +20,14 @@ import pyarrow.compute as pc
 
 from feature_jobs import hashing, tables
 from feature_jobs.histories import HistoriesJob, clicks_of, history_lists
-from feature_jobs.inputs import RowGroup, Source
+from feature_jobs.inputs import RowGroup, Source, day_end
 from feature_jobs.item_vectors import ItemVectors, ask_all
 from feature_jobs.schemas import ITEM_EMBEDDINGS, TIMESTAMP, USER_SIMSCORES
 from feature_jobs.simscore import differ_from_before, read_impressions, score_impressions
 from pipelines.config import Settings
 from pipelines.day_plan import DayPlan, NightOptions
 from pipelines.pinned import PinnedArtefacts
-from pipelines.plan import plan_night
+from pipelines.plan import plan_day
 from pipelines.plan_impressions import ScoresOfDay, histories_job
 from pipelines.runs import Stage
 
@@ -46,7 +46,7 @@ class Plant:
     name: str
     clicked_us: int
     shown_us: int
-    moves: bool
+    must_move: bool
 
 
 PLANTS = (
@@ -63,7 +63,7 @@ class Moved:
     the bucket that it must not have moved, and which columns."""
 
     plant: str
-    may_move: bool
+    must_move: bool
     sampled: int
     moved: int
     wrongly: int
@@ -108,15 +108,14 @@ def audit(
 
     Raises OperatorError, DataContractError or InputNotReady where its features could not be made.
     """
-    options = NightOptions(allow_overlap=True, from_log=from_log)
-    (stage,) = plan_night(settings, ds, ["simscore"], say, options).stages
+    day = DayPlan(settings, ds, say, NightOptions(allow_overlap=True, from_log=from_log))
+    (stage,) = plan_day(day, ["simscore"]).stages
     part: ScoresOfDay = stage.part
     buckets = hashing.num_shards(part.log.rows, _BUCKET_ROWS)
     bucket = ds.toordinal() % buckets
-    rows = _rows_of_bucket(part.log, bucket, buckets, part.day.end_us, part.no_rows)
+    rows = _rows_of_bucket(part.log, bucket, buckets, part, settings.history_len)
     users = pc.count_distinct(rows["user_id"]).as_py()
     report = Report(str(ds), bucket, buckets, len(rows), users)
-    day = DayPlan(settings, ds, say, options)
     if len(rows):
         _audit_features(_Bucket(day, stage, rows, bucket, buckets), sample, report)
     else:
@@ -146,13 +145,10 @@ class _Bucket:
 
     def _clicks(self, log: Source) -> pa.Table:
         """The bucket's clicks in the log of an earlier day."""
-        end_us, no_rows = self.part.day.end_us, self.part.no_rows
-        rows = _rows_of_bucket(log, self.bucket, self.buckets, end_us, no_rows)
-        return self._clicks_of(rows, log.form.ds.toordinal())
-
-    def _clicks_of(self, rows: pa.Table, day: int) -> pa.Table:
         assert self.job is not None
-        return clicks_of(rows, day, self.job.law.click_delay_us)
+        rows = _rows_of_bucket(log, self.bucket, self.buckets, self.part, self.length)
+        end_us = day_end(log.form.ds, self.job.day_timezone)
+        return clicks_of(rows, log.form.ds.toordinal(), end_us, self.job.law)
 
     def _ask_for_items(self) -> ItemVectors:
         ids = [self.rows["item_id"].combine_chunks()]
@@ -161,12 +157,19 @@ class _Bucket:
         else:
             (known,) = self.job.known(self.bucket, self._chunks(self.rows.slice(0, 0)))
             ids.append(known.item_ids)
-        return ask_all(self.part.of(self.stage).items, pc.unique(pa.concat_arrays(ids)))
+        self.ids = pc.unique(pa.concat_arrays(ids))
+        return ask_all(self.part.of(self.stage).items, self.ids)
+
+    @property
+    def probes(self) -> tuple[pa.Scalar, pa.Scalar]:
+        """Two items to plant clicks on; the same one twice where there is but one."""
+        return self.ids[0], self.ids[-1]
 
     def _chunks(self, planted: pa.Table) -> list[bytes]:
         """All clicks of the day and of logs before it, with the planted ones."""
-        number = self.part.day.number
-        own = [self._clicks_of(rows, number) for rows in (self.rows, planted)]
+        assert self.job is not None
+        day, law = self.part.day, self.job.law
+        own = [clicks_of(rows, day.number, day.end_us, law) for rows in (self.rows, planted)]
         return [*self._earlier, *map(tables.to_ipc, own)]
 
     def features(self, planted: pa.Table | None = None) -> pa.Table:
@@ -175,24 +178,24 @@ class _Bucket:
         if self.job is not None:
             planted = rows.slice(0, 0) if planted is None else planted
             (known,) = self.job.known(self.bucket, self._chunks(planted))
-            rows = rows.append_column("history", history_lists(known, rows, self.job.law))
+            rows = rows.append_column("history", history_lists(known, rows))
         return score_impressions(rows, self.items, self.length)[0]
 
 
 def _rows_of_bucket(
-    source: Source, bucket: int, buckets: int, end_us: int, no_rows: pa.Table
+    source: Source, bucket: int, buckets: int, part: ScoresOfDay, history_len: int
 ) -> pa.Table:
-    """The impressions of one bucket of users, `no_rows` where the source has no file; reads all of
-    it."""
+    """The impressions of one bucket of users in the log of the day of `part`, or of one before it;
+    reads all of it."""
 
     def read(group: RowGroup) -> pa.Table:
-        rows = read_impressions(group, end_us)
+        rows = read_impressions(group, part.day.end_us, history_len)
         mine = hashing.shard_of(hashing.hash_ids(rows["user_id"]), buckets) == bucket
         return rows.filter(pa.array(mine))
 
     with ThreadPoolExecutor(_READERS) as pool:
         found = list(pool.map(read, source.groups()))
-    return pa.concat_tables(found) if found else no_rows
+    return pa.concat_tables(found) if found else part.no_rows
 
 
 # ---- Planting ----------------------------------------------------------------------------------
@@ -209,6 +212,15 @@ def _audit_features(bucket: _Bucket, sample: int, report: Report) -> None:
         )
         return
     sampled = _sample(before, bucket.part.day.known_from_us(bucket.job.law), sample)
+    if bucket.probes[0] == bucket.probes[1]:
+        sampled = sampled[:0]
+    if not len(sampled):
+        report.tell(
+            UNVERIFIED,
+            "no clicks were planted: of this bucket's impressions none came in time for a history, "
+            "or all are of one item",
+        )
+        return
     for plant in PLANTS:
         if plant.clicked_us != plant.shown_us and "click_time" not in bucket.rows.column_names:
             continue
@@ -246,7 +258,7 @@ def _plant(plant: Plant, bucket: _Bucket, before: pa.Table, sampled: np.ndarray)
     looked_at = moved_too if moved_too.any() else differs
     return Moved(
         plant.name,
-        plant.moves,
+        plant.must_move,
         len(sampled),
         int(differs[sampled].sum()),
         int(moved_too.sum()),
@@ -264,9 +276,8 @@ def _planted(
 ) -> pa.Table:
     """A clicked impression for each sampled one, of an item its history does not begin with."""
     newest = _first_of(before["history_item_ids"].take(pa.array(sampled)).combine_chunks())
-    probes = pc.unique(before["item_id"])[:2]
-    other = pc.equal(newest, probes[0]).fill_null(False)
-    items = pc.if_else(other, probes[-1], probes[0])
+    one, other = bucket.probes
+    items = pc.if_else(pc.equal(newest, one).fill_null(False), other, one)
     columns = {
         "user_id": before["user_id"].take(pa.array(sampled)),
         "item_id": items,
@@ -308,7 +319,7 @@ def _judge(moved: Moved, report: Report) -> None:
             f"{moved.plant}: {moved.wrongly:,} impressions moved that were not later than the "
             f"planted clicks, in {', '.join(moved.columns)}",
         )
-    if moved.may_move and moved.moved < moved.sampled:
+    if moved.must_move and moved.moved < moved.sampled:
         report.tell(
             LEAK,
             f"{moved.plant}: only {moved.moved:,} of {moved.sampled:,} sampled impressions moved, "
@@ -437,12 +448,12 @@ def render(report: Report) -> str:
         width = max(len(moved.plant) for moved in report.planted)
         lines += ["", f"{'planted click':{width}}  sampled    moved  must move  moved wrongly"]
     for moved in report.planted:
-        must = "yes" if moved.may_move else "no"
+        must = "yes" if moved.must_move else "no"
         lines.append(
             f"{moved.plant:{width}}  {moved.sampled:7,}  {moved.moved:7,}  {must:>9}  "
             f"{moved.wrongly:13,}"
         )
-    moving = next((moved.columns for moved in report.planted if moved.may_move), ())
+    moving = next((moved.columns for moved in report.planted if moved.must_move), ())
     lines += [f"features that moved for clicks before: {', '.join(moving)}"] if moving else []
     lines += ["", *(f"{finding.level:10} {finding.text}" for finding in report.findings)]
     lines.append("no leak was found" if not report.leaks else f"{len(report.leaks)} LEAKS")

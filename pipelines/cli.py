@@ -367,9 +367,9 @@ def audit(config: str, ds: dt.date, impressions: int, from_log: bool, json: bool
     click.echo(dumps(report.as_json(), indent=1) if json else audits.render(report))
     if report.leaks:
         raise DataContractError(
-            f"The features of ds {ds} know what they must not: {report.leaks[0]}. A model trained "
-            "on them looks better offline than it will be online. Mend what is named, and make the "
-            "day again."
+            f"The audit of ds {ds} found {len(report.leaks)} faults, of which the first is: "
+            f"{report.leaks[0]}. A model trained on features that know the future, or miss what "
+            "was known, fails online. Mend what is named, and make the day again."
         )
 
 

@@ -44,7 +44,7 @@ class NightOptions:
 
 class DayPlan:
     """The checked inputs and artefacts of one ds. `earlier` are the histories of the day before,
-    where they are planned too."""
+    where they are planned too, and `together` the number of days that are."""
 
     def __init__(
         self,
@@ -53,11 +53,12 @@ class DayPlan:
         say: Callable[[str], None],
         options: NightOptions,
         earlier: Stage | None = None,
+        together: int = 1,
     ):
         self.settings, self.ds, self.options = settings, ds, options
         self.shop = ShopTables(settings, ds, say)
         self.pinned = PinnedArtefacts(settings, ds, options.allow_overlap)
-        self._earlier = earlier
+        self._earlier, self.together = earlier, together
 
     def open_inputs(self, needed: Sequence[str]) -> None:
         """Opens pin and tables of ds; raises DataContractError where IDs are of two types."""
@@ -132,9 +133,14 @@ class DayPlan:
                 raise DataContractError(
                     f"{name} is {kind} in the tables of ds {self.ds} but was {before} in the "
                     "user_histories of the day before. No click would be found again. Cast "
-                    f"{name} back where it is written, or begin anew with --from-log."
+                    f"{name} back where it is written, or say with history_start_ds = {self.ds} "
+                    "in the settings that histories begin anew."
                 )
         return known
+
+    def guesses_ids(self) -> bool:
+        """Whether no file of ds, or of the days before, tells the types of IDs."""
+        return self.before.ids is None and self.shop.user_id_type(pa.null()) == pa.null()
 
     def history_day(self) -> HistoryDay:
         timezone = self.settings.day_timezone

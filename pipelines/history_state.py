@@ -16,7 +16,14 @@ from feature_jobs import hashing, tables
 from feature_jobs.clicks import HistoryLaw
 from feature_jobs.histories import DAY_US
 from feature_jobs.inputs import Source
-from feature_jobs.schemas import RECENT_CLICKS, USER_HISTORIES, InputNotReady, OperatorError
+from feature_jobs.schemas import (
+    RECENT_CLICKS,
+    USER_HISTORIES,
+    USER_SIMSCORES,
+    InputNotReady,
+    OperatorError,
+    Table,
+)
 from feature_jobs.tables import Partition
 from pipelines import runs
 from pipelines.config import Settings
@@ -76,6 +83,7 @@ def history_settings(settings: Settings) -> dict[str, Any]:
         "history_len": settings.history_len,
         "keep_repeats": settings.keep_repeats,
         "late_days": settings.late_days,
+        "history_start_ds": settings.history_start_ds and str(settings.history_start_ds),
         **click_settings(settings),
     }
 
@@ -117,13 +125,14 @@ def find_before(settings: Settings, ds: dt.date, shop: ShopTables, from_log: boo
     if from_log or ds == start:
         return _from_log(shop)
     newest = _newest_before(settings, ds)
-    if newest is None:
+    gap = newest is None or newest < ds - _ONE_DAY
+    if newest is None or (gap and _began_from_log(settings, ds)):
         return _from_log(shop)
-    if newest < ds - _ONE_DAY:
+    if gap:
         raise InputNotReady(
             f"Histories of ds {ds} go on from those of the day before, but the newest ones are of "
-            f"ds {newest}: the clicks of {(ds - newest).days - 1} days would be missing from every "
-            f"history. Run `courier histories --start-ds {newest + _ONE_DAY} --end-ds "
+            f"ds {newest}: the clicks from {newest + _ONE_DAY} to {ds - _ONE_DAY} would be missing "
+            f"from every history. Run `courier histories --start-ds {newest + _ONE_DAY} --end-ds "
             f"{ds - _ONE_DAY}` first. Or begin anew: --from-log reads the log of the window once, "
             "and history_start_ds in the settings says that no earlier clicks count."
         )
@@ -153,6 +162,12 @@ def _state_of(settings: Settings, ds: dt.date) -> tuple[Partition, ...]:
     return found if len({partition.run_id for partition in found}) == 1 else ()
 
 
+def _began_from_log(settings: Settings, ds: dt.date) -> bool:
+    """Whether the published histories of ds did, so that the same command finds nothing to do."""
+    found = _state_of(settings, ds)
+    return bool(found) and found[0].manifest["inputs"]["histories_before"] is None
+
+
 def _day_before(settings: Settings, ds: dt.date) -> Before:
     found = _state_of(settings, ds - _ONE_DAY)
     manifest, mine = found[0].manifest, history_settings(settings)
@@ -165,6 +180,8 @@ def _day_before(settings: Settings, ds: dt.date) -> Before:
             "--from-log."
         )
     rows = _within_window(manifest["inputs"]["log_rows"], ds - _ONE_DAY, settings)
+    if not any(partition.rows for partition in found):  # which says nothing of types either
+        return Before(manifest["run_id"], lambda: (), (), (), rows)
     schema = found[0].schema
     ids = schema.field("user_id").type, schema.field("item_ids").type.value_type
     return Before(manifest["run_id"], lambda: found, (), (), rows, ids)
@@ -177,18 +194,32 @@ def _within_window(log_rows: dict[str, int], ds: dt.date, settings: Settings) ->
 
 
 def stale_days(settings: Settings) -> dict[str, dt.date]:
-    """Days whose histories go on from others than are published now for the day before, and the
-    first day after which that is so."""
-    run_ids: dict[dt.date, str] = {}
+    """Days whose histories or SimScores go on from other histories, or come from another log, than
+    are published now; and the day that was made again without them."""
+    histories = _inputs_of(settings, USER_HISTORIES)
+    scores = _inputs_of(settings, USER_SIMSCORES)
     stale: dict[str, dt.date] = {}
-    for ds in runs.published_days(settings.root, settings.feature_set, USER_HISTORIES):
-        folder = runs.table_folder(settings.root, settings.feature_set, USER_HISTORIES, ds)
-        manifest = tables.open_published(folder).manifest
-        run_ids[ds] = manifest["run_id"]
-        before = manifest["inputs"].get("histories_before")
+    for ds in sorted(histories | scores):
         yesterday = ds - _ONE_DAY
-        if before and str(yesterday) in stale:
-            stale[str(ds)] = stale[str(yesterday)]
-        elif before and run_ids.get(yesterday, before) != before:
-            stale[str(ds)] = yesterday
+        now, _ = histories.get(yesterday, (None, {}))
+        for _, inputs in (found[ds] for found in (histories, scores) if ds in found):
+            before = inputs.get("histories_before")
+            if before and str(yesterday) in stale:
+                stale[str(ds)] = stale[str(yesterday)]
+            elif before and now and before != now:
+                stale[str(ds)] = yesterday
+        if ds in histories and ds in scores and str(ds) not in stale:
+            one, other = (found[ds][1]["impressions"] for found in (histories, scores))
+            if one != other:
+                stale[str(ds)] = ds
     return stale
+
+
+def _inputs_of(settings: Settings, table: Table) -> dict[dt.date, tuple[str, dict[str, Any]]]:
+    """By day, the run_id and the inputs of what is published of a table."""
+    found = {}
+    for ds in runs.published_days(settings.root, settings.feature_set, table):
+        folder = runs.table_folder(settings.root, settings.feature_set, table, ds)
+        manifest = tables.open_published(folder).manifest
+        found[ds] = (manifest["run_id"], manifest["inputs"])
+    return found

@@ -27,20 +27,15 @@ from pipelines.plan import Night
 from pipelines.runs import Stage
 
 
-def run_night(night: Night, beam_args: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
-    """Makes, checks and publishes the stages of `night`; returns what was made, with the counts.
+def run_nights(
+    nights: Sequence[Night], beam_args: Sequence[str], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Makes, checks and publishes the stages of a night, or of those of consecutive days, of which
+    each kind is one job for all days; returns what was made, with the counts.
 
     Finds what an earlier run had done and does only the rest. Raises a CourierError, with nothing
     published, where an input, a law or a gate refuses.
     """
-    (report,) = run_nights([night], beam_args, say)
-    return report
-
-
-def run_nights(
-    nights: Sequence[Night], beam_args: Sequence[str], say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """The same for consecutive days with the same stages, of which each is one job for all days."""
     settings = nights[0].settings
     options = {
         s.name: beam_options.pipeline_options(settings.beam, s.name, beam_args)
@@ -63,7 +58,9 @@ def run_nights(
                 report["work"] |= runs.work_of(stage)
                 if not stage.is_published():
                     _check(stage, report["counts"], settings)
-                report["seconds"][stage.name] = round(time.monotonic() - before, 1)
+            seconds = round((time.monotonic() - before) / len(nights), 1)  # a day's share
+            for report in reports:
+                report["seconds"][stages[0].name] = seconds
         for night, report in zip(nights, reports, strict=True):
             if all(stage.is_published() for stage in night.stages):
                 say(f"ds {night.ds}: already published from the same inputs, nothing to do")
@@ -127,14 +124,33 @@ def _publish(night: Night) -> None:
     for stage in night.stages:
         with _shared(settings):
             runs.publish(stage)
-    if night.is_whole:
-        root, feature_set = settings.root, settings.feature_set
-        before = runs.read_night(root, feature_set, night.ds)
-        parts = [stage.partition(t) for stage in night.stages for t in stage.tables]
+    root, feature_set = settings.root, settings.feature_set
+    before = runs.read_night(root, feature_set, night.ds)
+    if night.is_whole or (before and _goes_into(night, before)):
+        made = [stage.folder(table) for stage in night.stages for table in stage.tables]
+        others = (
+            [os.path.join(root, e["path"]) for e in before["tables"].values()] if before else []
+        )
+        parts = [tables.open_published(folder) for folder in dict.fromkeys([*made, *others])]
         earlier = before and {**before, "before": None}  # one step back is kept, not all
         record = runs.night_record(root, feature_set, night.ds, parts, earlier)
         if before is None or before["tables"] != record["tables"]:
             tables.write_json(runs.night_path(root, feature_set, night.ds), record)
+
+
+def _goes_into(night: Night, record: dict[str, Any]) -> bool:
+    """Whether the stages of `night` take the place of those in the record of a whole night: nothing
+    of the same ds reads what they make, and the rest is as it was."""
+    made = {table.name for stage in night.stages for table in stage.tables}
+    folders = {
+        os.path.join(night.settings.root, entry["path"]): entry["version"]
+        for name, entry in record["tables"].items()
+        if name not in made
+    }
+    return {stage.name for stage in night.stages} <= {"histories", "simscore"} and all(
+        tables.is_published(folder) and tables.open_published(folder).manifest["version"] == version
+        for folder, version in folders.items()
+    )
 
 
 def _shared(settings: Settings) -> AbstractContextManager[None]:

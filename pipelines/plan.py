@@ -55,25 +55,26 @@ def plan_night(
     wanted: Sequence[str] = STAGES,
     say: Callable[[str], None] = lambda _: None,
     options: NightOptions = _NOTHING_ASKED,
-    earlier: Stage | None = None,
 ) -> Night:
     """Checks settings, artefacts and inputs for the `wanted` stages of ds, and plans them.
 
-    `earlier` are the histories of the day before, where they are yet to be made. Raises
-    OperatorError, DataContractError or InputNotReady.
+    Raises OperatorError, DataContractError or InputNotReady.
     """
-    if options.allow_churn:
-        settings = settings.allowing_churn()
+    (night,) = plan_nights(settings, [ds], wanted, say, options)
+    return night
+
+
+def plan_day(day: DayPlan, wanted: Sequence[str]) -> Night:
+    """The same of a day whose plan has begun."""
     upstream = set().union(*(_UPSTREAM.get(name, set()) for name in wanted))
     needed = [name for name in _PLANS if name in upstream | set(wanted)]
-    day = DayPlan(settings, ds, say, options, earlier)
     day.open_inputs(needed)
     made: dict[str, Stage] = {}
     for name in needed:
         made[name] = _PLANS[name](day, made)
     return Night(
-        settings,
-        ds,
+        day.settings,
+        day.ds,
         stages=tuple(made[name] for name in needed if name in wanted),
         upstream=tuple(made[name] for name in needed if name not in wanted),
     )
@@ -87,8 +88,11 @@ def plan_nights(
     options: NightOptions = _NOTHING_ASKED,
 ) -> list[Night]:
     """The same for consecutive days, whose histories go on from each other."""
+    if options.allow_churn:
+        settings = settings.allowing_churn()
     nights: list[Night] = []
     for ds in days:
         earlier = nights[-1].stage("histories") if nights else None
-        nights.append(plan_night(settings, ds, wanted, say, options, earlier))
+        day = DayPlan(settings, ds, say, options, earlier, len(days))
+        nights.append(plan_day(day, wanted))
     return nights

@@ -39,17 +39,25 @@ from pipelines.history_state import (
 from pipelines.plan_items import churn_note
 from pipelines.runs import Stage
 
+_USUAL_LENGTH = 50  # of a history; shards of much longer ones have fewer rows
+
+
 # ---- HISTORIES -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LogOfDay:
-    """What a job of several days knows of one of them; `ids` are the types of user_id and
-    item_id."""
+    """What a job of several days knows of one of them; `ids` are the types of user_id and item_id,
+    which are a guess while no file told them."""
 
     day: HistoryDay
     log: Source
     ids: tuple[pa.DataType, pa.DataType]
+    guessed: bool
+
+    @property
+    def known_ids(self) -> tuple[pa.DataType, pa.DataType] | None:
+        return None if self.guessed else self.ids
 
 
 def plan_histories(day: DayPlan, made: dict[str, Stage]) -> Stage:
@@ -74,7 +82,7 @@ def plan_histories(day: DayPlan, made: dict[str, Stage]) -> Stage:
         settings=history_settings(settings),
         input_rows=log.rows,
         notes={"days_without_log": list(before.missing)},
-        part=LogOfDay(day.history_day(), log, day.history_ids()),
+        part=LogOfDay(day.history_day(), log, day.history_ids(), day.guesses_ids()),
     )
 
 
@@ -83,8 +91,8 @@ def histories_job(
 ) -> HistoriesJob:
     """Histories of the days of `parts`, of which `day` is the first."""
     settings, before = day.settings, day.before
-    user_id, item_id = day.history_ids()
-    state = before.partitions()
+    user_id, item_id = parts[-1].ids  # the last day knows most
+    state = tuple(partition.slim() for partition in before.partitions())
     return HistoriesJob(
         history_law(settings),
         tuple(part.day for part in parts),
@@ -123,9 +131,11 @@ def _check_shared(day: DayPlan) -> None:
 
 @dataclass(frozen=True)
 class ScoresOfDay(LogOfDay):
-    """The same for SIMSCORE; `has_history` tells that its impressions come with their histories."""
+    """The same for SIMSCORE; `has_history` tells that its impressions come with their histories,
+    `join` how embeddings reach them."""
 
     has_history: bool
+    join: str
     previous_features: tables.Partition | None
     of_another_lineage: bool
     schema: pa.Schema
@@ -138,12 +148,12 @@ class ScoresOfDay(LogOfDay):
     def of(self, stage: Stage) -> SimscoreDay:
         """The day as the workers know it, once everything upstream is made."""
         embedded, features = stage.upstream
-        items = ItemTables(
-            features.partition(ITEM_FEATURES), embedded.partition(ITEM_EMBEDDINGS),
-            self.previous_features, self.of_another_lineage,
-        )  # fmt: skip
+        found = features.partition(ITEM_FEATURES), embedded.partition(ITEM_EMBEDDINGS)
+        key = tables.digest([[p.manifest for p in found], stage.staging])[:16]
+        previous = self.previous_features and self.previous_features.slim()
+        items = ItemTables(found[0].slim(), found[1].slim(), previous, self.of_another_lineage)
         return SimscoreDay(
-            self.day, self.has_history, items, stage.shards, self.schema, **stage.identities,
+            self.day, self.has_history, items, key, stage.shards, self.schema, **stage.identities,
             staging=stage.staging,
         )  # fmt: skip
 
@@ -151,7 +161,6 @@ class ScoresOfDay(LogOfDay):
 def plan_simscore(day: DayPlan, made: dict[str, Stage]) -> Stage:
     settings, impressions = day.settings, day.shop.impressions(day.ds)
     has_history = "history" in impressions.form.columns
-    join = _join(day, made["embed"].input_rows)
     optional = [] if settings.simscore.history_item_ids else ["history_item_ids"]
     user_id, item_id = ids = _ids(day, has_history)
     schema = USER_SIMSCORES.schema(
@@ -162,14 +171,17 @@ def plan_simscore(day: DayPlan, made: dict[str, Stage]) -> Stage:
         without=optional,
     )
     part = ScoresOfDay(
-        day.history_day(), impressions, ids, has_history, day.previous_features,
-        day.of_another_lineage, schema,
+        day.history_day(), impressions, ids, day.guesses_ids(), has_history,
+        _join(day, made["embed"].input_rows), day.previous_features, day.of_another_lineage, schema,
     )  # fmt: skip
     return day.stage(
         "simscore",
-        partial(_define_simscore, day, join),
+        partial(_define_simscore, day),
         tables=(USER_SIMSCORES,),
-        shards=hashing.num_shards(impressions.rows, settings.rows_per_shard),
+        shards=hashing.num_shards(
+            impressions.rows * max(1, settings.history_len // _USUAL_LENGTH),
+            settings.rows_per_shard,
+        ),
         inputs={
             "impressions": impressions.identity(),
             **({} if has_history else day.before.inputs()),
@@ -180,7 +192,6 @@ def plan_simscore(day: DayPlan, made: dict[str, Stage]) -> Stage:
         settings={
             **history_settings(settings),
             "history_item_ids": settings.simscore.history_item_ids,
-            "join": join,
         },
         input_rows=impressions.rows,
         notes={
@@ -201,15 +212,16 @@ def _ids(day: DayPlan, has_history: bool) -> tuple[pa.DataType, pa.DataType]:
 
 
 def _join(day: DayPlan, items: int) -> str:
-    """How the embeddings of so many items reach the impressions."""
+    """How the embeddings of so many items reach the impressions; of several days in one job each
+    day has a copy of its own."""
     asked = day.options.join or day.settings.simscore.join
     if asked != "auto":
         return asked
-    fits = broadcast_bytes(items) <= day.settings.simscore.broadcast_limit_gb * 1e9
+    fits = broadcast_bytes(items) * day.together <= day.settings.simscore.broadcast_limit_gb * 1e9
     return BROADCAST if fits else SHUFFLE
 
 
-def _define_simscore(day: DayPlan, join: str, root: Any, stages: Sequence[Stage]) -> None:
+def _define_simscore(day: DayPlan, root: Any, stages: Sequence[Stage]) -> None:
     """SimScores of the days of `stages`, of which `day` is the first."""
     parts = [stage.part for stage in stages]
     days = tuple(part.of(stage) for part, stage in zip(parts, stages, strict=True))
@@ -218,6 +230,7 @@ def _define_simscore(day: DayPlan, join: str, root: Any, stages: Sequence[Stage]
     if not all(part.has_history or not part.log.rows for part in parts):
         histories = histories_job(day, parts, shards, staging)
         log = [*day.before.log, *(part.log for part in parts)]
+    join = SHUFFLE if SHUFFLE in {part.join for part in parts} else BROADCAST
     job = SimscoreJob(days, histories, day.settings.history_len, join, staging)
     define_simscore(root, [part.log for part in parts], log, job)
 

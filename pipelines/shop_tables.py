@@ -6,6 +6,7 @@ Opening reads footers alone. A day that is not there is an error for ds, and tol
 import datetime as dt
 import difflib
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import pyarrow as pa
@@ -14,6 +15,8 @@ from feature_jobs import inputs
 from feature_jobs.inputs import Source
 from feature_jobs.schemas import InputNotReady, OperatorError
 from pipelines.config import Settings
+
+_CLICK_DAYS = 2  # so long after the end of its log is a click looked for where histories begin
 
 
 class ShopTables:
@@ -90,7 +93,7 @@ class ShopTables:
         """One table's partitions of ds and of the days that its histories need, newest first."""
         found, missing = [open_day(self._ds)], []
         start = self._settings.history_start_ds or dt.date.min
-        for back in range(1, self._settings.window_days + self._settings.late_days + 1):
+        for back in range(1, self._days_that_count() + 1):
             day = self._ds - dt.timedelta(days=back)
             if day < start:
                 break
@@ -99,6 +102,14 @@ class ShopTables:
             except InputNotReady:
                 missing.append(str(day))
         return found, missing
+
+    def _days_that_count(self) -> int:
+        """How many days back a partition may hold a click of ds's histories: the window's, those
+        that impressions may be late, and some, since a click may come after the day that logs it.
+        """
+        settings = self._settings
+        delay_days = math.ceil(settings.impressions.click_delay_seconds / 86_400)
+        return settings.window_days + settings.late_days + delay_days + _CLICK_DAYS
 
     def _once(self, key: str, open_it: Callable[[], Source]) -> Source:
         if key not in self._opened:

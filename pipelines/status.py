@@ -136,7 +136,7 @@ def _night_of(day: dict[str, Any]) -> str:
 
 
 def describe_plan(night: Night, beam_args: Sequence[str]) -> dict[str, Any]:
-    """What `run_night` would do, stage by stage; checks the Beam options too."""
+    """What `run_nights` would do, stage by stage; checks the Beam options too."""
     for stage in night.stages:
         beam_options.pipeline_options(night.settings.beam, stage.name, beam_args)
     return {
@@ -150,7 +150,7 @@ def describe_plan(night: Night, beam_args: Sequence[str]) -> dict[str, Any]:
                 "input_rows": stage.input_rows,
                 "shards": stage.shards,
                 "identities": dict(stage.identities),
-                **({"join": stage.settings["join"]} if "join" in stage.settings else {}),
+                **({"join": stage.part.join} if stage.name == "simscore" else {}),
                 "action": _action(stage),
             }
             for stage in night.stages

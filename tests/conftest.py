@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from feature_jobs import gcs_client
-from pipelines.nightly import run_night
+from pipelines.nightly import run_nights
 from pipelines.plan import plan_night
 from tests.support.world import DAYS, World, make_codebook, make_encoder
 
@@ -50,7 +50,7 @@ def refreshed(
     world = pinned(World(folder, ids=request.param), artefacts)
     for day in DAYS:
         world.write_images(day)
-        run_night(plan_night(world.settings(), day), [], lambda _: None)
+        run_nights([plan_night(world.settings(), day)], [], lambda _: None)
     return world
 
 

@@ -182,3 +182,9 @@ def test_help_of_every_command_loads_nothing_heavy() -> None:
     assert {"pipelines", "click"} <= loaded
     assert not loaded & HEAVY
     assert loaded_by("import pipelines.beam_options") & HEAVY == {"apache_beam"}  # it would show
+
+
+def test_planning_and_running_a_night_loads_torch_only_where_it_embeds_or_assigns() -> None:
+    loaded = loaded_by("import pipelines.nightly, pipelines.audit, feature_jobs.simscore")
+    assert "apache_beam" in loaded
+    assert not loaded & {"torch", "torchvision", "faiss"}

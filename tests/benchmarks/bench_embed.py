@@ -51,7 +51,7 @@ from feature_jobs.storage import FileInfo
 from pipelines import beam_options
 from pipelines.config import load_settings
 from pipelines.demo import Shop, make_shop
-from pipelines.nightly import run_night
+from pipelines.nightly import run_nights
 from pipelines.plan import plan_night
 
 BATCH = 8
@@ -122,7 +122,8 @@ def job_seconds(folder: Path, root: Path, uris: list[str], encoder: ImageEncoder
     info = save_encoder(encoder, str(top), "bench", None, None, None, "random")
     settings = write_shop(top, uris, DAYS[:1], str(root), top / info.encoder_id)
     night = plan_night(load_settings(settings), DAYS[0], ["embed"])
-    return float(run_night(night, [], lambda _: None)["seconds"]["embed"])
+    (report,) = run_nights([night], [], lambda _: None)
+    return float(report["seconds"]["embed"])
 
 
 # ---- 2. What Beam costs ------------------------------------------------------------------------
@@ -276,9 +277,8 @@ def one_shop(count: int) -> None:
         path = write_shop(Path(name), uris, DAYS, "/", Path(name) / info.encoder_id)
         for night, day in enumerate(DAYS):
             with stubs(changed=night // 2):
-                report = run_night(
-                    plan_night(load_settings(path), day, ["embed"]), [], lambda _: None
-                )
+                planned = plan_night(load_settings(path), day, ["embed"])
+                (report,) = run_nights([planned], [], lambda _: None)
             found["seconds"].append(report["seconds"]["embed"])
             found["embedded"].append(report["counts"]["images_embedded"])
             found["peak_mb"].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

@@ -52,7 +52,7 @@ from feature_jobs.codebook import (
 from feature_jobs.schemas import ITEM_EMBEDDINGS, SIM_TIERS, TIMESTAMP, USER_SIMSCORES
 from pipelines import beam_options, runs
 from pipelines.config import load_settings
-from pipelines.nightly import run_night
+from pipelines.nightly import run_nights
 from pipelines.plan import plan_night
 
 DAY_BEFORE, DAY = dt.date(2026, 1, 5), dt.date(2026, 1, 6)
@@ -173,7 +173,7 @@ def publish_items(shop: Shop, day: dt.date, vectors: np.ndarray) -> None:
     shutil.copytree(parts, stage.staging, copy_function=os.link)
     for table in stage.tables:
         runs.seal(stage, table)
-    run_night(night, [], lambda _: None)
+    run_nights([night], [], lambda _: None)
 
 
 def write_shard(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import load_settings
-from pipelines.nightly import run_night
+from pipelines.nightly import run_nights
 from pipelines.plan import plan_night
 
 WORKERS = 2
@@ -70,9 +70,13 @@ def main() -> None:
     settings, day, stage, *beam_args = sys.argv[1:]
     night = plan_night(load_settings(settings), dt.date.fromisoformat(day), [stage])
     start = time.perf_counter()
-    report = run_night(night, beam_args, lambda _: None)
+    (report,) = run_nights([night], beam_args, lambda _: None)
     seconds = time.perf_counter() - start
-    found = {"rows": night.stages[0].input_rows, "seconds": seconds, "counts": report["counts"]}
+    found = {
+        "rows": night.stages[0].input_rows,
+        "seconds": seconds,
+        "counts": report["counts"] | report["work"],
+    }
     print(json.dumps({**found, "peak_bytes": _peak_bytes()}))
 
 

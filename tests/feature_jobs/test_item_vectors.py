@@ -14,11 +14,13 @@ from feature_jobs.item_vectors import (
 )
 from tests.support.codebooks import unit_rows
 
+ID_TYPES = {int: pa.int64(), str: pa.large_string()}
+
 
 def items(ids: list, hashes: np.ndarray) -> ItemVectors:
     n = len(ids)
     return ItemVectors(
-        pa.chunked_array([ids[: n // 2], ids[n // 2 :]]), hashes, bucket_starts(hashes),
+        pa.array(ids, ID_TYPES[type(ids[0])]), hashes, bucket_starts(hashes),
         np.arange(1, n + 1, dtype="i4"), np.zeros(n, "i4"), np.arange(n), unit_rows(n),
     )  # fmt: skip
 
@@ -46,7 +48,7 @@ def test_items_with_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> 
 def test_nothing_is_known_of_an_empty_catalogue() -> None:
     for nothing in (
         ItemVectors(
-            pa.chunked_array([], pa.int64()), np.zeros(0, np.uint64), np.zeros(2, np.int64),
+            pa.array([], pa.int64()), np.zeros(0, np.uint64), np.zeros(2, np.int64),
             np.zeros(0, "i4"), np.zeros(0, "i4"), np.zeros(0, "i8"), unit_rows(1),
         ),
         items_of_answers(no_answers(pa.int64())),

@@ -115,7 +115,7 @@ def run(job: SimscoreJob, log: list[inputs.Source]) -> None:
     """The pipeline of `define_simscore`, by hand."""
     histories = job.histories
     assert histories is not None
-    clicks = ReadClicks(0, "UTC", histories.shards, job.staging, "user_id")
+    clicks = ReadClicks(histories.law, "UTC", histories.shards, job.staging, "user_id")
     groups = [group for day in log for group in day.groups()]
     told = [found for group in groups for found in clicks.process(group)]
     read = [found for g in groups for found in simscore.ReadImpressions(job).process(g)]
@@ -189,7 +189,15 @@ def test_rows_of_random_worlds_are_what_plain_loops_make_of_them(
         for join in (BROADCAST, SHUFFLE):
             days = tuple(
                 SimscoreDay(
-                    day, False, known, n, schema, "e", "c", str(folder / join / str(day.number))
+                    day,
+                    False,
+                    known,
+                    f"{name}-{day.number}".strip("/").replace("/", "-"),
+                    n,
+                    schema,
+                    "e",
+                    "c",
+                    str(folder / join / str(day.number)),
                 )
                 for day, n in zip(DAYS, shards, strict=True)
             )

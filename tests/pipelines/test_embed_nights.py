@@ -256,7 +256,8 @@ def test_over_many_days_every_item_is_in_one_table_with_its_images_own_embedding
             assert row["image_uri"] == uris[row["item_id"]]
             data = (world.folder / "images" / row["image_uri"]).read_bytes()
             pixels = decode(data, encoder.preprocessing)[None]
-            alone = encoders.embed(encoder, pixels, 1, CPU, "fp32")[0]
+            precision = encoders.choose_precision(CPU)
+            alone = encoders.embed(encoder, pixels, 4, CPU, precision)[0]
             np.testing.assert_allclose(row["embedding"], alone, atol=1e-5)
         seen |= {row["reason"] for row in refused.values()}
         seen |= {name for name, n in zip(WORK, work(world, day), strict=True) if n}

@@ -16,7 +16,7 @@ from feature_jobs.tables import Partition
 from pipelines import cli, runs
 from pipelines.cli import main
 from pipelines.config import Settings, load_settings
-from pipelines.nightly import run_night
+from pipelines.nightly import run_nights
 from pipelines.plan import plan_night
 from tests.conftest import Artefacts
 from tests.support.buckets import upload
@@ -57,7 +57,7 @@ def in_bucket(
 
 def make(settings: Settings, ds: dt.date) -> list[str]:
     said: list[str] = []
-    run_night(plan_night(settings, ds), [], said.append)
+    run_nights([plan_night(settings, ds)], [], said.append)
     return said
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from courier_model.encoder import embed, load_encoder
+from courier_model.encoder import choose_precision, embed, load_encoder
 from courier_model.images import decode
 from pipelines.cli import main
 from tests.conftest import Artefacts, pinned
@@ -72,7 +72,7 @@ def test_every_good_file_has_the_embedding_of_the_picture_that_it_shows(
     shown = [ODD[row["image_uri"]].expected for row in rows]
     assert all(isinstance(picture, Image.Image) for picture in shown)
     pixels = np.stack([decode(png(picture), encoder.preprocessing) for picture in shown])
-    expected = embed(encoder, pixels, BATCH, CPU, "fp32")
+    expected = embed(encoder, pixels, BATCH, CPU, choose_precision(CPU))
     found = np.array([row["embedding"] for row in rows])
     apart = np.linalg.norm(found - expected, axis=1)
     tolerance = np.array([ODD[row["image_uri"]].tolerance for row in rows])
