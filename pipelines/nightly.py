@@ -127,11 +127,10 @@ def _publish(night: Night) -> None:
     root, feature_set = settings.root, settings.feature_set
     before = runs.read_night(root, feature_set, night.ds)
     if night.is_whole or (before and _goes_into(night, before)):
-        made = [stage.folder(table) for stage in night.stages for table in stage.tables]
-        others = (
-            [os.path.join(root, e["path"]) for e in before["tables"].values()] if before else []
-        )
-        parts = [tables.open_published(folder) for folder in dict.fromkeys([*made, *others])]
+        folders = [stage.folder(table) for stage in night.stages for table in stage.tables]
+        if before:
+            folders += [os.path.join(root, entry["path"]) for entry in before["tables"].values()]
+        parts = [tables.open_published(folder) for folder in dict.fromkeys(folders)]
         earlier = before and {**before, "before": None}  # one step back is kept, not all
         record = runs.night_record(root, feature_set, night.ds, parts, earlier)
         if before is None or before["tables"] != record["tables"]:

@@ -196,7 +196,7 @@ def render_report(report: dict[str, Any]) -> str:
 
 
 def _work(work: Mapping[str, float]) -> str:
-    """What the images cost, each thread's time by itself; empty where none was read."""
+    """What images, each thread's time by itself, and shuffles cost; empty where there was none."""
     found = [
         f"{name.removesuffix('_seconds')} {value:,.1f} s"
         for name, value in work.items()
@@ -204,5 +204,7 @@ def _work(work: Mapping[str, float]) -> str:
     ]
     if work.get("bytes_read"):
         found.insert(0, f"read {work['bytes_read'] / 1e6:,.1f} MB")
+    if work.get("shuffled_bytes"):
+        found.append(f"shuffled {work['shuffled_bytes'] / 1e6:,.1f} MB of items")
     found += [f"{k.replace('_', ' ')} {v:,}" for k, v in work.items() if k.startswith("embedded_")]
     return ", ".join(found)

@@ -83,6 +83,11 @@ def write_items(folder: Path, drawn: list[tuple], shards: int) -> ItemTables:
     return ItemTables(found[0], found[1], None, False)
 
 
+def keys(folder: Path, day: HistoryDay) -> str:
+    """Of the machine's copy of a day's items."""
+    return tables.digest([str(folder), day.number])[:16]
+
+
 def write_log(folder: Path, drawn: list[tuple], day: int) -> inputs.Source:
     mine = [row for row in drawn if row[0] == day]
     event = [DAYS[day].start_us + row[3] * TICK for row in mine]
@@ -192,7 +197,7 @@ def test_rows_of_random_worlds_are_what_plain_loops_make_of_them(
                     day,
                     False,
                     known,
-                    f"{name}-{day.number}".strip("/").replace("/", "-"),
+                    keys(folder, day),
                     n,
                     schema,
                     "e",

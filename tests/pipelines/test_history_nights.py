@@ -123,12 +123,12 @@ def test_the_first_day_reads_the_log_of_the_window_and_names_the_days_it_lacks(
 ) -> None:
     delete_log(shop, DAYS[1])
     assert courier(shop, "histories", "--ds", str(DAYS[3])) == 0
-    assert "no impressions on 2 of the 4 days before it (2026-02-28 to 2026-03-02)" in (
+    assert "no impressions on 4 of the 6 days before it (2026-02-26 to 2026-03-02)" in (
         capsys.readouterr().err
     )
     path = shop.root / "shared/user_histories" / f"ds={DAYS[3]}" / "_manifest.json"
     assert json.loads(path.read_text())["notes"] == {
-        "days_without_log": ["2026-03-02", "2026-02-28"]
+        "days_without_log": ["2026-03-02", "2026-02-28", "2026-02-27", "2026-02-26"]
     }
 
 
@@ -151,7 +151,7 @@ def test_a_gap_is_refused_and_the_command_that_it_names_fills_it(
     before = published(shop)
     assert courier(shop, "simscore", "--ds", str(DAYS[3])) == 4
     message = paragraph(capsys)
-    assert "the newest ones are of ds 2026-03-01: the clicks of 2 days would be missing" in message
+    assert "of ds 2026-03-01: the clicks from 2026-03-02 to 2026-03-03 would be missing" in message
     told = f"courier histories --start-ds {DAYS[1]} --end-ds {DAYS[2]}"
     assert f"`{told}`" in message
     assert published(shop) == before
@@ -192,6 +192,36 @@ def test_histories_of_another_law_are_not_gone_on_from(nights: World, capsys: Ca
     assert courier(nights, "histories", "--ds", str(DAYS[3]), "--from-log") == 0
     items = nights.table("user_histories", DAYS[3])["item_ids"].to_pylist()
     assert any(len(set(some)) < len(some) for some in items)
+
+
+def test_the_same_command_without_from_log_finds_nothing_to_do(
+    shop: World, capsys: Capture
+) -> None:
+    assert courier(shop, "histories", "--ds", str(DAYS[0])) == 0
+    assert courier(shop, "simscore", "--ds", str(DAYS[3]), "--from-log") == 0
+    capsys.readouterr()
+    assert courier(shop, "simscore", "--ds", str(DAYS[3])) == 0
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_a_new_beginning_of_the_world_is_another_law(nights: World, capsys: Capture) -> None:
+    nights.extra_settings = f"history_start_ds = {DAYS[2]}"
+    assert courier(nights, "histories", "--ds", str(DAYS[3])) == 2
+    assert "history_start_ds" in paragraph(capsys)
+    assert courier(nights, "histories", "--start-ds", str(DAYS[2]), "--end-ds", str(DAYS[3])) == 0
+
+
+def test_where_nothing_was_known_ids_may_be_of_any_type(shop: World) -> None:
+    """An empty first day has no file that could tell."""
+
+    def as_text(rows: pa.Table) -> pa.Table:
+        return rows.set_column(0, "user_id", rows["user_id"].cast(pa.string()))
+
+    shop.write("impressions", DAYS[0], [], rows_to_group=1)
+    assert courier(shop, "histories", "--ds", str(DAYS[0])) == 0
+    rewrite(shop, DAYS[1], as_text)
+    assert courier(shop, "histories", "--ds", str(DAYS[1])) == 0
+    assert shop.table("user_histories", DAYS[1]).schema.field("user_id").type == pa.string()
 
 
 def test_ids_of_another_type_than_the_day_before_are_refused(
@@ -266,6 +296,33 @@ def test_days_after_one_that_was_made_again_are_stale_until_they_are_too(
     capsys.readouterr()
     assert courier(nights, "status") == 0
     assert "stale" not in capsys.readouterr().out
+
+
+def test_scores_of_histories_that_were_made_again_are_stale_too(
+    nights: World, capsys: Capture
+) -> None:
+    rewrite(nights, DAYS[0], lambda rows: rows.slice(0, 40))
+    assert courier(nights, "histories", *RANGE) == 0
+    capsys.readouterr()
+    assert courier(nights, "status", "--json") == 0
+    stale = json.loads(capsys.readouterr().out)["stale"]
+    assert stale == {str(day): str(DAYS[0]) for day in DAYS}
+    assert courier(nights, "simscore", *RANGE) == 0
+    capsys.readouterr()
+    assert courier(nights, "status", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["stale"] == {}
+
+
+def test_a_whole_night_stays_whole_when_its_scores_are_made_again(
+    nights: World, capsys: Capture
+) -> None:
+    assert refresh(nights, DAYS[0]) == refresh(nights, DAYS[1]) == 0
+    rewrite(nights, DAYS[0], lambda rows: rows.slice(0, 40))
+    assert courier(nights, "simscore", "--start-ds", str(DAYS[0]), "--end-ds", str(DAYS[1])) == 0
+    capsys.readouterr()
+    assert courier(nights, "status", "--json") == 0
+    days = json.loads(capsys.readouterr().out)["days"]
+    assert [days[str(day)]["whole_night"] for day in DAYS] == [True, True, False, False]
 
 
 # ---- Many days in one job ----------------------------------------------------------------------
@@ -364,9 +421,8 @@ def test_both_joins_give_the_same_table(shop: World, after_nights: World, capsys
                 np.testing.assert_allclose(one, two, atol=1e-6)
             else:
                 assert found[name] == other[name]
-        assert manifest(shop, "user_simscores", day)["settings"]["join"] == "shuffle"
-        assert counts(shop, "user_simscores", day)["shuffled_bytes"] > 10_000
     assert "sim_scores" in other.column_names
+    assert capsys.readouterr().out.count("MB of items") == len(DAYS)
 
 
 @pytest.mark.parametrize(
@@ -398,6 +454,20 @@ def test_a_worker_without_room_for_a_copy_says_so_before_it_is_half_written(
     message = paragraph(capsys)
     assert "has 0.0 GB left" in message
     assert 'join = "shuffle"' in message
+
+
+def test_how_the_join_was_made_is_no_part_of_what_was_made(nights: World, capsys: Capture) -> None:
+    assert courier(nights, "simscore", "--ds", str(DAYS[0]), "--join", "shuffle") == 0
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_days_together_need_room_for_a_copy_each(shop: World, capsys: Capture) -> None:
+    shop.settings()
+    text = shop.config.read_text().replace("[simscore]", "[simscore]\nbroadcast_limit_gb = 2e-5")
+    shop.config.write_text(text)
+    for days, join in ((("--ds", str(DAYS[0])), "broadcast"), (RANGE, "shuffle")):
+        assert main(["simscore", "--config", str(shop.config), *days, "--dry-run"]) == 0
+        assert f"join by {join}" in capsys.readouterr().out
 
 
 # ---- Logged histories --------------------------------------------------------------------------
