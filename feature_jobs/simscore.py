@@ -57,7 +57,7 @@ from feature_jobs.schemas import (
 _READ_TOO = ("click_time", "impression_id", "history")  # of the optional columns
 _BLOCK_ROWS = 4096  # impressions scored at once
 _RUN_ROWS = 16  # of them with one history, at most
-_CACHED_VECTORS = 512  # gathered at once: half a megabyte of them stays in the cache
+_CACHED_VECTORS = 256  # gathered at once: a quarter of a megabyte stays in the cache
 _ITEMS_AT_ONCE = 6_553_600  # of the histories that the impressions of a user shard get at once
 BROADCAST, SHUFFLE = "broadcast", "shuffle"
 
@@ -145,9 +145,10 @@ def simtier(scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
     Tier k holds -1 + k/10 <= score < -1 + (k+1)/10; a score of 1.0 falls into the last one.
     """
-    tier = np.clip(((scores.astype(np.float64) + 1.0) * 10.0).astype(np.int64), 0, SIM_TIERS - 1)
+    tier = ((scores.astype(np.float64) + 1.0) * 10.0).astype(np.int32)
+    np.minimum(tier, SIM_TIERS - 1, out=tier)
     tier[mask == 0] = SIM_TIERS  # one too many, cut off at the end
-    tier += (np.arange(len(scores)) * (SIM_TIERS + 1))[:, None]
+    tier += (np.arange(len(scores), dtype=np.int32) * (SIM_TIERS + 1))[:, None]
     counts = np.bincount(tier.reshape(-1), minlength=len(scores) * (SIM_TIERS + 1))
     return counts.reshape(len(scores), SIM_TIERS + 1)[:, :SIM_TIERS].astype(np.int32)
 

@@ -244,6 +244,9 @@ def write_part(
 
 def in_order(rows: pa.Table, keys: Sequence[str]) -> pa.Table:
     """`rows` in ascending order of `keys`; as they are where they stand so already."""
+    first = rows[keys[0]]
+    if len(keys) == 1 and pc.all(pc.less_equal(first[:-1], first[1:])).as_py():
+        return rows  # looked at without sorting, which takes thirty times as long
     order = pc.sort_indices(rows, [(key, "ascending") for key in keys])
     stands = np.array_equal(order.to_numpy(), np.arange(len(rows)))
     return rows if stands else rows.take(order)
