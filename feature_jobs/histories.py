@@ -30,6 +30,7 @@ import pyarrow.compute as pc
 from feature_jobs import inputs, tables
 from feature_jobs.clicks import Clicks, HistoryLaw, histories_at, sort_clicks
 from feature_jobs.inputs import RowGroup, Source, check_day, read_rows
+from feature_jobs.lists import list_array
 from feature_jobs.pieces import Piece, read_pieces, write_pieces
 from feature_jobs.schemas import RECENT_CLICKS, TIMESTAMP, USER_HISTORIES, Table
 
@@ -190,12 +191,6 @@ def history_lists(known: Known, rows: pa.Table) -> pa.Array:
     there = places >= 0
     flat = known.item_ids.take(pa.array(known.clicks.items[places[there]]))  # newest first
     return list_array(there.sum(axis=1), flat)
-
-
-def list_array(sizes: np.ndarray, values: pa.Array) -> pa.Array:
-    """`values` cut into lists of `sizes` [n]."""
-    offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
-    return pa.ListArray.from_arrays(offsets.cast(pa.int32()), values)  # no silent overflow
 
 
 def user_histories(known: Known) -> pa.Table:

@@ -34,7 +34,6 @@ from feature_jobs.histories import (
     clicks_by_user,
     every_shard_of_days,
     history_lists,
-    list_array,
 )
 from feature_jobs.inputs import IMPRESSION_COLUMNS, RowGroup, Source, check_day, read_rows
 from feature_jobs.item_vectors import (
@@ -47,6 +46,7 @@ from feature_jobs.item_vectors import (
     no_answers,
     open_item_vectors,
 )
+from feature_jobs.lists import differ_from_before, list_array, padded_codes
 from feature_jobs.pieces import Piece, read_pieces, write_pieces
 from feature_jobs.schemas import (
     SIM_TIERS,
@@ -180,48 +180,6 @@ def impression_ids(rows: pa.Table) -> pa.Array:
     )
 
 
-def differ_from_before(lists: pa.Array) -> np.ndarray:
-    """Which of some lists of IDs, without nulls, are not equal to the one before; bool [n]."""
-    offsets, flat = _flat(lists)
-    values = flat if pa.types.is_int64(flat.type) else pc.dictionary_encode(flat).indices
-    values, sizes = values.to_numpy(), np.diff(offsets)
-    new = np.ones(len(sizes), bool)
-    new[1:] = sizes[1:] != sizes[:-1]
-    alike = np.flatnonzero(~new & (sizes > 0))
-    for size in np.unique(sizes[alike]):
-        rows = alike[sizes[alike] == size]
-        rows = rows[values[offsets[rows]] == values[offsets[rows] - size]]  # few others are equal
-        new[alike[sizes[alike] == size]] = True
-        for at in range(0, len(rows), _BLOCK_ROWS):
-            some = rows[at : at + _BLOCK_ROWS]
-            place = offsets[some][:, None] + np.arange(size)
-            new[some] = (values[place] != values[place - size]).any(axis=1)
-    return new
-
-
-def history_codes(lists: pa.Array, codes: np.ndarray, length: int) -> np.ndarray:
-    """The first `length` places of each of `lists`, whose flat values have `codes`; int32
-    [n, length], -1 = none."""
-    offsets, _ = _flat(lists)
-    sizes = np.diff(offsets)
-    place = _within(sizes)
-    kept = place < length
-    out = np.full((len(sizes), length), -1, np.int32)
-    out[np.arange(len(sizes)).repeat(sizes)[kept], place[kept]] = codes[kept]
-    return out
-
-
-def _flat(lists: pa.Array) -> tuple[np.ndarray, pa.Array]:
-    """Where each of some lists begins, int64 [n + 1], and the values of all."""
-    offsets = lists.offsets.to_numpy().astype(np.int64)
-    return offsets - offsets[0], lists.flatten()
-
-
-def _within(sizes: np.ndarray) -> np.ndarray:
-    """0, 1, … for the places of each list of these sizes; int64 [sum of sizes]."""
-    return np.arange(int(sizes.sum())) - (np.cumsum(sizes) - sizes).repeat(sizes)
-
-
 # ---- Pure functions: a shard of impressions --------------------------------------------------
 
 
@@ -286,7 +244,7 @@ def _coded(rows: pa.Table, length: int) -> _Coded:
     encoded = pc.dictionary_encode(both)
     codes = encoded.indices.to_numpy()
     shown, clicked = codes[: len(rows)], codes[len(rows) :]
-    histories = history_codes(lists, clicked, length)
+    histories = padded_codes(lists, clicked, length)
     return _Coded(encoded.dictionary, shown, histories, np.cumsum(new) - 1)
 
 

@@ -37,11 +37,11 @@ from feature_jobs.histories import (
     click_moments,
     codes_of,
     every_shard,
-    list_array,
     no_clicks,
     read_clicks,
 )
 from feature_jobs.inputs import IMPRESSION_COLUMNS, RowGroup, Source, check_day, read_rows
+from feature_jobs.lists import list_array
 from feature_jobs.schemas import ROW_PVS, TIMESTAMP, TRAINING_ROWS
 
 

@@ -22,8 +22,9 @@ from feature_jobs import hashing, tables
 from feature_jobs.histories import HistoriesJob, clicks_of, history_lists
 from feature_jobs.inputs import RowGroup, Source, day_end
 from feature_jobs.item_vectors import ItemVectors, ask_all
+from feature_jobs.lists import differ_from_before
 from feature_jobs.schemas import ITEM_EMBEDDINGS, TIMESTAMP, USER_SIMSCORES
-from feature_jobs.simscore import differ_from_before, read_impressions, score_impressions
+from feature_jobs.simscore import read_impressions, score_impressions
 from pipelines.config import Settings
 from pipelines.day_plan import DayPlan, NightOptions
 from pipelines.pinned import PinnedArtefacts

@@ -12,7 +12,7 @@ PACKAGES = ("pipelines", "courier_model", "feature_jobs")
 # What jobs share. Every other module of feature_jobs is a job.
 SHARED_GROUND = {
     "schemas", "tables", "storage", "gcs", "gcs_client", "pieces", "hashing", "inputs", "clicks",
-    "histories", "codebook", "nearest", "broadcast",
+    "histories", "lists", "codebook", "nearest", "broadcast",
 }  # fmt: skip
 # A job's own second half, which no other may know.
 HALVES = {

@@ -3,13 +3,9 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from feature_jobs import simscore
 from feature_jobs.simscore import (
-    differ_from_before,
-    history_codes,
     impression_ids,
     sim_scores,
     simtier,
@@ -99,21 +95,3 @@ def test_made_ids_tell_all_rows_apart_and_do_not_follow_arrival() -> None:
     assert all(len(i) == 32 and int(i, 16) >= 0 for i in ids)
     alone = sort_impressions(impressions(rows[:1]))
     assert impression_ids(alone)[0].as_py() in ids
-
-
-def test_histories_are_cut_to_their_length_and_padded() -> None:
-    lists = pa.array([[9], [3, 0, 1], [], [2]], pa.list_(pa.int64()))[1:]
-    assert history_codes(lists, np.array([3, 0, 1, 2]), 2).tolist() == [[3, 0], [-1, -1], [2, -1]]
-
-
-SHORT_LISTS = st.lists(st.lists(st.integers(0, 2), max_size=3), max_size=12)
-
-
-@given(SHORT_LISTS, st.sampled_from([pa.int64(), pa.string()]), st.integers(0, 3))
-def test_neighbours_with_the_same_list_are_found(
-    drawn: list[list[int]], kind: pa.DataType, cut: int
-) -> None:
-    lists = [[str(v) if kind == pa.string() else v for v in some] for some in drawn]
-    found = differ_from_before(pa.array(lists, pa.list_(kind))[cut:])
-    lists = lists[cut:]
-    assert found.tolist() == [k == 0 or lists[k] != lists[k - 1] for k in range(len(lists))]
