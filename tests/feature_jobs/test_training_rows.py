@@ -69,14 +69,14 @@ def shard_of(rows: list[Row], ids: str, requests: str) -> pa.Table:
 
 
 def found_rows(
-    rows: list[Row], clicks: list[oracles.Click], ids: str, requests: str
+    rows: list[Row], clicks: list[oracles.Click], ids: str, requests: str, lag: int = 0
 ) -> tuple[list[tuple], dict[str, int]]:
     """What `training_rows` makes, as the oracle tells it, and the counts."""
     kind = ID_TYPES[ids]
     request_id = ID_TYPES.get(requests, pa.string())
     schema = TRAINING_ROWS.schema(kind, kind, request_id=request_id)
     job = TrainingRowsJob(
-        HistoryLaw(ROW_CLICKS, WINDOW, DELAY), GAP, END, "UTC", None, 1, schema, ""
+        HistoryLaw(ROW_CLICKS, WINDOW, DELAY, lag), GAP, END, "UTC", None, 1, schema, ""
     )
     users, items, times = (list(c) for c in zip(*clicks, strict=True)) if clicks else ([],) * 3
     log = pa.table(
@@ -93,20 +93,22 @@ def found_rows(
     return sorted((tuple(r.values()) for r in made.to_pylist()), key=lambda r: r[:3]), counts
 
 
-def expected_rows(rows: list[Row], clicks: list[oracles.Click], requests: str) -> list[tuple]:
+def expected_rows(
+    rows: list[Row], clicks: list[oracles.Click], requests: str, lag: int = 0
+) -> list[tuple]:
     name_of = int if requests == "int" else str
-    return oracles.training_rows(rows, clicks, END, GAP, WINDOW, DELAY, name_of)
+    return oracles.training_rows(rows, clicks, END, GAP, WINDOW, DELAY, name_of, lag)
 
 
 @settings(max_examples=300, deadline=None)
-@given(impressions, impressions, kinds)
+@given(impressions, impressions, kinds, st.sampled_from([0, 3]))
 def test_training_rows_equal_the_loop_over_requests(
-    rows: list[Row], earlier: list[Row], kinds: tuple[str, str]
+    rows: list[Row], earlier: list[Row], kinds: tuple[str, str], lag: int
 ) -> None:
     rows, earlier = named(rows, *kinds), named(earlier, *kinds)
     clicks = oracles.clicks_of([*earlier, *rows], DELAY)
-    found, _ = found_rows(rows, clicks, *kinds)
-    assert found == expected_rows(rows, clicks, kinds[1])
+    found, _ = found_rows(rows, clicks, *kinds, lag)
+    assert found == expected_rows(rows, clicks, kinds[1], lag)
 
 
 def random_world(seed: int, count: int = 150) -> list[Row]:

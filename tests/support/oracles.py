@@ -77,6 +77,7 @@ def training_rows(
     window_us: int,
     delay_us: int = 0,
     name_of: Any = str,
+    lag_us: int = 0,
 ) -> list[tuple[Any, Any, int, int, list[Any], list[bool], list[Any]]]:
     """The columns of `training_rows` in their order; `rows` have a `request`, None without one,
     which `name_of` then makes of the request's first moment."""
@@ -94,7 +95,7 @@ def training_rows(
         for chunk in range(max(1, math.ceil(len(clicked) / 5))):
             part = pvs[5 * chunk : 5 * chunk + 5]
             labels = [item in clicked for item in part]
-            past = history(clicks, user, moment, 5, window_us)
+            past = history(clicks, user, moment, 5, window_us, lag_us)
             if part:
                 made.append((user, request, chunk, moment, part, labels, past))
     return sorted(made, key=lambda row: row[:3])
