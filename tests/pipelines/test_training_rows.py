@@ -173,7 +173,7 @@ def test_the_manifest_tells_the_scope_and_the_law(shop: World) -> None:
         "window_days": WINDOW_DAYS,
     }
     assert found["notes"] == {
-        "days_without_log": ["2026-02-28"],
+        "days_without_log": ["2026-02-28", "2026-02-27", "2026-02-26"],
         "one_snapshot_for_all_days": False,
     }
     shop.extra_settings = training()
