@@ -113,14 +113,21 @@ class Table:
         return pa.schema([*fields, *extra])
 
 
+def _clicks_of_user(user: str, items: str) -> tuple[Column, ...]:
+    """The columns of a table with a row of clicks for each user; what they mean."""
+    return (
+        Column("user_id", _USER_ID, user),
+        Column("item_ids", "list item_id", items),
+        Column("click_times", pa.list_(TIMESTAMP), "when, aligned with item_ids"),
+    )
+
+
 USER_HISTORIES = Table(
     "user_histories",
     key="user_id",
     shared=True,
-    columns=(
-        Column("user_id", _USER_ID, "a user with a click in the window"),
-        Column("item_ids", "list item_id", "items clicked before the end of ds, newest first"),
-        Column("click_times", pa.list_(TIMESTAMP), "when, aligned with item_ids"),
+    columns=_clicks_of_user(
+        "a user with a click in the window", "items clicked before the end of ds, newest first"
     ),
 )
 
@@ -128,15 +135,10 @@ RECENT_CLICKS = Table(
     "recent_clicks",
     key="user_id",
     shared=True,
-    columns=(
-        Column("user_id", _USER_ID, "a user with such a click"),
-        Column(
-            "item_ids",
-            "list item_id",
-            "clicked items that user_histories of ds does not show but the next day's histories "
-            "need, newest first; no feature, since some are dated after the end of ds",
-        ),
-        Column("click_times", pa.list_(TIMESTAMP), "when, aligned with item_ids"),
+    columns=_clicks_of_user(
+        "a user with such a click",
+        "clicked items that user_histories of ds does not show but the next day's histories need, "
+        "newest first; no feature, since some are dated after the end of ds",
     ),
 )
 
