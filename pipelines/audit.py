@@ -27,7 +27,6 @@ from feature_jobs.schemas import ITEM_EMBEDDINGS, TIMESTAMP, USER_SIMSCORES
 from feature_jobs.simscore import read_impressions, score_impressions
 from pipelines.config import Settings
 from pipelines.day_plan import DayPlan, NightOptions
-from pipelines.pinned import PinnedArtefacts
 from pipelines.plan import plan_day
 from pipelines.plan_impressions import ScoresOfDay, histories_job
 from pipelines.runs import Stage
@@ -122,7 +121,7 @@ def audit(
     else:
         report.tell(UNVERIFIED, f"ds {ds} has no impressions in this bucket: nothing to look at")
     _audit_clicks(rows, part.has_history, report)
-    _audit_artefacts(settings, ds, stage, report)
+    _audit_artefacts(day, stage, report)
     return report
 
 
@@ -391,8 +390,8 @@ def _audit_clicks(rows: pa.Table, has_history: bool, report: Report) -> None:
         report.tell(OK, f"all {len(clicks):,} clicks have a click_time")
 
 
-def _audit_artefacts(settings: Settings, ds: dt.date, stage: Stage, report: Report) -> None:
-    pinned = PinnedArtefacts(settings, ds, allow_overlap=True)
+def _audit_artefacts(day: DayPlan, stage: Stage, report: Report) -> None:
+    pinned, ds = day.pinned, day.ds
     for what, name, end in (
         ("encoder", pinned.encoder.encoder_id, pinned.encoder.data_end_ds),
         ("codebook", pinned.codebook.codebook_id, pinned.codebook.data_end_ds),
