@@ -76,7 +76,7 @@ def render(found: dict[str, Any]) -> str:
         )
         lines.append(f"{ds:10}  {_night_of(day):7}  {rows}")
     lines += _clusters(found["days"])
-    lines += _stale(found["stale"])
+    lines += _stale(found["stale"], found["days"])
     lines += [f"unfinished: {run} (the same command resumes it)" for run in found["staged"]]
     for pin in found["pins"]:
         lines.append(
@@ -86,14 +86,18 @@ def render(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _stale(days: Mapping[str, str]) -> list[str]:
+def _stale(stale: Mapping[str, str], days: Mapping[str, Any]) -> list[str]:
     """A line for each row of days that go on from histories of a day that was made again."""
-    return [
-        f"stale: {ds}, since histories of {after} were made again after it; `courier simscore "
-        f"--start-ds {ds} --end-ds {max(d for d, a in days.items() if a == after)}` makes them anew"
-        for ds, after in days.items()
-        if ds == min(d for d, a in days.items() if a == after)
-    ]
+    lines = []
+    for after in dict.fromkeys(stale.values()):
+        row = [ds for ds, other in stale.items() if other == after]
+        scored = all(USER_SIMSCORES.name in days[ds]["tables"] for ds in row)
+        command = "simscore" if scored else "histories"  # not all days have what scores need
+        lines.append(
+            f"stale: {row[0]}, since histories of {after} were made again after it; `courier "
+            f"{command} --start-ds {row[0]} --end-ds {row[-1]}` makes them anew"
+        )
+    return lines
 
 
 def _clusters(days: Mapping[str, Any]) -> list[str]:
