@@ -24,6 +24,7 @@ from pipelines.runs import Stage
 from pipelines.shop_tables import ShopTables
 
 _WITHOUT_PIN = {"histories", "training-rows"}
+NO_IDS = (pa.int64(), pa.int64())  # user_id and item_id, where no file tells their types
 _OF_IMPRESSIONS = {"histories", "simscore", "training-rows"}
 
 
@@ -121,12 +122,13 @@ class DayPlan:
             return history_state.made_before(self._earlier, self.settings)
         return history_state.find_before(self.settings, self.ds, self.shop, self.options.from_log)
 
-    def history_ids(self) -> tuple[pa.DataType, pa.DataType]:
-        """The types of user_id and item_id in the clicks of ds and of the days before; raises
-        DataContractError where they differ."""
+    def history_ids(self) -> tuple[pa.DataType, pa.DataType] | None:
+        """The types of user_id and item_id in the clicks of ds and of the days before, None where
+        no file tells them; raises DataContractError where they differ."""
         known = self.before.ids
         if known is None:
-            return self.shop.user_id_type(pa.int64()), self.item_id_type()
+            user_id = self.shop.user_id_type(pa.null())
+            return None if user_id == pa.null() else (user_id, self.item_id_type())
         mine = self.shop.user_id_type(known[0]), self.shop.item_id_type(known[1])
         for name, kind, before in zip(("user_id", "item_id"), mine, known, strict=True):
             if kind != before:
@@ -137,10 +139,6 @@ class DayPlan:
                     "in the settings that histories begin anew."
                 )
         return known
-
-    def guesses_ids(self) -> bool:
-        """Whether no file of ds, or of the days before, tells the types of IDs."""
-        return self.before.ids is None and self.shop.user_id_type(pa.null()) == pa.null()
 
     def history_day(self) -> HistoryDay:
         timezone = self.settings.day_timezone

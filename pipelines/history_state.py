@@ -124,19 +124,21 @@ def find_before(settings: Settings, ds: dt.date, shop: ShopTables, from_log: boo
         )
     if from_log or ds == start:
         return _from_log(shop)
-    newest = _newest_before(settings, ds)
-    gap = newest is None or newest < ds - _ONE_DAY
-    if newest is None or (gap and _began_from_log(settings, ds)):
+    found = _newest_before(settings, ds)
+    if not found:
         return _from_log(shop)
-    if gap:
-        raise InputNotReady(
-            f"Histories of ds {ds} go on from those of the day before, but the newest ones are of "
-            f"ds {newest}: the clicks from {newest + _ONE_DAY} to {ds - _ONE_DAY} would be missing "
-            f"from every history. Run `courier histories --start-ds {newest + _ONE_DAY} --end-ds "
-            f"{ds - _ONE_DAY}` first. Or begin anew: --from-log reads the log of the window once, "
-            "and history_start_ds in the settings says that no earlier clicks count."
-        )
-    return _day_before(settings, ds)
+    newest = dt.date.fromisoformat(found[0].manifest["ds"])
+    if newest == ds - _ONE_DAY:
+        return _day_before(settings, ds, found)
+    if _began_from_log(settings, ds):
+        return _from_log(shop)
+    raise InputNotReady(
+        f"Histories of ds {ds} go on from those of the day before, but the newest ones are of "
+        f"ds {newest}: the clicks from {newest + _ONE_DAY} to {ds - _ONE_DAY} would be missing "
+        f"from every history. Run `courier histories --start-ds {newest + _ONE_DAY} --end-ds "
+        f"{ds - _ONE_DAY}` first. Or begin anew: --from-log reads the log of the window once, "
+        "and history_start_ds in the settings says that no earlier clicks count."
+    )
 
 
 def _from_log(shop: ShopTables) -> Before:
@@ -145,12 +147,12 @@ def _from_log(shop: ShopTables) -> Before:
     return Before(None, lambda: (), tuple(earlier), tuple(missing), rows)
 
 
-def _newest_before(settings: Settings, ds: dt.date) -> dt.date | None:
-    """The newest day before ds, not before the world began, that has histories."""
+def _newest_before(settings: Settings, ds: dt.date) -> tuple[Partition, ...]:
+    """The histories of the newest day before ds, not before the world began; empty for none."""
     start = settings.history_start_ds or dt.date.min
     days = runs.begun_days(settings.root, settings.feature_set, USER_HISTORIES)
-    there = (d for d in reversed(days) if start <= d < ds and _state_of(settings, d))
-    return next(there, None)
+    found = (_state_of(settings, day) for day in reversed(days) if start <= day < ds)
+    return next(filter(None, found), ())
 
 
 def _state_of(settings: Settings, ds: dt.date) -> tuple[Partition, ...]:
@@ -168,8 +170,7 @@ def _began_from_log(settings: Settings, ds: dt.date) -> bool:
     return bool(found) and found[0].manifest["inputs"]["histories_before"] is None
 
 
-def _day_before(settings: Settings, ds: dt.date) -> Before:
-    found = _state_of(settings, ds - _ONE_DAY)
+def _day_before(settings: Settings, ds: dt.date, found: tuple[Partition, ...]) -> Before:
     manifest, mine = found[0].manifest, history_settings(settings)
     if manifest["settings"] != mine:
         theirs = {k: v for k, v in manifest["settings"].items() if mine.get(k) != v}

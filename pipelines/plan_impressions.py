@@ -27,7 +27,7 @@ from feature_jobs.schemas import (
 from feature_jobs.simscore import BROADCAST, SHUFFLE, SimscoreDay, SimscoreJob, define_simscore
 from feature_jobs.training_rows import TrainingRowsJob, define_training_rows
 from pipelines import runs
-from pipelines.day_plan import DayPlan
+from pipelines.day_plan import NO_IDS, DayPlan
 from pipelines.history_state import (
     IMPRESSIONS_PER_CLICK,
     STATE,
@@ -48,16 +48,11 @@ _USUAL_LENGTH = 50  # of a history; shards of much longer ones have fewer rows
 @dataclass(frozen=True)
 class LogOfDay:
     """What a job of several days knows of one of them; `ids` are the types of user_id and item_id,
-    which are a guess while no file told them."""
+    None while no file has told them."""
 
     day: HistoryDay
     log: Source
-    ids: tuple[pa.DataType, pa.DataType]
-    guessed: bool
-
-    @property
-    def known_ids(self) -> tuple[pa.DataType, pa.DataType] | None:
-        return None if self.guessed else self.ids
+    ids: tuple[pa.DataType, pa.DataType] | None
 
 
 def plan_histories(day: DayPlan, made: dict[str, Stage]) -> Stage:
@@ -82,7 +77,7 @@ def plan_histories(day: DayPlan, made: dict[str, Stage]) -> Stage:
         settings=history_settings(settings),
         input_rows=log.rows,
         notes={"days_without_log": list(before.missing)},
-        part=LogOfDay(day.history_day(), log, day.history_ids(), day.guesses_ids()),
+        part=LogOfDay(day.history_day(), log, day.history_ids()),
     )
 
 
@@ -91,7 +86,7 @@ def histories_job(
 ) -> HistoriesJob:
     """Histories of the days of `parts`, of which `day` is the first."""
     settings, before = day.settings, day.before
-    user_id, item_id = parts[-1].ids  # the last day knows most
+    user_id, item_id = parts[-1].ids or NO_IDS  # the last day knows most
     state = tuple(partition.slim() for partition in before.partitions())
     return HistoriesJob(
         history_law(settings),
@@ -162,7 +157,8 @@ def plan_simscore(day: DayPlan, made: dict[str, Stage]) -> Stage:
     settings, impressions = day.settings, day.shop.impressions(day.ds)
     has_history = "history" in impressions.form.columns
     optional = [] if settings.simscore.history_item_ids else ["history_item_ids"]
-    user_id, item_id = ids = _ids(day, has_history)
+    ids = _ids(day, has_history)
+    user_id, item_id = ids or NO_IDS
     schema = USER_SIMSCORES.schema(
         item_id,
         user_id,
@@ -171,7 +167,7 @@ def plan_simscore(day: DayPlan, made: dict[str, Stage]) -> Stage:
         without=optional,
     )
     part = ScoresOfDay(
-        day.history_day(), impressions, ids, day.guesses_ids(), has_history,
+        day.history_day(), impressions, ids, has_history,
         _join(day, made["embed"].input_rows), day.previous_features, day.of_another_lineage, schema,
     )  # fmt: skip
     return day.stage(
@@ -204,10 +200,10 @@ def plan_simscore(day: DayPlan, made: dict[str, Stage]) -> Stage:
     )
 
 
-def _ids(day: DayPlan, has_history: bool) -> tuple[pa.DataType, pa.DataType]:
+def _ids(day: DayPlan, has_history: bool) -> tuple[pa.DataType, pa.DataType] | None:
     """The types of user_id and item_id; the state of the day before has a say where it is read."""
     if has_history:
-        return day.shop.user_id_type(pa.int64()), day.item_id_type()
+        return day.shop.user_id_type(NO_IDS[0]), day.item_id_type()
     return day.history_ids()
 
 

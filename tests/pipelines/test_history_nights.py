@@ -219,9 +219,15 @@ def test_where_nothing_was_known_ids_may_be_of_any_type(shop: World) -> None:
 
     shop.write("impressions", DAYS[0], [], rows_to_group=1)
     assert courier(shop, "histories", "--ds", str(DAYS[0])) == 0
-    rewrite(shop, DAYS[1], as_text)
+    for day in DAYS[1:]:
+        rewrite(shop, day, as_text)
     assert courier(shop, "histories", "--ds", str(DAYS[1])) == 0
     assert shop.table("user_histories", DAYS[1]).schema.field("user_id").type == pa.string()
+    one_by_one = shop.table("user_histories", DAYS[1])
+    storage.delete_tree(str(shop.root / "shared"))
+    assert courier(shop, "simscore", *RANGE) == 0
+    assert shop.table("user_histories", DAYS[1]) == one_by_one
+    assert len(shop.table("user_simscores", DAYS[3])) == 152
 
 
 def test_ids_of_another_type_than_the_day_before_are_refused(
@@ -311,6 +317,17 @@ def test_scores_of_histories_that_were_made_again_are_stale_too(
     capsys.readouterr()
     assert courier(nights, "status", "--json") == 0
     assert json.loads(capsys.readouterr().out)["stale"] == {}
+
+
+def test_days_without_scores_are_told_to_make_histories_anew(shop: World, capsys: Capture) -> None:
+    assert courier(shop, "histories", *RANGE) == 0
+    rewrite(shop, DAYS[0], lambda rows: rows.slice(0, 40))
+    assert courier(shop, "histories", "--ds", str(DAYS[0])) == 0
+    capsys.readouterr()
+    assert courier(shop, "status") == 0
+    told = "courier histories --start-ds 2026-03-02 --end-ds 2026-03-04"
+    assert f"`{told}`" in capsys.readouterr().out
+    assert courier(shop, *told.split()[1:]) == 0
 
 
 def test_a_whole_night_stays_whole_when_its_scores_are_made_again(
