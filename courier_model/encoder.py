@@ -28,9 +28,9 @@ from torch.nn import functional as F
 from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 
 from courier_model.images import Preprocessing
-from feature_jobs import storage
 from feature_jobs.schemas import EMBEDDING_DIM, DataContractError, OperatorError
-from feature_jobs.tables import EncoderInfo, digest, read_encoder_info, write_encoder_info
+from feature_jobs.store import files
+from feature_jobs.store.tables import EncoderInfo, digest, read_encoder_info, write_encoder_info
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -298,8 +298,8 @@ def save_encoder(
         weights=weights,
     )
     folder = os.path.join(folder_root, encoder_id)
-    if not storage.exists(os.path.join(folder, "encoder.json")):
-        storage.write_bytes(os.path.join(folder, _WEIGHTS_FILE), safetensors.torch.save(state))
+    if not files.exists(os.path.join(folder, "encoder.json")):
+        files.write_bytes(os.path.join(folder, _WEIGHTS_FILE), safetensors.torch.save(state))
         write_encoder_info(folder, info)
     saved = read_encoder_info(folder)
     _check_same_scope(saved, info, folder)
@@ -339,7 +339,7 @@ def load_encoder(folder: str) -> ImageEncoder:
     info = read_encoder_info(folder)
     path = os.path.join(folder, _WEIGHTS_FILE)
     try:
-        state = safetensors.torch.load(storage.read_bytes(path))
+        state = safetensors.torch.load(files.read_bytes(path))
     except (OSError, SafetensorError) as error:
         raise DataContractError(
             f"{path} cannot be read as safetensors ({error}), so the encoder {info.encoder_id} is "

@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 
 from courier_model.images import BadImage, DecodeLimits, Preprocessing, decode
-from feature_jobs import storage
+from feature_jobs.store import files
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ def locate(uri: str | None, roots: Sequence[str]) -> str:
     if not uri or "://" in uri or "\0" in uri:
         raise BadImage("unsupported_uri", f"{str(uri)[:100]!r} is no path below the image roots")
     path = os.path.join(roots[0], uri)
-    remote = storage.is_remote(path)
+    remote = files.is_remote(path)
     path = posixpath.normpath(path).replace(":/", "://", 1) if remote else _real_path(path)
     if not path.startswith(_resolved(tuple(roots))):
         raise BadImage("unsupported_uri", f"{uri!r} lies outside the image roots")
@@ -71,7 +71,7 @@ def locate(uri: str | None, roots: Sequence[str]) -> str:
 @functools.cache
 def _resolved(roots: tuple[str, ...]) -> tuple[str, ...]:
     """The roots as beginnings of resolved paths."""
-    real = (root if storage.is_remote(root) else os.path.realpath(root) for root in roots)
+    real = (root if files.is_remote(root) else os.path.realpath(root) for root in roots)
     return tuple(os.path.join(root, "") for root in real)
 
 
@@ -92,7 +92,7 @@ _real_folder = functools.lru_cache(maxsize=1 << 16)(os.path.realpath)
 # ---- What is there --------------------------------------------------------------------------
 
 
-def find_image(uri: str | None, roots: Sequence[str]) -> storage.FileInfo | Rejected:
+def find_image(uri: str | None, roots: Sequence[str]) -> files.FileInfo | Rejected:
     """What can be told of an image without reading it: its version, or why it cannot be read.
 
     Faults other than a missing or forbidden file are raised: they are no property of the image,
@@ -101,8 +101,8 @@ def find_image(uri: str | None, roots: Sequence[str]) -> storage.FileInfo | Reje
     return _or_rejected(uri, lambda: _stat(locate(uri, roots)))
 
 
-def _stat(path: str) -> storage.FileInfo:
-    file = storage.stat(path)
+def _stat(path: str) -> files.FileInfo:
+    file = files.stat(path)
     if not file.size:
         raise BadImage("empty", "the file has 0 bytes")
     if file.size > DecodeLimits().max_bytes:
@@ -135,10 +135,10 @@ def read_image(
 
 
 def _read(path: str) -> bytes:
-    if not storage.is_remote(path):
+    if not files.is_remote(path):
         _stat(path)  # here it costs nothing, and a pipe would be waited for without end
     # One byte more than allowed, by which `decode` sees that there are too many.
-    return storage.read_bytes(path, DecodeLimits().max_bytes + 1)
+    return files.read_bytes(path, DecodeLimits().max_bytes + 1)
 
 
 def _or_rejected(uri: str | None, look: Callable[[], T]) -> T | Rejected:

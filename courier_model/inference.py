@@ -23,8 +23,8 @@ import pyarrow as pa
 from courier_model import encoder as encoders
 from courier_model.image_files import Image, Rejected, read_image
 from courier_model.images import Preprocessing
-from feature_jobs import storage, tables
 from feature_jobs.schemas import EMBEDDING_DIM
+from feature_jobs.store import files, tables
 
 _LOCAL_READERS = 2 * (os.cpu_count() or 1)  # reading waits on the disk, decoding on a core
 _REMOTE_READERS = 64  # a small object takes a store tens of milliseconds, however many at once
@@ -138,7 +138,7 @@ def embed_images(
 
         return read_image(uri, roots, preprocessing, skip_decoding)
 
-    remote = any(storage.is_remote(uri) for uri in (*roots, *uris[:1]))
+    remote = any(files.is_remote(uri) for uri in (*roots, *uris[:1]))
     readers = _REMOTE_READERS if remote else _LOCAL_READERS
     items_of, images = Counter(uris), dict[str, Image | Rejected]()
     with _pool(readers) as pool, _pool(1) as device:

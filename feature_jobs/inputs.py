@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from feature_jobs import storage, tables
 from feature_jobs.schemas import TIMESTAMP, DataContractError, InputNotReady, OperatorError
+from feature_jobs.store import files, tables
 
 _FOOTER_READERS = 16
 CATALOGUE_COLUMNS = ("item_id", "image_uri", "category")
@@ -98,7 +98,7 @@ def pattern_for(template: str, ds: dt.date) -> str:
 
 def is_marked_whole(template: str, ds: dt.date) -> bool:
     """Whether a `_SUCCESS` lies beside the files of ds."""
-    return bool(storage.find(os.path.join(os.path.dirname(pattern_for(template, ds)), "_SUCCESS")))
+    return bool(files.find(os.path.join(os.path.dirname(pattern_for(template, ds)), "_SUCCESS")))
 
 
 def find_files(table: str, template: str, ds: dt.date, require_success: bool) -> list[str]:
@@ -107,7 +107,7 @@ def find_files(table: str, template: str, ds: dt.date, require_success: bool) ->
     Raises InputNotReady where there is no partition, or no `_SUCCESS` although it is required.
     """
     pattern = pattern_for(template, ds)
-    paths = [file.path for file in storage.glob(pattern)]
+    paths = [file.path for file in files.glob(pattern)]
     done = is_marked_whole(template, ds)
     if not done and (require_success or not paths):
         missing = "no _SUCCESS" if paths else "no file and no _SUCCESS"
@@ -116,7 +116,7 @@ def find_files(table: str, template: str, ds: dt.date, require_success: bool) ->
             "it the features of that day would be made from nothing. Run the command again when "
             f"the partition is there, or correct [{table}] path in the settings."
         )
-    others = [] if paths else storage.glob(os.path.join(os.path.dirname(pattern), "*"))
+    others = [] if paths else files.glob(os.path.join(os.path.dirname(pattern), "*"))
     if others:
         raise DataContractError(
             f"The {table} partition of ds {ds} has a _SUCCESS and files such as {others[0].path}, "
@@ -182,7 +182,7 @@ def open_source(
 
 
 def _version_of(path: str) -> tuple[int | None, ...]:
-    return storage.stat(path).version
+    return files.stat(path).version
 
 
 def _decoded(kind: pa.DataType) -> pa.DataType:
@@ -192,7 +192,7 @@ def _decoded(kind: pa.DataType) -> pa.DataType:
 def read_footer(path: str) -> tuple[pq.FileMetaData, pa.Schema]:
     """Raises DataContractError where `path` is no Parquet file."""
     try:
-        with storage.open_input(path) as data, pq.ParquetFile(data) as file:
+        with files.open_input(path) as data, pq.ParquetFile(data) as file:
             return file.metadata, file.schema_arrow
     except _UNREADABLE as error:
         raise unreadable(path, error) from error
@@ -389,7 +389,7 @@ def read_rows(group: RowGroup, wanted: Sequence[str], carry: Sequence[str] = ())
     ours = [name for name in wanted if name in form.columns]
     theirs = [form.columns[name] for name in ours]
     try:
-        with storage.open_input(group.path) as data, pq.ParquetFile(data) as file:
+        with files.open_input(group.path) as data, pq.ParquetFile(data) as file:
             rows = file.read_row_group(group.index, columns=list(dict.fromkeys([*theirs, *carry])))
     except _UNREADABLE as error:
         raise unreadable(group.path, error) from error

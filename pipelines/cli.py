@@ -59,9 +59,10 @@ def _make(
     beam_args: Sequence[str], **asked: Any,
 ) -> None:  # fmt: skip
     """Makes the stages of all days, each in one job; of several, JSON is a list."""
-    from pipelines import nightly, status
+    from pipelines import nightly
     from pipelines.config import load_settings
     from pipelines.plan import NightOptions, plan_nights
+    from pipelines.reports import status
 
     nights = plan_nights(load_settings(config), days, stages, _say, NightOptions(**asked))
     if dry_run:
@@ -167,22 +168,22 @@ def init_encoder(
     category: tuple[str, ...], out: str | None,
 ) -> None:  # fmt: skip
     """Make an encoder package without training; prints the pin to append to the settings."""
-    from pipelines import artefacts
+    from pipelines.artefacts import encoders
 
     folder, out = _folders(config, out)
     name = name or backbone.replace("_", "-")
     click.echo(
-        artefacts.init_encoder(backbone, weights, input_size, seed, name, category, folder, out)
+        encoders.init_encoder(backbone, weights, input_size, seed, name, category, folder, out)
     )
 
 
 def _folders(config: str, out: str | None) -> tuple[str, str]:
     """That of the settings, and where packages go."""
-    from feature_jobs import storage
+    from feature_jobs.store import files
 
     folder = os.path.dirname(os.path.abspath(config))
-    storage.check_supported(out or folder)
-    return folder, storage.absolute(out or folder)
+    files.check_supported(out or folder)
+    return folder, files.absolute(out or folder)
 
 
 @cli.command()
@@ -245,8 +246,8 @@ def train(
     small network in minutes on a CPU. The same command goes on where a run was stopped. On several
     GPUs: torchrun --nproc-per-node 8 --no-python courier train ...
     """
-    from courier_model.train_settings import PRESETS
-    from pipelines import training
+    from courier_model.training.settings import PRESETS
+    from pipelines.artefacts import training
     from pipelines.config import load_settings
 
     wanted = replace(PRESETS[preset], **{k: v for k, v in given.items() if v is not None})
@@ -314,8 +315,8 @@ def fit_codebook(
     follows the items of the old clusters; new clusters get new numbers. fresh gives every cluster a
     new number. Where there is a parent, the package holds the crosswalk from old to new numbers.
     """
-    from feature_jobs.fit_codebook import ALGORITHMS, Fit
-    from pipelines import codebooks
+    from feature_jobs.codebooks.fit_codebook import ALGORITHMS, Fit
+    from pipelines.artefacts import codebooks
     from pipelines.config import load_settings
 
     settings = load_settings(config)
@@ -337,8 +338,8 @@ def fit_codebook(
 @json_option
 def status(config: str, json: bool) -> None:
     """Say what is published, what is unfinished, and which pins hold."""
-    from pipelines import status as statuses
     from pipelines.config import load_settings
+    from pipelines.reports import status as statuses
 
     found = statuses.collect(load_settings(config))
     click.echo(dumps(found, indent=1) if json else statuses.render(found))
@@ -360,8 +361,8 @@ def audit(config: str, ds: dt.date, impressions: int, from_log: bool, json: bool
     made from. Changes nothing, and ends with status 1 where it finds a leak.
     """
     from feature_jobs.schemas import DataContractError
-    from pipelines import audit as audits
     from pipelines.config import load_settings
+    from pipelines.reports import audit as audits
 
     report = audits.audit(load_settings(config), ds, impressions, from_log, _say)
     click.echo(dumps(report.as_json(), indent=1) if json else audits.render(report))
@@ -396,7 +397,7 @@ def rollback(config: str, ds: dt.date) -> None:
 @click.option("--out", default="courier.toml", metavar="FILE", help="The settings to write.")
 def init(catalogue: str, impressions: str, images: tuple[str, ...], out: str) -> None:
     """Look at your tables and images, say what will not work, and write commented settings."""
-    from pipelines import init as first_look
+    from pipelines.first_look import look as first_look
 
     first_look.refuse_existing(out)
     found = first_look.look(catalogue, impressions, images, os.path.dirname(os.path.abspath(out)))
@@ -422,7 +423,7 @@ def demo(
     seed: int,
 ) -> None:  # fmt: skip
     """Make a small shop: drawn garments, users with tastes, a click log, and settings for it."""
-    from pipelines.demo import Shop, make_shop
+    from pipelines.demo.shop import Shop, make_shop
 
     if images is None and items is not None and not items.isdigit():
         raise click.BadParameter("must be a number unless --images is given", param_hint="--items")

@@ -25,8 +25,8 @@ from pydantic import (
     model_validator,
 )
 
-from feature_jobs import storage
 from feature_jobs.schemas import TABLES, OperatorError
+from feature_jobs.store import files
 
 STAGES = ("embed", "item-features", "histories", "simscore")  # of the night, in order
 BEAM_STAGES = (*STAGES, "training-rows", "fit-codebook")
@@ -34,8 +34,8 @@ _NAME = r"^[a-z0-9][a-z0-9-]*$"
 
 
 def _path(path: str, info: ValidationInfo) -> str:
-    storage.check_supported(path)
-    return storage.absolute(path, (info.context or {}).get("folder", "."))
+    files.check_supported(path)
+    return files.absolute(path, (info.context or {}).get("folder", "."))
 
 
 def _template(path: str, info: ValidationInfo) -> str:

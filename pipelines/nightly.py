@@ -19,12 +19,12 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from feature_jobs import storage, tables
 from feature_jobs.schemas import TABLES, CourierError, OperatorError
-from pipelines import beam_options, progress, quality, runs
+from feature_jobs.store import files, tables
 from pipelines.config import Settings
 from pipelines.plan import Night
-from pipelines.runs import Stage
+from pipelines.running import beam_options, progress, quality, runs
+from pipelines.running.runs import Stage
 
 
 def run_nights(
@@ -154,7 +154,7 @@ def _goes_into(night: Night, record: dict[str, Any]) -> bool:
 
 def _shared(settings: Settings) -> AbstractContextManager[None]:
     """Holds the tables that other feature sets publish as well."""
-    return storage.lock(f"{settings.root}/shared", wait=True)
+    return files.lock(f"{settings.root}/shared", wait=True)
 
 
 def _write_run(night: Night, report: dict[str, Any]) -> None:

@@ -8,12 +8,12 @@ import datetime as dt
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from feature_jobs import tables
+from feature_jobs.store import tables
 from pipelines.config import STAGES, Settings
-from pipelines.day_plan import DayPlan, NightOptions
-from pipelines.plan_impressions import plan_histories, plan_simscore, plan_training_rows
-from pipelines.plan_items import plan_embed, plan_item_features
-from pipelines.runs import Stage
+from pipelines.planning.day_plan import DayPlan, NightOptions
+from pipelines.planning.impressions import plan_histories, plan_simscore, plan_training_rows
+from pipelines.planning.items import plan_embed, plan_item_features
+from pipelines.running.runs import Stage
 
 _PLANS: dict[str, Callable[[DayPlan, dict[str, Stage]], Stage]] = {
     # in the order in which they are made

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from feature_jobs import gcs_client
+from feature_jobs.store import gcs_client
 from pipelines.nightly import run_nights
 from pipelines.plan import plan_night
 from tests.support.world import DAYS, World, make_codebook, make_encoder

@@ -7,19 +7,26 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipelines", "courier_model", "feature_jobs")
-# What jobs share. Every other module of feature_jobs is a job.
-SHARED_GROUND = {
-    "schemas", "tables", "storage", "gcs", "gcs_client", "pieces", "hashing", "inputs", "clicks",
-    "histories", "lists", "codebook", "nearest", "broadcast",
-}  # fmt: skip
-# A job's own second half, which no other may know.
-HALVES = {
-    "feature_jobs.embed_plan": "feature_jobs.embed",
-    "feature_jobs.item_vectors": "feature_jobs.simscore",
-    "feature_jobs.kmeans": "feature_jobs.fit_codebook",
+# What a folder, or a module that lies beside folders, may import of ours besides itself.
+SHARED_GROUND = {"feature_jobs.schemas", "feature_jobs.store", "feature_jobs.inputs"}
+MODEL = {"feature_jobs.schemas", "feature_jobs.store"}
+MAY_IMPORT = {
+    "feature_jobs.schemas": set(),
+    "feature_jobs.store": {"feature_jobs.schemas"},
+    "feature_jobs.inputs": {"feature_jobs.schemas", "feature_jobs.store"},
+    "feature_jobs.codebooks": SHARED_GROUND,
+    # An item's cluster is found by the search that also fits centres.
+    "feature_jobs.items": {*SHARED_GROUND, "feature_jobs.codebooks", "courier_model"},
+    # A score is that of two items' vectors.
+    "feature_jobs.impressions": {*SHARED_GROUND, "feature_jobs.items"},
+    "courier_model": MODEL,
+    "courier_model.training": {*MODEL, "courier_model"},
 }
+COMMANDS = {"pipelines.reports", "pipelines.artefacts", "pipelines.first_look", "pipelines.demo"}
 HEAVY = {"torch", "torchvision", "transformers", "tensorboard", "faiss", "apache_beam"}
 
 
@@ -31,9 +38,14 @@ def modules_of(package: str) -> dict[str, Path]:
 
 
 MODULES = {name: file for package in PACKAGES for name, file in modules_of(package).items()}
-JOBS = {name for name in modules_of("feature_jobs") if "." in name} - {
-    f"feature_jobs.{name}" for name in SHARED_GROUND
-}
+
+
+def room_of(module: str) -> str:
+    """Its folder; itself, where it lies beside folders of jobs or commands."""
+    package, *rest = module.split(".")
+    if len(rest) == 2 or package == "courier_model":
+        return ".".join([package, *rest[:-1]])
+    return module
 
 
 def imported(source: str) -> Iterator[str]:
@@ -66,18 +78,28 @@ def importers(*names: str) -> set[str]:
 def test_imports_are_found_wherever_they_stand() -> None:
     source = (
         "import os.path, torch.nn as nn\n"
-        "from feature_jobs import storage, __version__\n"
+        "from feature_jobs.store import files\n"
+        "from feature_jobs import __version__\n"
         "from feature_jobs.schemas import Table\n"
         "def f():\n    from apache_beam.utils import shared\n    import faiss\n"
     )
     assert set(imported(source)) == {
-        "os", "torch", "feature_jobs.storage", "feature_jobs", "feature_jobs.schemas",
+        "os", "torch", "feature_jobs.store.files", "feature_jobs", "feature_jobs.schemas",
         "apache_beam", "faiss",
     }  # fmt: skip
     assert len(MODULES) > 20
-    assert len(JOBS) >= 4
-    for name in SHARED_GROUND:
-        assert f"feature_jobs.{name}" in MODULES
+
+
+def test_a_room_is_a_folder_or_a_module_beside_folders() -> None:
+    rooms = {
+        "courier_model.encoder": "courier_model",
+        "courier_model.training.train": "courier_model.training",
+        "feature_jobs.schemas": "feature_jobs.schemas",
+        "feature_jobs.store.files": "feature_jobs.store",
+        "pipelines.nightly": "pipelines.nightly",
+    }
+    assert {module: room_of(module) for module in rooms} == rooms
+    assert set(rooms) <= set(MODULES)
 
 
 def test_nothing_outside_pipelines_imports_pipelines() -> None:
@@ -86,57 +108,62 @@ def test_nothing_outside_pipelines_imports_pipelines() -> None:
     assert all(name.split(".")[0] == "pipelines" for name in found)
 
 
-def test_the_model_takes_of_feature_jobs_only_schemas_tables_and_storage() -> None:
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_a_room_imports_what_it_may_and_nothing_else(room: str) -> None:
+    inside = {name for name in MODULES if room_of(name) == room}
+    assert inside
     found = {
-        name
-        for module in modules_of("courier_model")
+        room_of(name)
+        for module in inside
         for name in IMPORTS[module]
-        if name.split(".")[0] == "feature_jobs"
+        if name.split(".")[0] in PACKAGES and name not in PACKAGES
     }
+    assert found - {room} <= MAY_IMPORT[room]
+
+
+def test_every_room_outside_pipelines_has_its_rule() -> None:
+    rooms = {room_of(name) for name in MODULES if name.split(".")[0] != "pipelines"}
+    assert rooms - {"feature_jobs"} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("room", ["pipelines.planning", "pipelines.running"])
+def test_plans_and_runs_know_no_command(room: str) -> None:
+    inside = {name for name in MODULES if room_of(name) == room}
+    assert inside
+    found = {room_of(name) for module in inside for name in IMPORTS[module]}
+    assert not found & COMMANDS
+    assert {room_of(name) for name in MODULES} >= COMMANDS
+
+
+def test_running_knows_no_plan() -> None:
+    found = importers("pipelines.planning")
     assert found
-    assert found <= {f"feature_jobs.{name}" for name in ("schemas", "tables", "storage")}
+    assert not {name for name in found if room_of(name) == "pipelines.running"}
 
 
-def test_jobs_meet_in_tables_and_not_by_importing_each_other() -> None:
-    for module in modules_of("feature_jobs"):
-        own = {half for half, job in HALVES.items() if job == module}
-        assert not (IMPORTS[module] & JOBS) - own, module
-
-
-def test_what_jobs_share_knows_no_model() -> None:
-    shared = {f"feature_jobs.{name}" for name in SHARED_GROUND}
-    embed = {"feature_jobs.embed", "feature_jobs.embed_plan"}
-    assert importers("courier_model") & set(modules_of("feature_jobs")) == embed
-    assert not importers("courier_model") & shared
+def rooms_that_import(*names: str) -> set[str]:
+    return {room_of(module) for module in importers(*names)}
 
 
 def test_faiss_is_imported_where_centres_are_fitted_only() -> None:
-    found = importers("faiss")
-    assert found == {"feature_jobs.kmeans"}
+    assert importers("faiss") == {"feature_jobs.codebooks.kmeans"}
 
 
 def test_torch_is_imported_by_the_model_and_the_search_for_centres_only() -> None:
-    found = importers("torch", "torchvision")
-    centres = {"feature_jobs.nearest", "feature_jobs.kmeans"}
-    assert centres < found
-    others = found - centres
-    assert {name.split(".")[0] for name in others} == {"courier_model"}
+    assert rooms_that_import("torch", "torchvision") == {
+        "courier_model", "courier_model.training", "feature_jobs.codebooks",
+    }  # fmt: skip
 
 
-def test_beam_is_imported_by_jobs_histories_and_who_runs_them() -> None:
-    found = importers("apache_beam")
-    assert "feature_jobs.embed" in found
-    assert found <= JOBS | {
-        "feature_jobs.histories",
-        "feature_jobs.nearest",
-        "pipelines.beam_options",
-    }
+def test_beam_is_imported_by_jobs_and_who_runs_them_only() -> None:
+    assert rooms_that_import("apache_beam") == {
+        "feature_jobs.store", "feature_jobs.items", "feature_jobs.codebooks",
+        "feature_jobs.impressions", "pipelines.running",
+    }  # fmt: skip
 
 
-def test_google_is_known_to_the_storage_only() -> None:
-    assert importers("google") == {
-        f"feature_jobs.{name}" for name in ("gcs", "gcs_client", "storage")
-    }
+def test_google_is_known_to_the_store_only() -> None:
+    assert rooms_that_import("google") == {"feature_jobs.store"}
 
 
 def test_the_command_line_is_known_to_the_cli_only() -> None:
@@ -181,10 +208,14 @@ def test_help_of_every_command_loads_nothing_heavy() -> None:
     loaded = loaded_by(HELP)
     assert {"pipelines", "click"} <= loaded
     assert not loaded & HEAVY
-    assert loaded_by("import pipelines.beam_options") & HEAVY == {"apache_beam"}  # it would show
+    assert loaded_by("import pipelines.running.beam_options") & HEAVY == {
+        "apache_beam"
+    }  # it would show
 
 
 def test_planning_and_running_a_night_loads_torch_only_where_it_embeds_or_assigns() -> None:
-    loaded = loaded_by("import pipelines.nightly, pipelines.audit, feature_jobs.simscore")
+    loaded = loaded_by(
+        "import pipelines.nightly, pipelines.reports.audit, feature_jobs.impressions.simscore"
+    )
     assert "apache_beam" in loaded
     assert not loaded & {"torch", "torchvision", "faiss"}

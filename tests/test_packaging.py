@@ -96,8 +96,8 @@ def test_every_package_that_the_code_imports_is_declared() -> None:
 
 
 def test_what_is_optional_is_imported_where_a_tower_is_made_and_tested() -> None:
-    assert importers("transformers") == {"courier_model.titles"}
-    loaded = loaded_by("import courier_model.titles")
+    assert importers("transformers") == {"courier_model.training.titles"}
+    loaded = loaded_by("import courier_model.training.titles")
     assert "torch" in loaded
     assert "transformers" not in loaded
     assert {needed.name for needed in CLIP} == {"transformers"} <= {tool.name for tool in DEV}

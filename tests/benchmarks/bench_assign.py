@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from feature_jobs import tables
-from feature_jobs.nearest import CentreSearch
+from feature_jobs.codebooks.nearest import CentreSearch
+from feature_jobs.store import tables
 
 DIM = 256
 WORK = 1 << 28  # rows times centres of one measurement

@@ -44,15 +44,15 @@ from PIL import Image
 from courier_model import image_files, inference
 from courier_model.encoder import ImageEncoder, build_encoder, save_encoder
 from courier_model.images import Preprocessing
-from feature_jobs import embed, embed_plan
-from feature_jobs.pieces import Piece, write_pieces
+from feature_jobs.items import embed, embed_plan
 from feature_jobs.schemas import EMBEDDING_DIM, ITEM_EMBEDDINGS, ITEM_REJECTS
-from feature_jobs.storage import FileInfo
-from pipelines import beam_options
+from feature_jobs.store.files import FileInfo
+from feature_jobs.store.pieces import Piece, write_pieces
 from pipelines.config import load_settings
-from pipelines.demo import Shop, make_shop
+from pipelines.demo.shop import Shop, make_shop
 from pipelines.nightly import run_nights
 from pipelines.plan import plan_night
+from pipelines.running import beam_options
 
 BATCH = 8
 DAYS = (dt.date(2026, 1, 5), dt.date(2026, 1, 6), dt.date(2026, 1, 7))

@@ -24,10 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from feature_jobs import tables
-from feature_jobs.fit_codebook import Fit, Sample, make_codebook
-from feature_jobs.kmeans import SinglePass, estimate, first_centres, lloyd
-from feature_jobs.nearest import CentreSearch
+from feature_jobs.codebooks.fit_codebook import Fit, Sample, make_codebook
+from feature_jobs.codebooks.kmeans import SinglePass, estimate, first_centres, lloyd
+from feature_jobs.codebooks.nearest import CentreSearch
+from feature_jobs.store import tables
 
 KINDS, NOISE = 2000, 0.6
 SHARD, BATCH = 131_072, 16_384  # rows of a file; read at once

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from nights import timed
 
-from feature_jobs.histories import DAY_US
+from feature_jobs.impressions.histories import DAY_US
 from feature_jobs.schemas import TIMESTAMP
 
 DAY_BEFORE, DAY = dt.date(2026, 1, 31), dt.date(2026, 2, 1)

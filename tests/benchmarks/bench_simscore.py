@@ -40,8 +40,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from nights import timed
 
 from courier_model.encoder import build_encoder, save_encoder
-from feature_jobs import hashing, tables
-from feature_jobs.codebook import (
+from feature_jobs.codebooks.codebook import (
     Codebook,
     CodebookInfo,
     Resolution,
@@ -50,10 +49,11 @@ from feature_jobs.codebook import (
     save_codebook,
 )
 from feature_jobs.schemas import ITEM_EMBEDDINGS, SIM_TIERS, TIMESTAMP, USER_SIMSCORES
-from pipelines import beam_options, runs
+from feature_jobs.store import hashing, tables
 from pipelines.config import load_settings
 from pipelines.nightly import run_nights
 from pipelines.plan import plan_night
+from pipelines.running import beam_options, runs
 
 DAY_BEFORE, DAY = dt.date(2026, 1, 5), dt.date(2026, 1, 6)
 NOON_US = int(dt.datetime.combine(DAY, dt.time(12), dt.UTC).timestamp()) * 1_000_000

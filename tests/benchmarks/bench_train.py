@@ -31,13 +31,13 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from courier_model.distributed import Process
 from courier_model.encoder import build_encoder, choose_device
-from courier_model.image_cache import ImageCache, Keys
-from courier_model.rows import Batch, RowBatches, TrainingSet, batches
-from courier_model.train import Training, TrainingData
-from courier_model.train_settings import PRESETS, TrainSettings
-from pipelines.garments import COLOURS, PATTERNS, TYPES, draw_item
+from courier_model.training.distributed import Process
+from courier_model.training.image_cache import ImageCache, Keys
+from courier_model.training.rows import Batch, RowBatches, TrainingSet, batches
+from courier_model.training.settings import PRESETS, TrainSettings
+from courier_model.training.train import Training, TrainingData
+from pipelines.demo.garments import COLOURS, PATTERNS, TYPES, draw_item
 
 ROUNDS = 3
 DEVICE = choose_device()

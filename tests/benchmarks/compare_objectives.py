@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from courier_model.distributed import joined
-from courier_model.train import Record, Training, TrainingData
-from courier_model.train_settings import PRESETS, TEMPERATURES, TrainSettings
+from courier_model.training.distributed import joined
+from courier_model.training.settings import PRESETS, TEMPERATURES, TrainSettings
+from courier_model.training.train import Record, Training, TrainingData
+from pipelines.artefacts.training import find_span, read_data
 from pipelines.config import load_settings
-from pipelines.training import find_span, read_data
 
 COLUMNS = (
     "objective", "seed", "untrained AUC", "colour histogram AUC", "best AUC", "best GAUC",

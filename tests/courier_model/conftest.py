@@ -7,8 +7,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from courier_model import train as training_job
-from courier_model.train import TrainingData
+from courier_model.training import train as training_job
+from courier_model.training.train import TrainingData
 from tests.support.training_runs import BROKEN, GOOD, REPOST, small_encoder, training_data
 from tests.support.world import picture
 

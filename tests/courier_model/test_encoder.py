@@ -24,9 +24,9 @@ from courier_model.encoder import (
     save_encoder,
 )
 from courier_model.images import decode
-from feature_jobs import storage
 from feature_jobs.schemas import DataContractError, OperatorError
-from feature_jobs.tables import EncoderInfo, read_encoder_info
+from feature_jobs.store import files
+from feature_jobs.store.tables import EncoderInfo, read_encoder_info
 
 CPU = torch.device("cpu")
 SMALL = "shufflenet_v2_x0_5"
@@ -380,7 +380,7 @@ def test_a_saved_and_loaded_encoder_gives_identical_embeddings(
     root = request.getfixturevalue(place)
     info = save(encoder, root, categories=("dress", "shirt"), data_start_ds="2024-01-01")
     folder = f"{root}/{info.encoder_id}"
-    assert storage.list_names(folder) == ["encoder.json", "model.safetensors"]
+    assert files.list_names(folder) == ["encoder.json", "model.safetensors"]
     assert info == read_encoder_info(folder)
     assert info.categories == ("dress", "shirt")
     loaded = load_encoder(folder)

@@ -7,7 +7,7 @@ import pytest
 
 from courier_model.image_files import Image, Rejected, find_image, locate, read_image
 from courier_model.images import BadImage, Preprocessing
-from feature_jobs import storage
+from feature_jobs.store import files
 from tests.support.world import picture
 
 SMALL = Preprocessing(32, 36, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -55,7 +55,7 @@ def test_a_file_that_is_too_large_is_not_read(
 ) -> None:
     with open(os.path.join(roots[0], "large.png"), "wb") as file:
         file.truncate(10**9)
-    monkeypatch.setattr(storage, "read_bytes", lambda *_: pytest.fail("was read"))
+    monkeypatch.setattr(files, "read_bytes", lambda *_: pytest.fail("was read"))
     found = read_image("large.png", roots, SMALL)
     assert isinstance(found, Rejected)
     assert found.reason == "too_many_bytes"
@@ -84,11 +84,11 @@ def test_a_folder_that_leads_out_of_the_roots_is_refused_a_link_within_them_is_n
 def test_an_image_is_found_with_its_version_without_being_read(
     roots: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "read_bytes", lambda *_: pytest.fail("was read"))
+    monkeypatch.setattr(files, "read_bytes", lambda *_: pytest.fail("was read"))
     found = find_image("a.png", roots)
-    assert isinstance(found, storage.FileInfo)
+    assert isinstance(found, files.FileInfo)
     assert found.size == len(picture(1))
-    assert found == storage.stat(os.path.join(roots[0], "a.png"))
+    assert found == files.stat(os.path.join(roots[0], "a.png"))
     gone = find_image("gone.png", roots)
     assert isinstance(gone, Rejected)
     assert (gone.stage, gone.reason) == ("read", "missing")
@@ -146,7 +146,7 @@ def test_what_the_disk_says_of_the_file_is_a_reject(
     def fail(_path: str, _limit: int) -> bytes:
         raise error
 
-    monkeypatch.setattr(storage, "read_bytes", fail)
+    monkeypatch.setattr(files, "read_bytes", fail)
     found = read_image("a.png", roots, SMALL)
     assert isinstance(found, Rejected)
     assert found.reason == reason
@@ -159,6 +159,6 @@ def test_a_fault_of_the_disk_is_raised_and_never_a_reject(
     def fail(_path: str, _limit: int) -> bytes:
         raise error
 
-    monkeypatch.setattr(storage, "read_bytes", fail)
+    monkeypatch.setattr(files, "read_bytes", fail)
     with pytest.raises(OSError):  # noqa: PT011 - the very fault that was planted
         read_image("a.png", roots, SMALL)

@@ -19,8 +19,8 @@ from courier_model import encoder as encoders
 from courier_model import image_files, inference
 from courier_model.images import Preprocessing, decode
 from courier_model.inference import Embedder, embed_images, results_schema
-from feature_jobs import storage
 from feature_jobs.schemas import EMBEDDING_DIM, StorageUnavailable
+from feature_jobs.store import files
 from tests.conftest import Artefacts
 from tests.support.world import CPU, picture
 
@@ -80,7 +80,7 @@ def vector_of(data: bytes) -> list[float]:
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
     shop = Shop(tmp_path)
-    read, decoded = storage.read_bytes, image_files.decode
+    read, decoded = files.read_bytes, image_files.decode
 
     def count_read(path: str, limit: int = -1) -> bytes:
         shop.read.append(Path(path).name)
@@ -90,7 +90,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
         shop.decoded.append(data)
         return decoded(data, preprocessing)
 
-    monkeypatch.setattr(storage, "read_bytes", count_read)
+    monkeypatch.setattr(files, "read_bytes", count_read)
     monkeypatch.setattr(image_files, "decode", count_decoded)
     monkeypatch.setattr(inference, "_LOCAL_READERS", READERS)
     return shop
@@ -288,14 +288,14 @@ def test_a_fault_of_the_encoder_is_raised_and_no_thread_is_left(shop: Shop) -> N
 def test_a_fault_of_the_disk_is_raised_and_no_thread_is_left(
     shop: Shop, monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
-    read = storage.read_bytes
+    read = files.read_bytes
 
     def fail(path: str, limit: int = -1) -> bytes:
         if path.endswith("/9.png"):
             raise fault
         return read(path, limit)
 
-    monkeypatch.setattr(storage, "read_bytes", fail)
+    monkeypatch.setattr(files, "read_bytes", fail)
     uris, before = many(shop, 200), threading.active_count()
     with pytest.raises(type(fault)) as raised:
         shop.results(uris)

@@ -10,9 +10,10 @@ import click
 import pytest
 
 from feature_jobs.schemas import StorageUnavailable
-from pipelines import progress, status
 from pipelines.cli import cli, main
-from pipelines.runs import Stage
+from pipelines.reports import status
+from pipelines.running import progress
+from pipelines.running.runs import Stage
 from tests.conftest import Artefacts
 from tests.support.world import DAYS, World
 

@@ -11,8 +11,8 @@ from apache_beam.options.pipeline_options import (
 )
 
 import pipelines
-from pipelines.beam_options import pipeline_options
 from pipelines.config import STAGES, Embed, load_settings
+from pipelines.running.beam_options import pipeline_options
 
 CONFIGS = Path(pipelines.__file__).parent / "configs"
 

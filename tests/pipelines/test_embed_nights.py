@@ -15,8 +15,8 @@ import torch
 
 from courier_model import encoder as encoders
 from courier_model.images import decode
-from feature_jobs import storage, tables
 from feature_jobs.schemas import StorageUnavailable
+from feature_jobs.store import files, tables
 from pipelines.cli import main
 from tests.conftest import Artefacts, pinned
 from tests.support.commands import (
@@ -270,7 +270,7 @@ def test_over_many_days_every_item_is_in_one_table_with_its_images_own_embedding
 def test_a_passing_fault_ends_the_night_without_a_reject_and_the_next_one_goes_on(
     world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, tries = storage.read_bytes, []
+    read, tries = files.read_bytes, []
 
     def fail(path: str, limit: int = -1) -> bytes:
         if path.endswith(".png"):
@@ -280,7 +280,7 @@ def test_a_passing_fault_ends_the_night_without_a_reject_and_the_next_one_goes_o
         return read(path, limit)
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "read_bytes", fail)
+        patch.setattr(files, "read_bytes", fail)
         assert embed(world, DAYS[0]) == 1
     assert "could not be reached" in paragraph(capsys)
     assert published(world) == {}
@@ -291,7 +291,7 @@ def test_a_passing_fault_ends_the_night_without_a_reject_and_the_next_one_goes_o
     assert 0 < len(items) < 11
     assert set(rejects(world, DAYS[0])) == {MISSING, UNDECODABLE}
     resumed = published(world)
-    storage.delete_tree(str(world.root))
+    files.delete_tree(str(world.root))
     assert embed(world, DAYS[0]) == 0
     assert published(world) == resumed
 
@@ -368,7 +368,7 @@ def test_the_run_and_its_report_tell_what_the_images_cost_and_where_they_were_em
     (path,) = (world.root / "test/_runs").rglob("run.json")
     assert json.loads(path.read_text())["work"] == found
 
-    storage.delete_tree(str(world.root))
+    files.delete_tree(str(world.root))
     assert embed(world, DAYS[0]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert all(word in last for word in ("read 0.0 MB", "io ", "decode ", "forward ", " cpu "))

@@ -2,8 +2,8 @@
 
 import pytest
 
-from feature_jobs import storage
-from feature_jobs.embed import EmbedChunk
+from feature_jobs.items.embed import EmbedChunk
+from feature_jobs.store import files
 from tests.support.commands import Capture, courier, paragraph, published
 from tests.support.world import DAYS, World
 
@@ -23,7 +23,7 @@ def test_a_shared_encoder_makes_the_same_bytes(
 ) -> None:
     assert embed(world) == 0
     shared = published(world)
-    storage.delete_tree(str(world.root))
+    files.delete_tree(str(world.root))
     monkeypatch.undo()
     assert embed(world) == 0
     assert published(world) == shared
@@ -33,10 +33,10 @@ def test_a_shared_encoder_makes_the_same_bytes(
 def test_a_damaged_shared_encoder_is_told_in_one_paragraph(world: World, capsys: Capture) -> None:
     pin = world.settings().pins[0]
     weights = f"{pin.encoder}/model.safetensors"
-    intact = storage.read_bytes(weights)
+    intact = files.read_bytes(weights)
     try:
-        storage.write_bytes(weights, intact[:-4] + b"\0\0\0\1")
+        files.write_bytes(weights, intact[:-4] + b"\0\0\0\1")
         assert embed(world) == 1
     finally:
-        storage.write_bytes(weights, intact)
+        files.write_bytes(weights, intact)
     assert "damaged" in paragraph(capsys)

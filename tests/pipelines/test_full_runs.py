@@ -2,8 +2,8 @@
 
 import pytest
 
-from feature_jobs import storage, tables
-from pipelines import runs
+from feature_jobs.store import files, tables
+from pipelines.running import runs
 from tests.support.commands import Capture, Killed, counts, courier, die_at_write, published
 from tests.support.world import (
     DAYS,
@@ -113,4 +113,4 @@ def test_a_full_night_that_was_killed_goes_on_and_ends_as_if_it_had_not(nights: 
                 courier(nights, *full)
         assert courier(nights, *full) == 0
         assert published(nights) == uninterrupted
-    assert storage.list_names(str(nights.root / "_staging" / "test" / "embed")) == []
+    assert files.list_names(str(nights.root / "_staging" / "test" / "embed")) == []

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from feature_jobs import broadcast, storage
+from feature_jobs.store import broadcast, files
 from pipelines.cli import main
 from tests.conftest import Artefacts, pinned
 from tests.support.commands import (
@@ -102,7 +102,7 @@ def nights(stand: Stand) -> World:
 
 
 def delete_log(world: World, day: dt.date) -> None:
-    storage.delete_tree(str(world.folder / "impressions" / f"ds={day}"))
+    files.delete_tree(str(world.folder / "impressions" / f"ds={day}"))
 
 
 # ---- One day of log ----------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def test_a_night_reads_the_log_of_its_own_day_alone(nights: World) -> None:
     for day in DAYS[:3]:
         delete_log(nights, day)
     for table in ("test/user_simscores", "shared/user_histories", "shared/recent_clicks"):
-        storage.delete_tree(str(nights.root / table / f"ds={DAYS[3]}"))
+        files.delete_tree(str(nights.root / table / f"ds={DAYS[3]}"))
     assert courier(nights, "simscore", "--ds", str(DAYS[3])) == 0
     assert published(nights) == before
 
@@ -224,7 +224,7 @@ def test_where_nothing_was_known_ids_may_be_of_any_type(shop: World) -> None:
     assert courier(shop, "histories", "--ds", str(DAYS[1])) == 0
     assert shop.table("user_histories", DAYS[1]).schema.field("user_id").type == pa.string()
     one_by_one = shop.table("user_histories", DAYS[1])
-    storage.delete_tree(str(shop.root / "shared"))
+    files.delete_tree(str(shop.root / "shared"))
     assert courier(shop, "simscore", *RANGE) == 0
     assert shop.table("user_histories", DAYS[1]) == one_by_one
     assert len(shop.table("user_simscores", DAYS[3])) == 152
@@ -364,8 +364,8 @@ def test_only_the_days_that_are_missing_are_made(
     nights: World, after_nights: World, capsys: Capture
 ) -> None:
     for table in ("test/user_simscores", "shared/user_histories"):
-        storage.delete_tree(str(nights.root / table / f"ds={DAYS[1]}"))
-    storage.delete_tree(str(nights.root / "test/user_simscores" / f"ds={DAYS[3]}"))
+        files.delete_tree(str(nights.root / table / f"ds={DAYS[1]}"))
+    files.delete_tree(str(nights.root / "test/user_simscores" / f"ds={DAYS[3]}"))
     assert courier(nights, "simscore", *RANGE, "--dry-run", "--json") == 0
     plans = json.loads(capsys.readouterr().out)
     actions = [[stage["action"][:5] for stage in plan["stages"]] for plan in plans]

@@ -12,7 +12,7 @@ import pytest
 
 from courier_model.encoder import choose_precision, embed, load_encoder
 from courier_model.images import BadImage, decode
-from feature_jobs.codebook import load_codebook
+from feature_jobs.codebooks.codebook import load_codebook
 from tests.support import oracles
 from tests.support.world import (
     CPU,

@@ -9,15 +9,16 @@ import pyarrow as pa
 import pytest
 from apache_beam.internal.gcp import auth
 
-from feature_jobs import storage, tables
-from feature_jobs.codebook import load_codebook
+from feature_jobs.codebooks.codebook import load_codebook
 from feature_jobs.schemas import TABLES, TRAINING_ROWS
-from feature_jobs.tables import Partition
-from pipelines import cli, runs
+from feature_jobs.store import files, tables
+from feature_jobs.store.tables import Partition
+from pipelines import cli
 from pipelines.cli import main
 from pipelines.config import Settings, load_settings
 from pipelines.nightly import run_nights
 from pipelines.plan import plan_night
+from pipelines.running import runs
 from tests.conftest import Artefacts
 from tests.support.buckets import upload
 from tests.support.world import (
@@ -73,8 +74,8 @@ def rows_of(partition: Partition) -> pa.Table:
 
 def snapshot(settings: Settings) -> dict[str, object]:
     """Every object below the root with its version, but for accounts of runs and their times."""
-    files = storage.find(f"{settings.root}/*/*/*/*") + storage.find(f"{settings.root}/*/*/*")
-    return {path: storage.stat(path).version for path in files if "/_runs/" not in path}
+    found = files.find(f"{settings.root}/*/*/*/*") + files.find(f"{settings.root}/*/*/*")
+    return {path: files.stat(path).version for path in found if "/_runs/" not in path}
 
 
 @pytest.mark.parametrize("refreshed", ["int"], indirect=True)
@@ -84,7 +85,7 @@ def test_nights_in_a_bucket_have_the_tables_of_those_on_a_disk(
     here, there = refreshed.settings(), load_settings(str(in_bucket))
     for ds in DAYS[:2]:
         if ds == DAYS[1]:
-            storage.delete(f"{bucket}/images/{LEAVES_ON_DAY_2}.png")
+            files.delete(f"{bucket}/images/{LEAVES_ON_DAY_2}.png")
         make(there, ds)
         for table in NIGHT:
             mine, theirs = published(here, table.name, ds), published(there, table.name, ds)
@@ -94,7 +95,7 @@ def test_nights_in_a_bucket_have_the_tables_of_those_on_a_disk(
             digests = [[f["sha256"] for f in p.manifest["files"]] for p in (mine, theirs)]
             assert (digests[0] == digests[1]) == (table.name != "item_embeddings"), table.name
             for file, at in zip(theirs.manifest["files"], theirs.paths, strict=True):
-                assert file["sha256"] == storage.sha256(at)
+                assert file["sha256"] == files.sha256(at)
         assert runs.is_whole_night(there.root, there.feature_set, ds)
 
 
@@ -107,14 +108,14 @@ def test_a_night_in_a_bucket_can_be_repeated_and_brought_back(
     assert len(first) > 10
     assert "nothing to do" in make(settings, DAYS[0])[-1]
     assert snapshot(settings) == first
-    assert not storage.is_folder(f"{settings.root}/_staging")
+    assert not files.is_folder(f"{settings.root}/_staging")
     before = rows_of(published(settings, "item_embeddings", DAYS[0]))
 
-    storage.write_bytes(f"{bucket}/images/{NORMAL[0]}.png", picture(50))
+    files.write_bytes(f"{bucket}/images/{NORMAL[0]}.png", picture(50))
     arguments = ["--config", str(in_bucket), "--ds", str(DAYS[0])]
     assert main(["refresh", *arguments, "--dry-run"]) == 0
     world.write_catalogue(DAYS[0], catalogue_items(DAYS[0])[1:])
-    storage.delete_tree(f"{bucket}/catalogue")
+    files.delete_tree(f"{bucket}/catalogue")
     upload(world.folder / "catalogue", f"{bucket}/catalogue")
     make(settings, DAYS[0])
     after = rows_of(published(settings, "item_embeddings", DAYS[0]))
@@ -131,7 +132,7 @@ def test_packages_are_made_in_a_bucket(
     options = ["--weights", "random", "--backbone", "shufflenet_v2_x0_5", "--input-size", "32"]
     assert main(["init-encoder", *arguments, *options]) == 0
     stanza = capsys.readouterr().out
-    (encoder,) = storage.list_names(f"{bucket}/packages/encoders")
+    (encoder,) = files.list_names(f"{bucket}/packages/encoders")
     assert f'encoder = "{bucket}/packages/encoders/{encoder}"' in stanza
     assert tables.read_encoder_info(f"{bucket}/packages/encoders/{encoder}").encoder_id == encoder
 
@@ -140,7 +141,7 @@ def test_packages_are_made_in_a_bucket(
     capsys.readouterr()
     assert main(["fit-codebook", *arguments, *ds, "--clusters", "3"]) == 0
     stanza = capsys.readouterr().out
-    (codebook,) = storage.list_names(f"{bucket}/packages/codebooks")
+    (codebook,) = files.list_names(f"{bucket}/packages/codebooks")
     assert f'codebook = "{bucket}/packages/codebooks/{codebook}"' in stanza
     assert f'encoder = "{bucket}/made/' in stanza
     assert len(load_codebook(f"{bucket}/packages/codebooks/{codebook}").centres["main"]) == 3
@@ -165,13 +166,13 @@ def test_a_store_that_stays_away_fails_the_stage_and_rejects_nothing(
     settings = load_settings(str(in_bucket))
     arguments = ["refresh", "--config", str(in_bucket), "--ds", str(DAYS[0])]
     with monkeypatch.context() as broken:
-        broken.setattr(storage, "read_bytes", unreachable(f"{bucket}/images/"))
+        broken.setattr(files, "read_bytes", unreachable(f"{bucket}/images/"))
         assert main(arguments) == 1
     told = capsys.readouterr().err
     assert f"Error: {bucket}/images/" in told
     assert "could not be reached" in told
     assert "Traceback" not in told
-    assert not storage.is_folder(f"{settings.root}/test/item_rejects")
+    assert not files.is_folder(f"{settings.root}/test/item_rejects")
     assert main(arguments) == 0
     assert published(settings, "item_rejects", DAYS[0]).rows == 2
 
@@ -185,10 +186,10 @@ def test_a_store_that_takes_no_message_either_is_told_in_one_paragraph(
 
     def fail(path: str, *args: object) -> None:
         if "/errors/" in path:
-            raise storage.unavailable(path, "HTTP 503")
+            raise files.unavailable(path, "HTTP 503")
         write(path, *args)
 
-    monkeypatch.setattr(storage, "read_bytes", unreachable(f"{bucket}/images/"))
+    monkeypatch.setattr(files, "read_bytes", unreachable(f"{bucket}/images/"))
     monkeypatch.setattr(tables, "write_json", fail)
     assert main(["refresh", "--config", str(in_bucket), "--ds", str(DAYS[0])]) == 1
     (told,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("Error: ")]
@@ -200,11 +201,11 @@ def test_a_store_that_takes_no_message_either_is_told_in_one_paragraph(
 
 
 def unreachable(below: str) -> Callable:
-    call = storage.read_bytes
+    call = files.read_bytes
 
     def fail(path: str, *args: object) -> object:
         if path.startswith(below):
-            raise storage.unavailable(path, "HTTP 503")
+            raise files.unavailable(path, "HTTP 503")
         return call(path, *args)
 
     return fail

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feature_jobs import storage
-from feature_jobs.pieces import read_all
+from feature_jobs.store import files
+from feature_jobs.store.pieces import read_all
 from pipelines.cli import main
 from tests.conftest import Artefacts, pinned
 from tests.support.commands import (
@@ -63,7 +63,7 @@ def test_the_same_night_again_changes_no_file(world: World, capsys: Capture) -> 
 def test_the_same_night_on_an_empty_root_gives_the_same_bytes(world: World) -> None:
     assert refresh(world, DAYS[0]) == 0
     files = published(world)
-    storage.delete_tree(str(world.root))
+    files.delete_tree(str(world.root))
     assert refresh(world, DAYS[0]) == 0
     assert published(world) == files
 
@@ -158,7 +158,7 @@ def test_a_night_that_died_at_any_write_ends_as_if_it_had_not(
     refreshed_once: tuple[World, dict[str, bytes], int], share: float
 ) -> None:
     world, uninterrupted, writes = refreshed_once
-    storage.delete_tree(str(world.root))
+    files.delete_tree(str(world.root))
     with pytest.MonkeyPatch.context() as patch:
         die_at_write(patch, int(writes * share))
         with pytest.raises(Killed):
@@ -204,7 +204,7 @@ def test_killed_with_signal_9_while_embedding_it_resumes_and_embeds_no_image_twi
     refreshed_once: tuple[World, dict[str, bytes], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world, uninterrupted, _ = refreshed_once
-    storage.delete_tree(str(world.root))
+    files.delete_tree(str(world.root))
     process = start(world, DAYS[0])
     wait_for(lambda: len(list(world.root.rglob("chunks-*/0*.arrow"))) >= 2, process)
     process.send_signal(signal.SIGKILL)
@@ -224,7 +224,7 @@ def test_terminated_it_exits_143_publishes_nothing_and_resumes(
     refreshed_once: tuple[World, dict[str, bytes], int],
 ) -> None:
     world, uninterrupted, _ = refreshed_once
-    storage.delete_tree(str(world.root))
+    files.delete_tree(str(world.root))
     process = start(world, DAYS[0])
     wait_for(lambda: any(world.root.rglob("receipts/*.json")), process)
     process.terminate()
@@ -246,7 +246,7 @@ def test_worker_processes_make_the_same_bytes(
     refreshed_once: tuple[World, dict[str, bytes], int],
 ) -> None:
     world, uninterrupted, _ = refreshed_once
-    storage.delete_tree(str(world.root))
+    files.delete_tree(str(world.root))
     assert refresh(world, DAYS[0], *PROCESSES) == 0
     assert published(world) == uninterrupted
 
@@ -385,7 +385,7 @@ def test_tables_made_from_embeddings_that_were_made_again_are_made_again(
 ) -> None:
     assert refresh(world, DAYS[0]) == 0
     world.put(MISSING, picture(50))
-    storage.delete_tree(str(world.root / "test" / "item_embeddings"))
+    files.delete_tree(str(world.root / "test" / "item_embeddings"))
     assert refresh(world, DAYS[0]) == 0
     row = [r for r in world.table("item_features", DAYS[0]).to_pylist() if r["item_id"] == MISSING]
     assert row[0]["has_image"]
@@ -404,7 +404,7 @@ def test_a_chunk_of_a_refused_night_is_not_used_for_an_image_that_changed_since(
     world.put(NORMAL[0], picture(77))
     assert main(args) == 0
     changed = vectors(world, DAYS[0])[NORMAL[0]]
-    storage.delete_tree(str(world.root))
+    files.delete_tree(str(world.root))
     assert main(args) == 0
     assert vectors(world, DAYS[0])[NORMAL[0]] == pytest.approx(changed, abs=1e-6)
 
@@ -417,7 +417,7 @@ def test_another_size_of_shards_between_kill_and_resume_does_no_harm(world: Worl
     world.rows_per_shard = 5
     assert refresh(world, DAYS[0]) == 0
     resumed = published(world)
-    storage.delete_tree(str(world.root))
+    files.delete_tree(str(world.root))
     assert refresh(world, DAYS[0]) == 0
     assert published(world) == resumed
 

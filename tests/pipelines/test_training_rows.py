@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from feature_jobs import storage
+from feature_jobs.store import files
 from tests.support import oracles
 from tests.support.commands import (
     Capture,
@@ -226,7 +226,7 @@ def test_a_run_that_died_at_any_write_ends_as_if_it_had_not(shop: World, share: 
         writes = die_at_write(patch, None)
         assert make(shop, *LAST_DAY) == 0
     uninterrupted = published(shop)
-    storage.delete_tree(str(shop.root))
+    files.delete_tree(str(shop.root))
     with pytest.MonkeyPatch.context() as patch:
         die_at_write(patch, int(len(writes) * share))
         with pytest.raises(Killed):
@@ -281,7 +281,7 @@ def test_a_day_that_is_not_there_yet_exits_4_and_the_earlier_ones_stay(
 def test_categories_need_the_catalogue_and_everything_does_not(
     shop: World, capsys: Capture
 ) -> None:
-    storage.delete_tree(str(shop.folder / "catalogue"))
+    files.delete_tree(str(shop.folder / "catalogue"))
     assert make(shop, *LAST_DAY) == 0
     shop.extra_settings = training("shirt")
     assert make(shop, *LAST_DAY) == 4

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from feature_jobs.codebook import (
+from feature_jobs.codebooks.codebook import (
     Codebook,
     CodebookInfo,
     Resolution,

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feature_jobs import embed as embed_stage
-from feature_jobs import storage
+from feature_jobs.items import embed as embed_stage
+from feature_jobs.store import files
 from pipelines.cli import main
 from tests.support.world import World
 
@@ -90,7 +90,7 @@ class Killed(Exception):
 def die_at_write(patch: pytest.MonkeyPatch, at: int | None) -> list[str]:
     """Files written from now on; raises Killed instead of writing the one numbered `at`."""
     written: list[str] = []
-    real = storage.atomic_writer
+    real = files.atomic_writer
 
     def writer(path: str) -> Any:
         if len(written) == at:
@@ -99,5 +99,5 @@ def die_at_write(patch: pytest.MonkeyPatch, at: int | None) -> list[str]:
             written.append(path)
         return real(path)
 
-    patch.setattr(storage, "atomic_writer", writer)
+    patch.setattr(files, "atomic_writer", writer)
     return written

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from courier_model.inference import results_schema
-from feature_jobs import tables
-from feature_jobs.embed_plan import VERSION_COLUMNS
+from feature_jobs.items.embed_plan import VERSION_COLUMNS
 from feature_jobs.schemas import EMBEDDING_DIM, ITEM_EMBEDDINGS, ITEM_REJECTS, TIMESTAMP
+from feature_jobs.store import tables
 
 DAY = dt.date(2026, 3, 10)
 WRITTEN = dt.datetime(2026, 3, 1, tzinfo=dt.UTC)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipelines import config
-from pipelines.init import FirstLook, look, write_settings
+from pipelines.first_look.look import FirstLook, look, write_settings
 
 DAYS = ("2026-01-05", "2026-01-06", "2026-01-07")
 ITEMS = 100

@@ -21,13 +21,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from feature_jobs import embed
-from feature_jobs.pieces import read_all
+from feature_jobs.items import embed
+from feature_jobs.store.pieces import read_all
 from pipelines import cli
 from pipelines.config import load_settings
 from tests.support.commands import published_below
 
-for _module in ("apache_beam", "pipelines.nightly", "pipelines.plan", "pipelines.status", "torch"):
+for _module in (
+    "apache_beam", "pipelines.nightly", "pipelines.plan", "pipelines.reports.status", "torch",
+):  # fmt: skip
     importlib.import_module(_module)
 
 _ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT  # asks, and leaves the answer to whoever waits

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from courier_model.objectives import Places
+from courier_model.training.objectives import Places
 
 Vector = list[float]
 Candidate = tuple[Vector, int]  # an image's vector and its content

@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from feature_jobs import tables
 from feature_jobs.schemas import EMBEDDING_DIM, ITEM_EMBEDDINGS
+from feature_jobs.store import tables
 
 FLOATS = pa.list_(pa.float32())
 KEYS = st.one_of(

@@ -12,12 +12,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from courier_model.distributed import Process
 from courier_model.encoder import ImageEncoder, build_encoder
-from courier_model.rows import TrainingSet
-from courier_model.train import Record, Training, TrainingData
-from courier_model.train_progress import Progress
-from courier_model.train_settings import TrainSettings
+from courier_model.training.distributed import Process
+from courier_model.training.progress import Progress
+from courier_model.training.rows import TrainingSet
+from courier_model.training.settings import TrainSettings
+from courier_model.training.train import Record, Training, TrainingData
 
 ALONE = Process(0, 1, torch.device("cpu"))
 ITEMS = 16

@@ -5,7 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
-from feature_jobs import storage
+from feature_jobs.store import files
 from tests.support.commands import courier
 from tests.support.world import DAYS, SCOPE, World
 
@@ -41,7 +41,7 @@ def rows_of(world: World, day: dt.date) -> Path:
 def copied_until_d(folder: Path, to: Path) -> World:
     """A copy of a shop, of whose rows those of days before D are left."""
     world = copied(folder, to)
-    storage.delete_tree(str(rows_of(world, D)))
+    files.delete_tree(str(rows_of(world, D)))
     return world
 
 

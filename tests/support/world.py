@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from courier_model.encoder import build_encoder, embed, load_encoder, save_encoder
 from courier_model.images import decode
-from feature_jobs.codebook import save_codebook
+from feature_jobs.codebooks.codebook import save_codebook
 from feature_jobs.schemas import TABLES
 from pipelines.config import Settings, load_settings
 from tests.support.codebooks import by_hand

@@ -1,0 +1,122 @@
+"""What an encoder is worth on days that it was not trained on, measured while it trains.
+
+The held-out measure asks what SimScores will be asked: how well does the cosine of an impression's
+item with the mean of what its user had clicked before rank clicked over unclicked impressions?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from courier_model.measures import HeldOut, colour_histogram, rank_clicks
+from courier_model.training.augment import centre_crop
+from courier_model.training.distributed import Process, total
+from courier_model.training.image_cache import ImageCache
+from courier_model.training.objectives import Objective, Places
+from courier_model.training.rows import TrainingSet, valid_first
+
+_BLOCK_IMAGES = 64
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """A vector for each of the images that the held-out rows show.
+
+    `values` float32 `[items, d]`, not normalised; `keys` int64 `[items]`, equal for equal content;
+    `known` bool `[items]`, False for an image that cannot be read.
+    """
+
+    values: np.ndarray
+    keys: np.ndarray
+    known: np.ndarray
+
+
+class Evaluation:
+    """Rows of later days, at most `limit` of them drawn by `seed`, and their images."""
+
+    def __init__(self, rows: TrainingSet, cache: ImageCache, limit: int, seed: int) -> None:
+        rows = rows.with_history()
+        chosen = np.random.default_rng([seed, 1]).permutation(len(rows.pv))[:limit]
+        rows = rows.take(np.sort(chosen))
+        self._cache = cache
+        shown = np.concatenate([rows.pv, rows.clicks], axis=1)
+        self._codes = np.unique(shown[shown >= 0])
+        # From here on items are places in `_codes`; -1 stays.
+        pv, clicks = (
+            np.where(c >= 0, np.searchsorted(self._codes, c), -1) for c in (rows.pv, rows.clicks)
+        )
+        self._rows = TrainingSet(pv, rows.clicked, clicks, rows.users, rows.items)
+
+    def embed(self, features: Callable[[Tensor], Tensor], size: int, process: Process) -> Vectors:
+        """The encoder's features of all images, of `size` pixels; each process sees to a share."""
+
+        def of_squares(squares: Pixels) -> np.ndarray:
+            images = torch.from_numpy(np.ascontiguousarray(centre_crop(squares, size)))
+            with torch.no_grad():
+                return features(images.to(process.device)).cpu().numpy()
+
+        return self._vectors(of_squares, process)
+
+    def colours(self, process: Process) -> Vectors:
+        """Colour histograms of all images: an encoder that is worth no more has learned nothing."""
+        return self._vectors(colour_histogram, process)
+
+    def _vectors(self, of_squares: Callable[[Pixels], np.ndarray], process: Process) -> Vectors:
+        found: dict[str, list[np.ndarray]] = {"values": [], "keys": [], "known": []}
+        for at in range(0, len(self._codes), _BLOCK_IMAGES * process.size):
+            # Every process has a block, so that all have the same shapes; most but the last full.
+            block = self._codes[at : at + _BLOCK_IMAGES * process.size]
+            mine = np.array_split(np.arange(len(block)), process.size)[process.rank]
+            squares, keys, known = self._cache.read(block[mine])
+            values = of_squares(squares)
+            # Sums of zeros and one process's numbers; of bools there are none.
+            parts = {"values": values, "keys": keys, "known": known.astype(np.int8)}
+            for name, part in parts.items():
+                whole = np.zeros((len(block), *part.shape[1:]), part.dtype)
+                whole[mine] = part
+                tensor = torch.from_numpy(whole).to(process.device)
+                found[name].append(total(tensor).cpu().numpy())
+        values, keys, known = (np.concatenate(parts) for parts in found.values())
+        return Vectors(values, keys, known.astype(bool))
+
+    def rank_clicks(self, vectors: Vectors) -> HeldOut:
+        """AUC and GAUC of clicked over unclicked impressions, by the cosine with the history."""
+        rows = self._rows
+        return rank_clicks(
+            vectors.values, vectors.known, rows.pv, rows.clicked, rows.clicks, rows.users
+        )
+
+    def nearest(
+        self, vectors: Vectors, objective: Objective, batch_rows: int, device: torch.device
+    ) -> float | None:
+        """The share of reconstructions whose own PV is the nearest in a batch of held-out rows.
+
+        None where the objective reconstructs nothing, or no row has a clicked PV.
+        """
+        if not objective.reconstructs:
+            return None
+        rows = self._rows
+        known = np.append(vectors.known, False)  # code -1 finds the last
+        pv = np.where(known[rows.pv], rows.pv, -1)
+        clicks = valid_first(np.where(known[rows.clicks], rows.clicks, -1))
+        clicked = rows.clicked & (pv >= 0)
+        chosen = np.flatnonzero(clicked.any(1) & (clicks[:, 0] >= 0))[:batch_rows]
+        if not len(chosen):
+            return None
+        keys, at_pv, is_clicked, at_clicks = (
+            torch.from_numpy(a).to(device)
+            for a in (vectors.keys, pv[chosen], clicked[chosen], clicks[chosen])
+        )
+        places = Places(keys, at_pv, is_clicked, at_clicks)
+        with torch.no_grad():
+            terms = objective(torch.from_numpy(vectors.values)[None].to(device), places)
+        term = terms[objective.reconstructs]
+        return int(term.hits) / int(term.anchors)

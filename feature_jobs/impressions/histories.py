@@ -1,0 +1,377 @@
+"""Point-in-time histories: what a user had clicked strictly before a moment.
+
+In: the impressions of one day or of several in a row, and what was known at the end of the day
+before them: its `user_histories` and `recent_clicks`, or, where the world begins, the log of the
+days of the window. Out, for each day: `user_histories`, one row for every user with a click in the
+window as of the end of ds; and `recent_clicks`, what the next day needs besides.
+
+The law, for these tables, for SimScores, training rows and every join: the history of a moment t
+holds the `history_len` latest distinct items with t - window <= click time < t - lag. Equal times
+are not before. An item clicked twice stands once, at its newest place (with `keep_repeats` at all
+of them). Clicks of one user at one time are ordered by item ID, so that the order in which rows
+arrive never matters. Known to a partition are the clicks of its log and of earlier days' logs.
+
+A click may be dated after the end of the day that logs it, and an impression may come in the log of
+a later day than its own. `recent_clicks` therefore keeps what `user_histories` does not show but a
+moment from `late_us` before the end of ds on can see. An impression that comes later than that has
+no history: what is left of it by then depends on later clicks.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_jobs import inputs
+from feature_jobs.impressions.clicks import Clicks, HistoryLaw, histories_at, sort_clicks
+from feature_jobs.inputs import RowGroup, Source, check_day, read_rows
+from feature_jobs.schemas import RECENT_CLICKS, TIMESTAMP, USER_HISTORIES, Table
+from feature_jobs.store import tables
+from feature_jobs.store.arrays import list_array
+from feature_jobs.store.every_shard import every_shard, every_shard_of_days
+from feature_jobs.store.pieces import Piece, read_pieces, write_pieces
+
+DAY_US = 86_400_000_000
+
+
+@dataclass(frozen=True)
+class HistoryDay:
+    """One day whose log is walked through: its ordinal, its first moment and the first after it."""
+
+    number: int
+    start_us: int
+    end_us: int
+
+    def known_from_us(self, law: HistoryLaw) -> int:
+        """The earliest moment whose history is known when the day's log comes in."""
+        return self.start_us - law.late_us
+
+
+# ---- Pure functions: clicks of tables --------------------------------------------------------
+
+
+def click_moments(rows: pa.Table, click_delay_us: int) -> tuple[np.ndarray, int]:
+    """When each click of `rows` happened, int64 us [n], and how many were dated too early.
+
+    Without a click time a click is dated event_time + click_delay. A click cannot precede its own
+    impression: dated so by a skewed clock it would enter its own history, so it is moved there.
+    """
+    event = rows["event_time"].cast(pa.int64()).to_numpy()
+    if "click_time" not in rows.column_names:
+        return event + click_delay_us, 0
+    known = rows["click_time"].cast(pa.int64())
+    moment = pc.coalesce(known, pa.array(event + click_delay_us)).to_numpy()
+    return np.maximum(moment, event), int((moment < event).sum())
+
+
+def clicks_of(rows: pa.Table, day: int, end_us: int, law: HistoryLaw) -> pa.Table:
+    """The clicks of some impressions (user_id, item_id, click_time, day), `day` being the ordinal
+    of the partition that logged them and `end_us` its end.
+
+    Clicks dated a whole window after that are left out: a time in a wrong unit looks like this, and
+    would be kept for ever.
+    """
+    rows = rows.filter(rows["clicked"])
+    moments, _ = click_moments(rows, law.click_delay_us)
+    sane = moments < end_us + law.window_us
+    rows, moments = rows.filter(pa.array(sane)), moments[sane]
+    return pa.table(
+        {
+            "user_id": rows["user_id"],
+            "item_id": rows["item_id"],
+            "click_time": pa.array(moments).cast(TIMESTAMP),
+            "day": np.full(len(rows), day, np.int32),
+        }
+    )
+
+
+def no_clicks(user_id: pa.DataType, item_id: pa.DataType) -> pa.Table:
+    """An empty table of clicks."""
+    kinds = [user_id, item_id, TIMESTAMP, pa.int32()]
+    names = ["user_id", "item_id", "click_time", "day"]
+    return pa.schema(list(zip(names, kinds, strict=True))).empty_table()
+
+
+def codes_of(ids: Sequence[pa.ChunkedArray]) -> tuple[pa.Array, list[np.ndarray]]:
+    """The distinct IDs of all columns in ascending order, and each column as codes into them."""
+    distinct = pc.unique(pa.chunked_array([chunk for c in ids for chunk in c.chunks], ids[0].type))
+    distinct = distinct.take(pc.sort_indices(distinct))
+    return distinct, [pc.index_in(c, value_set=distinct).to_numpy().astype(np.int64) for c in ids]
+
+
+def clicks_before(rows: Iterable[pa.Table], no_rows: pa.Table) -> pa.Table:
+    """The clicks that `user_histories` and `recent_clicks` of a day hold, as logged on day 0."""
+    parts = [no_rows]
+    for table in rows:
+        items = table["item_ids"].combine_chunks()
+        of_row = pc.list_parent_indices(items)
+        parts.append(
+            pa.table(
+                {
+                    "user_id": table["user_id"].take(of_row),
+                    "item_id": items.flatten(),
+                    "click_time": table["click_times"].combine_chunks().flatten(),
+                    "day": np.zeros(len(of_row), np.int32),
+                }
+            )
+        )
+    return pa.concat_tables(parts)
+
+
+# ---- Pure functions: what is known on a day --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Known:
+    """The clicks of some users that are known when the log of `day` is in: those of its histories.
+
+    `user_ids` and `item_ids` are distinct and ascending; the codes of `clicks` point into them.
+    """
+
+    day: HistoryDay
+    law: HistoryLaw
+    user_ids: pa.Array
+    item_ids: pa.Array
+    clicks: Clicks
+
+    def of_all_users(self, moment_us: int, law: HistoryLaw) -> np.ndarray:
+        """The places of the clicks that are the users' histories at a moment, ascending."""
+        users = len(self.user_ids)
+        places = histories_at(self.clicks, np.arange(users), np.full(users, moment_us), law)
+        return places[places >= 0]
+
+    @cached_property
+    def at_the_end(self) -> np.ndarray:
+        """The same at the end of the day, of all clicks till then: whoever serves stale histories
+        knows best how stale."""
+        return self.of_all_users(self.day.end_us, replace(self.law, lag_us=0))
+
+    @cached_property
+    def still_needed(self) -> np.ndarray:
+        """Which clicks a moment can see, alone or after others have come in, that may still come
+        in the log of the next day; bool [n]."""
+        horizon = self.day.end_us - self.law.late_us
+        needed = self.clicks.times >= horizon - self.law.lag_us
+        needed[self.of_all_users(horizon, self.law)] = True
+        return needed
+
+
+def walk_days(clicks: pa.Table, days: Sequence[HistoryDay], law: HistoryLaw) -> Iterator[Known]:
+    """What is known on each of `days`, consecutive ones: the night's recurrence.
+
+    `clicks` (user_id, item_id, click_time, day) hold all clicks of some users that were logged on
+    these days, and those from before the first. What a later moment cannot see is left behind, as
+    it is between two nights.
+    """
+    user_ids, (users,) = codes_of([clicks["user_id"]])
+    item_ids, (items,) = codes_of([clicks["item_id"]])
+    logged = np.maximum(clicks["day"].to_numpy(), days[0].number - 1)
+    order = np.argsort(logged, kind="stable")
+    columns = [c[order] for c in (users, clicks["click_time"].cast(pa.int64()).to_numpy(), items)]
+    bounds = np.searchsorted(logged[order], [day.number for day in days] + [days[-1].number + 1])
+    carried = [column[: bounds[0]] for column in columns]
+    for day, at, end in zip(days, bounds[:-1], bounds[1:], strict=True):
+        now = [np.concatenate([c, new[at:end]]) for c, new in zip(carried, columns, strict=True)]
+        log = sort_clicks(now[0], now[1], now[2], law.keep_repeats)
+        known = Known(day, law, user_ids, item_ids, log)
+        yield known
+        if day is not days[-1]:
+            carried = [c[known.still_needed] for c in (log.users, log.times, log.items)]
+
+
+def history_lists(known: Known, rows: pa.Table) -> pa.Array:
+    """The history of each of some impressions of the day, item IDs newest first; a list array."""
+    moments = rows["event_time"].cast(pa.int64()).to_numpy()
+    users = pc.fill_null(pc.index_in(rows["user_id"], value_set=known.user_ids), -1)
+    users = np.where(moments < known.day.known_from_us(known.law), -1, users.to_numpy())
+    places = histories_at(known.clicks, users, moments, known.law)
+    there = places >= 0
+    flat = known.item_ids.take(pa.array(known.clicks.items[places[there]]))  # newest first
+    return list_array(there.sum(axis=1), flat)
+
+
+def user_histories(known: Known) -> pa.Table:
+    """The history of every user who has one as of the end of the day."""
+    return _by_user(known, known.at_the_end)
+
+
+def recent_clicks(known: Known) -> pa.Table:
+    """The known clicks that the next day needs and `user_histories` of this one does not show."""
+    needed = known.still_needed.copy()
+    needed[known.at_the_end] = False
+    return _by_user(known, np.flatnonzero(needed))
+
+
+def _by_user(known: Known, places: np.ndarray) -> pa.Table:
+    """The clicks at `places` [k], ascending, a row for each user who has some of them."""
+    log = known.clicks
+    users, sizes = np.unique(log.users[places], return_counts=True)
+    times = pa.array(log.times[places]).cast(TIMESTAMP)
+    return pa.table(
+        {
+            "user_id": known.user_ids.take(pa.array(users)),
+            "item_ids": list_array(sizes, known.item_ids.take(pa.array(log.items[places]))),
+            "click_times": list_array(sizes, times),
+        }
+    )
+
+
+# ---- Transforms ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HistoriesJob:
+    """Histories of consecutive `days`, walked through in `shards` of users.
+
+    `before` are `user_histories` and `recent_clicks` of the day before the first, empty where that
+    day's clicks come from the log instead.
+    """
+
+    law: HistoryLaw
+    days: tuple[HistoryDay, ...]
+    before: tuple[tables.Partition, ...]
+    shards: int
+    user_id: pa.DataType
+    item_id: pa.DataType
+    day_timezone: str
+    staging: str
+
+    def known(self, shard: int, chunks: Iterable[bytes]) -> Iterator[Known]:
+        """What is known on each day of the users of a shard; `chunks` are the clicks of the log."""
+        nothing = no_clicks(self.user_id, self.item_id)
+        columns = ["user_id", "item_ids", "click_times"]
+        before = (p.read_shard(shard, self.shards, "user_id", columns) for p in self.before)
+        clicks = [clicks_before(before, nothing), tables.from_ipc(chunks, nothing)]
+        return walk_days(pa.concat_tables(clicks), self.days, self.law)
+
+
+class ReadClicks(beam.DoFn):
+    """A row group of impressions → its clicks by shard of `key`."""
+
+    def __init__(self, law: HistoryLaw, day_timezone: str, shards: int, staging: str, key: str):
+        self._law = law
+        self._day_timezone = day_timezone
+        self._shards = shards
+        self._key = key
+        self.staging = staging
+
+    @tables.refusing
+    def process(self, group: RowGroup) -> Iterator[tuple[int, bytes]]:
+        rows = read_rows(group, ["user_id", "item_id", "event_time", "clicked", "click_time"])
+        end_us = inputs.day_end(group.form.ds, self._day_timezone)
+        check_day(group, rows, end_us)
+        clicks = clicks_of(rows, group.form.ds.toordinal(), end_us, self._law)
+        if len(clicks) < (pc.sum(rows["clicked"]).as_py() or 0):
+            tables.warn(
+                self.staging,
+                f"Clicks of ds {group.form.ds} are dated more than window_days after its end and "
+                "are left out of histories. Look at click_time: a wrong unit looks like this.",
+            )
+        yield from tables.split_by_shard(clicks, self._key, self._shards)
+
+
+class AdvanceHistories(beam.DoFn):
+    """The clicks of a user shard → ((day, shard), (table, piece of its rows)) for every day.
+
+    `shards` are those of each day's tables, none more than the job's.
+    """
+
+    def __init__(self, job: HistoriesJob, shards: Sequence[int]):
+        self._job, self._shards = job, shards
+        self.staging = job.staging
+
+    @tables.refusing
+    def process(
+        self, element: tuple[int, Iterable[bytes]]
+    ) -> Iterator[tuple[tuple[int, int], tuple[str, Piece]]]:
+        job, (shard, chunks) = self._job, element
+        for day, known in enumerate(job.known(shard, chunks)):
+            into = shard * self._shards[day] // job.shards
+            made = user_histories(known), recent_clicks(known)
+            for table, rows in zip((USER_HISTORIES, RECENT_CLICKS), made, strict=True):
+                path = os.path.join(job.staging, "pieces", f"{table.name}-{day}-{shard:05d}")
+                for _, piece in write_pieces(path, rows, np.zeros(len(rows), np.int64)):
+                    yield (day, into), (table.name, piece)
+
+
+class WriteHistories(beam.DoFn):
+    """The pieces of a shard of a day → one part of `user_histories` and of `recent_clicks`."""
+
+    def __init__(self, job: HistoriesJob, shards: Sequence[int], stagings: Sequence[str]):
+        self._job, self._shards, self._stagings = job, shards, stagings
+        self.staging = job.staging
+
+    @tables.refusing
+    def process(self, element: tuple[tuple[int, int], Iterable]) -> None:
+        (day, shard), found = element
+        pieces = [entry for entry in found if entry]
+        for table in (USER_HISTORIES, RECENT_CLICKS):
+            self._write(table, day, shard, [piece for name, piece in pieces if name == table.name])
+
+    def _write(self, table: Table, day: int, shard: int, pieces: list[Piece]) -> None:
+        folder, shards = os.path.join(self._stagings[day], table.name), self._shards[day]
+        if not tables.has_part(folder, shard, shards):
+            schema = table.schema(self._job.item_id, self._job.user_id)
+            rows = read_pieces(pieces, tables.empty_rows(schema))
+            tables.write_part(folder, table, schema, rows, shard, shards)
+
+
+def read_clicks(
+    root: beam.Pipeline,
+    log: Sequence[Source],
+    law: HistoryLaw,
+    day_timezone: str,
+    shards: int,
+    staging: str,
+    key: str = "user_id",
+) -> beam.PCollection:
+    """The clicks of all days of `log`, as (shard of their `key`, IPC bytes)."""
+    read = ReadClicks(law, day_timezone, shards, staging, key)
+    return (
+        root
+        | "ClickGroups" >> beam.Create([group for day in log for group in day.groups()])
+        | "SpreadClickGroups" >> beam.Reshuffle()
+        | "ReadClicks" >> beam.ParDo(read)
+    )
+
+
+def clicks_by_user(
+    root: beam.Pipeline, log: Sequence[Source], job: HistoriesJob
+) -> beam.PCollection:
+    """The clicks of `log` by the job's shards of users, every shard among them."""
+    clicks = read_clicks(root, log, job.law, job.day_timezone, job.shards, job.staging)
+    return (clicks, every_shard(root, job.shards)) | "ClicksAndShards" >> beam.Flatten()
+
+
+# ---- The job ---------------------------------------------------------------------------------
+
+
+def define_histories(
+    root: beam.Pipeline,
+    log: Sequence[Source],
+    job: HistoriesJob,
+    shards: Sequence[int],
+    stagings: Sequence[str],
+) -> None:
+    """Writes `user_histories` and `recent_clicks` of each day of `job`, in so many `shards`, below
+    the staging folder of that day.
+
+    `log` are the logs of the days, and of those before them where `job` has no tables of the day
+    before.
+    """
+    pieces = (
+        clicks_by_user(root, log, job)
+        | "ClicksByUser" >> beam.GroupByKey()
+        | "AdvanceHistories" >> beam.ParDo(AdvanceHistories(job, shards))
+    )
+    _ = (
+        (pieces, every_shard_of_days(root, shards))
+        | "PiecesAndShards" >> beam.Flatten()
+        | "ByDayAndShard" >> beam.GroupByKey()
+        | "WriteHistories" >> beam.ParDo(WriteHistories(job, shards, stagings))
+    )

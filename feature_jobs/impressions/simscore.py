@@ -1,0 +1,508 @@
+"""SIMSCORE: the cosine of each impression's item with each item that its user had clicked before.
+
+In: the impressions of one day or of several in a row; their histories, logged with them or made of
+clicks (see `histories`); `item_features` and `item_embeddings` of each day. Out, for each day:
+`user_simscores`.
+
+The law: rows = impressions of ds, one for one. sim(x, y) of COURIER appendix §1 eq. 1, over the
+history of the impression's own moment; 0 and masked where either item is unknown, has no
+embedding or is out of the encoder's scope.
+
+Flow: impressions meet the clicks of their users in user shards, get their histories, and go to the
+shards of their day's table. The embeddings reach those by one of two joins, which give the same
+table: `broadcast`, as memory-mapped files, one copy per machine, shared by its processes; or
+`shuffle`, for catalogues larger than a worker's disk: each shard asks the item shards for what it
+needs, every item once. Rows travel by way of files (`pieces`): what is in Beam's hands is small.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from apache_beam.utils.shared import Shared
+
+from feature_jobs.impressions.histories import (
+    HistoriesJob,
+    HistoryDay,
+    click_moments,
+    clicks_by_user,
+    history_lists,
+)
+from feature_jobs.inputs import IMPRESSION_COLUMNS, RowGroup, Source, check_day, read_rows
+from feature_jobs.items.item_vectors import (
+    FoundItems,
+    ItemTables,
+    ItemVectors,
+    answer,
+    items_of_answers,
+    items_of_shard,
+    no_answers,
+    open_item_vectors,
+)
+from feature_jobs.schemas import (
+    SIM_TIERS,
+    USER_SIMSCORES,
+    DataContractError,
+)
+from feature_jobs.store import hashing, tables
+from feature_jobs.store.arrays import differ_from_before, list_array, padded_codes
+from feature_jobs.store.every_shard import every_shard_of_days
+from feature_jobs.store.pieces import Piece, read_pieces, write_pieces
+
+_READ_TOO = ("click_time", "impression_id", "history")  # of the optional columns
+_BLOCK_ROWS = 4096  # impressions scored at once
+_RUN_ROWS = 16  # of them with one history, at most
+_CACHED_VECTORS = 256  # gathered at once: a quarter of a megabyte stays in the cache
+_ITEMS_AT_ONCE = 6_553_600  # of the histories that the impressions of a user shard get at once
+BROADCAST, SHUFFLE = "broadcast", "shuffle"
+
+
+@dataclass(frozen=True)
+class SimscoreDay:
+    """One day of a job. `has_history` tells that its impressions come with theirs."""
+
+    day: HistoryDay
+    has_history: bool
+    items: ItemTables
+    broadcast_key: str  # of the machine's copy of the items
+    shards: int
+    schema: pa.Schema
+    encoder_id: str
+    codebook_id: str
+    staging: str
+
+    @property
+    def no_rows(self) -> pa.Table:
+        """Impressions with histories, for a shard that has none."""
+        made = {column.name for column in USER_SIMSCORES.columns} - set(IMPRESSION_COLUMNS)
+        given = [(f.name, f.type) for f in self.schema if f.name not in made]
+        history = ("history", pa.list_(self.schema.field("item_id").type))
+        return pa.schema([*given, history]).empty_table()
+
+
+@dataclass(frozen=True)
+class SimscoreJob:
+    """All that the workers need to know. `histories` are None where all days have logged ones."""
+
+    days: tuple[SimscoreDay, ...]
+    histories: HistoriesJob | None
+    history_len: int
+    join: str
+    staging: str
+
+
+# ---- Pure functions: scores ----------------------------------------------------------------
+
+
+def sim_scores(
+    vectors: np.ndarray, impression: np.ndarray, histories: np.ndarray, history_of: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine of each impression with each item of its history: COURIER appendix §1 eq. 1.
+
+    `vectors` float32 [v, 256] of unit rows; `impression` int64 [n] and `histories` int64 [h, L] are
+    rows of it, -1 = none. `history_of` int64 [n], ascending, says which history an impression has:
+    neighbours with the same one share the reading of its vectors. Returns scores float32 [n, L] in
+    [-1, 1], 0 where either is none, and the mask int8 [n, L] of real scores.
+    """
+    length = histories.shape[1]
+    mask = (histories >= 0)[history_of] & (impression >= 0)[:, None]
+    scores = np.empty((len(impression), length), np.float32)
+    for rows in _rows_with_one_history(history_of):  # [runs, r]
+        at_once = max(1, _CACHED_VECTORS // (length + rows.shape[1]))
+        for at in range(0, len(rows), at_once):
+            some = rows[at : at + at_once]
+            shown = _gather(vectors, impression[some])  # [runs, r, 256]
+            clicked = _gather(vectors, histories[history_of[some[:, 0]]])  # [runs, L, 256]
+            scores[some] = shown @ clicked.transpose(0, 2, 1)
+    scores[~mask] = 0.0
+    return np.clip(scores, -1.0, 1.0, out=scores), mask.astype(np.int8)
+
+
+def _rows_with_one_history(history_of: np.ndarray) -> Iterator[np.ndarray]:
+    """The places of all rows, int64 [runs, r] for each length r that a run of equal neighbours has;
+    longer runs are cut."""
+    place = np.arange(len(history_of))
+    new = np.diff(history_of, prepend=-1) != 0
+    new |= (place - np.maximum.accumulate(np.where(new, place, 0))) % _RUN_ROWS == 0
+    starts = np.flatnonzero(new)
+    sizes = np.diff(starts, append=len(history_of))
+    for size in np.unique(sizes):
+        yield starts[sizes == size][:, None] + np.arange(size)
+
+
+def _gather(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`vectors` at `rows` [a, b]; float32 [a, b, 256], those at -1 arbitrary."""
+    return np.take(vectors, rows, axis=0, mode="clip")
+
+
+def simtier(scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Real scores per tier of width 0.1 over [-1, 1]; int32 [n, 20]. arXiv 2407.19467.
+
+    Tier k holds -1 + k/10 <= score < -1 + (k+1)/10; a score of 1.0 falls into the last one.
+    """
+    tier = ((scores.astype(np.float64) + 1.0) * 10.0).astype(np.int32)
+    np.minimum(tier, SIM_TIERS - 1, out=tier)
+    tier[mask == 0] = SIM_TIERS  # one too many, cut off at the end
+    tier += (np.arange(len(scores), dtype=np.int32) * (SIM_TIERS + 1))[:, None]
+    counts = np.bincount(tier.reshape(-1), minlength=len(scores) * (SIM_TIERS + 1))
+    return counts.reshape(len(scores), SIM_TIERS + 1)[:, :SIM_TIERS].astype(np.int32)
+
+
+def impression_ids(rows: pa.Table) -> pa.Array:
+    """A digest of user, item, time and the ordinal among equal rows: 32 hex digits each.
+
+    `rows` are sorted, so that equal ones are neighbours.
+    """
+    users, items = hashing.hash_ids(rows["user_id"]), hashing.hash_ids(rows["item_id"])
+    times = rows["event_time"].cast(pa.int64()).to_numpy().view(np.uint64)
+    first = np.ones(len(rows), bool)
+    for column in (users, items, times):
+        if len(column):
+            first[1:] &= column[1:] == column[:-1]
+    first[1:] = ~first[1:]
+    place = np.arange(len(rows))
+    ordinal = place - np.maximum.accumulate(np.where(first, place, 0))
+    key = np.stack([users, items, times, ordinal.astype(np.uint64)], axis=1).astype("<u8")
+    data = key.view(np.uint8).reshape(len(rows), 32)
+    digests = np.stack([hashing.hash_rows(data, seed) for seed in (0, 1)], axis=1).astype(">u8")
+    digits = digests.view(np.uint8).reshape(len(rows), 16)
+    hexed = np.frombuffer(b"0123456789abcdef", np.uint8)[
+        np.stack([digits >> 4, digits & 15], axis=2).reshape(len(rows), 32)
+    ]
+    offsets = pa.py_buffer(np.arange(0, 32 * len(rows) + 1, 32, dtype=np.int32))
+    return pa.StringArray.from_buffers(
+        len(rows), offsets, pa.py_buffer(np.ascontiguousarray(hexed))
+    )
+
+
+# ---- Pure functions: a shard of impressions --------------------------------------------------
+
+
+def sort_impressions(rows: pa.Table) -> pa.Table:
+    """By user, time and item, then by all else that can be ordered: arrival does not decide.
+
+    Rows alike but for nested columns or half floats stay as they came.
+    """
+    first = ["user_id", "event_time", "item_id"]
+    rest = [f.name for f in rows.schema if f.name not in first and _can_be_ordered(f.type)]
+    return tables.in_order(rows, [*first, *rest])
+
+
+def _can_be_ordered(kind: pa.DataType) -> bool:
+    return not (pa.types.is_nested(kind) or pa.types.is_float16(kind) or pa.types.is_null(kind))
+
+
+def score_impressions(
+    rows: pa.Table, items: ItemVectors, length: int, history_item_ids: bool = True
+) -> tuple[pa.Table, dict[str, int]]:
+    """`user_simscores` of a shard's impressions, artefact IDs aside, and what was counted.
+
+    `rows` have a `history`, newest first, of which the first `length` places are scored; it becomes
+    a column where `history_item_ids` are asked for. Sorted by impression_id.
+    """
+    rows = sort_impressions(rows)
+    coded = _coded(rows, length)
+    found = items.look_up(coded.item_ids)
+    scored = _score(items.vectors, found, coded)
+    given = "impression_id" in rows.column_names
+    ids = rows["impression_id"].combine_chunks() if given else impression_ids(rows)
+    order = pc.sort_indices(ids)
+    at = order.to_numpy()
+    columns = {
+        **{name: rows[name].take(order) for name in rows.column_names if name not in _READ_TOO},
+        "impression_id": ids.take(order),
+        **{name: _column(values[at]) for name, values in scored.items()},
+    }
+    if history_item_ids:
+        past = coded.histories[coded.history_of[at]]
+        flat = coded.item_ids.take(pa.array(past[past >= 0]))
+        columns["history_item_ids"] = list_array((past >= 0).sum(axis=1), flat)
+    return pa.table(columns), _count(rows, found, coded.shown, scored)
+
+
+class _Coded(NamedTuple):
+    """Impressions as codes into distinct `item_ids`: `shown` int32 [n], `histories` int32 [h, L]
+    with -1 = none, and which of these each impression has, `history_of` int64 [n], ascending."""
+
+    item_ids: pa.Array
+    shown: np.ndarray
+    histories: np.ndarray
+    history_of: np.ndarray
+
+
+def _coded(rows: pa.Table, length: int) -> _Coded:
+    lists = rows["history"].combine_chunks()
+    lists = pc.fill_null(lists, pa.scalar([], lists.type))
+    new = differ_from_before(lists)
+    lists = lists.filter(pa.array(new))
+    both = pa.concat_arrays([rows["item_id"].combine_chunks(), lists.flatten()])
+    encoded = pc.dictionary_encode(both)
+    codes = encoded.indices.to_numpy()
+    shown, clicked = codes[: len(rows)], codes[len(rows) :]
+    histories = padded_codes(lists, clicked, length)
+    return _Coded(encoded.dictionary, shown, histories, np.cumsum(new) - 1)
+
+
+def _score(vectors: np.ndarray, found: FoundItems, coded: _Coded) -> dict[str, np.ndarray]:
+    """The columns that are made of scores, [n, ...] each, block by block."""
+    vector, cluster = np.append(found.vector, -1), np.append(found.cluster, 0)  # at -1: none
+    blocks = []
+    for at in range(0, max(1, len(coded.shown)), _BLOCK_ROWS):
+        items, of = coded.shown[at : at + _BLOCK_ROWS], coded.history_of[at : at + _BLOCK_ROWS]
+        first, end = (of[0], of[-1] + 1) if len(of) else (0, 0)
+        past, of = coded.histories[first:end], of - first
+        scores, mask = sim_scores(vectors, vector[items], vector[past], of)
+        known = mask.sum(axis=1, dtype=np.int32)
+        largest = np.where(mask, scores, -np.inf).max(axis=1, initial=-np.inf)
+        own = cluster[items]
+        same = (cluster[past][of] == own[:, None]) & (own > 0)[:, None]
+        blocks.append(
+            {
+                "sim_scores": scores,
+                "sim_mask": mask,
+                "history_len": (past >= 0).sum(axis=1, dtype=np.int32)[of],
+                "sim_known": known,
+                "sim_max": np.where(known > 0, largest, 0.0).astype(np.float32),
+                "sim_mean": (scores.sum(axis=1) / np.maximum(known, 1)).astype(np.float32),
+                "simtier": simtier(scores, mask),
+                "same_cluster": same.sum(axis=1, dtype=np.int32),
+            }
+        )
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def _column(values: np.ndarray) -> pa.Array:
+    """A column of numbers [n], or of lists of numbers [n, m]."""
+    kind = pa.from_numpy_dtype(values.dtype)
+    return tables.list_column(values, pa.list_(kind)) if values.ndim == 2 else pa.array(values)
+
+
+def _count(
+    rows: pa.Table, found: FoundItems, shown: np.ndarray, scored: dict[str, np.ndarray]
+) -> dict[str, int]:
+    compared = (found.old_cluster != 0) & (found.cluster > 0)
+    moved = compared & (found.old_cluster != found.cluster)
+    return {
+        "impressions": len(rows),
+        "clicks": pc.sum(rows["clicked"]).as_py() or 0,
+        "unknown_items": int((~found.known[shown]).sum()),
+        "compared_impressions": int(compared[shown].sum()),
+        "moved_impressions": int(moved[shown].sum()),
+        "without_history": int((scored["history_len"] == 0).sum()),
+        "click_times_before_event": click_moments(rows.filter(rows["clicked"]), 0)[1],
+    }
+
+
+# ---- Transforms ----------------------------------------------------------------------------
+
+
+def read_impressions(group: RowGroup, end_us: int, history_len: int) -> pa.Table:
+    """The impressions of a row group, with no more of a logged history than counts; raises
+    DataContractError for one after its day's end, or for a history with a null inside."""
+    rows = read_rows(group, [*IMPRESSION_COLUMNS, *_READ_TOO], group.form.carry)
+    check_day(group, rows, end_us)
+    if "history" not in rows.column_names:
+        return rows
+    if pc.list_flatten(rows["history"]).null_count:
+        raise DataContractError(
+            f"The column {group.form.columns['history']!r} of {group.path} has nulls inside its "
+            "lists. Every place of a history is an item, or the scores would stand at wrong "
+            "positions. Leave the missing items out where the table is written."
+        )
+    if (pc.max(pc.list_value_length(rows["history"])).as_py() or 0) <= history_len:
+        return rows
+    cut = pc.list_slice(rows["history"], 0, history_len)
+    return rows.set_column(rows.column_names.index("history"), "history", cut)
+
+
+class ReadImpressions(beam.DoFn):
+    """A row group of impressions → pieces of its rows: ((day, shard), piece), or where they get
+    their histories first (user shard, (day, piece)) as `by_user`."""
+
+    def __init__(self, job: SimscoreJob):
+        self._job, self.staging = job, job.staging
+        self._places = {day.day.number: place for place, day in enumerate(job.days)}
+
+    @tables.refusing
+    def process(self, group: RowGroup) -> Iterator[Any]:
+        place = self._places[group.form.ds.toordinal()]
+        day, histories = self._job.days[place], self._job.histories
+        rows = read_impressions(group, day.day.end_us, self._job.history_len)
+        users = None if histories is None or day.has_history else histories.shards
+        shards = hashing.shard_of(hashing.hash_ids(rows["user_id"]), users or day.shards)
+        name = tables.digest([group.path, group.index])[:16]
+        for shard, piece in write_pieces(_pieces(self._job, "rows", name), rows, shards):
+            if users:
+                yield beam.pvalue.TaggedOutput("by_user", (shard, (place, piece)))
+            else:
+                yield (place, shard), piece
+
+
+def _pieces(job: SimscoreJob, *name: object) -> str:
+    """Where pieces go; what follows in the name is up to `write_pieces`."""
+    return os.path.join(job.staging, "pieces", "-".join(map(str, name)))
+
+
+class AddHistories(beam.DoFn):
+    """The impressions and the clicks of a user shard → ((day, shard), piece) of the impressions
+    with their histories."""
+
+    def __init__(self, job: SimscoreJob, histories: HistoriesJob):
+        self._job, self._histories = job, histories
+        self.staging = job.staging
+
+    @tables.refusing
+    def process(
+        self, element: tuple[int, dict[str, Iterable]]
+    ) -> Iterator[tuple[tuple[int, int], Piece]]:
+        job, histories, (user_shard, chunks) = self._job, self._histories, element
+        pieces: dict[int, list[Piece]] = {}
+        for place, piece in chunks["impressions"]:
+            pieces.setdefault(place, []).append(piece)
+        for place, known in enumerate(histories.known(user_shard, chunks["clicks"])):
+            if place not in pieces:
+                continue
+            shard = user_shard * job.days[place].shards // histories.shards
+            rows = read_pieces(pieces[place], job.days[place].no_rows)
+            at_once = max(1, _ITEMS_AT_ONCE // job.history_len)
+            for at in range(0, len(rows), at_once):
+                some = rows.slice(at, at_once)
+                some = some.append_column("history", history_lists(known, some))
+                path = _pieces(job, "histories", place, user_shard, at)
+                for _, piece in write_pieces(path, some, np.zeros(len(some), np.int64)):
+                    yield (place, shard), piece
+
+
+class AskForItems(beam.DoFn):
+    """The pieces of a shard of a day → ((day, item shard), (shard, IPC bytes of the item IDs))."""
+
+    def __init__(self, job: SimscoreJob):
+        self._job, self.staging = job, job.staging
+
+    @tables.refusing
+    def process(
+        self, element: tuple[tuple[int, int], Iterable]
+    ) -> Iterator[tuple[tuple[int, int], tuple[int, bytes]]]:
+        (place, shard), pieces = element
+        day = self._job.days[place]
+        rows = read_pieces(pieces, day.no_rows)
+        both = [rows["item_id"].combine_chunks(), pc.list_flatten(rows["history"].combine_chunks())]
+        wanted = pa.table({"item_id": pc.unique(pa.concat_arrays(both))})
+        for item_shard, ids in tables.split_by_shard(wanted, "item_id", day.items.shards):
+            yield (place, item_shard), (shard, ids)
+
+
+class AnswerForItems(beam.DoFn):
+    """What the shards of a day ask of an item shard → ((day, shard), the bytes of question and
+    answer, the answer as IPC bytes)."""
+
+    def __init__(self, job: SimscoreJob):
+        self._job, self.staging = job, job.staging
+
+    @tables.refusing
+    def process(
+        self, element: tuple[tuple[int, int], Iterable[tuple[int, bytes]]]
+    ) -> Iterator[tuple[tuple[int, int], tuple[int, bytes]]]:
+        (place, item_shard), questions = element
+        found, matrix = items_of_shard(self._job.days[place].items, item_shard)
+        for shard, ids in questions:
+            wanted = tables.from_ipc([ids], found)["item_id"]
+            told = tables.to_ipc(answer(wanted, found, matrix))
+            yield (place, shard), (len(ids) + len(told), told)
+
+
+class ScoreShard(beam.DoFn):
+    """The impressions of a shard of a day, with their histories → one part of `user_simscores`."""
+
+    _opened = Shared()  # one mapping per worker process
+
+    def __init__(self, job: SimscoreJob):
+        self._job, self.staging = job, job.staging
+
+    @tables.refusing
+    def process(self, element: tuple[tuple[int, int], dict[str, Iterable]]) -> None:
+        (place, shard), found = element
+        day = self._job.days[place]
+        folder = os.path.join(day.staging, USER_SIMSCORES.name)
+        if tables.has_part(folder, shard, day.shards):
+            return
+        rows = read_pieces(found["rows"], day.no_rows)
+        wanted = "history_item_ids" in day.schema.names
+        answers = list(found.get("items", ()))
+        items = self._items(day, [told for _, told in answers])
+        scored, counts = score_impressions(rows, items, self._job.history_len, wanted)
+        for name, value in (("encoder_id", day.encoder_id), ("codebook_id", day.codebook_id)):
+            scored = scored.append_column(name, pa.array([value] * len(scored), pa.string()))
+        counts |= self._count_late(day, rows)
+        work = {"shuffled_bytes": sum(size for size, _ in answers)} if answers else {}
+        tables.write_part(
+            folder, USER_SIMSCORES, day.schema, scored, shard, day.shards, counts, work
+        )
+
+    def _items(self, day: SimscoreDay, answers: list[bytes]) -> ItemVectors:
+        if self._job.join == SHUFFLE:
+            nothing = no_answers(day.schema.field("item_id").type)
+            return items_of_answers(tables.from_ipc(answers, nothing))
+        key = day.broadcast_key
+        return self._opened.acquire(lambda: open_item_vectors(day.items, key), tag=key)
+
+    def _count_late(self, day: SimscoreDay, rows: pa.Table) -> dict[str, int]:
+        """How many impressions came too late for a history."""
+        histories = self._job.histories
+        if day.has_history or histories is None:
+            return {}
+        moments = rows["event_time"].cast(pa.int64()).to_numpy()
+        late = int((moments < day.day.known_from_us(histories.law)).sum())
+        if late:
+            tables.warn(
+                self.staging,
+                "Some impressions came in the log more than late_days after their day: they have "
+                "no history, and score 0. The manifest counts them as too_late_for_a_history.",
+            )
+        return {"too_late_for_a_history": late}
+
+
+# ---- The job -------------------------------------------------------------------------------
+
+
+def define_simscore(
+    root: beam.Pipeline, impressions: Sequence[Source], log: Sequence[Source], job: SimscoreJob
+) -> None:
+    """Writes `user_simscores` of each day of `job` below the staging folder of that day, one part
+    per user shard.
+
+    `impressions` are those of the days, and `log` where histories come from; see `histories`.
+    """
+    read = (
+        root
+        | "ImpressionGroups" >> beam.Create([g for day in impressions for g in day.groups()])
+        | "SpreadImpressionGroups" >> beam.Reshuffle()
+        | "ReadImpressions" >> beam.ParDo(ReadImpressions(job)).with_outputs("by_user", main="rows")
+    )
+    every = every_shard_of_days(root, [day.shards for day in job.days])
+    parts = [read.rows, every]
+    if job.histories:
+        users = {
+            "impressions": read.by_user,
+            "clicks": clicks_by_user(root, log, job.histories),
+        }
+        parts.append(
+            users
+            | "ByUser" >> beam.CoGroupByKey()
+            | "AddHistories" >> beam.ParDo(AddHistories(job, job.histories))
+        )
+    found = {"rows": parts | "RowsAndShards" >> beam.Flatten()}
+    if job.join == SHUFFLE:
+        found["items"] = (
+            found["rows"]
+            | "ForItems" >> beam.GroupByKey()
+            | "AskForItems" >> beam.ParDo(AskForItems(job))
+            | "ByItemShard" >> beam.GroupByKey()
+            | "AnswerForItems" >> beam.ParDo(AnswerForItems(job))
+        )
+    _ = found | "ByDayAndShard" >> beam.CoGroupByKey() | "ScoreShard" >> beam.ParDo(ScoreShard(job))

@@ -1,0 +1,205 @@
+"""EMBED's plan: which items of a shard are as they were, and which images must be read.
+
+Whether an image may have changed is asked of the store (generation, or size and time), which reads
+nothing. A reject is tried again on its `next_ds`, at once under another address.
+"""
+
+import datetime as dt
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from courier_model.image_files import Rejected, find_image
+from feature_jobs.inputs import CATALOGUE_COLUMNS, check_unique
+from feature_jobs.schemas import TIMESTAMP
+from feature_jobs.store import hashing
+from feature_jobs.store.files import FileInfo
+
+UNCHANGED = "unchanged"  # its embedding is taken over
+WAITING = "waiting"  # its reject is taken over
+REJECTED = "rejected"  # nothing there that could be read
+TO_READ = "to_read"
+
+VERSION_COLUMNS = ("image_generation", "image_size", "image_mtime")
+_FINDERS = 64  # asking a remote store takes tens of milliseconds, however many ask at once
+_BLOCK = 16  # images asked for by one task: on a local disk a task costs more than the question
+_LONGEST_WAIT = 30  # days
+_LARGEST_GROUP = 65_536
+
+
+def former_items(
+    previous: pa.Table, catalogue_ids: pa.ChunkedArray, ds: dt.date, window_days: int
+) -> pa.Table:
+    """Rows of `previous` that left the catalogue within `window_days`, dated when they left."""
+    gone = pc.invert(pc.is_in(previous["item_id"], value_set=catalogue_ids.combine_chunks()))
+    rows = previous.filter(gone)
+    left = pc.fill_null(rows["left_catalogue_ds"], pa.scalar(ds, pa.date32()))
+    rows = rows.set_column(rows.column_names.index("left_catalogue_ds"), "left_catalogue_ds", left)
+    oldest = pa.scalar(ds - dt.timedelta(days=window_days), pa.date32())
+    return rows.filter(pc.greater(left, oldest))
+
+
+def items_of_shard(
+    catalogue: pa.Table, previous: pa.Table, ds: dt.date, window_days: int
+) -> pa.Table:
+    """The items of a shard: its catalogue rows, then kept former items.
+
+    Columns of the catalogue, `in_catalogue`, `left_catalogue_ds` and `previous_row`, the item's row
+    in `previous` (null without one). Raises DataContractError for a duplicate item.
+    """
+    catalogue = catalogue.sort_by("item_id")
+    check_unique(catalogue["item_id"], ds)
+    former = former_items(previous, catalogue["item_id"], ds, window_days)
+    columns = list(CATALOGUE_COLUMNS)
+    items = pa.concat_tables([catalogue.select(columns), former.select(columns)])
+    inside = np.arange(len(items)) < len(catalogue)
+    left = pa.concat_arrays(
+        [pa.nulls(len(catalogue), pa.date32()), former["left_catalogue_ds"].combine_chunks()]
+    )
+    return (
+        items.append_column("in_catalogue", pa.array(inside))
+        .append_column("left_catalogue_ds", left)
+        .append_column("previous_row", row_of(items, previous))
+    )
+
+
+def row_of(items: pa.Table, rows: pa.Table) -> pa.ChunkedArray:
+    """Where each item stands in `rows`, null for one that does not."""
+    return pc.index_in(items["item_id"], value_set=rows["item_id"].combine_chunks())
+
+
+def plan(
+    items: pa.Table,
+    previous: pa.Table,
+    rejects: pa.Table,
+    roots: Sequence[str],
+    ds: dt.date,
+    reuse: bool,
+    same_roots: bool,
+) -> pa.Table:
+    """`items` with their `state`, the versions of their images, and why there is none.
+
+    `previous` and `rejects` are the shard's rows of the latest partitions before ds. `reuse` says
+    whether the embeddings there are those that would be made now, `same_roots` whether addresses
+    and versions can be compared with those of then. Columns added: state, VERSION_COLUMNS, stage,
+    reason, message (nullable).
+    """
+    inside = items["in_catalogue"].to_numpy()
+    waits = is_waiting(items, rejects, ds) & inside & reuse & same_roots
+    # A former item's file is often deleted with it: its embedding stays, unlooked at.
+    stays = ~inside & reuse
+    rows = np.flatnonzero(~(waits | stays))
+    found = _find(items["image_uri"].take(pa.array(rows)).to_pylist(), roots)
+    images = _as_table(found, rows, len(items))
+    same = is_unchanged(items, images, previous) & reuse & same_roots
+    state = np.full(len(items), TO_READ, object)
+    state[pc.is_valid(images["reason"]).to_numpy()] = REJECTED
+    state[same | stays] = UNCHANGED
+    state[waits] = WAITING
+    for name in images.column_names:
+        items = items.append_column(name, images[name])
+    return items.append_column("state", pa.array(state, pa.string()))
+
+
+def is_waiting(items: pa.Table, rejects: pa.Table, ds: dt.date) -> np.ndarray:
+    """Which items were rejected and are not to be tried on ds: same address, later `next_ds`."""
+    before = rejects.select(["image_uri", "next_ds"]).take(row_of(items, rejects))
+    addresses = (pc.fill_null(rows["image_uri"], "") for rows in (before, items))
+    same = pc.equal(*addresses)
+    later = pc.greater(before["next_ds"], pa.scalar(ds, pa.date32()))
+    return pc.fill_null(pc.and_(same, later), False).to_numpy()
+
+
+def next_ds(ds: dt.date, attempts: np.ndarray) -> np.ndarray:
+    """The day to try again after so many: 1, 2, 4, … days later; `attempts` int [n] from 1."""
+    days = np.minimum(1 << np.minimum(attempts - 1, 8), _LONGEST_WAIT)  # a larger shift overflows
+    return np.datetime64(ds, "D") + days.astype("timedelta64[D]")
+
+
+def is_unchanged(items: pa.Table, images: pa.Table, previous: pa.Table) -> np.ndarray:
+    """Which items' images have the address and the version that they had; bool [n]."""
+    before = previous.select(["image_uri", *VERSION_COLUMNS]).take(items["previous_row"])
+    same = pc.fill_null(pc.equal(before["image_uri"], items["image_uri"]), False).to_numpy()
+    same = same & pc.is_valid(images["image_size"]).to_numpy()
+    return same & same_version(before, images)
+
+
+def same_version(some: pa.Table, others: pa.Table) -> np.ndarray:
+    """Which rows have equal VERSION_COLUMNS, a null being equal to a null; bool [n]."""
+    same = np.ones(len(some), bool)
+    for name in VERSION_COLUMNS:
+        one, two = (t[name].cast(pa.int64()).fill_null(-1).to_numpy() for t in (some, others))
+        same &= one == two
+    return same
+
+
+def _find(uris: Sequence[str | None], roots: Sequence[str]) -> list[FileInfo | Rejected]:
+    blocks = [uris[at : at + _BLOCK] for at in range(0, len(uris), _BLOCK)]
+    with ThreadPoolExecutor(_FINDERS) as pool:
+        found = pool.map(lambda block: [find_image(uri, roots) for uri in block], blocks)
+        return list(chain.from_iterable(found))
+
+
+def _as_table(found: Sequence[FileInfo | Rejected], rows: np.ndarray, size: int) -> pa.Table:
+    """What was found of `rows` of `size`; null for all others."""
+    columns = {
+        "image_generation": ("generation", pa.int64()),
+        "image_size": ("size", pa.int64()),
+        "image_mtime": ("mtime_us", pa.int64()),
+        "stage": ("stage", pa.string()),
+        "reason": ("reason", pa.string()),
+        "message": ("message", pa.string()),
+    }
+    place = np.full(size, -1)
+    place[rows] = np.arange(len(rows))
+    places = pa.array(place, mask=place < 0)
+    table = pa.table(
+        {
+            name: pa.array([getattr(one, field, None) for one in found], kind).take(places)
+            for name, (field, kind) in columns.items()
+        }
+    )
+    times = table["image_mtime"].cast(TIMESTAMP)
+    return table.set_column(table.column_names.index("image_mtime"), "image_mtime", times)
+
+
+# ---- What is to be read ----------------------------------------------------------------------
+
+
+def images_to_read(planned: pa.Table, previous: pa.Table, shard: int, reuse: bool) -> pa.Table:
+    """The rows that `embed_images` takes, with the shard to which they return."""
+    planned = planned.filter(pc.equal(planned["state"], TO_READ))
+    rows = planned.select(["item_id", "image_uri", *VERSION_COLUMNS])
+    known = previous["image_sha256"].take(planned["previous_row"])
+    return rows.append_column(
+        "known_sha256", known if reuse else pa.nulls(len(rows), pa.string())
+    ).append_column("shard", pa.array(np.full(len(rows), shard)))
+
+
+def bucket_of(images: pa.Table, buckets: int) -> np.ndarray:
+    """The bucket of each image, by its size: images of the same bytes meet in one; int [n]."""
+    return hashing.shard_of(hashing.hash_ids(images["image_size"]), buckets)
+
+
+def cut(images: pa.Table, chunk_items: int) -> tuple[pa.Table, np.ndarray]:
+    """A bucket's images in an order of their own, and the number of each one's chunk, int [n].
+
+    Images of one size, among which are all of the same bytes, are not cut apart, so that a chunk
+    may have more than `chunk_items`; but for each further 65,536 of them, so that no chunk becomes
+    too large to be held or done again. Sizes are in the order of their hashes, mixed.
+    """
+    hashes = pa.array(hashing.hash_ids(images["image_size"]))
+    images = images.append_column("hash", hashes).sort_by(
+        [("hash", "ascending"), ("image_uri", "ascending"), ("item_id", "ascending")]
+    )
+    hashes = images["hash"].to_numpy()
+    place = np.arange(len(images))
+    is_start = np.ones(len(images), bool)
+    is_start[1:] = hashes[1:] != hashes[:-1]
+    start = np.maximum.accumulate(np.where(is_start, place, 0))
+    start += (place - start) // _LARGEST_GROUP * _LARGEST_GROUP
+    return images.drop_columns("hash"), start // chunk_items

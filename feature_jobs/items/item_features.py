@@ -1,0 +1,248 @@
+"""ITEM-FEATURES: the cluster IDs and the flags of every item, as the CTR model reads them.
+
+In: `item_embeddings` and `item_rejects` of ds, a codebook of the same encoder, `item_features` of
+the day before. Out: `item_features`, one row for every catalogue item and every kept former item;
+beside each part, how many items each cluster has and how many left it since the day before.
+
+The law: an item whose category is out of the encoder's scope, or that has no embedding, has
+cluster_id 0 (COURIER appendix §7); any other has the number of its exactly nearest centre.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from apache_beam.utils.shared import Shared
+
+from feature_jobs.codebooks.codebook import CodebookInfo, health_of, read_codebook_info
+from feature_jobs.codebooks.nearest import CodebookSearch, shared_search
+from feature_jobs.schemas import ITEM_FEATURES, MAIN, cluster_column
+from feature_jobs.store import tables
+
+_CLUSTERS = "clusters"  # folder of the counts beside the parts
+_COUNTS = ("items", "compared", "moved")
+_NAMED = 5  # clusters that most items left, by name
+
+
+@dataclass(frozen=True)
+class FeaturesJob:
+    """All that the workers need to know; one part is made for each part of `embeddings`.
+
+    `previous` are the features of the day before, None for none. Where they are
+    `of_another_lineage`, every number has changed its meaning.
+    """
+
+    embeddings: tables.Partition
+    rejects: tables.Partition
+    codebook_folder: str
+    categories: tuple[str, ...] | None
+    schema: pa.Schema
+    previous: tables.Partition | None
+    of_another_lineage: bool
+    staging: str
+
+    @property
+    def shards(self) -> int:
+        return len(self.embeddings.paths)
+
+
+# ---- Pure functions ------------------------------------------------------------------------
+
+
+def features_of(
+    embedded: pa.Table,
+    rejected: pa.Table,
+    search: CodebookSearch,
+    categories: tuple[str, ...] | None,
+    second: bool = False,
+) -> pa.Table:
+    """`item_features`, the Vector form included, from `item_embeddings` and `item_rejects` rows;
+    with the `second` distances.
+
+    Raises DataContractError for an embedding that is no unit vector.
+    """
+    category = pa.chunked_array(
+        embedded["category"].chunks + rejected["category"].chunks, pa.string()
+    )
+    scope = tables.in_scope(category, categories)
+    n, rows = len(category), np.flatnonzero(scope[: len(embedded)])
+    points = tables.embedding_matrix(embedded["embedding"])[rows]
+    tables.check_unit(points, embedded["item_id"].take(pa.array(rows)))
+    inside = np.ones(n, bool)
+    inside[: len(embedded)] = embedded["in_catalogue"].to_numpy()
+    info = search.codebook.info
+    return pa.table(
+        {
+            "item_id": pa.chunked_array(embedded["item_id"].chunks + rejected["item_id"].chunks),
+            "category": category,
+            "has_image": np.arange(n) < len(embedded),
+            "in_scope": scope,
+            "in_catalogue": inside,
+            **_assigned(points, rows, n, search, second),
+            "encoder_id": pa.array([info.encoder_id] * n, pa.string()),
+            "codebook_id": pa.array([info.codebook_id] * n, pa.string()),
+            "embedding": tables.list_column(_spread(points, rows, n), pa.list_(pa.float32())),
+        }
+    )
+
+
+def _assigned(
+    points: np.ndarray, rows: np.ndarray, n: int, search: CodebookSearch, second: bool
+) -> dict[str, np.ndarray]:
+    """Cluster IDs of all resolutions, [n] each, and the distances of the main one."""
+    columns = {}
+    for label in search.codebook.info.labels:
+        main = label == MAIN
+        numbers, found = search.assign(label, points, second and main)
+        columns[cluster_column(label)] = _spread(numbers, rows, n)
+        if main:
+            columns["centre_distance"] = _spread(found.distance, rows, n)
+        if second and main:
+            known = np.where(np.isfinite(found.second), found.second, np.float32(0))
+            columns["second_distance"] = _spread(known, rows, n)
+    return columns
+
+
+def _spread(values: np.ndarray, rows: np.ndarray, n: int) -> np.ndarray:
+    """`values` at `rows` of n, zeros elsewhere."""
+    out = np.zeros((n, *values.shape[1:]), values.dtype)
+    out[rows] = values
+    return out
+
+
+def count_features(rows: pa.Table) -> dict[str, int]:
+    """What the receipt of a part tells of its rows of `item_features`."""
+    cluster = rows["cluster_id"].to_numpy()
+    return {
+        "items": len(rows),
+        "items_with_cluster": int((cluster > 0).sum()),
+        "items_out_of_scope": len(rows) - (pc.sum(rows["in_scope"]).as_py() or 0),
+    }
+
+
+def count_clusters(
+    rows: pa.Table, previous: pa.Table | None, labels: Sequence[str], of_another_lineage: bool
+) -> pa.Table:
+    """For each number of each resolution: the items that have it, those that had it the day before
+    and have some number now, and those of them that have another one now."""
+    parts = []
+    for label in labels:
+        column = cluster_column(label)
+        new = rows[column].to_numpy()
+        old = np.zeros(len(new), np.int32)
+        if previous is not None and column in previous.column_names:
+            old = tables.lookup(rows["item_id"], previous, column)
+        both = (old > 0) & (new > 0)
+        moved = both & ((old != new) | of_another_lineage)
+        counts = [_bincount(new), _bincount(old[both]), _bincount(old[moved])]
+        length = max(map(len, counts))
+        counts = [np.pad(c, (0, length - len(c))) for c in counts]
+        number = np.flatnonzero(np.any(counts, axis=0))
+        columns = [
+            pa.array([label] * len(number), pa.string()),
+            number,
+            *(c[number] for c in counts),
+        ]
+        parts.append(pa.table(columns, names=["label", "cluster_id", *_COUNTS]))
+    return pa.concat_tables(parts)
+
+
+def _bincount(numbers: np.ndarray) -> np.ndarray:
+    """How often each number occurs; 0 = none does not count."""
+    counts = np.bincount(numbers, minlength=1)
+    counts[0] = 0
+    return counts
+
+
+def summarise_clusters(counts: pa.Table, codebook: CodebookInfo) -> dict[str, dict[str, Any]]:
+    """By resolution: the health of its clusters, how many items moved since the day before, and
+    the clusters that most of them left."""
+    total = counts.group_by(["label", "cluster_id"]).aggregate([(n, "sum") for n in _COUNTS])
+    found = {}
+    for label in codebook.labels:
+        rows = total.filter(pc.equal(total["label"], label)).sort_by(
+            [("moved_sum", "descending"), ("cluster_id", "ascending")]
+        )
+        numbers = codebook.resolution(label).numbers
+        sizes = tables.lookup(pa.array(numbers), rows, "items_sum", key="cluster_id")
+        left = rows.filter(pc.greater(rows["moved_sum"], 0)).slice(0, _NAMED)
+        found[label] = {
+            **health_of(sizes),
+            "largest_cluster": int(numbers[sizes.argmax()]),
+            "compared_items": pc.sum(rows["compared_sum"]).as_py() or 0,
+            "moved_items": pc.sum(rows["moved_sum"]).as_py() or 0,
+            "most_moved": [
+                {"cluster_id": r["cluster_id"], "moved": r["moved_sum"], "of": r["compared_sum"]}
+                for r in left.to_pylist()
+            ],
+        }
+    return found
+
+
+# ---- Transforms ----------------------------------------------------------------------------
+
+
+class AssignShard(beam.DoFn):
+    """A shard number → one part of `item_features`, and its counts of clusters."""
+
+    _loaded = Shared()
+
+    def __init__(self, job: FeaturesJob):
+        self._job, self.staging = job, job.staging
+        self._second = "second_distance" in job.schema.names
+        self._there = job.previous.schema.names if job.previous else []
+
+    @tables.refusing
+    def process(self, shard: int) -> None:
+        job = self._job
+        folder = os.path.join(job.staging, ITEM_FEATURES.name)
+        if tables.has_part(folder, shard, job.shards):
+            return
+        embedded = job.embeddings.read_shard(
+            shard, job.shards, "item_id", ["item_id", "embedding", "category", "in_catalogue"]
+        )
+        rejected = job.rejects.read_shard(shard, job.shards, "item_id", ["item_id", "category"])
+        search = shared_search(self._loaded, job.codebook_folder)
+        rows = features_of(embedded, rejected, search, job.categories, self._second)
+        previous = job.previous and job.previous.read_shard(
+            shard, job.shards, "item_id", self._compared_columns(search.codebook.info.labels)
+        )
+        labels = search.codebook.info.labels
+        counts = count_clusters(rows, previous, labels, job.of_another_lineage)
+        tables.write_parquet(_counts_path(job.staging, shard), counts)
+        tables.write_part(
+            folder, ITEM_FEATURES, job.schema, rows, shard, job.shards, count_features(rows)
+        )
+
+    def _compared_columns(self, labels: Sequence[str]) -> list[str]:
+        """Those that the day before has too."""
+        mine = map(cluster_column, labels)
+        return ["item_id", *(column for column in mine if column in self._there)]
+
+
+# ---- The job -------------------------------------------------------------------------------
+
+
+def define_item_features(root: beam.Pipeline, job: FeaturesJob) -> None:
+    """Writes `item_features` below `job.staging`, one part per item shard."""
+    _ = (
+        root
+        | "Shards" >> beam.Create(range(job.shards))
+        | "SpreadShards" >> beam.Reshuffle()
+        | "AssignShard" >> beam.ParDo(AssignShard(job))
+    )
+
+
+def _counts_path(staging: str, shard: int) -> str:
+    return os.path.join(staging, _CLUSTERS, f"{shard:05d}.parquet")
+
+
+def read_clusters(staging: str, shards: int, codebook_folder: str) -> Mapping[str, dict[str, Any]]:
+    """What `summarise_clusters` makes of all shards' counts."""
+    counts = pa.concat_tables(tables.read_parquet(_counts_path(staging, n)) for n in range(shards))
+    return summarise_clusters(counts, read_codebook_info(codebook_folder))

@@ -1,0 +1,293 @@
+"""What SIMSCORE knows of items: cluster IDs and vectors, found by item ID.
+
+Read from `item_features` and `item_embeddings` shard by shard, and then either all of it on each
+worker machine, as memory-mapped files that its processes share (`broadcast`), or for each shard of
+impressions what it asked the item shards for (`shuffle`). Both are `ItemVectors`.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_jobs.schemas import EMBEDDING_DIM
+from feature_jobs.store import broadcast, hashing, tables
+
+_ITEM_BYTES = 4 * EMBEDDING_DIM + 64  # of the machine's copy, with the item's ID
+
+
+@dataclass(frozen=True)
+class ItemTables:
+    """What is known of the items on one day. `previous_features` are those of the day before, None
+    for none, whose cluster IDs may be `of_another_lineage`."""
+
+    features: tables.Partition
+    embeddings: tables.Partition
+    previous_features: tables.Partition | None
+    of_another_lineage: bool
+
+    @property
+    def shards(self) -> int:
+        return len(self.features.paths)
+
+
+# ---- Items -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ItemVectors:
+    """What is known of items, ordered by the ID's hash; of all of them memory-mapped.
+
+    `item_ids` are int64 or large strings. `starts` int64 [2^b + 1] say where the hashes with each
+    of the leading b bits begin.
+    `vector_row` int64 [n] is the item's row in `vectors` float32 [v, 256], -1 for an item that
+    scores 0. `old_cluster_ids` int32 [n] are those of the day before: 0 for none, -1 for one of
+    another lineage.
+    """
+
+    item_ids: pa.Array
+    hashes: np.ndarray
+    starts: np.ndarray
+    cluster_ids: np.ndarray
+    old_cluster_ids: np.ndarray
+    vector_row: np.ndarray
+    vectors: np.ndarray
+
+    def look_up(self, ids: pa.Array) -> "FoundItems":
+        row = self.find(ids)
+        known = row >= 0
+        vector = np.full(len(ids), -1, np.int64)
+        cluster, old_cluster = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
+        vector[known], cluster[known] = self.vector_row[row[known]], self.cluster_ids[row[known]]
+        old_cluster[known] = self.old_cluster_ids[row[known]]
+        return FoundItems(known, vector, cluster, old_cluster)
+
+    def find(self, ids: pa.Array) -> np.ndarray:
+        """The row of each item ID, -1 for an unknown item; int64 [m]."""
+        wanted = hashing.hash_ids(ids)
+        bucket = hashing.shard_of(wanted, len(self.starts) - 1)
+        row, end = self.starts[bucket], self.starts[bucket + 1]
+        found = np.full(len(ids), -1, np.int64)
+        todo = np.flatnonzero(row < end)
+        while len(todo):  # as often as the fullest bucket has items
+            at = row[todo]
+            hit = np.flatnonzero(self.hashes[at] == wanted[todo])
+            asked = ids.take(pa.array(todo[hit])).cast(self.item_ids.type)
+            same = pc.equal(self.item_ids.take(pa.array(at[hit])), asked)
+            hit = hit[same.to_numpy(zero_copy_only=False)]
+            found[todo[hit]] = at[hit]
+            row[todo] += 1
+            todo = todo[(found[todo] < 0) & (row[todo] < end[todo])]
+        return found
+
+
+class FoundItems(NamedTuple):
+    """Of some item IDs, [m] each: whether it is known, its row of the vectors or -1, its cluster ID
+    or 0, and that of the day before as in `ItemVectors`."""
+
+    known: np.ndarray
+    vector: np.ndarray
+    cluster: np.ndarray
+    old_cluster: np.ndarray
+
+
+def bucket_starts(hashes: np.ndarray) -> np.ndarray:
+    """`ItemVectors.starts` of ascending `hashes`, one or two to a bucket on average."""
+    buckets = hashing.num_shards(len(hashes), 2)
+    bucket = hashing.shard_of(hashes, buckets)
+    return np.searchsorted(bucket, np.arange(buckets + 1))
+
+
+def items_of_shard(items: ItemTables, shard: int) -> tuple[pa.Table, np.ndarray]:
+    """A shard's items by hash (item_id, hash, cluster_id, old_cluster_id, row) and the vectors
+    float32 [v, 256] of those that score; `row` is an item's place among them or -1."""
+    features = items.features.read_shard(
+        shard, items.shards, "item_id", ["item_id", "cluster_id", "in_scope", "has_image"]
+    )
+    embedded = items.embeddings.read_shard(shard, items.shards, "item_id", ["item_id", "embedding"])
+    features = features.append_column("hash", pa.array(hashing.hash_ids(features["item_id"])))
+    features = features.sort_by("hash")
+    scores = pc.and_(features["in_scope"], features["has_image"]).to_numpy()
+    at = pc.index_in(
+        features["item_id"].filter(pa.array(scores)), value_set=embedded["item_id"].combine_chunks()
+    )
+    row = np.full(len(features), -1, np.int64)
+    row[scores] = np.arange(int(scores.sum()))
+    matrix = tables.embedding_matrix(embedded["embedding"])[at.to_numpy()]
+    old = pa.array(_old_clusters(items, shard, features["item_id"]), pa.int32())
+    return features.append_column("old_cluster_id", old).append_column("row", pa.array(row)), matrix
+
+
+def _old_clusters(items: ItemTables, shard: int, ids: pa.ChunkedArray) -> np.ndarray:
+    """`old_cluster_ids` of a shard's items."""
+    if items.previous_features is None:
+        return np.zeros(len(ids), np.int32)
+    columns = ["item_id", "cluster_id"]
+    previous = items.previous_features.read_shard(shard, items.shards, "item_id", columns)
+    old = tables.lookup(ids, previous, "cluster_id")
+    return np.where(old > 0, -1, 0) if items.of_another_lineage else old
+
+
+# ---- Items, broadcast ------------------------------------------------------------------------
+
+
+def open_item_vectors(items: ItemTables, key: str) -> ItemVectors:
+    """The machine's copy under `key`, made by the first process that needs it while the others
+    wait."""
+    folder, _ = broadcast.shared_folder(
+        key, partial(_build_item_vectors, items), broadcast_bytes(items.features.rows)
+    )
+    arrays = {
+        name: np.asarray(np.load(os.path.join(folder, name + ".npy"), mmap_mode="r"))
+        for name in ("hashes", "starts", "cluster_ids", "old_cluster_ids", "vector_row", "vectors")
+    }
+    return ItemVectors(_open_ids(folder, len(arrays["hashes"])), **arrays)
+
+
+def _open_ids(folder: str, count: int) -> pa.Array:
+    """The IDs of the machine's copy: one array over mapped files, of which nothing is copied."""
+    path = os.path.join(folder, "item_ids.npy")
+    if os.path.exists(path):
+        return pa.array(np.load(path, mmap_mode="r"))
+    ends = pa.py_buffer(np.load(os.path.join(folder, "id_ends.npy"), mmap_mode="r"))
+    path = os.path.join(folder, "id_text.bin")
+    text = pa.memory_map(path).read_buffer() if os.path.getsize(path) else pa.py_buffer(b"")
+    return pa.LargeStringArray.from_buffers(count, ends, text)
+
+
+def broadcast_bytes(items: int) -> int:
+    """About how much disk the machine's copy of so many items takes."""
+    return items * _ITEM_BYTES
+
+
+def _build_item_vectors(items: ItemTables, folder: str) -> None:
+    """Streams both tables shard by shard: what is in memory at once is one shard, and at the end
+    some twenty bytes an item for the index."""
+    n, filled = items.features.rows, 0
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        "hashes": ("<u8", (n,)),
+        "cluster_ids": ("<i4", (n,)),
+        "old_cluster_ids": ("<i4", (n,)),
+        "vector_row": ("<i8", (n,)),
+        "vectors": ("<f4", (max(1, items.embeddings.rows), EMBEDDING_DIM)),
+    }
+    with contextlib.ExitStack() as files:
+        write = {
+            name: files.enter_context(_array_file(os.path.join(folder, name + ".npy"), *shape))
+            for name, shape in shapes.items()
+        }
+        write_ids = files.enter_context(_id_files(folder, items.features, n))
+        for shard in range(items.shards):
+            found, matrix = items_of_shard(items, shard)
+            row = found["row"].to_numpy()
+            write["hashes"](found["hash"].to_numpy())
+            write["cluster_ids"](found["cluster_id"].to_numpy())
+            write["old_cluster_ids"](found["old_cluster_id"].to_numpy())
+            write["vector_row"](np.where(row >= 0, row + filled, -1))
+            write["vectors"](matrix)
+            write_ids(found["item_id"])
+            filled += len(matrix)
+    hashes = np.load(os.path.join(folder, "hashes.npy"), mmap_mode="r")
+    np.save(os.path.join(folder, "starts.npy"), bucket_starts(hashes))
+
+
+@contextlib.contextmanager
+def _id_files(
+    folder: str, features: tables.Partition, count: int
+) -> Iterator[Callable[[pa.ChunkedArray], object]]:
+    """The files of `_open_ids`, written piece by piece."""
+    if pa.types.is_int64(features.schema.field("item_id").type):
+        path = os.path.join(folder, "item_ids.npy")
+        with _array_file(path, "<i8", (count,)) as write:
+            yield lambda ids: write(ids.to_numpy())
+        return
+    total = 0
+    ends_file = _array_file(os.path.join(folder, "id_ends.npy"), "<i8", (count + 1,))
+    with ends_file as write_ends, open(os.path.join(folder, "id_text.bin"), "wb") as text:
+        write_ends(np.zeros(1, np.int64))
+
+        def write_text(ids: pa.ChunkedArray) -> None:
+            nonlocal total
+            array = ids.combine_chunks().cast(pa.large_string())
+            _, ends, data = array.buffers()
+            offsets = np.frombuffer(ends, np.int64)[array.offset :][: len(array) + 1]
+            first, last = (int(offsets[0]), int(offsets[-1])) if len(array) else (0, 0)
+            text.write(memoryview(data)[first:last] if last > first else b"")
+            write_ends(offsets[1:] - first + total)
+            total += last - first
+
+        yield write_text
+
+
+@contextlib.contextmanager
+def _array_file(
+    path: str, dtype: str, shape: tuple[int, ...]
+) -> Iterator[Callable[[np.ndarray], object]]:
+    """An .npy file that is written piece by piece; what its shape has more than that is zeros.
+
+    Written and not mapped, since what is written to a mapping counts as this process's memory.
+    """
+    with open(path, "wb") as file:
+        header = {"descr": dtype, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        size = file.tell() + np.dtype(dtype).itemsize * int(np.prod(shape))
+        yield lambda array: file.write(np.ascontiguousarray(array, dtype).data)
+        file.truncate(size)
+
+
+# ---- Items, shuffled -------------------------------------------------------------------------
+
+
+def answer(wanted: pa.ChunkedArray, found: pa.Table, matrix: np.ndarray) -> pa.Table:
+    """What `items_of_shard` found of the `wanted` item IDs (item_id, cluster_id, old_cluster_id,
+    embedding); the embedding of an item that scores 0 is null, and unknown items are left out."""
+    at = pc.index_in(wanted, value_set=found["item_id"].combine_chunks()).drop_null()
+    rows = found.select(["item_id", "cluster_id", "old_cluster_id"]).take(at)
+    row = found["row"].take(at).to_numpy()
+    scores = row >= 0
+    offsets = np.concatenate([[0], np.cumsum(scores * EMBEDDING_DIM)]).astype(np.int32)
+    lists = pa.ListArray.from_arrays(
+        pa.array(offsets), pa.array(matrix[row[scores]].reshape(-1)), mask=pa.array(~scores)
+    )
+    return rows.append_column("embedding", lists)
+
+
+def no_answers(item_id: pa.DataType) -> pa.Table:
+    """An empty table of `answer`."""
+    kinds = [item_id, pa.int32(), pa.int32(), pa.list_(pa.float32())]
+    names = ["item_id", "cluster_id", "old_cluster_id", "embedding"]
+    return pa.schema(list(zip(names, kinds, strict=True))).empty_table()
+
+
+def items_of_answers(answers: pa.Table) -> ItemVectors:
+    """The items of all item shards that a shard of impressions had asked for."""
+    hashes = hashing.hash_ids(answers["item_id"])
+    order = np.argsort(hashes)
+    answers = answers.take(pa.array(order))
+    scores = pc.is_valid(answers["embedding"]).to_numpy(zero_copy_only=False)
+    matrix = tables.embedding_matrix(answers["embedding"])  # a null has no values
+    row = np.where(scores, np.cumsum(scores) - 1, -1)
+    kind = pa.int64() if pa.types.is_int64(answers["item_id"].type) else pa.large_string()
+    return ItemVectors(
+        answers["item_id"].cast(kind).combine_chunks(),
+        hashes[order],
+        bucket_starts(hashes[order]),
+        answers["cluster_id"].to_numpy(),
+        answers["old_cluster_id"].to_numpy(),
+        row,
+        matrix if len(matrix) else np.zeros((1, EMBEDDING_DIM), np.float32),
+    )
+
+
+def ask_all(items: ItemTables, wanted: pa.Array) -> ItemVectors:
+    """The `wanted` items, asked of all item shards one after the other."""
+    answers = [no_answers(wanted.type)]
+    for shard in range(items.shards):
+        answers.append(answer(pa.chunked_array([wanted]), *items_of_shard(items, shard)))
+    return items_of_answers(pa.concat_tables(answers))

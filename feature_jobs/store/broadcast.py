@@ -1,0 +1,59 @@
+"""Files that all processes of a worker machine share: one copy, made by the first that needs it."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from feature_jobs.schemas import CourierError
+from feature_jobs.store import files, tables
+
+_DONE = "done.json"
+
+
+def shared_folder(key: str, build: Callable[[str], Any], size: int = 0) -> tuple[str, Any]:
+    """This machine's folder for `key`, and the JSON value that `build` of that folder returned.
+
+    `build` runs once, while other processes wait; one that was killed is run again. Raises
+    CourierError where the folder belongs to somebody else, or where the disk has no room for the
+    `size` of it, in bytes.
+    """
+    folder = folder_of(key)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    found = os.lstat(folder)
+    if found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise CourierError(
+            f"{folder} belongs to another user or can be written by others, who could plant "
+            "embeddings or centres there. Delete it, or set TMPDIR to a folder of your own."
+        )
+    done = os.path.join(folder, _DONE)
+    with files.lock(folder, wait=True):
+        if not files.exists(done):
+            _check_room(key, size)
+            tables.write_json(done, build(folder))
+    return folder, tables.read_json(done)
+
+
+def _check_room(key: str, size: int) -> None:
+    if _free_bytes() < size:
+        raise CourierError(
+            f"{folder_of(key)} needs {size / 1e9:,.1f} GB for a copy of the embeddings, but the "
+            f"disk has {_free_bytes() / 1e9:,.1f} GB left. Half written, it would end the worker "
+            'without a word. Set [simscore] join = "shuffle", which needs no copy, or give the '
+            "workers larger disks."
+        )
+
+
+def _free_bytes() -> int:
+    return shutil.disk_usage(tempfile.gettempdir()).free
+
+
+def folder_of(key: str) -> str:
+    """Where this machine keeps its copy."""
+    return os.path.join(tempfile.gettempdir(), f"courier-{os.getuid()}-{key}")
+
+
+def discard(key: str) -> None:
+    """Deletes this machine's copy; a worker's own goes with the worker."""
+    files.delete_tree(folder_of(key))

@@ -1,0 +1,123 @@
+"""A process's one client of Google Cloud Storage: how patient it is, and what its errors mean."""
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from google.api_core import exceptions as api_errors
+from google.auth import exceptions as auth_errors
+from google.cloud.storage import Client
+from google.cloud.storage.exceptions import DataCorruption
+from google.cloud.storage.retry import DEFAULT_RETRY
+
+from feature_jobs.schemas import OperatorError
+from feature_jobs.store import files
+
+IN_FLIGHT = 64  # connections, so many calls can go on at once; more of them wait
+TIMEOUT = (10.0, 60.0)  # seconds to connect, and between two bytes
+
+
+def forget_client() -> None:
+    """The next call makes a new client, from what the environment says then."""
+    global _made, _making
+    _made, _making = None, threading.Lock()
+
+
+_made: Client | None
+_making: threading.Lock
+forget_client()
+# Two processes must not share connections, nor a child a lock that another thread held.
+os.register_at_fork(after_in_child=forget_client)
+
+
+def client() -> Client:
+    """Made when it is first needed; all threads share it, and forks make their own."""
+    global _made
+    with _making:
+        _made = _made or _make_client()
+        return _made
+
+
+def _make_client() -> Client:
+    try:
+        made = Client(project=None)  # objects belong to a bucket, whatever the project
+    except auth_errors.GoogleAuthError as error:
+        raise _without_credentials(error) from error
+    for adapter in made._http.adapters.values():
+        adapter.init_poolmanager(IN_FLIGHT, IN_FLIGHT, block=True)  # who finds none free waits
+    made._http.hooks["response"].append(_free_connection)
+    return made
+
+
+def _free_connection(response: Any, **_: Any) -> None:
+    """Reads an error to its end: a retry does not, and would never give its connection back."""
+    if not response.ok:
+        _ = response.content
+
+
+def _without_credentials(error: Exception) -> OperatorError:
+    found = _brief(error).rstrip(".")
+    return OperatorError(
+        f"gs:// paths need Google's application default credentials, but {found}. Run "
+        "`gcloud auth application-default login`, let GOOGLE_APPLICATION_CREDENTIALS name a key "
+        "file, or run on a machine with a service account."
+    )
+
+
+def retry_options() -> dict[str, Any]:
+    """Time-outs, and for how long a call is retried. Every call may be: a repeated write has the
+    same content, or a precondition."""
+    retry = DEFAULT_RETRY.with_delay(initial=files.FIRST_WAIT_SECONDS, maximum=30, multiplier=2)
+    return {"retry": retry.with_timeout(files.RETRY_SECONDS), "timeout": TIMEOUT}
+
+
+@contextlib.contextmanager
+def translating_errors(path: str) -> Iterator[None]:
+    """Raises what callers of `files` know in place of the library's errors."""
+    try:
+        yield
+    except api_errors.NotFound as error:
+        raise FileNotFoundError(errno.ENOENT, "no such object", path) from error
+    except api_errors.Forbidden as error:
+        raise PermissionError(errno.EACCES, _brief(error), path) from error
+    except (api_errors.Unauthorized, auth_errors.GoogleAuthError) as error:
+        raise _without_credentials(error) from error  # nothing can be read, whatever the object
+    except api_errors.BadRequest as error:  # a bucket whose readers pay, for example
+        raise OperatorError(
+            f"The store refuses what was asked of {path}: {str(error).splitlines()[0][:500]}. "
+            "Correct the path in the settings, or how the bucket is set up."
+        ) from error
+    except api_errors.RetryError as error:
+        raise files.unavailable(path, _brief(error.cause or error)) from error
+    except DataCorruption as error:
+        raise files.unavailable(path, "what arrived is not what was sent") from error
+
+
+@contextlib.contextmanager
+def translating_errors_of_bucket(path: str) -> Iterator[None]:
+    """As `translating_errors`, for calls that find nothing only where the bucket is missing."""
+    try:
+        with translating_errors(path):
+            yield
+    except FileNotFoundError as error:
+        raise OperatorError(
+            f"There is no bucket gs://{bucket_of(path)}, or {path} is no name that an object can "
+            "have. Make the bucket, or correct the path in the settings."
+        ) from error
+
+
+def bucket_of(path: str) -> str:
+    return path.removeprefix("gs://").partition("/")[0]
+
+
+def _brief(error: BaseException) -> str:
+    """What an error says, on one line: of a response its status, since its words may be a page of
+    HTML, and of a connection that failed the reason, without the address that was asked for."""
+    while isinstance(inner := getattr(error, "reason", error.args and error.args[0]), Exception):
+        error = inner
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    text = f"HTTP {status}" if status else str(error) or type(error).__name__
+    return text.splitlines()[0][:300]

@@ -1,0 +1,355 @@
+"""`courier init`: a first look at the shop's tables and images, and settings written from it.
+
+What the night would refuse is found here by the night's own checks, all of it at once instead of
+one refusal after another. The look is bounded: footers and some rows of the newest day, the item
+IDs of a catalogue of moderate size, and 64 images. Nothing but the settings is written.
+"""
+
+import datetime as dt
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from courier_model.image_files import Rejected, read_image
+from courier_model.images import Preprocessing
+from feature_jobs import inputs
+from feature_jobs.schemas import DataContractError, OperatorError
+from feature_jobs.store import files
+from pipelines.config import Gates
+from pipelines.first_look.settings import near, settings_text
+from pipelines.first_look.tables import Place, Table, fault_of, find_place, open_table, read_column
+
+_CATALOGUE_ROWS = 2_000_000  # up to here all item IDs are read: a second or two
+_IMAGES = 64
+_PARENTS = 4  # of the catalogue's folder, in which images are looked for
+_HOUR_US = 3_600_000_000
+_LATE_SHARE = 0.05  # more events before their day are no late ones: it is the wrong time zone
+# The usual one; the encoder's own is not known yet, and hardly changes what can be decoded.
+_PREPROCESSING = Preprocessing(224, 256, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing seen, in a sentence or a short paragraph; a "problem" stops a later command."""
+
+    level: Literal["ok", "note", "problem"]
+    text: str
+
+
+@dataclass(frozen=True)
+class FirstLook:
+    """What was seen, and the text of settings for it."""
+
+    findings: tuple[Finding, ...]
+    toml: str
+
+
+def look(catalogue: str, impressions: str, image_roots: Sequence[str], folder: str) -> FirstLook:
+    """Looks at two tables and a sample of images, and writes the text of a settings file for them.
+
+    Table paths are templates with {ds}, folders, globs or files. `folder` is where the settings
+    will lie: paths in them are relative to it when they are near. Raises OperatorError where there
+    is nothing to look at, DataContractError for a file that is no Parquet.
+    """
+    for root in image_roots:
+        _check_folder(root)
+    shop, log = find_place("catalogue", catalogue), find_place("impressions", impressions)
+    shop_ds, log_ds = _days_to_look_at(shop, log)
+    items, events = open_table(shop, shop_ds), open_table(log, log_ds)
+    roots = [files.absolute(root) for root in image_roots] or _guess_roots(items)
+    findings = (
+        *_about_place(shop, folder),
+        *_about_place(log, folder),
+        *_about_both_places(shop, log),
+        *_about_columns(items),
+        *_about_columns(events),
+        *_about_ids(items, events),
+        *_about_clicks(events),
+        *_about_day(events),
+        *_about_images(items, roots, folder),
+    )
+    return FirstLook(findings, settings_text(items, events, roots, folder))
+
+
+def refuse_existing(path: str) -> None:
+    """Raises OperatorError where a file of this name exists already."""
+    if os.path.exists(path):
+        raise OperatorError(
+            f"{path} exists already. Settings are never overwritten, since pins and corrections in "
+            "them would be lost; nothing was changed. Give another name as --out, or move the file "
+            "away."
+        )
+
+
+def write_settings(path: str, toml: str) -> None:
+    """Writes a new file; raises OperatorError where one of this name exists already."""
+    try:
+        files.write_if_unchanged(os.path.abspath(path), toml.encode(), expected=None)
+    except files.Changed:
+        refuse_existing(path)
+
+
+def _check_folder(root: str) -> None:
+    files.check_supported(root)
+    if not files.is_folder(root):
+        raise OperatorError(
+            f"--images {root} is no folder. The folder that the catalogue's image_uri are relative "
+            "to was expected."
+        )
+
+
+def _days_to_look_at(shop: Place, log: Place) -> tuple[dt.date, dt.date]:
+    """The newest day that both tables have, where there is one; else the newest of each."""
+    newest = [max(place.days) for place in (shop, log) if place.days] or [dt.date.today()]
+    if common := set(shop.days) & set(log.days):
+        newest = [max(common)]
+    return newest[0], newest[-1]
+
+
+# ---- Places --------------------------------------------------------------------------------
+
+
+def _about_place(place: Place, folder: str) -> Iterator[Finding]:
+    where = near(place.template, folder)
+    if place.days:
+        first, last, gaps = place.days[0], place.days[-1], place.gaps()
+        text = f"{place.table}: {len(place.days):,} day(s) from {first} to {last} at {where}"
+        missing = ", ".join(str(day) for day in gaps[:3]) + (", …" if len(gaps) > 3 else "")
+        if gaps:
+            yield Finding("note", f"{text}; missing between them: {len(gaps):,} ({missing}).")
+        else:
+            yield Finding("ok", f"{text}.")
+    elif place.table == "catalogue":
+        yield Finding(
+            "note",
+            f"catalogue: one snapshot without a day YYYY-MM-DD in its path, {where}. It is used "
+            "for past days as well, though they did not know all of its items.",
+        )
+    else:
+        yield Finding(
+            "problem",
+            f"impressions: no day YYYY-MM-DD in the path {where}. One partition per day is "
+            "expected, since a night reads the impressions of one day and the clicks of the days "
+            "before. Write each day's events to a folder of its own, such as "
+            "impressions/dt=2026-01-06/, and give --impressions 'impressions/dt={ds}/*.parquet'.",
+        )
+
+
+def _about_both_places(shop: Place, log: Place) -> Iterator[Finding]:
+    if shop.days and log.days and not set(shop.days) & set(log.days):
+        yield Finding(
+            "problem",
+            f"No day has both a catalogue (newest: {shop.days[-1]}) and impressions (newest: "
+            f"{log.days[-1]}), so that no night can be made. Bring a catalogue of the same day, or "
+            "give one snapshot without a day in its path.",
+        )
+
+
+# ---- Columns -------------------------------------------------------------------------------
+
+
+def _about_columns(table: Table) -> Iterator[Finding]:
+    name = table.place.table
+    for fault in table.faults:
+        yield Finding("problem", fault)
+    if guessed := {ours: theirs for ours, theirs in table.columns.items() if ours != theirs}:
+        names = ", ".join(f"{ours} is taken from {theirs!r}" for ours, theirs in guessed.items())
+        yield Finding(
+            "note", f"{name}: {names}, by its name. Correct [{name}.columns] where that is wrong."
+        )
+    if not table.faults:
+        usable = ", ".join(table.source.form.columns)
+        yield Finding("ok", f"{name}: has the columns {usable} in usable types.")
+    if name == "impressions" and "click_time" not in table.columns:
+        yield Finding(
+            "note",
+            "impressions: no click_time, so a click is dated event_time + click_delay_seconds, "
+            "which is 0 unless you set it.",
+        )
+
+
+# ---- Rows ----------------------------------------------------------------------------------
+
+
+def _about_ids(items: Table, events: Table) -> Iterator[Finding]:
+    """Whether each item stands once in the catalogue, and whether the impressions are of them."""
+    sources = (items.source, events.source)
+    rows, ds = items.source.rows, items.source.form.ds
+    if clash := fault_of(lambda: inputs.common_id_type("item_id", sources, pa.int64())):
+        yield Finding("problem", clash)
+    if not rows:
+        yield Finding("problem", f"catalogue: ds {ds} has files but no row.")
+    elif rows > _CATALOGUE_ROWS:
+        yield Finding(
+            "note",
+            f"catalogue: {rows:,} items. For so many it was not looked at whether each comes once, "
+            "and whether the impressions are of them; the first night does.",
+        )
+    elif items.has("item_id"):
+        try:
+            ids = read_column(items.source.groups(), "item_id")
+        except DataContractError as error:
+            yield Finding("problem", str(error))
+            return
+        in_order = ids.take(pc.sort_indices(ids))
+        if twice := fault_of(lambda: inputs.check_unique(in_order, ds)):
+            yield Finding("problem", twice)
+        else:
+            yield Finding("ok", f"catalogue: {rows:,} items, each once.")
+        if events.has("item_id") and not clash:
+            yield _about_unknown_items(events.rows["item_id"], ids)
+
+
+def _about_unknown_items(seen: pa.ChunkedArray, ids: pa.ChunkedArray) -> Finding:
+    unknown = seen.filter(pc.invert(pc.is_in(seen, value_set=ids.combine_chunks())))
+    if not len(unknown):
+        return Finding("ok", "impressions: all items looked at are in the catalogue.")
+    share, allowed = len(unknown) / len(seen), Gates().max_unknown_item_share
+    examples = ", ".join(str(i) for i in pc.unique(unknown)[:3].to_pylist())
+    text = (
+        f"impressions: {share:.1%} of those looked at show an item that the catalogue lacks, for "
+        f"example {examples}. They score 0, unless they left it within window_days"
+    )
+    if share <= allowed:
+        return Finding("note", f"{text}.")
+    return Finding(
+        "problem",
+        f"{text}; above {allowed:.0%} the night refuses to publish. Are both tables of the same "
+        "shop and day? If so, add the items, or raise max_unknown_item_share under [gates].",
+    )
+
+
+def _about_clicks(events: Table) -> Iterator[Finding]:
+    ds, rows = events.source.form.ds, events.source.rows
+    if not rows:
+        yield Finding("problem", f"impressions: ds {ds} has files but no row.")
+    elif events.has("clicked"):
+        rate = pc.mean(events.rows["clicked"].cast(pa.int8())).as_py()
+        of_day = f" of ds {ds}" if events.place.days else ""
+        text = f"impressions: {rows:,} rows{of_day}; {rate:.2%} of those looked at are clicked."
+        if not rate:
+            text += " Without clicks all histories are empty, and so are the features made of them."
+        yield Finding("ok" if rate else "problem", text)
+
+
+def _about_day(events: Table) -> Iterator[Finding]:
+    """Whether events lie in the day of their partition, taken for a day of UTC."""
+    if not events.place.days or not events.has("event_time"):
+        return
+    ds = events.source.form.ds
+    start = inputs.day_end(ds - dt.timedelta(days=1), "UTC")
+    hours = (events.rows["event_time"].cast(pa.int64()).to_numpy() - start) / _HOUR_US
+    first, last = hours.min(), hours.max()
+    if first >= 0 and last < 24:
+        yield Finding("ok", f"impressions: events of ds {ds} lie in that day of UTC.")
+        return
+    # Late events are treated by their own time; features of later ones would know the next day.
+    late = last < 24 and np.mean(hours < 0) <= _LATE_SHARE
+    yield Finding(
+        "note" if late else "problem",
+        f"impressions: events of ds {ds} lie {first:+.1f} to {last:+.1f} hours from the day's "
+        f"start in UTC, {np.mean((hours < 0) | (hours >= 24)):.1%} of those looked at outside the "
+        "day: set day_timezone or input_timezone where that is wrong.",
+    )
+
+
+# ---- Images --------------------------------------------------------------------------------
+
+
+def _guess_roots(items: Table) -> list[str]:
+    """The folder that most relative URIs are below, the common one of the absolute ones, and the
+    buckets of the others."""
+    if not items.has("image_uri"):
+        return []
+    found, sample = [], [uri or "" for uri in _sample(items)]
+    relative = [uri for uri in sample if uri and "://" not in uri and not os.path.isabs(uri)]
+    candidates = _candidates(os.path.dirname(items.source.paths[0]))
+    with ThreadPoolExecutor() as pool:
+        counts = {
+            root: sum(pool.map(files.exists, [os.path.join(root, uri) for uri in relative]))
+            for root in candidates
+        }
+    best = max(counts, key=lambda root: counts[root])  # of equally good ones the nearest
+    if 2 * counts[best] > len(relative):
+        found.append(best)
+    uris = items.rows["image_uri"].drop_null().to_pylist()
+    folders = {os.path.dirname(uri) for uri in uris if os.path.isabs(uri)}
+    if folders and (common := os.path.commonpath(folders)) != os.sep:
+        found.append(common)
+    buckets = {uri.split("/")[2] for uri in uris if files.is_remote(uri)} - {""}
+    return found + [f"gs://{bucket}" for bucket in sorted(buckets)]
+
+
+def _sample(items: Table) -> list[str | None]:
+    """Image URIs of items spread over the rows that were looked at."""
+    column = items.rows["image_uri"]
+    at = np.linspace(0, len(column) - 1, min(_IMAGES, len(column))).astype(int)
+    return list(column.take(at).to_pylist())
+
+
+def _candidates(folder: str) -> list[str]:
+    """`folder`, its parents, and `images` in each, nearest first; never the whole file system."""
+    folders = [folder]
+    while len(folders) <= _PARENTS and os.path.dirname(folders[-1]) != "gs:":  # above a bucket
+        folders.append(os.path.dirname(folders[-1]))
+    around = [path for parent in folders for path in (parent, os.path.join(parent, "images"))]
+    return [path for path in dict.fromkeys(around) if os.path.basename(path)]
+
+
+def _about_images(items: Table, roots: Sequence[str], folder: str) -> Iterator[Finding]:
+    sample = _sample(items) if items.has("image_uri") else []
+    if remote := [uri for uri in sample if uri and "://" in uri and not files.is_remote(uri)]:
+        yield Finding(
+            "problem",
+            f"images: {len(remote)} of {len(sample)} sampled image_uri are addresses (for example "
+            f"{_example(remote[0])}), but only local files and those of gs:// buckets are read. "
+            "Fetch the images first, and write their paths into image_uri.",
+        )
+    local = [uri for uri in sample if uri not in remote]
+    if local and roots:
+        names = ", ".join(near(root, folder) for root in roots)
+        yield Finding("note", f"images: read below {names}; give --images where that is wrong.")
+        yield _try_images(local, roots)
+    elif local:
+        yield Finding(
+            "problem",
+            f"images: most image_uri (for example {_example(local[0])}) are below none of the "
+            "folders around the catalogue. Give the folder that they are relative to as --images, "
+            "or fill in image_roots.",
+        )
+
+
+def _try_images(uris: Sequence[str | None], roots: Sequence[str]) -> Finding:
+    """Reads and decodes images as the night will."""
+    with ThreadPoolExecutor() as pool:
+        results = pool.map(lambda uri: read_image(uri, roots, _PREPROCESSING), uris)
+        rejected: dict[str, list[str | None]] = {}
+        for uri, result in zip(uris, results, strict=True):
+            if isinstance(result, Rejected):
+                rejected.setdefault(result.reason.replace("_", " "), []).append(uri)
+    bad, allowed = sum(map(len, rejected.values())), Gates().max_reject_share
+    if not bad:
+        return Finding("ok", f"images: all {len(uris)} sampled can be read and decoded.")
+    reasons = ", ".join(
+        f"{len(those)} {reason} (for example {_example(those[0])})"
+        for reason, those in rejected.items()
+    )
+    text = f"images: {len(uris) - bad} of {len(uris)} sampled can be read and decoded; {reasons}"
+    if bad <= allowed * len(uris):
+        return Finding("note", f"{text}. Such items get no embedding, and are listed as rejects.")
+    return Finding(
+        "problem",
+        f"{text}. Above {allowed:.0%} rejects the night refuses to publish: mend the images, or "
+        "raise max_reject_share under [gates].",
+    )
+
+
+def _example(uri: str | None) -> str:
+    """A URI without what follows a `?`, since that may be a signature."""
+    return repr(uri and uri.split("?")[0][:100])

@@ -1,0 +1,184 @@
+"""The text of the settings that `courier init` writes: every setting, with a comment."""
+
+import datetime as dt
+import json
+import os
+from collections.abc import Sequence
+from string import Template
+
+from feature_jobs.store import files
+from pipelines.config import CatalogueColumns, ImpressionColumns
+from pipelines.first_look.tables import Place, Table
+
+_SETTINGS = Template("""\
+# Settings of COURIER, written by `courier init`. Paths are relative to this file's folder, or gs://…;
+# {ds} stands for the day, YYYY-MM-DD. A setting that is commented out has the default or example
+# shown.
+
+# Where the tables are published.
+root = "features"
+# The name of this series of tables; several may live side by side below the root.
+feature_set = "production"
+# The time zone, by its IANA name, in which a day begins and ends.
+day_timezone = "UTC"
+# A history is what a user clicked last: at most so many items ...
+# history_len = 50
+# ... of the last so many days. Items that left the catalogue keep their features as long.
+# window_days = 30
+# So long after a click do histories know it: for a shop that serves stale ones.
+# history_lag_seconds = 0.0
+# An item clicked twice stands once in a history, at its newest place; or with true at both.
+# keep_repeats = false
+# Impressions may come in the log so many days after their own; later ones have no history.
+# late_days = 2
+# Before this day there are no clicks: histories begin with it.
+# history_start_ds = "2026-01-01"
+# Tables are split into files of at most about so many rows.
+# rows_per_shard = 131072
+
+[catalogue]
+# One row per item: one snapshot per day, or one for all days.
+path = $catalogue_path
+# Local images are read below these folders alone; a relative image_uri begins at the first.
+# A gs:// image_uri is read wherever it lies.
+$image_roots
+# Wait for a file _SUCCESS in the partition.
+# require_success = false
+
+# The names of the columns in your table. The title may be absent there.
+[catalogue.columns]
+$catalogue_columns
+
+[impressions]
+# One row per item shown to a user, clicked or not; one partition per day.
+$impressions_path
+# Wait for a file _SUCCESS in the partition.
+# require_success = false
+# The time zone of times that are stored without one; needed for those only.
+# input_timezone = "UTC"
+# Without a click_time, a click is dated so long after its impression.
+# click_delay_seconds = 0.0
+# Columns of your table to pass through to user_simscores.
+# carry = []
+
+# The names of the columns in your table. The last four may be absent there: to do without one that
+# is there, name one that is not.
+[impressions.columns]
+$impressions_columns
+
+[embed]
+# "cuda" warns where there is none and a CPU must do; "auto" takes what there is.
+# device = "auto"
+# Images that go through the encoder at once: 8 was best on two CPU cores, a GPU wants 256 or so.
+# batch_size = 32
+# About as many images as a thread of a worker loses when it is killed.
+# chunk_items = 256
+
+[item_features]
+# Add the embedding itself as a column.
+# vector = false
+# Add the distance to the second-nearest centre, which tells how clear a cluster ID is.
+# second_distance = false
+
+[simscore]
+# Add the items that were scored as a column.
+# history_item_ids = false
+# How embeddings reach impressions: as a copy on every worker ("broadcast"), or by a "shuffle";
+# "auto" is a copy as long as it is not larger than the limit.
+# join = "auto"
+# broadcast_limit_gb = 20.0
+
+[training]
+# The categories whose items an encoder is trained on, ["dress", "shirt"] say; none means all.
+# categories = []
+# Without a request_id, impressions of one user further apart than this are of two requests.
+# request_gap_seconds = 60.0
+
+[gates]
+# Above these shares a night is made but not published: of items without a usable image ...
+# max_reject_share = 0.05
+# ... and of impressions whose item the catalogue lacks.
+# max_unknown_item_share = 0.05
+# ... of items, and of impressions, whose cluster ID is not that of the day before.
+# max_moved_item_share = 0.2
+# max_moved_impression_share = 0.2
+# ... of items in one cluster, and of clusters without an item.
+# max_cluster_share = 0.5
+# max_dead_share = 0.5
+
+# Beam's own options, as Beam spells them; [beam.embed] and the like are for one stage alone.
+[beam]
+# runner = "DataflowRunner"
+
+# Pins say from which day on features are made with which encoder and codebook. The commands below
+# append them; they look like this:
+#
+# [[pins]]
+# from_ds = "$from_ds"
+# encoder = "encoders/swin-t-0123456789ab"
+# codebook = "codebooks/codebook-0123456789ab"
+#
+# What to run next, once the problems that `courier init` named are mended:
+#
+#   courier init-encoder --weights imagenet >> courier.toml
+#   courier embed --ds $fit_ds
+#   courier fit-codebook --ds $fit_ds --clusters $clusters >> courier.toml
+#   courier refresh --ds $refresh_ds
+""")
+
+
+def settings_text(items: Table, events: Table, roots: Sequence[str], folder: str) -> str:
+    """A settings file in `folder` for two tables, with images below `roots`.
+
+    What could not be found is a line that says REQUIRED.
+    """
+    fit_ds, refresh_ds = _first_nights(items, events)
+    return _SETTINGS.substitute(
+        catalogue_path=_quote(near(items.place.template, folder)),
+        image_roots=_image_roots(roots, folder),
+        catalogue_columns=_columns(items, CatalogueColumns),
+        impressions_path=_impressions_path(events.place, folder),
+        impressions_columns=_columns(events, ImpressionColumns),
+        fit_ds=fit_ds,
+        from_ds=fit_ds + dt.timedelta(days=1),  # features know nothing of their own day
+        refresh_ds=refresh_ds,
+        clusters=max(1, min(1000, items.source.rows // 20)),
+    )
+
+
+def near(path: str, folder: str) -> str:
+    """`path` relative to `folder` where that takes at most two steps up, else absolute."""
+    if files.is_remote(path):
+        return path
+    relative = os.path.relpath(path, folder)
+    return path if relative.split(os.sep).count(os.pardir) > 2 else relative
+
+
+def _first_nights(items: Table, events: Table) -> tuple[dt.date, dt.date]:
+    """A day to fit the codebook on, and a later one to make the first night of."""
+    newest, day = events.source.form.ds, dt.timedelta(days=1)
+    if before := [ds for ds in items.place.days or (newest - day,) if ds < newest]:
+        return before[-1], newest
+    return newest, newest + day
+
+
+def _quote(text: str) -> str:
+    """A TOML string: JSON's, as long as it isn't escaped to surrogates."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _image_roots(roots: Sequence[str], folder: str) -> str:
+    missing = "" if roots else "  # REQUIRED: the folder that image_uri are relative to"
+    return f"image_roots = [{', '.join(_quote(near(root, folder)) for root in roots)}]{missing}"
+
+
+def _impressions_path(place: Place, folder: str) -> str:
+    if place.days:
+        return f"path = {_quote(near(place.template, folder))}"
+    return '# path = "impressions/dt={ds}/*.parquet"  # REQUIRED: where the partition of a day lies'
+
+
+def _columns(table: Table, names: type[CatalogueColumns | ImpressionColumns]) -> str:
+    """Every column: as a comment where it has our name, or was not found."""
+    found = {ours: table.columns.get(ours, ours) for ours in names.model_fields}
+    return "\n".join(f"{'# ' * (a == b)}{a} = {_quote(b)}" for a, b in found.items())

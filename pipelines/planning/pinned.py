@@ -1,0 +1,62 @@
+"""The encoder and codebook that the settings pin for a day, checked to fit it and each other."""
+
+import datetime as dt
+import functools
+
+from feature_jobs.codebooks import codebook as codebooks
+from feature_jobs.schemas import OperatorError
+from feature_jobs.store import tables
+from pipelines.config import Pin, Settings
+
+
+class PinnedArtefacts:
+    """Those of ds. `allow_overlap` lets them be made from data of ds or later days."""
+
+    def __init__(self, settings: Settings, ds: dt.date, allow_overlap: bool = False):
+        self._settings, self._ds, self._allow_overlap = settings, ds, allow_overlap
+
+    @functools.cached_property
+    def pin(self) -> Pin:
+        return self._settings.pin_for(self._ds)
+
+    @functools.cached_property
+    def encoder(self) -> tables.EncoderInfo:
+        return tables.read_encoder_info(self.pin.encoder)
+
+    @functools.cached_property
+    def codebook(self) -> codebooks.CodebookInfo:
+        """The pinned codebook; raises OperatorError where there is none, or of another encoder."""
+        if self.pin.codebook is None:
+            raise OperatorError(
+                f"The pin that holds for ds {self._ds} (from_ds {self.pin.from_ds}) names no "
+                "codebook, and the night never fits one. Run `courier embed` and `courier "
+                "fit-codebook` for an earlier day, and add the stanza that it prints."
+            )
+        info = codebooks.read_codebook_info(self.pin.codebook)
+        if info.encoder_id != self.encoder.encoder_id:
+            raise OperatorError(
+                f"The pin from {self.pin.from_ds} mixes two encoders: its encoder is "
+                f"{self.encoder.encoder_id}, but its codebook {info.codebook_id} was fitted on "
+                f"embeddings of {info.encoder_id}. Distances between the two mean nothing. Pin the "
+                "codebook's own encoder, or fit a codebook on the new embeddings."
+            )
+        return info
+
+    def identities(self) -> dict[str, str]:
+        return {"encoder_id": self.encoder.encoder_id, "codebook_id": self.codebook.codebook_id}
+
+    def overlap(self, what: str, data_end_ds: str | None) -> dict[str, bool]:
+        """Refuses an artefact made from ds or later, but on the first day or when allowed."""
+        if data_end_ds is None or data_end_ds < str(self._ds):
+            return {}
+        if self._allow_overlap:
+            return {f"{what}_overlap_allowed": True}
+        first = min((p.from_ds for p in self._settings.pins if p.codebook), default=self._ds)
+        if self._ds == first:
+            return {"bootstrap": True}
+        raise OperatorError(
+            f"The pinned {what} was made from data up to ds {data_end_ds}, but is to make features "
+            f"of ds {self._ds}: they would know their own future, look better offline than they "
+            f"are, and fail online. Pin a {what} made from days before {self._ds}, or say "
+            "--allow-overlap, which the manifest will record."
+        )

@@ -1,0 +1,226 @@
+"""What the histories of a day begin from: those of the day before, or the log where they start.
+
+A night reads one day of the log, since `user_histories` and `recent_clicks` of the day before hold
+all that the earlier days have to say. A day between them that was never made is told, not bridged:
+its clicks would be missing from every history after it.
+"""
+
+import datetime as dt
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from feature_jobs.impressions.clicks import HistoryLaw
+from feature_jobs.impressions.histories import DAY_US
+from feature_jobs.inputs import Source
+from feature_jobs.schemas import (
+    RECENT_CLICKS,
+    USER_HISTORIES,
+    USER_SIMSCORES,
+    InputNotReady,
+    OperatorError,
+    Table,
+)
+from feature_jobs.store import hashing, tables
+from feature_jobs.store.tables import Partition
+from pipelines.config import Settings
+from pipelines.planning.shop_tables import ShopTables
+from pipelines.running import runs
+from pipelines.running.runs import Stage
+
+STATE = (USER_HISTORIES, RECENT_CLICKS)
+IMPRESSIONS_PER_CLICK = 8  # at least, as a rule: it only sizes the shards
+_ONE_DAY = dt.timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Before:
+    """What is known before ds. Either the histories of the day before, by their `run_id`, which
+    `partitions` opens once they are made; or the `log` of earlier days, of which some are
+    `missing`. `log_rows` are the rows of the log by day, as far as the window reaches, `ids` the
+    types of user_id and item_id in the histories, None where there are none."""
+
+    run_id: str | None
+    partitions: Callable[[], tuple[Partition, ...]]
+    log: tuple[Source, ...]
+    missing: tuple[str, ...]
+    log_rows: dict[str, int]
+    ids: tuple[pa.DataType, pa.DataType] | None = None
+
+    def inputs(self) -> dict[str, Any]:
+        """What the id of a run that begins from this changes with."""
+        earlier = {"earlier_log": [source.identity() for source in self.log]} if self.log else {}
+        return {"histories_before": self.run_id, **earlier}
+
+    def shards(self, files: Sequence[Partition], rows_per_shard: int) -> int:
+        """How many shards its clicks fill."""
+        if files:
+            return max(len(partition.paths) for partition in files)
+        return shards_of_log({str(s.form.ds): s.rows for s in self.log}, rows_per_shard)
+
+
+def shards_of_log(log_rows: dict[str, int], rows_per_shard: int) -> int:
+    """How many shards the users fill whose clicks the log of so many rows holds."""
+    return hashing.num_shards(sum(log_rows.values()) // IMPRESSIONS_PER_CLICK, rows_per_shard)
+
+
+def history_law(settings: Settings) -> HistoryLaw:
+    return HistoryLaw(
+        settings.history_len,
+        settings.window_days * DAY_US,
+        round(settings.impressions.click_delay_seconds * 1_000_000),
+        round(settings.history_lag_seconds * 1_000_000),
+        settings.keep_repeats,
+        settings.late_days * DAY_US,
+    )
+
+
+def history_settings(settings: Settings) -> dict[str, Any]:
+    """What manifests say of the law."""
+    return {
+        "history_len": settings.history_len,
+        "keep_repeats": settings.keep_repeats,
+        "late_days": settings.late_days,
+        "history_start_ds": settings.history_start_ds and str(settings.history_start_ds),
+        **click_settings(settings),
+    }
+
+
+def click_settings(settings: Settings) -> dict[str, Any]:
+    return {
+        "window_days": settings.window_days,
+        "click_delay_seconds": settings.impressions.click_delay_seconds,
+        "history_lag_seconds": settings.history_lag_seconds,
+        "day_timezone": settings.day_timezone,
+    }
+
+
+def made_before(stage: Stage, settings: Settings) -> Before:
+    """What a day begins from whose day before is planned with it."""
+    return Before(
+        stage.run_id,
+        lambda: tuple(stage.partition(table) for table in STATE),
+        log=(),
+        missing=(),
+        log_rows=_within_window(stage.inputs["log_rows"], stage.ds, settings),
+        ids=stage.part.ids,
+    )
+
+
+def find_before(settings: Settings, ds: dt.date, shop: ShopTables, from_log: bool) -> Before:
+    """What lies there for ds to begin from; `from_log` passes over the day before.
+
+    Raises InputNotReady for a gap between ds and the newest histories before it, and OperatorError
+    for a day before `history_start_ds`, or histories that were made by another law.
+    """
+    start = settings.history_start_ds
+    if start and ds < start:
+        raise OperatorError(
+            f"ds {ds} lies before history_start_ds = {start}, from which on the settings say that "
+            "there are clicks. All its histories would be empty. Ask for a later day, or correct "
+            "history_start_ds."
+        )
+    if from_log or ds == start:
+        return _from_log(shop)
+    found = _newest_before(settings, ds)
+    if not found:
+        return _from_log(shop)
+    newest = dt.date.fromisoformat(found[0].manifest["ds"])
+    if newest == ds - _ONE_DAY:
+        return _day_before(settings, ds, found)
+    if _began_from_log(settings, ds):
+        return _from_log(shop)
+    raise InputNotReady(
+        f"Histories of ds {ds} go on from those of the day before, but the newest ones are of "
+        f"ds {newest}: the clicks from {newest + _ONE_DAY} to {ds - _ONE_DAY} would be missing "
+        f"from every history. Run `courier histories --start-ds {newest + _ONE_DAY} --end-ds "
+        f"{ds - _ONE_DAY}` first. Or begin anew: --from-log reads the log of the window once, "
+        "and history_start_ds in the settings says that no earlier clicks count."
+    )
+
+
+def _from_log(shop: ShopTables) -> Before:
+    (_, *earlier), missing = shop.log
+    rows = {str(source.form.ds): source.rows for source in earlier}
+    return Before(None, lambda: (), tuple(earlier), tuple(missing), rows)
+
+
+def _newest_before(settings: Settings, ds: dt.date) -> tuple[Partition, ...]:
+    """The histories of the newest day before ds, not before the world began; empty for none."""
+    start = settings.history_start_ds or dt.date.min
+    days = runs.begun_days(settings.root, settings.feature_set, USER_HISTORIES)
+    found = (_state_of(settings, day) for day in reversed(days) if start <= day < ds)
+    return next(filter(None, found), ())
+
+
+def _state_of(settings: Settings, ds: dt.date) -> tuple[Partition, ...]:
+    """Both tables of ds, of one run; empty while they are not."""
+    folders = [runs.table_folder(settings.root, settings.feature_set, t, ds) for t in STATE]
+    if not all(map(tables.is_published, folders)):
+        return ()
+    found = tuple(map(tables.open_published, folders))
+    return found if len({partition.run_id for partition in found}) == 1 else ()
+
+
+def _began_from_log(settings: Settings, ds: dt.date) -> bool:
+    """Whether the published histories of ds did, so that the same command finds nothing to do."""
+    found = _state_of(settings, ds)
+    return bool(found) and found[0].manifest["inputs"]["histories_before"] is None
+
+
+def _day_before(settings: Settings, ds: dt.date, found: tuple[Partition, ...]) -> Before:
+    manifest, mine = found[0].manifest, history_settings(settings)
+    if manifest["settings"] != mine:
+        theirs = {k: v for k, v in manifest["settings"].items() if mine.get(k) != v}
+        raise OperatorError(
+            f"Histories of ds {ds - _ONE_DAY} were made with {theirs}, which differs from these "
+            f"settings. Those of ds {ds} cannot go on from them: what is kept follows from the "
+            "settings. Put the settings back, or begin anew from the log of the window with "
+            "--from-log."
+        )
+    rows = _within_window(manifest["inputs"]["log_rows"], ds - _ONE_DAY, settings)
+    if not any(partition.rows for partition in found):  # which says nothing of types either
+        return Before(manifest["run_id"], lambda: (), (), (), rows)
+    schema = found[0].schema
+    ids = schema.field("user_id").type, schema.field("item_ids").type.value_type
+    return Before(manifest["run_id"], lambda: found, (), (), rows, ids)
+
+
+def _within_window(log_rows: dict[str, int], ds: dt.date, settings: Settings) -> dict[str, int]:
+    """The entries that still count for the day after ds."""
+    oldest = ds + _ONE_DAY - dt.timedelta(days=settings.window_days)
+    return {day: rows for day, rows in log_rows.items() if day >= str(oldest)}
+
+
+def stale_days(settings: Settings) -> dict[str, dt.date]:
+    """Days whose histories or SimScores go on from other histories, or come from another log, than
+    are published now; and the day that was made again without them."""
+    histories = _inputs_of(settings, USER_HISTORIES)
+    scores = _inputs_of(settings, USER_SIMSCORES)
+    stale: dict[str, dt.date] = {}
+    for ds in sorted(histories | scores):
+        yesterday = ds - _ONE_DAY
+        now, _ = histories.get(yesterday, (None, {}))
+        for _, inputs in (found[ds] for found in (histories, scores) if ds in found):
+            before = inputs.get("histories_before")
+            if before and str(yesterday) in stale:
+                stale[str(ds)] = stale[str(yesterday)]
+            elif before and now and before != now:
+                stale[str(ds)] = yesterday
+        if ds in histories and ds in scores and str(ds) not in stale:
+            one, other = (found[ds][1]["impressions"] for found in (histories, scores))
+            if one != other:
+                stale[str(ds)] = ds
+    return stale
+
+
+def _inputs_of(settings: Settings, table: Table) -> dict[dt.date, tuple[str, dict[str, Any]]]:
+    """By day, the run_id and the inputs of what is published of a table."""
+    found = {}
+    for ds in runs.published_days(settings.root, settings.feature_set, table):
+        folder = runs.table_folder(settings.root, settings.feature_set, table, ds)
+        manifest = tables.open_published(folder).manifest
+        found[ds] = (manifest["run_id"], manifest["inputs"])
+    return found

@@ -1,0 +1,460 @@
+"""The audit: that no feature of a moment knows of a click at or after it, on the user's own data.
+
+One hash bucket of the users of ds is taken as it is, and its features are made by the functions
+that the nightly jobs call. Then clicks are planted in a copy of it, around sampled impressions, and
+the features are made again: those of a sampled impression must move for a click just before it,
+which shows that the audit can see, and for no other; and no impression of the bucket may move for
+a click that it was not later than. What was published for ds must be what these functions make, and
+encoder, codebook and embeddings must be of days before ds.
+"""
+
+import datetime as dt
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_jobs.impressions.histories import HistoriesJob, clicks_of, history_lists
+from feature_jobs.impressions.simscore import read_impressions, score_impressions
+from feature_jobs.inputs import RowGroup, Source, day_end
+from feature_jobs.items.item_vectors import ItemVectors, ask_all
+from feature_jobs.schemas import ITEM_EMBEDDINGS, TIMESTAMP, USER_SIMSCORES
+from feature_jobs.store import hashing, tables
+from feature_jobs.store.arrays import differ_from_before
+from pipelines.config import Settings
+from pipelines.plan import plan_day
+from pipelines.planning.day_plan import DayPlan, NightOptions
+from pipelines.planning.impressions import ScoresOfDay, histories_job
+from pipelines.running.runs import Stage
+
+_BUCKET_ROWS = 20_000
+_READERS = 4
+_EARLIER_US = 60_000_000  # so long before the moment is the impression that is clicked later
+_TOLERANCE = 1e-5  # of a score that another machine made
+OK, LEAK, UNVERIFIED = "ok", "leak", "unverified"
+
+
+@dataclass(frozen=True)
+class Plant:
+    """Clicks that are planted so many microseconds from the end of a history, of impressions that
+    were shown `shown_us` from it; whether sampled features must move for them, or must not."""
+
+    name: str
+    clicked_us: int
+    shown_us: int
+    must_move: bool
+
+
+PLANTS = (
+    Plant("clicked 1 us before", -1, -1, True),
+    Plant("clicked at that very moment", 0, 0, False),
+    Plant("clicked 1 us after", 1, 1, False),
+    Plant("shown a minute before, clicked 1 us after", 1, -_EARLIER_US, False),
+)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What one kind of plant moved: how many of the `sampled` impressions, how many impressions of
+    the bucket that it must not have moved, and which columns."""
+
+    plant: str
+    must_move: bool
+    sampled: int
+    moved: int
+    wrongly: int
+    columns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: `level` is "ok", "leak" or "unverified"."""
+
+    level: str
+    text: str
+
+
+@dataclass
+class Report:
+    """What the audit of a day found."""
+
+    ds: str
+    bucket: int
+    buckets: int
+    impressions: int
+    users: int
+    planted: list[Moved] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def leaks(self) -> list[str]:
+        return [finding.text for finding in self.findings if finding.level == LEAK]
+
+    def as_json(self) -> dict[str, object]:
+        return {**asdict(self), "leaks": len(self.leaks)}
+
+    def tell(self, level: str, text: str) -> None:
+        self.findings.append(Finding(level, text))
+
+
+def audit(
+    settings: Settings, ds: dt.date, sample: int, from_log: bool, say: Callable[[str], None]
+) -> Report:
+    """Audits ds; `sample` impressions are planted around.
+
+    Raises OperatorError, DataContractError or InputNotReady where its features could not be made.
+    """
+    day = DayPlan(settings, ds, say, NightOptions(allow_overlap=True, from_log=from_log))
+    (stage,) = plan_day(day, ["simscore"]).stages
+    part: ScoresOfDay = stage.part
+    buckets = hashing.num_shards(part.log.rows, _BUCKET_ROWS)
+    bucket = ds.toordinal() % buckets
+    rows = _rows_of_bucket(part.log, bucket, buckets, part, settings.history_len)
+    users = pc.count_distinct(rows["user_id"]).as_py()
+    report = Report(str(ds), bucket, buckets, len(rows), users)
+    if len(rows):
+        _audit_features(_Bucket(day, stage, rows, bucket, buckets), sample, report)
+    else:
+        report.tell(UNVERIFIED, f"ds {ds} has no impressions in this bucket: nothing to look at")
+    _audit_clicks(rows, part.has_history, report)
+    _audit_artefacts(day, stage, report)
+    return report
+
+
+# ---- Features of a bucket ----------------------------------------------------------------------
+
+
+class _Bucket:
+    """The impressions of a bucket of users on one day, and what makes their features."""
+
+    def __init__(self, day: DayPlan, stage: Stage, rows: pa.Table, bucket: int, buckets: int):
+        self.stage, self.rows, self.bucket, self.buckets = stage, rows, bucket, buckets
+        self.part: ScoresOfDay = stage.part
+        self.length = day.settings.history_len
+        self.job: HistoriesJob | None = None
+        self._earlier: list[bytes] = []
+        if not self.part.has_history:
+            job = histories_job(day, [self.part], [buckets], stage.staging)
+            self.job = replace(job, shards=buckets)
+            self._earlier = [tables.to_ipc(self._clicks(log)) for log in day.before.log]
+        self.items = self._ask_for_items()
+
+    def _clicks(self, log: Source) -> pa.Table:
+        """The bucket's clicks in the log of an earlier day."""
+        assert self.job is not None
+        rows = _rows_of_bucket(log, self.bucket, self.buckets, self.part, self.length)
+        end_us = day_end(log.form.ds, self.job.day_timezone)
+        return clicks_of(rows, log.form.ds.toordinal(), end_us, self.job.law)
+
+    def _ask_for_items(self) -> ItemVectors:
+        ids = [self.rows["item_id"].combine_chunks()]
+        if self.job is None:
+            ids.append(pc.list_flatten(self.rows["history"].combine_chunks()))
+        else:
+            (known,) = self.job.known(self.bucket, self._chunks(self.rows.slice(0, 0)))
+            ids.append(known.item_ids)
+        self.ids = pc.unique(pa.concat_arrays(ids))
+        return ask_all(self.part.of(self.stage).items, self.ids)
+
+    @property
+    def probes(self) -> tuple[pa.Scalar, pa.Scalar]:
+        """Two items to plant clicks on; the same one twice where there is but one."""
+        return self.ids[0], self.ids[-1]
+
+    def _chunks(self, planted: pa.Table) -> list[bytes]:
+        """All clicks of the day and of logs before it, with the planted ones."""
+        assert self.job is not None
+        day, law = self.part.day, self.job.law
+        own = [clicks_of(rows, day.number, day.end_us, law) for rows in (self.rows, planted)]
+        return [*self._earlier, *map(tables.to_ipc, own)]
+
+    def features(self, planted: pa.Table | None = None) -> pa.Table:
+        """`user_simscores` of the bucket, with clicks of `planted` impressions in the log."""
+        rows = self.rows
+        if self.job is not None:
+            planted = rows.slice(0, 0) if planted is None else planted
+            (known,) = self.job.known(self.bucket, self._chunks(planted))
+            rows = rows.append_column("history", history_lists(known, rows))
+        return score_impressions(rows, self.items, self.length)[0]
+
+
+def _rows_of_bucket(
+    source: Source, bucket: int, buckets: int, part: ScoresOfDay, history_len: int
+) -> pa.Table:
+    """The impressions of one bucket of users in the log of the day of `part`, or of one before it;
+    reads all of it."""
+
+    def read(group: RowGroup) -> pa.Table:
+        rows = read_impressions(group, part.day.end_us, history_len)
+        mine = hashing.shard_of(hashing.hash_ids(rows["user_id"]), buckets) == bucket
+        return rows.filter(pa.array(mine))
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = list(pool.map(read, source.groups()))
+    return pa.concat_tables(found) if found else part.no_rows
+
+
+# ---- Planting ----------------------------------------------------------------------------------
+
+
+def _audit_features(bucket: _Bucket, sample: int, report: Report) -> None:
+    before = bucket.features()
+    _audit_published(bucket, before, report)
+    if bucket.job is None:
+        report.tell(
+            UNVERIFIED,
+            "histories were logged by the shop and are scored as they are: whether its serving "
+            "knew of clicks too early cannot be seen from here",
+        )
+        return
+    sampled = _sample(before, bucket.part.day.known_from_us(bucket.job.law), sample)
+    if bucket.probes[0] == bucket.probes[1]:
+        sampled = sampled[:0]
+    if not len(sampled):
+        report.tell(
+            UNVERIFIED,
+            "no clicks were planted: of this bucket's impressions none came in time for a history, "
+            "or all are of one item",
+        )
+        return
+    for plant in PLANTS:
+        if plant.clicked_us != plant.shown_us and "click_time" not in bucket.rows.column_names:
+            continue
+        moved = _plant(plant, bucket, before, sampled)
+        report.planted.append(moved)
+        _judge(moved, report)
+
+
+def _sample(features: pa.Table, known_from_us: int, count: int) -> np.ndarray:
+    """Places of at most `count` impressions, each of another user and none that came too late for a
+    history; chosen by a hash, so that the same ones are looked at again."""
+    users = pc.dictionary_encode(features["user_id"].combine_chunks()).indices.to_numpy()
+    moments = features["event_time"].cast(pa.int64()).to_numpy()
+    order = np.argsort(hashing.hash_ids(features["item_id"]) ^ moments.view(np.uint64))
+    order = order[moments[order] >= known_from_us]
+    _, first = np.unique(users[order], return_index=True)
+    return order[np.sort(first)][:count]
+
+
+def _plant(plant: Plant, bucket: _Bucket, before: pa.Table, sampled: np.ndarray) -> Moved:
+    """Makes the features again with one more click near each sampled impression."""
+    assert bucket.job is not None
+    law = bucket.job.law
+    moments = before["event_time"].cast(pa.int64()).to_numpy() - law.lag_us
+    planted = _planted(plant, bucket, before, sampled, moments[sampled], law.click_delay_us)
+    after = bucket.features(planted)
+    columns = {name: _differs(before[name], after[name]) for name in before.column_names}
+    differs = np.any(list(columns.values()), axis=0)
+    of_plant = pc.index_in(
+        before["user_id"], value_set=before["user_id"].take(pa.array(sampled)).combine_chunks()
+    )
+    clicked = np.append(moments[sampled] + plant.clicked_us, np.iinfo(np.int64).max)
+    later = moments > clicked[pc.fill_null(of_plant, -1).to_numpy()]
+    moved_too = differs & ~later
+    looked_at = moved_too if moved_too.any() else differs
+    return Moved(
+        plant.name,
+        plant.must_move,
+        len(sampled),
+        int(differs[sampled].sum()),
+        int(moved_too.sum()),
+        tuple(name for name, moved in columns.items() if (moved & looked_at).any()),
+    )
+
+
+def _planted(
+    plant: Plant,
+    bucket: _Bucket,
+    before: pa.Table,
+    sampled: np.ndarray,
+    moments: np.ndarray,
+    delay_us: int,
+) -> pa.Table:
+    """A clicked impression for each sampled one, of an item its history does not begin with."""
+    newest = _first_of(before["history_item_ids"].take(pa.array(sampled)).combine_chunks())
+    one, other = bucket.probes
+    items = pc.if_else(pc.equal(newest, one).fill_null(False), other, one)
+    columns = {
+        "user_id": before["user_id"].take(pa.array(sampled)),
+        "item_id": items,
+        "event_time": _times(moments + plant.shown_us),
+        "clicked": np.ones(len(sampled), bool),
+    }
+    if "click_time" in bucket.rows.column_names:
+        columns["click_time"] = _times(moments + plant.clicked_us)
+    else:
+        columns["event_time"] = _times(moments + plant.clicked_us - delay_us)
+    return pa.table(columns)
+
+
+def _first_of(lists: pa.Array) -> pa.Array:
+    """The first value of each of some lists, null for an empty one."""
+    sizes = pc.list_value_length(lists).to_numpy()
+    starts = lists.offsets.to_numpy()[:-1] - lists.offsets[0].as_py()
+    return lists.flatten().take(pa.array(starts, mask=sizes == 0))
+
+
+def _times(moments: np.ndarray) -> pa.Array:
+    return pa.array(moments).cast(TIMESTAMP)
+
+
+def _differs(one: pa.ChunkedArray, other: pa.ChunkedArray) -> np.ndarray:
+    """In which rows two columns of the same rows differ; bool [n]."""
+    if pa.types.is_list(one.type):
+        both = pa.concat_arrays([one.combine_chunks(), other.combine_chunks()])
+        paired = np.arange(len(both)).reshape(2, -1).T.reshape(-1)
+        return differ_from_before(both.take(pa.array(paired)))[1::2]
+    same = pc.or_(pc.equal(one, other), pc.and_(pc.is_null(one), pc.is_null(other)))
+    return ~pc.fill_null(same, False).to_numpy()
+
+
+def _judge(moved: Moved, report: Report) -> None:
+    if moved.wrongly:
+        report.tell(
+            LEAK,
+            f"{moved.plant}: {moved.wrongly:,} impressions moved that were not later than the "
+            f"planted clicks, in {', '.join(moved.columns)}",
+        )
+    if moved.must_move and moved.moved < moved.sampled:
+        report.tell(
+            LEAK,
+            f"{moved.plant}: only {moved.moved:,} of {moved.sampled:,} sampled impressions moved, "
+            "so that clicks which a history must know are missing from it",
+        )
+
+
+# ---- What was published ------------------------------------------------------------------------
+
+
+def _audit_published(bucket: _Bucket, made: pa.Table, report: Report) -> None:
+    """Whether the published `user_simscores` of the bucket are those that were made here."""
+    stage = bucket.stage
+    if not stage.is_published():
+        folder = stage.folder(USER_SIMSCORES)
+        other = tables.is_published(folder)
+        why = "are of other inputs or settings than the present ones" if other else "are not there"
+        report.tell(UNVERIFIED, f"the published user_simscores of ds {stage.ds} {why}")
+        return
+    partition = tables.open_published(stage.folder(USER_SIMSCORES))
+    found = partition.read_shard(bucket.bucket, bucket.buckets, "user_id")
+    found = tables.in_order(found, ["impression_id", "user_id", "event_time", "item_id"])
+    made = tables.in_order(made, ["impression_id", "user_id", "event_time", "item_id"])
+    wrong = _not_as_published(found, made)
+    if wrong:
+        report.tell(LEAK, f"the published user_simscores are not what their inputs give: {wrong}")
+    else:
+        report.tell(OK, f"the {len(made):,} published user_simscores are what their inputs give")
+
+
+def _not_as_published(found: pa.Table, made: pa.Table) -> str:
+    """What differs, in words; empty where nothing does."""
+    if len(found) != len(made):
+        return f"{len(found):,} rows instead of {len(made):,}"
+    differ = {}
+    for name in set(found.column_names) & set(made.column_names):
+        if name in ("sim_scores", "sim_max", "sim_mean"):
+            one, other = (_flat_floats(table[name]) for table in (found, made))
+            same = len(one) == len(other) and np.allclose(one, other, atol=_TOLERANCE)
+            differ[name] = 0 if same else len(made)
+        elif name != "simtier":  # follows from the scores, which may lie on a tier's edge
+            differ[name] = int(_differs(found[name], made[name]).sum())
+    return ", ".join(f"{name} in {n:,} rows" for name, n in sorted(differ.items()) if n)
+
+
+def _flat_floats(column: pa.ChunkedArray) -> np.ndarray:
+    values = column.combine_chunks()
+    return (values.flatten() if pa.types.is_list(values.type) else values).to_numpy()
+
+
+# ---- What cannot be planted --------------------------------------------------------------------
+
+
+def _audit_clicks(rows: pa.Table, has_history: bool, report: Report) -> None:
+    clicks = rows.filter(rows["clicked"])
+    if has_history or not len(clicks):
+        return
+    known = (
+        len(clicks) - clicks["click_time"].null_count if "click_time" in rows.column_names else 0
+    )
+    if known < len(clicks):
+        report.tell(
+            UNVERIFIED,
+            f"{len(clicks) - known:,} of {len(clicks):,} clicks have no click_time and are dated "
+            "event_time + click_delay_seconds: those that happened later are known too early",
+        )
+    else:
+        report.tell(OK, f"all {len(clicks):,} clicks have a click_time")
+
+
+def _audit_artefacts(day: DayPlan, stage: Stage, report: Report) -> None:
+    pinned, ds = day.pinned, day.ds
+    for what, name, end in (
+        ("encoder", pinned.encoder.encoder_id, pinned.encoder.data_end_ds),
+        ("codebook", pinned.codebook.codebook_id, pinned.codebook.data_end_ds),
+    ):
+        made = f"{what} {name} was made from data up to ds {end}" if end else f"{what} {name}"
+        if end is None:
+            report.tell(OK, f"{made} was made from no data of the shop")
+        elif end < str(ds):
+            report.tell(OK, f"{made}, before ds")
+        else:
+            report.tell(LEAK, f"{made}, which is not before ds {ds}")
+    embedded, _ = stage.upstream
+    _audit_embeddings(embedded.partition(ITEM_EMBEDDINGS), stage.part.day.end_us, report)
+
+
+def _audit_embeddings(embeddings: tables.Partition, end_us: int, report: Report) -> None:
+    """Images that changed after the day's end were not those that its users saw."""
+    read = partial(tables.read_parquet, columns=["item_id", "image_mtime"])
+    with ThreadPoolExecutor(_READERS) as pool:
+        rows = pa.concat_tables(pool.map(read, embeddings.paths))
+    times = rows["image_mtime"]
+    late = pc.sum(pc.greater_equal(times.cast(pa.int64()), end_us)).as_py() or 0
+    if embeddings.manifest["notes"].get("one_snapshot_for_all_days"):
+        report.tell(UNVERIFIED, "one catalogue serves all days: it may hold what came after ds")
+    if times.null_count:
+        report.tell(
+            UNVERIFIED,
+            f"when the images of {times.null_count:,} of {len(rows):,} items were written is not "
+            "known: a bucket tells generations and no times",
+        )
+    if late:
+        first = rows["item_id"].filter(pc.greater_equal(times.cast(pa.int64()), end_us))[0]
+        report.tell(
+            UNVERIFIED,
+            f"the images of {late:,} of {len(rows):,} items, such as {first}, were written after "
+            "the end of ds: what users saw may have been another one",
+        )
+    elif len(rows) > times.null_count:
+        report.tell(
+            OK, f"{len(rows) - times.null_count:,} images were written before the end of ds"
+        )
+
+
+# ---- Telling -----------------------------------------------------------------------------------
+
+
+def render(report: Report) -> str:
+    """The report for people."""
+    lines = [
+        f"audit of ds {report.ds}: bucket {report.bucket} of {report.buckets}, "
+        f"{report.impressions:,} impressions of {report.users:,} users"
+    ]
+    if report.planted:
+        width = max(len(moved.plant) for moved in report.planted)
+        lines += ["", f"{'planted click':{width}}  sampled    moved  must move  moved wrongly"]
+    for moved in report.planted:
+        must = "yes" if moved.must_move else "no"
+        lines.append(
+            f"{moved.plant:{width}}  {moved.sampled:7,}  {moved.moved:7,}  {must:>9}  "
+            f"{moved.wrongly:13,}"
+        )
+    moving = next((moved.columns for moved in report.planted if moved.must_move), ())
+    lines += [f"features that moved for clicks before: {', '.join(moving)}"] if moving else []
+    lines += ["", *(f"{finding.level:10} {finding.text}" for finding in report.findings)]
+    lines.append("no leak was found" if not report.leaks else f"{len(report.leaks)} LEAKS")
+    return "\n".join(lines)

@@ -1,0 +1,214 @@
+"""What is told to people: what lies on disk, what a night would do, what it did."""
+
+import datetime as dt
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from feature_jobs.schemas import ITEM_FEATURES, MAIN, TABLES, TRAINING_ROWS, USER_SIMSCORES
+from feature_jobs.store import files, tables
+from pipelines.config import Settings
+from pipelines.plan import Night
+from pipelines.planning.items import CHUNK_FOLDER
+from pipelines.planning.yesterday import stale_days
+from pipelines.running import beam_options, runs
+from pipelines.running.runs import Stage
+
+# ---- What lies on disk ---------------------------------------------------------------------
+
+
+def collect(settings: Settings) -> dict[str, Any]:
+    """Pins; for each ds its tables and whether its night is whole; days that are stale, with the
+    day that was made again before them; what is unfinished."""
+    days: dict[str, dict[str, Any]] = {}
+    for table in TABLES.values():
+        for ds in runs.published_days(settings.root, settings.feature_set, table):
+            folder = runs.table_folder(settings.root, settings.feature_set, table, ds)
+            manifest = tables.open_published(folder).manifest
+            entry = {k: manifest[k] for k in ("rows", "version", "run_id", "identities", "notes")}
+            entry |= {k: manifest[k] for k in ("clusters", "counts") if k in manifest}
+            days.setdefault(str(ds), {})[table.name] = {**entry, "path": folder}
+    return {
+        "root": settings.root,
+        "feature_set": settings.feature_set,
+        "pins": [pin.model_dump(mode="json") for pin in settings.pins],
+        "days": {
+            ds: {
+                "whole_night": runs.is_whole_night(
+                    settings.root, settings.feature_set, dt.date.fromisoformat(ds)
+                ),
+                "tables": found,
+            }
+            for ds, found in sorted(days.items())
+        },
+        "stale": {ds: str(after) for ds, after in stale_days(settings).items()},
+        "staged": _staged(os.path.join(settings.root, "_staging", settings.feature_set)),
+    }
+
+
+def _staged(top: str) -> list[str]:
+    """Runs that were begun, or made and not published: the next one of the same ds resumes them. A
+    fit of a codebook begins anew."""
+    return [
+        f"{stage} {ds} run {run_id}"
+        for stage in files.list_names(top)
+        if stage != "fit-codebook"
+        for ds in files.list_names(os.path.join(top, stage))
+        for run_id in files.list_names(os.path.join(top, stage, ds))
+        if not run_id.startswith(CHUNK_FOLDER)
+    ]
+
+
+def render(found: dict[str, Any]) -> str:
+    """A table for people: rows by ds and table, then what is staged, then the pins."""
+    names = [name for name in TABLES if any(name in d["tables"] for d in found["days"].values())]
+    widths = {name: max(len(name), 12) for name in names}
+    lines = [f"feature set {found['feature_set']!r} below {found['root']}", ""]
+    if not names:
+        lines.append("nothing is published yet")
+    else:
+        heads = "  ".join(name.rjust(widths[name]) for name in names)
+        lines.append(f"{'ds':10}  {'night':7}  {heads}")
+    for ds, day in found["days"].items():
+        rows = "  ".join(
+            (f"{day['tables'][n]['rows']:,}" if n in day["tables"] else "-").rjust(widths[n])
+            for n in names
+        )
+        lines.append(f"{ds:10}  {_night_of(day):7}  {rows}")
+    lines += _clusters(found["days"])
+    lines += _stale(found["stale"], found["days"])
+    lines += [f"unfinished: {run} (the same command resumes it)" for run in found["staged"]]
+    for pin in found["pins"]:
+        lines.append(
+            f"pin from {pin['from_ds']}: encoder {os.path.basename(pin['encoder'])}, codebook "
+            f"{os.path.basename(pin['codebook']) if pin['codebook'] else 'none'}"
+        )
+    return "\n".join(lines)
+
+
+def _stale(stale: Mapping[str, str], days: Mapping[str, Any]) -> list[str]:
+    """A line for each row of days that go on from histories of a day that was made again."""
+    lines = []
+    for after in dict.fromkeys(stale.values()):
+        row = [ds for ds, other in stale.items() if other == after]
+        scored = all(USER_SIMSCORES.name in days[ds]["tables"] for ds in row)
+        command = "simscore" if scored else "histories"  # not all days have what scores need
+        lines.append(
+            f"stale: {row[0]}, since histories of {after} were made again after it; `courier "
+            f"{command} --start-ds {row[0]} --end-ds {row[-1]}` makes them anew"
+        )
+    return lines
+
+
+def _clusters(days: Mapping[str, Any]) -> list[str]:
+    """How items spread over clusters on the newest day that has them, a line for each resolution,
+    and the share that moved there since the day before."""
+    newest = max(
+        (ds for ds, day in days.items() if ITEM_FEATURES.name in day["tables"]), default=""
+    )
+    if not newest:
+        return []
+    made = days[newest]["tables"]
+    counts = made.get(USER_SIMSCORES.name, {}).get("counts", {})
+    lines = []
+    for label, c in made[ITEM_FEATURES.name].get("clusters", {}).items():
+        moved = _moved("items", c["moved_items"], c["compared_items"])
+        if label == MAIN:
+            seen = counts.get("moved_impressions", 0), counts.get("compared_impressions", 0)
+            moved += _moved("impressions", *seen)
+        lines.append(
+            f"clusters of {newest}, {label}: {c['used']:,} of {c['clusters']:,} used, perplexity "
+            f"{c['perplexity']:,.1f}, largest {c['largest_share']:.1%}, items per cluster "
+            f"{c['items_p5']:,.0f} / {c['items_p50']:,.0f} / {c['items_p95']:,.0f} (5, 50, 95 %)"
+            f"{moved}"
+        )
+    return lines
+
+
+def _moved(what: str, some: int, total: int) -> str:
+    return f"; moved {some / total:.1%} of {total:,} {what}" if total else ""
+
+
+def _night_of(day: dict[str, Any]) -> str:
+    """Training rows are made outside the night, so that alone they begin none."""
+    if day["whole_night"]:
+        return "whole"
+    return "partial" if set(day["tables"]) - {TRAINING_ROWS.name} else "-"
+
+
+# ---- A night -------------------------------------------------------------------------------
+
+
+def describe_plan(night: Night, beam_args: Sequence[str]) -> dict[str, Any]:
+    """What `run_nights` would do, stage by stage; checks the Beam options too."""
+    for stage in night.stages:
+        beam_options.pipeline_options(night.settings.beam, stage.name, beam_args)
+    return {
+        "ds": str(night.ds),
+        "run_id": night.run_id,
+        "stages": [
+            {
+                "stage": stage.name,
+                "run_id": stage.run_id,
+                "tables": [stage.folder(table) for table in stage.tables],
+                "input_rows": stage.input_rows,
+                "shards": stage.shards,
+                "identities": dict(stage.identities),
+                **({"join": stage.part.join} if stage.name == "simscore" else {}),
+                "action": _action(stage),
+            }
+            for stage in night.stages
+        ],
+    }
+
+
+def _action(stage: Stage) -> str:
+    if stage.forced and stage.is_published():
+        return "compute: everything again"
+    if stage.is_published():
+        return "leave alone: published from the same inputs"
+    if stage.is_staged():
+        return "publish: made by an earlier run"
+    done = stage.shards_done()
+    return f"resume: {done} of {stage.shards} shards are made" if done else "compute"
+
+
+def render_plan(plan: dict[str, Any]) -> str:
+    lines = [f"ds {plan['ds']}"]
+    for stage in plan["stages"]:
+        rows = f", {stage['input_rows']:,} input rows" if stage["input_rows"] else ""
+        rows += f", join by {stage['join']}" if "join" in stage else ""
+        lines.append(
+            f"  {stage['stage']:14} {stage['action']} (run {stage['run_id']}, {stage['shards']} "
+            f"shards{rows})"
+        )
+        lines += [f"  {'':14} -> {table}" for table in stage["tables"]]
+    return "\n".join(lines)
+
+
+def render_report(report: dict[str, Any]) -> str:
+    counts, seconds = report["counts"], report["seconds"]
+    rows = [f"{k.removesuffix('_rows')} {v:,}" for k, v in counts.items() if k.endswith("_rows")]
+    rest = [f"{k} {v:,}" for k, v in counts.items() if not k.endswith("_rows")]
+    times = ", ".join(f"{stage} {s:,.1f} s" for stage, s in seconds.items())
+    work = _work(report["work"])
+    return (
+        f"ds {report['ds']} published, run {report['run_id']} ({times})\n"
+        f"  rows: {', '.join(rows)}\n"
+        f"  {', '.join(rest)}" + (f"\n  {work}" if work else "")
+    )
+
+
+def _work(work: Mapping[str, float]) -> str:
+    """What images, each thread's time by itself, and shuffles cost; empty where there was none."""
+    found = [
+        f"{name.removesuffix('_seconds')} {value:,.1f} s"
+        for name, value in work.items()
+        if name.endswith("_seconds")
+    ]
+    if work.get("bytes_read"):
+        found.insert(0, f"read {work['bytes_read'] / 1e6:,.1f} MB")
+    if work.get("shuffled_bytes"):
+        found.append(f"shuffled {work['shuffled_bytes'] / 1e6:,.1f} MB of items")
+    found += [f"{k.replace('_', ' ')} {v:,}" for k, v in work.items() if k.startswith("embedded_")]
+    return ", ".join(found)

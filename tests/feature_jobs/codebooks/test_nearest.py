@@ -1,0 +1,192 @@
+"""The nearest centre: exact in float64 whatever the screening rounds, and of each row by itself."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from feature_jobs.codebooks import nearest as module
+from feature_jobs.codebooks.nearest import CentreSearch
+from tests.support import oracles
+
+
+def unit_rows(count: int, seed: int = 0) -> np.ndarray:
+    rows = np.random.default_rng(seed).normal(size=(count, 256)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def crowded(count: int, seed: int, spread: float = 0.5) -> np.ndarray:
+    """Unit rows about ten directions, so that many are nearly as near as the nearest."""
+    around = unit_rows(10, seed=99)[np.random.default_rng(seed).integers(0, 10, count)]
+    rows = around + spread * unit_rows(count, seed)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def check(rows: np.ndarray, centres: np.ndarray) -> None:
+    """Against the plain loop in float64, the runner-up by the plain loop without the nearest."""
+    search = CentreSearch(centres)
+    found, less = search.nearest(rows, second=True), search.nearest(rows)
+    np.testing.assert_array_equal(less.place, found.place)
+    np.testing.assert_allclose(less.distance, found.distance, rtol=1e-6)
+    assert np.isnan(less.second).all()
+    rows, centres = rows.astype(np.float64), centres.astype(np.float64)
+    expected = [oracles.nearest(row, centres) for row in rows]
+    assert found.place.tolist() == [place for place, _ in expected]
+    np.testing.assert_allclose(found.distance, [d for _, d in expected], rtol=1e-5)
+    rest = [np.delete(centres, place, axis=0) for place, _ in expected]
+    second = [oracles.nearest(row, c)[1] for row, c in zip(rows, rest, strict=True)]
+    np.testing.assert_allclose(found.second, second, rtol=1e-5)
+    assert (found.place.dtype, found.distance.dtype) == (np.int64, np.float32)
+    assert found.second.dtype == np.float32
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 256 centres, blocks of 32 rows, at most 64 pairs at once and 4 measured."""
+    monkeypatch.setattr(module, "_TILE", 256)
+    monkeypatch.setattr(module, "_CELLS", 32 * 256)
+    monkeypatch.setattr(module, "_RANKED", 64 / (32 * 256))
+    monkeypatch.setattr(module, "_MEASURED", 4 / (32 * 256))
+
+
+# ---- The nearest ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clusters", [2, 7, 128, 129, 1000])
+def test_the_nearest_is_that_of_the_plain_loop_in_float64(clusters: int) -> None:
+    check(crowded(40, seed=1), crowded(clusters, seed=2))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_tiles_and_blocks_and_crowds_change_nothing() -> None:
+    check(crowded(70, seed=1), crowded(600, seed=2))
+    check(crowded(40, seed=1, spread=0.01), crowded(300, seed=2, spread=0.01))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+def test_rows_and_centres_may_have_any_scale_and_lie_anywhere(scale: float, shift: float) -> None:
+    rows, centres = (
+        (scale * (a + shift)).astype(np.float32) for a in (crowded(30, 1), crowded(200, 2))
+    )
+    check(rows, centres)
+    check(100 * rows, centres)
+
+
+def test_centres_of_unequal_length_are_compared_by_distance_and_not_by_angle() -> None:
+    lengths = np.random.default_rng(3).uniform(0, 3, (300, 1)).astype(np.float32)
+    check(crowded(50, seed=1), lengths * unit_rows(300, seed=2))
+
+
+def test_one_coordinate_far_larger_than_the_others_changes_nothing() -> None:
+    rows, centres = crowded(30, seed=1), crowded(300, seed=2)
+    centres[7, 3] = 50
+    check(rows, centres)
+
+
+def test_a_centre_is_its_own_nearest_at_distance_0() -> None:
+    centres = unit_rows(300)
+    found = CentreSearch(centres).nearest(centres)
+    assert found.place.tolist() == list(range(300))
+    assert found.distance.tolist() == [0.0] * 300
+
+
+def test_of_equal_centres_the_first_is_the_nearest_and_the_second_as_far() -> None:
+    centres = unit_rows(150)
+    search = CentreSearch(np.concatenate([centres, centres, centres]))
+    found = search.nearest(crowded(50, seed=1), second=True)
+    assert (found.place < 150).all()
+    np.testing.assert_array_equal(found.second, found.distance)
+    assert search.nearest(centres).place.tolist() == list(range(150))
+
+
+def test_all_centres_equal() -> None:
+    found = CentreSearch(np.ones((700, 256), np.float32)).nearest(unit_rows(100), second=True)
+    assert found.place.tolist() == [0] * 100
+    np.testing.assert_array_equal(found.second, found.distance)
+
+
+def test_centres_that_float32_products_cannot_tell_apart_are_told_apart() -> None:
+    rng = np.random.default_rng(4)
+    base = unit_rows(1)
+    centres = (base + rng.normal(size=(300, 256)) * 1e-7).astype(np.float32)
+    rows = (base + rng.normal(size=(60, 256)) * 0.05).astype(np.float32)
+    plain = (rows @ centres.T - 0.5 * (centres**2).sum(axis=1)).argmax(axis=1)
+    check(rows, centres)
+    assert (plain != CentreSearch(centres).nearest(rows).place).mean() > 0.1  # not trivial
+
+
+def test_of_one_centre_the_second_is_infinitely_far() -> None:
+    found = CentreSearch(unit_rows(1)).nearest(unit_rows(40, seed=1), second=True)
+    assert found.place.tolist() == [0] * 40
+    assert np.isfinite(found.distance).all()
+    assert found.second.tolist() == [np.inf] * 40
+
+
+def test_no_rows_have_no_nearest() -> None:
+    found = CentreSearch(unit_rows(3)).nearest(np.zeros((0, 256), np.float32))
+    assert [len(part) for part in found] == [0, 0, 0]
+
+
+# ---- Each row by itself --------------------------------------------------------------------------
+
+ROWS = crowded(400, seed=1)
+SEARCH = CentreSearch(crowded(500, seed=2))
+WHOLE = SEARCH.nearest(ROWS, second=True)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 399), min_size=1, max_size=80))
+def test_neither_order_nor_number_nor_company_of_rows_matters(picked: list[int]) -> None:
+    found = SEARCH.nearest(ROWS[picked], second=True)
+    for part, whole in zip(found, WHOLE, strict=True):
+        np.testing.assert_array_equal(part, whole[picked])
+
+
+def test_a_wild_row_changes_no_other_and_one_that_is_not_finite_has_no_distance() -> None:
+    rows = ROWS.copy()
+    rows[10], rows[20], rows[30] = 1e6, np.nan, np.inf
+    found = SEARCH.nearest(rows, second=True)
+    others = np.delete(np.arange(400), [10, 20, 30])
+    for part, whole in zip(found, WHOLE, strict=True):
+        np.testing.assert_array_equal(part[others], whole[others])
+    assert found.place[[20, 30]].tolist() == [0, 0]
+    assert np.isnan(found.distance[[20, 30]]).all()
+
+
+def test_threads_may_share_a_search_and_torch_keeps_its_own_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: SEARCH.nearest(ROWS), range(8)):
+            np.testing.assert_array_equal(found.place, WHOLE.place)
+    later: list[int] = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert (torch.get_num_threads(), later) == (before, [before])
+
+
+# ---- What it is given ----------------------------------------------------------------------------
+
+
+def test_centres_and_rows_may_be_read_only_mapped_or_strided(tmp_path: Path) -> None:
+    centres, rows = crowded(500, seed=2), ROWS.copy()
+    np.save(tmp_path / "centres.npy", np.asfortranarray(centres))
+    rows.flags.writeable = False
+    for given_centres in (np.load(tmp_path / "centres.npy", mmap_mode="r"), centres[::-1][::-1]):
+        search = CentreSearch(given_centres)
+        for given_rows in (rows, np.asfortranarray(rows)):
+            np.testing.assert_array_equal(search.nearest(given_rows).place, WHOLE.place)
+
+
+def test_a_processor_whose_products_overflow_gets_smaller_codes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows, centres = crowded(60, seed=1), crowded(600, seed=2)
+    monkeypatch.setattr(module, "_levels", lambda _: 63)
+    check(rows, centres)

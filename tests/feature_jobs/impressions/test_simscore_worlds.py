@@ -1,0 +1,254 @@
+"""Two hundred random shops: whatever the join, each row is what plain loops make of it.
+
+The steps of the job are those of the pipeline, called one after the other without Beam: a run of
+Beam costs a second.
+"""
+
+import datetime as dt
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam.pvalue import TaggedOutput
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from feature_jobs import inputs
+from feature_jobs.impressions import simscore
+from feature_jobs.impressions.clicks import HistoryLaw
+from feature_jobs.impressions.histories import DAY_US, HistoriesJob, HistoryDay, ReadClicks
+from feature_jobs.impressions.simscore import BROADCAST, SHUFFLE, SimscoreDay, SimscoreJob
+from feature_jobs.items.item_vectors import ItemTables
+from feature_jobs.schemas import (
+    ITEM_EMBEDDINGS,
+    ITEM_FEATURES,
+    TIMESTAMP,
+    USER_SIMSCORES,
+)
+from feature_jobs.store import broadcast, hashing, tables
+from tests.support import oracles
+from tests.support.codebooks import unit_rows
+
+FIRST = dt.date(2026, 3, 1)
+NUMBER = FIRST.toordinal()
+START = (NUMBER - dt.date(1970, 1, 1).toordinal()) * DAY_US
+DAYS = [HistoryDay(NUMBER + k, START + k * DAY_US, START + (k + 1) * DAY_US) for k in range(2)]
+TICK = DAY_US // 6
+VECTORS = dict(enumerate(unit_rows(8)))
+LENGTH = 3
+
+# An item: whether it has an image, whether it is in scope, its cluster.
+item = st.tuples(st.booleans(), st.booleans(), st.integers(1, 2))
+# An impression: its day, user, item (some are unknown), tick, whether and how many ticks later it
+# was clicked.
+impression = st.tuples(
+    st.integers(0, 1), st.integers(0, 2), st.integers(0, 9), st.integers(-2, 5), st.booleans(),
+    st.integers(0, 7),
+)  # fmt: skip
+
+
+def write_items(folder: Path, drawn: list[tuple], shards: int) -> ItemTables:
+    """`item_features` and `item_embeddings` of the drawn items, by shards."""
+    ids = pa.array(np.arange(len(drawn)))
+    features = ITEM_FEATURES.schema(
+        pa.int64(), without=["embedding", "second_distance", "centre_distance"]
+    )
+    embeddings = ITEM_EMBEDDINGS.schema(pa.int64())
+    of = hashing.shard_of(hashing.hash_ids(ids), shards)
+    for shard in range(shards):
+        mine = [(n, drawn[n]) for n in np.flatnonzero(of == shard)]
+        rows = [
+            {"item_id": n, "has_image": image, "in_scope": scope, "in_catalogue": True,
+             "cluster_id": cluster if image and scope else 0, "encoder_id": "e",
+             "codebook_id": "c", "category": None}
+            for n, (image, scope, cluster) in mine
+        ]  # fmt: skip
+        made = pa.Table.from_pylist(rows, tables.plain(features.empty_table()).schema)
+        tables.write_part(str(folder / "features"), ITEM_FEATURES, features, made, shard, shards)
+        rows = [
+            {"item_id": n, "embedding": VECTORS[n].tolist(), "image_uri": "x", "image_size": 1,
+             "image_sha256": "", "in_catalogue": True}
+            for n, (image, _, _) in mine
+            if image
+        ]  # fmt: skip
+        made = pa.Table.from_pylist(rows, tables.plain(embeddings.empty_table()).schema)
+        path = str(folder / "embeddings")
+        tables.write_part(path, ITEM_EMBEDDINGS, embeddings, made, shard, shards)
+    found = [
+        tables.Partition(str(folder / name), {"files": tables.receipts(str(folder / name))})
+        for name in ("features", "embeddings")
+    ]
+    return ItemTables(found[0], found[1], None, False)
+
+
+def keys(folder: Path, day: HistoryDay) -> str:
+    """Of the machine's copy of a day's items."""
+    return tables.digest([str(folder), day.number])[:16]
+
+
+def write_log(folder: Path, drawn: list[tuple], day: int) -> inputs.Source:
+    mine = [row for row in drawn if row[0] == day]
+    event = [DAYS[day].start_us + row[3] * TICK for row in mine]
+    columns = {
+        "user_id": pa.array([f"u{row[1]}" for row in mine], pa.string()),
+        "item_id": pa.array([row[2] for row in mine], pa.int64()),
+        "event_time": pa.array(event, pa.int64()).cast(TIMESTAMP),
+        "clicked": pa.array([row[4] for row in mine], pa.bool_()),
+        "click_time": pa.array(
+            [e + row[5] * TICK for e, row in zip(event, mine, strict=True)], pa.int64()
+        ).cast(TIMESTAMP),
+    }
+    ds = FIRST + dt.timedelta(days=day)
+    path = folder / "log" / str(ds)
+    path.mkdir(parents=True)
+    pq.write_table(pa.table(columns), path / "0.parquet", row_group_size=4)
+    (path / "_SUCCESS").touch()
+    names = {name: name for name in columns}
+    return inputs.open_source("impressions", str(folder / "log" / "{ds}"), ds, names)
+
+
+def by_key(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
+    found: dict[Any, list[Any]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return found
+
+
+def run(job: SimscoreJob, log: list[inputs.Source]) -> None:
+    """The pipeline of `define_simscore`, by hand."""
+    histories = job.histories
+    assert histories is not None
+    clicks = ReadClicks(histories.law, "UTC", histories.shards, job.staging, "user_id")
+    groups = [group for day in log for group in day.groups()]
+    told = [found for group in groups for found in clicks.process(group)]
+    read = [found for g in groups for found in simscore.ReadImpressions(job).process(g)]
+    assert all(isinstance(found, TaggedOutput) for found in read)
+    users, chunks = by_key(found.value for found in read), by_key(told)
+    add = simscore.AddHistories(job, histories)
+    rows = by_key(
+        pair
+        for shard in range(histories.shards)
+        for pair in add.process(
+            (shard, {"impressions": users.get(shard, []), "clicks": chunks.get(shard, [])})
+        )
+    )
+    answers: dict[Any, list[Any]] = {}
+    if job.join == SHUFFLE:
+        ask, tell = simscore.AskForItems(job), simscore.AnswerForItems(job)
+        asked = by_key(pair for element in rows.items() for pair in ask.process(element))
+        answers = by_key(pair for element in asked.items() for pair in tell.process(element))
+    for place, day in enumerate(job.days):
+        for shard in range(day.shards):
+            found = {"rows": rows.get((place, shard), [])}
+            if job.join == SHUFFLE:
+                found["items"] = answers.get((place, shard), [])
+            list(simscore.ScoreShard(job).process(((place, shard), found)))
+    assert tables.refused(job.staging) == []
+
+
+def expected_rows(
+    drawn: list[tuple], items: list[tuple], day: int, law: HistoryLaw
+) -> list[tuple[Any, ...]]:
+    clicks = [
+        (f"u{row[1]}", row[2], DAYS[row[0]].start_us + (row[3] + row[5]) * TICK)
+        for row in drawn
+        if row[4] and row[0] <= day
+    ]
+    vectors = {n: VECTORS[n] for n, (image, scope, _) in enumerate(items) if image and scope}
+    cluster = {n: items[n][2] for n in vectors}
+    found = []
+    for row in drawn:
+        if row[0] != day:
+            continue
+        moment = DAYS[day].start_us + row[3] * TICK
+        past = oracles.history(
+            clicks, f"u{row[1]}", moment, LENGTH, law.window_us, law.lag_us, law.keep_repeats
+        )
+        scores, mask = oracles.score(row[2], past, vectors, LENGTH)
+        same = sum(row[2] in cluster and cluster.get(i) == cluster[row[2]] for i in past)
+        key = (f"u{row[1]}", row[2], moment, row[4])
+        found.append((key, past, mask, same, scores))
+    return sorted(found, key=lambda r: r[0])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(item, min_size=1, max_size=8),
+    st.lists(impression, max_size=25),
+    st.sampled_from([(1, 1), (2, 1), (2, 4), (1, 2)]),
+    st.booleans(),
+    st.sampled_from([0, TICK]),
+)
+def test_rows_of_random_worlds_are_what_plain_loops_make_of_them(
+    items: list[tuple], drawn: list[tuple], shards: tuple[int, int], repeats: bool, lag: int
+) -> None:
+    law = HistoryLaw(LENGTH, DAY_US, 0, lag, repeats, late_us=DAY_US)
+    schema = USER_SIMSCORES.schema(pa.int64(), pa.string(), pa.string())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        known = write_items(folder, items, shards[0])
+        log = [write_log(folder, drawn, day) for day in range(2)]
+        found = {}
+        for join in (BROADCAST, SHUFFLE):
+            days = tuple(
+                SimscoreDay(
+                    day,
+                    False,
+                    known,
+                    keys(folder, day),
+                    n,
+                    schema,
+                    "e",
+                    "c",
+                    str(folder / join / str(day.number)),
+                )
+                for day, n in zip(DAYS, shards, strict=True)
+            )
+            job = HistoriesJob(
+                law, tuple(DAYS), (), max(shards), pa.string(), pa.int64(), "UTC",
+                str(folder / join),
+            )  # fmt: skip
+            run(SimscoreJob(days, job, LENGTH, join, str(folder / join)), log)
+            for day in days:
+                broadcast.discard(day.broadcast_key)
+            found[join] = [read_scores(day) for day in days]
+    for day in range(2):
+        one, other = (found[join][day] for join in (BROADCAST, SHUFFLE))
+        assert one.drop(["sim_scores", "sim_max", "sim_mean"]) == other.drop(
+            ["sim_scores", "sim_max", "sim_mean"]
+        )
+        expected = expected_rows(drawn, items, day, law)
+        for rows in (one, other):
+            check(rows, expected)
+
+
+def read_scores(day: SimscoreDay) -> pa.Table:
+    folder = Path(day.staging) / USER_SIMSCORES.name
+    parts = [tables.read_parquet(str(path)) for path in sorted(folder.glob("*.parquet"))]
+    assert len(parts) == day.shards
+    return pa.concat_tables(parts)
+
+
+def check(rows: pa.Table, expected: list[tuple[Any, ...]]) -> None:
+    found = rows.to_pylist()
+    for row in found:
+        moment = (row["event_time"] - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(
+            microseconds=1
+        )
+        row["key"] = (row["user_id"], row["item_id"], moment, row["clicked"])
+    found.sort(key=lambda row: row["key"])
+    assert len(found) == len(expected)
+    for row, (key, past, mask, same, scores) in zip(found, expected, strict=True):
+        assert (row["key"], row["history_item_ids"], row["sim_mask"]) == (key, past, mask)
+        assert (row["history_len"], row["sim_known"]) == (len(past), sum(mask))
+        assert row["same_cluster"] == same
+        assert len(row["sim_scores"]) == LENGTH
+        np.testing.assert_allclose(row["sim_scores"], scores, atol=2e-6)
+        real = [s for s, known in zip(row["sim_scores"], mask, strict=True) if known]
+        np.testing.assert_allclose(row["sim_max"], max(real, default=0.0), atol=1e-6)
+        np.testing.assert_allclose(row["sim_mean"], np.mean(real) if real else 0.0, atol=1e-6)
+        assert row["simtier"] == oracles.tiers(row["sim_scores"], mask)

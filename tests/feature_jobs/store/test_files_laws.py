@@ -1,0 +1,349 @@
+"""What `files` promises on a disk and in a bucket alike, whoever is killed."""
+
+import hashlib
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from inspect import signature
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from feature_jobs.store import files, gcs
+from tests.support.processes import killed, start
+
+HOLD = """
+import sys, time
+from feature_jobs.store import files
+with files.lock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+# Adds one to the number in a file, again and again, starting over when another process was faster.
+COUNT = """
+import sys
+from feature_jobs.store import files
+path, times = sys.argv[1], int(sys.argv[2])
+while times:
+    found = files.read_bytes(path)
+    try:
+        files.write_if_unchanged(path, b"%d" % (int(found) + 1), found)
+        times -= 1
+    except files.Changed:
+        pass
+"""
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def folder(request: pytest.FixtureRequest) -> str:
+    """Where there is nothing yet."""
+    if request.param == "disk":
+        return str(request.getfixturevalue("tmp_path") / "new")
+    return request.getfixturevalue("bucket")
+
+
+@pytest.fixture
+def holder(folder: str) -> Iterator[subprocess.Popen]:
+    """Another process that holds the lock on `folder`/night."""
+    process = start(HOLD, f"{folder}/night")
+    assert process.stdout.readline() == "held\n"
+    yield process
+    if process.poll() is None:
+        killed(process)
+
+
+def test_a_bucket_offers_what_a_disk_does() -> None:
+    offered = {
+        name: thing
+        for name, thing in vars(files).items()
+        if hasattr(thing, "__wrapped__") and name[0] != "_"
+    }
+    assert {"stat", "read_bytes", "atomic_writer", "lock", "delete_tree"} <= offered.keys()
+    for name, local in offered.items():
+        assert signature(getattr(gcs, name)) == signature(local), name
+
+
+# ---- atomic writes ---------------------------------------------------------------------------
+
+
+def test_a_file_appears_only_when_it_is_whole(folder: str) -> None:
+    path = f"{folder}/deep/file"
+    with files.atomic_writer(path) as file:
+        file.write(b"one")
+        file.flush()
+        assert not files.exists(path)
+    assert files.read_bytes(path) == b"one"
+    assert files.list_names(f"{folder}/deep") == ["file"]
+
+
+def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(folder: str) -> None:
+    path = f"{folder}/file"
+    files.write_bytes(path, b"old")
+    with files.open_input(path) as reader:
+        with files.atomic_writer(path) as file:
+            file.write(b"new and longer")
+            file.flush()
+            assert files.read_bytes(path) == b"old"
+        assert files.read_bytes(path) == b"new and longer"
+        if files.is_remote(path):
+            with pytest.raises(FileNotFoundError):
+                reader.read()
+        else:
+            assert reader.read() == b"old"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_nothing_new(folder: str, error: type[BaseException]) -> None:
+    def write_half(name: str) -> None:
+        with files.atomic_writer(f"{folder}/{name}") as file:
+            file.write(b"half")
+            raise error
+
+    files.write_bytes(f"{folder}/file", b"old")
+    for name in ("file", "other"):
+        with pytest.raises(error):
+            write_half(name)
+    assert files.list_names(folder) == ["file"]
+    assert files.read_bytes(f"{folder}/file") == b"old"
+
+
+# ---- preconditioned writes -------------------------------------------------------------------
+
+
+def test_a_write_that_expects_no_file_makes_one_once(folder: str) -> None:
+    path = f"{folder}/manifest"
+    files.write_if_unchanged(path, b"one", None)
+    with pytest.raises(files.Changed):
+        files.write_if_unchanged(path, b"two", None)
+    assert files.read_bytes(path) == b"one"
+
+
+def test_a_write_replaces_only_what_it_was_made_for(folder: str) -> None:
+    path = f"{folder}/manifest"
+    files.write_bytes(path, b"one")
+    files.write_if_unchanged(path, b"two", b"one")
+    with pytest.raises(files.Changed):
+        files.write_if_unchanged(path, b"three", b"one")
+    assert files.read_bytes(path) == b"two"
+    files.delete(path)
+    with pytest.raises(files.Changed):
+        files.write_if_unchanged(path, b"three", b"two")
+    assert files.list_names(folder) == []
+
+
+def test_an_empty_file_is_not_the_same_as_no_file(folder: str) -> None:
+    path = f"{folder}/manifest"
+    with pytest.raises(files.Changed):
+        files.write_if_unchanged(path, b"one", b"")
+    files.write_bytes(path, b"")
+    with pytest.raises(files.Changed):
+        files.write_if_unchanged(path, b"one", None)
+    assert files.read_bytes(path) == b""
+
+
+def test_no_write_is_lost_when_processes_race(folder: str) -> None:
+    path, times = f"{folder}/counter", 100 if folder[0] == "/" else 20
+    files.write_bytes(path, b"0")
+    writers = [start(COUNT, path, times) for _ in range(3)]
+    assert [writer.wait(120) for writer in writers] == [0, 0, 0]
+    for writer in writers:
+        writer.stdout.close()
+    assert files.read_bytes(path) == b"%d" % (3 * times)
+
+
+# ---- locks -----------------------------------------------------------------------------------
+
+
+def test_a_lock_excludes_another_process(folder: str, holder: subprocess.Popen) -> None:
+    with pytest.raises(BlockingIOError), files.lock(f"{folder}/night"):
+        pytest.fail("two processes held one lock")
+    with files.lock(f"{folder}/other night"):
+        assert holder.poll() is None  # it held its lock all the while
+
+
+def test_a_lock_is_free_once_its_process_is_killed(folder: str, holder: subprocess.Popen) -> None:
+    assert killed(holder) == -signal.SIGKILL
+    with files.lock(f"{folder}/night"):
+        assert files.list_names(f"{folder}/night") == []  # nothing that one would have to delete
+
+
+def test_who_waits_gets_the_lock_when_its_holder_dies(
+    folder: str, holder: subprocess.Popen
+) -> None:
+    waiter = start(HOLD.replace("sys.argv[1]", "sys.argv[1], wait=True"), f"{folder}/night")
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiter.wait(3)
+    killed(holder)
+    assert waiter.stdout.readline() == "held\n"
+    killed(waiter)
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_a_lock_ends_with_its_block(folder: str, error: type[Exception] | None) -> None:
+    try:
+        with files.lock(folder):
+            with pytest.raises(BlockingIOError), files.lock(folder):
+                pass
+            if error:
+                raise error
+    except ValueError:
+        assert error
+    with files.lock(folder):
+        assert files.list_names(folder) == []
+
+
+# ---- listing ---------------------------------------------------------------------------------
+
+
+def test_glob_lists_data_files_by_path_and_leaves_out_marks(folder: str) -> None:
+    names = ["b.parquet", "a.parquet", "_SUCCESS", "_b.parquet", ".a.parquet.crc", ".x.parquet"]
+    for name in [*names, "sub/c.parquet", "sub/_d/e.parquet", "sub.parquet/f", "aa.parquets"]:
+        files.write_bytes(f"{folder}/{name}", name.encode())
+
+    def found(pattern: str) -> list[str]:
+        return [f.path.removeprefix(folder + "/") for f in files.glob(f"{folder}/{pattern}")]
+
+    assert found("*.parquet") == ["a.parquet", "b.parquet"]
+    assert found("*") == ["a.parquet", "aa.parquets", "b.parquet"]
+    assert found("[a-b].par?uet") == ["a.parquet", "b.parquet"]
+    assert found("a.parquet") == ["a.parquet"]
+    assert found("_*") == []
+    assert found("*/*.parquet") == ["sub/c.parquet"]
+    assert found("s*/**/*.parquet") == ["sub/c.parquet"]
+    assert found("**/*.parquet") == ["a.parquet", "b.parquet", "sub/c.parquet"]
+    assert found("nothing/*") == []
+    assert [f.size for f in files.glob(f"{folder}/**/[bc].*")] == [9, 13]
+
+
+def test_a_listed_file_is_the_one_that_stat_finds(folder: str) -> None:
+    files.write_bytes(f"{folder}/file", b"data")
+    assert files.glob(f"{folder}/*") == [files.stat(f"{folder}/file")]
+
+
+def test_find_gives_paths_whatever_they_are_called(folder: str) -> None:
+    for name in ("ds=1/_SUCCESS", "ds=2/_SUCCESS", "ds=2/x", "_SUCCESS2"):
+        files.write_bytes(f"{folder}/{name}", b"")
+    assert files.find(f"{folder}/ds=1/_SUCCESS") == [f"{folder}/ds=1/_SUCCESS"]
+    assert files.find(f"{folder}/*/_SUCCESS") == [f"{folder}/ds={n}/_SUCCESS" for n in (1, 2)]
+    assert files.find(f"{folder}/_SUCCESS") == []
+
+
+def test_a_files_version_changes_with_its_bytes(folder: str) -> None:
+    path = f"{folder}/file"
+    files.write_bytes(path, b"one")
+    before = files.stat(path)
+    assert (before.path, before.size) == (path, 3)
+    assert files.stat(path).version == before.version
+    files.write_bytes(path, b"two")
+    assert files.stat(path).version != before.version
+    with pytest.raises(FileNotFoundError):
+        files.stat(f"{folder}/none")
+
+
+def test_names_are_sorted_and_none_where_there_is_no_folder(folder: str) -> None:
+    for name in ("b/c", "_SUCCESS", "a", ".tmp-123-a", "b/d"):
+        files.write_bytes(f"{folder}/{name}", b"")
+    assert files.list_names(folder) == ["_SUCCESS", "a", "b"]
+    assert files.list_names(f"{folder}/none") == []
+    assert files.is_folder(folder)
+    assert files.is_folder(f"{folder}/b")
+    assert not files.is_folder(f"{folder}/a")
+    assert not files.is_folder(f"{folder}/non")
+
+
+# ---- reading ---------------------------------------------------------------------------------
+
+
+def test_bytes_are_read_as_they_were_written(folder: str) -> None:
+    data = os.urandom(50_000) + b"\r\n--x\n\r"
+    files.write_bytes(f"{folder}/file", data)
+    assert files.read_bytes(f"{folder}/file") == data
+    assert files.read_bytes(f"{folder}/file", 100) == data[:100]
+    assert files.read_bytes(f"{folder}/file", len(data) + 1) == data
+    files.write_bytes(f"{folder}/empty", b"")
+    assert files.read_bytes(f"{folder}/empty", 100) == b""
+    with pytest.raises(FileNotFoundError):
+        files.read_bytes(f"{folder}/none")
+
+
+def test_an_input_is_read_here_and_there(folder: str) -> None:
+    data = os.urandom(5_000_000)
+    files.write_bytes(f"{folder}/file", data)
+    with files.open_input(f"{folder}/file") as file:
+        for at, length in ((4_999_990, 10), (10, 20), (100, 3_000_000), (2_000_000, 8)):
+            file.seek(at)
+            assert file.read(length) == data[at : at + length]
+            assert file.tell() == at + length
+        file.seek(0, os.SEEK_END)
+        assert file.tell() == len(data)
+        assert file.read(1) == b""
+    with pytest.raises(FileNotFoundError):
+        files.open_input(f"{folder}/none")
+
+
+def test_arrow_writes_and_reads_its_files(folder: str) -> None:
+    rows = pa.table({"n": range(100_000), "text": [str(n) for n in range(100_000)]})
+    with files.atomic_writer(f"{folder}/rows.parquet") as file:
+        pq.write_table(rows, file, row_group_size=10_000)
+    with files.open_input(f"{folder}/rows.parquet") as data, pq.ParquetFile(data) as file:
+        assert file.read_row_group(3, ["n"])["n"][0].as_py() == 30_000
+        assert file.read() == rows
+    with files.atomic_writer(f"{folder}/a") as out, pa.ipc.new_file(out, rows.schema) as writer:
+        writer.write_table(rows)
+    with files.open_input(f"{folder}/a") as data, pa.ipc.open_file(data) as reader:
+        assert reader.read_all() == rows
+
+
+def test_sha256_is_that_of_the_bytes(folder: str) -> None:
+    files.write_bytes(f"{folder}/file", b"abc")
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert files.sha256(f"{folder}/file") == known
+    data = os.urandom(20_000_000)
+    with files.atomic_writer(f"{folder}/large") as file:
+        for at in range(0, len(data), 1_000_000):
+            file.write(data[at : at + 1_000_000])
+    assert files.sha256(f"{folder}/large") == hashlib.sha256(data).hexdigest()
+
+
+# ---- links, moves, deletions -----------------------------------------------------------------
+
+
+def test_a_link_is_a_second_name_that_outlives_the_first(folder: str) -> None:
+    source, target = f"{folder}/a", f"{folder}/deep/b"
+    files.write_bytes(source, b"data")
+    files.link(source, target)
+    files.link(source, target)  # a run that was killed after it, and resumes
+    files.delete(source)
+    assert files.read_bytes(target) == b"data"
+    assert files.list_names(f"{folder}/deep") == ["b"]
+
+
+def test_a_move_replaces_its_target(folder: str) -> None:
+    source, target = f"{folder}/a", f"{folder}/deep/b"
+    for data in (b"one", b"two"):
+        files.write_bytes(source, data)
+        files.move(source, target)
+        assert not files.exists(source)
+        assert files.read_bytes(target) == data
+
+
+@pytest.mark.parametrize("take", [files.link, files.move])
+def test_what_is_not_there_cannot_be_taken(folder: str, take: Callable[[str, str], None]) -> None:
+    files.write_bytes(f"{folder}/a", b"")
+    with pytest.raises(FileNotFoundError):
+        take(f"{folder}/none", f"{folder}/b")
+    assert files.list_names(folder) == ["a"]
+
+
+def test_deleting_what_is_gone_is_no_error(folder: str) -> None:
+    files.write_bytes(f"{folder}/top/folder/file", b"data")
+    files.write_bytes(f"{folder}/top/folders", b"")
+    for _ in range(2):
+        files.delete(f"{folder}/top/folder/file")
+        assert not files.exists(f"{folder}/top/folder/file")
+        files.delete_tree(f"{folder}/top/folder")
+        assert files.list_names(f"{folder}/top") == ["folders"]
+    files.delete_tree(folder)
+    assert not files.is_folder(folder)

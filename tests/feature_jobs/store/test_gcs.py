@@ -1,0 +1,483 @@
+"""Buckets: transient faults are waited for and told, locks are taken over, one client is made."""
+
+import contextlib
+import gzip
+import json
+import logging
+import multiprocessing
+import os
+import socket
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow.parquet as pq
+import pytest
+from google.auth import credentials
+from google.auth import exceptions as auth_errors
+from google.cloud.storage import Blob
+
+from courier_model.image_files import Rejected, find_image, read_image
+from courier_model.images import Preprocessing
+from feature_jobs.schemas import OperatorError, StorageUnavailable
+from feature_jobs.store import files, gcs, gcs_client
+from tests.support.flaky import CUT, RESET, SILENT, Flaky, flaky_store
+from tests.test_imports import loaded_by
+
+
+@pytest.fixture
+def flaky(bucket: str, gcs_emulator: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
+    """What stands between the client and the store that holds `bucket`; waits are short."""
+    monkeypatch.setattr(files, "FIRST_WAIT_SECONDS", 0.01)
+    with flaky_store(gcs_emulator) as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+        gcs_client.forget_client()
+        yield server
+
+
+def written(path: str) -> None:
+    with files.atomic_writer(path) as file:
+        file.write(b"data")
+
+
+def taken(path: str) -> None:
+    with files.lock(path):
+        pass
+
+
+CALLS: dict[str, Callable[[str], object]] = {
+    "stat": files.stat,
+    "exists": files.exists,
+    "read": files.read_bytes,
+    "read in part": lambda path: files.read_bytes(path, 2),
+    "open": lambda path: files.open_input(path).read(),
+    "digest": files.sha256,
+    "glob": lambda path: files.glob(path + "*"),
+    "names": files.list_names,
+    "write": lambda path: files.write_bytes(path, b"data"),
+    "writer": written,
+    "write if unchanged": lambda path: files.write_if_unchanged(path, b"new", b"data"),
+    "link": lambda path: files.link(path, path + "2"),
+    "move": lambda path: files.move(path, path + "2"),
+    "delete": files.delete,
+    "delete tree": lambda path: files.delete_tree(os.path.dirname(path)),
+    "lock": taken,
+}
+
+
+# ---- transient faults --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("fault", [429, 503, RESET])
+def test_a_passing_fault_is_waited_for(
+    bucket: str, flaky: Flaky, call: str, fault: int | str
+) -> None:
+    path = f"{bucket}/file"
+    files.write_bytes(path, b"data")
+    flaky.faults = [fault, fault, fault]
+    CALLS[call](path)
+    assert flaky.met == 3
+
+
+@pytest.mark.parametrize("fault", [408, 500, 502, 504])
+@pytest.mark.parametrize("call", ["stat", "read", "write", "delete"])
+def test_other_passing_faults_are_waited_for_too(
+    bucket: str, flaky: Flaky, call: str, fault: int
+) -> None:
+    files.write_bytes(f"{bucket}/file", b"data")
+    flaky.faults = [fault]
+    CALLS[call](f"{bucket}/file")
+    assert flaky.met == 1
+
+
+@pytest.mark.parametrize("call", ["read", "open", "digest"])
+def test_bytes_that_were_cut_off_are_read_again(bucket: str, flaky: Flaky, call: str) -> None:
+    data = os.urandom(300_000)
+    files.write_bytes(f"{bucket}/file", data)
+    expected = CALLS[call](f"{bucket}/file")
+    flaky.faults = [CUT, CUT] if call == "read" else [None, CUT, CUT]
+    assert CALLS[call](f"{bucket}/file") == expected
+    assert flaky.met == 2
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_store_that_stays_away_fails_in_one_paragraph(
+    bucket: str, flaky: Flaky, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    files.write_bytes(f"{bucket}/file", b"data")
+    monkeypatch.setattr(files, "RETRY_SECONDS", 0.1)
+    flaky.forever = 503
+    with pytest.raises(StorageUnavailable) as failed:
+        CALLS[call](f"{bucket}/file")
+    message = str(failed.value)
+    assert message.startswith(bucket)
+    assert "HTTP 503" in message
+    assert "\n" not in message
+    assert failed.value.exit_status == 1
+    flaky.forever = None
+    assert files.read_bytes(f"{bucket}/file") == b"data"
+
+
+def test_a_store_that_does_not_answer_is_given_up(
+    bucket: str, flaky: Flaky, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "RETRY_SECONDS", 0.5)
+    monkeypatch.setattr(gcs_client, "TIMEOUT", (0.2, 0.2))
+    flaky.forever = SILENT
+    with pytest.raises(StorageUnavailable, match="timed out"):
+        files.read_bytes(f"{bucket}/file")
+
+
+def test_a_store_that_nobody_listens_at_is_given_up(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(files, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(files, "RETRY_SECONDS", 0.1)
+    gcs_client.forget_client()
+    with pytest.raises(StorageUnavailable, match="refused"):
+        files.stat(f"{bucket}/file")
+
+
+def test_a_fault_amid_a_file_reaches_who_reads_it_through_arrow(
+    bucket: str, flaky: Flaky, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.write_bytes(f"{bucket}/file", b"PAR1" + bytes(4_000_000) + b"PAR1")
+    monkeypatch.setattr(files, "RETRY_SECONDS", 0.1)
+    with files.open_input(f"{bucket}/file") as data:
+        flaky.forever = 503
+        with pytest.raises(StorageUnavailable):
+            pq.ParquetFile(data)
+
+
+def test_a_write_whose_answer_was_lost_counts_once(bucket: str, flaky: Flaky) -> None:
+    """The first try is carried out, its answer cut off; the second finds an object already."""
+    path = f"{bucket}/manifest"
+    flaky.faults = [None, CUT]
+    files.write_if_unchanged(path, b"one", None)
+    assert flaky.met == 1
+    assert files.read_bytes(path) == b"one"
+    with pytest.raises(files.Changed):
+        files.write_if_unchanged(path, b"one", None)
+
+
+# ---- what is no transient fault ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_is_forbidden_is_told_at_once(bucket: str, flaky: Flaky, call: str) -> None:
+    files.write_bytes(f"{bucket}/file", b"data")
+    flaky.forever = 403
+    with pytest.raises(PermissionError) as refused:
+        CALLS[call](f"{bucket}/file")
+    assert str(refused.value.filename).startswith(bucket)
+
+
+@pytest.mark.parametrize("call", ["read", "stat", "open", "digest"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "gs://shop/none", "gs://shop", "gs://no-such-bucket/file", "gs://_no_name/file",
+        "gs://My Bucket/file", "gs://a/file", f"gs://{223 * 'b'}/file",
+        f"gs://shop/{513 * 'é'}", "gs://shop/a\nb",
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_missing(bucket: str, call: str, path: str) -> None:
+    with pytest.raises(FileNotFoundError) as missing:
+        CALLS[call](path)
+    assert missing.value.filename == path
+
+
+@pytest.mark.parametrize("call", ["names", "glob", "write", "writer", "delete tree", "lock"])
+def test_a_missing_bucket_is_named(bucket: str, call: str) -> None:
+    with pytest.raises(OperatorError, match="no bucket gs://no-such-bucket,"):
+        CALLS[call]("gs://no-such-bucket/folder/file")
+
+
+@pytest.mark.parametrize("call", ["write", "writer"])
+def test_a_bucket_that_cannot_be_is_the_operators_to_correct(bucket: str, call: str) -> None:
+    with pytest.raises(OperatorError, match=r"no bucket gs://My Bucket,"):
+        CALLS[call]("gs://My Bucket/file")
+
+
+def test_what_the_store_refuses_is_told_in_its_words(bucket: str, flaky: Flaky) -> None:
+    flaky.forever = 400
+    with pytest.raises(OperatorError, match=r"The store refuses what was asked of gs://.*: 400"):
+        files.read_bytes(f"{bucket}/file")
+
+
+class Expired(credentials.Credentials):
+    """Refreshed without complaint, and to no avail."""
+
+    def refresh(self, request: object) -> None:
+        self.token = "expired"
+
+
+@pytest.mark.parametrize("given", [credentials.AnonymousCredentials, Expired])
+@pytest.mark.parametrize("call", CALLS)
+def test_credentials_that_are_not_accepted_are_told(
+    bucket: str, flaky: Flaky, monkeypatch: pytest.MonkeyPatch, call: str,
+    given: Callable[[], credentials.Credentials],
+) -> None:  # fmt: skip
+    files.write_bytes(f"{bucket}/file", b"data")
+    monkeypatch.setattr(gcs_client.client()._http, "credentials", given())
+    flaky.forever = 401
+    with pytest.raises(OperatorError, match="Google's application default credentials"):
+        CALLS[call](f"{bucket}/file")
+
+
+def test_credentials_that_are_not_accepted_reject_no_image(
+    bucket: str, flaky: Flaky, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.write_bytes(f"{bucket}/file", b"data")
+    monkeypatch.setattr(gcs_client.client()._http, "credentials", Expired())
+    flaky.forever = 401
+    with pytest.raises(OperatorError, match=r"but HTTP 401\. Run `gcloud auth"):
+        find_image(f"{bucket}/file", [bucket])
+
+
+@pytest.mark.parametrize("uri", ["gs://My Bucket/a.png", "gs://no-such-bucket/a.png", "gs://x"])
+def test_an_image_in_no_bucket_is_a_reject(bucket: str, uri: str) -> None:
+    size = Preprocessing(32, 32, "bilinear", (0.0,) * 3, (1.0,) * 3)
+    for found in (find_image(uri, [bucket]), read_image(uri, [bucket], size)):
+        assert isinstance(found, Rejected)
+        assert found.reason == "missing"
+
+
+def test_missing_credentials_are_told_in_one_paragraph(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_none(*_: object, **__: object) -> None:
+        raise auth_errors.DefaultCredentialsError("Your default credentials were not found.\nx")
+
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST")
+    monkeypatch.setattr("google.auth.default", find_none)
+    gcs_client.forget_client()
+    with pytest.raises(OperatorError, match="gcloud auth application-default login") as refused:
+        files.stat(f"{bucket}/file")
+    assert "\n" not in str(refused.value)
+
+
+# ---- the client ------------------------------------------------------------------------------
+
+
+def test_threads_share_one_client_and_keep_their_connections(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = []
+    make = gcs_client._make_client
+    monkeypatch.setattr(gcs_client, "_make_client", lambda: made.append(time.sleep(0.1)) or make())
+    files.write_bytes(f"{bucket}/file", b"data")
+    gcs_client.forget_client()
+    made.clear()
+    with caplog.at_level(logging.WARNING), ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(files.read_bytes, [f"{bucket}/file"] * 200))
+    assert found == [b"data"] * 200
+    assert len(made) == 1
+    assert "pool is full" not in caplog.text
+
+
+def test_calls_wait_for_a_connection(
+    bucket: str, flaky: Flaky, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And errors give theirs back, those that are tried again included."""
+    monkeypatch.setattr(gcs_client, "IN_FLIGHT", 2)
+    gcs_client.forget_client()
+    files.write_bytes(f"{bucket}/file", b"data")
+    flaky.faults = [503] * 10
+    paths = [f"{bucket}/{name}" for name in ("file", "none") * 20]
+    with caplog.at_level(logging.WARNING), ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(files.exists, paths)) == [True, False] * 20
+        for number in (401, 403, 404, 416, 503):
+            flaky.faults = [number] * 3
+            for _ in range(3):
+                with contextlib.suppress(OSError, OperatorError):
+                    files.read_bytes(f"{bucket}/file")
+    assert files.read_bytes(f"{bucket}/file") == b"data"
+    assert "pool is full" not in caplog.text
+
+
+def read_in_child(path: str, before: int) -> bytes:
+    assert id(gcs_client.client()) != before
+    return files.read_bytes(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_makes_its_own_client(bucket: str) -> None:
+    files.write_bytes(f"{bucket}/file", b"data")
+    mine = gcs_client.client()
+    with gcs_client._making, multiprocessing.get_context("fork").Pool(2) as pool:
+        # Held by this process: a child that had inherited it would wait for ever.
+        found = pool.starmap_async(read_in_child, [(f"{bucket}/file", id(mine))] * 4)
+        assert found.get(60) == [b"data"] * 4
+    assert gcs_client.client() is mine
+
+
+def test_googles_client_is_loaded_when_a_bucket_is_first_used() -> None:
+    source = (
+        "import sys\n"
+        "from feature_jobs import inputs\n"
+        "from feature_jobs.store import files, tables\n"
+        "files.stat(sys.executable)\n"
+        "assert not {'google.cloud.storage', 'google.api_core', 'google.auth'} & set(sys.modules)"
+    )
+    assert "pyarrow" in loaded_by(source)
+
+
+# ---- locks -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder whose lock a process on another machine holds."""
+    with monkeypatch.context() as there:
+        there.setattr(gcs, "_machine", lambda: "another machine")
+        assert gcs._Lease(f"{bucket}/night/.tmp-lock").take()
+    return f"{bucket}/night"
+
+
+def test_a_lock_of_another_machine_is_taken_over_when_it_was_not_renewed(
+    elsewhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BlockingIOError), files.lock(elsewhere):
+        pytest.fail("it was renewed just now")
+    monkeypatch.setattr(gcs, "LOCK_FREE_SECONDS", 0.2)
+    time.sleep(0.3)
+    with files.lock(elsewhere):
+        assert files.list_names(elsewhere) == []
+        with pytest.raises(BlockingIOError), files.lock(elsewhere):
+            pytest.fail("it was taken over by now")
+
+
+def test_only_one_of_many_takes_a_lock_over(
+    elsewhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gcs, "LOCK_FREE_SECONDS", 0.2)
+    time.sleep(0.3)
+    found = gcs._current(f"{elsewhere}/.tmp-lock")
+    monkeypatch.setattr(gcs, "_current", lambda _: found)  # all have seen it before any took it
+    monkeypatch.setattr(gcs, "_stamp", lambda blob: "x 0 y" if blob is found else "")
+    with ThreadPoolExecutor(8) as pool:
+        leases = [gcs._Lease(f"{elsewhere}/.tmp-lock") for _ in range(8)]
+        assert sum(pool.map(lambda lease: lease.take(), leases)) == 1
+
+
+def test_a_lock_is_renewed_as_long_as_it_is_held(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gcs, "LOCK_RENEW_SECONDS", 0.05)
+    with files.lock(bucket):
+        before = gcs._current(f"{bucket}/.tmp-lock")
+        time.sleep(0.5)
+        after = gcs._current(f"{bucket}/.tmp-lock")
+        assert after.generation != before.generation
+        assert after.updated > before.updated
+    assert gcs._current(f"{bucket}/.tmp-lock") is None
+
+
+def test_who_lost_a_lock_says_so_and_leaves_it_to_the_other(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gcs, "LOCK_RENEW_SECONDS", 0.2)
+    with files.lock(bucket):
+        files.write_bytes(f"{bucket}/.tmp-lock", b"mine now")
+        time.sleep(0.5)
+    assert "took over" in caplog.text
+    assert files.read_bytes(f"{bucket}/.tmp-lock") == b"mine now"
+    with pytest.raises(BlockingIOError), files.lock(bucket):
+        pytest.fail("it was written just now, by nobody knows whom")
+
+
+@pytest.mark.parametrize("error", [StorageUnavailable("x"), PermissionError("x"), ValueError("x")])
+def test_a_lock_that_could_not_be_renewed_once_is_renewed_again(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    monkeypatch.setattr(gcs, "LOCK_RENEW_SECONDS", 0.05)
+    put, tried = gcs._put, []
+
+    def fail_at_first(*args: object) -> object:
+        tried.append(args)
+        if len(tried) < 4:
+            raise error
+        return put(*args)
+
+    with files.lock(bucket):
+        before = gcs._current(f"{bucket}/.tmp-lock").generation
+        monkeypatch.setattr(gcs, "_put", fail_at_first)
+        deadline = time.monotonic() + 20
+        while gcs._current(f"{bucket}/.tmp-lock").generation == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert caplog.text.count("could not be renewed: x") == 3
+    assert gcs._current(f"{bucket}/.tmp-lock") is None
+
+
+# ---- compressed objects ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def says_gzip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects say that they are compressed, as the emulator's cannot."""
+    monkeypatch.setattr(Blob, "content_encoding", "gzip")
+
+
+@pytest.mark.parametrize(
+    ("stored", "data"),
+    [
+        (gzip.compress(b"one" * 10_000, mtime=0), b"one" * 10_000),
+        (gzip.compress(b"one", mtime=0) + gzip.compress(b"two", mtime=0) + bytes(8), b"onetwo"),
+        (b"no gzip", b"no gzip"),
+        (b"", b""),
+    ],
+)
+@pytest.mark.usefixtures("says_gzip")
+def test_what_says_that_it_is_gzip_is_decompressed(bucket: str, stored: bytes, data: bytes) -> None:
+    files.write_bytes(f"{bucket}/file", stored)
+    assert files.read_bytes(f"{bucket}/file") == data
+    assert files.read_bytes(f"{bucket}/file", 1000) == data[:1000]
+
+
+def test_a_gzip_bomb_is_decompressed_no_further_than_asked(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is told to answer as it does of such an object."""
+    path, bomb = f"{bucket}/file", gzip.compress(bytes(100_000_000))
+    files.write_bytes(path, bomb)
+    session = gcs_client.client()._http
+    session.hooks["response"].append(
+        lambda response, **_: (
+            response.headers.update({"Content-Encoding": "gzip"})
+            or response.raw.headers.update({"Content-Encoding": "gzip"})
+        )
+    )
+    tracemalloc.start()
+    data = files.read_bytes(path, 1_000_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert data == bytes(1_000_000)
+    assert peak < 8_000_000
+
+
+# ---- deletion --------------------------------------------------------------------------------
+
+
+def test_marks_go_before_what_they_stand_for(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["part-0.parquet", "receipts/part-0.json", "_staged.json", "_SUCCESS", "x/chunk.arrow"]
+    for name in names:
+        files.write_bytes(f"{bucket}/{name}", json.dumps(name).encode())
+    gone, lock, delete = [], threading.Lock(), gcs.delete
+
+    def note(path: str) -> None:
+        with lock:
+            gone.append(path.removeprefix(bucket + "/"))
+        delete(path)
+
+    monkeypatch.setattr(gcs, "delete", note)
+    files.delete_tree(bucket)
+    assert set(gone[:3]) == {"receipts/part-0.json", "_staged.json", "_SUCCESS"}
+    assert set(gone) == set(names)

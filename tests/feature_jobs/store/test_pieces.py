@@ -1,0 +1,117 @@
+"""Rows that travel as pieces of files arrive whole, each at its key."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from feature_jobs.store.pieces import Piece, read_all, read_pieces, write_pieces
+
+NOTHING = pa.table({"row": pa.array([], pa.int64()), "name": pa.array([], pa.string())})
+
+
+def numbered(count: int) -> pa.Table:
+    return pa.table({"row": np.arange(count), "name": [f"n{i}" for i in range(count)]})
+
+
+def written(path: Path, rows: pa.Table, keys: list[int]) -> dict[int, Piece]:
+    found = list(write_pieces(str(path), rows, np.array(keys, np.int64)))
+    assert len(dict(found)) == len(found)  # one piece for each key
+    return dict(found)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.lists(st.integers(0, 6), max_size=40))
+def test_every_row_arrives_at_its_key_in_the_order_in_which_it_left(
+    tmp_path: Path, keys: list[int]
+) -> None:
+    rows = numbered(len(keys))
+    pieces = written(tmp_path / "rows", rows, keys)
+    assert list(pieces) == sorted(set(keys))
+    for key, piece in pieces.items():
+        expected = [row for row, its in enumerate(keys) if its == key]
+        found = read_pieces([piece], NOTHING)
+        assert found["row"].to_pylist() == expected
+        assert found["name"].to_pylist() == [f"n{row}" for row in expected]
+
+
+def test_the_pieces_of_a_key_from_several_files_are_put_together(tmp_path: Path) -> None:
+    rows, pieces = numbered(12), []
+    for number, keys in enumerate(([0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0])):
+        part = rows.slice(4 * number, 4)
+        found = written(tmp_path / f"{number}", part, keys)
+        pieces += [piece for key, piece in found.items() if key == 1]
+    assert len(pieces) == 2
+    expected = [1, 3, 4, 5, 6, 7]
+    for order in (pieces, pieces[::-1]):
+        assert sorted(read_pieces(order, NOTHING)["row"].to_pylist()) == expected
+
+
+def test_several_pieces_of_one_file_are_read_together(tmp_path: Path) -> None:
+    pieces = written(tmp_path / "rows", numbered(9), [2, 0, 1] * 3)
+    found = read_pieces([pieces[2], pieces[0]], NOTHING)
+    assert sorted(found["row"].to_pylist()) == [0, 1, 3, 4, 6, 7]
+    assert read_pieces(pieces.values(), NOTHING).sort_by("row").equals(numbered(9))
+
+
+def test_no_rows_make_no_file_and_no_piece(tmp_path: Path) -> None:
+    assert written(tmp_path / "rows", numbered(0), []) == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_no_piece_came_there_is_what_was_asked_for_instead() -> None:
+    assert read_pieces([], NOTHING) is NOTHING
+
+
+def test_a_slice_is_written_without_the_rest_of_its_table(tmp_path: Path) -> None:
+    rows = pa.table({"row": np.arange(1000), "bytes": [bytes(1000)] * 1000})
+    part = rows.slice(500, 10)
+    (piece,) = written(tmp_path / "part", part, [3] * 10).values()
+    assert read_pieces([piece], rows).equals(part)
+    assert os.path.getsize(piece.path) < 20_000
+
+
+@pytest.mark.parametrize("keys", [[0] * 6, [3, 1, 2, 3, 1, 2]])
+def test_all_rows_of_a_file_can_be_read_at_once(tmp_path: Path, keys: list[int]) -> None:
+    pieces = written(tmp_path / "rows", numbered(6), keys)
+    (path,) = {piece.path for piece in pieces.values()}
+    assert read_all(path).sort_by("row").equals(numbered(6))
+
+
+def test_what_a_piece_stands_for_stays_when_other_rows_are_written_in_its_place(
+    tmp_path: Path,
+) -> None:
+    first = written(tmp_path / "rows", numbered(4), [0, 0, 1, 1])
+    assert written(tmp_path / "rows", numbered(4), [0, 0, 1, 1]) == first  # a worker tries again
+    written(tmp_path / "rows", numbered(2), [1, 0])
+    assert read_pieces([first[1]], NOTHING)["row"].to_pylist() == [2, 3]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_shard_without_rows_stands_in_the_way_of_no_piece(tmp_path: Path) -> None:
+    pieces = written(tmp_path / "rows", numbered(2), [0, 0])
+    assert read_pieces([b"", pieces[0], b""], NOTHING).equals(numbered(2))
+    assert read_pieces([b""], NOTHING) is NOTHING
+
+
+def test_columns_keep_their_types_nulls_and_lists(tmp_path: Path) -> None:
+    time = pa.timestamp("us", tz="UTC")
+    rows = pa.table(
+        {
+            "list": pa.array([[1.0, 2.0], None, []], pa.list_(pa.float32())),
+            "time": pa.array([None, 5, 6], pa.int64()).cast(time),
+            "text": pa.chunked_array([["a"], [None, "c"]], pa.string()),
+        }
+    )
+    pieces = written(tmp_path / "rows", rows, [1, 0, 1])
+    assert read_pieces([pieces[1]], rows).equals(rows.take([0, 2]).combine_chunks())
+    assert read_pieces([pieces[0]], rows).to_pylist() == rows.slice(1, 1).to_pylist()

@@ -1,0 +1,289 @@
+"""`courier train` on the tiny world: an encoder that D may use comes out, also after a stop.
+
+And how far it is shows meanwhile.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from courier_model.training.progress import Progress
+from courier_model.training.train import Training
+from feature_jobs.store import files
+from feature_jobs.store.tables import read_encoder_info
+from pipelines.running import progress
+from pipelines.running.progress import StepBar
+from tests.support.commands import Capture, courier, paragraph
+from tests.support.training_shop import OPTIONS, D, copied, copied_until_d, rows_of, train
+from tests.support.world import (
+    DAYS,
+    SCOPE,
+    World,
+    catalogue_items,
+    draw_impressions,
+    make_codebook,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def trained(
+    prepared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[World, str, dict[str, Any]]:
+    """A shop after `courier train`, what that printed, and the one pin in it. It stays."""
+    world = copied_until_d(prepared, tmp_path_factory.mktemp("trained"))
+    with pytest.MonkeyPatch.context() as patch:
+        printed: list[str] = []
+        patch.setattr("click.echo", lambda text, err=False: None if err else printed.append(text))
+        assert train(world) == 0
+    (text,) = printed
+    (pin,) = tomllib.loads(text)["pins"]
+    return world, text, pin
+
+
+def encoder_id(world: World) -> str:
+    (path,) = (world.folder / "encoders").iterdir()
+    return path.name
+
+
+def run_folder(world: World) -> Path:
+    (path,) = (world.folder / "training").iterdir()
+    return path
+
+
+# ---- What comes out --------------------------------------------------------------------------
+
+
+def test_it_prints_a_pin_that_holds_from_the_day_it_was_trained_until(
+    trained: tuple[World, str, dict[str, Any]],
+) -> None:
+    world, text, pin = trained
+    assert tomllib.loads(text) == {"pins": [pin]}
+    assert pin == {"from_ds": str(D), "encoder": f"encoders/{encoder_id(world)}"}
+    assert encoder_id(world).startswith("tiny-")
+    comment, *_ = text.splitlines()
+    assert comment.startswith("# courier, shufflenet_v2_x0_5, trained on ds 2026-03-01 to ")
+    assert "held-out AUC 0." in comment
+
+
+def test_the_encoder_tells_its_scope_and_its_days(
+    trained: tuple[World, str, dict[str, Any]],
+) -> None:
+    world, _, pin = trained
+    info = read_encoder_info(str(world.folder / pin["encoder"]))
+    assert info.categories == SCOPE
+    assert (info.data_start_ds, info.data_end_ds) == (str(DAYS[0]), str(DAYS[2]))
+    assert info.weights == "random, trained for courier"
+    assert info.preprocessing["input_size"] == 32
+
+
+def test_beside_the_encoder_lies_how_it_was_made_and_what_it_was_found_to_be_worth(
+    trained: tuple[World, str, dict[str, Any]],
+) -> None:
+    world, text, pin = trained
+    found = json.loads((world.folder / pin["encoder"] / "train.json").read_text())
+    assert found["settings"]["backbone"] == "shufflenet_v2_x0_5"
+    assert found["settings"]["batch_rows"] == 16
+    assert found["settings"]["learning_rate"] == 3e-4  # of the preset
+    data = found["data"]
+    assert (data["start_ds"], data["end_ds"]) == (str(DAYS[0]), str(DAYS[2]))
+    assert data["held_out_from_ds"] == str(DAYS[2])
+    assert list(data["training_rows"]) == [str(day) for day in DAYS[:3]]
+    assert len(data["fingerprint"]) >= 32
+    assert data["catalogues"]
+    assert found["git_revision"] is None or len(found["git_revision"]) >= 40
+    assert (found["precision"], found["processes"]) == ("fp32", 1)
+    assert found["device"].startswith("cpu")
+    assert "torch" in found["versions"]
+    steps, counts = found["steps"], found["counts"]
+    assert steps % 4 == 0
+    assert counts["rows"] == 16 * steps
+    assert counts["images"] > 0
+    assert counts["bad_images"] > 0
+    assert found["seconds"] > 0
+    measured = [m["step"] for m in found["measures"]]
+    assert measured[:2] == [None, 0]
+    assert measured[-1] == steps >= 8
+    trained_ones = found["measures"][2:]
+    assert found["best"] == max(trained_ones, key=lambda m: m["auc"])
+    assert f"AUC {found['best']['auc']:.4f} at step {found['best']['step']}" in text
+
+
+def test_a_night_of_that_day_takes_the_encoder_and_one_of_an_earlier_day_refuses_it(
+    trained: tuple[World, str, dict[str, Any]], tmp_path: Path, capsys: Capture
+) -> None:
+    world, text, pin = trained
+    world = copied(world.folder, tmp_path)
+    encoder = str(world.folder / pin["encoder"])
+    codebook = make_codebook(tmp_path / "codebooks", encoder)
+    world.pins = [text + f'\ncodebook = "{codebook}"\n']
+    assert courier(world, "refresh", "--ds", str(D)) == 0
+    assert set(world.table("user_simscores", D)["encoder_id"].to_pylist()) == {encoder_id(world)}
+    capsys.readouterr()
+    world.pins = []
+    world.pin(DAYS[0], encoder, codebook)
+    for day in DAYS[1:3]:
+        assert courier(world, "refresh", "--ds", str(day)) == 2
+        told = paragraph(capsys)
+        assert f"made from data up to ds {DAYS[2]}" in told
+        assert "know their own future" in told
+
+
+def test_no_row_of_the_day_or_later_counts(
+    trained: tuple[World, str, dict[str, Any]], prepared: Path, tmp_path: Path
+) -> None:
+    """Rows of D are there, and D's log and catalogue are others."""
+    world = copied(prepared, tmp_path)
+    assert (rows_of(world, D) / "_manifest.json").exists()
+    world.write_impressions(D, draw_impressions(D, seed=99))
+    world.write_catalogue(D, catalogue_items(D)[3:])
+    assert train(world) == 0
+    assert encoder_id(world) == encoder_id(trained[0])
+
+
+def test_an_earlier_day_less_makes_another_encoder(
+    trained: tuple[World, str, dict[str, Any]], prepared: Path, tmp_path: Path
+) -> None:
+    """So the test above can fail."""
+    shop = copied_until_d(prepared, tmp_path)
+    assert train(shop, "--start-ds", str(DAYS[1])) == 0
+    assert encoder_id(shop) != encoder_id(trained[0])
+
+
+# ---- Again, and stopped ----------------------------------------------------------------------
+
+
+def test_the_same_command_again_trains_nothing_and_prints_the_same(
+    trained: tuple[World, str, dict[str, Any]], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, text, pin = trained
+    monkeypatch.setattr(Training, "_train_on", None)
+    before = (world.folder / pin["encoder"] / "train.json").read_bytes()
+    assert train(world) == 0
+    assert capsys.readouterr().out.rstrip("\n") == text
+    assert (world.folder / pin["encoder"] / "train.json").read_bytes() == before
+
+
+def test_other_settings_under_the_same_name_exit_2(
+    trained: tuple[World, str, dict[str, Any]], capsys: Capture
+) -> None:
+    world, _, pin = trained
+    assert train(world, "--learning-rate", "0.5") == 2
+    told = paragraph(capsys)
+    assert "learning_rate 0.0003, now 0.5" in told
+    assert "--name" in told
+    assert train(world, "--start-ds", str(DAYS[1])) == 2
+    assert "other training rows" in paragraph(capsys)
+    assert encoder_id(world) == os.path.basename(pin["encoder"])
+
+
+def test_terminated_it_saves_exits_143_and_the_same_command_ends_as_if_it_had_not(
+    trained: tuple[World, str, dict[str, Any]], prepared: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    shop = copied_until_d(prepared, tmp_path)
+    shop.settings()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "train", "--config", str(shop.config), *OPTIONS],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(shop.folder.glob("training/*/tensorboard")):  # it is about to take its steps
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert out == ""
+    assert "Traceback" not in errors
+    assert "Interrupted; the same command resumes" in errors
+    assert "the same command resumes" in errors
+    (saved,) = (run_folder(shop) / "checkpoints").glob("step-*.pt")
+    assert not (shop.folder / "encoders").exists()
+    capsys.readouterr()
+    assert train(shop) == 0
+    assert f"going on from step {int(saved.name.split('-')[1])} of" in capsys.readouterr().err
+    assert encoder_id(shop) == encoder_id(trained[0])
+
+
+def test_two_processes_do_not_train_in_one_folder(
+    trained: tuple[World, str, dict[str, Any]], capsys: Capture
+) -> None:
+    world = trained[0]
+    with files.lock(str(run_folder(world))):
+        assert train(world) == 1
+    told = paragraph(capsys)
+    assert f"Another process is training in {run_folder(world)}" in told
+    assert train(world) == 0  # the lock goes with its holder
+
+
+# ---- Progress --------------------------------------------------------------------------------
+
+
+def shown(capsys: Capture, live: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], str]:
+    """What a bar told line by line over four steps, and what went to the terminal."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: live)
+    for pause in ("_TERMINAL_SECONDS", "_LOG_SECONDS"):
+        monkeypatch.setattr(progress, pause, 0.0)
+    lines: list[str] = []
+    bar = StepBar(lines.append)
+    for step in (1, 2, 3, 4):
+        bar.show(Progress(step, 4, 1.25, 1234.5, (4 - step) * 2.0))
+        if step == 2:
+            bar.say("held out")
+    return lines, capsys.readouterr().err
+
+
+LINES = [
+    "train [######..................] step 1/4, loss 1.2500, 1,234 images/s, 6 s left",
+    "train [############............] step 2/4, loss 1.2500, 1,234 images/s, 4 s left",
+    "train [##################......] step 3/4, loss 1.2500, 1,234 images/s, 2 s left",
+    "train [########################] step 4/4, loss 1.2500, 1,234 images/s, 0 s left",
+]
+
+
+def test_elsewhere_progress_is_lines(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, terminal = shown(capsys, False, monkeypatch)
+    assert lines == [*LINES[:2], "held out", *LINES[2:]]
+    assert terminal == ""
+
+
+def test_on_a_terminal_progress_is_a_bar_in_place(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, terminal = shown(capsys, True, monkeypatch)
+    clear = "\r\033[K"
+    assert terminal == "".join(clear + line for line in LINES[:3])
+    assert lines == [f"{clear}held out", clear + LINES[3]]  # these end a line
+
+
+def test_progress_is_told_now_and_then_and_at_the_end(capsys: Capture) -> None:
+    lines: list[str] = []
+    bar = StepBar(lines.append)
+    for step in range(1, 101):
+        bar.show(Progress(step, 100, math.pi, 9.0, 1.0))
+    assert len(lines) == 1
+    assert "step 100/100" in lines[0]
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_all_but_the_first_process_are_silent(
+    live: bool, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: live)
+    monkeypatch.setattr(progress, "_TERMINAL_SECONDS", 0.0)
+    bar = StepBar(None)
+    bar.say("held out")
+    bar.show(Progress(4, 4, 1.0, 1.0, 0.0))
+    assert capsys.readouterr() == ("", "")

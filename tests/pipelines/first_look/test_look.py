@@ -1,0 +1,298 @@
+"""`courier init` finds in columns, rows and images what the night would refuse."""
+
+import datetime as dt
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from feature_jobs.schemas import OperatorError
+from pipelines import config
+from pipelines.first_look import look
+from tests.support.first_look import (
+    DAYS,
+    ITEMS,
+    UTC,
+    Shop,
+    catalogue,
+    draw,
+    impressions,
+    noted,
+    only_problem,
+    problems,
+    write,
+)
+
+# ---- Columns -------------------------------------------------------------------------------
+
+
+def test_columns_of_other_names_are_guessed_noted_and_written(shop: Shop) -> None:
+    shop.catalogue = {
+        "IID": shop.catalogue["item_id"],
+        "img_url": shop.catalogue["image_uri"],
+        "cate_id": pa.array([7] * ITEMS),  # fits no category, so that the next name is taken
+        "category_name": shop.catalogue["category"],
+        "Item_Name": pa.array([f"a thing, number {i}" for i in range(ITEMS)]),
+    }
+    shop.write()
+    for ds in DAYS:
+        columns = impressions(ds)
+        renamed = dict(zip(("uid", "nid", "ts", "is_click"), columns.values(), strict=True))
+        write(shop.folder / f"impressions/dt={ds}/part-0.parquet", renamed)
+    first = shop.look()
+    assert problems(first) == []
+    assert noted(first, "item_id is taken from 'IID'", "category is taken from 'category_name'")
+    settings = shop.settings(first)
+    assert settings.catalogue.columns == config.CatalogueColumns(
+        item_id="IID", image_uri="img_url", category="category_name", title="Item_Name"
+    )
+    assert settings.impressions.columns == config.ImpressionColumns(
+        user_id="uid", item_id="nid", event_time="ts", clicked="is_click"
+    )
+
+
+def test_a_missing_column_is_a_problem_that_names_those_that_are_there(shop: Shop) -> None:
+    shop.impressions = {"clicked": None, "purchased": pa.array([False] * 120)}
+    found = only_problem(shop.write().look())
+    assert "lacks the column 'clicked'" in found
+    assert "user_id, item_id, event_time, purchased" in found
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "values"),
+    [
+        ("catalogue", "item_id", [float(i) for i in range(ITEMS)]),
+        ("catalogue", "category", [1] * ITEMS),
+        ("impressions", "user_id", [0.5] * 120),
+        ("impressions", "event_time", [1767780000] * 120),
+        ("impressions", "clicked", ["yes"] * 120),
+        ("impressions", "history", ["1 2 3"] * 120),
+    ],
+)
+def test_a_wrong_type_is_a_problem(shop: Shop, table: str, column: str, values: list[Any]) -> None:
+    getattr(shop, table)[column] = pa.array(values)
+    found = only_problem(shop.write().look())
+    assert f"column '{column}' of the {table} table has type" in found
+    assert "Cast it" in found
+
+
+def test_several_faults_are_told_at_once(shop: Shop) -> None:
+    shop.catalogue["category"] = pa.array([1] * ITEMS)
+    shop.impressions = {"user_id": pa.array([0.5] * 120), "clicked": None, "zone": None}
+    found = problems(shop.write().look())
+    for words in ("'category' of the", "'user_id' of the", "lacks the column 'clicked'"):
+        assert any(words in text for text in found), words
+    assert any("without a time zone" in text for text in found)
+    assert len(found) == 4
+
+
+def test_a_history_of_other_ids_is_a_problem(shop: Shop) -> None:
+    shop.impressions = {"history": pa.array([["a", "b"]] * 120)}
+    assert "string inside the lists of 'history'" in only_problem(shop.write().look())
+
+
+def test_ids_of_two_types_are_a_problem_that_names_the_cast(shop: Shop) -> None:
+    shop.catalogue["item_id"] = shop.catalogue["item_id"].cast(pa.string())
+    found = only_problem(shop.write().look())
+    assert "item_id is string in the catalogue" in found
+    assert "int64 in the impressions" in found
+    assert "CAST(item_id AS BIGINT)" in found
+
+
+def test_ids_of_two_types_in_one_partition_are_a_problem(shop: Shop) -> None:
+    shop.write()
+    columns = impressions(DAYS[-1])
+    write(
+        shop.folder / f"impressions/dt={DAYS[-1]}/part-1.parquet",
+        columns | {"user_id": columns["user_id"].cast(pa.string())},
+    )
+    found = only_problem(shop.look())
+    assert "'user_id' of the impressions table is int64 in" in found
+    assert "but string in" in found
+
+
+def test_times_without_a_zone_need_an_input_timezone(shop: Shop) -> None:
+    shop.impressions = {"zone": None}
+    found = only_problem(shop.write().look())
+    assert "'event_time' of the impressions table holds times without a time zone" in found
+    assert "Set input_timezone" in found
+
+
+def test_an_optional_column_is_guessed_too(shop: Shop) -> None:
+    shop.impressions = {"click_ts": pa.array([None] * 120, UTC)}
+    first = shop.write().look()
+    assert problems(first) == []
+    assert not noted(first, "no click_time")
+    assert shop.settings(first).impressions.columns.click_time == "click_ts"
+
+
+def test_without_a_click_time_the_date_of_clicks_is_noted(shop: Shop) -> None:
+    assert noted(shop.write().look(), "no click_time", "event_time + click_delay_seconds")
+
+
+# ---- Rows ----------------------------------------------------------------------------------
+
+
+def test_items_that_come_twice_are_a_problem(shop: Shop) -> None:
+    shop.catalogue["item_id"] = pa.array([0, 0, *range(2, ITEMS)])
+    found = problems(shop.write().look())
+    assert any("holds 1 items twice or more, for example item_id 0" in text for text in found)
+
+
+def test_a_large_catalogue_is_not_read_as_a_whole(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(look, "_CATALOGUE_ROWS", ITEMS - 1)
+    shop.catalogue["item_id"] = pa.array([0, 0, *range(2, ITEMS)])
+    first = shop.write().look()
+    assert problems(first) == []
+    assert noted(first, "100 items", "the first night does")
+
+
+def test_nulls_in_required_columns_are_a_problem(shop: Shop) -> None:
+    users = [None, *range(119)]
+    shop.impressions = {"user_id": pa.array(users, pa.int64())}
+    assert "'user_id' of the impressions table is null in 1 rows" in only_problem(
+        shop.write().look()
+    )
+
+
+def test_clicks_other_than_0_and_1_are_a_problem(shop: Shop) -> None:
+    shop.impressions = {"clicked": pa.array([i % 4 for i in range(120)])}
+    assert "must be 0 or 1" in only_problem(shop.write().look())
+
+
+def test_a_log_without_a_click_is_a_problem(shop: Shop) -> None:
+    shop.impressions = {"clicked": pa.array([0] * 120)}
+    assert "Without clicks all histories are empty" in only_problem(shop.write().look())
+
+
+@pytest.mark.parametrize("table", ["catalogue", "impressions"])
+def test_a_newest_day_without_a_row_is_a_problem(shop: Shop, table: str) -> None:
+    shop.write()
+    path = shop.folder / f"{table}/dt={DAYS[-1]}/part-0.parquet"
+    pq.write_table(pq.ParquetFile(path).read().slice(0, 0), path)
+    assert f"{table}: ds {DAYS[-1]} has files but no row" in only_problem(shop.look())
+
+
+@pytest.mark.parametrize(("strange", "is_problem"), [(3, False), (30, True)])
+def test_unknown_items_are_a_problem_where_the_gate_would_refuse(
+    shop: Shop, strange: int, is_problem: bool
+) -> None:
+    items = [5000 + i if i < strange else 1 for i in range(120)]
+    shop.impressions = {"item_id": pa.array(items)}
+    first = shop.write().look()
+    assert (len(problems(first)) == 1) is is_problem
+    share = f"{strange / 120:.1%} of those looked at show an item that the catalogue lacks"
+    assert any(share in f.text and "5000, 5001, 5002" in f.text for f in first.findings)
+
+
+@pytest.mark.parametrize(("hour", "span"), [(-8, "-8.0 to +15.8"), (5, "+5.0 to +28.8")])
+def test_days_of_another_zone_are_a_problem(shop: Shop, hour: int, span: str) -> None:
+    shop.impressions = {"hour": hour}
+    found = only_problem(shop.write().look())
+    assert f"lie {span} hours from the day's start in UTC" in found
+    assert "set day_timezone or input_timezone" in found
+
+
+@pytest.mark.parametrize(("hours", "level"), [(-30, "note"), (30, "problem")])
+def test_events_before_their_day_are_late_and_after_it_a_problem(
+    shop: Shop, hours: int, level: str
+) -> None:
+    times = impressions(DAYS[-1])["event_time"].to_pylist()
+    times[0] = dt.datetime(2026, 1, 7, tzinfo=dt.UTC) + dt.timedelta(hours=hours)
+    shop.write()
+    day = impressions(DAYS[-1], event_time=pa.array(times, UTC))
+    write(shop.folder / f"impressions/dt={DAYS[-1]}/part-0.parquet", day)
+    found = [f for f in shop.look().findings if "0.8% of those looked at outside the day" in f.text]
+    assert [finding.level for finding in found] == [level]
+
+
+# ---- Images --------------------------------------------------------------------------------
+
+
+def test_images_are_found_around_the_catalogue_and_read(shop: Shop) -> None:
+    first = shop.write().look()
+    assert noted(first, "images: read below images; give --images where that is wrong")
+    assert any("all 64 sampled can be read and decoded" in f.text for f in first.findings)
+
+
+def test_relative_images_that_lie_nowhere_near_are_a_problem(tmp_path: Path) -> None:
+    far = tmp_path / "far"
+    draw(far)
+    shop = Shop(tmp_path / "a/shop").write()
+    first = shop.look()
+    assert "are below none of the folders around the catalogue" in only_problem(first)
+    assert "image_roots = []  # REQUIRED" in first.toml
+    with pytest.raises(OperatorError, match="image_roots"):
+        shop.settings(first)
+    assert problems(shop.look(str(far))) == []
+
+
+def test_images_may_lie_in_a_parent_of_the_catalogue(tmp_path: Path) -> None:
+    draw(tmp_path)
+    first = Shop(tmp_path).write().look()
+    assert problems(first) == []
+    assert 'image_roots = ["."]' in first.toml
+
+
+def test_the_whole_file_system_is_never_guessed() -> None:
+    assert look._candidates("/shop") == ["/shop", "/shop/images", "/images"]
+
+
+def test_image_folders_that_are_given_are_written_in_their_order(shop: Shop) -> None:
+    (shop.folder / "more").mkdir()
+    first = shop.write().look(str(shop.folder / "images"), str(shop.folder / "more"))
+    assert problems(first) == []
+    assert 'image_roots = ["images", "more"]' in first.toml
+
+
+def test_absolute_images_lie_below_their_common_folder(tmp_path: Path) -> None:
+    draw(tmp_path / "pictures/of/items")
+    uris = [f"{tmp_path}/pictures/of/items/{i}.png" for i in range(ITEMS)]
+    first = Shop(tmp_path, catalogue(image_uri=pa.array(uris))).write().look()
+    assert problems(first) == []
+    assert 'image_roots = ["pictures/of/items"]' in first.toml
+
+
+def test_absolute_images_without_a_common_folder_need_to_be_told(shop: Shop) -> None:
+    shop.catalogue["image_uri"] = pa.array([f"/{i}/a.png" for i in range(ITEMS)])
+    assert "Give the folder that they are relative to" in only_problem(shop.write().look())
+
+
+def test_remote_images_are_a_problem_told_without_their_signature(shop: Shop) -> None:
+    uris = [f"https://cdn.example.com/{i}.jpg?sig=SECRET" for i in range(ITEMS)]
+    shop.catalogue["image_uri"] = pa.array(uris)
+    found = only_problem(shop.write().look())
+    assert "64 of 64 sampled image_uri are addresses" in found
+    assert "https://cdn.example.com/" in found
+    assert "SECRET" not in found
+
+
+def test_images_that_cannot_be_used_are_told_with_reason_and_example(shop: Shop) -> None:
+    uris = [None, *shop.catalogue["image_uri"][1:60].to_pylist()]
+    shop.catalogue = {name: column[:60] for name, column in shop.catalogue.items()}
+    shop.catalogue["image_uri"] = pa.array(uris)
+    for i in range(1, 60, 2):
+        (shop.folder / f"images/{i}.png").write_bytes(b"<html>not found</html>")
+    (shop.folder / "images/2.png").unlink()
+    found = problems(shop.write().look(str(shop.folder / "images")))[-1]
+    assert "28 of 60 sampled can be read and decoded; 1 unsupported uri (for example None)" in found
+    assert "30 not an image (for example '1.png')" in found
+    assert "1 missing (for example '2.png')" in found
+    assert "raise max_reject_share" in found
+
+
+def test_a_few_bad_images_are_noted_only(shop: Shop) -> None:
+    for i in range(0, ITEMS, 50):
+        (shop.folder / f"images/{i}.png").write_bytes(b"")
+    first = shop.write().look()
+    assert problems(first) == []
+    assert noted(first, "empty (for example '", "listed as rejects")
+
+
+def test_the_same_images_are_sampled_again(shop: Shop) -> None:
+    shop.write()
+    assert shop.look() == shop.look()
