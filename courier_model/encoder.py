@@ -30,7 +30,8 @@ from torchvision.models import WeightsEnum, get_model, get_model_weights, list_m
 from courier_model.images import Preprocessing
 from feature_jobs.schemas import EMBEDDING_DIM, DataContractError, OperatorError
 from feature_jobs.store import files
-from feature_jobs.store.tables import EncoderInfo, digest, read_encoder_info, write_encoder_info
+from feature_jobs.store.documents import digest
+from feature_jobs.store.encoder_info import EncoderInfo, read_encoder_info, write_encoder_info
 
 PRECISIONS = ("fp32", "bf16")
 

@@ -24,7 +24,7 @@ from courier_model import encoder as encoders
 from courier_model.image_files import Image, Rejected, read_image
 from courier_model.images import Preprocessing
 from feature_jobs.schemas import EMBEDDING_DIM
-from feature_jobs.store import files, tables
+from feature_jobs.store import arrays, files
 
 _LOCAL_READERS = 2 * (os.cpu_count() or 1)  # reading waits on the disk, decoding on a core
 _REMOTE_READERS = 64  # a small object takes a store tens of milliseconds, however many at once
@@ -263,7 +263,7 @@ def _results(
         return [getattr(image, name, None) for image in found]
 
     schema = results_schema(rows["item_id"].type)
-    embeddings = tables.list_column(vectors, schema.field("embedding").type)
+    embeddings = arrays.list_column(vectors, schema.field("embedding").type)
     columns = {
         "item_id": rows["item_id"],
         "image_uri": rows["image_uri"],

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from feature_jobs.schemas import TIMESTAMP, DataContractError, InputNotReady, OperatorError
-from feature_jobs.store import files, tables
+from feature_jobs.store import documents, files
 
 _FOOTER_READERS = 16
 CATALOGUE_COLUMNS = ("item_id", "image_uri", "category")
@@ -83,7 +83,7 @@ class Source:
         form = self.form
         settings = [sorted(form.columns.items()), form.carry, form.input_timezone]
         files = list(zip(self.paths, self.versions, strict=True))
-        digest = tables.digest([settings, files])
+        digest = documents.digest([settings, files])
         return {"ds": str(form.ds), "files": len(files), "rows": self.rows, "digest": digest[:16]}
 
 

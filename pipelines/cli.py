@@ -61,7 +61,7 @@ def _make(
     """Makes the stages of all days, each in one job; of several, JSON is a list."""
     from pipelines import nightly
     from pipelines.config import load_settings
-    from pipelines.plan import NightOptions, plan_nights
+    from pipelines.nightly import NightOptions, plan_nights
     from pipelines.reports import status
 
     nights = plan_nights(load_settings(config), days, stages, _say, NightOptions(**asked))
@@ -379,10 +379,10 @@ def audit(config: str, ds: dt.date, impressions: int, from_log: bool, json: bool
 @ds_option
 def rollback(config: str, ds: dt.date) -> None:
     """Bring back the night of one day that was published before the present one."""
-    from pipelines import nightly
     from pipelines.config import load_settings
+    from pipelines.running.publishing import roll_back
 
-    for folder, version in nightly.roll_back(load_settings(config), ds).items():
+    for folder, version in roll_back(load_settings(config), ds).items():
         click.echo(f"{folder}: version {version} is published again")
 
 

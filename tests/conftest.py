@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from feature_jobs.store import gcs_client
-from pipelines.nightly import run_nights
-from pipelines.plan import plan_night
+from pipelines.nightly import plan_night, run_nights
 from tests.support.world import DAYS, World, make_codebook, make_encoder
 
 

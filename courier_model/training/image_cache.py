@@ -25,7 +25,7 @@ from courier_model.image_files import Image, read_image
 from courier_model.images import Preprocessing
 from feature_jobs.schemas import OperatorError
 from feature_jobs.store import files
-from feature_jobs.store.tables import digest, read_json, write_json
+from feature_jobs.store.documents import digest, read_json, write_json
 
 _UNKNOWN, _GOOD, _BAD = 0, 1, 2  # 0, since that is what a hole in a file reads as
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from feature_jobs.schemas import EMBEDDING_DIM, MAIN, DataContractError, OperatorError
-from feature_jobs.store import broadcast, files, tables
+from feature_jobs.store import broadcast, documents, files, partitions
 
 _QUANTILES = (0.05, 0.5, 0.95)
 _SAME = 0.25  # of a number's items or of a centre's: with fewer in common, they are not the same
@@ -121,7 +121,7 @@ def codebook_id(
 ) -> str:
     """`<name>-<12 hex digits>` of a digest of all that an assignment depends on, and of what it was
     `made_of`: encoder, parent and day, so that a later fit never takes an earlier one's place."""
-    hasher = hashlib.sha256(tables.canonical_json(list(made_of)))
+    hasher = hashlib.sha256(documents.canonical_json(list(made_of)))
     for label in sorted(centres):
         hasher.update(f"{label}:{centres[label].shape}".encode())
         hasher.update(np.ascontiguousarray(centres[label], "<f4").data)
@@ -141,8 +141,8 @@ def save_codebook(root: str, codebook: Codebook, crosswalk: pa.Table | None = No
             np.save(data, array, allow_pickle=False)
             files.write_bytes(os.path.join(folder, f"{label}-{kind}.npy"), data.getvalue())
     if crosswalk is not None:
-        tables.write_parquet(os.path.join(folder, "crosswalk.parquet"), crosswalk)
-    tables.write_json(os.path.join(folder, "codebook.json"), asdict(codebook.info))
+        partitions.write_parquet(os.path.join(folder, "crosswalk.parquet"), crosswalk)
+    documents.write_json(os.path.join(folder, "codebook.json"), asdict(codebook.info))
     return folder
 
 
@@ -150,7 +150,7 @@ def read_codebook_info(folder: str) -> CodebookInfo:
     """Raises OperatorError where `folder` is no codebook package."""
     path = os.path.join(folder, "codebook.json")
     try:
-        fields = tables.read_json(path)
+        fields = documents.read_json(path)
         resolutions = tuple(
             Resolution(**{**r, "sizes": tuple(r["sizes"]), "retired": tuple(r["retired"])})
             for r in fields["resolutions"]

@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.utils.shared import Shared
 
+from feature_jobs import laws
 from feature_jobs.codebooks.codebook import Codebook, CodebookInfo
 from feature_jobs.codebooks.nearest import shared_search
 from feature_jobs.inputs import RowGroup, Source, read_rows
 from feature_jobs.schemas import CROSSWALK
-from feature_jobs.store import hashing, tables
+from feature_jobs.store import arrays, documents, encoder_info, hashing, partitions, worker_notes
 from feature_jobs.store.every_shard import every_shard
 from feature_jobs.store.pieces import Piece, read_pieces, write_pieces
 
@@ -33,12 +34,12 @@ class CrosswalkJob:
     """All that the workers need to know. `old` are `item_features` made with the parent; None where
     both codebooks are of one encoder, so that the parent itself tells."""
 
-    embeddings: tables.Partition
+    embeddings: partitions.Partition
     categories: tuple[str, ...] | None
     codebook_folder: str
     parent_folder: str
     labels: tuple[str, ...]
-    old: tables.Partition | None
+    old: partitions.Partition | None
     staging: str
 
     @property
@@ -144,12 +145,12 @@ class CountImpressions(beam.DoFn):
     def __init__(self, job: CrosswalkJob):
         self._job, self.staging = job, job.staging
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(self, group: RowGroup) -> Iterator[tuple[int, Piece]]:
         found = pc.value_counts(read_rows(group, ["item_id"])["item_id"])
         rows = pa.table({"item_id": found.field("values"), "impressions": found.field("counts")})
         shard = hashing.shard_of(hashing.hash_ids(rows["item_id"]), self._job.shards)
-        name = tables.digest([group.path, group.index])[:16]
+        name = documents.digest([group.path, group.index])[:16]
         yield from write_pieces(os.path.join(self.staging, "impressions", name), rows, shard)
 
 
@@ -162,22 +163,22 @@ class CountMoves(beam.DoFn):
         self._job, self.staging = job, job.staging
         self._no_rows = no_rows  # item_id, impressions: for a shard without any
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(self, element: tuple[int, Iterable[Piece | bytes]]) -> None:
         job, (shard, pieces) = self._job, element
         wanted = ["item_id", "embedding", "category", "in_catalogue"]
         rows = job.embeddings.read_shard(shard, job.shards, "item_id", wanted)
-        rows = rows.filter(pa.array(tables.fitted_on(rows, job.categories)))
+        rows = rows.filter(pa.array(encoder_info.fitted_on(rows, job.categories)))
         shown = _impressions_of(rows["item_id"], read_pieces(pieces, self._no_rows))
-        points = tables.embedding_matrix(rows["embedding"])
-        tables.check_unit(points, rows["item_id"])
+        points = arrays.embedding_matrix(rows["embedding"])
+        laws.check_unit(points, rows["item_id"])
         codebook = shared_search(self._new, job.codebook_folder)
         old = self._old_numbers(shard, rows["item_id"], points)
         parts = [
             count_moves(old[label], codebook.assign(label, points)[0], shown, label)
             for label in job.labels
         ]
-        tables.write_parquet(_counts_path(job, shard), pa.concat_tables(parts))
+        partitions.write_parquet(_counts_path(job, shard), pa.concat_tables(parts))
 
     def _old_numbers(
         self, shard: int, ids: pa.ChunkedArray, points: np.ndarray
@@ -187,13 +188,13 @@ class CountMoves(beam.DoFn):
         if job.old is None:
             parent = shared_search(self._old, job.parent_folder)
             return {label: parent.assign(label, points)[0] for label in job.labels}
-        return tables.cluster_numbers(job.old, shard, job.shards, ids, job.labels)
+        return partitions.cluster_numbers(job.old, shard, job.shards, ids, job.labels)
 
 
 def _impressions_of(ids: pa.ChunkedArray, counts: pa.Table) -> np.ndarray:
     """The impressions of each item, int64 [n], of (item_id, impressions) with repeated items."""
     total = counts.group_by("item_id", use_threads=False).aggregate([("impressions", "sum")])
-    return tables.lookup(ids, total, "impressions_sum")
+    return arrays.lookup(ids, total, "impressions_sum")
 
 
 # ---- The job -------------------------------------------------------------------------------
@@ -224,4 +225,4 @@ def _counts_path(job: CrosswalkJob, shard: int) -> str:
 def read_counts(job: CrosswalkJob) -> Iterator[pa.Table]:
     """The counts of all shards, one after the other."""
     for shard in range(job.shards):
-        yield tables.read_parquet(_counts_path(job, shard))
+        yield partitions.read_parquet(_counts_path(job, shard))

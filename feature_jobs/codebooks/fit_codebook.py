@@ -19,6 +19,7 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
+from feature_jobs import laws
 from feature_jobs.codebooks.codebook import (
     Codebook,
     CodebookInfo,
@@ -31,7 +32,7 @@ from feature_jobs.codebooks.codebook import (
 from feature_jobs.codebooks.kmeans import SinglePass, count_distinct, first_centres, lloyd
 from feature_jobs.codebooks.nearest import CentreSearch
 from feature_jobs.schemas import EMBEDDING_DIM, OperatorError, cluster_column
-from feature_jobs.store import hashing, tables
+from feature_jobs.store import arrays, encoder_info, hashing, partitions, worker_notes
 
 _SAMPLE_SEED, _HELD_OUT_SEED = 1, 2  # of the hashes: independent of that of the shards
 _HELD_OUT_SHARE, _HELD_OUT_ITEMS = 0.05, 65_536  # the smaller of the two
@@ -70,12 +71,12 @@ class SampleJob:
     `categories` None means all. `old` are `item_features` that tell the parent's numbers of the
     items, of `old_labels`; None where they are not asked for."""
 
-    embeddings: tables.Partition
+    embeddings: partitions.Partition
     categories: tuple[str, ...] | None
     fraction: float
     held_out: float
     staging: str
-    old: tables.Partition | None = None
+    old: partitions.Partition | None = None
     old_labels: tuple[str, ...] = ()
 
 
@@ -96,12 +97,12 @@ class Sample:
 # ---- Pure functions: the sample --------------------------------------------------------------
 
 
-def count_in_scope(embeddings: tables.Partition, categories: tuple[str, ...] | None) -> int:
+def count_in_scope(embeddings: partitions.Partition, categories: tuple[str, ...] | None) -> int:
     """How many items there are to fit on; reads two narrow columns, file by file."""
     total = 0
     for path in embeddings.paths:
-        rows = tables.read_parquet(path, ["category", "in_catalogue"])
-        total += int(tables.fitted_on(rows, categories).sum())
+        rows = partitions.read_parquet(path, ["category", "in_catalogue"])
+        total += int(encoder_info.fitted_on(rows, categories).sum())
     return total
 
 
@@ -122,7 +123,7 @@ def draw_sample(rows: pa.Table, job: SampleJob) -> pa.Table:
     held_out = _chosen(rows["item_id"], job.held_out, _HELD_OUT_SEED)
     wanted = held_out | _chosen(rows["item_id"], job.fraction, _SAMPLE_SEED)
     drawn = rows.select(["item_id", "embedding"]).append_column("held_out", pa.array(held_out))
-    return drawn.filter(pa.array(wanted & tables.fitted_on(rows, job.categories)))
+    return drawn.filter(pa.array(wanted & encoder_info.fitted_on(rows, job.categories)))
 
 
 def check_distinct(points: np.ndarray, clusters: int) -> None:
@@ -309,19 +310,19 @@ class SamplePart(beam.DoFn):
     def __init__(self, job: SampleJob):
         self._job, self.staging = job, job.staging
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(self, part: int) -> None:
         job = self._job
         paths = job.embeddings.paths
-        sample = draw_sample(tables.read_parquet(paths[part], _READ), job)
-        tables.check_unit(tables.embedding_matrix(sample["embedding"]), sample["item_id"])
+        sample = draw_sample(partitions.read_parquet(paths[part], _READ), job)
+        laws.check_unit(arrays.embedding_matrix(sample["embedding"]), sample["item_id"])
         if job.old:
-            numbers = tables.cluster_numbers(
+            numbers = partitions.cluster_numbers(
                 job.old, part, len(paths), sample["item_id"], job.old_labels
             )
             for label, column in numbers.items():
                 sample = sample.append_column(cluster_column(label), pa.array(column))
-        tables.write_parquet(_sample_path(job, part), sample)
+        partitions.write_parquet(_sample_path(job, part), sample)
 
 
 # ---- The job -------------------------------------------------------------------------------
@@ -345,7 +346,7 @@ def read_sample(job: SampleJob) -> Sample:
     """All sampled rows, each at its place from the start: no second copy of the matrix."""
     paths = [_sample_path(job, part) for part in range(len(job.embeddings.paths))]
     narrow = ["item_id", "held_out", *map(cluster_column, job.old_labels)]
-    rows = pa.concat_tables(tables.read_parquet(path, narrow) for path in paths)
+    rows = pa.concat_tables(partitions.read_parquet(path, narrow) for path in paths)
     hashes, held_out = hashing.hash_ids(rows["item_id"], _SAMPLE_SEED), rows["held_out"].to_numpy()
     order = np.lexsort((hashes, held_out))  # the points first, then what is held out
     place = np.empty(len(order), np.int64)
@@ -353,7 +354,7 @@ def read_sample(job: SampleJob) -> Sample:
     matrix = np.empty((len(order), EMBEDDING_DIM), np.float32)
     at = 0
     for path in paths:
-        part = tables.embedding_matrix(tables.read_parquet(path, ["embedding"])["embedding"])
+        part = arrays.embedding_matrix(partitions.read_parquet(path, ["embedding"])["embedding"])
         matrix[place[at : at + len(part)]] = part
         at += len(part)
     fitted = order[: int((~held_out).sum())]
@@ -370,15 +371,15 @@ def stream_embeddings(job: SampleJob) -> Iterator[np.ndarray]:
     items of one time or kind don't come together; the next part is read meanwhile."""
     paths = job.embeddings.paths
     with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(tables.read_parquet, paths[0], _READ)
+        ahead = reader.submit(partitions.read_parquet, paths[0], _READ)
         for following in [*paths[1:], None]:
             rows = ahead.result()
             if following:
-                ahead = reader.submit(tables.read_parquet, following, _READ)
+                ahead = reader.submit(partitions.read_parquet, following, _READ)
             held_out = _chosen(rows["item_id"], job.held_out, _HELD_OUT_SEED)
-            kept = np.flatnonzero(tables.fitted_on(rows, job.categories) & ~held_out)
+            kept = np.flatnonzero(encoder_info.fitted_on(rows, job.categories) & ~held_out)
             hashes = hashing.hash_ids(rows["item_id"], _SAMPLE_SEED)[kept]
             order = kept[np.argsort(hashes)]
-            points = tables.embedding_matrix(rows["embedding"])[order]
-            tables.check_unit(points, rows["item_id"].take(pa.array(order)))
+            points = arrays.embedding_matrix(rows["embedding"])[order]
+            laws.check_unit(points, rows["item_id"].take(pa.array(order)))
             yield points

@@ -31,7 +31,7 @@ from feature_jobs import inputs
 from feature_jobs.impressions.clicks import Clicks, HistoryLaw, histories_at, sort_clicks
 from feature_jobs.inputs import RowGroup, Source, check_day, read_rows
 from feature_jobs.schemas import RECENT_CLICKS, TIMESTAMP, USER_HISTORIES, Table
-from feature_jobs.store import tables
+from feature_jobs.store import arrays, hashing, partitions, worker_notes
 from feature_jobs.store.arrays import list_array
 from feature_jobs.store.every_shard import every_shard, every_shard_of_days
 from feature_jobs.store.pieces import Piece, read_pieces, write_pieces
@@ -234,7 +234,7 @@ class HistoriesJob:
 
     law: HistoryLaw
     days: tuple[HistoryDay, ...]
-    before: tuple[tables.Partition, ...]
+    before: tuple[partitions.Partition, ...]
     shards: int
     user_id: pa.DataType
     item_id: pa.DataType
@@ -246,7 +246,7 @@ class HistoriesJob:
         nothing = no_clicks(self.user_id, self.item_id)
         columns = ["user_id", "item_ids", "click_times"]
         before = (p.read_shard(shard, self.shards, "user_id", columns) for p in self.before)
-        clicks = [clicks_before(before, nothing), tables.from_ipc(chunks, nothing)]
+        clicks = [clicks_before(before, nothing), arrays.from_ipc(chunks, nothing)]
         return walk_days(pa.concat_tables(clicks), self.days, self.law)
 
 
@@ -260,19 +260,19 @@ class ReadClicks(beam.DoFn):
         self._key = key
         self.staging = staging
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(self, group: RowGroup) -> Iterator[tuple[int, bytes]]:
         rows = read_rows(group, ["user_id", "item_id", "event_time", "clicked", "click_time"])
         end_us = inputs.day_end(group.form.ds, self._day_timezone)
         check_day(group, rows, end_us)
         clicks = clicks_of(rows, group.form.ds.toordinal(), end_us, self._law)
         if len(clicks) < (pc.sum(rows["clicked"]).as_py() or 0):
-            tables.warn(
+            worker_notes.warn(
                 self.staging,
                 f"Clicks of ds {group.form.ds} are dated more than window_days after its end and "
                 "are left out of histories. Look at click_time: a wrong unit looks like this.",
             )
-        yield from tables.split_by_shard(clicks, self._key, self._shards)
+        yield from hashing.split_by_shard(clicks, self._key, self._shards)
 
 
 class AdvanceHistories(beam.DoFn):
@@ -285,7 +285,7 @@ class AdvanceHistories(beam.DoFn):
         self._job, self._shards = job, shards
         self.staging = job.staging
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(
         self, element: tuple[int, Iterable[bytes]]
     ) -> Iterator[tuple[tuple[int, int], tuple[str, Piece]]]:
@@ -306,7 +306,7 @@ class WriteHistories(beam.DoFn):
         self._job, self._shards, self._stagings = job, shards, stagings
         self.staging = job.staging
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(self, element: tuple[tuple[int, int], Iterable]) -> None:
         (day, shard), found = element
         pieces = [entry for entry in found if entry]
@@ -315,10 +315,10 @@ class WriteHistories(beam.DoFn):
 
     def _write(self, table: Table, day: int, shard: int, pieces: list[Piece]) -> None:
         folder, shards = os.path.join(self._stagings[day], table.name), self._shards[day]
-        if not tables.has_part(folder, shard, shards):
+        if not partitions.has_part(folder, shard, shards):
             schema = table.schema(self._job.item_id, self._job.user_id)
-            rows = read_pieces(pieces, tables.empty_rows(schema))
-            tables.write_part(folder, table, schema, rows, shard, shards)
+            rows = read_pieces(pieces, arrays.empty_rows(schema))
+            partitions.write_part(folder, table, schema, rows, shard, shards)
 
 
 def read_clicks(

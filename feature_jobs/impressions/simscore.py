@@ -49,7 +49,7 @@ from feature_jobs.schemas import (
     USER_SIMSCORES,
     DataContractError,
 )
-from feature_jobs.store import hashing, tables
+from feature_jobs.store import arrays, documents, hashing, partitions, worker_notes
 from feature_jobs.store.arrays import differ_from_before, list_array, padded_codes
 from feature_jobs.store.every_shard import every_shard_of_days
 from feature_jobs.store.pieces import Piece, read_pieces, write_pieces
@@ -190,7 +190,7 @@ def sort_impressions(rows: pa.Table) -> pa.Table:
     """
     first = ["user_id", "event_time", "item_id"]
     rest = [f.name for f in rows.schema if f.name not in first and _can_be_ordered(f.type)]
-    return tables.in_order(rows, [*first, *rest])
+    return arrays.in_order(rows, [*first, *rest])
 
 
 def _can_be_ordered(kind: pa.DataType) -> bool:
@@ -279,7 +279,7 @@ def _score(vectors: np.ndarray, found: FoundItems, coded: _Coded) -> dict[str, n
 def _column(values: np.ndarray) -> pa.Array:
     """A column of numbers [n], or of lists of numbers [n, m]."""
     kind = pa.from_numpy_dtype(values.dtype)
-    return tables.list_column(values, pa.list_(kind)) if values.ndim == 2 else pa.array(values)
+    return arrays.list_column(values, pa.list_(kind)) if values.ndim == 2 else pa.array(values)
 
 
 def _count(
@@ -328,14 +328,14 @@ class ReadImpressions(beam.DoFn):
         self._job, self.staging = job, job.staging
         self._places = {day.day.number: place for place, day in enumerate(job.days)}
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(self, group: RowGroup) -> Iterator[Any]:
         place = self._places[group.form.ds.toordinal()]
         day, histories = self._job.days[place], self._job.histories
         rows = read_impressions(group, day.day.end_us, self._job.history_len)
         users = None if histories is None or day.has_history else histories.shards
         shards = hashing.shard_of(hashing.hash_ids(rows["user_id"]), users or day.shards)
-        name = tables.digest([group.path, group.index])[:16]
+        name = documents.digest([group.path, group.index])[:16]
         for shard, piece in write_pieces(_pieces(self._job, "rows", name), rows, shards):
             if users:
                 yield beam.pvalue.TaggedOutput("by_user", (shard, (place, piece)))
@@ -356,7 +356,7 @@ class AddHistories(beam.DoFn):
         self._job, self._histories = job, histories
         self.staging = job.staging
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(
         self, element: tuple[int, dict[str, Iterable]]
     ) -> Iterator[tuple[tuple[int, int], Piece]]:
@@ -384,7 +384,7 @@ class AskForItems(beam.DoFn):
     def __init__(self, job: SimscoreJob):
         self._job, self.staging = job, job.staging
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(
         self, element: tuple[tuple[int, int], Iterable]
     ) -> Iterator[tuple[tuple[int, int], tuple[int, bytes]]]:
@@ -393,7 +393,7 @@ class AskForItems(beam.DoFn):
         rows = read_pieces(pieces, day.no_rows)
         both = [rows["item_id"].combine_chunks(), pc.list_flatten(rows["history"].combine_chunks())]
         wanted = pa.table({"item_id": pc.unique(pa.concat_arrays(both))})
-        for item_shard, ids in tables.split_by_shard(wanted, "item_id", day.items.shards):
+        for item_shard, ids in hashing.split_by_shard(wanted, "item_id", day.items.shards):
             yield (place, item_shard), (shard, ids)
 
 
@@ -404,15 +404,15 @@ class AnswerForItems(beam.DoFn):
     def __init__(self, job: SimscoreJob):
         self._job, self.staging = job, job.staging
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(
         self, element: tuple[tuple[int, int], Iterable[tuple[int, bytes]]]
     ) -> Iterator[tuple[tuple[int, int], tuple[int, bytes]]]:
         (place, item_shard), questions = element
         found, matrix = items_of_shard(self._job.days[place].items, item_shard)
         for shard, ids in questions:
-            wanted = tables.from_ipc([ids], found)["item_id"]
-            told = tables.to_ipc(answer(wanted, found, matrix))
+            wanted = arrays.from_ipc([ids], found)["item_id"]
+            told = arrays.to_ipc(answer(wanted, found, matrix))
             yield (place, shard), (len(ids) + len(told), told)
 
 
@@ -424,12 +424,12 @@ class ScoreShard(beam.DoFn):
     def __init__(self, job: SimscoreJob):
         self._job, self.staging = job, job.staging
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(self, element: tuple[tuple[int, int], dict[str, Iterable]]) -> None:
         (place, shard), found = element
         day = self._job.days[place]
         folder = os.path.join(day.staging, USER_SIMSCORES.name)
-        if tables.has_part(folder, shard, day.shards):
+        if partitions.has_part(folder, shard, day.shards):
             return
         rows = read_pieces(found["rows"], day.no_rows)
         wanted = "history_item_ids" in day.schema.names
@@ -440,14 +440,14 @@ class ScoreShard(beam.DoFn):
             scored = scored.append_column(name, pa.array([value] * len(scored), pa.string()))
         counts |= self._count_late(day, rows)
         work = {"shuffled_bytes": sum(size for size, _ in answers)} if answers else {}
-        tables.write_part(
+        partitions.write_part(
             folder, USER_SIMSCORES, day.schema, scored, shard, day.shards, counts, work
         )
 
     def _items(self, day: SimscoreDay, answers: list[bytes]) -> ItemVectors:
         if self._job.join == SHUFFLE:
             nothing = no_answers(day.schema.field("item_id").type)
-            return items_of_answers(tables.from_ipc(answers, nothing))
+            return items_of_answers(arrays.from_ipc(answers, nothing))
         key = day.broadcast_key
         return self._opened.acquire(lambda: open_item_vectors(day.items, key), tag=key)
 
@@ -459,7 +459,7 @@ class ScoreShard(beam.DoFn):
         moments = rows["event_time"].cast(pa.int64()).to_numpy()
         late = int((moments < day.day.known_from_us(histories.law)).sum())
         if late:
-            tables.warn(
+            worker_notes.warn(
                 self.staging,
                 "Some impressions came in the log more than late_days after their day: they have "
                 "no history, and score 0. The manifest counts them as too_late_for_a_history.",

@@ -35,7 +35,7 @@ from feature_jobs.impressions.clicks import HistoryLaw, histories_at, sort_click
 from feature_jobs.impressions.histories import click_moments, codes_of, no_clicks, read_clicks
 from feature_jobs.inputs import IMPRESSION_COLUMNS, RowGroup, Source, check_day, read_rows
 from feature_jobs.schemas import ROW_PVS, TIMESTAMP, TRAINING_ROWS
-from feature_jobs.store import hashing, tables
+from feature_jobs.store import arrays, encoder_info, hashing, partitions, worker_notes
 from feature_jobs.store.arrays import list_array
 from feature_jobs.store.every_shard import every_shard
 
@@ -252,11 +252,11 @@ class ReadImpressions(beam.DoFn):
         self._job, self.staging = job, job.staging
         self._key = key
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(self, group: RowGroup) -> Iterator[tuple[int, bytes]]:
         rows = read_rows(group, [*IMPRESSION_COLUMNS, "click_time", "request_id"])
         check_day(group, rows, self._job.end_us)
-        return tables.split_by_shard(rows, self._key, self._job.shards)
+        return hashing.split_by_shard(rows, self._key, self._job.shards)
 
 
 class ReadCatalogue(beam.DoFn):
@@ -265,13 +265,13 @@ class ReadCatalogue(beam.DoFn):
     def __init__(self, job: TrainingRowsJob):
         self._job, self.staging = job, job.staging
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(self, group: RowGroup) -> Iterator[tuple[int, bytes]]:
         rows = read_rows(group, ["item_id", "category"])
-        inside = tables.in_scope(rows["category"], self._job.categories)
+        inside = encoder_info.in_scope(rows["category"], self._job.categories)
         day = np.full(len(rows), group.form.ds.toordinal(), np.int32)
         items = pa.table({"item_id": rows["item_id"], "day": day, "in_scope": inside})
-        return tables.split_by_shard(items, "item_id", self._job.shards)
+        return hashing.split_by_shard(items, "item_id", self._job.shards)
 
 
 class KeepInScope(beam.DoFn):
@@ -286,16 +286,16 @@ class KeepInScope(beam.DoFn):
         no_items = {"item_id": job.no_rows["item_id"].type, "day": pa.int32()}
         self._no_items = pa.schema([*no_items.items(), ("in_scope", pa.bool_())]).empty_table()
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(self, element: tuple[int, dict[str, Iterable[bytes]]]) -> Iterator[Any]:
         job, (shard, chunks) = self._job, element
-        catalogues = tables.from_ipc(chunks["catalogues"], self._no_items)
-        rows = tables.from_ipc(chunks["impressions"], job.no_rows)
-        clicks = tables.from_ipc(chunks["clicks"], job.no_clicks)
+        catalogues = arrays.from_ipc(chunks["catalogues"], self._no_items)
+        rows = arrays.from_ipc(chunks["impressions"], job.no_rows)
+        clicks = arrays.from_ipc(chunks["clicks"], job.no_clicks)
         kept = rows.filter(pa.array(are_in_scope(rows["item_id"], catalogues)))
         clicks = clicks.filter(pa.array(are_in_scope(clicks["item_id"], catalogues)))
         for name, found in (("impressions", kept), ("clicks", clicks)):
-            for part in tables.split_by_shard(found, "user_id", job.shards):
+            for part in hashing.split_by_shard(found, "user_id", job.shards):
                 yield beam.pvalue.TaggedOutput(name, part)
         yield beam.pvalue.TaggedOutput("out_of_scope", (shard, len(rows) - len(kept)))
 
@@ -306,17 +306,17 @@ class WriteTrainingRows(beam.DoFn):
     def __init__(self, job: TrainingRowsJob):
         self._job, self.staging = job, job.staging
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(self, element: tuple[int, dict[str, Iterable]]) -> None:
         job, (shard, chunks) = self._job, element
         folder = os.path.join(job.staging, TRAINING_ROWS.name)
-        if tables.has_part(folder, shard, job.shards):
+        if partitions.has_part(folder, shard, job.shards):
             return
-        rows = tables.from_ipc(chunks["impressions"], job.no_rows)
-        clicks = tables.from_ipc(chunks["clicks"], job.no_clicks)
+        rows = arrays.from_ipc(chunks["impressions"], job.no_rows)
+        clicks = arrays.from_ipc(chunks["clicks"], job.no_clicks)
         made, counts = training_rows(rows, clicks, job)
         counts["out_of_scope_impressions"] = sum(chunks.get("out_of_scope", ()))
-        tables.write_part(folder, TRAINING_ROWS, job.schema, made, shard, job.shards, counts)
+        partitions.write_part(folder, TRAINING_ROWS, job.schema, made, shard, job.shards, counts)
 
 
 def keep_in_scope(

@@ -35,7 +35,7 @@ from feature_jobs.inputs import CATALOGUE_COLUMNS, RowGroup, Source, read_rows
 from feature_jobs.items import embed_plan
 from feature_jobs.items.embed_plan import VERSION_COLUMNS
 from feature_jobs.schemas import ITEM_EMBEDDINGS, ITEM_REJECTS
-from feature_jobs.store import files, hashing, tables
+from feature_jobs.store import arrays, documents, files, hashing, partitions, worker_notes
 from feature_jobs.store.every_shard import every_shard
 from feature_jobs.store.pieces import Piece, read_all, read_pieces, write_pieces
 
@@ -64,8 +64,8 @@ class EmbedJob:
     batch_size: int
     chunk_items: int
     window_days: int
-    previous_embeddings: tables.Partition | None
-    previous_rejects: tables.Partition | None
+    previous_embeddings: partitions.Partition | None
+    previous_rejects: partitions.Partition | None
     reuse: bool
     same_roots: bool
     full: bool
@@ -78,7 +78,8 @@ class EmbedJob:
     def is_done(self, shard: int) -> bool:
         names = (ITEM_EMBEDDINGS.name, ITEM_REJECTS.name)
         return all(
-            tables.has_part(os.path.join(self.staging, name), shard, self.shards) for name in names
+            partitions.has_part(os.path.join(self.staging, name), shard, self.shards)
+            for name in names
         )
 
     def previous_embeddings_of(self, shard: int, without: Sequence[str] = ()) -> pa.Table:
@@ -94,18 +95,18 @@ class EmbedJob:
         return _shard_of(self.previous_rejects, self.rejects_schema, shard, self.shards, names)
 
     def plan_path(self, shard: int) -> str:
-        return self.path("plan", tables.part_name(shard, self.shards) + ".parquet")
+        return self.path("plan", partitions.part_name(shard, self.shards) + ".parquet")
 
 
 def _shard_of(
-    partition: tables.Partition | None,
+    partition: partitions.Partition | None,
     schema: pa.Schema,
     shard: int,
     shards: int,
     columns: list[str],
 ) -> pa.Table:
     if partition is None:
-        return tables.empty_rows(schema).select(columns)
+        return arrays.empty_rows(schema).select(columns)
     return partition.read_shard(shard, shards, "item_id", columns)
 
 
@@ -220,11 +221,11 @@ class ReadCatalogue(beam.DoFn):
     def __init__(self, job: EmbedJob):
         self._job, self.staging = job, job.staging
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(self, group: RowGroup) -> Iterator[tuple[int, Piece]]:
         rows = read_rows(group, CATALOGUE_COLUMNS)
         shard = hashing.shard_of(hashing.hash_ids(rows["item_id"]), self._job.shards)
-        name = tables.digest([group.path, group.index])[:16]
+        name = documents.digest([group.path, group.index])[:16]
         return write_pieces(self._job.path("catalogue", name), rows, shard)
 
 
@@ -233,14 +234,14 @@ class PlanShard(beam.DoFn):
 
     def __init__(self, job: EmbedJob):
         self._job, self.staging = job, job.staging
-        self._heartbeat = tables.Heartbeat(job.staging)
+        self._heartbeat = worker_notes.Heartbeat(job.staging)
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(self, element: Keyed) -> Iterator[tuple[int, Piece]]:
         job, (shard, pieces) = self._job, element
         if job.is_done(shard):
             return
-        nothing = tables.empty_rows(job.embeddings_schema).select(CATALOGUE_COLUMNS)
+        nothing = arrays.empty_rows(job.embeddings_schema).select(CATALOGUE_COLUMNS)
         catalogue = read_pieces(pieces, nothing)
         previous = job.previous_embeddings_of(shard, without=["embedding"])
         items = embed_plan.items_of_shard(catalogue, previous, job.ds, job.window_days)
@@ -253,7 +254,7 @@ class PlanShard(beam.DoFn):
             job.reuse,
             job.same_roots and not job.full,
         )
-        tables.write_parquet(job.plan_path(shard), plan)
+        partitions.write_parquet(job.plan_path(shard), plan)
         images = embed_plan.images_to_read(plan, previous, shard, job.reuse and not job.full)
         self._heartbeat.add(total=len(images), **_rejected(plan["reason"]))
         self._heartbeat.write()
@@ -270,9 +271,9 @@ class CutBucket(beam.DoFn):
 
     def __init__(self, job: EmbedJob):
         self._job, self.staging = job, job.staging
-        self._heartbeat = tables.Heartbeat(job.staging)
+        self._heartbeat = worker_notes.Heartbeat(job.staging)
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(self, element: Keyed) -> Iterator[Any]:
         job, (bucket, pieces) = self._job, element
         images = read_pieces(pieces, pa.table({}))
@@ -310,11 +311,11 @@ class EmbedChunk(ModelHandler[tuple[int, Piece], tuple[int, Piece], Embedder]):
     def __init__(self, job: EmbedJob):
         super().__init__()
         self._job, self.staging = job, job.staging
-        self._heartbeat = tables.Heartbeat(job.staging)
+        self._heartbeat = worker_notes.Heartbeat(job.staging)
 
     def load_model(self) -> Embedder:
         if self._job.device == "cuda" and choose_device().type != "cuda":
-            tables.warn(
+            worker_notes.warn(
                 self.staging,
                 'embed.device is "cuda" but a worker has no CUDA device that torch can use, so it '
                 "embeds on its CPU, many times slower. Check the machine type and drivers of "
@@ -334,7 +335,7 @@ class EmbedChunk(ModelHandler[tuple[int, Piece], tuple[int, Piece], Embedder]):
         for bucket, piece in batch:
             yield from self.embed_chunk((bucket, piece, model))
 
-    @tables.refusing
+    @worker_notes.refusing
     def embed_chunk(self, element: tuple[int, Piece, Embedder]) -> Iterator[tuple[int, Piece]]:
         job, (bucket, piece, embedder) = self._job, element
         images = read_pieces([piece], pa.table({}))
@@ -356,21 +357,21 @@ class AssembleShard(beam.DoFn):
     def __init__(self, job: EmbedJob):
         self._job, self.staging = job, job.staging
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(self, element: Keyed) -> None:
         job, (shard, pieces) = self._job, element
         if job.is_done(shard):
             return
-        plan = tables.read_parquet(job.plan_path(shard))
+        plan = partitions.read_parquet(job.plan_path(shard))
         results = read_pieces(pieces, self._no_results())
         embeddings = assemble_embeddings(plan, job.previous_embeddings_of(shard), results)
         rejects = assemble_rejects(plan, job.previous_rejects_of(shard), results, job.ds)
-        tables.write_part(
+        partitions.write_part(
             os.path.join(job.staging, ITEM_EMBEDDINGS.name), ITEM_EMBEDDINGS, job.embeddings_schema,
             embeddings, shard, job.shards,
             count_shard(plan, results, embeddings, rejects), work_of(results),
         )  # fmt: skip
-        tables.write_part(
+        partitions.write_part(
             os.path.join(job.staging, ITEM_REJECTS.name), ITEM_REJECTS, job.rejects_schema,
             rejects, shard, job.shards,
         )  # fmt: skip

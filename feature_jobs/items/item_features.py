@@ -19,10 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.utils.shared import Shared
 
+from feature_jobs import laws
 from feature_jobs.codebooks.codebook import CodebookInfo, health_of, read_codebook_info
 from feature_jobs.codebooks.nearest import CodebookSearch, shared_search
 from feature_jobs.schemas import ITEM_FEATURES, MAIN, cluster_column
-from feature_jobs.store import tables
+from feature_jobs.store import arrays, encoder_info, partitions, worker_notes
 
 _CLUSTERS = "clusters"  # folder of the counts beside the parts
 _COUNTS = ("items", "compared", "moved")
@@ -37,12 +38,12 @@ class FeaturesJob:
     `of_another_lineage`, every number has changed its meaning.
     """
 
-    embeddings: tables.Partition
-    rejects: tables.Partition
+    embeddings: partitions.Partition
+    rejects: partitions.Partition
     codebook_folder: str
     categories: tuple[str, ...] | None
     schema: pa.Schema
-    previous: tables.Partition | None
+    previous: partitions.Partition | None
     of_another_lineage: bool
     staging: str
 
@@ -69,10 +70,10 @@ def features_of(
     category = pa.chunked_array(
         embedded["category"].chunks + rejected["category"].chunks, pa.string()
     )
-    scope = tables.in_scope(category, categories)
+    scope = encoder_info.in_scope(category, categories)
     n, rows = len(category), np.flatnonzero(scope[: len(embedded)])
-    points = tables.embedding_matrix(embedded["embedding"])[rows]
-    tables.check_unit(points, embedded["item_id"].take(pa.array(rows)))
+    points = arrays.embedding_matrix(embedded["embedding"])[rows]
+    laws.check_unit(points, embedded["item_id"].take(pa.array(rows)))
     inside = np.ones(n, bool)
     inside[: len(embedded)] = embedded["in_catalogue"].to_numpy()
     info = search.codebook.info
@@ -86,7 +87,7 @@ def features_of(
             **_assigned(points, rows, n, search, second),
             "encoder_id": pa.array([info.encoder_id] * n, pa.string()),
             "codebook_id": pa.array([info.codebook_id] * n, pa.string()),
-            "embedding": tables.list_column(_spread(points, rows, n), pa.list_(pa.float32())),
+            "embedding": arrays.list_column(_spread(points, rows, n), pa.list_(pa.float32())),
         }
     )
 
@@ -136,7 +137,7 @@ def count_clusters(
         new = rows[column].to_numpy()
         old = np.zeros(len(new), np.int32)
         if previous is not None and column in previous.column_names:
-            old = tables.lookup(rows["item_id"], previous, column)
+            old = arrays.lookup(rows["item_id"], previous, column)
         both = (old > 0) & (new > 0)
         moved = both & ((old != new) | of_another_lineage)
         counts = [_bincount(new), _bincount(old[both]), _bincount(old[moved])]
@@ -169,7 +170,7 @@ def summarise_clusters(counts: pa.Table, codebook: CodebookInfo) -> dict[str, di
             [("moved_sum", "descending"), ("cluster_id", "ascending")]
         )
         numbers = codebook.resolution(label).numbers
-        sizes = tables.lookup(pa.array(numbers), rows, "items_sum", key="cluster_id")
+        sizes = arrays.lookup(pa.array(numbers), rows, "items_sum", key="cluster_id")
         left = rows.filter(pc.greater(rows["moved_sum"], 0)).slice(0, _NAMED)
         found[label] = {
             **health_of(sizes),
@@ -197,11 +198,11 @@ class AssignShard(beam.DoFn):
         self._second = "second_distance" in job.schema.names
         self._there = job.previous.schema.names if job.previous else []
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(self, shard: int) -> None:
         job = self._job
         folder = os.path.join(job.staging, ITEM_FEATURES.name)
-        if tables.has_part(folder, shard, job.shards):
+        if partitions.has_part(folder, shard, job.shards):
             return
         embedded = job.embeddings.read_shard(
             shard, job.shards, "item_id", ["item_id", "embedding", "category", "in_catalogue"]
@@ -214,8 +215,8 @@ class AssignShard(beam.DoFn):
         )
         labels = search.codebook.info.labels
         counts = count_clusters(rows, previous, labels, job.of_another_lineage)
-        tables.write_parquet(_counts_path(job.staging, shard), counts)
-        tables.write_part(
+        partitions.write_parquet(_counts_path(job.staging, shard), counts)
+        partitions.write_part(
             folder, ITEM_FEATURES, job.schema, rows, shard, job.shards, count_features(rows)
         )
 
@@ -244,5 +245,7 @@ def _counts_path(staging: str, shard: int) -> str:
 
 def read_clusters(staging: str, shards: int, codebook_folder: str) -> Mapping[str, dict[str, Any]]:
     """What `summarise_clusters` makes of all shards' counts."""
-    counts = pa.concat_tables(tables.read_parquet(_counts_path(staging, n)) for n in range(shards))
+    counts = pa.concat_tables(
+        partitions.read_parquet(_counts_path(staging, n)) for n in range(shards)
+    )
     return summarise_clusters(counts, read_codebook_info(codebook_folder))

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_jobs.schemas import EMBEDDING_DIM
-from feature_jobs.store import broadcast, hashing, tables
+from feature_jobs.store import arrays, broadcast, hashing, partitions
 
 _ITEM_BYTES = 4 * EMBEDDING_DIM + 64  # of the machine's copy, with the item's ID
 
@@ -27,9 +27,9 @@ class ItemTables:
     """What is known of the items on one day. `previous_features` are those of the day before, None
     for none, whose cluster IDs may be `of_another_lineage`."""
 
-    features: tables.Partition
-    embeddings: tables.Partition
-    previous_features: tables.Partition | None
+    features: partitions.Partition
+    embeddings: partitions.Partition
+    previous_features: partitions.Partition | None
     of_another_lineage: bool
 
     @property
@@ -119,7 +119,7 @@ def items_of_shard(items: ItemTables, shard: int) -> tuple[pa.Table, np.ndarray]
     )
     row = np.full(len(features), -1, np.int64)
     row[scores] = np.arange(int(scores.sum()))
-    matrix = tables.embedding_matrix(embedded["embedding"])[at.to_numpy()]
+    matrix = arrays.embedding_matrix(embedded["embedding"])[at.to_numpy()]
     old = pa.array(_old_clusters(items, shard, features["item_id"]), pa.int32())
     return features.append_column("old_cluster_id", old).append_column("row", pa.array(row)), matrix
 
@@ -130,7 +130,7 @@ def _old_clusters(items: ItemTables, shard: int, ids: pa.ChunkedArray) -> np.nda
         return np.zeros(len(ids), np.int32)
     columns = ["item_id", "cluster_id"]
     previous = items.previous_features.read_shard(shard, items.shards, "item_id", columns)
-    old = tables.lookup(ids, previous, "cluster_id")
+    old = arrays.lookup(ids, previous, "cluster_id")
     return np.where(old > 0, -1, 0) if items.of_another_lineage else old
 
 
@@ -199,7 +199,7 @@ def _build_item_vectors(items: ItemTables, folder: str) -> None:
 
 @contextlib.contextmanager
 def _id_files(
-    folder: str, features: tables.Partition, count: int
+    folder: str, features: partitions.Partition, count: int
 ) -> Iterator[Callable[[pa.ChunkedArray], object]]:
     """The files of `_open_ids`, written piece by piece."""
     if pa.types.is_int64(features.schema.field("item_id").type):
@@ -271,7 +271,7 @@ def items_of_answers(answers: pa.Table) -> ItemVectors:
     order = np.argsort(hashes)
     answers = answers.take(pa.array(order))
     scores = pc.is_valid(answers["embedding"]).to_numpy(zero_copy_only=False)
-    matrix = tables.embedding_matrix(answers["embedding"])  # a null has no values
+    matrix = arrays.embedding_matrix(answers["embedding"])  # a null has no values
     row = np.where(scores, np.cumsum(scores) - 1, -1)
     kind = pa.int64() if pa.types.is_int64(answers["item_id"].type) else pa.large_string()
     return ItemVectors(

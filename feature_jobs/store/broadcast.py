@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from feature_jobs.schemas import CourierError
-from feature_jobs.store import files, tables
+from feature_jobs.store import documents, files
 
 _DONE = "done.json"
 
@@ -31,8 +31,8 @@ def shared_folder(key: str, build: Callable[[str], Any], size: int = 0) -> tuple
     with files.lock(folder, wait=True):
         if not files.exists(done):
             _check_room(key, size)
-            tables.write_json(done, build(folder))
-    return folder, tables.read_json(done)
+            documents.write_json(done, build(folder))
+    return folder, documents.read_json(done)
 
 
 def _check_room(key: str, size: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from feature_jobs.store import files
-from feature_jobs.store.tables import plain
+from feature_jobs.store.arrays import plain
 
 _READERS = 32  # a remote store takes tens of milliseconds for each file
 

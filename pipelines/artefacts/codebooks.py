@@ -50,12 +50,12 @@ from feature_jobs.schemas import (
     InputNotReady,
     OperatorError,
 )
-from feature_jobs.store import files, tables
+from feature_jobs.store import documents, encoder_info, files, partitions
 from pipelines.artefacts.encoders import stanza
 from pipelines.artefacts.free_memory import available_bytes
 from pipelines.config import Settings
 from pipelines.planning.shop_tables import ShopTables
-from pipelines.running import beam_options, runs
+from pipelines.running import beam_options, layout, making
 
 Say = Callable[[str], None]
 _LABEL, _RUN_ID = r"[a-z][a-z0-9_]*", r"[0-9a-f]{12}"
@@ -68,7 +68,7 @@ class FitPlan:
     fit: Fit
     ds: dt.date
     encoder_folder: str
-    encoder: tables.EncoderInfo
+    encoder: encoder_info.EncoderInfo
     parent_folder: str | None
     parent: CodebookInfo | None
     sampling: SampleJob
@@ -120,7 +120,7 @@ def plan_fit(
     Raises OperatorError, DataContractError or InputNotReady.
     """
     encoder_folder = settings.pin_for(ds).encoder
-    encoder = tables.read_encoder_info(encoder_folder)
+    encoder = encoder_info.read_encoder_info(encoder_folder)
     embeddings = _open_embeddings(settings, ds, encoder)
     parent_folder = parent_folder or _pinned_codebook(settings, ds)
     parent = read_codebook_info(parent_folder) if parent_folder else None
@@ -133,10 +133,10 @@ def plan_fit(
     if old:
         _check_alike(old, embeddings)
     labels = tuple(k for k in fit.clusters if parent and k in parent.labels)
-    run_id = tables.digest([embeddings.manifest["version"], asdict(fit), parent_folder])[:12]
+    run_id = documents.digest([embeddings.manifest["version"], asdict(fit), parent_folder])[:12]
     sample = SampleJob(
         embeddings, encoder.categories, fraction, held_out,
-        runs.staging_folder(settings.root, settings.feature_set, "fit-codebook", ds, run_id),
+        layout.staging_folder(settings.root, settings.feature_set, "fit-codebook", ds, run_id),
         old, labels if old else (),
     )  # fmt: skip
     drawn = round(items * (fraction * (1 - held_out) + held_out))
@@ -152,10 +152,10 @@ def plan_fit(
 
 
 def _open_embeddings(
-    settings: Settings, ds: dt.date, encoder: tables.EncoderInfo
-) -> tables.Partition:
-    folder = runs.table_folder(settings.root, settings.feature_set, ITEM_EMBEDDINGS, ds)
-    embeddings = tables.open_published(folder)
+    settings: Settings, ds: dt.date, encoder: encoder_info.EncoderInfo
+) -> partitions.Partition:
+    folder = layout.table_folder(settings.root, settings.feature_set, ITEM_EMBEDDINGS, ds)
+    embeddings = partitions.open_published(folder)
     found = embeddings.manifest["identities"]["encoder_id"]
     if found != encoder.encoder_id:
         raise OperatorError(
@@ -173,13 +173,13 @@ def _pinned_codebook(settings: Settings, ds: dt.date) -> str | None:
     return max(pins, key=lambda pin: pin.from_ds).codebook if pins else None
 
 
-def _default_mode(parent: CodebookInfo | None, encoder: tables.EncoderInfo) -> str:
+def _default_mode(parent: CodebookInfo | None, encoder: encoder_info.EncoderInfo) -> str:
     if parent is None:
         return "fresh"
     return "warm" if parent.encoder_id == encoder.encoder_id else "aligned"
 
 
-def _check_parent(fit: Fit, parent: CodebookInfo | None, encoder: tables.EncoderInfo) -> None:
+def _check_parent(fit: Fit, parent: CodebookInfo | None, encoder: encoder_info.EncoderInfo) -> None:
     if fit.mode != "fresh" and parent is None:
         raise OperatorError(
             f"Mode {fit.mode} continues a codebook, but the settings pin none and --parent names "
@@ -194,7 +194,7 @@ def _check_parent(fit: Fit, parent: CodebookInfo | None, encoder: tables.Encoder
 
 
 def _check_items(
-    items: int, fit: Fit, encoder: tables.EncoderInfo, embeddings: tables.Partition
+    items: int, fit: Fit, encoder: encoder_info.EncoderInfo, embeddings: partitions.Partition
 ) -> None:
     clusters = max(fit.clusters.values())
     if items >= clusters:
@@ -214,8 +214,8 @@ def _old_features(
     ds: dt.date,
     fit: Fit,
     parent: CodebookInfo | None,
-    encoder: tables.EncoderInfo,
-) -> tables.Partition | None:
+    encoder: encoder_info.EncoderInfo,
+) -> partitions.Partition | None:
     """The newest `item_features` up to ds made with `parent`, of this feature set or another.
 
     None where they are not needed, since the parent's own centres tell an item's number, or where
@@ -223,12 +223,12 @@ def _old_features(
     """
     if parent is None or (parent.encoder_id == encoder.encoder_id and fit.mode != "aligned"):
         return None
-    others = [s for s in runs.feature_sets(settings.root) if s != settings.feature_set]
+    others = [s for s in layout.feature_sets(settings.root) if s != settings.feature_set]
     for feature_set in [settings.feature_set, *others]:
-        days = runs.published_days(settings.root, feature_set, ITEM_FEATURES)
+        days = layout.published_days(settings.root, feature_set, ITEM_FEATURES)
         for day in reversed([day for day in days if day <= ds]):
-            found = tables.open_published(
-                runs.table_folder(settings.root, feature_set, ITEM_FEATURES, day)
+            found = partitions.open_published(
+                layout.table_folder(settings.root, feature_set, ITEM_FEATURES, day)
             )
             if found.manifest["identities"]["codebook_id"] == parent.codebook_id:
                 return found
@@ -243,7 +243,7 @@ def _old_features(
     )
 
 
-def _check_alike(old: tables.Partition, embeddings: tables.Partition) -> None:
+def _check_alike(old: partitions.Partition, embeddings: partitions.Partition) -> None:
     one, other = (p.schema.field("item_id").type for p in (old, embeddings))
     if one != other:
         raise OperatorError(
@@ -254,7 +254,7 @@ def _check_alike(old: tables.Partition, embeddings: tables.Partition) -> None:
 
 
 def _impressions(
-    settings: Settings, ds: dt.date, embeddings: tables.Partition, say: Say
+    settings: Settings, ds: dt.date, embeddings: partitions.Partition, say: Say
 ) -> Source | None:
     """Those of ds, which weigh the crosswalk; None, with a word, where there are none yet."""
     try:
@@ -364,7 +364,7 @@ def _sweep(folder: str) -> None:
 
 def _run(define: Callable[[Any], None], plan: FitPlan) -> None:
     run_pipeline = partial(beam_options.run_pipeline, options=plan.options)
-    runs.run_job(define, plan.sampling.staging, run_pipeline)
+    making.run_job(define, plan.sampling.staging, run_pipeline)
 
 
 def _compare(

@@ -30,13 +30,15 @@ from feature_jobs.schemas import (
     InputNotReady,
     OperatorError,
 )
-from feature_jobs.store import files, tables
-from feature_jobs.store.tables import EncoderInfo, Partition
+from feature_jobs.store import documents, files, partitions
+from feature_jobs.store.encoder_info import EncoderInfo
+from feature_jobs.store.partitions import Partition
 from pipelines.artefacts.encoders import stanza
 from pipelines.config import Settings
 from pipelines.planning.shop_tables import ShopTables
-from pipelines.running import runs
+from pipelines.running import layout
 from pipelines.running.progress import StepBar
+from pipelines.running.stage import PACKAGE_VERSIONS
 
 _COLUMNS = ("user_id", "request_id", "pv_item_ids", "pv_clicked", "click_item_ids")
 
@@ -84,7 +86,7 @@ def train(
             return None
         info = _export(run, record, span, out, name)
         path = os.path.join(out, "encoders", info.encoder_id)
-        tables.write_json(os.path.join(path, "train.json"), _account(run, span, sources))
+        documents.write_json(os.path.join(path, "train.json"), _account(run, span, sources))
         for warning in _disappointments(record):
             bar.say(warning)
         best = record.best
@@ -114,7 +116,7 @@ def find_span(
             f"Training from ds {start} on until ds {until} leaves no day: --start-ds must lie "
             "before --until."
         )
-    days = runs.published_days(settings.root, settings.feature_set, TRAINING_ROWS)
+    days = layout.published_days(settings.root, settings.feature_set, TRAINING_ROWS)
     days = [ds for ds in days if (start or dt.date.min) <= ds < until]
     last = until - dt.timedelta(days=1)
     first = start or min([*days, last - dt.timedelta(days=held_out_days)])
@@ -135,8 +137,8 @@ def find_span(
     if missing:
         say(f"no training_rows of {len(missing)} days: {', '.join(map(str, missing[:10]))}")
     found = {
-        ds: tables.open_published(
-            runs.table_folder(settings.root, settings.feature_set, TRAINING_ROWS, ds)
+        ds: partitions.open_published(
+            layout.table_folder(settings.root, settings.feature_set, TRAINING_ROWS, ds)
         )
         for ds in days
     }
@@ -193,7 +195,7 @@ def read_data(settings: Settings, span: Span) -> tuple[TrainingData, dict[str, A
         "image_roots": settings.catalogue.image_roots,
     }
     train, held_out = build_sets(rows, catalogue)
-    data = TrainingData(train, held_out, settings.catalogue.image_roots, tables.digest(sources))
+    data = TrainingData(train, held_out, settings.catalogue.image_roots, documents.digest(sources))
     return data, sources
 
 
@@ -203,7 +205,7 @@ def _rows_of(days: Mapping[dt.date, Partition]) -> pa.Table:
     found = []
     for part in parts:
         for path in part.paths:
-            rows = tables.read_parquet(path, _COLUMNS)
+            rows = partitions.read_parquet(path, _COLUMNS)
             at = rows.schema.get_field_index("request_id")
             found.append(rows.set_column(at, "request_id", rows["request_id"].cast(pa.string())))
             if found[-1].schema != found[0].schema:
@@ -339,7 +341,7 @@ def _account(run: Training, span: Span, sources: Mapping[str, Any]) -> dict[str,
             **sources,
         },
         "git_revision": _git_revision(),
-        "versions": runs.PACKAGE_VERSIONS,
+        "versions": PACKAGE_VERSIONS,
         "device": run.process.device_name,
         "processes": run.process.size,
         "steps": record.step,

@@ -16,14 +16,14 @@ from feature_jobs.schemas import (
     ITEM_REJECTS,
     DataContractError,
 )
-from feature_jobs.store import tables
+from feature_jobs.store import partitions
 from pipelines.config import Settings
 from pipelines.planning import yesterday
 from pipelines.planning.pinned import PinnedArtefacts
 from pipelines.planning.shop_tables import ShopTables
 from pipelines.planning.yesterday import Before
-from pipelines.running import runs
-from pipelines.running.runs import Stage
+from pipelines.running import layout
+from pipelines.running.stage import Stage
 
 _WITHOUT_PIN = {"histories", "training-rows"}
 NO_IDS = (pa.int64(), pa.int64())  # user_id and item_id, where no file tells their types
@@ -84,16 +84,16 @@ class DayPlan:
     # -- Items --
 
     @functools.cached_property
-    def day_before(self) -> tuple[tables.Partition, ...]:
+    def day_before(self) -> tuple[partitions.Partition, ...]:
         """Embeddings and rejects of the newest day before ds that has both; empty for none."""
         settings, wanted = self.settings, (ITEM_EMBEDDINGS, ITEM_REJECTS)
-        return runs.latest_before(settings.root, settings.feature_set, wanted, self.ds)
+        return layout.latest_before(settings.root, settings.feature_set, wanted, self.ds)
 
     @functools.cached_property
-    def previous_features(self) -> tables.Partition | None:
+    def previous_features(self) -> partitions.Partition | None:
         """`item_features` of the newest day before ds that has them: cluster IDs are compared."""
         settings, wanted = self.settings, (ITEM_FEATURES,)
-        found = runs.latest_before(settings.root, settings.feature_set, wanted, self.ds)
+        found = layout.latest_before(settings.root, settings.feature_set, wanted, self.ds)
         return found[0] if found else None
 
     @property

@@ -31,7 +31,7 @@ from feature_jobs.schemas import (
     USER_SIMSCORES,
     OperatorError,
 )
-from feature_jobs.store import broadcast, hashing, tables
+from feature_jobs.store import broadcast, documents, hashing, partitions
 from pipelines.planning.day_plan import NO_IDS, DayPlan
 from pipelines.planning.items import churn_note
 from pipelines.planning.yesterday import (
@@ -42,8 +42,8 @@ from pipelines.planning.yesterday import (
     history_settings,
     shards_of_log,
 )
-from pipelines.running import runs
-from pipelines.running.runs import Stage
+from pipelines.running import layout, records
+from pipelines.running.stage import Stage
 
 _USUAL_LENGTH = 50  # of a history; shards of much longer ones have fewer rows
 
@@ -109,13 +109,13 @@ def histories_job(
 def _check_shared(day: DayPlan) -> None:
     """Refuses to replace histories that another feature set made under another law."""
     settings = day.settings
-    for other in runs.feature_sets(settings.root):
-        record = runs.read_night(settings.root, other, day.ds) or {"tables": {}}
+    for other in layout.feature_sets(settings.root):
+        record = records.read_night(settings.root, other, day.ds) or {"tables": {}}
         entry = record["tables"].get(USER_HISTORIES.name)
-        folder = runs.table_folder(settings.root, other, USER_HISTORIES, day.ds)
-        if other == settings.feature_set or not entry or not tables.is_published(folder):
+        folder = layout.table_folder(settings.root, other, USER_HISTORIES, day.ds)
+        if other == settings.feature_set or not entry or not partitions.is_published(folder):
             continue
-        theirs = tables.open_published(folder).manifest
+        theirs = partitions.open_published(folder).manifest
         if theirs["version"] == entry["version"] and theirs["settings"] != history_settings(
             settings
         ):
@@ -137,7 +137,7 @@ class ScoresOfDay(LogOfDay):
 
     has_history: bool
     join: str
-    previous_features: tables.Partition | None
+    previous_features: partitions.Partition | None
     of_another_lineage: bool
     schema: pa.Schema
 
@@ -150,7 +150,7 @@ class ScoresOfDay(LogOfDay):
         """The day as the workers know it, once everything upstream is made."""
         embedded, features = stage.upstream
         found = features.partition(ITEM_FEATURES), embedded.partition(ITEM_EMBEDDINGS)
-        key = tables.digest([[p.manifest for p in found], stage.staging])[:16]
+        key = documents.digest([[p.manifest for p in found], stage.staging])[:16]
         previous = self.previous_features and self.previous_features.slim()
         items = ItemTables(found[0].slim(), found[1].slim(), previous, self.of_another_lineage)
         return SimscoreDay(

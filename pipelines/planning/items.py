@@ -19,10 +19,9 @@ from feature_jobs.schemas import (
     DataContractError,
     cluster_field,
 )
-from feature_jobs.store import hashing, tables
+from feature_jobs.store import documents, hashing, partitions
 from pipelines.planning.day_plan import DayPlan
-from pipelines.running import runs
-from pipelines.running.runs import Stage
+from pipelines.running.stage import PACKAGE_VERSIONS, Stage
 
 CHUNK_FOLDER = "chunks-"  # + digest: beside the folders of runs, the chunk files that they share
 
@@ -91,7 +90,7 @@ def plan_embed(day: DayPlan, made: dict[str, Stage]) -> Stage:
     )
 
 
-def _same_item_id_type(day: DayPlan, before: tables.Partition | None) -> pa.DataType:
+def _same_item_id_type(day: DayPlan, before: partitions.Partition | None) -> pa.DataType:
     """Today's type of item_id; raises DataContractError where it was another one `before`."""
     item_id = day.item_id_type()
     if before and before.schema.field("item_id").type != item_id:
@@ -109,10 +108,10 @@ def _chunk_folder(day: DayPlan, item_id: pa.DataType, shards: int) -> str:
     embedding = [
         day.pinned.encoder.encoder_id,
         settings.embed.batch_size,
-        runs.PACKAGE_VERSIONS,
+        PACKAGE_VERSIONS,
     ]
     layout = [str(item_id), shards, list(settings.catalogue.image_roots), day.options.full]
-    return CHUNK_FOLDER + tables.digest([embedding, layout])[:12]
+    return CHUNK_FOLDER + documents.digest([embedding, layout])[:12]
 
 
 # ---- ITEM-FEATURES ---------------------------------------------------------------------------

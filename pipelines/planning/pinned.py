@@ -5,7 +5,7 @@ import functools
 
 from feature_jobs.codebooks import codebook as codebooks
 from feature_jobs.schemas import OperatorError
-from feature_jobs.store import tables
+from feature_jobs.store import encoder_info
 from pipelines.config import Pin, Settings
 
 
@@ -20,8 +20,8 @@ class PinnedArtefacts:
         return self._settings.pin_for(self._ds)
 
     @functools.cached_property
-    def encoder(self) -> tables.EncoderInfo:
-        return tables.read_encoder_info(self.pin.encoder)
+    def encoder(self) -> encoder_info.EncoderInfo:
+        return encoder_info.read_encoder_info(self.pin.encoder)
 
     @functools.cached_property
     def codebook(self) -> codebooks.CodebookInfo:

@@ -23,12 +23,12 @@ from feature_jobs.schemas import (
     OperatorError,
     Table,
 )
-from feature_jobs.store import hashing, tables
-from feature_jobs.store.tables import Partition
+from feature_jobs.store import hashing, partitions
+from feature_jobs.store.partitions import Partition
 from pipelines.config import Settings
 from pipelines.planning.shop_tables import ShopTables
-from pipelines.running import runs
-from pipelines.running.runs import Stage
+from pipelines.running import layout
+from pipelines.running.stage import Stage
 
 STATE = (USER_HISTORIES, RECENT_CLICKS)
 IMPRESSIONS_PER_CLICK = 8  # at least, as a rule: it only sizes the shards
@@ -150,17 +150,17 @@ def _from_log(shop: ShopTables) -> Before:
 def _newest_before(settings: Settings, ds: dt.date) -> tuple[Partition, ...]:
     """The histories of the newest day before ds, not before the world began; empty for none."""
     start = settings.history_start_ds or dt.date.min
-    days = runs.begun_days(settings.root, settings.feature_set, USER_HISTORIES)
+    days = layout.begun_days(settings.root, settings.feature_set, USER_HISTORIES)
     found = (_state_of(settings, day) for day in reversed(days) if start <= day < ds)
     return next(filter(None, found), ())
 
 
 def _state_of(settings: Settings, ds: dt.date) -> tuple[Partition, ...]:
     """Both tables of ds, of one run; empty while they are not."""
-    folders = [runs.table_folder(settings.root, settings.feature_set, t, ds) for t in STATE]
-    if not all(map(tables.is_published, folders)):
+    folders = [layout.table_folder(settings.root, settings.feature_set, t, ds) for t in STATE]
+    if not all(map(partitions.is_published, folders)):
         return ()
-    found = tuple(map(tables.open_published, folders))
+    found = tuple(map(partitions.open_published, folders))
     return found if len({partition.run_id for partition in found}) == 1 else ()
 
 
@@ -219,8 +219,8 @@ def stale_days(settings: Settings) -> dict[str, dt.date]:
 def _inputs_of(settings: Settings, table: Table) -> dict[dt.date, tuple[str, dict[str, Any]]]:
     """By day, the run_id and the inputs of what is published of a table."""
     found = {}
-    for ds in runs.published_days(settings.root, settings.feature_set, table):
-        folder = runs.table_folder(settings.root, settings.feature_set, table, ds)
-        manifest = tables.open_published(folder).manifest
+    for ds in layout.published_days(settings.root, settings.feature_set, table):
+        folder = layout.table_folder(settings.root, settings.feature_set, table, ds)
+        manifest = partitions.open_published(folder).manifest
         found[ds] = (manifest["run_id"], manifest["inputs"])
     return found

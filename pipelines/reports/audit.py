@@ -23,13 +23,13 @@ from feature_jobs.impressions.simscore import read_impressions, score_impression
 from feature_jobs.inputs import RowGroup, Source, day_end
 from feature_jobs.items.item_vectors import ItemVectors, ask_all
 from feature_jobs.schemas import ITEM_EMBEDDINGS, TIMESTAMP, USER_SIMSCORES
-from feature_jobs.store import hashing, tables
+from feature_jobs.store import arrays, hashing, partitions
 from feature_jobs.store.arrays import differ_from_before
 from pipelines.config import Settings
-from pipelines.plan import plan_day
+from pipelines.nightly import plan_day
 from pipelines.planning.day_plan import DayPlan, NightOptions
 from pipelines.planning.impressions import ScoresOfDay, histories_job
-from pipelines.running.runs import Stage
+from pipelines.running.stage import Stage
 
 _BUCKET_ROWS = 20_000
 _READERS = 4
@@ -140,7 +140,7 @@ class _Bucket:
         if not self.part.has_history:
             job = histories_job(day, [self.part], [buckets], stage.staging)
             self.job = replace(job, shards=buckets)
-            self._earlier = [tables.to_ipc(self._clicks(log)) for log in day.before.log]
+            self._earlier = [arrays.to_ipc(self._clicks(log)) for log in day.before.log]
         self.items = self._ask_for_items()
 
     def _clicks(self, log: Source) -> pa.Table:
@@ -170,7 +170,7 @@ class _Bucket:
         assert self.job is not None
         day, law = self.part.day, self.job.law
         own = [clicks_of(rows, day.number, day.end_us, law) for rows in (self.rows, planted)]
-        return [*self._earlier, *map(tables.to_ipc, own)]
+        return [*self._earlier, *map(arrays.to_ipc, own)]
 
     def features(self, planted: pa.Table | None = None) -> pa.Table:
         """`user_simscores` of the bucket, with clicks of `planted` impressions in the log."""
@@ -335,14 +335,14 @@ def _audit_published(bucket: _Bucket, made: pa.Table, report: Report) -> None:
     stage = bucket.stage
     if not stage.is_published():
         folder = stage.folder(USER_SIMSCORES)
-        other = tables.is_published(folder)
+        other = partitions.is_published(folder)
         why = "are of other inputs or settings than the present ones" if other else "are not there"
         report.tell(UNVERIFIED, f"the published user_simscores of ds {stage.ds} {why}")
         return
-    partition = tables.open_published(stage.folder(USER_SIMSCORES))
+    partition = partitions.open_published(stage.folder(USER_SIMSCORES))
     found = partition.read_shard(bucket.bucket, bucket.buckets, "user_id")
-    found = tables.in_order(found, ["impression_id", "user_id", "event_time", "item_id"])
-    made = tables.in_order(made, ["impression_id", "user_id", "event_time", "item_id"])
+    found = arrays.in_order(found, ["impression_id", "user_id", "event_time", "item_id"])
+    made = arrays.in_order(made, ["impression_id", "user_id", "event_time", "item_id"])
     wrong = _not_as_published(found, made)
     if wrong:
         report.tell(LEAK, f"the published user_simscores are not what their inputs give: {wrong}")
@@ -407,9 +407,9 @@ def _audit_artefacts(day: DayPlan, stage: Stage, report: Report) -> None:
     _audit_embeddings(embedded.partition(ITEM_EMBEDDINGS), stage.part.day.end_us, report)
 
 
-def _audit_embeddings(embeddings: tables.Partition, end_us: int, report: Report) -> None:
+def _audit_embeddings(embeddings: partitions.Partition, end_us: int, report: Report) -> None:
     """Images that changed after the day's end were not those that its users saw."""
-    read = partial(tables.read_parquet, columns=["item_id", "image_mtime"])
+    read = partial(partitions.read_parquet, columns=["item_id", "image_mtime"])
     with ThreadPoolExecutor(_READERS) as pool:
         rows = pa.concat_tables(pool.map(read, embeddings.paths))
     times = rows["image_mtime"]

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from feature_jobs.schemas import ITEM_FEATURES, MAIN, TABLES, TRAINING_ROWS, USER_SIMSCORES
-from feature_jobs.store import files, tables
+from feature_jobs.store import files, partitions
 from pipelines.config import Settings
-from pipelines.plan import Night
 from pipelines.planning.items import CHUNK_FOLDER
 from pipelines.planning.yesterday import stale_days
-from pipelines.running import beam_options, runs
-from pipelines.running.runs import Stage
+from pipelines.running import beam_options, layout, records
+from pipelines.running.stage import Night, Stage
 
 # ---- What lies on disk ---------------------------------------------------------------------
 
@@ -22,9 +21,9 @@ def collect(settings: Settings) -> dict[str, Any]:
     day that was made again before them; what is unfinished."""
     days: dict[str, dict[str, Any]] = {}
     for table in TABLES.values():
-        for ds in runs.published_days(settings.root, settings.feature_set, table):
-            folder = runs.table_folder(settings.root, settings.feature_set, table, ds)
-            manifest = tables.open_published(folder).manifest
+        for ds in layout.published_days(settings.root, settings.feature_set, table):
+            folder = layout.table_folder(settings.root, settings.feature_set, table, ds)
+            manifest = partitions.open_published(folder).manifest
             entry = {k: manifest[k] for k in ("rows", "version", "run_id", "identities", "notes")}
             entry |= {k: manifest[k] for k in ("clusters", "counts") if k in manifest}
             days.setdefault(str(ds), {})[table.name] = {**entry, "path": folder}
@@ -34,7 +33,7 @@ def collect(settings: Settings) -> dict[str, Any]:
         "pins": [pin.model_dump(mode="json") for pin in settings.pins],
         "days": {
             ds: {
-                "whole_night": runs.is_whole_night(
+                "whole_night": records.is_whole_night(
                     settings.root, settings.feature_set, dt.date.fromisoformat(ds)
                 ),
                 "tables": found,

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from feature_jobs.schemas import CourierError
-from feature_jobs.store import files, tables
-from pipelines.running.runs import Stage
+from feature_jobs.store import documents, files, worker_notes
+from pipelines.running.stage import Stage
 
 if TYPE_CHECKING:
     from courier_model.training.progress import Progress  # which nights do not need
@@ -57,7 +57,7 @@ def _watch(stages: Sequence[Stage], live: bool, ended: threading.Event) -> None:
 
 def _warn(stage: Stage, told: set[str]) -> None:
     """Tells what workers warn of, as soon as it is there and once."""
-    for message in tables.warnings(stage.staging):
+    for message in worker_notes.warnings(stage.staging):
         if message not in told:
             sys.stderr.write(f"WARNING: {message}\n")
             told.add(message)
@@ -77,7 +77,7 @@ def measure(stages: Sequence[Stage]) -> Counter[str]:
     folder = os.path.join(stages[0].staging, "progress")
     found: Counter[str] = Counter()
     for name in files.list_names(folder):
-        found.update(tables.read_json(os.path.join(folder, name)))
+        found.update(documents.read_json(os.path.join(folder, name)))
     if found["total"]:
         return found
     done, total = (sum(s.shards_done() for s in stages), sum(s.shards for s in stages))

@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 
 from feature_jobs.codebooks.nearest import CentreSearch
-from feature_jobs.store import tables
+from feature_jobs.store import arrays, partitions
 
 DIM = 256
 WORK = 1 << 28  # rows times centres of one measurement
@@ -101,14 +101,14 @@ def by_numpy(centres: np.ndarray) -> Find:
 
 def through_parquet(find: Find, path: Path) -> Callable[[], object]:
     def run() -> None:
-        rows = tables.read_parquet(str(path), ["item_id", "embedding"])
-        place, distance = find(tables.embedding_matrix(rows["embedding"]))
+        rows = partitions.read_parquet(str(path), ["item_id", "embedding"])
+        place, distance = find(arrays.embedding_matrix(rows["embedding"]))
         columns = {
             "item_id": rows["item_id"],
             "cluster_id": place.astype(np.int32) + 1,
             "centre_distance": distance,
         }
-        tables.write_parquet(str(path.with_suffix(".out")), pa.table(columns))
+        partitions.write_parquet(str(path.with_suffix(".out")), pa.table(columns))
 
     return run
 
@@ -173,9 +173,9 @@ def bench(clusters: int, repeats: int, folder: Path) -> None:
     shop = Shop(clusters)
     centres, rows = shop.centres(clusters), shop.items(WORK // max(clusters, 4096))
     path = folder / f"{clusters}.parquet"
-    embedding = tables.list_column(rows, pa.list_(pa.float32()))
+    embedding = arrays.list_column(rows, pa.list_(pa.float32()))
     items = pa.table({"item_id": np.arange(len(rows)), "embedding": embedding})
-    tables.write_parquet(str(path), items)
+    partitions.write_parquet(str(path), items)
     finds = {"courier": by_courier(centres), "faiss": by_faiss(centres), "numpy": by_numpy(centres)}
     runs: dict[str, Callable[[], object]] = {}
     for name, find in finds.items():

@@ -50,8 +50,7 @@ from feature_jobs.store.files import FileInfo
 from feature_jobs.store.pieces import Piece, write_pieces
 from pipelines.config import load_settings
 from pipelines.demo.shop import Shop, make_shop
-from pipelines.nightly import run_nights
-from pipelines.plan import plan_night
+from pipelines.nightly import plan_night, run_nights
 from pipelines.running import beam_options
 
 BATCH = 8

@@ -27,7 +27,7 @@ import torch
 from feature_jobs.codebooks.fit_codebook import Fit, Sample, make_codebook
 from feature_jobs.codebooks.kmeans import SinglePass, estimate, first_centres, lloyd
 from feature_jobs.codebooks.nearest import CentreSearch
-from feature_jobs.store import tables
+from feature_jobs.store import arrays
 
 KINDS, NOISE = 2000, 0.6
 SHARD, BATCH = 131_072, 16_384  # rows of a file; read at once
@@ -114,14 +114,14 @@ def write_dataset(folder: Path, rows: int) -> None:
     mixture = Mixture(2)
     for at in range(0, rows, SHARD):
         part = mixture.rows(min(SHARD, rows - at))
-        column = tables.list_column(part, pa.list_(pa.float32()))
+        column = arrays.list_column(part, pa.list_(pa.float32()))
         pq.write_table(pa.table({"embedding": column}), folder / f"{at:010}.parquet")
 
 
 def stream(folder: Path) -> Iterator[np.ndarray]:
     for path in sorted(folder.glob("*.parquet")):
         for batch in pq.ParquetFile(path).iter_batches(BATCH, columns=["embedding"]):
-            yield tables.embedding_matrix(pa.chunked_array([batch["embedding"]]))
+            yield arrays.embedding_matrix(pa.chunked_array([batch["embedding"]]))
 
 
 def every(folder: Path, rows: int, wanted: int) -> np.ndarray:

@@ -49,11 +49,11 @@ from feature_jobs.codebooks.codebook import (
     save_codebook,
 )
 from feature_jobs.schemas import ITEM_EMBEDDINGS, SIM_TIERS, TIMESTAMP, USER_SIMSCORES
-from feature_jobs.store import hashing, tables
+from feature_jobs.store import arrays, hashing, partitions
 from pipelines.config import load_settings
-from pipelines.nightly import run_nights
-from pipelines.plan import plan_night
-from pipelines.running import beam_options, runs
+from pipelines.nightly import plan_night, run_nights
+from pipelines.running import beam_options, making
+from pipelines.running.stage import Stage
 
 DAY_BEFORE, DAY = dt.date(2026, 1, 5), dt.date(2026, 1, 6)
 NOON_US = int(dt.datetime.combine(DAY, dt.time(12), dt.UTC).timestamp()) * 1_000_000
@@ -172,12 +172,12 @@ def publish_items(shop: Shop, day: dt.date, vectors: np.ndarray) -> None:
             write_shard(parts, vectors, np.flatnonzero(of == shard), shard, stage)
     shutil.copytree(parts, stage.staging, copy_function=os.link)
     for table in stage.tables:
-        runs.seal(stage, table)
+        making.seal(stage, table)
     run_nights([night], [], lambda _: None)
 
 
 def write_shard(
-    parts: Path, vectors: np.ndarray, items: np.ndarray, shard: int, stage: runs.Stage
+    parts: Path, vectors: np.ndarray, items: np.ndarray, shard: int, stage: Stage
 ) -> None:
     """The parts of one shard, as EMBED leaves them: its `items` embedded, none rejected."""
     embeddings, rejects = stage.tables
@@ -185,7 +185,7 @@ def write_shard(
     columns = {name: pa.nulls(n, schema.field(name).type) for name in schema.names}
     columns |= {
         "item_id": pa.array(items),
-        "embedding": tables.list_column(vectors[items], pa.list_(pa.float32())),
+        "embedding": arrays.list_column(vectors[items], pa.list_(pa.float32())),
         "category": pa.array(["a"] * n),
         "in_catalogue": pa.array(np.ones(n, bool)),
         "image_uri": pa.array(["x"] * n),
@@ -194,9 +194,9 @@ def write_shard(
     }
     counts, shards = {"catalogue_items": n, "former_items": 0}, stage.shards
     folder = str(parts / embeddings.name)
-    tables.write_part(folder, embeddings, schema, pa.table(columns), shard, shards, counts)
+    partitions.write_part(folder, embeddings, schema, pa.table(columns), shard, shards, counts)
     schema, folder = rejects.schema(pa.int64()), str(parts / rejects.name)
-    tables.write_part(folder, rejects, schema, schema.empty_table(), shard, shards)
+    partitions.write_part(folder, rejects, schema, schema.empty_table(), shard, shards)
 
 
 def write_log(shop: Shop, items: int, impressions: int) -> None:
@@ -213,7 +213,7 @@ def write_log(shop: Shop, items: int, impressions: int) -> None:
                 rng.integers(0, items, rows),
                 pa.array(NOON_US + np.arange(rows)).cast(TIMESTAMP),
                 np.zeros(rows, bool),
-                tables.list_column(histories, pa.list_(pa.int64())),
+                arrays.list_column(histories, pa.list_(pa.int64())),
             ]
             file.write_table(pa.table(columns, schema=LOG_SCHEMA))
 
@@ -286,7 +286,7 @@ def user_by_user(vectors: np.ndarray, histories: np.ndarray, shown: np.ndarray) 
 def parquet_alone(shop: Shop, items: int) -> dict[str, float]:
     """pyarrow reading the log and writing the job's own rows, on one thread."""
     pa.set_cpu_count(1)
-    scored = tables.read_parquet(tables.open_published(str(shop.scores)).paths[0])[:SUBSET]
+    scored = partitions.read_parquet(partitions.open_published(str(shop.scores)).paths[0])[:SUBSET]
     flat = [field.name for field in scored.schema if not pa.types.is_nested(field.type)]
     path, rows = shop.top / "written.parquet", len(first_rows(shop, SUBSET))
 
@@ -476,8 +476,8 @@ def largest_difference(one: Path, other: Path) -> float:
 def scores_by_impression(folder: Path) -> tuple[pa.ChunkedArray, np.ndarray]:
     """The impression IDs, ascending, and their scores float32 [n, L]."""
     columns = ["impression_id", "sim_scores"]
-    paths = tables.open_published(str(folder)).paths
-    rows = pa.concat_tables(tables.read_parquet(path, columns) for path in paths)
+    paths = partitions.open_published(str(folder)).paths
+    rows = pa.concat_tables(partitions.read_parquet(path, columns) for path in paths)
     rows = rows.sort_by("impression_id")
     scores = rows["sim_scores"].combine_chunks().flatten().to_numpy()
     return rows["impression_id"], scores.reshape(len(rows), -1)
@@ -488,7 +488,7 @@ def scores_by_impression(folder: Path) -> tuple[pa.ChunkedArray, np.ndarray]:
 
 def bench_memory(shop: Shop, items: int, sizes: list[int], mode: str) -> None:
     """The job's peak beside what it may take: the embeddings' size on disk and 1.5 GB."""
-    embeddings = tables.open_published(str(shop.embeddings)).manifest["files"]
+    embeddings = partitions.open_published(str(shop.embeddings)).manifest["files"]
     allowed = sum(file["bytes"] for file in embeddings) + ALLOWED_BYTES
     for impressions in sizes:
         write_log(shop, items, impressions)

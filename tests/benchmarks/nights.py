@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import load_settings
-from pipelines.nightly import run_nights
-from pipelines.plan import plan_night
+from pipelines.nightly import plan_night, run_nights
 
 WORKERS = 2
 MODES = ("in_memory", "multi_threading", "multi_processing")

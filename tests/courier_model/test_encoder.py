@@ -26,7 +26,7 @@ from courier_model.encoder import (
 from courier_model.images import decode
 from feature_jobs.schemas import DataContractError, OperatorError
 from feature_jobs.store import files
-from feature_jobs.store.tables import EncoderInfo, read_encoder_info
+from feature_jobs.store.encoder_info import EncoderInfo, read_encoder_info
 
 CPU = torch.device("cpu")
 SMALL = "shufflenet_v2_x0_5"

@@ -13,7 +13,7 @@ from feature_jobs.schemas import StorageUnavailable
 from pipelines.cli import cli, main
 from pipelines.reports import status
 from pipelines.running import progress
-from pipelines.running.runs import Stage
+from pipelines.running.stage import Stage
 from tests.conftest import Artefacts
 from tests.support.world import DAYS, World
 

@@ -16,7 +16,7 @@ import torch
 from courier_model import encoder as encoders
 from courier_model.images import decode
 from feature_jobs.schemas import StorageUnavailable
-from feature_jobs.store import files, tables
+from feature_jobs.store import files, partitions
 from pipelines.cli import main
 from tests.conftest import Artefacts, pinned
 from tests.support.commands import (
@@ -102,7 +102,9 @@ def test_the_same_bytes_under_items_of_several_shards_are_embedded_once(
     offer(world, DAYS[0], addresses(*NORMAL, *same) | {30: image_uri(2), 31: image_uri(2)})
     assert embed(world, DAYS[0]) == 0
     folder = world.root / "test/item_embeddings" / f"ds={DAYS[0]}"
-    of_shards = [tables.read_parquet(str(path), ["item_id"]) for path in folder.glob("*.parquet")]
+    of_shards = [
+        partitions.read_parquet(str(path), ["item_id"]) for path in folder.glob("*.parquet")
+    ]
     assert sum(any(i in same for i in rows["item_id"].to_pylist()) for rows in of_shards) > 4
     # Eighteen items, sixteen files, six different contents.
     assert work(world, DAYS[0]) == [0, 16, 6, 12, 0]

@@ -11,14 +11,13 @@ from apache_beam.internal.gcp import auth
 
 from feature_jobs.codebooks.codebook import load_codebook
 from feature_jobs.schemas import TABLES, TRAINING_ROWS
-from feature_jobs.store import files, tables
-from feature_jobs.store.tables import Partition
+from feature_jobs.store import encoder_info, files, partitions, worker_notes
+from feature_jobs.store.partitions import Partition
 from pipelines import cli
 from pipelines.cli import main
 from pipelines.config import Settings, load_settings
-from pipelines.nightly import run_nights
-from pipelines.plan import plan_night
-from pipelines.running import runs
+from pipelines.nightly import plan_night, run_nights
+from pipelines.running import layout, publishing, records
 from tests.conftest import Artefacts
 from tests.support.buckets import upload
 from tests.support.world import (
@@ -63,12 +62,12 @@ def make(settings: Settings, ds: dt.date) -> list[str]:
 
 
 def published(settings: Settings, name: str, ds: dt.date) -> Partition:
-    folder = runs.table_folder(settings.root, settings.feature_set, TABLES[name], ds)
-    return tables.open_published(folder)
+    folder = layout.table_folder(settings.root, settings.feature_set, TABLES[name], ds)
+    return partitions.open_published(folder)
 
 
 def rows_of(partition: Partition) -> pa.Table:
-    rows = pa.concat_tables(tables.read_parquet(path) for path in partition.paths)
+    rows = pa.concat_tables(partitions.read_parquet(path) for path in partition.paths)
     return rows.drop_columns([name for name in VERSIONS if name in rows.column_names])
 
 
@@ -96,7 +95,7 @@ def test_nights_in_a_bucket_have_the_tables_of_those_on_a_disk(
             assert (digests[0] == digests[1]) == (table.name != "item_embeddings"), table.name
             for file, at in zip(theirs.manifest["files"], theirs.paths, strict=True):
                 assert file["sha256"] == files.sha256(at)
-        assert runs.is_whole_night(there.root, there.feature_set, ds)
+        assert records.is_whole_night(there.root, there.feature_set, ds)
 
 
 def test_a_night_in_a_bucket_can_be_repeated_and_brought_back(
@@ -122,7 +121,7 @@ def test_a_night_in_a_bucket_can_be_repeated_and_brought_back(
     assert len(after) < len(before)
     assert main(["rollback", *arguments]) == 0
     assert rows_of(published(settings, "item_embeddings", DAYS[0])).equals(before)
-    assert runs.is_whole_night(settings.root, settings.feature_set, DAYS[0])
+    assert records.is_whole_night(settings.root, settings.feature_set, DAYS[0])
 
 
 def test_packages_are_made_in_a_bucket(
@@ -134,7 +133,10 @@ def test_packages_are_made_in_a_bucket(
     stanza = capsys.readouterr().out
     (encoder,) = files.list_names(f"{bucket}/packages/encoders")
     assert f'encoder = "{bucket}/packages/encoders/{encoder}"' in stanza
-    assert tables.read_encoder_info(f"{bucket}/packages/encoders/{encoder}").encoder_id == encoder
+    assert (
+        encoder_info.read_encoder_info(f"{bucket}/packages/encoders/{encoder}").encoder_id
+        == encoder
+    )
 
     ds = ["--ds", str(DAYS[0])]
     assert main(["embed", "--config", str(in_bucket), *ds]) == 0
@@ -152,7 +154,7 @@ def test_two_runs_do_not_write_one_feature_set(
 ) -> None:
     settings = load_settings(str(in_bucket))
     arguments = ["refresh", "--config", str(in_bucket), "--ds", str(DAYS[0])]
-    with runs.exclusive(settings.root, settings.feature_set):
+    with publishing.exclusive(settings.root, settings.feature_set):
         assert main(arguments) == 1
     told = capsys.readouterr().err
     assert "Another run is writing the feature set 'test'" in told
@@ -182,7 +184,7 @@ def test_a_store_that_takes_no_message_either_is_told_in_one_paragraph(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     """Nothing can be left for the launcher, so Beam's worker ends with an exception."""
-    write = tables.write_json
+    write = worker_notes.write_json
 
     def fail(path: str, *args: object) -> None:
         if "/errors/" in path:
@@ -190,7 +192,7 @@ def test_a_store_that_takes_no_message_either_is_told_in_one_paragraph(
         write(path, *args)
 
     monkeypatch.setattr(files, "read_bytes", unreachable(f"{bucket}/images/"))
-    monkeypatch.setattr(tables, "write_json", fail)
+    monkeypatch.setattr(worker_notes, "write_json", fail)
     assert main(["refresh", "--config", str(in_bucket), "--ds", str(DAYS[0])]) == 1
     (told,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("Error: ")]
     assert told.startswith(f"Error: {bucket}/images/")

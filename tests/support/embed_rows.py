@@ -13,7 +13,7 @@ import pyarrow as pa
 from courier_model.inference import results_schema
 from feature_jobs.items.embed_plan import VERSION_COLUMNS
 from feature_jobs.schemas import EMBEDDING_DIM, ITEM_EMBEDDINGS, ITEM_REJECTS, TIMESTAMP
-from feature_jobs.store import tables
+from feature_jobs.store import arrays
 
 DAY = dt.date(2026, 3, 10)
 WRITTEN = dt.datetime(2026, 3, 1, tzinfo=dt.UTC)
@@ -62,7 +62,7 @@ def vector(number: int) -> list[float]:
 
 
 def _table(schema: pa.Schema, rows: list[Row]) -> pa.Table:
-    return tables.plain(pa.Table.from_pylist(rows, schema))
+    return arrays.plain(pa.Table.from_pylist(rows, schema))
 
 
 def _item(item: int) -> Row:

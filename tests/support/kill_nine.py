@@ -28,7 +28,7 @@ from pipelines.config import load_settings
 from tests.support.commands import published_below
 
 for _module in (
-    "apache_beam", "pipelines.nightly", "pipelines.plan", "pipelines.reports.status", "torch",
+    "apache_beam", "pipelines.nightly", "pipelines.reports.status", "torch",
 ):  # fmt: skip
     importlib.import_module(_module)
 

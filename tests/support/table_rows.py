@@ -7,7 +7,7 @@ import pyarrow as pa
 from hypothesis import strategies as st
 
 from feature_jobs.schemas import EMBEDDING_DIM, ITEM_EMBEDDINGS
-from feature_jobs.store import tables
+from feature_jobs.store import arrays
 
 FLOATS = pa.list_(pa.float32())
 KEYS = st.one_of(
@@ -22,7 +22,7 @@ def embeddings(items: int) -> tuple[pa.Schema, pa.Table]:
     vectors = np.random.default_rng(0).standard_normal((items, EMBEDDING_DIM)).astype(np.float32)
     columns = {
         "item_id": np.arange(items)[::-1],
-        "embedding": tables.list_column(vectors, FLOATS),
+        "embedding": arrays.list_column(vectors, FLOATS),
         "image_uri": [f"{i}.jpg" for i in range(items)],
         "image_generation": [None] * items,
         "image_size": [100] * items,

@@ -24,7 +24,7 @@ from feature_jobs.codebooks.fit_codebook import (
     stream_embeddings,
 )
 from feature_jobs.schemas import OperatorError
-from feature_jobs.store import tables
+from feature_jobs.store import arrays, partitions
 from tests.support.codebooks import unit_rows
 
 FLOATS = pa.list_(pa.float32())
@@ -36,7 +36,7 @@ def embeddings(points: np.ndarray) -> pa.Table:
     return pa.table(
         {
             "item_id": np.arange(len(points)),
-            "embedding": tables.list_column(points, FLOATS),
+            "embedding": arrays.list_column(points, FLOATS),
             "category": pa.array(["dress", None] * (len(points) // 2), pa.string()),
             "in_catalogue": np.arange(len(points)) % 10 != 0,
         }
@@ -44,7 +44,7 @@ def embeddings(points: np.ndarray) -> pa.Table:
 
 
 def job(fraction: float = 1.0, held_out: float = 0.0, **fields: object) -> SampleJob:
-    nowhere = tables.Partition("", {"files": []})
+    nowhere = partitions.Partition("", {"files": []})
     return SampleJob(nowhere, None, fraction, held_out, "", **fields)  # type: ignore[arg-type]
 
 
@@ -101,13 +101,13 @@ def test_the_fraction_is_a_share_and_aims_at_256_items_per_cluster(items: int, k
     assert fraction == 1 or fraction * items * (1 - held_out) == pytest.approx(256 * k)
 
 
-def published(folder: Path, parts: list[pa.Table]) -> tables.Partition:
+def published(folder: Path, parts: list[pa.Table]) -> partitions.Partition:
     files = []
     for number, rows in enumerate(parts):
-        name = f"{tables.part_name(number, len(parts))}.parquet"
-        tables.write_parquet(str(folder / name), rows)
+        name = f"{partitions.part_name(number, len(parts))}.parquet"
+        partitions.write_parquet(str(folder / name), rows)
         files.append({"name": name, "rows": len(rows)})
-    return tables.Partition(str(folder), {"files": files})
+    return partitions.Partition(str(folder), {"files": files})
 
 
 def test_a_sample_is_read_in_the_order_of_hashes_whatever_the_files(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_sample_is_read_in_the_order_of_hashes_whatever_the_files(tmp_path: Pa
         parts = [rows.slice(sum(cuts[:n]), size) for n, size in enumerate(cuts)]
         for number, part in enumerate(parts):
             sample = draw_sample(part, wanted)
-            tables.write_parquet(str(tmp_path / "sample" / f"{number:05d}.parquet"), sample)
+            partitions.write_parquet(str(tmp_path / "sample" / f"{number:05d}.parquet"), sample)
         samples.append(read_sample(replace(wanted, embeddings=published(tmp_path / "e", parts))))
     one, two = samples
     np.testing.assert_array_equal(one.points, two.points)

@@ -29,7 +29,7 @@ from feature_jobs.schemas import (
     TIMESTAMP,
     USER_SIMSCORES,
 )
-from feature_jobs.store import broadcast, hashing, tables
+from feature_jobs.store import arrays, broadcast, documents, hashing, partitions, worker_notes
 from tests.support import oracles
 from tests.support.codebooks import unit_rows
 
@@ -67,19 +67,21 @@ def write_items(folder: Path, drawn: list[tuple], shards: int) -> ItemTables:
              "codebook_id": "c", "category": None}
             for n, (image, scope, cluster) in mine
         ]  # fmt: skip
-        made = pa.Table.from_pylist(rows, tables.plain(features.empty_table()).schema)
-        tables.write_part(str(folder / "features"), ITEM_FEATURES, features, made, shard, shards)
+        made = pa.Table.from_pylist(rows, arrays.plain(features.empty_table()).schema)
+        partitions.write_part(
+            str(folder / "features"), ITEM_FEATURES, features, made, shard, shards
+        )
         rows = [
             {"item_id": n, "embedding": VECTORS[n].tolist(), "image_uri": "x", "image_size": 1,
              "image_sha256": "", "in_catalogue": True}
             for n, (image, _, _) in mine
             if image
         ]  # fmt: skip
-        made = pa.Table.from_pylist(rows, tables.plain(embeddings.empty_table()).schema)
+        made = pa.Table.from_pylist(rows, arrays.plain(embeddings.empty_table()).schema)
         path = str(folder / "embeddings")
-        tables.write_part(path, ITEM_EMBEDDINGS, embeddings, made, shard, shards)
+        partitions.write_part(path, ITEM_EMBEDDINGS, embeddings, made, shard, shards)
     found = [
-        tables.Partition(str(folder / name), {"files": tables.receipts(str(folder / name))})
+        partitions.Partition(str(folder / name), {"files": partitions.receipts(str(folder / name))})
         for name in ("features", "embeddings")
     ]
     return ItemTables(found[0], found[1], None, False)
@@ -87,7 +89,7 @@ def write_items(folder: Path, drawn: list[tuple], shards: int) -> ItemTables:
 
 def keys(folder: Path, day: HistoryDay) -> str:
     """Of the machine's copy of a day's items."""
-    return tables.digest([str(folder), day.number])[:16]
+    return documents.digest([str(folder), day.number])[:16]
 
 
 def write_log(folder: Path, drawn: list[tuple], day: int) -> inputs.Source:
@@ -147,7 +149,7 @@ def run(job: SimscoreJob, log: list[inputs.Source]) -> None:
             if job.join == SHUFFLE:
                 found["items"] = answers.get((place, shard), [])
             list(simscore.ScoreShard(job).process(((place, shard), found)))
-    assert tables.refused(job.staging) == []
+    assert worker_notes.refused(job.staging) == []
 
 
 def expected_rows(
@@ -228,7 +230,7 @@ def test_rows_of_random_worlds_are_what_plain_loops_make_of_them(
 
 def read_scores(day: SimscoreDay) -> pa.Table:
     folder = Path(day.staging) / USER_SIMSCORES.name
-    parts = [tables.read_parquet(str(path)) for path in sorted(folder.glob("*.parquet"))]
+    parts = [partitions.read_parquet(str(path)) for path in sorted(folder.glob("*.parquet"))]
     assert len(parts) == day.shards
     return pa.concat_tables(parts)
 

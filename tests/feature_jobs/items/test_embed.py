@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from feature_jobs.items import embed
 from feature_jobs.items.embed_plan import REJECTED, TO_READ, UNCHANGED, WAITING
-from feature_jobs.store import tables
+from feature_jobs.store import partitions
 from tests.support.embed_rows import (
     CATALOGUE,
     DAY,
@@ -234,8 +234,8 @@ def test_a_shard_without_items_makes_two_empty_tables_that_can_be_written(tmp_pa
     found, refused = Shard([]).tables()
     for table, rows in ((embed.ITEM_EMBEDDINGS, found), (embed.ITEM_REJECTS, refused)):
         schema = table.schema(pa.int64())
-        tables.write_part(str(tmp_path / table.name), table, schema, rows, 0, 1)
-        (receipt,) = tables.receipts(str(tmp_path / table.name))
+        partitions.write_part(str(tmp_path / table.name), table, schema, rows, 0, 1)
+        (receipt,) = partitions.receipts(str(tmp_path / table.name))
         assert receipt["rows"] == 0
 
 

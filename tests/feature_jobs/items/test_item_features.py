@@ -8,7 +8,7 @@ from feature_jobs.codebooks.codebook import Codebook
 from feature_jobs.codebooks.nearest import CodebookSearch
 from feature_jobs.items.item_features import count_clusters, features_of, summarise_clusters
 from feature_jobs.schemas import DataContractError
-from feature_jobs.store import tables
+from feature_jobs.store import arrays
 from tests.support.codebooks import by_hand, unit_rows
 
 POINTS = unit_rows(12)
@@ -28,7 +28,7 @@ def embedded(points: np.ndarray) -> pa.Table:
     return pa.table(
         {
             "item_id": pa.chunked_array([pa.array(np.arange(n))]),
-            "embedding": tables.list_column(points, pa.list_(pa.float32())),
+            "embedding": arrays.list_column(points, pa.list_(pa.float32())),
             "category": pa.chunked_array([pa.array(["dress"] * n, pa.string())]),
             "in_catalogue": np.ones(n, bool),
         }

@@ -22,7 +22,7 @@ from feature_jobs.schemas import (
     DataContractError,
     InputNotReady,
 )
-from feature_jobs.store import hashing, tables
+from feature_jobs.store import arrays, documents, hashing, partitions
 from tests.support.table_rows import KEYS, SHARDS, embeddings
 
 
@@ -33,15 +33,17 @@ def histories(users: Sequence[int | str], items: type = int) -> tuple[pa.Schema,
     item_ids = [[items(u) for u in range(i % 4)] for i in range(len(users))]
     times = [[1_000_000 * t for t in row] for row in ([*range(len(r))] for r in item_ids)]
     columns = {"user_id": users, "item_ids": item_ids, "click_times": times}
-    return schema, pa.table(columns, schema=tables.plain(schema.empty_table()).schema)
+    return schema, pa.table(columns, schema=arrays.plain(schema.empty_table()).schema)
 
 
-def write_table(folder: str, schema: pa.Schema, rows: pa.Table, shards: int) -> tables.Partition:
+def write_table(
+    folder: str, schema: pa.Schema, rows: pa.Table, shards: int
+) -> partitions.Partition:
     shard = hashing.shard_of(hashing.hash_ids(rows["user_id"]), shards)
     for i in range(shards):
         mine = rows.filter(pa.array(shard == i))
-        tables.write_part(folder, USER_HISTORIES, schema, mine, i, shards)
-    return tables.Partition(folder, {"files": tables.receipts(folder), "run_id": "r"})
+        partitions.write_part(folder, USER_HISTORIES, schema, mine, i, shards)
+    return partitions.Partition(folder, {"files": partitions.receipts(folder), "run_id": "r"})
 
 
 # ---- Parts -----------------------------------------------------------------------------------
@@ -50,14 +52,14 @@ def write_table(folder: str, schema: pa.Schema, rows: pa.Table, shards: int) -> 
 def test_a_part_is_there_once_its_receipt_is_and_holds_the_rows(tmp_path: Path) -> None:
     folder = str(tmp_path)
     schema, rows = histories([5, -3, 9, 0])
-    assert tables.receipts(folder) == []
-    assert not tables.has_part(folder, 3, 4)
-    tables.write_part(folder, USER_HISTORIES, schema, rows, 3, 4, {"clicks": 6})
-    assert tables.has_part(folder, 3, 4)
-    assert not tables.has_part(folder, 3, 8)
-    assert not tables.has_part(folder, 2, 4)
+    assert partitions.receipts(folder) == []
+    assert not partitions.has_part(folder, 3, 4)
+    partitions.write_part(folder, USER_HISTORIES, schema, rows, 3, 4, {"clicks": 6})
+    assert partitions.has_part(folder, 3, 4)
+    assert not partitions.has_part(folder, 3, 8)
+    assert not partitions.has_part(folder, 2, 4)
 
-    (receipt,) = tables.receipts(folder)
+    (receipt,) = partitions.receipts(folder)
     data = (tmp_path / "part-00003-of-00004.parquet").read_bytes()
     assert receipt == {
         "name": "part-00003-of-00004.parquet",
@@ -67,7 +69,7 @@ def test_a_part_is_there_once_its_receipt_is_and_holds_the_rows(tmp_path: Path) 
         "counts": {"clicks": 6},
         "work": {},
     }
-    found = tables.read_parquet(str(tmp_path / receipt["name"]))
+    found = partitions.read_parquet(str(tmp_path / receipt["name"]))
     assert found.to_pylist() == rows.sort_by("user_id").to_pylist()
 
 
@@ -75,12 +77,12 @@ def test_receipts_come_in_shard_order_and_their_counts_add_up(tmp_path: Path) ->
     schema, rows = histories([1])
     for shard, counts in ((10, {"b": 1}), (2, {"a": 2, "b": 3}), (0, None)):
         work = {"seconds": shard / 4}
-        tables.write_part(str(tmp_path), USER_HISTORIES, schema, rows, shard, 16, counts, work)
-    found = tables.receipts(str(tmp_path))
+        partitions.write_part(str(tmp_path), USER_HISTORIES, schema, rows, shard, 16, counts, work)
+    found = partitions.receipts(str(tmp_path))
     assert [receipt["name"][5:10] for receipt in found] == ["00000", "00002", "00010"]
-    assert tables.sum_counts(found) == {"a": 2, "b": 4}
-    assert tables.sum_counts(found, "work") == {"seconds": 3.0}
-    assert tables.sum_counts([]) == {}
+    assert partitions.sum_counts(found) == {"a": 2, "b": 4}
+    assert partitions.sum_counts(found, "work") == {"seconds": 3.0}
+    assert partitions.sum_counts([]) == {}
 
 
 @pytest.mark.parametrize("users", [[5, -3, 9, 0, -(2**63)], ["b", "é", "", "a", "ab", "B"]])
@@ -90,10 +92,10 @@ def test_rows_of_a_part_are_sorted_by_key_whatever_their_order_before(
     schema, rows = histories(users)
     orders = [rows, rows.take(list(range(len(users)))[::-1])]
     for i, arrived in enumerate(orders):
-        tables.write_part(str(tmp_path / str(i)), USER_HISTORIES, schema, arrived, 0, 1)
-    first, second = (tables.receipts(str(tmp_path / str(i)))[0] for i in range(2))
+        partitions.write_part(str(tmp_path / str(i)), USER_HISTORIES, schema, arrived, 0, 1)
+    first, second = (partitions.receipts(str(tmp_path / str(i)))[0] for i in range(2))
     assert first == second  # and so the same bytes
-    found = tables.read_parquet(str(tmp_path / "0" / first["name"]))["user_id"].to_pylist()
+    found = partitions.read_parquet(str(tmp_path / "0" / first["name"]))["user_id"].to_pylist()
     assert found == sorted(users, key=lambda u: u.encode() if isinstance(u, str) else u)
     assert found != users
 
@@ -107,22 +109,24 @@ def test_a_null_where_none_may_be_is_refused_and_leaves_no_part(
     gap = pc.if_else(mask, pa.scalar(None, rows[column].type), rows[column])
     broken = rows.set_column(rows.column_names.index(column), column, gap)
     with pytest.raises(DataContractError, match=f"item_embeddings.{column} must not be null"):
-        tables.write_part(str(tmp_path), ITEM_EMBEDDINGS, schema, broken, 0, 1)
+        partitions.write_part(str(tmp_path), ITEM_EMBEDDINGS, schema, broken, 0, 1)
     assert os.listdir(tmp_path) == []
-    tables.write_part(str(tmp_path), ITEM_EMBEDDINGS, schema, rows, 0, 1)  # nulls where they may be
-    assert tables.has_part(str(tmp_path), 0, 1)
+    partitions.write_part(
+        str(tmp_path), ITEM_EMBEDDINGS, schema, rows, 0, 1
+    )  # nulls where they may be
+    assert partitions.has_part(str(tmp_path), 0, 1)
 
 
 def test_a_part_needs_every_column_and_leaves_out_further_ones(tmp_path: Path) -> None:
     schema, rows = histories([2, 1])
     with pytest.raises(KeyError, match="click_times"):
-        tables.write_part(
+        partitions.write_part(
             str(tmp_path), USER_HISTORIES, schema, rows.drop_columns("click_times"), 0, 1
         )
     rows = rows.append_column("ds", pa.array(["2026-01-01"] * 2))
-    tables.write_part(str(tmp_path), USER_HISTORIES, schema, rows, 0, 1)
-    (receipt,) = tables.receipts(str(tmp_path))
-    found = tables.read_parquet(str(tmp_path / receipt["name"])).column_names
+    partitions.write_part(str(tmp_path), USER_HISTORIES, schema, rows, 0, 1)
+    (receipt,) = partitions.receipts(str(tmp_path))
+    found = partitions.read_parquet(str(tmp_path / receipt["name"])).column_names
     assert found == ["user_id", "item_ids", "click_times"]
 
 
@@ -133,8 +137,8 @@ def test_a_part_needs_every_column_and_leaves_out_further_ones(tmp_path: Path) -
 def part(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A part of `item_embeddings` as it lies in a published folder."""
     folder = tmp_path_factory.mktemp("root") / "production/item_embeddings/ds=2026-01-06"
-    tables.write_part(str(folder), ITEM_EMBEDDINGS, *embeddings(300), 0, 1)
-    (receipt,) = tables.receipts(str(folder))
+    partitions.write_part(str(folder), ITEM_EMBEDDINGS, *embeddings(300), 0, 1)
+    (receipt,) = partitions.receipts(str(folder))
     shutil.rmtree(folder / "receipts")  # they stay in the staging folder
     return str(folder / receipt["name"])
 
@@ -170,11 +174,11 @@ def test_lists_of_floats_have_no_dictionary_and_ids_have_one(part: str) -> None:
 def test_pyarrow_pandas_and_duckdb_read_the_same_rows_with_a_plain_path(part: str) -> None:
     _, rows = embeddings(300)
     rows = rows.sort_by("item_id")
-    expected = tables.embedding_matrix(rows["embedding"])
+    expected = arrays.embedding_matrix(rows["embedding"])
 
     arrow = pq.read_table(part)
     assert arrow.column_names == rows.column_names
-    np.testing.assert_array_equal(tables.embedding_matrix(arrow["embedding"]), expected)
+    np.testing.assert_array_equal(arrays.embedding_matrix(arrow["embedding"]), expected)
 
     frame = pd.read_parquet(part)
     assert frame["item_id"].tolist() == list(range(300))
@@ -199,10 +203,10 @@ def test_a_reader_of_the_folder_may_take_ds_from_its_name(part: str) -> None:
 
 
 def test_our_own_reader_makes_no_column_of_the_folders_name(part: str) -> None:
-    assert tables.read_parquet(part).column_names == embeddings(1)[1].column_names
-    assert tables.read_parquet(part, ["category", "item_id"]).num_columns == 2
+    assert partitions.read_parquet(part).column_names == embeddings(1)[1].column_names
+    assert partitions.read_parquet(part, ["category", "item_id"]).num_columns == 2
     # No "not null" and no comments, which would hinder joining them with other rows.
-    schema = tables.read_parquet(part).schema
+    schema = partitions.read_parquet(part).schema
     assert all(field.nullable and not field.metadata for field in schema)
     assert schema.metadata is None
 
@@ -232,13 +236,13 @@ def test_a_reader_of_as_many_shards_opens_one_file(
     schema, rows = histories(list(range(100)))
     partition = write_table(str(tmp_path), schema, rows, 4)
     opened: list[str] = []
-    read = tables.read_parquet
+    read = partitions.read_parquet
 
     def count(path: str, columns: Sequence[str] | None = None) -> pa.Table:
         opened.append(path)
         return read(path, columns)
 
-    monkeypatch.setattr(tables, "read_parquet", count)
+    monkeypatch.setattr(partitions, "read_parquet", count)
     for readers, files in ((4, 1), (8, 1), (2, 2), (1, 4)):
         opened.clear()
         assert len(partition.read_shard(0, readers, "user_id")) > 0
@@ -247,8 +251,8 @@ def test_a_reader_of_as_many_shards_opens_one_file(
 
 def test_a_part_without_rows_keeps_the_schema(tmp_path: Path) -> None:
     schema = ITEM_REJECTS.schema(pa.string())
-    tables.write_part(str(tmp_path), ITEM_REJECTS, schema, tables.empty_rows(schema), 0, 1)
-    partition = tables.Partition(str(tmp_path), {"files": tables.receipts(str(tmp_path))})
+    partitions.write_part(str(tmp_path), ITEM_REJECTS, schema, arrays.empty_rows(schema), 0, 1)
+    partition = partitions.Partition(str(tmp_path), {"files": partitions.receipts(str(tmp_path))})
     assert partition.rows == 0
     assert partition.schema.equals(schema)
     assert len(partition.read_shard(1, 2, "item_id")) == 0
@@ -258,7 +262,7 @@ def test_a_part_without_rows_keeps_the_schema(tmp_path: Path) -> None:
 
 
 def publish(folder: Path, manifest: dict) -> None:
-    tables.write_json(str(folder / "_manifest.json"), manifest)
+    documents.write_json(str(folder / "_manifest.json"), manifest)
     digest = hashlib.sha256((folder / "_manifest.json").read_bytes()).hexdigest()
     (folder / "_SUCCESS").write_text(digest + "\n")
 
@@ -268,8 +272,8 @@ def test_a_partition_is_what_its_manifest_lists(tmp_path: Path) -> None:
     partition = write_table(str(tmp_path), schema, rows, 2)
     publish(tmp_path, partition.manifest)
     (tmp_path / "part-00000-of-00002-old.parquet").write_text("of another version")
-    assert tables.is_published(str(tmp_path))
-    found = tables.open_published(str(tmp_path))
+    assert partitions.is_published(str(tmp_path))
+    found = partitions.open_published(str(tmp_path))
     assert found == partition
     assert [os.path.basename(path) for path in found.paths] == [
         "part-00000-of-00002.parquet",
@@ -290,14 +294,14 @@ def test_no_partition_is_open_unless_success_names_its_manifest(
         folder.mkdir()
     if lacking not in ("folder", "everything"):
         publish(folder, {"files": [], "run_id": "r"})
-        assert tables.is_published(str(folder))
+        assert partitions.is_published(str(folder))
     if lacking in ("_SUCCESS", "_manifest.json"):
         (folder / lacking).unlink()
     if lacking == "agreement":  # a manifest of the next version, whose _SUCCESS is still to come
-        tables.write_json(str(folder / "_manifest.json"), {"files": [], "run_id": "next"})
-    assert not tables.is_published(str(folder))
+        documents.write_json(str(folder / "_manifest.json"), {"files": [], "run_id": "next"})
+    assert not partitions.is_published(str(folder))
     with pytest.raises(InputNotReady) as refused:
-        tables.open_published(str(folder))
+        partitions.open_published(str(folder))
     assert refused.value.exit_status == 4
     assert str(folder) in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -309,12 +313,12 @@ def test_a_damaged_manifest_is_never_read(tmp_path: Path, damage) -> None:
     path = tmp_path / "_manifest.json"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(InputNotReady):
-        tables.open_published(str(tmp_path))
+        partitions.open_published(str(tmp_path))
 
 
 def test_a_staged_partition_is_open_to_us_and_to_nobody_else(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        tables.open_staged(str(tmp_path))
-    tables.write_json(str(tmp_path / "_staged.json"), {"files": [], "run_id": "r"})
-    assert tables.open_staged(str(tmp_path)).run_id == "r"
-    assert not tables.is_published(str(tmp_path))
+        partitions.open_staged(str(tmp_path))
+    documents.write_json(str(tmp_path / "_staged.json"), {"files": [], "run_id": "r"})
+    assert partitions.open_staged(str(tmp_path)).run_id == "r"
+    assert not partitions.is_published(str(tmp_path))

@@ -20,7 +20,7 @@ from feature_jobs.schemas import (
     OperatorError,
     StorageUnavailable,
 )
-from feature_jobs.store import hashing, tables
+from feature_jobs.store import arrays, documents, encoder_info, hashing, worker_notes
 from tests.support.table_rows import FLOATS, KEYS, SHARDS, embeddings
 
 # ---- JSON and identities ---------------------------------------------------------------------
@@ -29,27 +29,27 @@ from tests.support.table_rows import FLOATS, KEYS, SHARDS, embeddings
 def test_equal_values_have_one_digest_and_others_another() -> None:
     value = {"b": [1, 2.5, None], "a": {"y": "é", "x": True}}
     again = {"a": {"x": True, "y": "é"}, "b": [1, 2.5, None]}
-    assert tables.canonical_json(value) == '{"a":{"x":true,"y":"é"},"b":[1,2.5,null]}'.encode()
-    assert tables.digest(value) == tables.digest(again)
-    assert tables.digest(value) == hashlib.sha256(tables.canonical_json(value)).hexdigest()
-    assert len({tables.digest(v) for v in (value, [1, 2], [2, 1], ["1", 2], 1, "1", None)}) == 7
+    assert documents.canonical_json(value) == '{"a":{"x":true,"y":"é"},"b":[1,2.5,null]}'.encode()
+    assert documents.digest(value) == documents.digest(again)
+    assert documents.digest(value) == hashlib.sha256(documents.canonical_json(value)).hexdigest()
+    assert len({documents.digest(v) for v in (value, [1, 2], [2, 1], ["1", 2], 1, "1", None)}) == 7
 
 
 def test_json_survives_the_file_and_damage_is_named(tmp_path: Path) -> None:
     path = str(tmp_path / "a.json")
-    tables.write_json(path, {"name": "衣服", "rows": 3})
-    assert tables.read_json(path) == {"name": "衣服", "rows": 3}
+    documents.write_json(path, {"name": "衣服", "rows": 3})
+    assert documents.read_json(path) == {"name": "衣服", "rows": 3}
     with pytest.raises(FileNotFoundError):
-        tables.read_json(str(tmp_path / "none.json"))
+        documents.read_json(str(tmp_path / "none.json"))
     for damaged in (Path(path).read_bytes()[:-4], b"\xff\xfe", b""):
         Path(path).write_bytes(damaged)
         with pytest.raises(DataContractError) as found:
-            tables.read_json(path)
+            documents.read_json(path)
         assert path in str(found.value)
         assert "\n" not in str(found.value)
 
 
-ENCODER = tables.EncoderInfo(
+ENCODER = encoder_info.EncoderInfo(
     encoder_id="demo-0123456789ab",
     backbone="resnet18",
     preprocessing={"input_size": 96},
@@ -65,8 +65,8 @@ def test_what_an_encoder_package_says_survives_the_file(
     tmp_path: Path, categories: tuple[str, ...] | None
 ) -> None:
     info = replace(ENCODER, categories=categories)
-    tables.write_encoder_info(str(tmp_path), info)
-    assert tables.read_encoder_info(str(tmp_path)) == info
+    encoder_info.write_encoder_info(str(tmp_path), info)
+    assert encoder_info.read_encoder_info(str(tmp_path)) == info
 
 
 @pytest.mark.parametrize("missing", [None, "encoder_id", "categories", "weights"])
@@ -74,12 +74,12 @@ def test_a_folder_that_is_no_encoder_package_is_refused(
     tmp_path: Path, missing: str | None
 ) -> None:
     if missing:
-        tables.write_encoder_info(str(tmp_path), ENCODER)
-        fields = tables.read_json(str(tmp_path / "encoder.json"))
+        encoder_info.write_encoder_info(str(tmp_path), ENCODER)
+        fields = documents.read_json(str(tmp_path / "encoder.json"))
         del fields[missing]
-        tables.write_json(str(tmp_path / "encoder.json"), fields)
+        documents.write_json(str(tmp_path / "encoder.json"), fields)
     with pytest.raises(OperatorError) as refused:
-        tables.read_encoder_info(str(tmp_path))
+        encoder_info.read_encoder_info(str(tmp_path))
     assert refused.value.exit_status == 2
     assert str(tmp_path) in str(refused.value)
     assert (missing or "No such file") in str(refused.value)
@@ -90,20 +90,25 @@ def test_a_folder_that_is_no_encoder_package_is_refused(
 def test_json_that_describes_no_encoder_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "encoder.json").write_text(content)
     with pytest.raises(OperatorError, match="no encoder package"):
-        tables.read_encoder_info(str(tmp_path))
+        encoder_info.read_encoder_info(str(tmp_path))
 
 
 def test_a_file_in_place_of_an_encoder_package_is_refused(tmp_path: Path) -> None:
     (tmp_path / "encoder").write_text("weights")
     with pytest.raises(OperatorError, match="no encoder package"):
-        tables.read_encoder_info(str(tmp_path / "encoder"))
+        encoder_info.read_encoder_info(str(tmp_path / "encoder"))
 
 
 def test_a_null_category_is_in_scope_only_where_all_are() -> None:
     category = pa.chunked_array([["dress", None], ["car", "dress"]])
-    assert tables.in_scope(category, None).tolist() == [True] * 4
-    assert tables.in_scope(category, ("dress", "shirt")).tolist() == [True, False, False, True]
-    assert tables.in_scope(category, ()).tolist() == [False] * 4
+    assert encoder_info.in_scope(category, None).tolist() == [True] * 4
+    assert encoder_info.in_scope(category, ("dress", "shirt")).tolist() == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert encoder_info.in_scope(category, ()).tolist() == [False] * 4
 
 
 # ---- Arrow and numpy -------------------------------------------------------------------------
@@ -117,7 +122,7 @@ def test_a_matrix_survives_as_a_list_column(
     shape: tuple[int, int], dtype: str, kind: pa.DataType
 ) -> None:
     matrix = np.arange(shape[0] * shape[1]).reshape(shape).astype(dtype)
-    column = tables.list_column(matrix, pa.list_(kind))
+    column = arrays.list_column(matrix, pa.list_(kind))
     assert column.type == pa.list_(kind)
     assert column.to_pylist() == matrix.tolist()
     column.validate(full=True)
@@ -125,18 +130,18 @@ def test_a_matrix_survives_as_a_list_column(
 
 def test_a_transposed_matrix_keeps_its_rows() -> None:
     matrix = np.arange(6, dtype=np.float32).reshape(2, 3).T
-    assert tables.list_column(matrix, FLOATS).to_pylist() == [[0, 3], [1, 4], [2, 5]]
+    assert arrays.list_column(matrix, FLOATS).to_pylist() == [[0, 3], [1, 4], [2, 5]]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7])
 def test_embeddings_survive_as_a_column_however_it_is_chunked_and_sliced(rows: int) -> None:
     matrix = np.random.default_rng(0).standard_normal((rows, EMBEDDING_DIM)).astype(np.float32)
-    column = tables.list_column(matrix, FLOATS)
+    column = arrays.list_column(matrix, FLOATS)
     whole = pa.chunked_array([column.slice(0, rows // 2), column.slice(rows // 2)], FLOATS)
     for found, expected in (
-        (tables.embedding_matrix(whole), matrix),
-        (tables.embedding_matrix(whole.slice(1)), matrix[1:]),
-        (tables.embedding_matrix(pa.chunked_array([column.slice(rows // 2)])), matrix[rows // 2 :]),
+        (arrays.embedding_matrix(whole), matrix),
+        (arrays.embedding_matrix(whole.slice(1)), matrix[1:]),
+        (arrays.embedding_matrix(pa.chunked_array([column.slice(rows // 2)])), matrix[rows // 2 :]),
     ):
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, expected)
@@ -144,18 +149,18 @@ def test_embeddings_survive_as_a_column_however_it_is_chunked_and_sliced(rows: i
 
 def test_a_slice_travels_without_the_rest_of_its_table() -> None:
     _, rows = embeddings(1000)
-    whole, part = tables.to_ipc(rows), tables.to_ipc(rows.slice(500, 10))
-    assert tables.from_ipc([part], rows).equals(rows.slice(500, 10))
+    whole, part = arrays.to_ipc(rows), arrays.to_ipc(rows.slice(500, 10))
+    assert arrays.from_ipc([part], rows).equals(rows.slice(500, 10))
     assert len(whole) > 1000 * 4 * EMBEDDING_DIM
     assert len(part) < len(whole) / 50
 
 
 def test_chunks_without_rows_leave_the_others_alone() -> None:
     rows, otherwise = pa.table({"a": [1, 2]}), pa.table({"a": pa.array([], pa.int64())})
-    chunks = [b"", tables.to_ipc(rows), b"", tables.to_ipc(rows.slice(1))]
-    assert tables.from_ipc(chunks, otherwise)["a"].to_pylist() == [1, 2, 2]
-    assert tables.from_ipc([b"", b""], otherwise) is otherwise
-    assert tables.from_ipc([], otherwise) is otherwise
+    chunks = [b"", arrays.to_ipc(rows), b"", arrays.to_ipc(rows.slice(1))]
+    assert arrays.from_ipc(chunks, otherwise)["a"].to_pylist() == [1, 2, 2]
+    assert arrays.from_ipc([b"", b""], otherwise) is otherwise
+    assert arrays.from_ipc([], otherwise) is otherwise
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -164,12 +169,12 @@ def test_splitting_by_shard_loses_and_doubles_no_row(keys: list, shards: int) ->
     kind = pa.string() if keys and isinstance(keys[0], str) else pa.int64()
     keys = keys + keys[:7]  # several rows of one key
     table = pa.table({"k": pa.array(keys, kind), "row": pa.array(range(len(keys)), pa.int64())})
-    split = list(tables.split_by_shard(table, "k", shards))
+    split = list(hashing.split_by_shard(table, "k", shards))
     numbers = [shard for shard, _ in split]
     assert numbers == sorted(set(numbers))
     rows = []
     for shard, chunk in split:
-        part = tables.from_ipc([chunk], table)
+        part = arrays.from_ipc([chunk], table)
         assert len(part) > 0
         assert set(hashing.shard_of(hashing.hash_ids(part["k"]), shards)) == {shard}
         assert part["row"].to_pylist() == sorted(part["row"].to_pylist())  # in order of arrival
@@ -179,7 +184,7 @@ def test_splitting_by_shard_loses_and_doubles_no_row(keys: list, shards: int) ->
 
 def test_a_table_without_rows_goes_to_no_shard() -> None:
     for kind in (pa.int64(), pa.string()):
-        assert list(tables.split_by_shard(pa.table({"k": pa.array([], kind)}), "k", 8)) == []
+        assert list(hashing.split_by_shard(pa.table({"k": pa.array([], kind)}), "k", 8)) == []
 
 
 # ---- What workers tell the launcher ------------------------------------------------------------
@@ -191,13 +196,13 @@ class Worker:
     def __init__(self, staging: Path):
         self.staging = str(staging)
 
-    @tables.refusing
+    @worker_notes.refusing
     def process(self, element: Exception | int) -> Iterator[int]:
         if isinstance(element, Exception):
             raise element
         yield element
 
-    @tables.refusing
+    @worker_notes.refusing
     def write(self, element: Exception | None) -> None:
         if element:
             raise element
@@ -211,9 +216,9 @@ def test_what_is_refused_reaches_the_launcher_word_for_word(
 ) -> None:
     worker = Worker(tmp_path)
     assert list(worker.process(1)) == [1]
-    assert tables.refused(worker.staging) == []
+    assert worker_notes.refused(worker.staging) == []
     assert list(worker.process(kind("item 7 is »null«"))) == []
-    (found,) = tables.refused(worker.staging)
+    (found,) = worker_notes.refused(worker.staging)
     assert type(found) is kind
     assert str(found) == "item 7 is »null«"
 
@@ -232,19 +237,19 @@ def test_what_is_not_for_the_operator_is_raised(tmp_path: Path, error: Exception
 
 
 def test_a_heartbeat_is_one_file_that_grows_with_what_is_counted(tmp_path: Path) -> None:
-    heartbeat = tables.Heartbeat(str(tmp_path))
+    heartbeat = worker_notes.Heartbeat(str(tmp_path))
     heartbeat.add(done=1)
     heartbeat.add(done=4, rejected_missing=1)  # too soon to be written
     (name,) = os.listdir(tmp_path / "progress")
-    assert tables.read_json(str(tmp_path / "progress" / name)) == {"done": 1}
+    assert documents.read_json(str(tmp_path / "progress" / name)) == {"done": 1}
     heartbeat.write()
     assert os.listdir(tmp_path / "progress") == [name]
-    told = tables.read_json(str(tmp_path / "progress" / name))
+    told = documents.read_json(str(tmp_path / "progress" / name))
     assert told == {"done": 5, "rejected_missing": 1}
 
 
 def test_workers_that_begin_as_copies_of_one_have_heartbeats_of_their_own(tmp_path: Path) -> None:
-    one = tables.Heartbeat(str(tmp_path))
+    one = worker_notes.Heartbeat(str(tmp_path))
     other = copy.deepcopy(one)
     one.add(done=1)
     other.add(done=2)
@@ -253,7 +258,7 @@ def test_workers_that_begin_as_copies_of_one_have_heartbeats_of_their_own(tmp_pa
 
 
 def test_a_warning_of_many_workers_is_told_once(tmp_path: Path) -> None:
-    assert tables.warnings(str(tmp_path)) == []
+    assert worker_notes.warnings(str(tmp_path)) == []
     for message in ("no »CUDA« here", "another", "no »CUDA« here"):
-        tables.warn(str(tmp_path), message)
-    assert sorted(tables.warnings(str(tmp_path))) == ["another", "no »CUDA« here"]
+        worker_notes.warn(str(tmp_path), message)
+    assert sorted(worker_notes.warnings(str(tmp_path))) == ["another", "no »CUDA« here"]

@@ -19,7 +19,7 @@ import pytest
 from courier_model.training.progress import Progress
 from courier_model.training.train import Training
 from feature_jobs.store import files
-from feature_jobs.store.tables import read_encoder_info
+from feature_jobs.store.encoder_info import read_encoder_info
 from pipelines.running import progress
 from pipelines.running.progress import StepBar
 from tests.support.commands import Capture, courier, paragraph

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from feature_jobs.impressions import clicks, histories
-from feature_jobs.store import tables
+from feature_jobs.store import partitions
 from tests.conftest import Artefacts
 from tests.support.commands import Capture, courier, paragraph, published, refresh, rewrite
 from tests.support.world import DAYS, World, make_codebook
@@ -159,7 +159,7 @@ def test_published_scores_that_were_changed_are_found(world: World, capsys: Capt
         rows = pq.read_table(path, partitioning=None)
         same = pa.array(np.zeros(len(rows), np.int32))
         rows = rows.set_column(rows.column_names.index("same_cluster"), "same_cluster", same)
-        tables.write_parquet(str(path), rows)
+        partitions.write_parquet(str(path), rows)
     assert courier(world, "audit", "--ds", str(DAYS[2])) == 1
     message = paragraph(capsys)
     assert "same_cluster in " in message

@@ -19,9 +19,10 @@ from feature_jobs.schemas import (
     InputNotReady,
     StorageUnavailable,
 )
-from feature_jobs.store import files, tables
-from feature_jobs.store.tables import MANIFEST, STAGED, SUCCESS
-from pipelines.running import runs
+from feature_jobs.store import documents, files, partitions, worker_notes
+from feature_jobs.store.partitions import MANIFEST, STAGED, SUCCESS
+from pipelines.running import making, publishing
+from pipelines.running.stage import Stage
 
 STEPS = ("delete", "write_bytes", "link", "move", "delete_tree")
 
@@ -30,21 +31,21 @@ class Killed(Exception):
     """Stands for a process that ends here."""
 
 
-def stage(folder: Path, values: list[int], shards: int = 2) -> tables.Partition:
+def stage(folder: Path, values: list[int], shards: int = 2) -> partitions.Partition:
     """A staged partition of `shards` files with the given values."""
     files = []
     for shard in range(shards):
         name = f"part-{shard:05d}-of-{shards:05d}.parquet"
         path = str(folder / name)
-        tables.write_parquet(path, pa.table({"x": values[shard::shards]}))
+        partitions.write_parquet(path, pa.table({"x": values[shard::shards]}))
         data = Path(path).read_bytes()
         sha256 = hashlib.sha256(data).hexdigest()
         files.append(
             {"name": name, "rows": len(values[shard::shards]), "bytes": len(data), "sha256": sha256}
         )
     manifest = {"table": "t", "run_id": "r", "files": files, "counts": {}, "values": values}
-    tables.write_json(str(folder / STAGED), manifest)
-    return tables.open_staged(str(folder))
+    documents.write_json(str(folder / STAGED), manifest)
+    return partitions.open_staged(str(folder))
 
 
 def through_manifest(target: str) -> list[int] | None:
@@ -102,9 +103,9 @@ OLD, NEW = [1, 2, 3, 4], [5, 6, 7, 8, 9]
 def test_a_published_partition_is_what_was_staged(tmp_path: Path) -> None:
     target = str(tmp_path / "t")
     with pytest.raises(InputNotReady, match="No published partition"):
-        tables.open_published(target)
-    runs.publish_partition(stage(tmp_path / "s", OLD), target)
-    published = tables.open_published(target)
+        partitions.open_published(target)
+    publishing.publish_partition(stage(tmp_path / "s", OLD), target)
+    published = partitions.open_published(target)
     assert through_manifest(target) == OLD
     assert published.manifest["parent_version"] is None
     assert all(published.manifest["version"] in path for path in published.paths)
@@ -112,10 +113,10 @@ def test_a_published_partition_is_what_was_staged(tmp_path: Path) -> None:
 
 def test_publishing_the_same_again_changes_nothing(tmp_path: Path) -> None:
     target = tmp_path / "t"
-    runs.publish_partition(stage(tmp_path / "s", OLD), str(target))
+    publishing.publish_partition(stage(tmp_path / "s", OLD), str(target))
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in target.iterdir()}
     assert len(before) == 4
-    runs.publish_partition(stage(tmp_path / "s2", OLD), str(target))
+    publishing.publish_partition(stage(tmp_path / "s2", OLD), str(target))
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in target.iterdir()} == before
 
 
@@ -128,7 +129,7 @@ def test_killed_at_any_step_no_reader_accepts_a_mixture_and_the_next_run_finishe
         folder = tmp_path / str(killed_at)
         target = str(folder / "t")
         if not first:
-            runs.publish_partition(stage(folder / "old", OLD), target)
+            publishing.publish_partition(stage(folder / "old", OLD), target)
         new = stage(folder / "new", NEW)
         moments = [look(target)]
         with pytest.MonkeyPatch.context() as patch:
@@ -139,20 +140,20 @@ def test_killed_at_any_step_no_reader_accepts_a_mixture_and_the_next_run_finishe
 
             steps = interrupt(patch, killed_at, watch)
             try:
-                runs.publish_partition(new, target)
+                publishing.publish_partition(new, target)
                 ended = True
             except Killed:
                 ended = False
         moments.append(look(target))
         check_readers(moments)
-        runs.publish_partition(new, target)  # the next run
+        publishing.publish_partition(new, target)  # the next run
         assert through_manifest(target) == NEW
         assert look(target)[1] == NEW
-        assert tables.is_published(target)
+        assert partitions.is_published(target)
         if not first:
             old = version_of(target, "parent_version")
-            assert runs.has_version(target, old)
-            runs.bring_back(target, old)
+            assert publishing.has_version(target, old)
+            publishing.bring_back(target, old)
             assert look(target)[1] == OLD
         if ended:
             break
@@ -175,29 +176,29 @@ def test_another_version_after_a_kill_leaves_no_file_of_the_one_never_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "t"
-    runs.publish_partition(stage(tmp_path / "old", OLD), str(target))
+    publishing.publish_partition(stage(tmp_path / "old", OLD), str(target))
     lost = stage(tmp_path / "lost", [0, 0, 0])
     with monkeypatch.context() as patch:
         interrupt(patch, 4, lambda: None)
         with pytest.raises(Killed):
-            runs.publish_partition(lost, str(target))
+            publishing.publish_partition(lost, str(target))
     assert len(list(target.glob("*.parquet"))) > 2
-    runs.publish_partition(stage(tmp_path / "new", NEW), str(target))
+    publishing.publish_partition(stage(tmp_path / "new", NEW), str(target))
     assert look(str(target))[1] == NEW
-    runs.bring_back(str(target), version_of(str(target), "parent_version"))
+    publishing.bring_back(str(target), version_of(str(target), "parent_version"))
     assert look(str(target))[1] == OLD
 
 
 def test_rolled_back_versions_can_be_brought_back_again(tmp_path: Path) -> None:
     target = str(tmp_path / "t")
-    runs.publish_partition(stage(tmp_path / "old", OLD), target)
+    publishing.publish_partition(stage(tmp_path / "old", OLD), target)
     old = version_of(target)
-    assert not runs.has_version(target, "000000000000")
-    runs.publish_partition(stage(tmp_path / "new", NEW), target)
+    assert not publishing.has_version(target, "000000000000")
+    publishing.publish_partition(stage(tmp_path / "new", NEW), target)
     new = version_of(target)
     for version, expected in ((old, OLD), (new, NEW), (new, NEW), (old, OLD)):
-        assert runs.has_version(target, version)
-        runs.bring_back(target, version)
+        assert publishing.has_version(target, version)
+        publishing.bring_back(target, version)
         assert look(target)[1] == expected
         assert through_manifest(target) == expected
 
@@ -206,25 +207,25 @@ def test_bringing_back_killed_at_any_step_goes_on_and_never_the_other_way(tmp_pa
     killed_at, ended = 0, False
     while not ended:
         target = str(tmp_path / str(killed_at) / "t")
-        runs.publish_partition(stage(tmp_path / f"{killed_at}-old", OLD), target)
+        publishing.publish_partition(stage(tmp_path / f"{killed_at}-old", OLD), target)
         old = version_of(target)
-        runs.publish_partition(stage(tmp_path / f"{killed_at}-new", NEW), target)
+        publishing.publish_partition(stage(tmp_path / f"{killed_at}-new", NEW), target)
         with pytest.MonkeyPatch.context() as patch:
             interrupt(patch, killed_at, lambda: None)
             try:
-                runs.bring_back(target, old)
+                publishing.bring_back(target, old)
                 ended = True
             except Killed:
                 pass
-        runs.bring_back(target, old)
+        publishing.bring_back(target, old)
         assert look(target)[1] == OLD
-        assert tables.is_published(target)
+        assert partitions.is_published(target)
         killed_at += 1
     assert killed_at > 4
 
 
-def stage_of(root: Path) -> runs.Stage:
-    return runs.Stage(
+def stage_of(root: Path) -> Stage:
+    return Stage(
         name="embed", ds=dt.date(2026, 3, 1), root=str(root), feature_set="test", tables=(),
         shards=1, inputs={}, identities={}, settings={}, define=lambda *_: None,
     )  # fmt: skip
@@ -256,7 +257,7 @@ def test_of_a_job_that_fails_the_error_that_led_to_it_is_told(tmp_path: Path, ho
             raise StorageUnavailable("gs://b/x [while running 'ParDo(X)']")  # noqa: B904
 
     with pytest.raises(StorageUnavailable) as told:
-        runs.make([stage_of(tmp_path)], fail)
+        making.make([stage_of(tmp_path)], fail)
     assert str(told.value) == AWAY
 
 
@@ -265,11 +266,11 @@ def test_of_a_job_that_fails_what_was_left_before_is_told(tmp_path: Path) -> Non
 
     def leave(_: Callable) -> None:
         left = {"kind": "DataContractError", "message": "two rows of item 3"}
-        tables.write_json(f"{stage.staging}/errors/x.json", left)
+        documents.write_json(f"{stage.staging}/errors/x.json", left)
         raise RuntimeError("Beam failed")
 
     with pytest.raises(DataContractError, match="two rows of item 3"):
-        runs.make([stage], leave)
+        making.make([stage], leave)
 
 
 def test_a_job_that_fails_for_another_reason_fails_with_that(
@@ -279,19 +280,19 @@ def test_a_job_that_fails_for_another_reason_fails_with_that(
         def away(_: str) -> None:
             raise StorageUnavailable(AWAY)
 
-        monkeypatch.setattr(tables, "refused", away)
+        monkeypatch.setattr(worker_notes, "refused", away)
         raise RuntimeError("Beam failed")
 
     with pytest.raises(RuntimeError, match="Beam failed"):
-        runs.make([stage_of(tmp_path)], fail)
+        making.make([stage_of(tmp_path)], fail)
 
 
 def test_two_runs_of_one_feature_set_exclude_each_other(tmp_path: Path) -> None:
     with (
-        runs.exclusive(str(tmp_path), "a"),
-        runs.exclusive(str(tmp_path), "b"),
+        publishing.exclusive(str(tmp_path), "a"),
+        publishing.exclusive(str(tmp_path), "b"),
         pytest.raises(CourierError, match="Another run is writing the feature set 'a'") as caught,
-        runs.exclusive(str(tmp_path), "a"),
+        publishing.exclusive(str(tmp_path), "a"),
     ):
         pass
     assert caught.value.exit_status == 1

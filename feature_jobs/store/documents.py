@@ -1,0 +1,33 @@
+"""JSON documents, and digests of what they say."""
+
+import hashlib
+import json
+from typing import Any
+
+from feature_jobs.schemas import DataContractError
+from feature_jobs.store import files
+
+
+def canonical_json(value: Any) -> bytes:
+    """One spelling per value: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def digest(value: Any) -> str:
+    """sha256 of the canonical JSON of `value`, hex."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def write_json(path: str, value: Any) -> None:
+    files.write_bytes(path, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def read_json(path: str) -> Any:
+    """Raises FileNotFoundError, or DataContractError where the file is not JSON."""
+    try:
+        return json.loads(files.read_bytes(path))
+    except ValueError as error:
+        raise DataContractError(
+            f"{path} should be JSON but cannot be parsed ({error}). It was written by COURIER and "
+            "has since been damaged: restore it, or delete its folder and run the command again."
+        ) from error

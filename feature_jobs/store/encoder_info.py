@@ -1,0 +1,65 @@
+"""What an encoder package says of itself, and which items it was made for, without torch."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_jobs.schemas import OperatorError
+from feature_jobs.store.documents import read_json, write_json
+
+
+@dataclass(frozen=True)
+class EncoderInfo:
+    """What `encoder.json` says of an encoder package, readable without torch.
+
+    `categories` None means that every category is in scope. The data range is that of the training
+    data, both ends inclusive; None for an encoder that was made without any.
+    """
+
+    encoder_id: str
+    backbone: str
+    preprocessing: dict[str, Any]
+    categories: tuple[str, ...] | None
+    data_start_ds: str | None
+    data_end_ds: str | None
+    weights: str
+
+
+def read_encoder_info(folder: str) -> EncoderInfo:
+    """Raises OperatorError where `folder` is no encoder package."""
+    path = os.path.join(folder, "encoder.json")
+    try:
+        fields = read_json(path)
+        categories = fields["categories"]
+        fields["categories"] = None if categories is None else tuple(categories)
+        return EncoderInfo(**fields)
+    except (FileNotFoundError, NotADirectoryError, TypeError, KeyError) as error:
+        raise OperatorError(
+            f"{folder!r} is no encoder package: {path} is missing or lacks a field ({error!r}). "
+            "Point at a folder made by `courier init-encoder`."
+        ) from error
+
+
+def write_encoder_info(folder: str, info: EncoderInfo) -> None:
+    write_json(os.path.join(folder, "encoder.json"), asdict(info))
+
+
+def in_scope(category: pa.ChunkedArray, categories: Sequence[str] | None) -> np.ndarray:
+    """Which items an encoder was made for, bool [n]; a null category only where all are in scope.
+
+    COURIER appendix §7: features of categories that it was not trained on are filled with zero.
+    """
+    if categories is None:
+        return np.ones(len(category), bool)
+    return pc.is_in(category, value_set=pa.array(categories, pa.string())).to_numpy()
+
+
+def fitted_on(rows: pa.Table, categories: Sequence[str] | None) -> np.ndarray:
+    """Which rows of `item_embeddings` codebooks are made of, bool [n]: those in the catalogue and
+    in scope."""
+    return in_scope(rows["category"], categories) & rows["in_catalogue"].to_numpy()

@@ -1,0 +1,226 @@
+"""Tables as files: parts written out of sight, partitions as readers see them, identities.
+
+A job writes each shard of a table as one Parquet *part* with a *receipt* beside it (rows, bytes,
+sha256, counts). The receipt comes last, so a part with a receipt is whole, and a job that died is
+resumed by leaving out the shards that have one. A *partition* is what the manifest lists, and
+nothing else that may lie in its folder.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from feature_jobs.schemas import (
+    DataContractError,
+    InputNotReady,
+    Table,
+    cluster_column,
+)
+from feature_jobs.store import files, hashing
+from feature_jobs.store.arrays import in_order, lookup, plain
+from feature_jobs.store.documents import digest, read_json, write_json
+
+MANIFEST = "_manifest.json"
+SUCCESS = "_SUCCESS"
+STAGED = "_staged.json"
+_ROW_GROUP_ROWS = 32_768
+_RECEIPT_READERS = 16
+
+
+# ---- JSON and identities -------------------------------------------------------------------
+
+
+# ---- Arrow and numpy -----------------------------------------------------------------------
+
+
+# ---- Parts ---------------------------------------------------------------------------------
+
+
+def part_name(shard: int, shards: int) -> str:
+    return f"part-{shard:05d}-of-{shards:05d}"
+
+
+def _receipt_path(folder: str, shard: int, shards: int) -> str:
+    return os.path.join(folder, "receipts", part_name(shard, shards) + ".json")
+
+
+def has_part(folder: str, shard: int, shards: int) -> bool:
+    """Whether this shard was written whole, by this run or by one that died."""
+    return files.exists(_receipt_path(folder, shard, shards))
+
+
+def write_part(
+    folder: str, table: Table, schema: pa.Schema, rows: pa.Table, shard: int, shards: int,
+    counts: dict[str, int] | None = None, work: dict[str, float] | None = None,
+) -> None:  # fmt: skip
+    """Writes one shard of `table` and its receipt; `rows` are sorted as `table` says here.
+
+    `counts` are the same whenever the shard is made again; `work` is what it cost this time.
+    Raises DataContractError for a null where `schema` allows none.
+    """
+    rows = in_order(
+        pa.Table.from_arrays(
+            [rows[field.name].cast(field.type) for field in schema], schema=schema
+        ),
+        [table.key, *table.then_by],
+    )
+    for field in schema:
+        if not field.nullable and rows[field.name].null_count:
+            key = rows[table.key].filter(pc.is_null(rows[field.name]))[0]
+            example = "a row" if table.key == "user_id" else f"the row of {table.key} {key}"
+            raise DataContractError(
+                f"{table.name}.{field.name} must not be null but is in {example}; whoever joins "
+                "the table counts on it. This is a fault of COURIER: please report it."
+            )
+    name = part_name(shard, shards) + ".parquet"
+    path = os.path.join(folder, name)
+    size, sha256 = write_parquet(path, rows)
+    receipt = {
+        "name": name,
+        "rows": len(rows),
+        "bytes": size,
+        "sha256": sha256,
+        "counts": counts or {},
+        "work": work or {},
+    }
+    write_json(_receipt_path(folder, shard, shards), receipt)
+
+
+def write_parquet(path: str, rows: pa.Table) -> tuple[int, str]:
+    """One Parquet file, zstd; no dictionary pages for lists of floats, which never repeat, and no
+    statistics of lists, which nobody filters by.
+
+    Returns its bytes and their sha256, hex.
+    """
+    flat = [f.name for f in rows.schema if not pa.types.is_nested(f.type)]
+    # In memory first: a writer that is interrupted at its file complains when it is thrown away.
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        rows, sink, compression="zstd", row_group_size=_ROW_GROUP_ROWS, use_dictionary=flat,
+        write_statistics=flat,
+    )  # fmt: skip
+    data = sink.getvalue()
+    files.write_bytes(path, data)
+    return data.size, hashlib.sha256(data).hexdigest()
+
+
+def receipts(folder: str) -> list[dict[str, Any]]:
+    """The receipts of all parts written so far, in shard order."""
+    at = os.path.join(folder, "receipts")
+    with ThreadPoolExecutor(_RECEIPT_READERS) as pool:
+        return list(pool.map(lambda n: read_json(os.path.join(at, n)), files.list_names(at)))
+
+
+def sum_counts(parts: Iterable[dict[str, Any]], what: str = "counts") -> dict[str, Any]:
+    """The "counts", or the "work", of all parts, added up by name."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part[what])
+    return dict(sorted(total.items()))
+
+
+# ---- Partitions ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A whole table of one ds: its folder and the manifest that says which files are it."""
+
+    folder: str
+    manifest: dict[str, Any]
+
+    @property
+    def paths(self) -> list[str]:
+        return [os.path.join(self.folder, file["name"]) for file in self.manifest["files"]]
+
+    @property
+    def rows(self) -> int:
+        return sum(file["rows"] for file in self.manifest["files"])
+
+    @property
+    def run_id(self) -> str:
+        return str(self.manifest["run_id"])
+
+    @property
+    def schema(self) -> pa.Schema:
+        with files.open_input(self.paths[0]) as file:
+            return pq.read_schema(file)
+
+    def slim(self) -> "Partition":
+        """What a worker needs of it: whole manifests of many days and files would make a job too
+        large to be submitted."""
+        files = [{"name": file["name"], "rows": file["rows"]} for file in self.manifest["files"]]
+        return Partition(self.folder, {"files": files})
+
+    def read_shard(
+        self, shard: int, shards: int, key: str, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """The rows whose `key` falls into the hash range of `shard` of `shards`.
+
+        The table must be sharded by that key. Reads one file, or the few that overlap the range.
+        """
+        paths = self.paths
+        needed = [paths[i] for i in hashing.overlapping_shards(shard, shards, len(paths))]
+        rows = pa.concat_tables(read_parquet(path, columns) for path in needed)
+        if len(paths) >= shards:
+            return rows
+        mine = hashing.shard_of(hashing.hash_ids(rows[key]), shards) == shard
+        return rows.filter(pa.array(mine))
+
+
+def read_parquet(path: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """One of our own files; the folder's name never becomes a column."""
+    with files.open_input(path) as data, pq.ParquetFile(data) as file:
+        return plain(file.read(columns=None if columns is None else list(columns)))
+
+
+def open_staged(folder: str) -> Partition:
+    """A partition that was made but not yet published; raises FileNotFoundError where none is."""
+    return Partition(folder, read_json(os.path.join(folder, STAGED)))
+
+
+def is_published(folder: str) -> bool:
+    """Whether `_SUCCESS` stands and names the manifest that lies beside it."""
+    try:
+        success = files.read_bytes(os.path.join(folder, SUCCESS)).decode().strip()
+        manifest = files.read_bytes(os.path.join(folder, MANIFEST))
+    except FileNotFoundError:
+        return False
+    return success == hashlib.sha256(manifest).hexdigest()
+
+
+def open_published(folder: str) -> Partition:
+    """Raises InputNotReady where no whole partition is published at this moment."""
+    if not is_published(folder):
+        raise InputNotReady(
+            f"No published partition at {folder}: it has not been made yet, or is being replaced "
+            "just now. Run the command that makes it, or ask again later."
+        )
+    return Partition(folder, read_json(os.path.join(folder, MANIFEST)))
+
+
+def version_of(manifest: Mapping[str, Any]) -> str:
+    """The version of a partition, published or yet to be: a digest of all that a manifest says."""
+    return str(manifest.get("version") or digest(dict(manifest))[:12])
+
+
+def cluster_numbers(
+    features: Partition, shard: int, shards: int, ids: pa.ChunkedArray, labels: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """By label, the cluster ID in `item_features` of each of some `ids` of a shard, 0 for none;
+    int32 [n]."""
+    columns = {label: cluster_column(label) for label in labels}
+    rows = features.read_shard(shard, shards, "item_id", ["item_id", *columns.values()])
+    return {label: lookup(ids, rows, column) for label, column in columns.items()}
+
+
+# ---- What workers tell the launcher ----------------------------------------------------------

@@ -1,0 +1,102 @@
+"""What workers tell the launcher by files below the staging folder: errors, warnings, counts."""
+
+import functools
+import hashlib
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from feature_jobs.schemas import CourierError
+from feature_jobs.store import files
+from feature_jobs.store.documents import digest, read_json, write_json
+
+# As Python prints one, and Beam goes on.
+_IN_TRACEBACK = rf"^{re.escape(CourierError.__module__)}\.(\w+): (.+?)(?: \[while running .*\])?$"
+
+
+def refusing(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Iterator[Any]]:
+    """Makes the `process` of a DoFn leave a CourierError where the launcher finds it.
+
+    The DoFn has its staging folder as `staging`. Once anything there was refused, the job runs to
+    its end without doing more, and the launcher raises the error word for word. Raised in a worker
+    it would be tried again, and reach the operator as a traceback within a traceback.
+    """
+
+    @functools.wraps(process)
+    def guarded(self: Any, element: Any) -> Iterator[Any]:
+        errors = os.path.join(self.staging, "errors")
+        if files.list_names(errors):
+            return
+        try:
+            yield from process(self, element) or ()
+        except CourierError as error:
+            found = {"kind": type(error).__name__, "message": str(error)}
+            write_json(os.path.join(errors, digest(found)[:12] + ".json"), found)
+
+    return guarded
+
+
+def refused(staging: str) -> list[CourierError]:
+    """All that was refused below `staging`."""
+    errors = os.path.join(staging, "errors")
+    found = [read_json(os.path.join(errors, name)) for name in files.list_names(errors)]
+    return [_courier_error(error["kind"], error["message"]) for error in found]
+
+
+def _courier_error(kind: str, message: str) -> CourierError:
+    kinds = {kind.__name__: kind for kind in CourierError.__subclasses__()}
+    return kinds.get(kind, CourierError)(message)
+
+
+def courier_error_in(error: BaseException) -> CourierError | None:
+    """The first CourierError of those that led to `error`: Beam adds words of its own to the later
+    ones, and of other processes it gives the traceback as text."""
+    told = re.search(_IN_TRACEBACK, str(error), re.MULTILINE)
+    found = _courier_error(*told.groups()) if told else None
+    at: BaseException | None = error
+    while at is not None:
+        if isinstance(at, CourierError):
+            found = _courier_error(type(at).__name__, str(at))
+        at = at.__cause__ or at.__context__
+    return found
+
+
+def warn(staging: str, message: str) -> None:
+    """Leaves a warning where the launcher finds it; the same one of many workers counts once."""
+    name = hashlib.sha256(message.encode()).hexdigest()[:12]
+    write_json(os.path.join(staging, "warnings", name + ".json"), {"message": message})
+
+
+def warnings(staging: str) -> list[str]:
+    """What workers warned of below `staging`."""
+    folder = os.path.join(staging, "warnings")
+    return [read_json(os.path.join(folder, n))["message"] for n in files.list_names(folder)]
+
+
+class Heartbeat:
+    """Counts of one worker thread, as a file that the launcher adds up with all others.
+
+    Written every two seconds at most, so that a fast worker does not spend its time on telling.
+    """
+
+    _SECONDS = 2.0
+
+    def __init__(self, staging: str):
+        self._folder = os.path.join(staging, "progress")
+        self._name: str | None = None  # known to the worker alone: workers begin as copies
+        self._counts: dict[str, float] = {}
+        self._written = 0.0
+
+    def add(self, **counts: float) -> None:
+        for name, count in counts.items():
+            self._counts[name] = self._counts.get(name, 0) + count
+        if time.monotonic() - self._written > self._SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        self._name = self._name or uuid.uuid4().hex[:12] + ".json"
+        write_json(os.path.join(self._folder, self._name), self._counts)
+        self._written = time.monotonic()

@@ -1,0 +1,178 @@
+"""Making: jobs run below their staging folders, and what they made is sealed."""
+
+import contextlib
+import datetime as dt
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from feature_jobs.schemas import CourierError, Table
+from feature_jobs.store import files, partitions, worker_notes
+from feature_jobs.store.documents import read_json, write_json
+from feature_jobs.store.partitions import STAGED
+from pipelines.running import beam_options, progress
+from pipelines.running.stage import BEGUN, PACKAGE_VERSIONS, Night, Stage
+
+_OF_RECEIPT = ("counts", "work")  # what no manifest says of a single file
+
+
+def make_missing(stages: Sequence[Stage], options: Any, say: Callable[[str], None]) -> set[str]:
+    """Makes those that are not made yet, with one job for each row of consecutive days; returns
+    their run_ids."""
+    for stage in stages:
+        if stage.forced:
+            force(stage)
+    missing = [stage for stage in stages if not stage.is_made()]
+    for together in _consecutive(missing):
+        _make(together, options, say)
+    return {stage.run_id for stage in missing}
+
+
+def _consecutive(stages: Sequence[Stage]) -> list[list[Stage]]:
+    found: list[list[Stage]] = []
+    for stage in stages:
+        if found and found[-1][-1].ds + dt.timedelta(days=1) == stage.ds:
+            found[-1].append(stage)
+        else:
+            found.append([stage])
+    return found
+
+
+def _make(stages: Sequence[Stage], options: Any, say: Callable[[str], None]) -> None:
+    first, last = stages[0], stages[-1]
+    names = ", ".join(table.name for table in first.tables)
+    days = f"ds {first.ds}" if first is last else f"ds {first.ds} to {last.ds}"
+    say(f"{first.name}: making {names} of {days} (run {first.run_id})")
+    with progress.watch(stages):
+        make(stages, partial(beam_options.run_pipeline, options=options))
+
+
+def make(stages: Sequence[Stage], run_pipeline: Callable[[Callable[[Any], None]], None]) -> None:
+    """Runs one job for stages of consecutive days below their staging folders, and seals the
+    tables it made.
+
+    Raises a worker's CourierError word for word; nothing is published in any case.
+    """
+    for stage in stages:
+        _forget_other_content(stage)
+    first = stages[0]
+    try:
+        run_job(lambda root: first.define(root, stages), first.staging, run_pipeline)
+    finally:
+        for stage in stages:
+            stage.clean(stage)
+    for stage in stages:
+        for table in stage.tables:
+            seal(stage, table)
+
+
+def run_job(
+    define: Callable[[Any], None],
+    staging: str,
+    run_pipeline: Callable[[Callable[[Any], None]], None],
+) -> None:
+    """Runs the job that `define` wires to write below `staging`.
+
+    Raises a worker's CourierError word for word.
+    """
+    files.delete_tree(os.path.join(staging, "errors"))
+    try:
+        run_pipeline(define)
+    except Exception as error:
+        if found := _told(staging, error):
+            raise found from error
+        raise
+    if errors := worker_notes.refused(staging):
+        raise errors[0]
+
+
+def _told(staging: str, error: Exception) -> CourierError | None:
+    """The CourierError that a job ended for: what is left of it where no worker could leave it, as
+    when the store of the staging folder was away too, or else one that was left before."""
+    if found := worker_notes.courier_error_in(error):
+        return found
+    with contextlib.suppress(OSError, CourierError):
+        return next(iter(worker_notes.refused(staging)), None)
+    return None
+
+
+def force(stage: Stage) -> None:
+    """From now on, by the first file of its staging folder, the stage counts as unpublished. What a
+    forced run that was killed had done stays."""
+    _forget_other_content(stage)
+
+
+def _forget_other_content(stage: Stage) -> None:
+    """Deletes what was begun from another content of the tables upstream."""
+    path = os.path.join(stage.staging, BEGUN)
+    now = stage.made_from()
+    if not files.exists(path) or read_json(path) != now:
+        files.delete_tree(stage.staging)
+        write_json(path, now)
+
+
+def seal(stage: Stage, table: Table) -> None:
+    """Writes what a manifest will say beside the parts, after every shard has its receipt."""
+    folder = os.path.join(stage.staging, table.name)
+    parts = partitions.receipts(folder)
+    if len(parts) != stage.shards:
+        raise CourierError(
+            f"{table.name} of ds {stage.ds} has {len(parts)} of {stage.shards} parts although its "
+            f"job ended well ({folder}). The table would lack rows. Run the command again; if it "
+            "happens again, delete that folder."
+        )
+    manifest = {
+        "table": table.name,
+        "ds": str(stage.ds),
+        "feature_set": None if table.shared else stage.feature_set,
+        "run_id": stage.run_id,
+        "files": [{k: v for k, v in part.items() if k not in _OF_RECEIPT} for part in parts],
+        "rows": sum(part["rows"] for part in parts),
+        "counts": partitions.sum_counts(parts),
+        "identities": dict(stage.identities),
+        "inputs": dict(stage.inputs),
+        "made_from": stage.made_from(),
+        "settings": dict(stage.settings),
+        "notes": dict(stage.notes),
+        "versions": PACKAGE_VERSIONS,
+        **stage.summarise(stage.staging),
+    }
+    write_json(os.path.join(folder, STAGED), manifest)
+
+
+def counts_of(stage: Stage) -> dict[str, int]:
+    """Counts and rows of all tables that the stage made."""
+    manifests = {table.name: stage.partition(table).manifest for table in stage.tables}
+    counts = {f"{name}_rows": m["rows"] for name, m in manifests.items()}
+    for manifest in manifests.values():
+        counts.update(manifest["counts"])
+    return counts
+
+
+def clusters_of(*stages: Stage) -> dict[str, Any]:
+    """How the items spread over clusters, by resolution; empty where no stage assigns any."""
+    manifests = [stage.partition(table).manifest for stage in stages for table in stage.tables]
+    found = [manifest.get("clusters", {}) for manifest in manifests]
+    return {label: entry for clusters in found for label, entry in clusters.items()}
+
+
+def work_of(stage: Stage) -> dict[str, float]:
+    """What making the stage's tables cost, interrupted runs included; empty once published."""
+    receipts = [partitions.receipts(os.path.join(stage.staging, t.name)) for t in stage.tables]
+    return partitions.sum_counts((part for parts in receipts for part in parts), "work")
+
+
+def reopen(stage: Stage) -> None:
+    """Undoes the sealing of a stage whose tables were refused, so that the next run makes them
+    again. What was expensive, the chunk files, stays."""
+    for table in stage.tables:
+        files.delete_tree(os.path.join(stage.staging, table.name))
+
+
+def write_run(night: Night, report: dict[str, Any]) -> None:
+    """The one place for times: everything else of a run is the same when it is run again."""
+    settings = night.settings
+    folder = f"{settings.root}/{settings.feature_set}/_runs/ds={night.ds}/{night.run_id}"
+    write_json(f"{folder}/run.json", {**report, "command": sys.argv[1:]})
