@@ -18,6 +18,7 @@ import numpy as np
 
 from courier_model.images import BadImage, DecodeLimits, Preprocessing, decode
 from feature_jobs.store import files
+from feature_jobs.store.faults import telling_forbidden
 
 T = TypeVar("T")
 
@@ -143,10 +144,11 @@ def _read(path: str) -> bytes:
 
 def _or_rejected(uri: str | None, look: Callable[[], T]) -> T | Rejected:
     try:
-        return look()
+        with telling_forbidden():
+            return look()
     except BadImage as error:
         return Rejected("read", error.reason, str(error))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError):
         return Rejected("read", "missing", f"no file {uri!r} below the image roots")
     except PermissionError:
         return Rejected("read", "forbidden", f"{uri!r} may not be read")

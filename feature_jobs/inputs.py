@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from feature_jobs.schemas import TIMESTAMP, DataContractError, InputNotReady, OperatorError
 from feature_jobs.store import documents, files
+from feature_jobs.store.faults import patiently
 
 _FOOTER_READERS = 16
 CATALOGUE_COLUMNS = ("item_id", "image_uri", "category")
@@ -191,9 +192,13 @@ def _decoded(kind: pa.DataType) -> pa.DataType:
 
 def read_footer(path: str) -> tuple[pq.FileMetaData, pa.Schema]:
     """Raises DataContractError where `path` is no Parquet file."""
-    try:
+
+    def read() -> tuple[pq.FileMetaData, pa.Schema]:
         with files.open_input(path) as data, pq.ParquetFile(data) as file:
             return file.metadata, file.schema_arrow
+
+    try:
+        return patiently(path, read)
     except _UNREADABLE as error:
         raise unreadable(path, error) from error
 
@@ -388,9 +393,13 @@ def read_rows(group: RowGroup, wanted: Sequence[str], carry: Sequence[str] = ())
     form = group.form
     ours = [name for name in wanted if name in form.columns]
     theirs = [form.columns[name] for name in ours]
-    try:
+
+    def read() -> pa.Table:
         with files.open_input(group.path) as data, pq.ParquetFile(data) as file:
-            rows = file.read_row_group(group.index, columns=list(dict.fromkeys([*theirs, *carry])))
+            return file.read_row_group(group.index, columns=list(dict.fromkeys([*theirs, *carry])))
+
+    try:
+        rows = patiently(group.path, read)
     except _UNREADABLE as error:
         raise unreadable(group.path, error) from error
     columns = {

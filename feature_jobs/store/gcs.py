@@ -1,12 +1,12 @@
-"""Google Cloud Storage behind the functions of `files`, for paths `gs://bucket/name`.
+"""Keeps files in Google Cloud Storage, by paths `gs://bucket/name`: a store (`protocol.Store`).
 
 An object appears when its upload has ended, whole or not at all. There are no folders: a "folder"
 is what names have in common up to a `/`, and it goes with the last object below it.
 
-A call that meets a transient fault (no connection, a time-out, 408, 429, 5xx) is tried again with
-back-off and jitter, and raises StorageUnavailable once that took too long. A missing object raises
-FileNotFoundError and a forbidden one PermissionError, as on a disk. A process has one client, made
-when it is first needed, whose connections its threads share.
+A call that meets a fault (no connection, a time-out, 408, 429, 5xx, and for a while 403) is tried
+again with back-off and jitter, and raises StorageUnavailable once that took too long. A missing
+object raises FileNotFoundError. A process has one client, made when it is first needed, whose
+connections its threads share.
 
 Nothing frees a lock when its holder is killed. So a lock is an object that its holder renews, and
 that others may take over when it has not been renewed for a while.
@@ -19,6 +19,7 @@ import functools
 import hashlib
 import io
 import logging
+import math
 import os
 import random
 import re
@@ -36,8 +37,8 @@ from google.api_core import exceptions as api_errors
 from google.cloud.storage import Blob
 from google.cloud.storage.fileio import BlobReader
 
-from feature_jobs.store import files
-from feature_jobs.store.files import Changed, FileInfo
+from feature_jobs.store import faults
+from feature_jobs.store.faults import Changed
 from feature_jobs.store.gcs_client import (
     IN_FLIGHT,
     bucket_of,
@@ -46,6 +47,7 @@ from feature_jobs.store.gcs_client import (
     translating_errors,
     translating_errors_of_bucket,
 )
+from feature_jobs.store.protocol import FileInfo, Held, is_hidden
 
 LOCK_RENEW_SECONDS = 60.0
 LOCK_FREE_SECONDS = 300.0  # without renewal
@@ -85,6 +87,14 @@ def _current(path: str) -> Blob | None:
     return None
 
 
+def _there(path: str) -> Blob:
+    """Returns the object as it is now; raises FileNotFoundError where there is none."""
+    blob = _current(path)
+    if blob is None:
+        raise FileNotFoundError(errno.ENOENT, "no such object", path)
+    return blob
+
+
 def _list(path: str, delimiter: str | None = None) -> tuple[list[Blob], list[str]]:
     """All objects whose paths begin with `path`; with a delimiter those alone that have none after
     it, and the beginnings of the others. Raises OperatorError where there is no such bucket."""
@@ -107,36 +117,6 @@ def _path(blob: Blob) -> str:
 
 def _info(path: str, blob: Blob) -> FileInfo:
     return FileInfo(path, blob.size, None, blob.generation)
-
-
-def stat(path: str) -> FileInfo:
-    blob = _current(path)
-    if blob is None:
-        raise FileNotFoundError(errno.ENOENT, "no such object", path)
-    return _info(path, blob)
-
-
-def exists(path: str) -> bool:
-    return _current(path) is not None
-
-
-def is_folder(path: str) -> bool:
-    """Whether there is an object below it."""
-    blobs, prefixes = _list(os.path.join(path, ""), "/")
-    return bool(blobs or prefixes)
-
-
-def glob(pattern: str) -> list[FileInfo]:
-    fixed = os.path.dirname(_before_wildcards(pattern))
-    return [
-        _info(path, blob)
-        for path, blob in _matching(pattern)
-        if not files.is_hidden(path.removeprefix(fixed + "/"))
-    ]
-
-
-def find(pattern: str) -> list[str]:
-    return [path for path, _ in _matching(pattern.replace("**", "*"))]
 
 
 def _before_wildcards(pattern: str) -> str:
@@ -163,20 +143,7 @@ def _matches(names: list[str], patterns: list[str]) -> bool:
     return fnmatch.fnmatchcase(names[0], patterns[0]) and _matches(names[1:], patterns[1:])
 
 
-def list_names(folder: str) -> list[str]:
-    folder = os.path.join(folder, "")
-    blobs, prefixes = _list(folder, "/")
-    paths = [*map(_path, blobs), *(f"gs://{bucket_of(folder)}/{p.rstrip('/')}" for p in prefixes)]
-    names = {path.removeprefix(folder) for path in paths}
-    return sorted(name for name in names if name and not name.startswith(".tmp-"))
-
-
 # ---- Reading ---------------------------------------------------------------------------------
-
-
-def read_bytes(path: str, limit: int = -1) -> bytes:
-    with translating_errors(path):
-        return _read(_blob(path), limit)
 
 
 def _read(blob: Blob, limit: int = -1) -> bytes:
@@ -207,10 +174,7 @@ class _Reader(BlobReader):
     """One generation of an object, read piece by piece where it is wanted."""
 
     def __init__(self, path: str, chunk: int):
-        blob = _current(path)
-        if blob is None:
-            raise FileNotFoundError(errno.ENOENT, "no such object", path)
-        super().__init__(blob, chunk, **retry_options())
+        super().__init__(_there(path), chunk, **retry_options())
         self._path = path
 
     def read(self, size: int | None = -1) -> bytes:
@@ -221,27 +185,7 @@ class _Reader(BlobReader):
             return data
 
 
-def open_input(path: str) -> IO[bytes]:
-    return _Reader(path, _CHUNK)
-
-
-def sha256(path: str) -> str:
-    with _Reader(path, _LARGE_CHUNK) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # ---- Writing ---------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def atomic_writer(path: str) -> Iterator[IO[Any]]:
-    with tempfile.SpooledTemporaryFile(_LARGE_CHUNK) as file:
-        yield file
-        _upload(path, file)
-
-
-def write_bytes(path: str, data: bytes) -> None:
-    _upload(path, io.BytesIO(data))
 
 
 def _upload(path: str, file: IO[Any], stamp: str = "", generation: int | None = None) -> Blob:
@@ -281,94 +225,157 @@ def _stamp(blob: Blob) -> str:
     return str((blob.metadata or {}).get(_STAMP, ""))
 
 
-def write_if_unchanged(path: str, data: bytes, expected: bytes | None) -> None:
-    blob = _current(path)
-    generation = blob.generation if blob else 0
-    try:
+# ---- The store -------------------------------------------------------------------------------
+
+
+class GcsStore:
+    """Keeps the promises of `protocol.Store` in a bucket."""
+
+    # -- Looking --
+
+    def stat(self, path: str) -> FileInfo:
+        return _info(path, _there(path))
+
+    def is_folder(self, path: str) -> bool:
+        blobs, prefixes = _list(os.path.join(path, ""), "/")
+        return bool(blobs or prefixes)
+
+    def glob(self, pattern: str) -> list[FileInfo]:
+        fixed = os.path.dirname(_before_wildcards(pattern))
+        return [
+            _info(path, blob)
+            for path, blob in _matching(pattern)
+            if not is_hidden(path.removeprefix(fixed + "/"))
+        ]
+
+    def find(self, pattern: str) -> list[str]:
+        return [path for path, _ in _matching(pattern.replace("**", "*"))]
+
+    def list_names(self, folder: str) -> list[str]:
+        folder = os.path.join(folder, "")
+        blobs, prefixes = _list(folder, "/")
+        below = [f"gs://{bucket_of(folder)}/{prefix.rstrip('/')}" for prefix in prefixes]
+        names = {path.removeprefix(folder) for path in (*map(_path, blobs), *below)}
+        return sorted(name for name in names if name and not name.startswith(".tmp-"))
+
+    # -- Reading --
+
+    def read_bytes(self, path: str, limit: int = -1) -> bytes:
         with translating_errors(path):
-            found = None if blob is None else _read(blob)
-    except FileNotFoundError as error:  # another generation meanwhile
-        raise Changed(path) from error
-    if found != expected:
-        raise Changed(path)
-    _put(path, data, generation)
+            return _read(_blob(path), limit)
+
+    def open_input(self, path: str) -> IO[bytes]:
+        return _Reader(path, _CHUNK)
+
+    def sha256(self, path: str) -> str:
+        with _Reader(path, _LARGE_CHUNK) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    # -- Writing --
+
+    @contextlib.contextmanager
+    def atomic_writer(self, path: str) -> Iterator[IO[Any]]:
+        with tempfile.SpooledTemporaryFile(_LARGE_CHUNK) as file:
+            yield file
+            _upload(path, file)
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        _upload(path, io.BytesIO(data))
+
+    def write_if_unchanged(self, path: str, data: bytes, expected: bytes | None) -> None:
+        blob = _current(path)
+        generation = blob.generation if blob else 0
+        try:
+            with translating_errors(path):
+                found = None if blob is None else _read(blob)
+        except FileNotFoundError as error:  # another generation meanwhile
+            raise Changed(path) from error
+        if found != expected:
+            raise Changed(path)
+        _put(path, data, generation)
+
+    def link(self, source: str, target: str) -> None:
+        copy, token = _blob(target), None
+        with translating_errors(source):
+            while True:
+                token, _, _ = copy.rewrite(_blob(source), token=token, **retry_options())
+                if token is None:
+                    return
+
+    def move(self, source: str, target: str) -> None:
+        self.link(source, target)
+        self.delete(source)
+
+    def delete(self, path: str) -> None:
+        _delete(path)
+
+    def delete_seen(self, file: FileInfo) -> None:
+        with contextlib.suppress(api_errors.PreconditionFailed):
+            _delete(file.path, file.generation)
+
+    def delete_tree(self, folder: str) -> None:
+        """Deletes marks first: while others go, none may say that what it stands for is whole.
+
+        One call for each object, many at once. The store's batches would leave to us which of
+        their hundred parts to try again.
+        """
+        paths = [_path(blob) for blob in _list(os.path.join(folder, ""))[0]]
+        marks = [path for path in paths if path.endswith(".json") or _base(path)[0] == "_"]
+        _delete_all(marks)
+        _delete_all(set(paths) - set(marks))
+
+    # -- Excluding others --
+
+    @contextlib.contextmanager
+    def step(self, folder: str) -> Iterator[None]:
+        yield
+
+    @contextlib.contextmanager
+    def lock(self, folder: str, wait: bool = False) -> Iterator[Held]:
+        lease = _Lease(folder)
+        pause = faults.FIRST_WAIT_SECONDS
+        while not lease.take():
+            if not wait:
+                raise BlockingIOError(errno.EWOULDBLOCK, "held by another process", folder)
+            time.sleep(random.uniform(0.0, pause))
+            pause = min(2 * pause, 10.0)
+        _RENEWAL.add(lease)
+        try:
+            yield lease
+        finally:
+            _RENEWAL.remove(lease)
+            lease.release()
 
 
-def link(source: str, target: str) -> None:
-    """A copy, made by the store."""
-    copy, token = _blob(target), None
-    with translating_errors(source):
-        while True:
-            token, _, _ = copy.rewrite(_blob(source), token=token, **retry_options())
-            if token is None:
-                return
-
-
-def move(source: str, target: str) -> None:
-    link(source, target)
-    delete(source)
-
-
-def delete(path: str) -> None:
+def _delete(path: str, generation: int | None = None) -> None:
     with contextlib.suppress(FileNotFoundError), translating_errors(path):
-        _blob(path).delete(**retry_options())
-
-
-def delete_tree(folder: str) -> None:
-    """Marks first: while others go, none of them may say that what they stand for is whole.
-
-    One call for each object, many at once. The store's batches would leave to us which of their
-    hundred parts to try again.
-    """
-    paths = [_path(blob) for blob in _list(os.path.join(folder, ""))[0]]
-    marks = [path for path in paths if path.endswith(".json") or os.path.basename(path)[0] == "_"]
-    _delete_all(marks)
-    _delete_all(set(paths) - set(marks))
+        _blob(path).delete(if_generation_match=generation, **retry_options())
 
 
 def _delete_all(paths: Iterable[str]) -> None:
     with ThreadPoolExecutor(IN_FLIGHT) as pool:
-        for _ in pool.map(delete, paths):
+        for _ in pool.map(_delete, paths):
             pass
+
+
+def _base(path: str) -> str:
+    return os.path.basename(path)
 
 
 # ---- Locks -----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def lock(folder: str, wait: bool = False) -> Iterator[None]:
-    """Renewed by a thread of its own until the block ends.
-
-    A holder that could not renew it in time, since it was asleep or cut off, is not stopped when
-    another takes over: it warns, and what it publishes is still written with preconditions.
-    """
-    lease = _Lease(os.path.join(folder, _LOCK))
-    pause = files.FIRST_WAIT_SECONDS
-    while not lease.take():
-        if not wait:
-            raise BlockingIOError(errno.EWOULDBLOCK, "held by another process", folder)
-        time.sleep(random.uniform(0.0, pause))
-        pause = min(2 * pause, 10.0)
-    ended = threading.Event()
-    renewing = threading.Thread(target=lease.keep, args=(ended,), daemon=True)
-    renewing.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        renewing.join()
-        lease.release()
-
-
 class _Lease:
-    """An object that belongs to who wrote its present generation."""
+    """An object that belongs to who wrote its present generation: a lock (`protocol.Held`)."""
 
-    def __init__(self, path: str):
-        self._path, self._process = path, os.getpid()
+    def __init__(self, folder: str):
+        self._folder, self._process = folder, os.getpid()
+        self._path = os.path.join(folder, _LOCK)
         self._generation = 0
+        self._written = -math.inf  # when it was last begun to be written, by `_now`
 
     def take(self) -> bool:
-        """Whether nobody held it, or who held it is gone."""
+        """Returns whether it is held now: nobody held it, or who held it is gone."""
         found = _current(self._path)
         if found is not None and not _is_abandoned(found):
             return False
@@ -379,19 +386,25 @@ class _Lease:
         return True
 
     def _write(self, generation: int) -> None:
-        owner = f"{self._process} {_machine()}"
+        begun, owner = _now(), f"{self._process} {_machine()}"
         text = f"held by process {self._process} of {socket.gethostname()}\n"
         self._generation = _put(self._path, text.encode(), generation, owner).generation
+        self._written = begun
 
-    def keep(self, ended: threading.Event) -> None:
-        while not ended.wait(LOCK_RENEW_SECONDS):
-            try:
-                self._write(self._generation)
-            except Changed:
-                _LOG.warning("Another process took over %s, which had not been renewed", self._path)
-                return
-            except Exception as error:  # noqa: BLE001 - it may still be renewed in time
-                _LOG.warning("%s could not be renewed: %s", self._path, error)
+    def check(self) -> None:
+        """Raises CourierError unless it is sure that nobody may have taken the lease over."""
+        if _now() - self._written > LOCK_FREE_SECONDS - LOCK_RENEW_SECONDS:
+            raise faults.lost(self._folder)
+
+    def renew(self) -> None:
+        try:
+            self._write(self._generation)
+        except Changed:
+            _LOG.warning("Another process took over %s, which had not been renewed", self._path)
+            self._written = -math.inf
+            _RENEWAL.remove(self)
+        except Exception as error:  # noqa: BLE001 - it may still be renewed in time
+            _LOG.warning("%s could not be renewed: %s", self._path, error)
 
     def release(self) -> None:
         if os.getpid() != self._process:
@@ -401,6 +414,54 @@ class _Lease:
             _blob(self._path).delete(if_generation_match=self._generation, **retry_options())
 
 
+class _Renewal:
+    """Renews all leases of a process, by one thread, which ends when none is left."""
+
+    def __init__(self) -> None:
+        self._leases: list[_Lease] = []
+        self._changing = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def add(self, lease: _Lease) -> None:
+        with self._changing:
+            self._leases.append(lease)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._renew_all, daemon=True)
+                self._thread.start()
+
+    def remove(self, lease: _Lease) -> None:
+        """Returns once the lease is not being renewed any more."""
+        with self._changing:
+            if lease in self._leases:
+                self._leases.remove(lease)
+            self._changing.notify_all()
+
+    def _renew_all(self) -> None:
+        with self._changing:
+            while self._leases:
+                self._changing.wait_for(lambda: not self._leases, LOCK_RENEW_SECONDS)
+                for lease in list(self._leases):
+                    lease.renew()
+            self._thread = None
+
+
+def _forget_leases() -> None:
+    """Makes a forked child renew nothing: the leases are its parent's."""
+    global _RENEWAL
+    _RENEWAL = _Renewal()
+
+
+_RENEWAL: _Renewal
+_forget_leases()
+os.register_at_fork(after_in_child=_forget_leases)
+# It goes on while a machine sleeps, where there is such a clock.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def _now() -> float:
+    return time.clock_gettime(_CLOCK)
+
+
 def _is_abandoned(lease: Blob) -> bool:
     """Whether its holder has ended, as far as this machine knows, or has long not renewed it."""
     process, _, machine = _stamp(lease).partition(" ")[2].partition(" ")
@@ -408,7 +469,7 @@ def _is_abandoned(lease: Blob) -> bool:
         return True
     # By the store's own clock: that of another machine may go wrong.
     clock = _upload(f"{_path(lease)}-{uuid.uuid4().hex[:12]}", io.BytesIO(b"now\n"))
-    delete(_path(clock))
+    _delete(_path(clock))
     return (clock.updated - lease.updated).total_seconds() > LOCK_FREE_SECONDS
 
 

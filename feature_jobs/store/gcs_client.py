@@ -4,7 +4,8 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from google.api_core import exceptions as api_errors
@@ -14,7 +15,7 @@ from google.cloud.storage.exceptions import DataCorruption
 from google.cloud.storage.retry import DEFAULT_RETRY
 
 from feature_jobs.schemas import OperatorError
-from feature_jobs.store import files
+from feature_jobs.store import faults
 
 IN_FLIGHT = 64  # connections, so many calls can go on at once; more of them wait
 TIMEOUT = (10.0, 60.0)  # seconds to connect, and between two bytes
@@ -70,8 +71,21 @@ def _without_credentials(error: Exception) -> OperatorError:
 def retry_options() -> dict[str, Any]:
     """Time-outs, and for how long a call is retried. Every call may be: a repeated write has the
     same content, or a precondition."""
-    retry = DEFAULT_RETRY.with_delay(initial=files.FIRST_WAIT_SECONDS, maximum=30, multiplier=2)
-    return {"retry": retry.with_timeout(files.RETRY_SECONDS), "timeout": TIMEOUT}
+    retry = DEFAULT_RETRY.with_delay(initial=faults.FIRST_WAIT_SECONDS, maximum=30, multiplier=2)
+    retry = retry.with_predicate(_waited_for(time.monotonic()))
+    return {"retry": retry.with_timeout(faults.RETRY_SECONDS), "timeout": TIMEOUT}
+
+
+def _waited_for(begun: float) -> Callable[[Exception], bool]:
+    """Tells of each error of a call, begun then, whether the call is to be made again."""
+
+    def is_waited_for(error: Exception) -> bool:
+        if _status(error) == 403 and not faults.forbidden_is_told():
+            return time.monotonic() - begun < faults.FORBIDDEN_SECONDS
+        again: bool = DEFAULT_RETRY._predicate(error)
+        return again
+
+    return is_waited_for
 
 
 @contextlib.contextmanager
@@ -82,7 +96,9 @@ def translating_errors(path: str) -> Iterator[None]:
     except api_errors.NotFound as error:
         raise FileNotFoundError(errno.ENOENT, "no such object", path) from error
     except api_errors.Forbidden as error:
-        raise PermissionError(errno.EACCES, _brief(error), path) from error
+        if faults.forbidden_is_told():
+            raise PermissionError(errno.EACCES, _brief(error), path) from error
+        raise faults.forbidden(path, _brief(error)) from error
     except (api_errors.Unauthorized, auth_errors.GoogleAuthError) as error:
         raise _without_credentials(error) from error  # nothing can be read, whatever the object
     except api_errors.BadRequest as error:  # a bucket whose readers pay, for example
@@ -91,9 +107,9 @@ def translating_errors(path: str) -> Iterator[None]:
             "Correct the path in the settings, or how the bucket is set up."
         ) from error
     except api_errors.RetryError as error:
-        raise files.unavailable(path, _brief(error.cause or error)) from error
+        raise faults.unavailable(path, _brief(error.cause or error)) from error
     except DataCorruption as error:
-        raise files.unavailable(path, "what arrived is not what was sent") from error
+        raise faults.unavailable(path, "what arrived is not what was sent") from error
 
 
 @contextlib.contextmanager
@@ -118,6 +134,11 @@ def _brief(error: BaseException) -> str:
     HTML, and of a connection that failed the reason, without the address that was asked for."""
     while isinstance(inner := getattr(error, "reason", error.args and error.args[0]), Exception):
         error = inner
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = _status(error)
     text = f"HTTP {status}" if status else str(error) or type(error).__name__
     return text.splitlines()[0][:300]
+
+
+def _status(error: BaseException) -> int | None:
+    """Returns the status of the response that an error tells of, None where there was none."""
+    return getattr(getattr(error, "response", None), "status_code", None)

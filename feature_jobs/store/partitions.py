@@ -28,6 +28,7 @@ from feature_jobs.schemas import (
 from feature_jobs.store import files, hashing
 from feature_jobs.store.arrays import in_order, lookup, plain
 from feature_jobs.store.documents import digest, read_json, write_json
+from feature_jobs.store.faults import patiently
 
 MANIFEST = "_manifest.json"
 SUCCESS = "_SUCCESS"
@@ -152,8 +153,13 @@ class Partition:
 
     @property
     def schema(self) -> pa.Schema:
-        with files.open_input(self.paths[0]) as file:
-            return pq.read_schema(file)
+        path = self.paths[0]
+
+        def read() -> pa.Schema:
+            with files.open_input(path) as file:
+                return pq.read_schema(file)
+
+        return patiently(path, read)
 
     def slim(self) -> "Partition":
         """What a worker needs of it: whole manifests of many days and files would make a job too
@@ -179,8 +185,12 @@ class Partition:
 
 def read_parquet(path: str, columns: Sequence[str] | None = None) -> pa.Table:
     """One of our own files; the folder's name never becomes a column."""
-    with files.open_input(path) as data, pq.ParquetFile(data) as file:
-        return plain(file.read(columns=None if columns is None else list(columns)))
+
+    def read() -> pa.Table:
+        with files.open_input(path) as data, pq.ParquetFile(data) as file:
+            return plain(file.read(columns=None if columns is None else list(columns)))
+
+    return patiently(path, read)
 
 
 def open_staged(folder: str) -> Partition:

@@ -173,7 +173,7 @@ def _goes_into(night: Night, record: dict[str, Any]) -> bool:
     )
 
 
-def _shared(settings: Settings) -> AbstractContextManager[None]:
+def _shared(settings: Settings) -> AbstractContextManager[files.Held]:
     """Holds the tables that other feature sets publish as well."""
     return files.lock(f"{settings.root}/shared", wait=True)
 

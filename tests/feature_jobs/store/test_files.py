@@ -4,14 +4,15 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from feature_jobs.schemas import OperatorError, StorageUnavailable
-from feature_jobs.store import files
+from feature_jobs.store import faults, files
+from tests.support.ill_disk import watch_disk
 from tests.support.processes import killed, start
+from tests.support.store_calls import CALLS
 
 HALF = """
 import sys, time
@@ -82,66 +83,118 @@ def test_a_move_between_two_names_of_one_file_leaves_the_target(tmp_path: Path) 
 
 # ---- transient faults --------------------------------------------------------------------------
 
-READS = {"stat": files.stat, "read": files.read_bytes}
-
 
 @pytest.fixture
-def faults(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What the next looks at a file fail with, the last one first; waits are short."""
+def ill(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What the next calls of the system fail with, the last one first; waits are short."""
     left: list[int] = []
 
-    def failing(real: Callable) -> Callable:
-        def call(path: str, *args: object, **kwargs: object) -> object:
-            if left and str(path).endswith("file"):
-                raise OSError(left.pop(), "the disk is ill", path)
-            return real(path, *args, **kwargs)
+    def fail(what: str, path: str) -> None:
+        if left:
+            raise OSError(left.pop(), "the disk is ill", path)
 
-        return call
-
-    monkeypatch.setattr(os, "stat", failing(os.stat))
-    monkeypatch.setattr("builtins.open", failing(open))
-    monkeypatch.setattr(files, "FIRST_WAIT_SECONDS", 0.01)
-    monkeypatch.setattr(files, "RETRY_SECONDS", 0.2)
+    watch_disk(monkeypatch, fail)
+    monkeypatch.setattr(faults, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(faults, "RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(faults, "FORBIDDEN_SECONDS", 0.2)
     return left
 
 
-@pytest.mark.parametrize("read", READS)
-@pytest.mark.parametrize("fault", ["EIO", "ETIMEDOUT", "ESTALE", "ECONNRESET", "EAGAIN", "EINTR"])
-def test_a_passing_fault_of_a_disk_is_waited_for(
-    tmp_path: Path, faults: list[int], read: str, fault: str
+FAULTS = ["EIO", "ESTALE", "ETIMEDOUT", "ECONNRESET", "EAGAIN", "EINTR", "EACCES", "ENOSPC"]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_passing_fault_of_a_disk_is_waited_for_in_every_function(
+    tmp_path: Path, ill: list[int], call: str, fault: str
 ) -> None:
-    files.write_bytes(str(tmp_path / "file"), b"data")
-    expected = READS[read](str(tmp_path / "file"))
-    faults += [getattr(errno, fault)] * 3
-    assert READS[read](str(tmp_path / "file")) == expected
-    assert faults == []
+    well, path = str(tmp_path / "well" / "file"), str(tmp_path / "ill" / "file")
+    for each in (well, path):
+        files.write_bytes(each, b"data")
+        os.utime(each, ns=(10**18, 10**18))
+    expected = CALLS[call](well)
+    ill += [getattr(errno, fault)] * 3
+    assert str(CALLS[call](path)) == str(expected).replace(well, path)
+    assert ill == []
+    assert os.path.exists(well) == os.path.exists(path)
 
 
-@pytest.mark.parametrize("read", READS)
-def test_a_disk_that_stays_away_fails_in_one_paragraph(
-    tmp_path: Path, faults: list[int], read: str
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_disk_that_stays_away_fails_in_one_paragraph_and_is_never_taken_for_empty(
+    tmp_path: Path, ill: list[int], call: str, fault: str
 ) -> None:
     path = str(tmp_path / "file")
-    faults += [errno.EIO] * 10_000
+    files.write_bytes(path, b"data")
+    ill += [getattr(errno, fault)] * 10_000
     started = time.monotonic()
     with pytest.raises(StorageUnavailable, match="the disk is ill") as failed:
-        READS[read](path)
+        CALLS[call](path)
     assert time.monotonic() - started < 5
-    assert str(failed.value).startswith(path)
+    assert str(failed.value).startswith(str(tmp_path))
     assert "\n" not in str(failed.value)
-    assert len(faults) < 10_000 - 3
+    assert len(ill) < 10_000 - 3
+    ill.clear()
+    assert files.read_bytes(path) == b"data"
 
 
-@pytest.mark.parametrize("read", READS)
-@pytest.mark.parametrize("fault", ["ENOENT", "EACCES", "ELOOP", "ENAMETOOLONG", "EISDIR"])
-def test_what_is_wrong_with_a_file_is_told_at_once(
-    tmp_path: Path, faults: list[int], read: str, fault: str
+@pytest.mark.parametrize("call", ["stat", "exists", "read", "open", "digest", "link", "glob"])
+@pytest.mark.parametrize("fault", ["ELOOP", "ENAMETOOLONG", "EISDIR"])
+def test_what_is_wrong_with_a_name_is_told_at_once(
+    tmp_path: Path, ill: list[int], call: str, fault: str
 ) -> None:
-    faults += [errno.EIO, getattr(errno, fault)]
+    path = str(tmp_path / "file")
+    files.write_bytes(path, b"data")
+    ill += [errno.EIO, getattr(errno, fault)]
     with pytest.raises(OSError, match="the disk is ill") as failed:
-        READS[read](str(tmp_path / "file"))
+        CALLS[call](path)
     assert failed.value.errno == getattr(errno, fault)
-    assert faults == [errno.EIO]
+    assert ill == [errno.EIO]
+
+
+@pytest.mark.parametrize("fault", ["ENOENT", "ENOTDIR"])
+def test_what_is_not_there_is_so_whichever_way_the_disk_says_it(
+    tmp_path: Path, ill: list[int], fault: str
+) -> None:
+    path = str(tmp_path / "file")
+    files.write_bytes(path, b"data")
+    nothing = {"exists": False, "is folder": False, "names": [], "glob": [], "read if there": None}
+    for call, answer in nothing.items():
+        ill += [getattr(errno, fault)]
+        assert CALLS[call](path) == answer
+    for call in ("stat", "read", "open", "digest"):
+        ill += [getattr(errno, fault)]
+        with pytest.raises(FileNotFoundError):
+            CALLS[call](path)
+    assert ill == []
+
+
+def test_a_forbidden_file_is_told_at_once_where_that_is_said_of_the_file(
+    tmp_path: Path, ill: list[int]
+) -> None:
+    path = str(tmp_path / "file")
+    files.write_bytes(path, b"data")
+    ill += [errno.EIO, errno.EACCES]
+    with pytest.raises(PermissionError), faults.telling_forbidden():
+        files.read_bytes(path)
+    assert ill == [errno.EIO]
+
+
+def test_a_write_that_fails_midway_leaves_the_old_file_and_is_the_stores_fault(
+    tmp_path: Path,
+) -> None:
+    path = str(tmp_path / "file")
+    files.write_bytes(path, b"data")
+
+    def write() -> None:
+        with files.atomic_writer(path) as file:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(StorageUnavailable, match="No space left"):
+        write()
+    assert os.listdir(tmp_path) == ["file"]
+    assert files.read_bytes(path) == b"data"
 
 
 # ---- what is supported -----------------------------------------------------------------------

@@ -11,7 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feature_jobs.store import files, gcs
+from feature_jobs.store import files
+from feature_jobs.store.gcs import GcsStore
+from feature_jobs.store.local import LocalStore
+from feature_jobs.store.protocol import Store
 from tests.support.processes import killed, start
 
 HOLD = """
@@ -54,15 +57,27 @@ def holder(folder: str) -> Iterator[subprocess.Popen]:
         killed(process)
 
 
-def test_a_bucket_offers_what_a_disk_does() -> None:
-    offered = {
-        name: thing
-        for name, thing in vars(files).items()
-        if hasattr(thing, "__wrapped__") and name[0] != "_"
-    }
-    assert {"stat", "read_bytes", "atomic_writer", "lock", "delete_tree"} <= offered.keys()
-    for name, local in offered.items():
-        assert signature(getattr(gcs, name)) == signature(local), name
+@pytest.mark.parametrize("store", [LocalStore, GcsStore])
+def test_a_store_offers_what_the_protocol_asks_for(store: type) -> None:
+    asked = {name: thing for name, thing in vars(Store).items() if name[0] != "_"}
+    assert {"stat", "read_bytes", "atomic_writer", "lock", "delete_tree"} <= asked.keys()
+    for name, method in asked.items():
+        offered = signature(getattr(store, name), follow_wrapped=True)
+        assert list(offered.parameters) == list(signature(method).parameters), name
+        kinds = [parameter.default for parameter in offered.parameters.values()]
+        assert kinds == [p.default for p in signature(method).parameters.values()], name
+
+
+def test_a_file_that_was_replaced_since_it_was_seen_is_not_deleted(folder: str) -> None:
+    path = f"{folder}/part"
+    files.write_bytes(path, b"old")
+    seen = files.stat(path)
+    files.write_bytes(path, b"newer")
+    files.delete_seen(seen)
+    assert files.read_bytes(path) == b"newer"
+    files.delete_seen(files.stat(path))
+    assert not files.exists(path)
+    files.delete_seen(seen)
 
 
 # ---- atomic writes ---------------------------------------------------------------------------

@@ -22,49 +22,20 @@ from google.cloud.storage import Blob
 from courier_model.image_files import Rejected, find_image, read_image
 from courier_model.images import Preprocessing
 from feature_jobs.schemas import OperatorError, StorageUnavailable
-from feature_jobs.store import files, gcs, gcs_client
+from feature_jobs.store import faults, files, gcs, gcs_client
 from tests.support.flaky import CUT, RESET, SILENT, Flaky, flaky_store
+from tests.support.store_calls import CALLS
 from tests.test_imports import loaded_by
 
 
 @pytest.fixture
 def flaky(bucket: str, gcs_emulator: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
     """What stands between the client and the store that holds `bucket`; waits are short."""
-    monkeypatch.setattr(files, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(faults, "FIRST_WAIT_SECONDS", 0.01)
     with flaky_store(gcs_emulator) as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
         gcs_client.forget_client()
         yield server
-
-
-def written(path: str) -> None:
-    with files.atomic_writer(path) as file:
-        file.write(b"data")
-
-
-def taken(path: str) -> None:
-    with files.lock(path):
-        pass
-
-
-CALLS: dict[str, Callable[[str], object]] = {
-    "stat": files.stat,
-    "exists": files.exists,
-    "read": files.read_bytes,
-    "read in part": lambda path: files.read_bytes(path, 2),
-    "open": lambda path: files.open_input(path).read(),
-    "digest": files.sha256,
-    "glob": lambda path: files.glob(path + "*"),
-    "names": files.list_names,
-    "write": lambda path: files.write_bytes(path, b"data"),
-    "writer": written,
-    "write if unchanged": lambda path: files.write_if_unchanged(path, b"new", b"data"),
-    "link": lambda path: files.link(path, path + "2"),
-    "move": lambda path: files.move(path, path + "2"),
-    "delete": files.delete,
-    "delete tree": lambda path: files.delete_tree(os.path.dirname(path)),
-    "lock": taken,
-}
 
 
 # ---- transient faults --------------------------------------------------------------------------
@@ -108,7 +79,7 @@ def test_a_store_that_stays_away_fails_in_one_paragraph(
     bucket: str, flaky: Flaky, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     files.write_bytes(f"{bucket}/file", b"data")
-    monkeypatch.setattr(files, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(faults, "RETRY_SECONDS", 0.1)
     flaky.forever = 503
     with pytest.raises(StorageUnavailable) as failed:
         CALLS[call](f"{bucket}/file")
@@ -124,7 +95,7 @@ def test_a_store_that_stays_away_fails_in_one_paragraph(
 def test_a_store_that_does_not_answer_is_given_up(
     bucket: str, flaky: Flaky, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "RETRY_SECONDS", 0.5)
+    monkeypatch.setattr(faults, "RETRY_SECONDS", 0.5)
     monkeypatch.setattr(gcs_client, "TIMEOUT", (0.2, 0.2))
     flaky.forever = SILENT
     with pytest.raises(StorageUnavailable, match="timed out"):
@@ -137,8 +108,8 @@ def test_a_store_that_nobody_listens_at_is_given_up(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-    monkeypatch.setattr(files, "FIRST_WAIT_SECONDS", 0.01)
-    monkeypatch.setattr(files, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(faults, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(faults, "RETRY_SECONDS", 0.1)
     gcs_client.forget_client()
     with pytest.raises(StorageUnavailable, match="refused"):
         files.stat(f"{bucket}/file")
@@ -148,7 +119,7 @@ def test_a_fault_amid_a_file_reaches_who_reads_it_through_arrow(
     bucket: str, flaky: Flaky, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files.write_bytes(f"{bucket}/file", b"PAR1" + bytes(4_000_000) + b"PAR1")
-    monkeypatch.setattr(files, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(faults, "RETRY_SECONDS", 0.1)
     with files.open_input(f"{bucket}/file") as data:
         flaky.forever = 503
         with pytest.raises(StorageUnavailable):
@@ -170,12 +141,32 @@ def test_a_write_whose_answer_was_lost_counts_once(bucket: str, flaky: Flaky) ->
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_what_is_forbidden_is_told_at_once(bucket: str, flaky: Flaky, call: str) -> None:
+def test_what_is_forbidden_is_waited_for_and_concluded_nothing_from(
+    bucket: str, flaky: Flaky, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    monkeypatch.setattr(faults, "FORBIDDEN_SECONDS", 0.1)
+    path = f"{bucket}/file"
+    files.write_bytes(path, b"data")
+    flaky.forever = 403
+    with pytest.raises(
+        StorageUnavailable, match=r"may not be read or written.*HTTP 403"
+    ) as refused:
+        CALLS[call](path)
+    assert str(refused.value).startswith(bucket)
+    assert flaky.met > 1
+    flaky.forever = None
+    assert files.read_bytes(path) == b"data"
+
+
+def test_what_is_forbidden_is_told_at_once_where_that_is_said_of_the_object(
+    bucket: str, flaky: Flaky
+) -> None:
     files.write_bytes(f"{bucket}/file", b"data")
     flaky.forever = 403
-    with pytest.raises(PermissionError) as refused:
-        CALLS[call](f"{bucket}/file")
-    assert str(refused.value.filename).startswith(bucket)
+    with pytest.raises(PermissionError) as refused, faults.telling_forbidden():
+        files.read_bytes(f"{bucket}/file")
+    assert refused.value.filename == f"{bucket}/file"
+    assert flaky.met == 1
 
 
 @pytest.mark.parametrize("call", ["read", "stat", "open", "digest"])
@@ -322,7 +313,7 @@ def test_googles_client_is_loaded_when_a_bucket_is_first_used() -> None:
     source = (
         "import sys\n"
         "from feature_jobs import inputs\n"
-        "from feature_jobs.store import files, tables\n"
+        "from feature_jobs.store import files, partitions\n"
         "files.stat(sys.executable)\n"
         "assert not {'google.cloud.storage', 'google.api_core', 'google.auth'} & set(sys.modules)"
     )
@@ -337,7 +328,7 @@ def elsewhere(bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder whose lock a process on another machine holds."""
     with monkeypatch.context() as there:
         there.setattr(gcs, "_machine", lambda: "another machine")
-        assert gcs._Lease(f"{bucket}/night/.tmp-lock").take()
+        assert gcs._Lease(f"{bucket}/night").take()
     return f"{bucket}/night"
 
 
@@ -363,7 +354,7 @@ def test_only_one_of_many_takes_a_lock_over(
     monkeypatch.setattr(gcs, "_current", lambda _: found)  # all have seen it before any took it
     monkeypatch.setattr(gcs, "_stamp", lambda blob: "x 0 y" if blob is found else "")
     with ThreadPoolExecutor(8) as pool:
-        leases = [gcs._Lease(f"{elsewhere}/.tmp-lock") for _ in range(8)]
+        leases = [gcs._Lease(elsewhere) for _ in range(8)]
         assert sum(pool.map(lambda lease: lease.take(), leases)) == 1
 
 
@@ -470,14 +461,14 @@ def test_marks_go_before_what_they_stand_for(bucket: str, monkeypatch: pytest.Mo
     names = ["part-0.parquet", "receipts/part-0.json", "_staged.json", "_SUCCESS", "x/chunk.arrow"]
     for name in names:
         files.write_bytes(f"{bucket}/{name}", json.dumps(name).encode())
-    gone, lock, delete = [], threading.Lock(), gcs.delete
+    gone, lock, delete = [], threading.Lock(), gcs._delete
 
     def note(path: str) -> None:
         with lock:
             gone.append(path.removeprefix(bucket + "/"))
         delete(path)
 
-    monkeypatch.setattr(gcs, "delete", note)
+    monkeypatch.setattr(gcs, "_delete", note)
     files.delete_tree(bucket)
     assert set(gone[:3]) == {"receipts/part-0.json", "_staged.json", "_SUCCESS"}
     assert set(gone) == set(names)

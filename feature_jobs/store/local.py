@@ -1,0 +1,242 @@
+"""Keeps files on the local disk, or on one that is mounted: a store (`protocol.Store`)."""
+
+import contextlib
+import errno
+import fcntl
+import fnmatch
+import hashlib
+import os
+import re
+import shutil
+import stat as file_mode
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+import pyarrow as pa
+
+from feature_jobs.store.faults import Changed, is_waited_for, patient, unavailable
+from feature_jobs.store.protocol import FileInfo, Held, is_hidden
+
+# What a disk without hard links says.
+_NO_LINKS = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+class LocalStore:
+    """Keeps the promises of `protocol.Store` on a disk."""
+
+    def __init__(self) -> None:
+        self._steps = threading.local()  # the folders whose step this thread is in
+
+    # -- Looking --
+
+    @patient
+    def stat(self, path: str) -> FileInfo:
+        found = os.stat(path)
+        if not file_mode.S_ISREG(found.st_mode):
+            raise FileNotFoundError(errno.ENOENT, "no regular file", path)
+        return FileInfo(path, found.st_size, found.st_mtime_ns // 1000)
+
+    @patient
+    def is_folder(self, path: str) -> bool:
+        try:
+            return file_mode.S_ISDIR(os.stat(path).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def glob(self, pattern: str) -> list[FileInfo]:
+        fixed = os.path.dirname(re.split(r"[*?[]", pattern)[0])
+        found = []
+        for path in self._matching(pattern):
+            if not is_hidden(os.path.relpath(path, fixed or ".")):
+                with contextlib.suppress(FileNotFoundError):  # a folder, or gone meanwhile
+                    found.append(self.stat(path))
+        return found
+
+    def find(self, pattern: str) -> list[str]:
+        return self._matching(pattern.replace("**", "*"))
+
+    def _matching(self, pattern: str) -> list[str]:
+        """Returns sorted paths; unlike Python's `glob` this hides no fault of the disk."""
+        top = "/" if pattern.startswith("/") else ""
+        parts = pattern.removeprefix(top).split("/")
+        return sorted(set(self._below(top, parts + ["*"] * (parts[-1] == "**"))))
+
+    def _below(self, folder: str, parts: Sequence[str]) -> Iterator[str]:
+        """Yields the paths below `folder` that match all of `parts`."""
+        if not parts:
+            yield folder
+            return
+        part, *rest = parts
+        if not re.search(r"[*?[]", part):
+            path = os.path.join(folder, part)
+            if rest or self._is_there(path):
+                yield from self._below(path, rest)
+            return
+        if part == "**":
+            yield from self._below(folder, rest)
+        for name in self._names(folder or "."):
+            if name.startswith(".") and not part.startswith("."):
+                continue
+            path = os.path.join(folder, name)
+            if part == "**":
+                if self.is_folder(path):
+                    yield from self._below(path, parts)
+            elif fnmatch.fnmatchcase(name, part):
+                yield from self._below(path, rest)
+
+    @patient
+    def _is_there(self, path: str) -> bool:
+        try:
+            os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    @patient
+    def _names(self, folder: str) -> list[str]:
+        try:
+            return sorted(os.listdir(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def list_names(self, folder: str) -> list[str]:
+        return [name for name in self._names(folder) if not name.startswith(".tmp-")]
+
+    # -- Reading --
+
+    @patient
+    def read_bytes(self, path: str, limit: int = -1) -> bytes:
+        with open(path, "rb") as file:
+            return file.read(limit)
+
+    @patient
+    def open_input(self, path: str) -> IO[bytes]:
+        found: IO[bytes] = pa.OSFile(path)
+        return found
+
+    @patient
+    def sha256(self, path: str) -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    # -- Writing --
+
+    @contextlib.contextmanager
+    def atomic_writer(self, path: str) -> Iterator[IO[Any]]:
+        folder, name = os.path.split(path)
+        temporary = os.path.join(folder, f".tmp-{uuid.uuid4().hex[:12]}-{name}")
+        self._make_folder(folder or ".")
+        try:
+            with self._create(temporary) as file:
+                yield file
+            self._rename(temporary, path)
+        except OSError as error:
+            if error.filename is None and is_waited_for(error):  # of a write: what the block did
+                raise unavailable(path, str(error)) from error  # cannot be done again from here
+            raise
+        finally:
+            with contextlib.suppress(OSError):  # no reader looks at what is left
+                os.unlink(temporary)
+
+    @patient
+    def _make_folder(self, folder: str) -> None:
+        os.makedirs(folder, exist_ok=True)
+
+    @patient
+    def _create(self, path: str) -> IO[bytes]:
+        return open(path, "wb")
+
+    @patient
+    def _rename(self, source: str, target: str) -> None:
+        os.replace(source, target)
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        with self.atomic_writer(path) as file:
+            file.write(data)
+
+    def write_if_unchanged(self, path: str, data: bytes, expected: bytes | None) -> None:
+        with self.step(os.path.dirname(path)):
+            try:
+                found = self.read_bytes(path)
+            except FileNotFoundError:
+                found = None
+            if found != expected:
+                raise Changed(path)
+            self.write_bytes(path, data)
+
+    @patient
+    def link(self, source: str, target: str) -> None:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            return  # file names carry the version of the content, so it is the same file
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with open(source, "rb") as data, self.atomic_writer(target) as file:
+                shutil.copyfileobj(data, file)
+
+    def move(self, source: str, target: str) -> None:
+        self._make_folder(os.path.dirname(target))
+        self._rename(source, target)
+        self.delete(source)  # a rename between two hard links of one file leaves both
+
+    @patient
+    def delete(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def delete_seen(self, file: FileInfo) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if self.stat(file.path).version == file.version:
+                self.delete(file.path)
+
+    def delete_tree(self, folder: str) -> None:
+        top, name = os.path.split(os.path.abspath(folder))
+        aside = os.path.join(top, f".tmp-{uuid.uuid4().hex[:12]}-{name}")
+        with contextlib.suppress(FileNotFoundError):
+            self._rename(folder, aside)
+            self._remove_tree(aside)
+
+    @patient
+    def _remove_tree(self, folder: str) -> None:
+        shutil.rmtree(folder)
+
+    # -- Excluding others --
+
+    @contextlib.contextmanager
+    def step(self, folder: str) -> Iterator[None]:
+        mine = self._steps.__dict__.setdefault("folders", set())
+        if folder in mine:
+            yield
+            return
+        with self.lock(folder, wait=True):
+            mine.add(folder)
+            try:
+                yield
+            finally:
+                mine.remove(folder)
+
+    @contextlib.contextmanager
+    def lock(self, folder: str, wait: bool = False) -> Iterator[Held]:
+        self._make_folder(folder)
+        handle = self._open_folder(folder)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            yield _Kept()
+        finally:
+            os.close(handle)
+
+    @patient
+    def _open_folder(self, folder: str) -> int:
+        return os.open(folder, os.O_RDONLY)
+
+
+class _Kept:
+    """A lock of the system, which lasts as long as its process."""
+
+    def check(self) -> None:
+        pass
