@@ -1,1 +1,1 @@
-"""The image encoder: built, trained, saved and used. Knows torch, not Beam, faiss or click."""
+"""Builds, trains, saves and uses the image encoder; knows torch, not Beam, faiss or click."""

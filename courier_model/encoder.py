@@ -1,4 +1,4 @@
-"""The image encoder: build, identify, save, load, embed.
+"""Builds, identifies, saves and loads the image encoder, and embeds images with it.
 
 COURIER appendix §4: a torchvision `swin_t` with ImageNet weights whose classification head gives
 way to a randomly initialised `Linear(768, 256)`. Any other torchvision classification model with
@@ -43,7 +43,7 @@ _UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, Safetens
 
 
 class ImageEncoder(nn.Module):
-    """Images -> unit vectors. `backbone` is the bare torchvision model with its new last layer.
+    """Embeds images as unit vectors; `backbone` is the torchvision model with its new last layer.
 
     Raises OperatorError when torchvision has no such model, or none that we can use.
     """
@@ -71,16 +71,16 @@ class ImageEncoder(nn.Module):
         self.register_buffer("std", std.view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 RGB `[batch, 3, S, S]` as `images.decode` gives it -> float32 `[batch, 256]`.
+        """Embeds uint8 RGB `[batch, 3, S, S]`, as `images.decode` gives it: float32 `[batch, 256]`.
 
-        L2-normalised.
+        The embeddings are L2-normalised.
         """
         return F.normalize(self.features(images), dim=-1)
 
     def features(self, images: Tensor) -> Tensor:
-        """The embedding before its L2 norm is taken, which training attends with.
+        """Returns the embeddings before their L2 norm is taken, which training attends with.
 
-        float32 also under autocast, where the backbone runs in the lower precision.
+        They are float32 also under autocast, where the backbone runs in the lower precision.
         """
         if images.dtype != torch.uint8:  # floats in 0..1 would silently become all but black
             raise TypeError(f"expected uint8 images, found {images.dtype}")
@@ -91,7 +91,7 @@ class ImageEncoder(nn.Module):
 def build_encoder(
     backbone: str, weights: str, input_size: int | None = None, seed: int = 0
 ) -> ImageEncoder:
-    """A new encoder in eval mode, on the CPU; the same arguments give the same tensors.
+    """Builds a new encoder in eval mode, on the CPU; the same arguments give the same tensors.
 
     `weights` is "imagenet" (torchvision's IMAGENET1K_V1, downloaded or from torch's cache),
     "random", or the path of a `.pth` or `.safetensors` file of a torchvision model. The
@@ -126,7 +126,7 @@ def _known_backbone(name: str) -> str:
 
 
 def _head_name(backbone: nn.Module, name: str) -> str:
-    """The dotted name of the classification layer: the one `Linear` with an output per class."""
+    """Returns the dotted name of the classifier: the one `Linear` with an output per class."""
     heads = [
         path
         for path, module in backbone.named_modules()
@@ -142,7 +142,7 @@ def _head_name(backbone: nn.Module, name: str) -> str:
 
 
 def _imagenet_weights(name: str) -> WeightsEnum:
-    """Where to get the ImageNet weights and how their images were prepared; downloads nothing."""
+    """Tells where ImageNet weights are and how their images were prepared; downloads nothing."""
     known = get_model_weights(_known_backbone(name))
     if "IMAGENET1K_V1" not in known.__members__:
         raise OperatorError(
@@ -168,7 +168,7 @@ def _preprocessing(weights: WeightsEnum, input_size: int | None) -> Preprocessin
 
 
 def _download(weights: WeightsEnum) -> dict[str, Tensor]:
-    """torchvision's own loader: torch's cache first (`TORCH_HOME`), else the network."""
+    """Calls torchvision's own loader: torch's cache first (`TORCH_HOME`), else the network."""
     try:
         # weights_only: the hub's default would run whatever code a poisoned cache file holds.
         return weights.get_state_dict(
@@ -208,7 +208,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _load_backbone(encoder: ImageEncoder, state: dict[str, Tensor], source: str) -> None:
-    """Everything but the classification head, which stays as it was initialised."""
+    """Loads everything but the classification head, which stays as it was initialised."""
     is_head = encoder.head_name + "."
     body = {name: tensor for name, tensor in state.items() if not name.startswith(is_head)}
     own = encoder.backbone.state_dict()
@@ -254,7 +254,7 @@ def _try_input_size(encoder: ImageEncoder) -> None:
 def _encoder_id(
     name: str, backbone: str, preprocessing: dict[str, object], state: dict[str, Tensor]
 ) -> str:
-    """`<name>-<12 hex>`: whatever can change an embedding changes it, and nothing else does."""
+    """Returns `<name>-<12 hex>`, changed by what can change an embedding and by nothing else."""
     tensors = {
         key: [str(tensor.dtype), list(tensor.shape), _sha256(tensor)]
         for key, tensor in state.items()
@@ -278,8 +278,9 @@ def save_encoder(
     data_end_ds: str | None,
     weights: str,
 ) -> EncoderInfo:
-    """Writes `<folder_root>/<encoder_id>/`: model.safetensors, and encoder.json last, without which
-    it is no encoder.
+    """Writes an encoder into `<folder_root>/<encoder_id>/`: model.safetensors, then encoder.json.
+
+    Without encoder.json, which comes last, the folder holds no encoder.
 
     Saving the same encoder again changes nothing. Raises OperatorError for a bad name, and when the
     same weights are already there under this name with another scope or other dates, since one ID
@@ -308,7 +309,7 @@ def save_encoder(
 
 
 def origin_of(weights: str) -> str:
-    """What encoder.json says of the `weights` of `build_encoder`: no folder of this machine."""
+    """Returns what encoder.json says of `build_encoder`'s `weights`: no folder of this machine."""
     return weights if weights in ("imagenet", "random") else os.path.basename(weights)
 
 
@@ -332,7 +333,7 @@ def _check_same_scope(saved: EncoderInfo, wanted: EncoderInfo, folder: str) -> N
 
 
 def load_encoder(folder: str) -> ImageEncoder:
-    """The encoder saved in `folder`, in eval mode, on the CPU, its tensors checked against its ID.
+    """Loads the encoder in `folder`, in eval mode on the CPU, its tensors checked against its ID.
 
     Raises OperatorError when the folder holds no encoder, DataContractError when its files are
     damaged or do not belong together.
@@ -373,14 +374,14 @@ def _rebuild(info: EncoderInfo, state: dict[str, Tensor], path: str) -> ImageEnc
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
-    """CUDA where there is one, unless "cpu" is `wanted`; else the CPU, even if "cuda" is."""
+    """Picks CUDA where there is one, unless "cpu" is `wanted`; else the CPU, even if "cuda" is."""
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def choose_precision(device: torch.device) -> str:
-    """ "bf16" where the hardware multiplies in it (CUDA since Ampere, CPUs with AMX), else "fp32".
+    """Returns "bf16" where the hardware multiplies in it, else "fp32".
 
-    Elsewhere bf16 is emulated, slower than fp32.
+    CUDA does so since Ampere, and CPUs with AMX do. Elsewhere bf16 is emulated, slower than fp32.
     """
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -396,7 +397,7 @@ def embed(
     device: torch.device,
     precision: str,
 ) -> npt.NDArray[np.float32]:
-    """uint8 RGB `[n, 3, S, S]` -> float32 unit vectors `[n, 256]`, `batch_size` images at a time.
+    """Embeds uint8 RGB `[n, 3, S, S]` as float32 unit vectors `[n, 256]`, `batch_size` at a time.
 
     Every forward pass has the same shape (the last one is padded with black images, which are
     dropped), so an embedding does not depend on how many other images there are. Moves the encoder

@@ -1,4 +1,4 @@
-"""The one way from an image's address to its pixels: found below the roots, read, decoded.
+"""Finds an image below the roots, reads and decodes it: the one way from an address to pixels.
 
 What is wrong with the image makes a reject; what is wrong with the disk or the network is raised.
 """
@@ -29,7 +29,7 @@ _DECODING = threading.BoundedSemaphore(os.cpu_count() or 1)
 
 @dataclass
 class Image:
-    """One image file as read: its digest and its pixels, None where they were not wanted."""
+    """Holds one image file as read: its digest and its pixels, None where they were not wanted."""
 
     bytes_read: int
     sha256: str
@@ -40,7 +40,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Rejected:
-    """Why an item has no embedding. `sha256` is that of bytes that cannot be decoded."""
+    """Tells why an item has no embedding; `sha256` is that of bytes that cannot be decoded."""
 
     stage: str
     reason: str
@@ -53,7 +53,7 @@ class Rejected:
 
 
 def locate(uri: str | None, roots: Sequence[str]) -> str:
-    """The path of an image: `gs://…`, or below one of the roots, a relative one below the first.
+    """Returns the path of an image: `gs://…`, or below a root, a relative one below the first.
 
     Raises BadImage("unsupported_uri") for anything else, network addresses included.
     """
@@ -71,13 +71,13 @@ def locate(uri: str | None, roots: Sequence[str]) -> str:
 
 @functools.cache
 def _resolved(roots: tuple[str, ...]) -> tuple[str, ...]:
-    """The roots as beginnings of resolved paths."""
+    """Returns the roots as beginnings of resolved paths."""
     real = (root if files.is_remote(root) else os.path.realpath(root) for root in roots)
     return tuple(os.path.join(root, "") for root in real)
 
 
 def _real_path(path: str) -> str:
-    """As os.path.realpath, which asks the disk about every folder on the way, every time."""
+    """Resolves a path as os.path.realpath, not asking the disk about every folder every time."""
     folder, name = os.path.split(path)
     if name not in ("", ".", ".."):
         path = os.path.join(_real_folder(folder), name)
@@ -94,7 +94,7 @@ _real_folder = functools.lru_cache(maxsize=1 << 16)(os.path.realpath)
 
 
 def find_image(uri: str | None, roots: Sequence[str]) -> files.FileInfo | Rejected:
-    """What can be told of an image without reading it: its version, or why it cannot be read.
+    """Tells the version of an image without reading it, or why it cannot be read.
 
     Faults other than a missing or forbidden file are raised: they are no property of the image,
     and would reject a good one.

@@ -1,4 +1,4 @@
-"""Bytes of an image file -> pixels: the one definition that nightly inference and training share.
+"""Decodes image files into pixels: the one definition that nightly inference and training share.
 
 What an encoder sees must not depend on where it runs, so everything between the file's bytes and
 the uint8 pixels is here, with Pillow alone. The encoder itself divides by mean and std, so pixels
@@ -71,7 +71,7 @@ Image.init()
 
 
 class BadImage(Exception):
-    """An image that cannot be used: a bad row, never a reason to stop a job.
+    """Says that an image cannot be used: a bad row, never a reason to stop a job.
 
     `reason` is one of REASONS (for tables and counters), `str()` the message for people.
     """
@@ -91,7 +91,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """What an image may cost. Pillow's own bound of 179 M pixels holds besides `max_pixels`."""
+    """Bounds what an image costs; Pillow's own bound of 179 M pixels holds besides `max_pixels`."""
 
     max_bytes: int = 32 * 2**20
     max_pixels: int = 64_000_000
@@ -99,7 +99,7 @@ class DecodeLimits:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From a picture to what the network sees; part of the encoder's identity.
+    """Describes the way from a picture to what the network sees, part of the encoder's identity.
 
     The shorter side becomes `resize_size` pixels, the centre square of `input_size` pixels is cut
     out, and values scaled to 0..1 are normalised as `(x - mean) / std` per channel (RGB). A JPEG
@@ -126,7 +126,7 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
-        """The inverse of `dataclasses.asdict`, also after JSON has turned tuples into lists.
+        """Inverts `dataclasses.asdict`, also after JSON has turned tuples into lists.
 
         Encoders that say no margin were made when all JPEGs were decoded in full.
         """
@@ -134,14 +134,14 @@ class Preprocessing:
         return cls(**{"jpeg_margin": None, **values, **as_tuples})
 
     def square(self) -> Preprocessing:
-        """As what training keeps of an image: the centre square of the resized picture, uncut."""
+        """Returns the preprocessing for training: the resized picture's centre square, uncut."""
         return replace(self, input_size=self.resize_size)
 
 
 def decode(
     data: bytes, preprocessing: Preprocessing, limits: DecodeLimits = DecodeLimits()
 ) -> npt.NDArray[np.uint8]:
-    """The pixels that the encoder sees: uint8 RGB `[3, input_size, input_size]`, C-contiguous.
+    """Decodes what the encoder sees: uint8 RGB `[3, input_size, input_size]`, C-contiguous.
 
     Equal, pixel for pixel, to torchvision's evaluation transform before its normalisation, on the
     RGB picture: first frame of animations, transparency over white, 16-bit greyscale scaled to 8
@@ -197,7 +197,10 @@ def _open(data: bytes, limits: DecodeLimits) -> Image.Image:
 
 
 def _why_unopened(data: bytes, error: Exception) -> BadImage:
-    """Goes by the first 16 bytes: a format that is not allowed must not reach its parser."""
+    """Tells why an image did not open, going by its first 16 bytes.
+
+    A format that is not allowed must not reach its parser.
+    """
     prefix = data[:16].ljust(16, b"\0")  # some of Pillow's tests fail on less
     # A format without such a test (None) cannot be told from any other file.
     known = [name for name, (_, accepts) in Image.OPEN.items() if accepts and accepts(prefix)]
@@ -241,7 +244,7 @@ def _load(image: Image.Image) -> Image.Transpose | None:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Any mode that the allowed formats can have -> RGB."""
+    """Converts a picture of any mode that the allowed formats can have to RGB."""
     if image.mode.startswith("I"):
         # 16-bit greyscale. Pillow would clip at 255, which turns nearly everything white.
         # 257 = 65535 / 255, so this rounds to the nearest 8-bit value.
@@ -256,7 +259,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _resized_size(size: tuple[int, int], resize_size: int) -> tuple[int, int]:
-    """Shorter side -> `resize_size`, longer side in proportion, rounded down like torchvision."""
+    """Scales a size to a shorter side of `resize_size`; rounds the longer down like torchvision."""
     width, height = size
     if width <= height:
         return resize_size, int(resize_size * height / width)
@@ -264,6 +267,6 @@ def _resized_size(size: tuple[int, int], resize_size: int) -> tuple[int, int]:
 
 
 def _crop(picture: Image.Image, size: int) -> Image.Image:
-    """The centre square. Rounds halves to even, like torchvision's center_crop."""
+    """Cuts out the centre square, rounding halves to even like torchvision's center_crop."""
     left, top = round((picture.width - size) / 2), round((picture.height - size) / 2)
     return picture.crop((left, top, left + size, top + size))

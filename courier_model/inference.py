@@ -1,4 +1,4 @@
-"""A chunk of images -> embeddings, with reading, decoding and the forward pass side by side.
+"""Embeds a chunk of images, with reading, decoding and the forward pass side by side.
 
 Images are read and decoded ahead in threads, by five batches at most and what the readers have in
 hand, so that memory does not grow with the chunk. Within a chunk no file is read twice and no
@@ -36,7 +36,7 @@ Embed = Callable[[np.ndarray], np.ndarray]
 
 
 class Embedder:
-    """An encoder at work: loaded at first use, one batch at a time however many threads ask."""
+    """Loads an encoder at first use and embeds one batch at a time, however many threads ask."""
 
     def __init__(self, folder: str, batch_size: int, device: str = "auto") -> None:
         self._folder, self._batch_size = folder, batch_size
@@ -46,11 +46,11 @@ class Embedder:
         self._encoder: encoders.ImageEncoder | None = None
 
     def device_and_precision(self) -> str:
-        """As the counters have it: cpu_fp32, cuda_bf16, …"""
+        """Names device and precision as the counters do: cpu_fp32, cuda_bf16, …"""
         return f"{self._device.type}_{self._precision}"
 
     def embed(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 `[n, 3, S, S]` -> float32 unit vectors `[n, 256]`, see `encoder.embed`."""
+        """Embeds uint8 `[n, 3, S, S]` as float32 unit vectors `[n, 256]`, see `encoder.embed`."""
         with self._lock:
             if self._encoder is None:
                 self._encoder = encoders.load_encoder(self._folder)
@@ -80,7 +80,7 @@ class _Forward:
             self._start()
 
     def vectors(self) -> np.ndarray:
-        """float32 [images, 256], in the order in which they were added."""
+        """Returns float32 [images, 256], in the order in which the images were added."""
         if self._waiting:
             self._start()
         while self._running:
@@ -88,7 +88,7 @@ class _Forward:
         return np.concatenate([np.empty((0, EMBEDDING_DIM), np.float32), *self._done])
 
     def untold(self) -> float:
-        """The seconds spent since this was last asked."""
+        """Returns the seconds of forward passes since this was last asked."""
         before, self._told = self._told, self.seconds
         return self._told - before
 
@@ -158,7 +158,7 @@ def embed_images(
 
 @contextlib.contextmanager
 def _pool(threads: int) -> Iterator[Executor]:
-    """Threads that, after an error, begin nothing more of what was asked of them."""
+    """Opens threads that, after an error, begin nothing more of what was asked of them."""
     with ThreadPoolExecutor(threads) as pool:
         try:
             yield pool
@@ -168,7 +168,7 @@ def _pool(threads: int) -> Iterator[Executor]:
 
 
 def _known_by_uri(uris: Sequence[str], known: Sequence[str | None]) -> dict[str, str | None]:
-    """The digest that all items of an address know, None where they know none or several."""
+    """Maps each address to the digest that all its items know, None where it is none or several."""
     found: dict[str, str | None] = {}
     for uri, sha256 in zip(uris, known, strict=True):
         found[uri] = sha256 if found.get(uri, sha256) == sha256 else None
@@ -178,7 +178,7 @@ def _known_by_uri(uris: Sequence[str], known: Sequence[str | None]) -> dict[str,
 def _ahead(
     pool: Executor, look: Callable[[str], T], uris: Sequence[str], readers: int, ahead: int
 ) -> Iterator[dict[str, T]]:
-    """What `look` finds at each address, in order, a block at a time.
+    """Yields what `look` finds at each address, in order, a block at a time.
 
     At most a block for each reader and `ahead` images besides are in work or waiting.
     """
@@ -211,7 +211,7 @@ def _counts(images: Iterable[Image | Rejected]) -> dict[str, float]:
 
 
 def results_schema(item_id: pa.DataType) -> pa.Schema:
-    """The columns that `embed_images` returns."""
+    """Returns the schema of the table that `embed_images` returns."""
     return pa.schema(
         {
             "item_id": item_id,
@@ -234,7 +234,7 @@ def results_schema(item_id: pa.DataType) -> pa.Schema:
 def _results(
     rows: pa.Table, images: Mapping[str, Image | Rejected], forward: _Forward, vectors: np.ndarray
 ) -> pa.Table:
-    """What `embed_images` returns, of the distinct images and the vectors of distinct bytes."""
+    """Builds the table of `embed_images` of distinct images and the vectors of distinct bytes."""
     uris, known = rows["image_uri"].to_pylist(), rows["known_sha256"].to_pylist()
     broken: dict[str, Image | Rejected] = {
         i.sha256: i for i in images.values() if isinstance(i, Rejected) and i.sha256
@@ -279,7 +279,7 @@ def _results(
 
 
 def _is_first(values: pa.Array) -> np.ndarray:
-    """Which values stand there for the first time, bool [n]; never a null."""
+    """Tells which values stand there for the first time, bool [n]; a null never does."""
     codes = values.dictionary_encode().indices.fill_null(-1).to_numpy()
     _, first = np.unique(codes, return_index=True)
     found = np.zeros(len(values), bool)

@@ -1,4 +1,4 @@
-"""How well an encoder tells what a user clicks next, measured without training a ranking model.
+"""Measures, without training a ranking model, how well an encoder tells what a user clicks next.
 
 The held-out measure: a shown item's score is its cosine with what its user had clicked before; AUC
 and GAUC say how far clicked items come before unclicked ones. An encoder is worth keeping only if
@@ -19,7 +19,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out measure; `auc` and `gauc` are in [0, 1], None where nothing can be ranked.
+    """Holds the held-out measure; `auc` and `gauc` are in [0, 1], None where nothing can be ranked.
 
     `impressions` are those with a score, `clicks` the clicked ones among them.
     """
@@ -34,7 +34,9 @@ class HeldOut:
 
 
 def auc(scores: npt.NDArray[np.floating], labels: Bools) -> float | None:
-    """Area under the ROC curve: how often a clicked item outscores an unclicked one; ties are half.
+    """Returns the area under the ROC curve: how often a clicked item outscores an unclicked one.
+
+    Ties count half.
 
     `scores` [n] and `labels` bool [n]. None where only one label occurs. Raises ValueError for a
     NaN among the scores.
@@ -44,7 +46,7 @@ def auc(scores: npt.NDArray[np.floating], labels: Bools) -> float | None:
 
 
 def gauc(scores: npt.NDArray[np.floating], labels: Bools, users: Ints) -> float | None:
-    """AUC within each user, averaged by their impressions: Σ n_u·AUC_u / Σ n_u.
+    """Returns the AUC within each user, averaged by their impressions: Σ n_u·AUC_u / Σ n_u.
 
     `scores` [n], `labels` bool [n], `users` int64 [n] in any order. Users with one label only are
     left out; None where there are no others. Raises ValueError for a NaN among the scores.
@@ -57,7 +59,7 @@ def gauc(scores: npt.NDArray[np.floating], labels: Bools, users: Ints) -> float 
 def _auc_per_user(
     scores: npt.NDArray[np.floating], labels: Bools, users: Ints
 ) -> tuple[npt.NDArray[np.float64], Ints]:
-    """AUC (NaN where only one label occurs) and impressions of each user, both [users].
+    """Returns AUC (NaN where only one label occurs) and impressions of each user, both [users].
 
     Counted in whole numbers, so that it is exact and no order of the impressions changes it.
     """
@@ -87,7 +89,7 @@ def _auc_per_user(
 
 
 def history_cosine(vectors: Floats, known: Bools, pv: Ints, clicks: Ints) -> Floats:
-    """The cosine of each shown item with the mean of the unit vectors of the row's known clicks.
+    """Returns each shown item's cosine with the mean of the unit vectors of the row's known clicks.
 
     `vectors` float32 [items, d] of any length, `known` bool [items] says which rows of it mean
     anything; `pv` and `clicks` int64 [rows, 5] are rows of it, -1 = none. Returns float32 [rows, 5]
@@ -118,7 +120,7 @@ def history_cosine(vectors: Floats, known: Bools, pv: Ints, clicks: Ints) -> Flo
 
 
 def _unit(vectors: Floats) -> Floats:
-    """Rows of [n, d] scaled to length 1; rows of zeros stay."""
+    """Scales rows of [n, d] to length 1; rows of zeros stay."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms != 0)
 
@@ -126,7 +128,7 @@ def _unit(vectors: Floats) -> Floats:
 def rank_clicks(
     vectors: Floats, known: Bools, pv: Ints, clicked: Bools, clicks: Ints, users: Ints
 ) -> HeldOut:
-    """AUC and GAUC of clicked over unclicked shown items, scored by `history_cosine`.
+    """Returns AUC and GAUC of clicked over unclicked shown items, scored by `history_cosine`.
 
     `pv`, `clicks` int64 [rows, 5] and `clicked` bool [rows, 5] as there, `users` int64 [rows].
     Impressions without a score are left out.
@@ -144,7 +146,7 @@ def rank_clicks(
 
 
 def colour_histogram(images: npt.NDArray[np.uint8], bins: int = 4) -> Floats:
-    """How much there is of each colour: uint8 RGB [n, 3, S, S] -> unit vectors [n, bins**3].
+    """Counts the colours of uint8 RGB images [n, 3, S, S] into unit vectors [n, bins**3].
 
     The joint histogram: cell (r * bins + g) * bins + b counts pixels of that red, green and blue,
     each channel being cut into `bins` equal parts.

@@ -1,4 +1,4 @@
-"""Squares -> what the encoder is trained on: crops, and the distorted views of SimCLR.
+"""Makes of squares what the encoder is trained on: crops, and the distorted views of SimCLR.
 
 A *square* is `decode(data, preprocessing.square())`: uint8 `[3, R, R]`, R being `resize_size`. All
 functions take a batch of squares and give uint8 images of the encoder's input size. Bytes -> pixels
@@ -23,7 +23,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def centre_crop(squares: Pixels, size: int) -> Pixels:
-    """uint8 `[n, 3, R, R]` -> `[n, 3, size, size]`, a view: what the encoder sees at night.
+    """Cuts out what an encoder sees at night: uint8 `[n, 3, R, R]` -> `[n, 3, size, size]`, a view.
 
     Equal, pixel for pixel, to `decode` without the detour over the square where R - size is a
     multiple of four, as in all of torchvision's ImageNet weights at their own size; otherwise up
@@ -34,7 +34,7 @@ def centre_crop(squares: Pixels, size: int) -> Pixels:
 
 
 def random_crop(squares: Pixels, size: int, rng: np.random.Generator) -> Pixels:
-    """uint8 `[n, 3, R, R]` -> `[n, 3, size, size]`, each image cut at its own uniform offset."""
+    """Cuts uint8 `[n, 3, R, R]` to `[n, 3, size, size]`, each image at its own uniform offset."""
     n, _, _, side = squares.shape
     top, left = rng.integers(0, side - size + 1, (2, n))
     # [n, 3, offsets, offsets, size, size], a view -> one window per image [n, 3, size, size]
@@ -43,7 +43,7 @@ def random_crop(squares: Pixels, size: int, rng: np.random.Generator) -> Pixels:
 
 
 def simclr_view(squares: Pixels, size: int, seed: int) -> Pixels:
-    """uint8 `[n, 3, R, R]` -> `[n, 3, size, size]`: one view of each, distorted on its own.
+    """Distorts each of uint8 `[n, 3, R, R]` on its own into one view: `[n, 3, size, size]`.
 
     SimCLR's augmentations (arXiv 2002.05709 appendix A) at colour strength 1: random resized crop
     (8 to 100% of the area, ratio 3/4 to 4/3, bicubic as in the authors' code), flip, colour jitter,
@@ -63,7 +63,10 @@ def simclr_view(squares: Pixels, size: int, seed: int) -> Pixels:
 
 @functools.cache
 def _simclr_transform(size: int) -> Callable[[Image.Image], Image.Image]:
-    """On Pillow images: 12 ms a view of 224 pixels on one core, where tensors took 60."""
+    """Builds SimCLR's transform of Pillow images.
+
+    On one core it takes 12 ms a view of 224 pixels, where tensors took 60.
+    """
     jitter = v2.ColorJitter(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
     bicubic = v2.InterpolationMode.BICUBIC
     return v2.Compose(
@@ -78,6 +81,9 @@ def _simclr_transform(size: int) -> Callable[[Image.Image], Image.Image]:
 
 
 def _blur(picture: Image.Image) -> Image.Image:
-    """Without the paper's cut-off at a kernel of 10% of the side: at 224 pixels over 5 sigma."""
+    """Blurs a picture without the paper's cut-off at a kernel of 10% of the side.
+
+    At 224 pixels that is over 5 sigma.
+    """
     sigma = float(torch.empty(()).uniform_(0.1, 2.0))
     return picture.filter(ImageFilter.GaussianBlur(sigma))

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: whole or not used, and nothing that is read is run.
+"""Keeps the checkpoints of a training run: whole or not used, and nothing that is read is run.
 
 A file is called `step-<step>-<12 hex of the SHA-256 of its bytes>.pt`, so a truncated file or a
 flipped bit shows itself. It holds tensors, numbers, strings and containers of them, which torch
@@ -35,7 +35,7 @@ _UNREADABLE = (
 
 
 class _Damaged(Exception):
-    """What was found instead of a whole checkpoint."""
+    """Tells what was found instead of a whole checkpoint."""
 
 
 def save(folder: str, step: int, state: dict[str, Any]) -> str:
@@ -70,7 +70,7 @@ def _prune(folder: str, step: int, saved: str) -> None:
 
 
 def load_latest(folder: str, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest whole checkpoint, its tensors on the CPU; None where there is none at all.
+    """Loads the newest whole checkpoint, its tensors on the CPU; None where there is none at all.
 
     A damaged one is told in one line through `say`, and the one before it is tried. Raises
     DataContractError where there are checkpoints, but none is whole.
@@ -93,7 +93,7 @@ def load_latest(folder: str, say: Callable[[str], None]) -> dict[str, Any] | Non
 
 
 def _load(path: str) -> dict[str, Any]:
-    """Raises _Damaged, saying what was found, unless the file is what `save` wrote."""
+    """Loads what `save` wrote; of any other file raises _Damaged, saying what was found."""
     _, expected = _parts(path)
     try:
         found = files.sha256(path)[:12]
@@ -119,7 +119,7 @@ def _step(name: str) -> int:
 
 
 def _parts(path: str) -> tuple[int, str]:
-    """The step and the digest that a checkpoint's name tells."""
+    """Returns the step and the digest that a checkpoint's name tells."""
     match = _NAME.fullmatch(os.path.basename(path))
     assert match
     return int(match[1]), match[2]

@@ -1,4 +1,4 @@
-"""Several training processes, started by torchrun: who am I, and what passes between us.
+"""Tells a process its place among those that torchrun started, and passes values between them.
 
 Every process computes the loss of its own anchors against the candidates of all. The gradient of
 the joint batch is then the plain sum over processes: `gather` carries the part of it that reaches
@@ -25,7 +25,7 @@ from courier_model.encoder import choose_device
 
 @dataclass(frozen=True)
 class Process:
-    """This process among all `size` that train together, and its device."""
+    """Describes this process among all `size` that train together, and its device."""
 
     rank: int
     size: int
@@ -33,12 +33,12 @@ class Process:
 
     @property
     def leads(self) -> bool:
-        """Whether it is the one that writes and speaks for all."""
+        """Tells whether this process is the one that writes and speaks for all."""
         return self.rank == 0
 
     @property
     def device_name(self) -> str:
-        """For people."""
+        """Names the device for people."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"cpu, {torch.get_num_threads()} threads"
@@ -46,7 +46,7 @@ class Process:
 
 @contextmanager
 def joined() -> Iterator[Process]:
-    """Joins the group that torchrun's variables describe; alone where there are none."""
+    """Joins the group that torchrun's variables describe; without them, the process is alone."""
     device = choose_device()
     if "RANK" not in os.environ:
         yield Process(0, 1, device)
@@ -62,7 +62,7 @@ def joined() -> Iterator[Process]:
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather whose backward brings home what all processes' losses say of one's own part."""
+    """Runs all_gather; backward brings home what all processes' losses say of one's own part."""
 
     @staticmethod
     def forward(_ctx: Any, tensor: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """`[n, …]` of each process, of equal shapes, -> `[processes * n, …]`, with gradients."""
+    """Gathers `[n, …]` of each process, of equal shapes: `[processes * n, …]`, with gradients."""
     if not dist.is_initialized():
         return tensor
     gathered: Tensor = _Gather.apply(tensor)
@@ -86,12 +86,12 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def first_place(length: int) -> int:
-    """Where this process's part of `length` rows begins in what `gather` returns."""
+    """Tells where this process's part of `length` rows begins in what `gather` returns."""
     return length * dist.get_rank() if dist.is_initialized() else 0
 
 
 def total(value: Tensor) -> Tensor:
-    """The sum over all processes, without gradients."""
+    """Returns the sum over all processes, without gradients."""
     value = value.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(value)
@@ -99,7 +99,7 @@ def total(value: Tensor) -> Tensor:
 
 
 def largest(value: int, device: torch.device) -> int:
-    """The largest of all processes' values."""
+    """Returns the largest of all processes' values."""
     if not dist.is_initialized():
         return value
     found = torch.tensor(value, device=device)
@@ -108,7 +108,7 @@ def largest(value: int, device: torch.device) -> int:
 
 
 def any_process(value: bool, device: torch.device) -> bool:
-    """Whether it is true in any process."""
+    """Tells whether `value` is true in any process."""
     return bool(largest(int(value), device))
 
 

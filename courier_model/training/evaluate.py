@@ -1,4 +1,4 @@
-"""What an encoder is worth on days that it was not trained on, measured while it trains.
+"""Measures, while an encoder trains, what it is worth on days that it was not trained on.
 
 The held-out measure asks what SimScores will be asked: how well does the cosine of an impression's
 item with the mean of what its user had clicked before rank clicked over unclicked impressions?
@@ -28,7 +28,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Vectors:
-    """A vector for each of the images that the held-out rows show.
+    """Holds a vector for each of the images that the held-out rows show.
 
     `values` float32 `[items, d]`, not normalised; `keys` int64 `[items]`, equal for equal content;
     `known` bool `[items]`, False for an image that cannot be read.
@@ -40,7 +40,7 @@ class Vectors:
 
 
 class Evaluation:
-    """Rows of later days, at most `limit` of them drawn by `seed`, and their images."""
+    """Measures on rows of later days, at most `limit` of them drawn by `seed`, and their images."""
 
     def __init__(self, rows: TrainingSet, cache: ImageCache, limit: int, seed: int) -> None:
         rows = rows.with_history()
@@ -56,7 +56,7 @@ class Evaluation:
         self._rows = TrainingSet(pv, rows.clicked, clicks, rows.users, rows.items)
 
     def embed(self, features: Callable[[Tensor], Tensor], size: int, process: Process) -> Vectors:
-        """The encoder's features of all images, of `size` pixels; each process sees to a share."""
+        """Returns the features of all images, of `size` pixels; each process sees to a share."""
 
         def of_squares(squares: Pixels) -> np.ndarray:
             images = torch.from_numpy(np.ascontiguousarray(centre_crop(squares, size)))
@@ -66,7 +66,7 @@ class Evaluation:
         return self._vectors(of_squares, process)
 
     def colours(self, process: Process) -> Vectors:
-        """Colour histograms of all images: an encoder that is worth no more has learned nothing."""
+        """Returns all images' colour histograms: an encoder worth no more has learned nothing."""
         return self._vectors(colour_histogram, process)
 
     def _vectors(self, of_squares: Callable[[Pixels], np.ndarray], process: Process) -> Vectors:
@@ -88,7 +88,7 @@ class Evaluation:
         return Vectors(values, keys, known.astype(bool))
 
     def rank_clicks(self, vectors: Vectors) -> HeldOut:
-        """AUC and GAUC of clicked over unclicked impressions, by the cosine with the history."""
+        """Returns AUC and GAUC of clicked over unclicked impressions, by cosine with history."""
         rows = self._rows
         return rank_clicks(
             vectors.values, vectors.known, rows.pv, rows.clicked, rows.clicks, rows.users
@@ -97,7 +97,7 @@ class Evaluation:
     def nearest(
         self, vectors: Vectors, objective: Objective, batch_rows: int, device: torch.device
     ) -> float | None:
-        """The share of reconstructions whose own PV is the nearest in a batch of held-out rows.
+        """Returns the share of reconstructions whose own PV is nearest in a batch of held-out rows.
 
         None where the objective reconstructs nothing, or no row has a clicked PV.
         """

@@ -1,4 +1,4 @@
-"""The pixels of a fixed list of items, decoded once and then mapped from disk.
+"""Decodes the pixels of a fixed list of items once, and maps them from disk from then on.
 
 Decoding costs a hundred times as much as reading the result, and an epoch shows an item many times.
 So whichever process needs an image first writes its square beside all others; the files are sparse,
@@ -35,7 +35,7 @@ Flags = npt.NDArray[np.bool_]
 
 
 class ImageCache:
-    """Squares by item code: places in `uris`, where null stands for an item without an image.
+    """Reads squares by item code: the place in `uris`, where null is an item without an image.
 
     Survives fork and pickling: every process opens the files for itself when it first reads.
     `folder` None decodes on every read. A folder that was made for another list, other roots or
@@ -64,15 +64,17 @@ class ImageCache:
 
     @property
     def bytes_needed(self) -> int:
-        """What the folder takes on disk once every item was asked for."""
+        """Returns the bytes that the folder takes on disk once every item was asked for."""
         return len(self._uris) * (3 * self._side**2 + 9)
 
     def read(self, codes: Keys) -> tuple[Pixels, Keys, Flags]:
-        """int64 `[m]` -> squares uint8 `[m, 3, R, R]`, content keys int64 `[m]`, good bool `[m]`.
+        """Reads the squares and content keys of items, and tells which of the images are good.
 
-        Equal bytes have equal keys. An image that is missing or cannot be decoded is not good, its
-        pixels and key are 0. Raises OSError for faults of the disk (a full one included), which
-        are no property of an image, and OperatorError when the folder now belongs to another list.
+        `codes` int64 `[m]` -> squares uint8 `[m, 3, R, R]`, content keys int64 `[m]`, good bool
+        `[m]`. Equal bytes have equal keys. An image that is missing or cannot be decoded is not
+        good, its pixels and key are 0. Raises OSError for faults of the disk (a full one included),
+        which are no property of an image, and OperatorError when the folder now belongs to another
+        list.
         """
         if self._store is None:
             return self._decode(codes)
@@ -99,10 +101,11 @@ def _key(sha256: str) -> int:
 
 
 class _Store:
-    """The files of a cache: read through memory maps, written by `pwrite`.
+    """Keeps the files of a cache: reads them through memory maps, writes them by `pwrite`.
 
-    Not written through the maps: on a full disk that kills the process (SIGBUS) where `pwrite`
-    raises, and system calls also keep the order in which other processes see pixels and state.
+    They are not written through the maps: on a full disk that kills the process (SIGBUS) where
+    `pwrite` raises, and system calls also keep the order in which other processes see pixels and
+    state.
     """
 
     _FILES = ("pixels", "keys", "state")
@@ -170,13 +173,13 @@ class _Store:
         return self._maps["state"][codes]
 
     def read(self, codes: Keys) -> tuple[Pixels, Keys, Flags]:
-        """Bad images were never written, so their pixels and keys read as 0."""
+        """Reads items; bad images were never written, so their pixels and keys read as 0."""
         self._open()
         pixels, keys, state = (self._maps[name][codes] for name in self._FILES)
         return pixels, keys, state == _GOOD
 
     def write(self, code: int, pixels: Pixels, keys: Keys, good: bool) -> None:
-        """One item. Processes that race write the same; the state comes last, for all readers."""
+        """Writes one item, its state last, for all readers; processes that race write the same."""
         if good:
             self._write_at("pixels", code, pixels)
             self._write_at("keys", code, keys)

@@ -1,4 +1,4 @@
-"""The losses of COURIER and of what it is compared with: pure functions of tensors.
+"""Computes the losses of COURIER and of what it is compared with, by pure functions of tensors.
 
 All of them but SimSiam's are one contrastive loss over different anchors and candidates. Axes: `a`
 anchors of this process, `N` candidates of all processes, `D` = 256. Each returns a `Term`, whose
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a softmax runs over, gathered over all processes with gradients.
+    """Holds what a softmax runs over, gathered over all processes with gradients.
 
     `vectors` float32 `[N, D]`, not yet normalised; `valid` bool `[N]`; `keys` int64 `[N]`, equal
     for images of equal content; `first` is the place of this process's first candidate.
@@ -30,7 +30,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Term:
-    """One part of a loss over this process's anchors.
+    """Holds one part of a loss over this process's anchors.
 
     `loss` is the sum over the anchors, a scalar; `anchors` their number; `hits` how many of them
     have their own positive alone as the nearest candidate, both int64 scalars.
@@ -44,7 +44,7 @@ class Term:
 def contrastive_loss(
     anchors: Tensor, positives: Tensor, candidates: Candidates, temperature: float
 ) -> Term:
-    """InfoNCE (arXiv 1807.03748): − Σ_a log softmax_i( ĉ_i · â_a / τ )[i = positive of a].
+    """Returns InfoNCE (arXiv 1807.03748): − Σ_a log softmax_i( ĉ_i · â_a / τ )[i = positive of a].
 
     `anchors` float `[a, D]`, `positives` int64 `[a]` places among the candidates. Vectors are
     L2-normalised here. Candidates that are not valid leave the denominator, and so do those that
@@ -64,8 +64,9 @@ def contrastive_loss(
 def pv_loss(
     reconstructions: Tensor, is_anchor: Tensor, images: Candidates, temperature: float
 ) -> Term:
-    """L_pv (COURIER appendix §2 and §4): a clicked image is told from all others by its
-    reconstruction from the images clicked before.
+    """Returns L_pv, the loss of reconstructing clicked images (COURIER appendix §2 and §4).
+
+    A clicked image is told from all others by its reconstruction from the images clicked before:
 
     − Σ_j y_j m_j log softmax_i( p̂_i · r̂_j / τ )[i = j]
 
@@ -80,8 +81,9 @@ def pv_loss(
 def ucs_loss(
     reconstructions: Tensor, is_anchor: Tensor, newest: Candidates, temperature: float
 ) -> Term:
-    """L_ucs, user click sequence (the authors' research code): the newest click is told from all
-    rows' newest clicks by its reconstruction from the older ones.
+    """Returns L_ucs, the loss of the user click sequence (the authors' research code).
+
+    The newest click is told from all rows' newest clicks by its reconstruction from the older ones.
 
     `reconstructions` float `[rows, D]`, `is_anchor` bool `[rows]` (rows with two clicks or more);
     `newest` are the newest clicks of all processes' rows, in the same order.
@@ -92,7 +94,9 @@ def ucs_loss(
 def masked_prediction_loss(
     predictions: Tensor, is_anchor: Tensor, images: Candidates, temperature: float
 ) -> Term:
-    """COURIER appendix §2: a masked image is told from all others by its prediction.
+    """Returns the loss of predicting masked images (COURIER appendix §2).
+
+    A masked image is told from all others by its prediction.
 
     `predictions` float `[rows, D]`, `is_anchor` bool `[rows]`; `images` are all candidates, of each
     process first the rows' masked images in the same order.
@@ -101,8 +105,9 @@ def masked_prediction_loss(
 
 
 def nt_xent_loss(views: Tensor, is_image: Tensor, both: Candidates, temperature: float) -> Term:
-    """NT-Xent of SimCLR (arXiv 2002.05709 eq. 1): a view of an image is told from all views of
-    other images by the image's second view.
+    """Returns NT-Xent, the loss of SimCLR (arXiv 2002.05709 eq. 1).
+
+    A view of an image is told from all views of other images by the image's second view.
 
     `views` float `[2, n, D]` of this process, `is_image` bool `[n]` (False for padding); `both`
     holds the same for all processes, of each in turn n first views and then n second views.
@@ -115,7 +120,7 @@ def nt_xent_loss(views: Tensor, is_image: Tensor, both: Candidates, temperature:
 
 
 def clip_loss(images: Candidates, titles: Candidates, own: Tensor, temperature: float) -> Term:
-    """The symmetric loss of CLIP (arXiv 2103.00020 fig. 3), image to title and title to image.
+    """Returns CLIP's symmetric loss (arXiv 2103.00020 fig. 3): image to title and title to image.
 
     `images` and `titles` hold the pairs of all processes at equal places, `own` int64 `[n]` are the
     places of this process's pairs. Half of each direction, so that a pair counts as one anchor.
@@ -126,7 +131,9 @@ def clip_loss(images: Candidates, titles: Candidates, own: Tensor, temperature: 
 
 
 def simsiam_loss(predicted: Tensor, projected: Tensor) -> Term:
-    """SimSiam (arXiv 2011.10566 eq. 2–4): − ½ Σ_n [cos(p_1, sg(z_2)) + cos(p_2, sg(z_1))].
+    """Returns the loss of SimSiam (arXiv 2011.10566 eq. 2–4).
+
+    − ½ Σ_n [cos(p_1, sg(z_2)) + cos(p_2, sg(z_1))]
 
     `predicted`, `projected` float `[2, n, D]`: predictions p and projections z of both views. No
     negatives, so no candidates and no hits.

@@ -1,4 +1,4 @@
-"""What makes a large contrastive batch fit one device.
+"""Makes a large contrastive batch fit one device.
 
 *Cached gradients* (arXiv 2101.06983): embed all images without a graph, take the loss on those
 features alone, then embed again chunk by chunk, each time backpropagating from the features' cached
@@ -39,8 +39,11 @@ def checkpoint_attention(backbone: nn.Module) -> None:
 
 
 def freeze_batch_statistics(module: nn.Module) -> None:
-    """Puts batch normalisation into evaluation mode: with it, an image's features depend on its
-    neighbours in the chunk, and chunks would not give the gradients of the whole batch."""
+    """Puts batch normalisation into evaluation mode, so that neighbours in a chunk do not count.
+
+    In training mode, an image's features depend on its neighbours in the chunk, and chunks would
+    not give the gradients of the whole batch.
+    """
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.eval()
@@ -89,7 +92,7 @@ def _backward_again(
 
 
 def _random_state(like: Tensor) -> list[Tensor]:
-    """The state of the generators that dropout on the device of `like` may draw from."""
+    """Returns the state of the generators that dropout on the device of `like` may draw from."""
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(like.device)] if like.is_cuda else states
 

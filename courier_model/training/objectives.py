@@ -1,4 +1,4 @@
-"""What an encoder can be trained for, by name: COURIER, its ablations and its baselines.
+"""Defines what an encoder can be trained for, by name: COURIER, its ablations and its baselines.
 
 An objective is a module of features: it holds what is trained beside the encoder and thrown away
 with the end of training, and turns a batch's features into the terms of its loss. The features are
@@ -28,7 +28,7 @@ from feature_jobs.schemas import EMBEDDING_DIM, ROW_CLICKS
 
 @dataclass(frozen=True)
 class Places:
-    """The rows of a batch, on the device of the features that they refer to.
+    """Holds the rows of a batch, on the device of the features that they refer to.
 
     `keys` int64 `[n]` content of each image; `pv` `[B, 5]` and `clicks` `[B, 5]` int64 places among
     the images, -1 = masked, clicks newest first and valid ones first; `clicked` bool `[B, 5]`;
@@ -42,12 +42,12 @@ class Places:
     titles: list[str] | None = None
 
     def keys_at(self, places: Tensor) -> Tensor:
-        """The content at each place; any where the place is masked."""
+        """Returns the content at each place; any where the place is masked."""
         return self.keys[places.clamp(min=0)]
 
 
 class Objective(nn.Module):
-    """What all objectives tell the training job besides their terms.
+    """Declares what every objective tells the training job besides its terms.
 
     `views` of each image are encoded, made by the `augmentation` "crop" or "simclr"; `reads_titles`
     asks for titles with the rows; `reconstructs` names the term whose anchors are reconstructions.
@@ -59,12 +59,15 @@ class Objective(nn.Module):
     reconstructs: str | None = None
 
     def forward(self, features: Tensor, rows: Places) -> dict[str, Term]:
-        """`features` float32 `[views, n, D]` of the batch's n images, not normalised."""
+        """Returns the terms of the loss, by name.
+
+        `features` float32 `[views, n, D]` of the batch's n images, not normalised.
+        """
         raise NotImplementedError
 
 
 class Courier(Objective):
-    """User-intention reconstruction: L_pv + L_ucs (`losses`), and its ablations.
+    """Trains by user-intention reconstruction, L_pv + L_ucs (`losses`), or by its ablations.
 
     `reconstruct=False` puts the mean of the clicks in place of attention; with
     `unclicked_negatives=False` only clicked PVs are candidates; `projection` adds the head of
@@ -122,7 +125,7 @@ class Courier(Objective):
 
 
 class MaskedPrediction(Objective):
-    """Random masked prediction with self-attention (COURIER appendix §2).
+    """Trains by random masked prediction with self-attention (COURIER appendix §2).
 
     A row's sequence is its clicked PV (the first one, where there are several) and its clicks. One
     place is masked at random and told from all PVs and all masked images of the batch.
@@ -154,9 +157,9 @@ class MaskedPrediction(Objective):
 
 
 class SimClr(Objective):
-    """SimCLR (arXiv 2002.05709): two augmented views of each image of the rows, with its head.
+    """Trains by SimCLR (arXiv 2002.05709), with its head, on two augmented views of each image.
 
-    An image that two processes hold is a sample in each.
+    The images are those of the rows. An image that two processes hold is a sample in each.
     """
 
     views = 2
@@ -178,7 +181,7 @@ class SimClr(Objective):
 
 
 class SimSiam(Objective):
-    """SimSiam (arXiv 2011.10566): one view of an image predicts the other; no negatives.
+    """Trains by SimSiam (arXiv 2011.10566): one view of an image predicts the other; no negatives.
 
     Batch statistics of its heads are taken per view, as in the paper.
     """
@@ -207,7 +210,7 @@ class SimSiam(Objective):
 
 
 class Clip(Objective):
-    """CLIP (arXiv 2103.00020) on the images and titles of PV items (COURIER appendix §4).
+    """Trains by CLIP (arXiv 2103.00020) on the images and titles of PV items (COURIER appendix §4).
 
     An image without a title is in no pair.
     """
@@ -250,9 +253,9 @@ _COURIER: Mapping[str, Mapping[str, bool]] = {
 
 
 def build_objective(name: str, temperature: float | None, text_model: str | None) -> Objective:
-    """The objective `name`, a key of TEMPERATURES, whose value is the default `temperature`.
+    """Builds the objective `name`, a key of TEMPERATURES, whose value is the default `temperature`.
 
-    `text_model` is CLIP's. Its modules are initialised from torch's global random numbers.
+    `text_model` is CLIP's. The modules are initialised from torch's global random numbers.
     """
     chosen = temperature or TEMPERATURES[name] or 0.0  # SimSiam's loss has none
     if name in _COURIER:
@@ -267,7 +270,7 @@ def build_objective(name: str, temperature: float | None, text_model: str | None
 
 
 def _mlp() -> nn.Sequential:
-    """The projection head of SimCLR: one hidden layer."""
+    """Builds the projection head of SimCLR: one hidden layer."""
     return nn.Sequential(
         nn.Linear(EMBEDDING_DIM, EMBEDDING_DIM),
         nn.ReLU(),
@@ -282,17 +285,17 @@ def _normalised_layer() -> nn.Sequential:
 
 
 def _at(vectors: Tensor, places: Tensor) -> Tensor:
-    """`[n, D]` at places `[…]` -> `[…, D]`; any vector where the place is masked."""
+    """Takes vectors `[n, D]` at places `[…]`: `[…, D]`, any vector where the place is masked."""
     return vectors[places.clamp(min=0)]
 
 
 def _first_clicked(rows: Places) -> Tensor:
-    """The place of each row's first clicked PV, -1 where there is none; int64 `[B]`."""
+    """Returns the place of each row's first clicked PV, -1 where there is none; int64 `[B]`."""
     clicked = rows.clicked & (rows.pv >= 0)
     first = rows.pv.gather(1, clicked.int().argmax(1, keepdim=True))[:, 0]
     return first.where(clicked.any(1), -1)
 
 
 def _candidates(vectors: Tensor, valid: Tensor, keys: Tensor) -> Candidates:
-    """Those of all processes, which give the same number each."""
+    """Gathers the candidates of all processes, which give the same number each."""
     return Candidates(gather(vectors), gather(valid), gather(keys), first_place(len(vectors)))

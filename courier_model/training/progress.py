@@ -1,4 +1,4 @@
-"""How far a training run is: for whoever watches, for TensorBoard, and when to save."""
+"""Tracks how far a training run is: for whoever watches, for TensorBoard, and when to save."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SAVE_SECONDS = 600.0  # between checkpoints, where no evaluation comes first
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is, for whoever watches it. The loss is the sum of the objective's terms."""
+    """Tells whoever watches where a run is; the loss is the sum of the objective's terms."""
 
     step: int
     steps: int
@@ -25,7 +25,7 @@ class Progress:
 
 
 class Board:
-    """Scalars for TensorBoard, from step `first` on; what a killed run wrote of those is hidden."""
+    """Writes scalars for TensorBoard; hides what a killed run wrote from step `first` on."""
 
     def __init__(self, folder: str, first: int) -> None:
         self._writer = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=first)
@@ -37,7 +37,7 @@ class Board:
 
 
 class Clock:
-    """The time of a run over all its sessions, and the rates of this one, evaluations aside."""
+    """Measures a run's time over all its sessions, and the rates of this one, evaluations aside."""
 
     def __init__(self, seconds_before: float) -> None:
         self._before = seconds_before
@@ -49,7 +49,7 @@ class Clock:
         return self._before + time.monotonic() - self._started
 
     def images_per_second(self, images: int) -> float:
-        """Of this session, after one more step of so many images."""
+        """Returns this session's rate, after one more step of `images` images."""
         self._steps += 1
         self._images += images
         return self._images / self._training_seconds()

@@ -1,4 +1,4 @@
-"""How an image is reconstructed from the images that the user clicked before.
+"""Reconstructs an image from the images that the user clicked before.
 
 Axes: `B` rows, `P` PV items per row, `C` clicks per row, newest first, `D` = 256. Masked places are
 never attended to; what a row without any valid click gives is meaningless and for the caller to
@@ -17,8 +17,10 @@ HEADS = 4
 
 
 class CrossAttention(nn.Module):
-    """r_j = MultiHeadAttention(query = p_j, keys = values = c_1..c_C), 4 heads; the clicks are
-    L2-normalised, the item is not.
+    """Reconstructs each item of a row from the row's clicks by attention with 4 heads.
+
+    r_j = MultiHeadAttention(query = p_j, keys = values = c_1..c_C); the clicks are L2-normalised,
+    the item is not.
 
     COURIER appendix §2: how an item can be reconstructed from the history *given the item* is much
     easier to learn, and says more, than which item comes next.
@@ -37,9 +39,9 @@ class CrossAttention(nn.Module):
         nn.init.eye_(self.attention.out_proj.weight)
 
     def forward(self, items: Tensor, clicks: Tensor, valid: Tensor) -> Tensor:
-        """items `[B, P, D]` and clicks `[B, C, D]` float, not normalised; valid bool `[B, C]`.
+        """Reconstructs items `[B, P, D]` from clicks `[B, C, D]`, both float and not normalised.
 
-        Returns float `[B, P, D]`, not normalised.
+        `valid` is bool `[B, C]`. Returns float `[B, P, D]`, not normalised.
         """
         clicks = F.normalize(clicks, dim=-1)
         output: Tensor = self.attention(
@@ -49,8 +51,10 @@ class CrossAttention(nn.Module):
 
 
 def mean_of_clicks(items: Tensor, clicks: Tensor, valid: Tensor) -> Tensor:
-    """The ablation without reconstruction: every item of a row gets the mean of its valid clicks,
-    L2-normalised as in `CrossAttention`, whose shapes these are.
+    """Gives every item of a row the mean of the row's valid clicks.
+
+    This is the ablation without reconstruction. The clicks are L2-normalised as in
+    `CrossAttention`, whose shapes these are.
     """
     clicks = F.normalize(clicks, dim=-1)
     weights = valid.to(clicks.dtype)[:, :, None]  # [B, C, 1]
@@ -59,10 +63,10 @@ def mean_of_clicks(items: Tensor, clicks: Tensor, valid: Tensor) -> Tensor:
 
 
 class MaskedSelfAttention(nn.Module):
-    """Random masked prediction (COURIER appendix §2): a masked click is predicted from the rest of
-    the sequence, earlier and later, without knowing the target.
+    """Predicts a masked click from the rest of the sequence, without knowing the target.
 
-    A learned vector stands in for the masked place, and learned ones tell the places apart.
+    This is random masked prediction (COURIER appendix §2); the rest is both earlier and later. A
+    learned vector stands in for the masked place, and learned ones tell the places apart.
     """
 
     def __init__(self, places: int) -> None:
@@ -74,9 +78,9 @@ class MaskedSelfAttention(nn.Module):
         nn.init.normal_(self.positions, std=0.02)
 
     def forward(self, sequence: Tensor, valid: Tensor, masked: Tensor) -> Tensor:
-        """sequence float `[B, T, D]`, valid bool `[B, T]`, masked int64 `[B]`: which place.
+        """Predicts one place, `masked` int64 `[B]`, of each sequence, float `[B, T, D]`.
 
-        Returns float `[B, D]`: what the masked place is predicted to be.
+        `valid` is bool `[B, T]`. Returns float `[B, D]`: what the masked place is predicted to be.
         """
         rows = torch.arange(len(sequence), device=sequence.device)
         is_masked = torch.zeros_like(valid)
@@ -89,6 +93,8 @@ class MaskedSelfAttention(nn.Module):
 
 
 def _hidden(valid: Tensor) -> Tensor:
-    """The key padding mask; where nothing is valid nothing is hidden, since a softmax over nothing
-    is NaN, and NaN times a mask of zeros stays NaN in the gradients."""
+    """Returns the key padding mask, which hides nothing where nothing is valid.
+
+    A softmax over nothing is NaN, and NaN times a mask of zeros stays NaN in the gradients.
+    """
     return ~valid & valid.any(dim=1, keepdim=True)

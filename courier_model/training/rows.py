@@ -1,4 +1,4 @@
-"""Training rows -> batches of pixels.
+"""Makes batches of pixels out of training rows.
 
 A training row (COURIER appendix §4) is one user at one moment: up to five page-view items (PVs)
 with click labels, and the up to five items clicked before, newest first. A batch holds every
@@ -51,7 +51,7 @@ _PIECE = 256  # images
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Training rows as arrays. Codes are places in `items`; -1 pads to the right."""
+    """Holds training rows as arrays; codes are places in `items`, and -1 pads to the right."""
 
     pv: Codes  # [rows, 5]
     clicked: Flags  # [rows, 5], False where there is no PV
@@ -63,22 +63,22 @@ class TrainingSet:
         return len(self.users)
 
     def with_anchor(self) -> TrainingSet:
-        """The rows that can be trained on: a clicked PV, and an earlier click to predict it by."""
+        """Returns the rows to train on: with a clicked PV and an earlier click to predict it by."""
         return self.take(self.clicked.any(axis=1) & (self.clicks[:, 0] >= 0))
 
     def with_history(self) -> TrainingSet:
-        """The rows with an earlier click, for the held-out measure."""
+        """Returns the rows with an earlier click, for the held-out measure."""
         return self.take(self.clicks[:, 0] >= 0)
 
     def take(self, keep: Flags | Codes) -> TrainingSet:
-        """The rows of a mask bool [rows], or of row numbers."""
+        """Returns the rows of a mask bool [rows], or of row numbers."""
         return TrainingSet(
             self.pv[keep], self.clicked[keep], self.clicks[keep], self.users[keep], self.items
         )
 
 
 def build_sets(rows: Sequence[pa.Table], catalogue: pa.Table) -> list[TrainingSet]:
-    """Tables of training rows -> sets over one common table of items and one numbering of users.
+    """Builds a set of each table of rows, over one table of items and one numbering of users.
 
     `rows` have the columns of `training_rows` (lists unpadded, clicks newest first); `catalogue`
     has item_id (unique), image_uri and title. `items` are those that occur in the rows; one that
@@ -124,7 +124,7 @@ def _build_set(rows: pa.Table, items: pa.Table, user_ids: pa.Array) -> TrainingS
 
 
 def _lengths(rows: pa.Table, name: str, longest: int) -> Codes:
-    """The lengths of a list column, int64 [rows]."""
+    """Returns the lengths of a list column, int64 [rows]."""
     lengths = pc.list_value_length(rows[name]).to_numpy().astype(np.int64)
     if lengths.max(initial=0) > longest:
         row = int(lengths.argmax())
@@ -136,18 +136,18 @@ def _lengths(rows: pa.Table, name: str, longest: int) -> Codes:
 
 
 def _filled(lengths: Codes, width: int) -> Flags:
-    """Which places of the padded lists hold an entry, bool [rows, width]."""
+    """Tells which places of the padded lists hold an entry, bool [rows, width]."""
     return np.arange(width) < lengths[:, None]
 
 
 def _flat(lists: pa.ChunkedArray) -> np.ndarray:
-    """All entries, row by row."""
+    """Returns all entries of a list column, row by row."""
     chunks = [chunk.flatten() for chunk in lists.chunks]
     return pa.chunked_array(chunks, lists.type.value_type).to_numpy()
 
 
 def _codes(lists: pa.ChunkedArray, lengths: Codes, width: int, item_ids: pa.ChunkedArray) -> Codes:
-    """A list column of item IDs as places in `item_ids`, int64 [rows, width] padded with -1."""
+    """Turns lists of item IDs into places in `item_ids`, int64 [rows, width] padded with -1."""
     flat = pa.chunked_array([chunk.flatten() for chunk in lists.chunks], lists.type.value_type)
     codes = np.full((len(lengths), width), -1, np.int64)
     codes[_filled(lengths, width)] = pc.index_in(flat, value_set=item_ids).to_numpy()
@@ -159,7 +159,7 @@ def _codes(lists: pa.ChunkedArray, lengths: Codes, width: int, item_ids: pa.Chun
 
 @dataclass
 class Batch:
-    """The rows of one step. Places point into the second axis of `images`."""
+    """Holds the rows of one step; places point into the second axis of `images`."""
 
     step: int
     images: Tensor  # uint8 [views, n, 3, S, S], each distinct image once per view
@@ -171,14 +171,14 @@ class Batch:
     bad_images: int  # distinct items of the batch whose image is missing or undecodable
 
     def pin_memory(self) -> Batch:
-        """Called by the DataLoader, so that copying to the GPU need not wait."""
+        """Pins the tensors; the DataLoader calls this, so that copying to the GPU need not wait."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors = {name: t.pin_memory() for name, t in tensors.items() if isinstance(t, Tensor)}
         return replace(self, **tensors)
 
 
 class RowBatches(Dataset[Batch]):
-    """Step -> Batch, for one rank.
+    """Makes the batch of each step, for one rank.
 
     Every epoch has its own order of all rows, drawn from the seed and the epoch, and is cut into
     batches of `batch_rows` over all ranks; a rank takes its slice of each, in order. The rows of
@@ -218,7 +218,7 @@ class RowBatches(Dataset[Batch]):
         return len(self._rows[0]) // self._batch_rows
 
     def __getitem__(self, step: int) -> Batch:
-        """Raises OSError for faults of the disk."""
+        """Returns the batch of a step; raises OSError for faults of the disk."""
         epoch, number = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             rng = np.random.default_rng([self._seed, _ORDER, epoch])
@@ -228,7 +228,7 @@ class RowBatches(Dataset[Batch]):
         return self.load(self._order[1][start : start + share], step)
 
     def load(self, rows: Codes, step: int) -> Batch:
-        """The batch of these row numbers, int64 `[B]`; `step` seeds the augmentation."""
+        """Loads the batch of the row numbers `rows`, int64 `[B]`; `step` seeds the augmentation."""
         pv, clicked, clicks = (column.numpy()[rows] for column in self._rows)
         codes = np.unique(np.concatenate([pv, clicks], axis=1))
         codes = codes[codes >= 0]
@@ -251,7 +251,7 @@ class RowBatches(Dataset[Batch]):
         )
 
     def _augment(self, squares: Pixels, chosen: Codes, step: int) -> Tensor:
-        """The `chosen` of uint8 [m, 3, R, R] -> [views, n, 3, S, S]."""
+        """Turns the `chosen` of squares uint8 [m, 3, R, R] into views [views, n, 3, S, S]."""
         rng = np.random.default_rng([self._seed, _PIXELS, step, self._rank])
         views = np.empty((self._views, len(chosen), 3, self._size, self._size), np.uint8)
         for view in views:
@@ -270,13 +270,13 @@ class RowBatches(Dataset[Batch]):
 
 
 def _places(items: Codes, codes: Codes, place: Codes) -> Codes:
-    """Item codes -> places of their images; both padded with -1. `codes` are sorted."""
+    """Turns item codes into places of their images, both padded with -1; `codes` are sorted."""
     at = np.searchsorted(codes, items)  # 0 for padding
     return np.where(items >= 0, np.append(place, -1)[at], -1)
 
 
 def valid_first(places: Codes) -> Codes:
-    """Rows of places int64 [rows, n] with the masked ones moved to the end, the order else kept."""
+    """Moves the masked places of int64 [rows, n] to the end of each row, the order else kept."""
     order = np.argsort(places < 0, axis=1, kind="stable")
     return np.take_along_axis(places, order, axis=1)
 
@@ -286,11 +286,11 @@ def _texts(column: pa.ChunkedArray, codes: Codes) -> list[str]:
 
 
 def batches(dataset: RowBatches, first_step: int, last_step: int, workers: int) -> Iterator[Batch]:
-    """The batches of the steps `first_step` <= step < `last_step`, in order.
+    """Yields the batches of the steps `first_step` <= step < `last_step`, in order.
 
-    Made by `workers` processes, or in this one for 0. An error of a worker is raised here, as the
-    same class. Workers end with the iteration, or with this process, even when it is killed. A
-    script that calls this with workers must guard its top level by `if __name__ == "__main__":`,
+    They are made by `workers` processes, or in this one for 0. An error of a worker is raised here,
+    as the same class. Workers end with the iteration, or with this process, even when it is killed.
+    A script that calls this with workers must guard its top level by `if __name__ == "__main__":`,
     since Python imports it once more in each worker.
     """
     several: dict[str, Any] = {}
@@ -321,7 +321,7 @@ def batches(dataset: RowBatches, first_step: int, last_step: int, workers: int) 
 
 
 class _Reporting(Dataset[Batch | Exception]):
-    """Batches, and errors as values: the DataLoader would put a traceback into their message."""
+    """Returns errors as values, since the DataLoader would put a traceback into their message."""
 
     def __init__(self, dataset: RowBatches) -> None:
         self._dataset = dataset
@@ -334,13 +334,13 @@ class _Reporting(Dataset[Batch | Exception]):
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    """Ctrl-C and SIGTERM may reach all processes; the parent finishes its step and saves."""
+    """Ignores Ctrl-C and SIGTERM, which may reach all: the parent finishes its step and saves."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _kill_workers() -> None:
-    """multiprocessing ends daemons by SIGTERM and then waits: for ever, as ours ignore it."""
+    """Kills workers: multiprocessing sends SIGTERM, which ours ignore, and then waits for ever."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

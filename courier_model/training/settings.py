@@ -1,4 +1,7 @@
-"""What a training run depends on besides its data, checked before anything is read; two presets."""
+"""Holds what a training run depends on besides its data, and two presets.
+
+Settings are checked before anything is read.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ _FREE = ("epochs", "precision", "checkpoint_attention", "compile", "workers", "c
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The defaults are the paper's (COURIER appendix §4).
+    """Describes a training run; the defaults are the paper's (COURIER appendix §4).
 
     `input_size` in pixels and `temperature` default to the backbone's and the objective's own.
     `batch_rows` is the global batch, in rows of up to ten images. With `chunk_images` gradients are
@@ -98,7 +101,7 @@ class TrainSettings:
             )
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with, for a run to go on from it."""
+        """Returns what a checkpoint must agree with, for a run to go on from it."""
         return {name: value for name, value in asdict(self).items() if name not in _FREE}
 
 

@@ -1,4 +1,4 @@
-"""The text tower of the CLIP baseline: item titles -> vectors beside the image encoder's.
+"""Embeds item titles beside the image encoder: the text tower of the CLIP baseline.
 
 COURIER appendix §4 compares with CLIP (arXiv 2103.00020): pairs of image and title, those of the PV
 items only; the text tower starts from a pre-trained language model (a Chinese BERT), τ = 0.1. It
@@ -28,7 +28,7 @@ _UNUSABLE = (OSError, ValueError, RuntimeError, ImportError, KeyError, Safetenso
 
 
 class TextTower(nn.Module):
-    """Titles -> vectors: the last hidden state of the first token ([CLS]), through a `Linear`.
+    """Embeds titles: the last hidden state of the first token ([CLS]), through a `Linear`.
 
     `name_or_path` is a model of the Hugging Face hub, downloaded or from its cache (`HF_HOME`), or
     a folder as `save_pretrained` writes it. The `Linear` to `dim` is new, of torch's current seed.
@@ -44,10 +44,10 @@ class TextTower(nn.Module):
         self.train()  # transformers hands out models in eval mode, torch its own in training mode
 
     def forward(self, titles: list[str]) -> Tensor:
-        """`[n]` titles -> float32 `[n, dim]`, not normalised; only the first 64 tokens count.
+        """Embeds titles `[n]`: float32 `[n, dim]`, not normalised; only the first 64 tokens count.
 
-        On the module's device. Padding is masked: a row does not depend on the other titles, but
-        for float rounding.
+        The vectors are on the module's device. Padding is masked: a row does not depend on the
+        other titles, but for float rounding.
         """
         # Without a title, one is read and dropped: the weights then get gradients of 0, not none,
         # for which DDP would wait.
@@ -64,7 +64,7 @@ class TextTower(nn.Module):
 
 
 def _load(name_or_path: str) -> tuple[Any, Any]:
-    """A tokenizer, and a language model of which every weight came from the checkpoint."""
+    """Loads a tokenizer, and a language model of which every weight came from the checkpoint."""
     # Where a model of the hub has no safetensors, transformers would have them made by a service,
     # and send it the user's token.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")

@@ -1,4 +1,4 @@
-"""The training job: click logs in, an image encoder out.
+"""Trains an image encoder on click logs: the training job.
 
 On one device:   courier train --preset paper --until 2026-02-01
 On eight GPUs:   torchrun --nproc-per-node 8 --no-python courier train --preset paper --until …
@@ -44,7 +44,7 @@ _COUNTS = ("rows", "images", "bad_images", "skipped_batches")
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Rows of two ranges of days, the held-out ones later; `fingerprint` tells their content."""
+    """Holds rows of two ranges of days, held-out ones later; `fingerprint` tells their content."""
 
     train: TrainingSet
     held_out: TrainingSet
@@ -54,7 +54,7 @@ class TrainingData:
 
 @dataclass
 class Record:
-    """What a run has done and found so far, beside its weights; all of it is in a checkpoint.
+    """Holds what a run has done and found so far, beside its weights; all of it is in a checkpoint.
 
     `measures` are held-out: of a colour histogram (step None), then of the encoder at each
     evaluated step, 0 being the untrained one. `best` is the one of the trained with the highest
@@ -75,8 +75,10 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Loss:
-    """A batch's loss: this process's part with its graph, None where no process has an anchor, and
-    the terms over all processes as numbers."""
+    """Holds a batch's loss: this process's part with its graph, and the terms as numbers.
+
+    `part` is None where no process has an anchor; `terms` are over all processes.
+    """
 
     part: Tensor | None
     terms: Mapping[str, float]
@@ -87,7 +89,7 @@ class Loss:
 
 
 class Training:
-    """One run in `folder`: encoder, objective, optimizer, batches, and how far it is.
+    """Trains one run in `folder`; holds its encoder, objective, optimizer, batches and record.
 
     Raises OperatorError for settings that do not fit the data or each other, and DataContractError
     for data that cannot teach anything; no image is read before.
@@ -175,7 +177,7 @@ class Training:
     # ---- A step ----------------------------------------------------------------------------
 
     def _train_on(self, batch: Batch) -> Loss:
-        """One step of the optimizer, unless no process has an anchor in its part of the batch."""
+        """Takes an optimizer step, unless no process has an anchor in its part of the batch."""
         device, settings = self.process.device, self.settings
         torch.manual_seed(_seed(settings.seed, batch.step, self.process.rank))
         images = batch.images.shape[1]
@@ -204,7 +206,7 @@ class Training:
             memory.freeze_batch_statistics(self.encoder)
 
     def _features(self, images: Tensor) -> Tensor:
-        """uint8 `[m, 3, S, S]` -> float32 `[m, 256]`, computed in the chosen precision."""
+        """Computes features in the chosen precision: uint8 `[m, 3, S, S]` -> float32 `[m, 256]`."""
         dtype = _DTYPES.get(self.precision)
         # Depthwise convolutions train 5 times faster in this format on a CPU.
         images = images.contiguous(memory_format=torch.channels_last)
@@ -212,7 +214,7 @@ class Training:
             return self.encoder.features(images)
 
     def _loss(self, features: Tensor, places: Places, views: int) -> Loss:
-        """The sum of the objective's terms, each divided by its anchors over all processes."""
+        """Sums the objective's terms, each divided by its anchors over all processes."""
         terms: dict[str, Term] = self.objective(features.unflatten(0, (views, -1)), places)
         anchors = {name: int(distributed.total(term.anchors)) for name, term in terms.items()}
         parts = {name: term.loss / anchors[name] for name, term in terms.items() if anchors[name]}
@@ -275,7 +277,7 @@ class Training:
     # ---- The held-out measure ----------------------------------------------------------------
 
     def _evaluate_baselines(self, board: Board | None) -> None:
-        """What training must beat: a colour histogram, and the encoder as it begins."""
+        """Measures what training must beat: a colour histogram, and the encoder as it begins."""
         colours = self.evaluation.rank_clicks(self.evaluation.colours(self.process))
         if colours.auc is None:
             raise DataContractError(
@@ -370,8 +372,10 @@ class Training:
 
 
 def check_data(data: TrainingData, rows: TrainingSet) -> None:
-    """Raises DataContractError where the rows of `data.train` cannot teach anything; `rows` are
-    those with an anchor."""
+    """Raises DataContractError where the rows of `data.train` cannot teach anything.
+
+    `rows` are those of them that have an anchor.
+    """
     if len(rows) and len(np.unique(rows.users)) > 1 and len(data.held_out.with_history()):
         return
     clicks, histories = data.train.clicked.any(1).sum(), len(data.train.with_history())
@@ -404,8 +408,10 @@ def check_same_run(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: 
 
 
 def choose_training_precision(wanted: str, device: torch.device) -> str:
-    """The `wanted` precision; for "auto" bf16 where the hardware multiplies in it, else fp16 on
-    CUDA and fp32 on a CPU."""
+    """Returns the `wanted` precision; for "auto" it goes by the device.
+
+    That is bf16 where the hardware multiplies in it, else fp16 on CUDA and fp32 on a CPU.
+    """
     if wanted != "auto":
         return wanted
     precision = choose_precision(device)
@@ -413,7 +419,7 @@ def choose_training_precision(wanted: str, device: torch.device) -> str:
 
 
 def build_modules(settings: TrainSettings, device: torch.device) -> tuple[ImageEncoder, Objective]:
-    """The untrained encoder and objective; the same settings give the same weights."""
+    """Builds the untrained encoder and objective; the same settings give the same weights."""
     encoder = build_encoder(settings.backbone, settings.weights, settings.input_size, settings.seed)
     for part in encoder.modules():
         if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
@@ -435,7 +441,7 @@ def open_cache(
     settings: TrainSettings, folder: str, uris: pa.ChunkedArray, data: TrainingData,
     preprocessing: Preprocessing, say: Callable[[str], None],
 ) -> ImageCache:  # fmt: skip
-    """The run's image cache; without files where they are not wanted or the disk is too small."""
+    """Opens the image cache, without files where they are not wanted or the disk is too small."""
     decoding = ImageCache(None, uris, data.image_roots, preprocessing)
     if not settings.cache:
         return decoding
@@ -455,7 +461,7 @@ def open_cache(
 
 
 def _seed(*parts: int) -> int:
-    """One seed for torch out of several numbers."""
+    """Makes one seed for torch out of several numbers."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -468,8 +474,11 @@ def _places(batch: Batch, device: torch.device) -> Places:
 
 
 def _with_a_black_image(batch: Batch, size: int) -> Batch:
-    """For a process all of whose images are bad: an image that no row shows, since the processes
-    go through the same operations together."""
+    """Adds to a batch without images a black one, which no row shows.
+
+    This is for a process all of whose images are bad, since the processes go through the same
+    operations together.
+    """
     return replace(
         batch,
         images=torch.zeros(len(batch.images), 1, 3, size, size, dtype=torch.uint8),

@@ -1,4 +1,4 @@
-"""What several tests of the model read, and none of them changes."""
+"""Makes what several tests of the model read and none of them changes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.support.world import picture
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A language model as small as can be, with the weights of a fixed seed."""
+    """Makes a language model as small as can be, with the weights of a fixed seed."""
     from transformers import BertConfig, BertModel, BertTokenizerFast  # takes seconds
 
     folder = tmp_path_factory.mktemp("models") / "bert"
@@ -48,7 +48,7 @@ def small_encoders() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def image_root(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The images of the items of `training_runs`."""
+    """Writes the images of the items of `training_runs`."""
     folder = tmp_path_factory.mktemp("images")
     for number in GOOD:
         (folder / f"{number}.png").write_bytes(picture(2 if number == REPOST else number))

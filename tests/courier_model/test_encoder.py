@@ -1,4 +1,4 @@
-"""The encoder: built from what it says, the same wherever it is saved, and never half right."""
+"""An encoder is built from what it says, the same wherever it is saved, and never half right."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def images() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def encoder() -> ImageEncoder:
-    """A network whose embeddings differ, so that comparing them means something."""
+    """Builds a network whose embeddings differ, so that comparing them means something."""
     encoder = build_encoder("resnet18", "random", input_size=64, seed=1)
     nn.init.normal_(encoder.backbone.get_submodule("fc").weight)
     return encoder
@@ -316,7 +316,7 @@ def test_weights_of_another_model_are_refused_naming_some_keys(
 
 
 class RunsCode:
-    """A pickle that leaves a file behind when it is loaded without care."""
+    """Leaves a folder behind when its pickle is loaded without care."""
 
     def __init__(self, target: Path) -> None:
         self.target = str(target)

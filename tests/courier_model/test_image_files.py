@@ -1,4 +1,4 @@
-"""Which files an address may reach, and what becomes of one image."""
+"""An address reaches no file outside the roots, and an image is read or rejected with a reason."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Decoding: torchvision's pixels, JPEGs at a reduced scale, and what is refused unread.
+"""Decoding gives torchvision's pixels, or those of a reduced JPEG, or a reason.
 
 Odd and broken files one by one are in test_odd_images.
 """
@@ -32,14 +32,14 @@ AS_IS = Preprocessing(8, 8, "bilinear", **STATISTICS)
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A smooth ramp plus noise: resampling and cropping mistakes both show."""
+    """Draws a smooth ramp plus noise, on which resampling and cropping mistakes both show."""
     rng = np.random.default_rng(seed)
     ramp = np.add.outer(np.linspace(0, 150, height), np.linspace(0, 60, width))[..., None]
     return Image.fromarray((ramp + rng.integers(0, 45, (height, width, 3))).astype(np.uint8))
 
 
 def torchvision_pixels(image: Image.Image, weights: WeightsEnum) -> np.ndarray:
-    """The obviously right twin: torchvision's transform with its normalisation switched off."""
+    """Returns pixels by the obviously right twin: torchvision's transform, not normalising."""
     transform = weights.transforms(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     return (transform(image) * 255).round().byte().numpy()
 
@@ -53,7 +53,7 @@ def reason(data: bytes, preprocessing: Preprocessing = AS_IS, **limits: int) -> 
 
 
 def pixel(data: bytes) -> list[int]:
-    """The colour of an image of one colour."""
+    """Returns the colour of an image of one colour."""
     pixels = decode(data, AS_IS).reshape(3, -1)
     assert (pixels == pixels[:, :1]).all()
     return pixels[:, 0].tolist()
@@ -96,7 +96,7 @@ def test_every_allowed_format_is_decoded(format: str) -> None:
 
 
 def square_of_8(image: Image.Image, box: tuple[float, ...] | None = None) -> np.ndarray:
-    """torchvision's pixels for AS_IS, of the part `box` of the image."""
+    """Returns torchvision's pixels for AS_IS, of the part `box` of the image."""
     width, height = image.size
     size = (8, 8 * height // width) if width < height else (8 * width // height, 8)
     resized = image.convert("RGB").resize(size, Image.Resampling.BILINEAR, box)

@@ -1,4 +1,4 @@
-"""A chunk of images: no file read twice, no bytes decoded or embedded twice, nothing mixed up."""
+"""In a chunk of images no file is read, no bytes decoded or embedded twice; nothing is mixed up."""
 
 import hashlib
 import threading
@@ -30,7 +30,7 @@ PAGE = b"<html>not found</html>"
 
 
 class Shop:
-    """Small images in a folder, what is done with them, and an encoder that takes no time."""
+    """Holds small images in a folder, what is done with them, and an encoder that takes no time."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -69,7 +69,7 @@ def rows_of(uris: list[str], known: list[str | None] | None = None) -> pa.Table:
 
 
 def vectors_of(pixels: np.ndarray) -> np.ndarray:
-    """Different pixels give different vectors, whatever batch they are in."""
+    """Gives different pixels different vectors, whatever batch they are in."""
     return pixels.reshape(len(pixels), -1)[:, :EMBEDDING_DIM].astype(np.float32) / 255
 
 
@@ -182,7 +182,7 @@ def test_broken_bytes_under_two_addresses_reject_both_for_the_same_reason(shop: 
 def test_every_item_gets_what_its_own_file_holds(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Good, known, repeated, broken and missing ones in any order, against one image at a time."""
+    """Compares good, known, repeated, broken and missing files in any order with one at a time."""
     shop = Shop(tmp_path_factory.mktemp("any"))
     contents = [*map(picture, range(1, 6)), PAGE, picture(1)[:60], None]
     held = data.draw(st.lists(st.sampled_from(contents), min_size=1, max_size=9))
@@ -305,7 +305,7 @@ def test_a_fault_of_the_disk_is_raised_and_no_thread_is_left(
 
 
 def settled(count: Callable[[], int]) -> int:
-    """What `count` gives once it has stopped to grow."""
+    """Returns what `count` gives once it has stopped to grow."""
     deadline, before = time.monotonic() + 30, -1
     while before != (before := count()):
         assert time.monotonic() < deadline
@@ -314,7 +314,7 @@ def settled(count: Callable[[], int]) -> int:
 
 
 def test_no_more_images_are_decoded_ahead_than_a_slow_encoder_needs(shop: Shop) -> None:
-    """Three batches are in its hands, two more lie ready, and each reader has a block."""
+    """Three batches are in the encoder's hands, two more lie ready, and each reader has a block."""
     stuck = threading.Event()
 
     def wait(pixels: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from courier_model.measures import HeldOut, auc, colour_histogram, gauc, history
 
 
 def slow_auc(scores: list[float], labels: list[bool]) -> float | None:
-    """Over all pairs of a clicked and an unclicked impression: 1 if won, a half if tied."""
+    """Averages all pairs of a clicked and an unclicked impression: 1 if won, a half if tied."""
     won = [
         1.0 if high > low else 0.5 if high == low else 0.0
         for high, clicked in zip(scores, labels, strict=True)
@@ -35,7 +35,7 @@ def slow_gauc(scores: list[float], labels: list[bool], users: list[int]) -> floa
 def slow_cosine(
     vectors: np.ndarray, known: np.ndarray, item: int, clicks: np.ndarray
 ) -> float | None:
-    """The cosine of one shown item with the mean of its row's known unit vectors; None = NaN."""
+    """Returns one shown item's cosine with the mean of its row's known unit vectors; None = NaN."""
     past = [vectors[code].astype(np.float64) for code in clicks if code >= 0 and known[code]]
     if item < 0 or not known[item] or not past:
         return None
@@ -91,7 +91,7 @@ def test_only_the_ranking_within_a_user_counts(
     assert reverse == (None if found is None else pytest.approx(1 - found))
 
 
-def test_auc_in_closed_form() -> None:
+def test_auc_has_the_values_of_its_closed_form() -> None:
     labels = np.arange(10) >= 6
     assert auc(np.arange(10.0), labels) == 1.0
     assert auc(-np.arange(10.0), labels) == 0.0
@@ -136,7 +136,7 @@ def test_scores_or_labels_that_would_be_misread_are_refused(
 
 @pytest.fixture(params=[4096, 7])
 def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
-    """Rows with absent and unknown items, in one block or in several."""
+    """Makes rows with absent and unknown items, in one block or in several."""
     monkeypatch.setattr(measures, "_BLOCK_ROWS", request.param)
     rng = np.random.default_rng(3)
     known = rng.random(40) < 0.8
@@ -242,7 +242,7 @@ def test_the_colour_histogram_is_that_of_plain_loops(bins: int) -> None:
     assert len(np.unique(found, axis=0)) == 3
 
 
-def test_the_colour_histogram_in_closed_form() -> None:
+def test_the_colour_histogram_has_the_values_of_its_closed_form() -> None:
     images = np.zeros((2, 3, 2, 2), np.uint8)
     images[0, 0] = 255  # all red
     images[1, 2, 0] = 64  # half black, half the second blue of four

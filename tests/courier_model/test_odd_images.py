@@ -1,4 +1,4 @@
-"""Odd and broken files, one by one: the right pixels, or the right reason."""
+"""Odd and broken files, one by one, give the right pixels or the right reason."""
 
 import io
 
@@ -28,7 +28,7 @@ def opened(name: str) -> Image.Image:
 
 
 def check(name: str, side: int) -> None:
-    """Against torchvision's resizing of the picture that is known without decoding."""
+    """Compares a file with torchvision's resizing of the picture known without decoding."""
     odd = ODD[name]
     assert isinstance(odd.expected, Image.Image)
     assert odd.expected.mode == "RGB"

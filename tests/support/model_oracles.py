@@ -1,4 +1,4 @@
-"""The formulas of losses and attention as they read: loops over single vectors, lists of floats.
+"""Follows the formulas of losses and attention in loops over single vectors, lists of floats.
 
 Rows are those of `objectives.Places`, as lists: places among the images, -1 = masked.
 """
@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The sum over the anchors; how many they are; of how many the own candidate is nearest."""
+    """Holds the sum over anchors, their number, and of how many the own candidate is nearest."""
 
     loss: float
     anchors: int
@@ -49,7 +49,7 @@ def cosine(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 class Attention:
-    """Multi-head attention with the weights of torch's module, one query at a time."""
+    """Attends with several heads and the weights of torch's module, one query at a time."""
 
     def __init__(self, module: torch.nn.MultiheadAttention) -> None:
         size = module.embed_dim
@@ -75,7 +75,7 @@ class Attention:
 
 
 class CrossAttention(Attention):
-    """The same over clicks of unit length."""
+    """Attends over clicks scaled to unit length, as `reconstruction.CrossAttention` does."""
 
     def __call__(self, query: Vector, keys: list[Vector]) -> Vector:
         return super().__call__(query, [unit(key) for key in keys])
@@ -99,7 +99,10 @@ def mean(_item: Vector, clicks: list[Vector]) -> Vector:
 def info_nce(
     anchor: Vector, own: int, candidates: list[Candidate], temperature: float
 ) -> tuple[float, bool]:
-    """− log softmax at `own` over it and all candidates of other content; whether it is nearest."""
+    """Returns − log softmax at the candidate `own`, and whether it is the nearest.
+
+    The softmax runs over `own` and all candidates of other content.
+    """
     logits = {
         place: cosine(anchor, vector) / temperature
         for place, (vector, content) in enumerate(candidates)
@@ -112,7 +115,7 @@ def info_nce(
 def contrast(
     anchors: list[tuple[Vector, int]], candidates: list[Candidate], temperature: float
 ) -> Found:
-    """Of all anchors, each with the place of its own candidate."""
+    """Adds up `info_nce` of all anchors, each with the place of its own candidate."""
     parts = [info_nce(vector, own, candidates, temperature) for vector, own in anchors]
     return Found(sum(loss for loss, _ in parts), len(parts), sum(hit for _, hit in parts))
 
@@ -125,7 +128,7 @@ def pv(
     temperature: float,
     clicked_only: bool = False,
 ) -> Found:
-    """L_pv; with `clicked_only` the unclicked PVs are no negatives."""
+    """Returns L_pv; with `clicked_only` the unclicked PVs are no negatives."""
     candidates: list[Candidate] = []
     anchors = []
     for row in rows:
@@ -146,7 +149,7 @@ def ucs(
     attend: Attend,
     temperature: float,
 ) -> Found:
-    """L_ucs."""
+    """Returns L_ucs, the loss of the user click sequence."""
     candidates: list[Candidate] = []
     anchors = []
     for row in rows:
@@ -170,7 +173,7 @@ def masked_prediction(
     positions: list[Vector],
     temperature: float,
 ) -> Found:
-    """A row's first clicked PV and its clicks; the place `masked` of each row is predicted."""
+    """Predicts the place `masked` of each row's sequence: its first clicked PV and its clicks."""
     candidates: list[Candidate] = []
     anchors = []
     for row, hidden in zip(rows, masked, strict=True):
@@ -200,7 +203,7 @@ def nt_xent(
 def clip(
     images: list[Vector], titles: list[Vector], contents: list[int], temperature: float
 ) -> Found:
-    """Half of each direction; nearest counts from image to title."""
+    """Returns half of each direction's loss; nearest counts from image to title."""
     to_title, to_image = (
         contrast(
             [(vector, place) for place, vector in enumerate(one)],
@@ -228,8 +231,11 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 
 def random_places(rows: int, images: int, seed: int) -> Places:
-    """Masked PVs, rows with no click to five, images in several rows, and reposts: two places of
-    equal content. The first image is in no row."""
+    """Draws rows of places among images, of which the first is in no row.
+
+    There are masked PVs, rows with no click to five, images in several rows, and reposts: two
+    places of equal content.
+    """
     generator = torch.Generator().manual_seed(seed)
     pv, clicks = torch.full((2, rows, 5), -1)
     clicked = torch.rand(rows, 5, generator=generator) < 0.5

@@ -1,4 +1,4 @@
-"""Image files as strangers send them: odd but good ones with their pixels, bad ones with a reason.
+"""Makes image files as strangers send them: odd but good with their pixels, bad with a reason.
 
 All of it is made here, so no file of anybody else's is needed. Every picture is so small, and so
 smooth where its format is lossy, that what a decoder must show is known without decoding.
@@ -26,7 +26,7 @@ LOSSY, ROUNDED = 10, 1
 
 @dataclass(frozen=True)
 class OddImage:
-    """A file, and either the reason why it is refused or the upright RGB picture that it shows."""
+    """Holds a file, and the reason why it is refused or the upright RGB picture that it shows."""
 
     data: bytes
     expected: str | Image.Image
@@ -35,7 +35,7 @@ class OddImage:
 
 @functools.cache
 def odd_images() -> dict[str, OddImage]:
-    """By file name. Made once, in a fraction of a second."""
+    """Returns all odd images by file name, made once, in a fraction of a second."""
     kinds = (_jpegs(), _turned(), _pngs(), _others(), _no_images(), _unsupported(), _broken())
     found = {name: odd for kind in kinds for name, odd in kind.items()}
     assert len(found) == sum(len(kind) for kind in kinds), "two files of one name"
@@ -46,7 +46,7 @@ def odd_images() -> dict[str, OddImage]:
 
 
 def _smooth() -> Image.Image:
-    """Without edges, so that lossy codecs keep it. No turn or mirror image of it is alike."""
+    """Draws a picture without edges, which lossy codecs keep; no turn or mirror image is alike."""
     x, y = np.meshgrid(np.linspace(0, 1, WIDTH), np.linspace(0, 1, HEIGHT))
     return _picture(np.stack([40 + 200 * x, 30 + 120 * y, 220 - 90 * x - 100 * y], -1))
 
@@ -56,7 +56,7 @@ def _grey() -> Image.Image:
 
 
 def _quadrants() -> Image.Image:
-    """Mode P: four colours, the numbers 0 and 1 above, 2 and 3 below."""
+    """Draws four colours in mode P: the numbers 0 and 1 above, 2 and 3 below."""
     numbers = np.zeros((HEIGHT, WIDTH), np.uint8)
     numbers[:, WIDTH // 2 :] += 1
     numbers[HEIGHT // 2 :] += 2
@@ -66,7 +66,7 @@ def _quadrants() -> Image.Image:
 
 
 def _fading() -> np.ndarray:
-    """Opacity uint8 `[HEIGHT, WIDTH]`: 0 on the left, 255 on the right."""
+    """Returns opacity uint8 `[HEIGHT, WIDTH]`: 0 on the left, 255 on the right."""
     return np.tile(np.linspace(0, 255, WIDTH).round().astype(np.uint8), (HEIGHT, 1))
 
 
@@ -89,7 +89,7 @@ def _with_alpha(image: Image.Image, alpha: np.ndarray) -> Image.Image:
 
 
 def encoded(image: Image.Image, format: str, **options: object) -> bytes:
-    """The bytes of an image file; the options are Pillow's."""
+    """Returns the bytes of an image file; the options are Pillow's."""
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
@@ -104,7 +104,7 @@ def turned_exif(orientation: int) -> bytes:
 def png(
     width: int, height: int, depth: int, colour: int, pixels: bytes, interlaced: bool = False
 ) -> bytes:
-    """A PNG by hand, for what Pillow does not write. `pixels` begin each row with filter byte 0."""
+    """Makes a PNG by hand, as Pillow would not; `pixels` begin each row with filter byte 0."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
     parts = (b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -114,7 +114,7 @@ def png(
 
 
 def _png_of(pixels: np.ndarray, colour: int, interlaced: bool = False) -> bytes:
-    """`pixels` [height, width, channels] of uint8 or uint16."""
+    """Writes a PNG of `pixels` [height, width, channels] of uint8 or uint16."""
     values = pixels.astype(pixels.dtype.newbyteorder(">"))
     # Adam7: first column and row, step between columns and rows, of each of the seven passes.
     adam7 = ["0088", "4088", "0448", "2044", "0224", "1022", "0112"]
@@ -162,7 +162,7 @@ def _one_colour(colour: tuple[int, int, int], format: str) -> tuple[bytes, Image
 
 
 def _ycck(picture: Image.Image) -> bytes:
-    """As Photoshop writes CMYK: YCbCr of the inks, the key beside it, everything inverted."""
+    """Encodes CMYK as Photoshop does: YCbCr of the inks, the key beside it, everything inverted."""
     inks = Image.eval(picture, lambda value: 255 - value)
     # Pillow inverts what it stores, hence once more here; key 0 is no ink.
     layers = [
@@ -177,7 +177,7 @@ def _ycck(picture: Image.Image) -> bytes:
 
 
 def _turned() -> dict[str, OddImage]:
-    """Each EXIF orientation, and one that does not exist. The pixels are stored the other way."""
+    """Makes each EXIF orientation, and one that does not exist; pixels are stored the other way."""
     turns = Image.Transpose
     stored_as = [
         None, turns.FLIP_LEFT_RIGHT, turns.ROTATE_180, turns.FLIP_TOP_BOTTOM, turns.TRANSPOSE,

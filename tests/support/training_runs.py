@@ -1,6 +1,6 @@
-"""Runs of training as small as can be, on which nothing is to be learned but the law of the loop.
+"""Makes runs of training as small as can be, which teach nothing but the law of the loop.
 
-Sixteen items of which four have no image to show, and rows of them drawn at random.
+Their shop has sixteen items, of which four have no image to show, and rows of them drawn at random.
 """
 
 from collections.abc import Callable
@@ -33,9 +33,10 @@ STEPS = 6  # of TINY on the rows below
 
 
 def small_encoder(backbone: str, weights: str, input_size: int | None, seed: int) -> ImageEncoder:
-    """Torchvision's have hundreds of tensors: at this size, saving them is all that takes time.
+    """Builds an encoder of few tensors, or the plain `backbone` unless "small" is one of its words.
 
-    As in those, the last layers see one value an image.
+    Torchvision's have hundreds of tensors: at this size, saving them is all that takes time. As in
+    those, the last layers see one value an image.
     """
     if "small" not in backbone.split():
         return build_encoder(backbone, weights, input_size, seed)
@@ -51,7 +52,7 @@ def small_encoder(backbone: str, weights: str, input_size: int | None, seed: int
 
 
 def some_rows(count: int, seed: int, items: tuple[int, ...] = (*GOOD, *BAD)) -> TrainingSet:
-    """Rows of one to five PVs, the first of them clicked, and one to five clicks."""
+    """Draws rows of two to five PVs, the first of them clicked, and one to five clicks."""
     rng = np.random.default_rng(seed)
     pv, clicks = np.full((2, count, 5), -1)
     for row in range(count):
@@ -69,12 +70,12 @@ def some_rows(count: int, seed: int, items: tuple[int, ...] = (*GOOD, *BAD)) -> 
 
 
 def training_data(root: str) -> TrainingData:
-    """26 rows to train on: three batches of eight an epoch, and a rest."""
+    """Makes 26 rows to train on: three batches of eight an epoch, and a rest."""
     return TrainingData(some_rows(26, seed=0), some_rows(12, seed=1), (root,), "these")
 
 
 class Run:
-    """A run in a folder, what it told, and the steps it reported."""
+    """Holds a run in a folder, what it told, and the steps it reported."""
 
     def __init__(
         self, folder: Path, data: TrainingData, settings: TrainSettings = TINY,
@@ -98,7 +99,7 @@ class Run:
         return copied(self.training.encoder.state_dict())
 
     def state(self) -> dict[str, Any]:
-        """All that a run is about, but for how long it took."""
+        """Returns all that a run is about, but for how long it took."""
         run = self.training
         return {
             "encoder": self.weights(),
@@ -114,7 +115,7 @@ def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Bit for bit, however deep."""
+    """Tells whether two states are equal bit for bit, however deep."""
     if isinstance(one, Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):

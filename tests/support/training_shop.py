@@ -1,4 +1,4 @@
-"""A shop with training rows, its copies, and the one small `courier train` of the tests."""
+"""Makes a shop's training rows, copies shops, and runs the tests' one small `courier train`."""
 
 import datetime as dt
 import json
@@ -22,7 +22,7 @@ def make_rows(world: World, first: dt.date, last: dt.date) -> int:
 
 
 def at(folder: Path) -> World:
-    """The world that lies in a folder already."""
+    """Returns the world that lies in a folder already."""
     world = World.__new__(World)
     world.folder, world.ids, world.rows_per_shard = folder, "int", 1000
     world.extra_settings, world.pins = SECTION, []
@@ -39,7 +39,7 @@ def rows_of(world: World, day: dt.date) -> Path:
 
 
 def copied_until_d(folder: Path, to: Path) -> World:
-    """A copy of a shop, of whose rows those of days before D are left."""
+    """Copies a shop, leaving of its rows those of days before D."""
     world = copied(folder, to)
     files.delete_tree(str(rows_of(world, D)))
     return world

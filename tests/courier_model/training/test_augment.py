@@ -1,4 +1,4 @@
-"""Crops and views: where they are cut, and whose random numbers they use."""
+"""Crops and views are cut in the right places, and use no random numbers but their own."""
 
 import io
 

@@ -34,7 +34,7 @@ checkpoints.save(sys.argv[1], 2, {"step": 2})
 
 
 class Code:
-    """Unpickled without restriction, it makes a file."""
+    """Makes a folder when it is unpickled without restriction."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -74,7 +74,7 @@ def empty(path: Path) -> None:
 
 
 def placed(folder: Path, step: int, data: bytes) -> Path:
-    """A file with the name that its bytes deserve, as an attacker would make it."""
+    """Writes a file with the name that its bytes deserve, as an attacker would make it."""
     path = folder / f"step-{step:08d}-{hashlib.sha256(data).hexdigest()[:12]}.pt"
     path.write_bytes(data)
     return path
@@ -227,7 +227,7 @@ def test_other_files_and_folders_with_odd_names_are_left_alone(tmp_path: Path) -
 # ---- Damage --------------------------------------------------------------------------------
 
 
-def test_a_kill_while_saving_leaves_the_one_before(tmp_path: Path) -> None:
+def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     saved(tmp_path, 1)
     root = Path(checkpoints.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=root, timeout=120)

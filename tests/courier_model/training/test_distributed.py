@@ -25,14 +25,14 @@ NOISE = normal(ROWS, 6, seed=6).sigmoid()  # which place of each row is masked
 
 @dataclass(frozen=True)
 class Case:
-    """A batch of ROWS rows, of which two processes get half each."""
+    """Describes a batch of ROWS rows, of which two processes get half each."""
 
     objective: str
     places: Places
 
 
 class Titles(nn.Module):
-    """In place of a language model: a vector for each title's length."""
+    """Stands for a language model: each title has the vector of its length."""
 
     def __init__(self, _name: str) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def cases() -> dict[str, Case]:
 
 
 def part_of(places: Places, process: Process) -> tuple[Places, Tensor]:
-    """The rows of this process over the images that they show, and which of all those are."""
+    """Returns this process's rows over the images that they show, and which images those are."""
     rows = slice(process.rank * ROWS // process.size, (process.rank + 1) * ROWS // process.size)
     pv, clicks = places.pv[rows], places.clicks[rows]
     shown = torch.cat([pv, clicks], dim=1).unique()
@@ -80,7 +80,7 @@ def part_of(places: Places, process: Process) -> tuple[Places, Tensor]:
 
 
 def step(case: Case, process: Process) -> dict[str, Any]:
-    """The loss and the gradients of all processes together, as the training job takes them."""
+    """Returns the loss and gradients of all processes together, as the training job takes them."""
     with torch.random.fork_rng(devices=[]), patch.object(objectives, "TextTower", Titles):
         torch.manual_seed(0)
         encoder = nn.Linear(PIXELS, EMBEDDING_DIM)
@@ -147,7 +147,7 @@ def primitives(process: Process, folder: Path) -> dict[str, Any]:
 
 
 def run_process(rank: int, port: int, folder: Path) -> None:
-    """What torchrun's variables make of it."""
+    """Runs one process of two, joined by torchrun's variables, and saves what it found."""
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "",
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
@@ -162,7 +162,7 @@ def run_process(rank: int, port: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes found."""
+    """Returns what each of two processes found."""
     folder = tmp_path_factory.mktemp("processes")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

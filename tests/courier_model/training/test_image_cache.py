@@ -1,4 +1,4 @@
-"""The cache: decodes once, never shows pixels of another list, and is shared by processes."""
+"""The cache decodes once, never shows pixels of another list, and is shared by processes."""
 
 import errno
 import multiprocessing
@@ -25,7 +25,7 @@ GOOD = [True, True, True, True, False, False, False]
 
 @pytest.fixture
 def root(tmp_path: Path) -> str:
-    """Three pictures, the bytes of one of them again, one missing, one undecodable."""
+    """Writes three pictures, the bytes of one of them again, one undecodable; one is missing."""
     images = tmp_path / "images"
     images.mkdir()
     for number in range(3):
@@ -37,7 +37,7 @@ def root(tmp_path: Path) -> str:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each address was read."""
+    """Counts how often each address was read."""
     counts: Counter[str] = Counter()
     read = image_files.read_image
 
@@ -60,7 +60,9 @@ ALL = np.arange(len(URIS))
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_squares_keys_and_what_is_bad(cached: bool, root: str, tmp_path: Path) -> None:
+def test_images_are_read_as_squares_with_keys_and_bad_ones_as_zeros(
+    cached: bool, root: str, tmp_path: Path
+) -> None:
     cache = make(tmp_path / "cache" if cached else None, root)
     for _ in range(2):
         pixels, keys, good = cache.read(ALL[::-1])
@@ -200,7 +202,9 @@ def test_faults_of_the_disk_are_raised_and_leave_no_bad_image(
     assert cache.read(ALL)[2].tolist() == GOOD
 
 
-def test_the_room_that_is_needed_is_known_before(root: str, tmp_path: Path) -> None:
+def test_the_room_that_a_cache_needs_is_known_before_images_are_read(
+    root: str, tmp_path: Path
+) -> None:
     cache = make(tmp_path / "cache", root)
     sizes = [(tmp_path / "cache" / name).stat() for name in ("pixels", "keys", "state")]
     assert cache.bytes_needed == sum(s.st_size for s in sizes) == 7 * (3 * 36 * 36 + 9)

@@ -30,7 +30,7 @@ def whole_numbers(*shape: int, below: int, seed: int) -> Tensor:
 
 
 def candidates(n: int, seed: int, contents: int = 5) -> Candidates:
-    """Some are not valid, and some have the same content as others."""
+    """Draws candidates of which some are not valid and some have the same content as others."""
     valid = whole_numbers(n, below=4, seed=seed) > 0
     return Candidates(
         normal(n, DIM, seed=seed), valid, whole_numbers(n, below=contents, seed=seed + 1)
@@ -38,12 +38,12 @@ def candidates(n: int, seed: int, contents: int = 5) -> Candidates:
 
 
 def distinct(vectors: Tensor) -> Candidates:
-    """All of them valid, each of a content of its own."""
+    """Returns candidates that are all valid, each of a content of its own."""
     return Candidates(vectors, torch.ones(len(vectors)).bool(), torch.arange(len(vectors)))
 
 
 def valid_only(found: Candidates) -> tuple[list[oracles.Candidate], list[int]]:
-    """As the oracle has them, and where each place is among them."""
+    """Returns the valid candidates as the oracle has them, and where each place is among them."""
     listed = zip(found.vectors.tolist(), found.keys.tolist(), strict=True)
     kept = [pair for pair, valid in zip(listed, found.valid.tolist(), strict=True) if valid]
     return kept, (found.valid.cumsum(0) - 1).tolist()

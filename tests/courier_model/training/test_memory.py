@@ -20,7 +20,7 @@ Gradients = dict[str, Tensor]
 
 
 def a_swin(random: bool) -> nn.Module:
-    """Attention, dropout, and stochastic depth where `random`, as small as they come."""
+    """Builds a Swin as small as they come, with dropout and stochastic depth where `random`."""
     p = 0.4 if random else 0.0
     torch.manual_seed(0)
     return SwinTransformer(
@@ -38,7 +38,7 @@ def a_normalised_one() -> nn.Module:
 
 
 class Step:
-    """A batch, an encoder and the objective "courier": what a step of training does with them."""
+    """Does what a step of training does with a batch, an encoder and the objective "courier"."""
 
     def __init__(self, encoder: nn.Module, dtype: torch.dtype | None = None) -> None:
         self.encoder, self.dtype = encoder, dtype
@@ -67,7 +67,7 @@ class Step:
         return backward(self.encode, self.images, chunk_images, self.loss, self.go_back)
 
     def plain(self, chunk_images: int) -> Tensor:
-        """All of the batch's activations at once, with each chunk's own random numbers."""
+        """Keeps all of the batch's activations at once, with each chunk's own random numbers."""
         parts = [self.encode(chunk) for chunk in self.images.split(chunk_images)]
         loss = self.loss(torch.cat(parts))
         loss.backward()
@@ -80,7 +80,7 @@ class Step:
 
 
 def a_step(encoder: nn.Module, of: Callable[[Step], Tensor]) -> tuple[Tensor, Gradients, Tensor]:
-    """The loss, the gradients and the state of the random numbers after it."""
+    """Returns the loss, the gradients and the state of the random numbers after a step."""
     step = Step(encoder)
     step.encoder.zero_grad()
     loss = of(step)
@@ -88,7 +88,7 @@ def a_step(encoder: nn.Module, of: Callable[[Step], Tensor]) -> tuple[Tensor, Gr
 
 
 def difference(one: Gradients, other: Gradients) -> float:
-    """The largest, relative to the largest gradient of the same parameter."""
+    """Returns the largest difference, relative to the largest gradient of the same parameter."""
     assert one.keys() == other.keys()
     return max(
         float((one[name] - other[name]).abs().max() / other[name].abs().max().clamp(min=1e-6))
@@ -111,7 +111,7 @@ def test_cached_gradients_are_those_of_the_whole_batch(chunk_images: int | None)
 
 
 def test_the_whole_batchs_gradients_are_not_those_of_its_chunks_alone() -> None:
-    """So the test above can fail: negatives of other chunks count."""
+    """Negatives of other chunks count, so a test of cached gradients can fail."""
     encoder = a_swin(random=False)
     _, gradients, _ = a_step(encoder, lambda s: s.plain(IMAGES))
 
@@ -208,7 +208,7 @@ def test_with_frozen_statistics_chunks_give_the_whole_batchs_gradients() -> None
     assert all(torch.equal(before[name], value) for name, value in encoder.named_buffers())
 
 
-def test_with_live_statistics_they_would_not() -> None:
+def test_with_live_statistics_chunks_do_not_give_the_whole_batchs_gradients() -> None:
     encoder = a_normalised_one()
     _, gradients, _ = a_step(encoder, lambda s: s.plain(IMAGES))
     _, its, _ = a_step(encoder, lambda s: s.cached(4))

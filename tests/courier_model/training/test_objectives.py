@@ -36,7 +36,7 @@ TITLES = [
 
 @pytest.fixture
 def build(bert: Path) -> Callable[[str], Objective]:
-    """By name, with biases that are not zero, and without dropout."""
+    """Builds objectives by name, with biases that are not zero, and without dropout."""
 
     def build(name: str) -> Objective:
         with torch.random.fork_rng(devices=[]):
@@ -61,7 +61,7 @@ def features_of(objective: Objective, seed: int = 0) -> Tensor:
 
 
 def total(terms: dict[str, Term]) -> Tensor:
-    """As the training job adds them up."""
+    """Adds terms up as the training job does."""
     return torch.stack([term.loss / term.anchors.clamp(min=1) for term in terms.values()]).sum()
 
 

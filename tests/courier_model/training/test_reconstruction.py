@@ -22,7 +22,7 @@ Reconstruct = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def random_weights(module: Any) -> Any:
-    """Biases too, which begin as zeros."""
+    """Gives all parameters random values, also the biases, which begin as zeros."""
     for seed, parameter in enumerate(module.parameters()):
         parameter.data = normal(*parameter.shape, seed=seed) / 8
     return module
@@ -43,7 +43,9 @@ def clicks() -> Tensor:
     return normal(4, 4, EMBEDDING_DIM, seed=1)
 
 
-def test_it_is_the_formula(reconstruct: Reconstruct, items: Tensor, clicks: Tensor) -> None:
+def test_a_reconstruction_is_the_formula(
+    reconstruct: Reconstruct, items: Tensor, clicks: Tensor
+) -> None:
     found = reconstruct(items, clicks, VALID)
     assert found.shape == items.shape
     one = reconstruct

@@ -1,4 +1,4 @@
-"""Rows -> batches: every image once, nothing undecodable seen, the same whoever makes them."""
+"""Batches show every image once and nothing undecodable, and are the same whoever makes them."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ BAD = {MISSING, BROKEN, NO_URI, UNKNOWN}
 
 
 def training_rows(rows: list[dict[str, Any]], ids: pa.DataType = INT64) -> pa.Table:
-    """Rows of `pv` (item → clicked), `clicks` and `user`, as the table `training_rows`."""
+    """Makes the table `training_rows` of rows of `pv` (item → clicked), `clicks` and `user`."""
     labels = [list(row["pv"].values()) for row in rows]
     return pa.table(
         {
@@ -251,7 +251,7 @@ def test_views_differ_and_so_do_steps(
 
 
 def row_keys(batch: Batch) -> list[tuple[Any, ...]]:
-    """What each row shows, by content, without regard to the places in `images`."""
+    """Returns what each row shows, by content, without regard to the places in `images`."""
     keys = torch.cat([batch.keys, torch.zeros(1, dtype=torch.int64)])
     columns = (keys[batch.pv], batch.clicked, keys[batch.clicks])
     return [tuple(map(tuple, row)) for row in zip(*(c.tolist() for c in columns), strict=True)]

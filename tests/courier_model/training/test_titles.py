@@ -1,4 +1,4 @@
-"""The text tower: each title gets a vector of its own, all weights learn, no code is loaded."""
+"""The text tower gives each title a vector of its own; all weights learn, no code is loaded."""
 
 import sys
 from pathlib import Path
@@ -76,7 +76,9 @@ def test_titles_of_other_lengths_in_the_batch_change_nothing(tower: TextTower) -
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
-def test_in_eval_mode_it_is_deterministic_and_in_training_mode_drops_out(tower: TextTower) -> None:
+def test_the_tower_drops_out_in_training_mode_and_is_deterministic_in_eval_mode(
+    tower: TextTower,
+) -> None:
     assert all(module.training for module in tower.modules())
     assert not torch.equal(tower(TITLES), tower(TITLES))
     tower.eval()
@@ -147,7 +149,7 @@ def test_weights_in_half_precision_are_trained_in_float32(bert: Path, tmp_path: 
 # ---- Refused ---------------------------------------------------------------------------------
 
 
-def test_without_the_package_it_says_how_to_install_it(
+def test_without_transformers_the_refusal_says_how_to_install_it(
     bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)

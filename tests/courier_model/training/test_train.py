@@ -1,4 +1,4 @@
-"""A run of training: what it learns, counts, keeps and tells; two processes learn as one does."""
+"""A run of training learns, counts, keeps and tells what it should; two processes learn as one."""
 
 import math
 import os
@@ -96,7 +96,7 @@ def test_every_objective_trains_and_is_measured(
 
 
 def of_items(*numbers: int) -> TrainingSet:
-    """Four rows that show these items alone."""
+    """Makes four rows that show the items `numbers` alone."""
     rows = some_rows(4, seed=2)
     pv, clicks = np.full((2, 4, 5), -1)
     for row in range(4):
@@ -124,7 +124,7 @@ def test_a_batch_without_a_readable_image_is_counted_and_changes_nothing(
 def test_a_batch_without_an_anchor_leaves_weights_and_adam_alone(
     data: TrainingData, tmp_path: Path
 ) -> None:
-    """Images there are, but all clicks of the rows are unreadable."""
+    """The batch has images, but all clicks of its rows are unreadable."""
     rows = of_items(*GOOD[:5])
     rows = replace(rows, clicks=np.full((4, 5), MISSING))
     run = Run(tmp_path, replace(data, train=rows), replace(TINY, batch_rows=4, epochs=2))

@@ -129,7 +129,7 @@ def test_settings_that_do_not_fit_together_are_refused_before_any_image_is_read(
 
 
 def refused_at(run: Run) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
-    """What it says, and the weights before and after the step that was refused."""
+    """Returns what the refusal says, and the weights before and after the step that was refused."""
     before = run.weights()
 
     def watch(_at: Progress) -> None:
@@ -186,7 +186,7 @@ def test_gradients_that_are_not_finite_stop_before_the_optimizer(
     assert run.training.optimizer.state_dict()["state"] == {}
 
 
-def test_in_fp16_such_a_step_is_left_out_and_the_scale_halved(
+def test_in_fp16_a_step_whose_gradients_overflow_is_left_out_and_the_scale_halved(
     data: TrainingData, tmp_path: Path
 ) -> None:
     run = Run(tmp_path, data, replace(TINY, precision="fp16"))

@@ -71,8 +71,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
     assert (settings.precision == "fp16") == bool(whole.training.scaler.state_dict())
 
 
-def test_random_numbers_matter_to_that_run(data: TrainingData, tmp_path: Path) -> None:
-    """So the test above can fail: without a seed of their own, steps would differ."""
+def test_other_random_numbers_give_a_run_other_weights(data: TrainingData, tmp_path: Path) -> None:
+    """Without a seed of their own steps would differ, so a test that a run goes on can fail."""
     settings = replace(TINY, backbone="small random", epochs=1)
     weights = []
     for seed in (1, 2):
@@ -171,7 +171,7 @@ def test_scalars_of_a_killed_run_that_went_on_have_every_step_once(
 
 @pytest.fixture(scope="module")
 def begun(image_root: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of TINY after its first step. Read only."""
+    """Makes a run of TINY after its first step, for reading only."""
     folder = tmp_path_factory.mktemp("begun")
     with pytest.raises(Stopped):
         Run(folder, training_data(image_root)).go(stop_at=1)
