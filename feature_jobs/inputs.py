@@ -1,4 +1,4 @@
-"""The shop's own tables, found, checked and brought to one form: the catalogue and the impressions.
+"""Finds and checks the shop's own tables, catalogue and impressions, and brings them to one form.
 
 What a footer can tell (no such partition, a missing column, a wrong type) is refused by the
 launcher before any worker starts; what only the rows can tell (a null, an event after its day) by
@@ -34,8 +34,11 @@ _UNREADABLE = (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError,
 
 @dataclass(frozen=True)
 class Form:
-    """How to read one input table of one ds: `columns` maps our names to the shop's, for the
-    columns that are there; `carry` names columns of the shop's to pass through."""
+    """Says how to read one input table of one ds.
+
+    `columns` maps our names to the shop's, for the columns that are there; `carry` names columns of
+    the shop's to pass through.
+    """
 
     table: str
     ds: dt.date
@@ -46,7 +49,7 @@ class Form:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A reference to one row group: what travels through Beam instead of its rows."""
+    """Refers to one row group: what travels through Beam instead of its rows."""
 
     path: str
     index: int
@@ -55,7 +58,7 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one input table of one ds, checked by their footers.
+    """Describes the files of one input table of one ds, checked by their footers.
 
     ID types are None where there is no file to tell. `versions` change whenever the files may
     have changed.
@@ -80,7 +83,7 @@ class Source:
         ]
 
     def identity(self) -> dict[str, object]:
-        """What the id of a run that reads this changes with, short enough for a manifest."""
+        """Returns what changes the id of a run that reads these files; it fits into a manifest."""
         form = self.form
         settings = [sorted(form.columns.items()), form.carry, form.input_timezone]
         files = list(zip(self.paths, self.versions, strict=True))
@@ -92,18 +95,23 @@ class Source:
 
 
 def pattern_for(template: str, ds: dt.date) -> str:
-    """The glob pattern of one ds; a template that names a folder means its Parquet files."""
+    """Returns the glob pattern of one ds.
+
+    A template that names a folder means its Parquet files.
+    """
     pattern = template.replace("{ds}", ds.isoformat())
     return pattern if pattern.endswith(".parquet") else os.path.join(pattern, "*.parquet")
 
 
 def is_marked_whole(template: str, ds: dt.date) -> bool:
-    """Whether a `_SUCCESS` lies beside the files of ds."""
+    """Tells whether a `_SUCCESS` lies beside the files of ds."""
     return bool(files.find(os.path.join(os.path.dirname(pattern_for(template, ds)), "_SUCCESS")))
 
 
 def find_files(table: str, template: str, ds: dt.date, require_success: bool) -> list[str]:
-    """Paths of the files of one ds; empty for an empty day, which has a `_SUCCESS` and no file.
+    """Returns the paths of the files of one ds; empty for an empty day.
+
+    An empty day has a `_SUCCESS` and no file.
 
     Raises InputNotReady where there is no partition, or no `_SUCCESS` although it is required.
     """
@@ -224,7 +232,7 @@ def check_schema(
     carry: Sequence[str],
     input_timezone: str | None,
 ) -> dict[str, str]:
-    """The columns of one file that we use, our name to the shop's.
+    """Returns the columns of one file that we use, our name to the shop's.
 
     Raises DataContractError for a missing column or one of a wrong type.
     """
@@ -291,8 +299,11 @@ def check_alike(
 def _kinds(
     schema: pa.Schema, present: Mapping[str, str], carry: Sequence[str]
 ) -> dict[str, object]:
-    """What must be alike in all files: column of the shop's → type of its IDs, or that it is there;
-    a carried column's exact type."""
+    """Returns what must be alike in all files, by column of the shop's.
+
+    That is the type of the IDs in a column of IDs, the exact type of a carried column, and for any
+    other column that it is there.
+    """
     found: dict[str, object] = {}
     for ours, theirs in present.items():
         kind = schema.field(theirs).type
@@ -336,7 +347,7 @@ def _is_list(found: pa.DataType) -> bool:
 
 
 def id_type(found: pa.DataType) -> pa.DataType | None:
-    """int64 or string, whichever an ID column of type `found` widens to; None for neither."""
+    """Returns int64 or string, whichever an ID column of type `found` widens to, or None."""
     if pa.types.is_dictionary(found):
         return id_type(found.value_type)
     if pa.types.is_integer(found) and not pa.types.is_uint64(found):
@@ -347,7 +358,7 @@ def id_type(found: pa.DataType) -> pa.DataType | None:
 def same_id_type(
     ours: str, present: Mapping[str, str], paths: Sequence[str], footers: Sequence
 ) -> pa.DataType | None:
-    """The one type of an ID column in all files; None where no file has it."""
+    """Returns the one type of an ID column in all files; None where no file has it."""
     if ours not in present:
         return None
     found = [id_type(schema.field(present[ours]).type) for _, schema in footers]
@@ -365,7 +376,7 @@ def _id_clash(name: str, one: str, other: str) -> DataContractError:
 
 
 def common_id_type(name: str, sources: Iterable[Source], otherwise: pa.DataType) -> pa.DataType:
-    """The type of one kind of ID in all tables; `otherwise` where no table has a file to tell.
+    """Returns the type of one kind of ID in all tables; `otherwise` where no table has a file.
 
     Raises DataContractError for a mismatch, naming the cast.
     """
@@ -384,8 +395,9 @@ def common_id_type(name: str, sources: Iterable[Source], otherwise: pa.DataType)
 
 
 def read_rows(group: RowGroup, wanted: Sequence[str], carry: Sequence[str] = ()) -> pa.Table:
-    """One row group in our form: the `wanted` of our columns that are there, then columns of the
-    shop's as they are.
+    """Reads one row group in our form.
+
+    It has the `wanted` of our columns that are there, then columns of the shop's as they are.
 
     Raises DataContractError for damaged pages, a null where none is allowed, or a click that is
     neither 0 nor 1.
@@ -441,7 +453,7 @@ def _to_utf8(form: Form, path: str, name: str, column: pa.ChunkedArray) -> pa.Ch
 
 
 def to_utc(column: pa.ChunkedArray, input_timezone: str | None) -> pa.ChunkedArray:
-    """timestamp[us, UTC] of any timestamps; naive ones are local times of `input_timezone`.
+    """Turns any timestamps into timestamp[us, UTC]; naive ones are local times of `input_timezone`.
 
     A local time that a clock change makes ambiguous is taken for the earlier moment, one that it
     leaves out for the moment of the change. Nanoseconds are cut to microseconds.
@@ -466,7 +478,7 @@ def _to_bool(form: Form, path: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def distinct_categories(catalogue: Source) -> list[str]:
-    """The categories of all items, ascending; reads that column alone."""
+    """Returns the categories of all items, ascending; reads that column alone."""
     found: set[str] = set()
     for group in catalogue.groups():
         found.update(pc.unique(read_rows(group, ["category"])["category"]).drop_null().to_pylist())
@@ -490,7 +502,7 @@ def check_unique(item_ids: pa.ChunkedArray, ds: dt.date) -> None:
 
 
 def day_end(ds: dt.date, day_timezone: str) -> int:
-    """The first moment after ds, in microseconds since 1970 UTC."""
+    """Returns the first moment after ds, in microseconds since 1970 UTC."""
     midnight = dt.datetime.combine(ds + dt.timedelta(days=1), dt.time(), ZoneInfo(day_timezone))
     return int(midnight.timestamp()) * 1_000_000
 

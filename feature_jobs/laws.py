@@ -1,4 +1,4 @@
-"""What must hold of published tables (DESIGN §3), as functions."""
+"""Checks what must hold of published tables (DESIGN §3)."""
 
 import numpy as np
 import pyarrow as pa
@@ -7,8 +7,10 @@ from feature_jobs.schemas import EMBEDDING_DIM, DataContractError
 
 
 def check_unit(points: np.ndarray, ids: pa.ChunkedArray) -> None:
-    """Raises DataContractError where `points` float32 [n, 256], those of item `ids` [n], are not
-    finite unit vectors."""
+    """Raises DataContractError where `points` float32 [n, 256] are not finite unit vectors.
+
+    The points are those of the items `ids` [n].
+    """
     square = np.einsum("nd,nd->n", points, points)
     bad = np.flatnonzero(~(np.abs(square - 1) < 2e-3))  # written so that NaN counts as bad
     if len(bad):

@@ -1,8 +1,9 @@
-"""Every table that COURIER publishes: columns, types, key and meaning; and how a run can fail.
+"""Describes every table that COURIER publishes, and how a run can fail.
 
-A table's schema depends on the shop only through the types of its IDs (int64 or string), which are
-kept from the user's tables to ours. Lists are newest first, padded with 0, and hold no nulls;
-those of a training row and of a user's clicks are not padded.
+A table has columns, types, a key and meanings. A table's schema depends on the shop only through
+the types of its IDs (int64 or string), which are kept from the user's tables to ours. Lists are
+newest first, padded with 0, and hold no nulls; those of a training row and of a user's clicks are
+not padded.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ SIM_TIERS = 20  # tiers of width 0.1 over [-1, 1], arXiv 2407.19467
 
 
 class CourierError(Exception):
-    """A failure that is told to the operator in one paragraph, without a traceback.
+    """A CourierError is a failure told to the operator in one paragraph, without a traceback.
 
     The paragraph says what was found, what was expected, where, what would have gone wrong, and
     what to do. It carries item IDs at most, never user IDs.
@@ -27,7 +28,7 @@ class CourierError(Exception):
 
 
 class OperatorError(CourierError):
-    """Wrong usage or settings."""
+    """Says that usage or settings are wrong."""
 
     exit_status = 2
 
@@ -65,7 +66,10 @@ _USER_ID = "user_id"
 
 @dataclass(frozen=True)
 class Column:
-    """One column; `type` is an Arrow type, or names an ID whose type is the shop's own."""
+    """Describes one column.
+
+    `type` is an Arrow type, or names an ID whose type is the shop's own.
+    """
 
     name: str
     type: pa.DataType | str
@@ -75,7 +79,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """One published table. Rows are sorted by `key` within each file, then by `then_by`."""
+    """Describes one published table.
+
+    Rows are sorted by `key` within each file, then by `then_by`.
+    """
 
     name: str
     key: str
@@ -92,7 +99,10 @@ class Table:
         extra: Sequence[pa.Field] = (),
         without: Sequence[str] = (),
     ) -> pa.Schema:
-        """Arrow schema for a shop's ID types; `extra` fields come last, `without` are left out."""
+        """Returns the Arrow schema for a shop's ID types.
+
+        `extra` fields come last, `without` are left out.
+        """
         ids = {
             _ITEM_ID: item_id,
             _USER_ID: user_id,
@@ -114,7 +124,7 @@ class Table:
 
 
 def _clicks_of_user(user: str, items: str) -> tuple[Column, ...]:
-    """The columns of a table with a row of clicks for each user; what they mean."""
+    """Returns the columns of a table with a row of clicks per user, and what they mean."""
     return (
         Column("user_id", _USER_ID, user),
         Column("item_ids", "list item_id", items),
@@ -228,12 +238,12 @@ MAIN = "main"  # the resolution of a codebook that cluster_id is of
 
 
 def cluster_column(label: str) -> str:
-    """The column of `item_features` that holds the cluster IDs of a resolution."""
+    """Names the column of `item_features` that holds the cluster IDs of a resolution."""
     return "cluster_id" if label == MAIN else f"cluster_{label}"
 
 
 def cluster_field(label: str) -> pa.Field:
-    """That column, for a resolution other than the main one."""
+    """Returns the field of the cluster IDs of a resolution other than the main one."""
     meaning = {"meaning": f"as cluster_id, of the resolution {label}"}
     return pa.field(cluster_column(label), pa.int32(), nullable=False, metadata=meaning)
 

@@ -1,4 +1,4 @@
-"""Codebooks: cluster centres, the numbers that stand for them, and the life of those numbers.
+"""Keeps codebooks: cluster centres, the numbers that stand for them, and the life of those numbers.
 
 A package is a folder `<codebook_id>/` with `<label>-centres.npy` float32 [clusters, 256] and
 `<label>-numbers.npy` int32 [clusters] for each resolution, `codebook.json`, and `crosswalk.parquet`
@@ -24,7 +24,7 @@ _SAME = 0.25  # of a number's items or of a centre's: with fewer in common, they
 
 @dataclass(frozen=True)
 class Resolution:
-    """What `codebook.json` says of one set of centres.
+    """Holds what `codebook.json` says of one set of centres.
 
     `max_id` is the highest number ever issued in the lineage; consumers size tables by max_id + 1.
     `retired` are the numbers in 1..max_id that no centre has any more. The objectives are the mean
@@ -47,13 +47,13 @@ class Resolution:
 
     @property
     def numbers(self) -> np.ndarray:
-        """Those of all centres, ascending: what is not retired; int64 [clusters]."""
+        """Returns the numbers of all centres, ascending: what is not retired; int64 [clusters]."""
         return np.setdiff1d(np.arange(1, self.max_id + 1), self.retired)
 
 
 @dataclass(frozen=True)
 class CodebookInfo:
-    """What `codebook.json` says.
+    """Holds what `codebook.json` says of a codebook.
 
     `ancestors` are the codebook_ids of parent, grandparent and so on; between two codebooks of
     which neither is the other's ancestor, even equal numbers mean nothing. `mode` and `algorithm`
@@ -78,7 +78,7 @@ class CodebookInfo:
     resolutions: tuple[Resolution, ...]
 
     def resolution(self, label: str) -> Resolution:
-        """That of a label; raises KeyError where the codebook has no such one."""
+        """Returns the resolution of a label; raises KeyError where the codebook has no such one."""
         return {r.label: r for r in self.resolutions}[label]
 
     @property
@@ -87,23 +87,26 @@ class CodebookInfo:
 
     @property
     def made_of(self) -> tuple[str | None, ...]:
-        """What its identity holds beside its arrays."""
+        """Returns what the identity of a codebook holds beside its arrays."""
         return self.encoder_id, self.parent, self.data_end_ds
 
     @property
     def max_ids(self) -> dict[str, int]:
-        """The highest number ever issued in the lineage, by label."""
+        """Returns the highest number ever issued in the lineage, by label."""
         return {**self.left_out, **{r.label: r.max_id for r in self.resolutions}}
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Those of all resolutions, `main` first."""
+        """Returns the labels of all resolutions, `main` first."""
         return tuple(sorted((r.label for r in self.resolutions), key=lambda n: (n != MAIN, n)))
 
 
 @dataclass(frozen=True)
 class Codebook:
-    """By label: centres float32 [clusters, 256] and their numbers int32 [clusters] in 1..max_id."""
+    """Holds, by label, centres float32 [clusters, 256] and their numbers int32 [clusters].
+
+    The numbers are in 1..max_id.
+    """
 
     info: CodebookInfo
     centres: Mapping[str, np.ndarray]
@@ -119,8 +122,11 @@ def codebook_id(
     numbers: Mapping[str, np.ndarray],
     made_of: Sequence[str | None],
 ) -> str:
-    """`<name>-<12 hex digits>` of a digest of all that an assignment depends on, and of what it was
-    `made_of`: encoder, parent and day, so that a later fit never takes an earlier one's place."""
+    """Returns `<name>-<12 hex digits>` of a digest of all that an assignment depends on.
+
+    The digest also holds what the codebook was `made_of`: encoder, parent and day, so that a later
+    fit never takes an earlier one's place.
+    """
     hasher = hashlib.sha256(documents.canonical_json(list(made_of)))
     for label in sorted(centres):
         hasher.update(f"{label}:{centres[label].shape}".encode())
@@ -165,7 +171,9 @@ def read_codebook_info(folder: str) -> CodebookInfo:
 
 
 def load_codebook(folder: str) -> Codebook:
-    """The package, its arrays memory-mapped: the processes of a machine share one copy of them.
+    """Loads the package in `folder`, its arrays memory-mapped.
+
+    The processes of a machine share one copy of them.
 
     Raises DataContractError where the arrays are not those that the id was made of.
     """
@@ -192,7 +200,7 @@ def load_codebook(folder: str) -> Codebook:
 
 
 def _on_this_machine(folder: str, identity: str, names: list[str]) -> str:
-    """`folder`, or this machine's copy of it where it lies in a bucket."""
+    """Returns `folder`, or this machine's copy of it where it lies in a bucket."""
     if not files.is_remote(folder):
         return folder
 
@@ -225,7 +233,7 @@ def _damaged(folder: str, found: str) -> DataContractError:
 
 
 def continued_numbers(old: np.ndarray, place: np.ndarray, clusters: int, max_id: int) -> np.ndarray:
-    """Numbers for new centres that go on meaning what they meant; int32 [clusters].
+    """Returns numbers for new centres that go on meaning what they meant; int32 [clusters].
 
     `old` int32 [n] are the numbers that some items had, 0 = none, `place` int64 [n] the new centres
     that they fall to. A number goes to the centre that shares most items with it, pair by pair from
@@ -251,12 +259,12 @@ def continued_numbers(old: np.ndarray, place: np.ndarray, clusters: int, max_id:
 
 
 def retired_numbers(numbers: np.ndarray, max_id: int) -> tuple[int, ...]:
-    """Those in 1..max_id that no centre has."""
+    """Returns the numbers in 1..max_id that no centre has."""
     return tuple(np.setdiff1d(np.arange(1, max_id + 1), numbers).tolist())
 
 
 def health_of(sizes: np.ndarray) -> dict[str, float]:
-    """How evenly items spread over clusters, of their numbers of items int64 [clusters].
+    """Tells how evenly items spread over clusters that have `sizes` int64 [clusters] items.
 
     The perplexity is exp of the entropy of the shares: the number of equal clusters that would
     tell as much about an item as these do.

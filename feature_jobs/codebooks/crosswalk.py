@@ -1,4 +1,4 @@
-"""CROSSWALK: where the items of each old cluster went, and the impressions of these items.
+"""CROSSWALK tells where the items of each old cluster went, and the impressions of these items.
 
 In: `item_embeddings` of ds, a codebook and its parent, the impressions of ds, and, where the two
 codebooks are of different encoders, an `item_features` partition with the parent's numbers. Out:
@@ -31,8 +31,11 @@ _COUNTS = ["items", "impressions"]
 
 @dataclass(frozen=True)
 class CrosswalkJob:
-    """All that the workers need to know. `old` are `item_features` made with the parent; None where
-    both codebooks are of one encoder, so that the parent itself tells."""
+    """Holds all that the workers of CROSSWALK need to know.
+
+    `old` are `item_features` made with the parent; None where both codebooks are of one encoder, so
+    that the parent itself tells.
+    """
 
     embeddings: partitions.Partition
     categories: tuple[str, ...] | None
@@ -51,8 +54,10 @@ class CrosswalkJob:
 
 
 def count_moves(old: np.ndarray, new: np.ndarray, impressions: np.ndarray, label: str) -> pa.Table:
-    """Items and impressions by old and new number, all three of these int [n]; items without an
-    old number are left out."""
+    """Counts items and their `impressions` by `old` and `new` number; int [n] each.
+
+    Items without an old number are left out.
+    """
     rows = pa.table(
         {
             "old_cluster_id": old.astype(np.int32),
@@ -71,7 +76,7 @@ def _sum(rows: pa.Table) -> pa.Table:
 
 
 def crosswalk(counts: Iterable[pa.Table], parent: Codebook, codebook: Codebook) -> pa.Table:
-    """The table `crosswalk` of the counts of all shards.
+    """Returns the table `crosswalk` of the counts of all shards.
 
     An old number without items goes to itself where it lives on, else to 0. Where no impression is
     of an old cluster's items, its impressions are taken to go where its items went.
@@ -95,7 +100,7 @@ def crosswalk(counts: Iterable[pa.Table], parent: Codebook, codebook: Codebook) 
 
 
 def _without_items(parent: Codebook, codebook: Codebook, labels: list[str]) -> pa.Table:
-    """A row without items for each number of the parent."""
+    """Returns a row without items for each number of the parent."""
     parts = []
     for label in labels:
         old = np.asarray(parent.numbers[label])
@@ -107,7 +112,7 @@ def _without_items(parent: Codebook, codebook: Codebook, labels: list[str]) -> p
 
 
 def _share(rows: pa.Table, name: str) -> pa.Array:
-    """Of its old number's total, float64 [rows]; null where that is 0."""
+    """Returns each row's share of its old number's total, float64 [rows]; null for a total of 0."""
     key = pc.binary_join_element_wise(rows["label"], rows["old_cluster_id"].cast(pa.string()), " ")
     code = pc.dictionary_encode(key).combine_chunks().indices.to_numpy()
     counts = rows[name].to_numpy()
@@ -116,7 +121,7 @@ def _share(rows: pa.Table, name: str) -> pa.Array:
 
 
 def with_moves(info: CodebookInfo, table: pa.Table) -> CodebookInfo:
-    """`info` with the shares of items and impressions that have another number than before."""
+    """Returns `info` with the shares of items and impressions that have changed their number."""
     found = []
     for resolution in info.resolutions:
         rows = table.filter(pc.equal(table["label"], resolution.label))
@@ -140,7 +145,7 @@ def _ratio(some: int, total: int) -> float | None:
 
 
 class CountImpressions(beam.DoFn):
-    """A row group of impressions → how many are of each item, by item shard."""
+    """Counts how many impressions of a row group are of each item, by item shard."""
 
     def __init__(self, job: CrosswalkJob):
         self._job, self.staging = job, job.staging
@@ -155,7 +160,7 @@ class CountImpressions(beam.DoFn):
 
 
 class CountMoves(beam.DoFn):
-    """The impressions of an item shard → a file of its counts by old and new number."""
+    """Turns the impressions of an item shard into a file of its counts by old and new number."""
 
     _new, _old = Shared(), Shared()  # one of each codebook per worker process
 
@@ -183,7 +188,7 @@ class CountMoves(beam.DoFn):
     def _old_numbers(
         self, shard: int, ids: pa.ChunkedArray, points: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """By label, the parent's number of each item; int32 [n]."""
+        """Returns, by label, the parent's number of each item; int32 [n]."""
         job = self._job
         if job.old is None:
             parent = shared_search(self._old, job.parent_folder)
@@ -192,7 +197,7 @@ class CountMoves(beam.DoFn):
 
 
 def _impressions_of(ids: pa.ChunkedArray, counts: pa.Table) -> np.ndarray:
-    """The impressions of each item, int64 [n], of (item_id, impressions) with repeated items."""
+    """Adds up each item's impressions, int64 [n], of (item_id, impressions) that repeat items."""
     total = counts.group_by("item_id", use_threads=False).aggregate([("impressions", "sum")])
     return arrays.lookup(ids, total, "impressions_sum")
 
@@ -223,6 +228,6 @@ def _counts_path(job: CrosswalkJob, shard: int) -> str:
 
 
 def read_counts(job: CrosswalkJob) -> Iterator[pa.Table]:
-    """The counts of all shards, one after the other."""
+    """Yields the counts of all shards, one after the other."""
     for shard in range(job.shards):
         yield partitions.read_parquet(_counts_path(job, shard))

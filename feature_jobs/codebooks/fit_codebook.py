@@ -1,4 +1,4 @@
-"""FIT-CODEBOOK: cluster centres from one day's in-scope embeddings. Occasional, never nightly.
+"""FIT-CODEBOOK fits cluster centres to one day's in-scope embeddings: occasionally, never nightly.
 
 In: a published `item_embeddings` partition; where a codebook of another encoder is continued, an
 `item_features` partition with its numbers. Out: files with a sample, and of that a codebook, which
@@ -43,7 +43,7 @@ ALGORITHMS = {"lloyd": 256, "single-pass": 32}  # with the items per cluster tha
 
 @dataclass(frozen=True)
 class Fit:
-    """What was asked for: clusters by label, and how to find them.
+    """Describes the fit that was asked for: clusters by label, and how to find them.
 
     `soft_threshold` is λ of single-pass clustering. Raises OperatorError for one that the algorithm
     has no use for.
@@ -67,9 +67,12 @@ class Fit:
 
 @dataclass(frozen=True)
 class SampleJob:
-    """`fraction` of the in-scope catalogue items is drawn, and `held_out` of them kept apart;
+    """Holds all that the workers that draw a sample need to know.
+
+    `fraction` of the in-scope catalogue items is drawn, and `held_out` of them kept apart;
     `categories` None means all. `old` are `item_features` that tell the parent's numbers of the
-    items, of `old_labels`; None where they are not asked for."""
+    items, of `old_labels`; None where they are not asked for.
+    """
 
     embeddings: partitions.Partition
     categories: tuple[str, ...] | None
@@ -82,10 +85,11 @@ class SampleJob:
 
 @dataclass(frozen=True)
 class Sample:
-    """`points` float32 [n, 256] by the hash of their items' IDs, `held_out` float32 [h, 256].
+    """Holds the sampled points, and those held out from the fit.
 
-    The fingerprint is the exclusive or of their items' hashes, hex. `old` are the parent's numbers
-    of the points by label, int32 [n], 0 = none.
+    `points` float32 [n, 256] stand by the hash of their items' IDs; `held_out` is float32 [h, 256].
+    The fingerprint is the exclusive or of the points' item hashes, hex. `old` are the parent's
+    numbers of the points by label, int32 [n], 0 = none.
     """
 
     points: np.ndarray
@@ -98,7 +102,7 @@ class Sample:
 
 
 def count_in_scope(embeddings: partitions.Partition, categories: tuple[str, ...] | None) -> int:
-    """How many items there are to fit on; reads two narrow columns, file by file."""
+    """Counts the items that there are to fit on; reads two narrow columns, file by file."""
     total = 0
     for path in embeddings.paths:
         rows = partitions.read_parquet(path, ["category", "in_catalogue"])
@@ -107,19 +111,22 @@ def count_in_scope(embeddings: partitions.Partition, categories: tuple[str, ...]
 
 
 def sampling_shares(items: int, clusters: int, points_per_cluster: int) -> tuple[float, float]:
-    """The shares of the in-scope items to sample, of those not held out, and to hold out."""
+    """Returns the shares of the in-scope items to sample and to hold out.
+
+    The sample's is a share of those that are not held out.
+    """
     held_out = min(_HELD_OUT_SHARE, _HELD_OUT_ITEMS / max(1, items))
     return min(1.0, clusters * points_per_cluster / max(1.0, items * (1 - held_out))), held_out
 
 
 def _chosen(ids: pa.ChunkedArray, fraction: float, seed: int) -> np.ndarray:
-    """A `fraction` of the items, the same whatever else there is; bool [n]."""
+    """Chooses a `fraction` of the items, the same whatever else there is; bool [n]."""
     # 2^64 itself has no room in 64 bits, and this is the largest float64 below it.
     return hashing.hash_ids(ids, seed) < np.uint64(fraction * (2**64 - 2048))
 
 
 def draw_sample(rows: pa.Table, job: SampleJob) -> pa.Table:
-    """The rows of `item_embeddings` to fit on, or to hold out: in the catalogue and in scope."""
+    """Returns the catalogue's in-scope rows of `item_embeddings` to fit on, or to hold out."""
     held_out = _chosen(rows["item_id"], job.held_out, _HELD_OUT_SEED)
     wanted = held_out | _chosen(rows["item_id"], job.fraction, _SAMPLE_SEED)
     drawn = rows.select(["item_id", "embedding"]).append_column("held_out", pa.array(held_out))
@@ -144,7 +151,7 @@ def check_distinct(points: np.ndarray, clusters: int) -> None:
 def starting_centres(
     points: np.ndarray, anchors: np.ndarray, members: np.ndarray, clusters: int, seed: int
 ) -> np.ndarray:
-    """First centres float32 [clusters, 256] of a fit that continues another one.
+    """Returns first centres float32 [clusters, 256] of a fit that continues another one.
 
     `anchors` float32 [old, 256] stand for the old clusters, `members` int64 [old] are their items
     in the sample. The largest come first; where they are too few, or have no items, random points
@@ -160,7 +167,7 @@ def starting_centres(
 def member_means(
     points: np.ndarray, old: np.ndarray, numbers: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The mean point of each of `numbers` int32 [k], float32 [k, 256], and its members int64 [k].
+    """Returns the mean point, float32 [k, 256], and the members, int64 [k], of `numbers` int32 [k].
 
     `old` int32 [n] are the points' numbers. One without members has the mean 0.
     """
@@ -228,8 +235,11 @@ def make_codebook(
 def _continue(
     sample: Sample, fit: Fit, parent: Codebook | None
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """By label: the parent's numbers of the sample's points int32 [n], and the first centres
-    float32 [clusters, 256]; empty where no resolution is continued."""
+    """Returns, by label, the parent's numbers of the sample's points, and the first centres.
+
+    The numbers are int32 [n], the centres float32 [clusters, 256]; both are empty where no
+    resolution is continued.
+    """
     if parent is None or fit.mode == "fresh":
         return {}, {}
     old, starts = {}, {}
@@ -259,7 +269,7 @@ def _check_followed(old: np.ndarray, label: str, parent: Codebook) -> None:
 def _fit_centres(
     points: np.ndarray, fit: Fit, starts: Mapping[str, np.ndarray], stream: Iterable[np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Centres by label; the stream is read once for all of them."""
+    """Returns the centres by label; the stream is read once for all of them."""
     if fit.algorithm == "lloyd":
         return {k: lloyd(points, n, fit.seed, starts.get(k)) for k, n in fit.clusters.items()}
     passes = {
@@ -278,7 +288,7 @@ def _fit_centres(
 def _number(
     sample: Sample, label: str, centres: np.ndarray, old: np.ndarray | None, max_id: int
 ) -> tuple[np.ndarray, Resolution]:
-    """The numbers of `centres` and what the artefact says of them."""
+    """Returns the numbers of `centres` and what the artefact says of them."""
     clusters, search = len(centres), CentreSearch(centres)
     found, held_out = search.nearest(sample.points), search.nearest(sample.held_out)
     old = np.zeros(len(found.place), np.int32) if old is None else old
@@ -305,7 +315,7 @@ def _mean_square(distance: np.ndarray) -> float:
 
 
 class SamplePart(beam.DoFn):
-    """The number of a part of `item_embeddings` → a file with the sample of its rows."""
+    """Turns the number of a part of `item_embeddings` into a file with the sample of its rows."""
 
     def __init__(self, job: SampleJob):
         self._job, self.staging = job, job.staging
@@ -343,7 +353,7 @@ def _sample_path(job: SampleJob, part: int) -> str:
 
 
 def read_sample(job: SampleJob) -> Sample:
-    """All sampled rows, each at its place from the start: no second copy of the matrix."""
+    """Reads all sampled rows, each to its place at once: no second copy of the matrix is made."""
     paths = [_sample_path(job, part) for part in range(len(job.embeddings.paths))]
     narrow = ["item_id", "held_out", *map(cluster_column, job.old_labels)]
     rows = pa.concat_tables(partitions.read_parquet(path, narrow) for path in paths)
@@ -367,8 +377,10 @@ def read_sample(job: SampleJob) -> Sample:
 
 
 def stream_embeddings(job: SampleJob) -> Iterator[np.ndarray]:
-    """All in-scope embeddings that are not held out, part by part and shuffled within each, so that
-    items of one time or kind don't come together; the next part is read meanwhile."""
+    """Yields all in-scope embeddings that are not held out, part by part and shuffled within each.
+
+    So items of one time or kind don't come together; the next part is read meanwhile.
+    """
     paths = job.embeddings.paths
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(partitions.read_parquet, paths[0], _READ)

@@ -1,4 +1,4 @@
-"""The numerics of cluster centres: Lloyd's k-means by faiss, and one pass over a stream.
+"""Computes cluster centres: by Lloyd's k-means, with faiss, or in one pass over a stream.
 
 Points are float32 [n, 256], centres float32 [clusters, 256]. Here is also what a fit asks before
 it starts: how many distinct points there are, and what memory and time it will take.
@@ -34,11 +34,12 @@ def lloyd(
     start: np.ndarray | None = None,
     iterations: int = _ITERATIONS,
 ) -> np.ndarray:
-    """Lloyd's k-means of `points` float32 [n, 256], n ≥ clusters: centres float32 [clusters, 256].
+    """Finds centres float32 [clusters, 256] of `points` float32 [n, 256] by Lloyd's k-means.
 
-    It begins with `start` float32 [clusters, 256], or with rows chosen by `seed`. A cluster that
-    runs empty is given half of a large one. The same seed gives the same centres on the same class
-    of hardware with the same number of threads.
+    There are at least as many points as clusters. The first centres are `start` float32
+    [clusters, 256], or rows chosen by `seed`. A cluster that runs empty is given half of a large
+    one. The same seed gives the same centres on the same class of hardware with the same number of
+    threads.
     """
     kmeans = faiss.Kmeans(
         EMBEDDING_DIM, clusters, niter=iterations, seed=seed, gpu=faiss.get_num_gpus() > 0,
@@ -53,12 +54,12 @@ def lloyd(
 
 
 def first_centres(sample: np.ndarray, clusters: int, seed: int) -> np.ndarray:
-    """Where a single pass begins, of a `sample` of its stream: 32 rows per cluster are enough."""
+    """Finds where a single pass begins, from a `sample` of its stream: 32 rows per cluster do."""
     return lloyd(sample, clusters, seed, iterations=_FIRST_ITERATIONS)
 
 
 class _Sums:
-    """Of each centre's points: their sum [K, 256], number and squared distances [K]; float64."""
+    """Holds the sum [K, 256], number and squared distances [K] of each centre's points; float64."""
 
     def __init__(self, total: np.ndarray, count: np.ndarray):
         self.total, self.count, self.spread = total, count, np.zeros(len(count))
@@ -82,7 +83,7 @@ class _Sums:
             values[into] = values[place]
 
     def centres(self, otherwise: np.ndarray, threshold: float) -> np.ndarray:
-        """Soft-thresholded means, float32; `otherwise` for those without a point."""
+        """Returns soft-thresholded means, float32; `otherwise` for centres without a point."""
         seen = self.count > 0
         means = self.total[seen]
         means /= self.count[seen, None]
@@ -93,7 +94,7 @@ class _Sums:
 
 
 class SinglePass:
-    """Single-pass clustering of a stream of points, after Yi et al., ICML 2014.
+    """Clusters a stream of points in a single pass, after Yi et al., ICML 2014.
 
     COURIER appendix §1 ref. 2, as METHOD §6 reads it. The stream is cut into epochs, each twice as
     long as the one before. Within an epoch points go to the nearest of the *frozen* centres; at its
@@ -116,7 +117,7 @@ class SinglePass:
     def __init__(
         self, start: np.ndarray, soft_threshold: float = 0.0, epoch_rows: int | None = None
     ):
-        """`start` float32 [K, 256]: `first_centres`, or those of an earlier fit."""
+        """Begins at `start` float32 [K, 256]: `first_centres`, or the centres of an earlier fit."""
         self._epoch_rows = self._left = epoch_rows or _EPOCH_ROWS * len(start)
         self._threshold = soft_threshold
         count = np.full(len(start), self._epoch_rows / 2 / len(start))
@@ -124,7 +125,7 @@ class SinglePass:
         self._begin_epoch(start)
 
     def add(self, rows: np.ndarray) -> None:
-        """The next points of the stream, float32 [n, 256]."""
+        """Takes the next points of the stream, float32 [n, 256]."""
         while len(rows):
             if not self._left:
                 self._next_epoch()
@@ -134,7 +135,7 @@ class SinglePass:
             rows = rest
 
     def centres(self) -> np.ndarray:
-        """Those of the stream so far, float32 [K, 256]; more points may follow."""
+        """Returns the centres of the stream so far, float32 [K, 256]; more points may follow."""
         points = self._before.joined(self._now) if self._left else self._now
         return points.centres(self._frozen, self._threshold)
 
@@ -163,7 +164,7 @@ class SinglePass:
 
 
 def count_distinct(points: np.ndarray) -> int:
-    """How many rows of `points` float32 [n, 256] differ from all before; +0 and -0 are equal.
+    """Counts the rows of `points` float32 [n, 256] that differ from all before; +0 equals -0.
 
     Rows are told apart by 64 bits of hash, 9 bytes a row in all: that two of them agree by chance
     has the probability n² / 2^65, 1 in 4,000 for 100 million.
@@ -182,14 +183,17 @@ def count_distinct(points: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Peak memory in bytes, beyond what the process holds already, and time on this machine."""
+    """Holds peak memory in bytes, beyond what the process holds already, and time in seconds.
+
+    The time is that of this machine.
+    """
 
     bytes: int
     seconds: float
 
 
 def estimate(algorithm: str, sample: int, rows: int, clusters: Sequence[int]) -> Estimate:
-    """Of a fit by `lloyd` of `sample` points or by "single-pass" of `rows` points after a sample.
+    """Estimates a fit of `sample` points by "lloyd", or of `rows` after a sample by "single-pass".
 
     `clusters` are the resolutions, all fitted to the same points. The sample is counted in; what
     reads and checks it is not.
@@ -202,7 +206,7 @@ def estimate(algorithm: str, sample: int, rows: int, clusters: Sequence[int]) ->
 def _estimate_lloyd(
     points: int, clusters: Sequence[int], iterations: int = _ITERATIONS
 ) -> Estimate:
-    """Of `lloyd` of so many points for each of `clusters` in turn; its points are counted in."""
+    """Estimates `lloyd` of so many points for each of `clusters` in turn, the points counted in."""
     working = max(_lloyd_bytes(points, k) for k in clusters)
     seconds = (
         iterations
@@ -215,7 +219,10 @@ def _estimate_lloyd(
 
 
 def _estimate_single_pass(sample: int, rows: int, clusters: Sequence[int]) -> Estimate:
-    """Of `first_centres` of the sample for each of `clusters`, and their passes side by side."""
+    """Estimates `first_centres` of the sample for each of `clusters`, then all passes together.
+
+    The passes go on side by side.
+    """
     first = _estimate_lloyd(sample, clusters, _FIRST_ITERATIONS)
     seconds = _products(rows, clusters) * _seconds_per_product(
         lambda some, centres: SinglePass(centres).add(some)
@@ -225,20 +232,29 @@ def _estimate_single_pass(sample: int, rows: int, clusters: Sequence[int]) -> Es
 
 
 def _lloyd_bytes(points: int, clusters: int) -> int:
-    """Beside the points faiss holds two numbers for each, three copies of the centres, and a block
-    of products. With the points, this is 0 to 20% above measured peaks."""
+    """Returns the bytes that `lloyd` takes beside its points.
+
+    Faiss holds two numbers for each point, three copies of the centres, and a block of products.
+    With the points, this is 0 to 20% above measured peaks.
+    """
     products = 4 * min(points, 4096) * min(clusters, 1024)
     return 16 * points + 3 * 4 * EMBEDDING_DIM * clusters + products + (8 << 20)
 
 
 def _pass_bytes(clusters: int) -> int:
-    """Float64 sums of three epochs and two temporaries, three copies of the centres."""
+    """Returns the bytes that a single pass takes beside its sample.
+
+    It has float64 sums of three epochs and two temporaries, and three copies of the centres.
+    """
     return (5 * 8 + 3 * 4) * EMBEDDING_DIM * clusters
 
 
 def _products(points: int, clusters: Sequence[int]) -> float:
-    """Of a point and a centre, as a measure of work. What a point costs beside them (its norm, its
-    share of the mean) is worth 400: measured on a CPU with 64 to 8,192 centres, within 25%."""
+    """Returns the number of products of a point and a centre, as a measure of work.
+
+    What a point costs beside them (its norm, its share of the mean) is worth 400: measured on a CPU
+    with 64 to 8,192 centres, within 25%.
+    """
     return sum(float(points) * (k + 400) for k in clusters)
 
 

@@ -1,4 +1,4 @@
-"""The exact nearest of some centres for each embedding, as fast as 8-bit products can find it.
+"""Finds the exact nearest of some centres for each embedding, as fast as 8-bit products can.
 
 Two steps. *Screening* rounds rows and centres to int8, which processors multiply several times as
 fast as float32, and keeps every centre whose score is within the rounding error of the two best: a
@@ -32,9 +32,12 @@ _setting_threads = threading.Lock()
 
 
 class Nearest(NamedTuple):
-    """Of each row: `place` int64 [n], the nearest centre; `distance` float32 [n], how far it is;
-    `second` float32 [n], how far the next one is: inf where there is one centre only, nan where it
-    was not asked for. Euclidean."""
+    """Holds the nearest centre of each row and how far it is, Euclidean.
+
+    `place` int64 [n] is the nearest centre; `distance` float32 [n], how far it is; `second`
+    float32 [n], how far the next one is: inf where there is one centre only, nan where it was not
+    asked for.
+    """
 
     place: np.ndarray
     distance: np.ndarray
@@ -64,9 +67,10 @@ class CentreSearch:
         self._set_codes(exact.astype(np.float64) - middle)
 
     def nearest(self, rows: np.ndarray, second: bool = False) -> Nearest:
-        """Of `rows`, float32 [n, 256]. One that is not finite gets place 0 and distance nan.
+        """Finds the nearest centre of each of `rows`, float32 [n, 256].
 
-        The `second` distances take up to a third of the time more.
+        A row that is not finite gets place 0 and distance nan. The `second` distances take up to a
+        third of the time more.
         """
         n = len(rows)
         found = Nearest(np.empty(n, np.int64), np.empty(n, np.float32), np.empty(n, np.float32))
@@ -107,7 +111,10 @@ class CentreSearch:
         self._codes = torch.from_numpy(codes).to(self._device)
 
     def _search(self, rows: Tensor, scores: Tensor, second: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """What `nearest` returns, of one block; `scores` int32 [≥ n, tile] is room to work in."""
+        """Finds what `nearest` returns, of one block.
+
+        `scores` int32 [≥ n, tile] is room to work in.
+        """
         pairs = self._screen(rows, scores, second)
         if pairs is not None:
             return self._rank(rows, *pairs, second)
@@ -117,7 +124,7 @@ class CentreSearch:
         return place, distance, next_one
 
     def _encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows as int8 [at least 32, 256 + _BIAS], and the error of their scores [n]."""
+        """Returns rows as int8 [at least 32, 256 + _BIAS], and the error of their scores [n]."""
         # Each row has a step of its own, which changes nothing in the order of its scores: [n, 1]
         moved = rows - self._middle
         step = moved.abs().amax(dim=1, keepdim=True)
@@ -137,7 +144,7 @@ class CentreSearch:
         return codes, error * 1.001 + 1  # for what rounding did to the error itself
 
     def _screen(self, rows: Tensor, scores: Tensor, second: bool) -> tuple[Tensor, Tensor] | None:
-        """All that may be a row's nearest, or its `second` one: rows and centres, int64 [pairs].
+        """Returns all that may be the nearest or `second` of a row: rows, centres; int64 [pairs].
 
         None where there are too many pairs to hold.
         """
@@ -177,7 +184,7 @@ class CentreSearch:
     def _rank(
         self, rows: Tensor, row: Tensor, centre: Tensor, second: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The nearest and how far the nearest two are, from the pairs that are left."""
+        """Returns the nearest and how far the nearest two are, from the pairs that are left."""
         n = len(rows)
         # Squared distances of pairs in float32, held as float64 for those that follow: [pairs]
         away = torch.empty(len(row), dtype=torch.float64, device=rows.device)
@@ -212,32 +219,42 @@ class CodebookSearch:
     def assign(
         self, label: str, rows: np.ndarray, second: bool = False
     ) -> tuple[np.ndarray, Nearest]:
-        """The number of the nearest centre of each of `rows` float32 [n, 256], int32 [n]; and how
-        near it is."""
+        """Returns the number of the nearest centre of each row, int32 [n], and how near it is.
+
+        The `rows` are float32 [n, 256].
+        """
         found = self._searches[label].nearest(rows, second)
         return np.asarray(self.codebook.numbers[label])[found.place], found
 
 
 def shared_search(loaded: Shared, folder: str) -> CodebookSearch:
-    """The search of the codebook in `folder`: one for each worker process, which `loaded` keeps,
-    while its centres are memory-mapped, once for each machine."""
+    """Returns the search of the codebook in `folder`, which `loaded` keeps for its worker process.
+
+    Each process has one; the centres are memory-mapped, once for each machine.
+    """
     found: CodebookSearch = loaded.acquire(lambda: CodebookSearch(load_codebook(folder)), folder)
     return found
 
 
 def _length(columns: Tensor, bias: Tensor) -> Tensor:
-    """Of rows [n, 256] with `bias` [n, 1] as _BIAS more columns, [n]; spoils `columns`."""
+    """Returns the lengths [n] of rows [n, 256] with `bias` [n, 1] as _BIAS more columns.
+
+    Spoils `columns`.
+    """
     return (columns.square_().sum(dim=1) + _BIAS * bias[:, 0] ** 2).sqrt_()
 
 
 def _least(values: Tensor, row: Tensor, n: int) -> Tensor:
-    """The least of the values of each row, float64 [n], inf where it has none."""
+    """Returns the least of the values of each row, float64 [n], inf for a row that has none."""
     least = torch.full((n,), torch.inf, dtype=values.dtype, device=values.device)
     return least.scatter_reduce_(0, row, values, "amin")
 
 
 def _levels(device: str) -> int:
-    """How far codes may go: processors without VNNI add two products in 16 bits, which overflow."""
+    """Tells how far codes may go.
+
+    Processors without VNNI add two products in 16 bits, which overflow.
+    """
     ones = torch.full((32, 256 + _BIAS), 127, dtype=torch.int8, device=device)
     exact = bool((torch._int_mm(ones, ones.T) == 127 * 127 * (256 + _BIAS)).all())
     return 127 if exact else 63

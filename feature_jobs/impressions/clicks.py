@@ -1,4 +1,4 @@
-"""Clicks as arrays, and the history of a moment among them: the heart of `histories`, in numpy.
+"""Finds the history of a moment among clicks, held as arrays: the heart of `histories`, in numpy.
 
 Nothing here costs Python per click or per moment, and no moment costs more than a few times
 `history_len`, however many clicks or repeats its user has.
@@ -14,8 +14,10 @@ _STEP = 4  # between two checkpoints of a user lie so many times `history_len` c
 
 @dataclass(frozen=True)
 class HistoryLaw:
-    """The settings that define a history. Times in microseconds; impressions may be `late_us` late
-    in the log and still get theirs."""
+    """Holds the settings that define a history.
+
+    Times are in microseconds; impressions may be `late_us` late in the log and still get theirs.
+    """
 
     history_len: int
     window_us: int
@@ -30,7 +32,7 @@ class HistoryLaw:
 
 @dataclass(frozen=True)
 class Clicks:
-    """Distinct clicks by user, newest first; int64 [n] each, `users` and `items` as codes.
+    """Holds distinct clicks by user, newest first; int64 [n] each, `users` and `items` as codes.
 
     `again` is the place of the same user's next newer click on the same item, -1 without one.
     """
@@ -58,8 +60,11 @@ def sort_clicks(
 
 
 def _newest_first(users: np.ndarray, times: np.ndarray, items: np.ndarray) -> np.ndarray:
-    """The order by user, then newest first. Cheap for clicks that nearly stand so already, as those
-    of the day before do: only the users with a click out of order are sorted in full."""
+    """Returns the order by user, then newest first.
+
+    It is cheap for clicks that nearly stand so already, as those of the day before do: only the
+    users with a click out of order are sorted in full.
+    """
     order = np.argsort(users, kind="stable")
     who, when, what = users[order], times[order], items[order]
     older = (when[1:] < when[:-1]) | ((when[1:] == when[:-1]) & (what[1:] <= what[:-1]))
@@ -71,7 +76,7 @@ def _newest_first(users: np.ndarray, times: np.ndarray, items: np.ndarray) -> np
 
 
 def _clicked_again(users: np.ndarray, items: np.ndarray) -> np.ndarray:
-    """`Clicks.again` of clicks by user, newest first."""
+    """Returns `Clicks.again` of clicks by user, newest first."""
     key = users * (int(items.max(initial=0)) + 1) + items
     order = np.argsort(key)
     same = key[order][1:] == key[order][:-1]
@@ -88,7 +93,7 @@ def _clicked_again(users: np.ndarray, items: np.ndarray) -> np.ndarray:
 
 
 def places_before(clicks: Clicks, users: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """For each (user, time), the place of the user's newest click strictly before it; int64 [m].
+    """Finds the place of each user's newest click strictly before each time; int64 [m].
 
     Without one it is the place behind the user's last click.
     """
@@ -105,8 +110,10 @@ def places_before(clicks: Clicks, users: np.ndarray, times: np.ndarray) -> np.nd
 def histories_at(
     clicks: Clicks, users: np.ndarray, times: np.ndarray, law: HistoryLaw
 ) -> np.ndarray:
-    """The history of each (user, moment): places in `clicks`, int64 [m, history_len], newest first,
-    padded with -1. A user code that no click has, as -1, has no history."""
+    """Returns the history of each (user, moment): places in `clicks`, int64 [m, history_len].
+
+    Places are newest first, padded with -1. A user code that no click has, as -1, has no history.
+    """
     begin = places_before(clicks, users, times - law.lag_us)
     end = places_before(clicks, users, times - law.window_us)
     return latest_distinct(clicks, begin, end, law.history_len)
@@ -116,10 +123,10 @@ def histories_at(
 
 
 def latest_distinct(clicks: Clicks, begin: np.ndarray, end: np.ndarray, length: int) -> np.ndarray:
-    """For each range begin:end of one user's clicks, the places of its `length` latest distinct
-    items; int64 [m, length], newest first, padded with -1.
+    """Returns the places of the `length` latest distinct items of each range of one user's clicks.
 
-    A click counts only while no newer click on its item lies in the range.
+    The ranges are begin:end; the places are int64 [m, length], newest first, padded with -1. A
+    click counts only while no newer click on its item lies in the range.
     """
     found = np.full((len(begin), length), -1, np.int64)
     todo = np.flatnonzero(begin < end)
@@ -134,7 +141,7 @@ def latest_distinct(clicks: Clicks, begin: np.ndarray, end: np.ndarray, length: 
 
 
 def _blocks(rows: np.ndarray, width: int) -> list[np.ndarray]:
-    """`rows` cut so that so many of `width` candidates each stay in the cache."""
+    """Cuts `rows` so that so many of `width` candidates each stay in the cache."""
     size = max(1, _MAX_CELLS // width)
     return [rows[at : at + size] for at in range(0, len(rows), size)]
 
@@ -142,8 +149,11 @@ def _blocks(rows: np.ndarray, width: int) -> list[np.ndarray]:
 def _visible(
     clicks: Clicks, places: np.ndarray, begin: np.ndarray, end: np.ndarray, length: int
 ) -> np.ndarray:
-    """Of candidates int64 [m, w], newest first, the first `length` that lie in begin:end and have
-    no newer click on their item there; [m, length], padded with -1."""
+    """Returns the first `length` candidates of each range that count there; [m, length].
+
+    The candidates are `places` int64 [m, w], newest first; those count that lie in begin:end and
+    have no newer click on their item there. The result is padded with -1.
+    """
     inside = (places >= begin[:, None]) & (places < end[:, None])
     visible = inside & (clicks.again[np.where(inside, places, 0)] < begin[:, None])
     found = np.full((len(places), length), -1, np.int64)
@@ -156,12 +166,12 @@ def _visible(
 def _from_checkpoints(
     clicks: Clicks, begin: np.ndarray, end: np.ndarray, length: int
 ) -> np.ndarray:
-    """`latest_distinct` where many repeats hide the older items, at a cost that does not grow with
-    their number.
+    """Finds what `latest_distinct` returns, where many repeats hide the older items.
 
-    Every `step` clicks of a user, counted from the oldest, there is a checkpoint: the latest
-    distinct items of the clicks from there back. A range sees at most `step` clicks newer than a
-    checkpoint, and of what is older nothing but what the checkpoint has.
+    The cost does not grow with the number of repeats. Every `step` clicks of a user, counted from
+    the oldest, there is a checkpoint: the latest distinct items of the clicks from there back. A
+    range sees at most `step` clicks newer than a checkpoint, and of what is older nothing but what
+    the checkpoint has.
     """
     step = _STEP * length
     user_end = np.searchsorted(clicks.users, clicks.users[begin], "right")

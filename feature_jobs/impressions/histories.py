@@ -1,4 +1,4 @@
-"""Point-in-time histories: what a user had clicked strictly before a moment.
+"""Makes point-in-time histories: what a user had clicked strictly before a moment.
 
 In: the impressions of one day or of several in a row, and what was known at the end of the day
 before them: its `user_histories` and `recent_clicks`, or, where the world begins, the log of the
@@ -41,14 +41,17 @@ DAY_US = 86_400_000_000
 
 @dataclass(frozen=True)
 class HistoryDay:
-    """One day whose log is walked through: its ordinal, its first moment and the first after it."""
+    """Describes a day whose log is walked through: its ordinal, first moment and end.
+
+    The end is the first moment after the day.
+    """
 
     number: int
     start_us: int
     end_us: int
 
     def known_from_us(self, law: HistoryLaw) -> int:
-        """The earliest moment whose history is known when the day's log comes in."""
+        """Returns the earliest moment whose history is known when the day's log comes in."""
         return self.start_us - law.late_us
 
 
@@ -56,7 +59,7 @@ class HistoryDay:
 
 
 def click_moments(rows: pa.Table, click_delay_us: int) -> tuple[np.ndarray, int]:
-    """When each click of `rows` happened, int64 us [n], and how many were dated too early.
+    """Returns when each click of `rows` happened, int64 us [n], and how many were dated too early.
 
     Without a click time a click is dated event_time + click_delay. A click cannot precede its own
     impression: dated so by a skewed clock it would enter its own history, so it is moved there.
@@ -70,11 +73,11 @@ def click_moments(rows: pa.Table, click_delay_us: int) -> tuple[np.ndarray, int]
 
 
 def clicks_of(rows: pa.Table, day: int, end_us: int, law: HistoryLaw) -> pa.Table:
-    """The clicks of some impressions (user_id, item_id, click_time, day), `day` being the ordinal
-    of the partition that logged them and `end_us` its end.
+    """Returns the clicks of some impressions (user_id, item_id, click_time, day).
 
-    Clicks dated a whole window after that are left out: a time in a wrong unit looks like this, and
-    would be kept for ever.
+    `day` is the ordinal of the partition that logged them and `end_us` its end. Clicks dated a
+    whole window after that are left out: a time in a wrong unit looks like this, and would be kept
+    for ever.
     """
     rows = rows.filter(rows["clicked"])
     moments, _ = click_moments(rows, law.click_delay_us)
@@ -91,21 +94,21 @@ def clicks_of(rows: pa.Table, day: int, end_us: int, law: HistoryLaw) -> pa.Tabl
 
 
 def no_clicks(user_id: pa.DataType, item_id: pa.DataType) -> pa.Table:
-    """An empty table of clicks."""
+    """Returns an empty table of clicks."""
     kinds = [user_id, item_id, TIMESTAMP, pa.int32()]
     names = ["user_id", "item_id", "click_time", "day"]
     return pa.schema(list(zip(names, kinds, strict=True))).empty_table()
 
 
 def codes_of(ids: Sequence[pa.ChunkedArray]) -> tuple[pa.Array, list[np.ndarray]]:
-    """The distinct IDs of all columns in ascending order, and each column as codes into them."""
+    """Returns the distinct IDs of all columns, ascending, and each column as codes into them."""
     distinct = pc.unique(pa.chunked_array([chunk for c in ids for chunk in c.chunks], ids[0].type))
     distinct = distinct.take(pc.sort_indices(distinct))
     return distinct, [pc.index_in(c, value_set=distinct).to_numpy().astype(np.int64) for c in ids]
 
 
 def clicks_before(rows: Iterable[pa.Table], no_rows: pa.Table) -> pa.Table:
-    """The clicks that `user_histories` and `recent_clicks` of a day hold, as logged on day 0."""
+    """Returns the clicks in a day's `user_histories` and `recent_clicks`, as logged on day 0."""
     parts = [no_rows]
     for table in rows:
         items = table["item_ids"].combine_chunks()
@@ -128,9 +131,10 @@ def clicks_before(rows: Iterable[pa.Table], no_rows: pa.Table) -> pa.Table:
 
 @dataclass(frozen=True)
 class Known:
-    """The clicks of some users that are known when the log of `day` is in: those of its histories.
+    """Holds the clicks of some users that are known when the log of `day` is in.
 
-    `user_ids` and `item_ids` are distinct and ascending; the codes of `clicks` point into them.
+    They are those of its histories. `user_ids` and `item_ids` are distinct and ascending; the codes
+    of `clicks` point into them.
     """
 
     day: HistoryDay
@@ -140,21 +144,26 @@ class Known:
     clicks: Clicks
 
     def of_all_users(self, moment_us: int, law: HistoryLaw) -> np.ndarray:
-        """The places of the clicks that are the users' histories at a moment, ascending."""
+        """Returns the places of the clicks that are the users' histories at a moment, ascending."""
         users = len(self.user_ids)
         places = histories_at(self.clicks, np.arange(users), np.full(users, moment_us), law)
         return places[places >= 0]
 
     @cached_property
     def at_the_end(self) -> np.ndarray:
-        """The same at the end of the day, of all clicks till then: whoever serves stale histories
-        knows best how stale."""
+        """Returns the places of the clicks that are the users' histories at the end of the day.
+
+        They ascend, and are of all clicks till then, without lag: whoever serves stale histories
+        knows best how stale.
+        """
         return self.of_all_users(self.day.end_us, replace(self.law, lag_us=0))
 
     @cached_property
     def still_needed(self) -> np.ndarray:
-        """Which clicks a moment can see, alone or after others have come in, that may still come
-        in the log of the next day; bool [n]."""
+        """Tells which clicks can still be seen by a moment in the log of the next day; bool [n].
+
+        The moment may see them alone, or after others have come in.
+        """
         horizon = self.day.end_us - self.law.late_us
         needed = self.clicks.times >= horizon - self.law.lag_us
         needed[self.of_all_users(horizon, self.law)] = True
@@ -162,7 +171,7 @@ class Known:
 
 
 def walk_days(clicks: pa.Table, days: Sequence[HistoryDay], law: HistoryLaw) -> Iterator[Known]:
-    """What is known on each of `days`, consecutive ones: the night's recurrence.
+    """Yields what is known on each of `days`, consecutive ones: the night's recurrence.
 
     `clicks` (user_id, item_id, click_time, day) hold all clicks of some users that were logged on
     these days, and those from before the first. What a later moment cannot see is left behind, as
@@ -185,7 +194,10 @@ def walk_days(clicks: pa.Table, days: Sequence[HistoryDay], law: HistoryLaw) -> 
 
 
 def history_lists(known: Known, rows: pa.Table) -> pa.Array:
-    """The history of each of some impressions of the day, item IDs newest first; a list array."""
+    """Returns the history of each of some impressions of the day, as a list array.
+
+    It holds item IDs, newest first.
+    """
     moments = rows["event_time"].cast(pa.int64()).to_numpy()
     users = pc.fill_null(pc.index_in(rows["user_id"], value_set=known.user_ids), -1)
     users = np.where(moments < known.day.known_from_us(known.law), -1, users.to_numpy())
@@ -196,19 +208,19 @@ def history_lists(known: Known, rows: pa.Table) -> pa.Array:
 
 
 def user_histories(known: Known) -> pa.Table:
-    """The history of every user who has one as of the end of the day."""
+    """Returns the history of every user who has one as of the end of the day."""
     return _by_user(known, known.at_the_end)
 
 
 def recent_clicks(known: Known) -> pa.Table:
-    """The known clicks that the next day needs and `user_histories` of this one does not show."""
+    """Returns the known clicks that `user_histories` of the day lacks and the next day needs."""
     needed = known.still_needed.copy()
     needed[known.at_the_end] = False
     return _by_user(known, np.flatnonzero(needed))
 
 
 def _by_user(known: Known, places: np.ndarray) -> pa.Table:
-    """The clicks at `places` [k], ascending, a row for each user who has some of them."""
+    """Returns the clicks at `places` [k], ascending, a row for each user who has some of them."""
     log = known.clicks
     users, sizes = np.unique(log.users[places], return_counts=True)
     times = pa.array(log.times[places]).cast(TIMESTAMP)
@@ -226,7 +238,7 @@ def _by_user(known: Known, places: np.ndarray) -> pa.Table:
 
 @dataclass(frozen=True)
 class HistoriesJob:
-    """Histories of consecutive `days`, walked through in `shards` of users.
+    """Describes the histories of consecutive `days`, walked through in `shards` of users.
 
     `before` are `user_histories` and `recent_clicks` of the day before the first, empty where that
     day's clicks come from the log instead.
@@ -242,7 +254,10 @@ class HistoriesJob:
     staging: str
 
     def known(self, shard: int, chunks: Iterable[bytes]) -> Iterator[Known]:
-        """What is known on each day of the users of a shard; `chunks` are the clicks of the log."""
+        """Yields what is known of a shard's users on each day.
+
+        `chunks` are the clicks of the log.
+        """
         nothing = no_clicks(self.user_id, self.item_id)
         columns = ["user_id", "item_ids", "click_times"]
         before = (p.read_shard(shard, self.shards, "user_id", columns) for p in self.before)
@@ -251,7 +266,7 @@ class HistoriesJob:
 
 
 class ReadClicks(beam.DoFn):
-    """A row group of impressions → its clicks by shard of `key`."""
+    """Turns a row group of impressions into its clicks by shard of `key`."""
 
     def __init__(self, law: HistoryLaw, day_timezone: str, shards: int, staging: str, key: str):
         self._law = law
@@ -276,9 +291,10 @@ class ReadClicks(beam.DoFn):
 
 
 class AdvanceHistories(beam.DoFn):
-    """The clicks of a user shard → ((day, shard), (table, piece of its rows)) for every day.
+    """Turns the clicks of a user shard into pieces of the tables of every day.
 
-    `shards` are those of each day's tables, none more than the job's.
+    What comes out is ((day, shard), (table, piece of its rows)). `shards` are those of each day's
+    tables, none more than the job's.
     """
 
     def __init__(self, job: HistoriesJob, shards: Sequence[int]):
@@ -300,7 +316,7 @@ class AdvanceHistories(beam.DoFn):
 
 
 class WriteHistories(beam.DoFn):
-    """The pieces of a shard of a day → one part of `user_histories` and of `recent_clicks`."""
+    """Turns a day's pieces of a shard into a part of `user_histories` and of `recent_clicks`."""
 
     def __init__(self, job: HistoriesJob, shards: Sequence[int], stagings: Sequence[str]):
         self._job, self._shards, self._stagings = job, shards, stagings
@@ -330,7 +346,7 @@ def read_clicks(
     staging: str,
     key: str = "user_id",
 ) -> beam.PCollection:
-    """The clicks of all days of `log`, as (shard of their `key`, IPC bytes)."""
+    """Returns the clicks of all days of `log`, as (shard of their `key`, IPC bytes)."""
     read = ReadClicks(law, day_timezone, shards, staging, key)
     return (
         root
@@ -343,7 +359,7 @@ def read_clicks(
 def clicks_by_user(
     root: beam.Pipeline, log: Sequence[Source], job: HistoriesJob
 ) -> beam.PCollection:
-    """The clicks of `log` by the job's shards of users, every shard among them."""
+    """Returns the clicks of `log` by the job's shards of users, every shard among them."""
     clicks = read_clicks(root, log, job.law, job.day_timezone, job.shards, job.staging)
     return (clicks, every_shard(root, job.shards)) | "ClicksAndShards" >> beam.Flatten()
 
@@ -358,11 +374,10 @@ def define_histories(
     shards: Sequence[int],
     stagings: Sequence[str],
 ) -> None:
-    """Writes `user_histories` and `recent_clicks` of each day of `job`, in so many `shards`, below
-    the staging folder of that day.
+    """Writes `user_histories` and `recent_clicks` of each day of `job`.
 
-    `log` are the logs of the days, and of those before them where `job` has no tables of the day
-    before.
+    They are in so many `shards` a day, below the staging folder of that day. `log` are the logs of
+    the days, and of those before them where `job` has no tables of the day before.
     """
     pieces = (
         clicks_by_user(root, log, job)

@@ -1,4 +1,4 @@
-"""SIMSCORE: the cosine of each impression's item with each item that its user had clicked before.
+"""SIMSCORE takes the cosine of each impression's item with each item its user had clicked before.
 
 In: the impressions of one day or of several in a row; their histories, logged with them or made of
 clicks (see `histories`); `item_features` and `item_embeddings` of each day. Out, for each day:
@@ -64,7 +64,7 @@ BROADCAST, SHUFFLE = "broadcast", "shuffle"
 
 @dataclass(frozen=True)
 class SimscoreDay:
-    """One day of a job. `has_history` tells that its impressions come with theirs."""
+    """Describes one day of a job; `has_history` tells that its impressions come with theirs."""
 
     day: HistoryDay
     has_history: bool
@@ -78,7 +78,7 @@ class SimscoreDay:
 
     @property
     def no_rows(self) -> pa.Table:
-        """Impressions with histories, for a shard that has none."""
+        """Returns an empty table of impressions with histories, for a shard that has none."""
         made = {column.name for column in USER_SIMSCORES.columns} - set(IMPRESSION_COLUMNS)
         given = [(f.name, f.type) for f in self.schema if f.name not in made]
         history = ("history", pa.list_(self.schema.field("item_id").type))
@@ -87,7 +87,10 @@ class SimscoreDay:
 
 @dataclass(frozen=True)
 class SimscoreJob:
-    """All that the workers need to know. `histories` are None where all days have logged ones."""
+    """Holds all that the workers of SIMSCORE need to know.
+
+    `histories` are None where all days have logged ones.
+    """
 
     days: tuple[SimscoreDay, ...]
     histories: HistoriesJob | None
@@ -102,7 +105,7 @@ class SimscoreJob:
 def sim_scores(
     vectors: np.ndarray, impression: np.ndarray, histories: np.ndarray, history_of: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine of each impression with each item of its history: COURIER appendix §1 eq. 1.
+    """Takes the cosine of each impression with each item of its history: COURIER appendix §1 eq. 1.
 
     `vectors` float32 [v, 256] of unit rows; `impression` int64 [n] and `histories` int64 [h, L] are
     rows of it, -1 = none. `history_of` int64 [n], ascending, says which history an impression has:
@@ -124,8 +127,10 @@ def sim_scores(
 
 
 def _rows_with_one_history(history_of: np.ndarray) -> Iterator[np.ndarray]:
-    """The places of all rows, int64 [runs, r] for each length r that a run of equal neighbours has;
-    longer runs are cut."""
+    """Yields the places of all rows, by runs of neighbours that have one history.
+
+    They are int64 [runs, r] for each length r that a run has; longer runs are cut.
+    """
     place = np.arange(len(history_of))
     new = np.diff(history_of, prepend=-1) != 0
     new |= (place - np.maximum.accumulate(np.where(new, place, 0))) % _RUN_ROWS == 0
@@ -136,12 +141,12 @@ def _rows_with_one_history(history_of: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _gather(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """`vectors` at `rows` [a, b]; float32 [a, b, 256], those at -1 arbitrary."""
+    """Returns `vectors` at `rows` [a, b]; float32 [a, b, 256], those at -1 arbitrary."""
     return np.take(vectors, rows, axis=0, mode="clip")
 
 
 def simtier(scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Real scores per tier of width 0.1 over [-1, 1]; int32 [n, 20]. arXiv 2407.19467.
+    """Counts real scores per tier of width 0.1 over [-1, 1]; int32 [n, 20]. arXiv 2407.19467.
 
     Tier k holds -1 + k/10 <= score < -1 + (k+1)/10; a score of 1.0 falls into the last one.
     """
@@ -154,7 +159,7 @@ def simtier(scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def impression_ids(rows: pa.Table) -> pa.Array:
-    """A digest of user, item, time and the ordinal among equal rows: 32 hex digits each.
+    """Makes a digest of user, item, time and the ordinal among equal rows: 32 hex digits each.
 
     `rows` are sorted, so that equal ones are neighbours.
     """
@@ -184,9 +189,9 @@ def impression_ids(rows: pa.Table) -> pa.Array:
 
 
 def sort_impressions(rows: pa.Table) -> pa.Table:
-    """By user, time and item, then by all else that can be ordered: arrival does not decide.
+    """Sorts `rows` by user, time and item, then by all else that can be ordered.
 
-    Rows alike but for nested columns or half floats stay as they came.
+    So arrival does not decide. Rows alike but for nested columns or half floats stay as they came.
     """
     first = ["user_id", "event_time", "item_id"]
     rest = [f.name for f in rows.schema if f.name not in first and _can_be_ordered(f.type)]
@@ -200,7 +205,7 @@ def _can_be_ordered(kind: pa.DataType) -> bool:
 def score_impressions(
     rows: pa.Table, items: ItemVectors, length: int, history_item_ids: bool = True
 ) -> tuple[pa.Table, dict[str, int]]:
-    """`user_simscores` of a shard's impressions, artefact IDs aside, and what was counted.
+    """Returns `user_simscores` of a shard's impressions, artefact IDs aside, and what was counted.
 
     `rows` have a `history`, newest first, of which the first `length` places are scored; it becomes
     a column where `history_item_ids` are asked for. Sorted by impression_id.
@@ -226,8 +231,11 @@ def score_impressions(
 
 
 class _Coded(NamedTuple):
-    """Impressions as codes into distinct `item_ids`: `shown` int32 [n], `histories` int32 [h, L]
-    with -1 = none, and which of these each impression has, `history_of` int64 [n], ascending."""
+    """Holds impressions as codes into distinct `item_ids`.
+
+    These are `shown` int32 [n], `histories` int32 [h, L] with -1 = none, and which of these each
+    impression has, `history_of` int64 [n], ascending.
+    """
 
     item_ids: pa.Array
     shown: np.ndarray
@@ -249,7 +257,7 @@ def _coded(rows: pa.Table, length: int) -> _Coded:
 
 
 def _score(vectors: np.ndarray, found: FoundItems, coded: _Coded) -> dict[str, np.ndarray]:
-    """The columns that are made of scores, [n, ...] each, block by block."""
+    """Returns the columns that are made of scores, [n, ...] each, block by block."""
     vector, cluster = np.append(found.vector, -1), np.append(found.cluster, 0)  # at -1: none
     blocks = []
     for at in range(0, max(1, len(coded.shown)), _BLOCK_ROWS):
@@ -277,7 +285,7 @@ def _score(vectors: np.ndarray, found: FoundItems, coded: _Coded) -> dict[str, n
 
 
 def _column(values: np.ndarray) -> pa.Array:
-    """A column of numbers [n], or of lists of numbers [n, m]."""
+    """Returns a column of numbers [n], or of lists of numbers [n, m]."""
     kind = pa.from_numpy_dtype(values.dtype)
     return arrays.list_column(values, pa.list_(kind)) if values.ndim == 2 else pa.array(values)
 
@@ -302,8 +310,10 @@ def _count(
 
 
 def read_impressions(group: RowGroup, end_us: int, history_len: int) -> pa.Table:
-    """The impressions of a row group, with no more of a logged history than counts; raises
-    DataContractError for one after its day's end, or for a history with a null inside."""
+    """Reads the impressions of a row group, with no more of a logged history than counts.
+
+    Raises DataContractError for one after its day's end, or for a history with a null inside.
+    """
     rows = read_rows(group, [*IMPRESSION_COLUMNS, *_READ_TOO], group.form.carry)
     check_day(group, rows, end_us)
     if "history" not in rows.column_names:
@@ -321,8 +331,10 @@ def read_impressions(group: RowGroup, end_us: int, history_len: int) -> pa.Table
 
 
 class ReadImpressions(beam.DoFn):
-    """A row group of impressions → pieces of its rows: ((day, shard), piece), or where they get
-    their histories first (user shard, (day, piece)) as `by_user`."""
+    """Turns a row group of impressions into pieces of its rows: ((day, shard), piece).
+
+    Where they get their histories first, it is (user shard, (day, piece)) as `by_user`.
+    """
 
     def __init__(self, job: SimscoreJob):
         self._job, self.staging = job, job.staging
@@ -344,13 +356,16 @@ class ReadImpressions(beam.DoFn):
 
 
 def _pieces(job: SimscoreJob, *name: object) -> str:
-    """Where pieces go; what follows in the name is up to `write_pieces`."""
+    """Returns where pieces go; what follows in the name is up to `write_pieces`."""
     return os.path.join(job.staging, "pieces", "-".join(map(str, name)))
 
 
 class AddHistories(beam.DoFn):
-    """The impressions and the clicks of a user shard → ((day, shard), piece) of the impressions
-    with their histories."""
+    """Gives the impressions of a user shard the histories that its clicks make.
+
+    The impressions and the clicks come in; ((day, shard), piece) of the impressions with their
+    histories goes out.
+    """
 
     def __init__(self, job: SimscoreJob, histories: HistoriesJob):
         self._job, self._histories = job, histories
@@ -379,7 +394,10 @@ class AddHistories(beam.DoFn):
 
 
 class AskForItems(beam.DoFn):
-    """The pieces of a shard of a day → ((day, item shard), (shard, IPC bytes of the item IDs))."""
+    """Turns the pieces of a shard of a day into what it asks of the item shards.
+
+    What comes out is ((day, item shard), (shard, IPC bytes of the item IDs)).
+    """
 
     def __init__(self, job: SimscoreJob):
         self._job, self.staging = job, job.staging
@@ -398,8 +416,10 @@ class AskForItems(beam.DoFn):
 
 
 class AnswerForItems(beam.DoFn):
-    """What the shards of a day ask of an item shard → ((day, shard), the bytes of question and
-    answer, the answer as IPC bytes)."""
+    """Answers what the shards of a day ask of an item shard.
+
+    What comes out is ((day, shard), (the bytes of question and answer, the answer as IPC bytes)).
+    """
 
     def __init__(self, job: SimscoreJob):
         self._job, self.staging = job, job.staging
@@ -417,7 +437,10 @@ class AnswerForItems(beam.DoFn):
 
 
 class ScoreShard(beam.DoFn):
-    """The impressions of a shard of a day, with their histories → one part of `user_simscores`."""
+    """Turns the impressions of a shard of a day into one part of `user_simscores`.
+
+    They come with their histories.
+    """
 
     _opened = Shared()  # one mapping per worker process
 
@@ -452,7 +475,7 @@ class ScoreShard(beam.DoFn):
         return self._opened.acquire(lambda: open_item_vectors(day.items, key), tag=key)
 
     def _count_late(self, day: SimscoreDay, rows: pa.Table) -> dict[str, int]:
-        """How many impressions came too late for a history."""
+        """Counts the impressions that came too late for a history."""
         histories = self._job.histories
         if day.has_history or histories is None:
             return {}
@@ -473,10 +496,10 @@ class ScoreShard(beam.DoFn):
 def define_simscore(
     root: beam.Pipeline, impressions: Sequence[Source], log: Sequence[Source], job: SimscoreJob
 ) -> None:
-    """Writes `user_simscores` of each day of `job` below the staging folder of that day, one part
-    per user shard.
+    """Writes `user_simscores` of each day of `job` below the staging folder of that day.
 
-    `impressions` are those of the days, and `log` where histories come from; see `histories`.
+    There is one part per user shard. `impressions` are those of the days, and `log` where histories
+    come from; see `histories`.
     """
     read = (
         root

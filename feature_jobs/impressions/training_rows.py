@@ -1,4 +1,4 @@
-"""TRAINING-ROWS: what a user was shown at one moment, and what the user had clicked before it.
+"""TRAINING-ROWS tells what a user was shown at one moment, and what the user had clicked before.
 
 In: the impressions of ds, the clicks of `window_days`, and, where the scope is a set of categories,
 the catalogue of the same days. Out: `training_rows`, from which an encoder is trained.
@@ -42,8 +42,11 @@ from feature_jobs.store.every_shard import every_shard
 
 @dataclass(frozen=True)
 class TrainingRowsJob:
-    """All that the workers need to know. `end_us` is the first moment after ds, `gap_us` what
-    parts two requests without request_id, and `categories` the scope, None for everything."""
+    """Holds all that the workers of TRAINING-ROWS need to know.
+
+    `end_us` is the first moment after ds, `gap_us` what parts two requests without request_id, and
+    `categories` the scope, None for everything.
+    """
 
     law: HistoryLaw
     gap_us: int
@@ -56,7 +59,7 @@ class TrainingRowsJob:
 
     @property
     def no_rows(self) -> pa.Table:
-        """Of impressions, for a shard that has none."""
+        """Returns an empty table of impressions, for a shard that has none."""
         item_id = self.schema.field("pv_item_ids").type.value_type
         kinds = (self.schema.field("user_id").type, item_id, TIMESTAMP, pa.bool_())
         return pa.schema(list(zip(IMPRESSION_COLUMNS, kinds, strict=True))).empty_table()
@@ -70,22 +73,23 @@ class TrainingRowsJob:
 
 
 def starts_of(*columns: np.ndarray) -> np.ndarray:
-    """Where a run of equal rows begins in sorted columns [n]; int64 [runs]."""
+    """Returns where each run of equal rows begins in sorted columns [n]; int64 [runs]."""
     new = np.ones(len(columns[0]), bool)
     new[1:] = np.any([np.diff(column) != 0 for column in columns], axis=0)
     return np.flatnonzero(new)
 
 
 def runs_of(starts: np.ndarray, n: int) -> np.ndarray:
-    """The number of the run that each of `n` rows belongs to; int64 [n]."""
+    """Returns the number of the run that each of `n` rows belongs to; int64 [n]."""
     return np.repeat(np.arange(len(starts)), np.diff(starts, append=n))
 
 
 @dataclass(frozen=True)
 class Requests:
-    """Requests in the order of their users; [r] each. `given` are codes of a request_id, -1 = none.
+    """Holds requests in the order of their users, [r] each.
 
-    `of_row` int64 [n] is the request of each impression.
+    `given` are codes of a request_id, -1 = none. `of_row` int64 [n] is the request of each
+    impression.
     """
 
     users: np.ndarray
@@ -95,9 +99,10 @@ class Requests:
 
 
 def find_requests(users: np.ndarray, given: np.ndarray, times: np.ndarray, gap_us: int) -> Requests:
-    """The requests of the impressions [n]: equal `given`, or no gap above `gap_us` where it is -1.
+    """Finds the requests of the impressions [n], by `given` or by gaps in time.
 
-    The moment of a request is that of its first impression.
+    A request has equal `given`, or no gap above `gap_us` where that is -1. Its moment is that of
+    its first impression.
     """
     order = np.lexsort((times, given, users))
     users, given, times = users[order], given[order], times[order]
@@ -109,7 +114,7 @@ def find_requests(users: np.ndarray, given: np.ndarray, times: np.ndarray, gap_u
 
 
 def given_requests(rows: pa.Table, kind: pa.DataType) -> tuple[pa.Array, np.ndarray]:
-    """The distinct request_id of `rows`, and each row's as a code into them, -1 = none."""
+    """Returns the distinct request_id of `rows`, and each row's as a code into them, -1 = none."""
     if "request_id" not in rows.column_names:
         return pa.array([], kind), np.full(len(rows), -1)
     distinct = pc.unique(rows["request_id"]).drop_null()
@@ -118,7 +123,7 @@ def given_requests(rows: pa.Table, kind: pa.DataType) -> tuple[pa.Array, np.ndar
 
 
 def name_requests(requests: Requests, given: pa.Array) -> pa.Array:
-    """The request_id of each request: the one given, else its moment in microseconds."""
+    """Returns the request_id of each request: the one given, else its moment in microseconds."""
     known = given.take(pa.array(requests.given, mask=requests.given < 0))
     return pc.coalesce(known, pa.array(requests.moments).cast(given.type))
 
@@ -128,7 +133,10 @@ def name_requests(requests: Requests, given: pa.Array) -> pa.Array:
 
 @dataclass(frozen=True)
 class PageViews:
-    """Items shown in requests, each once per request; [m] each, `requests` and `items` as codes."""
+    """Holds items shown in requests, once per request; [m] each.
+
+    `requests` and `items` are codes.
+    """
 
     requests: np.ndarray
     items: np.ndarray
@@ -141,8 +149,10 @@ class PageViews:
 def label_items(
     requests: np.ndarray, items: np.ndarray, clicked: np.ndarray, too_late: np.ndarray
 ) -> tuple[PageViews, int]:
-    """Impressions [n] → page views, and how many were left out, since `too_late` was all their
-    clicking. Sorted by request and item."""
+    """Turns impressions [n] into page views, sorted by request and item.
+
+    Returns also how many were left out, since `too_late` was all their clicking.
+    """
     order = np.lexsort((items, requests))
     shown = PageViews(requests, items, clicked).take(order)
     starts = starts_of(shown.requests, shown.items)
@@ -153,7 +163,7 @@ def label_items(
 
 
 def cut_requests(shown: PageViews, hashes: np.ndarray) -> tuple[PageViews, np.ndarray]:
-    """The page views that stay, row by row, and the chunk of their request; int64 [k].
+    """Returns the page views that stay, row by row, and the chunk of their request; int64 [k].
 
     Clicked ones first, by item; then unclicked ones by `hashes` uint64 [m], as many as fill the
     ceil(clicked / 5) chunks of the request, and one chunk where none is clicked.
@@ -170,7 +180,7 @@ def cut_requests(shown: PageViews, hashes: np.ndarray) -> tuple[PageViews, np.nd
 
 
 def sample_hashes(users: np.ndarray, requests: np.ndarray, items: np.ndarray) -> np.ndarray:
-    """One hash for three, uint64 [m]: what orders the unclicked page views of a request."""
+    """Makes one hash of three, uint64 [m]: what orders the unclicked page views of a request."""
     key = np.stack([users, requests, items], axis=1).astype("<u8")
     return hashing.hash_rows(key.view(np.uint8).reshape(len(users), 24))
 
@@ -181,7 +191,7 @@ def sample_hashes(users: np.ndarray, requests: np.ndarray, items: np.ndarray) ->
 def training_rows(
     rows: pa.Table, clicks: pa.Table, job: TrainingRowsJob
 ) -> tuple[pa.Table, dict[str, int]]:
-    """`training_rows` of a shard's impressions, all of them in scope, and what was counted.
+    """Returns `training_rows` of a shard's impressions, all of them in scope, and what was counted.
 
     `clicks` (user_id, item_id, click_time) hold all clicks in scope of the users of `rows`.
     """
@@ -231,8 +241,11 @@ def training_rows(
 
 
 def are_in_scope(item_ids: pa.ChunkedArray, catalogues: pa.Table) -> np.ndarray:
-    """Which items are in scope, bool [n]: what the newest row of `catalogues` (item_id, day,
-    in_scope) says of each, and false for an item without a row."""
+    """Tells which items are in scope, bool [n].
+
+    It is what the newest row of `catalogues` (item_id, day, in_scope) says of each, and false for
+    an item without a row.
+    """
     distinct, (asked, listed) = codes_of([item_ids, catalogues["item_id"]])
     inside = catalogues["in_scope"].to_numpy()
     order = np.lexsort((inside, catalogues["day"].to_numpy(), listed))
@@ -246,7 +259,7 @@ def are_in_scope(item_ids: pa.ChunkedArray, catalogues: pa.Table) -> np.ndarray:
 
 
 class ReadImpressions(beam.DoFn):
-    """A row group of the impressions of ds → its rows by shard of `key`."""
+    """Turns a row group of the impressions of ds into its rows by shard of `key`."""
 
     def __init__(self, job: TrainingRowsJob, key: str):
         self._job, self.staging = job, job.staging
@@ -260,7 +273,7 @@ class ReadImpressions(beam.DoFn):
 
 
 class ReadCatalogue(beam.DoFn):
-    """A row group of a catalogue → its items (item_id, day, in_scope) by item shard."""
+    """Turns a row group of a catalogue into its items (item_id, day, in_scope) by item shard."""
 
     def __init__(self, job: TrainingRowsJob):
         self._job, self.staging = job, job.staging
@@ -275,10 +288,11 @@ class ReadCatalogue(beam.DoFn):
 
 
 class KeepInScope(beam.DoFn):
-    """The impressions, clicks and catalogue rows of an item shard → what is in scope by user shard,
-    and under `out_of_scope` the number of impressions that are not.
+    """Keeps what is in scope of the impressions and clicks of an item shard.
 
-    That number goes to the user shard of the same number, since it is only ever added up.
+    Impressions, clicks and catalogue rows come in; what is in scope goes out by user shard, and
+    under `out_of_scope` the number of impressions that are not. That number goes to the user shard
+    of the same number, since it is only ever added up.
     """
 
     def __init__(self, job: TrainingRowsJob):
@@ -301,7 +315,7 @@ class KeepInScope(beam.DoFn):
 
 
 class WriteTrainingRows(beam.DoFn):
-    """The impressions and the clicks of a user shard → one part of `training_rows`."""
+    """Turns the impressions and the clicks of a user shard into one part of `training_rows`."""
 
     def __init__(self, job: TrainingRowsJob):
         self._job, self.staging = job, job.staging
@@ -325,7 +339,7 @@ def keep_in_scope(
     catalogues: Sequence[Source],
     job: TrainingRowsJob,
 ) -> dict[str, beam.PCollection]:
-    """What of `impressions` and `clicks` by item shard is in scope, by user shard."""
+    """Returns what of `impressions` and `clicks` by item shard is in scope, by user shard."""
     items = (
         root
         | "CatalogueGroups" >> beam.Create([group for day in catalogues for group in day.groups()])

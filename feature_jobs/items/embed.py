@@ -1,4 +1,4 @@
-"""EMBED: one embedding, or one reject, for every item of the catalogue.
+"""EMBED makes one embedding, or one reject, for every item of the catalogue.
 
 In: the catalogue of ds, the images, an encoder package, and the previous partition of our own
 tables. Out: `item_embeddings` and `item_rejects`.
@@ -46,11 +46,12 @@ _SECONDS = ("io_seconds", "decode_seconds", "forward_seconds")
 
 @dataclass(frozen=True)
 class EmbedJob:
-    """All that the workers need to know. `previous_*` is the latest partition before ds, if any.
+    """Holds all that the workers of EMBED need to know.
 
-    `reuse` says whether the previous embeddings are those that would be made now, `same_roots`
-    whether an address meant the same file then, `full` that all images are to be embedded again.
-    `chunks` is the folder of chunk files, which other runs with the same encoder share.
+    `previous_*` is the latest partition before ds, if any. `reuse` says whether the previous
+    embeddings are those that would be made now, `same_roots` whether an address meant the same file
+    then, `full` that all images are to be embedded again. `chunks` is the folder of chunk files,
+    which other runs with the same encoder share.
     """
 
     ds: dt.date
@@ -83,14 +84,14 @@ class EmbedJob:
         )
 
     def previous_embeddings_of(self, shard: int, without: Sequence[str] = ()) -> pa.Table:
-        """The previous embeddings of a shard's hash range; empty where there were none."""
+        """Returns the previous embeddings of a shard's hash range; empty where there were none."""
         columns = [name for name in self.embeddings_schema.names if name not in without]
         return _shard_of(
             self.previous_embeddings, self.embeddings_schema, shard, self.shards, columns
         )
 
     def previous_rejects_of(self, shard: int) -> pa.Table:
-        """The previous rejects of a shard's hash range."""
+        """Returns the previous rejects of a shard's hash range; empty where there were none."""
         names = self.rejects_schema.names
         return _shard_of(self.previous_rejects, self.rejects_schema, shard, self.shards, names)
 
@@ -114,7 +115,7 @@ def _shard_of(
 
 
 def still_valid(results: pa.Table, images: pa.Table) -> pa.Table:
-    """The rows of `results`, of an earlier run, that `embed_images` would make of `images` again.
+    """Returns the `results` of an earlier run that `embed_images` would make of `images` again.
 
     Item, address and version are unchanged. A row without an embedding, since its bytes were known,
     counts only while those bytes are still the known ones. Rejects never count: they are tried
@@ -129,7 +130,7 @@ def still_valid(results: pa.Table, images: pa.Table) -> pa.Table:
 
 
 def assemble_embeddings(plan: pa.Table, previous: pa.Table, results: pa.Table) -> pa.Table:
-    """`item_embeddings` of a shard: planned items with an embedding, old or new.
+    """Makes `item_embeddings` of a shard: planned items with an embedding, old or new.
 
     `plan` has the columns of `embed_plan.plan`; `results` those of `embed_images`, one row for each
     item to read.
@@ -154,7 +155,7 @@ def assemble_embeddings(plan: pa.Table, previous: pa.Table, results: pa.Table) -
 def assemble_rejects(
     plan: pa.Table, previous: pa.Table, results: pa.Table, ds: dt.date
 ) -> pa.Table:
-    """`item_rejects` of a shard: the catalogue items without an embedding, with their past.
+    """Makes `item_rejects` of a shard: the catalogue items without an embedding, with their past.
 
     An item that was not tried stays as it was in `previous`.
     """
@@ -180,7 +181,7 @@ def assemble_rejects(
 def count_shard(
     plan: pa.Table, results: pa.Table, embeddings: pa.Table, rejects: pa.Table
 ) -> dict[str, int]:
-    """What became of the items of a shard."""
+    """Counts what became of the items of a shard."""
     state = {s["values"].as_py(): s["counts"].as_py() for s in pc.value_counts(plan["state"])}
     embedded = pc.sum(results["is_embedded"]).as_py() or 0
     valid = results["reason"].null_count
@@ -202,7 +203,7 @@ def _rejected(reasons: pa.ChunkedArray) -> dict[str, int]:
 
 
 def work_of(results: pa.Table) -> dict[str, float]:
-    """What the results of a shard cost, and on which devices they were made."""
+    """Tells what the results of a shard cost, and on which devices they were made."""
     embedded = results.filter(results["is_embedded"])
     devices = pc.value_counts(embedded["device"])
     return {
@@ -216,7 +217,7 @@ def work_of(results: pa.Table) -> dict[str, float]:
 
 
 class ReadCatalogue(beam.DoFn):
-    """A row group of the catalogue → its rows by item shard."""
+    """Turns a row group of the catalogue into its rows by item shard."""
 
     def __init__(self, job: EmbedJob):
         self._job, self.staging = job, job.staging
@@ -230,7 +231,10 @@ class ReadCatalogue(beam.DoFn):
 
 
 class PlanShard(beam.DoFn):
-    """All catalogue rows of a shard → its plan, as a file, and the images to read, by size."""
+    """Turns the catalogue rows of a shard into its plan and the images to read.
+
+    The plan is a file; the images go by size.
+    """
 
     def __init__(self, job: EmbedJob):
         self._job, self.staging = job, job.staging
@@ -264,7 +268,7 @@ class PlanShard(beam.DoFn):
 
 
 class CutBucket(beam.DoFn):
-    """The images of a bucket → what is left to do of them, in chunks.
+    """Turns the images of a bucket into chunks of what is left to do of them.
 
     What an earlier run did of them goes to the item shards, as output `kept`.
     """
@@ -290,7 +294,7 @@ class CutBucket(beam.DoFn):
             yield bucket, piece
 
     def _kept(self, bucket: int, images: pa.Table) -> pa.Table | None:
-        """What earlier runs made of `images` and still holds, each item once; None for nothing."""
+        """Returns what earlier runs made of `images` and still holds, each item once, or None."""
         paths = files.find(os.path.join(self._job.chunks, f"{bucket:05d}-*.arrow"))
         if not paths:
             return None
@@ -301,7 +305,7 @@ class CutBucket(beam.DoFn):
 
 
 class EmbedChunk(ModelHandler[tuple[int, Piece], tuple[int, Piece], Embedder]):
-    """A chunk of images → what became of each, for the item shards.
+    """Turns a chunk of images into what became of each, for the item shards.
 
     Elements are whole chunks, whose images become batches of one shape here: as elements of their
     own they would cost more than their embedding. The encoder is there once in a process, on a GPU
@@ -352,7 +356,7 @@ class EmbedChunk(ModelHandler[tuple[int, Piece], tuple[int, Piece], Embedder]):
 
 
 class AssembleShard(beam.DoFn):
-    """The results of a shard → its parts of `item_embeddings` and `item_rejects`."""
+    """Turns the results of a shard into its parts of `item_embeddings` and `item_rejects`."""
 
     def __init__(self, job: EmbedJob):
         self._job, self.staging = job, job.staging
@@ -377,7 +381,7 @@ class AssembleShard(beam.DoFn):
         )  # fmt: skip
 
     def _no_results(self) -> pa.Table:
-        """As `EmbedChunk` writes them."""
+        """Returns an empty table of results, as `EmbedChunk` writes them."""
         schema = self._job.embeddings_schema
         added = [pa.field(name, schema.field(name).type) for name in VERSION_COLUMNS]
         found = [*results_schema(schema.field("item_id").type), pa.field("device", pa.string())]

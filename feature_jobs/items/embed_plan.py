@@ -1,4 +1,4 @@
-"""EMBED's plan: which items of a shard are as they were, and which images must be read.
+"""Plans EMBED: which items of a shard are as they were, and which images must be read.
 
 Whether an image may have changed is asked of the store (generation, or size and time), which reads
 nothing. A reject is tried again on its `next_ds`, at once under another address.
@@ -34,7 +34,10 @@ _LARGEST_GROUP = 65_536
 def former_items(
     previous: pa.Table, catalogue_ids: pa.ChunkedArray, ds: dt.date, window_days: int
 ) -> pa.Table:
-    """Rows of `previous` that left the catalogue within `window_days`, dated when they left."""
+    """Returns the rows of `previous` that left the catalogue within `window_days`.
+
+    They are dated when they left.
+    """
     gone = pc.invert(pc.is_in(previous["item_id"], value_set=catalogue_ids.combine_chunks()))
     rows = previous.filter(gone)
     left = pc.fill_null(rows["left_catalogue_ds"], pa.scalar(ds, pa.date32()))
@@ -46,7 +49,7 @@ def former_items(
 def items_of_shard(
     catalogue: pa.Table, previous: pa.Table, ds: dt.date, window_days: int
 ) -> pa.Table:
-    """The items of a shard: its catalogue rows, then kept former items.
+    """Returns the items of a shard: its catalogue rows, then kept former items.
 
     Columns of the catalogue, `in_catalogue`, `left_catalogue_ds` and `previous_row`, the item's row
     in `previous` (null without one). Raises DataContractError for a duplicate item.
@@ -68,7 +71,7 @@ def items_of_shard(
 
 
 def row_of(items: pa.Table, rows: pa.Table) -> pa.ChunkedArray:
-    """Where each item stands in `rows`, null for one that does not."""
+    """Tells where each item stands in `rows`, null for one that does not."""
     return pc.index_in(items["item_id"], value_set=rows["item_id"].combine_chunks())
 
 
@@ -81,7 +84,7 @@ def plan(
     reuse: bool,
     same_roots: bool,
 ) -> pa.Table:
-    """`items` with their `state`, the versions of their images, and why there is none.
+    """Returns `items` with their `state`, the versions of their images, and why there is none.
 
     `previous` and `rejects` are the shard's rows of the latest partitions before ds. `reuse` says
     whether the embeddings there are those that would be made now, `same_roots` whether addresses
@@ -106,7 +109,10 @@ def plan(
 
 
 def is_waiting(items: pa.Table, rejects: pa.Table, ds: dt.date) -> np.ndarray:
-    """Which items were rejected and are not to be tried on ds: same address, later `next_ds`."""
+    """Tells which items were rejected and are not to be tried on ds.
+
+    Their address is the same, and their `next_ds` later.
+    """
     before = rejects.select(["image_uri", "next_ds"]).take(row_of(items, rejects))
     addresses = (pc.fill_null(rows["image_uri"], "") for rows in (before, items))
     same = pc.equal(*addresses)
@@ -115,13 +121,13 @@ def is_waiting(items: pa.Table, rejects: pa.Table, ds: dt.date) -> np.ndarray:
 
 
 def next_ds(ds: dt.date, attempts: np.ndarray) -> np.ndarray:
-    """The day to try again after so many: 1, 2, 4, … days later; `attempts` int [n] from 1."""
+    """Returns the day to try again: 1, 2, 4, … days later, by `attempts` int [n] from 1."""
     days = np.minimum(1 << np.minimum(attempts - 1, 8), _LONGEST_WAIT)  # a larger shift overflows
     return np.datetime64(ds, "D") + days.astype("timedelta64[D]")
 
 
 def is_unchanged(items: pa.Table, images: pa.Table, previous: pa.Table) -> np.ndarray:
-    """Which items' images have the address and the version that they had; bool [n]."""
+    """Tells which items' images have the address and the version that they had; bool [n]."""
     before = previous.select(["image_uri", *VERSION_COLUMNS]).take(items["previous_row"])
     same = pc.fill_null(pc.equal(before["image_uri"], items["image_uri"]), False).to_numpy()
     same = same & pc.is_valid(images["image_size"]).to_numpy()
@@ -129,7 +135,7 @@ def is_unchanged(items: pa.Table, images: pa.Table, previous: pa.Table) -> np.nd
 
 
 def same_version(some: pa.Table, others: pa.Table) -> np.ndarray:
-    """Which rows have equal VERSION_COLUMNS, a null being equal to a null; bool [n]."""
+    """Tells which rows have equal VERSION_COLUMNS, a null being equal to a null; bool [n]."""
     same = np.ones(len(some), bool)
     for name in VERSION_COLUMNS:
         one, two = (t[name].cast(pa.int64()).fill_null(-1).to_numpy() for t in (some, others))
@@ -145,7 +151,7 @@ def _find(uris: Sequence[str | None], roots: Sequence[str]) -> list[FileInfo | R
 
 
 def _as_table(found: Sequence[FileInfo | Rejected], rows: np.ndarray, size: int) -> pa.Table:
-    """What was found of `rows` of `size`; null for all others."""
+    """Returns what was found of `rows` as a table of `size` rows; null for all others."""
     columns = {
         "image_generation": ("generation", pa.int64()),
         "image_size": ("size", pa.int64()),
@@ -171,7 +177,7 @@ def _as_table(found: Sequence[FileInfo | Rejected], rows: np.ndarray, size: int)
 
 
 def images_to_read(planned: pa.Table, previous: pa.Table, shard: int, reuse: bool) -> pa.Table:
-    """The rows that `embed_images` takes, with the shard to which they return."""
+    """Returns the rows that `embed_images` takes, with the shard to which they return."""
     planned = planned.filter(pc.equal(planned["state"], TO_READ))
     rows = planned.select(["item_id", "image_uri", *VERSION_COLUMNS])
     known = previous["image_sha256"].take(planned["previous_row"])
@@ -181,12 +187,15 @@ def images_to_read(planned: pa.Table, previous: pa.Table, shard: int, reuse: boo
 
 
 def bucket_of(images: pa.Table, buckets: int) -> np.ndarray:
-    """The bucket of each image, by its size: images of the same bytes meet in one; int [n]."""
+    """Returns the bucket of each image, by its size; int [n].
+
+    Images of the same bytes meet in one.
+    """
     return hashing.shard_of(hashing.hash_ids(images["image_size"]), buckets)
 
 
 def cut(images: pa.Table, chunk_items: int) -> tuple[pa.Table, np.ndarray]:
-    """A bucket's images in an order of their own, and the number of each one's chunk, int [n].
+    """Returns a bucket's images in an order of their own, and the chunk number of each, int [n].
 
     Images of one size, among which are all of the same bytes, are not cut apart, so that a chunk
     may have more than `chunk_items`; but for each further 65,536 of them, so that no chunk becomes

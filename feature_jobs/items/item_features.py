@@ -1,4 +1,4 @@
-"""ITEM-FEATURES: the cluster IDs and the flags of every item, as the CTR model reads them.
+"""ITEM-FEATURES gives every item the cluster IDs and the flags that the CTR model reads.
 
 In: `item_embeddings` and `item_rejects` of ds, a codebook of the same encoder, `item_features` of
 the day before. Out: `item_features`, one row for every catalogue item and every kept former item;
@@ -32,10 +32,10 @@ _NAMED = 5  # clusters that most items left, by name
 
 @dataclass(frozen=True)
 class FeaturesJob:
-    """All that the workers need to know; one part is made for each part of `embeddings`.
+    """Holds all that the workers of ITEM-FEATURES need to know.
 
-    `previous` are the features of the day before, None for none. Where they are
-    `of_another_lineage`, every number has changed its meaning.
+    One part is made for each part of `embeddings`. `previous` are the features of the day before,
+    None for none. Where they are `of_another_lineage`, every number has changed its meaning.
     """
 
     embeddings: partitions.Partition
@@ -62,9 +62,9 @@ def features_of(
     categories: tuple[str, ...] | None,
     second: bool = False,
 ) -> pa.Table:
-    """`item_features`, the Vector form included, from `item_embeddings` and `item_rejects` rows;
-    with the `second` distances.
+    """Makes `item_features` of rows of `item_embeddings` and `item_rejects`.
 
+    The Vector form is included, with `second` also the distances to the second-nearest centres.
     Raises DataContractError for an embedding that is no unit vector.
     """
     category = pa.chunked_array(
@@ -95,7 +95,7 @@ def features_of(
 def _assigned(
     points: np.ndarray, rows: np.ndarray, n: int, search: CodebookSearch, second: bool
 ) -> dict[str, np.ndarray]:
-    """Cluster IDs of all resolutions, [n] each, and the distances of the main one."""
+    """Returns the cluster IDs of all resolutions, [n] each, and the distances of the main one."""
     columns = {}
     for label in search.codebook.info.labels:
         main = label == MAIN
@@ -110,14 +110,14 @@ def _assigned(
 
 
 def _spread(values: np.ndarray, rows: np.ndarray, n: int) -> np.ndarray:
-    """`values` at `rows` of n, zeros elsewhere."""
+    """Puts `values` at `rows` of n, and zeros elsewhere."""
     out = np.zeros((n, *values.shape[1:]), values.dtype)
     out[rows] = values
     return out
 
 
 def count_features(rows: pa.Table) -> dict[str, int]:
-    """What the receipt of a part tells of its rows of `item_features`."""
+    """Counts what the receipt of a part tells of its rows of `item_features`."""
     cluster = rows["cluster_id"].to_numpy()
     return {
         "items": len(rows),
@@ -129,8 +129,11 @@ def count_features(rows: pa.Table) -> dict[str, int]:
 def count_clusters(
     rows: pa.Table, previous: pa.Table | None, labels: Sequence[str], of_another_lineage: bool
 ) -> pa.Table:
-    """For each number of each resolution: the items that have it, those that had it the day before
-    and have some number now, and those of them that have another one now."""
+    """Counts the items of each number of each resolution, and those that have moved to another.
+
+    These are the items that have the number; those that had it the day before and have some number
+    now; and those of them that have another one now.
+    """
     parts = []
     for label in labels:
         column = cluster_column(label)
@@ -154,15 +157,17 @@ def count_clusters(
 
 
 def _bincount(numbers: np.ndarray) -> np.ndarray:
-    """How often each number occurs; 0 = none does not count."""
+    """Counts how often each number occurs; 0 = none does not count."""
     counts = np.bincount(numbers, minlength=1)
     counts[0] = 0
     return counts
 
 
 def summarise_clusters(counts: pa.Table, codebook: CodebookInfo) -> dict[str, dict[str, Any]]:
-    """By resolution: the health of its clusters, how many items moved since the day before, and
-    the clusters that most of them left."""
+    """Tells, by resolution, the health of the clusters and how many items moved.
+
+    They moved since the day before; the clusters that most of them left are named.
+    """
     total = counts.group_by(["label", "cluster_id"]).aggregate([(n, "sum") for n in _COUNTS])
     found = {}
     for label in codebook.labels:
@@ -189,7 +194,7 @@ def summarise_clusters(counts: pa.Table, codebook: CodebookInfo) -> dict[str, di
 
 
 class AssignShard(beam.DoFn):
-    """A shard number → one part of `item_features`, and its counts of clusters."""
+    """Turns a shard number into one part of `item_features`, and its counts of clusters."""
 
     _loaded = Shared()
 
@@ -221,7 +226,7 @@ class AssignShard(beam.DoFn):
         )
 
     def _compared_columns(self, labels: Sequence[str]) -> list[str]:
-        """Those that the day before has too."""
+        """Returns the columns to compare: those that the day before has too."""
         mine = map(cluster_column, labels)
         return ["item_id", *(column for column in mine if column in self._there)]
 
@@ -244,7 +249,7 @@ def _counts_path(staging: str, shard: int) -> str:
 
 
 def read_clusters(staging: str, shards: int, codebook_folder: str) -> Mapping[str, dict[str, Any]]:
-    """What `summarise_clusters` makes of all shards' counts."""
+    """Returns what `summarise_clusters` makes of all shards' counts."""
     counts = pa.concat_tables(
         partitions.read_parquet(_counts_path(staging, n)) for n in range(shards)
     )

@@ -1,4 +1,8 @@
-"""What SIMSCORE knows of items: cluster IDs and vectors, found by item ID.
+"""Finds what SIMSCORE knows of items, cluster IDs and vectors, by item ID.
+
+It is read from `item_features` and `item_embeddings` shard by shard, and then there is either all
+of it on each worker machine, as memory-mapped files that its processes share (`broadcast`), or for
+each shard of impressions what it asked the item shards for (`shuffle`). Both are `ItemVectors`.
 
 Read from `item_features` and `item_embeddings` shard by shard, and then either all of it on each
 worker machine, as memory-mapped files that its processes share (`broadcast`), or for each shard of
@@ -24,8 +28,11 @@ _ITEM_BYTES = 4 * EMBEDDING_DIM + 64  # of the machine's copy, with the item's I
 
 @dataclass(frozen=True)
 class ItemTables:
-    """What is known of the items on one day. `previous_features` are those of the day before, None
-    for none, whose cluster IDs may be `of_another_lineage`."""
+    """Holds the tables that tell what is known of the items on one day.
+
+    `previous_features` are those of the day before, None for none, whose cluster IDs may be
+    `of_another_lineage`.
+    """
 
     features: partitions.Partition
     embeddings: partitions.Partition
@@ -42,7 +49,7 @@ class ItemTables:
 
 @dataclass(frozen=True)
 class ItemVectors:
-    """What is known of items, ordered by the ID's hash; of all of them memory-mapped.
+    """Holds what is known of items, ordered by the ID's hash; of all of them memory-mapped.
 
     `item_ids` are int64 or large strings. `starts` int64 [2^b + 1] say where the hashes with each
     of the leading b bits begin.
@@ -69,7 +76,7 @@ class ItemVectors:
         return FoundItems(known, vector, cluster, old_cluster)
 
     def find(self, ids: pa.Array) -> np.ndarray:
-        """The row of each item ID, -1 for an unknown item; int64 [m]."""
+        """Returns the row of each item ID, -1 for an unknown item; int64 [m]."""
         wanted = hashing.hash_ids(ids)
         bucket = hashing.shard_of(wanted, len(self.starts) - 1)
         row, end = self.starts[bucket], self.starts[bucket + 1]
@@ -88,8 +95,11 @@ class ItemVectors:
 
 
 class FoundItems(NamedTuple):
-    """Of some item IDs, [m] each: whether it is known, its row of the vectors or -1, its cluster ID
-    or 0, and that of the day before as in `ItemVectors`."""
+    """Holds what was found of some item IDs, [m] each.
+
+    That is whether it is known, its row of the vectors or -1, its cluster ID or 0, and that of the
+    day before as in `ItemVectors`.
+    """
 
     known: np.ndarray
     vector: np.ndarray
@@ -98,15 +108,18 @@ class FoundItems(NamedTuple):
 
 
 def bucket_starts(hashes: np.ndarray) -> np.ndarray:
-    """`ItemVectors.starts` of ascending `hashes`, one or two to a bucket on average."""
+    """Returns `ItemVectors.starts` of ascending `hashes`, one or two to a bucket on average."""
     buckets = hashing.num_shards(len(hashes), 2)
     bucket = hashing.shard_of(hashes, buckets)
     return np.searchsorted(bucket, np.arange(buckets + 1))
 
 
 def items_of_shard(items: ItemTables, shard: int) -> tuple[pa.Table, np.ndarray]:
-    """A shard's items by hash (item_id, hash, cluster_id, old_cluster_id, row) and the vectors
-    float32 [v, 256] of those that score; `row` is an item's place among them or -1."""
+    """Returns a shard's items by hash and the vectors float32 [v, 256] of those that score.
+
+    The columns are item_id, hash, cluster_id, old_cluster_id and row; `row` is an item's place
+    among the vectors or -1.
+    """
     features = items.features.read_shard(
         shard, items.shards, "item_id", ["item_id", "cluster_id", "in_scope", "has_image"]
     )
@@ -125,7 +138,7 @@ def items_of_shard(items: ItemTables, shard: int) -> tuple[pa.Table, np.ndarray]
 
 
 def _old_clusters(items: ItemTables, shard: int, ids: pa.ChunkedArray) -> np.ndarray:
-    """`old_cluster_ids` of a shard's items."""
+    """Returns `old_cluster_ids` of a shard's items."""
     if items.previous_features is None:
         return np.zeros(len(ids), np.int32)
     columns = ["item_id", "cluster_id"]
@@ -138,8 +151,10 @@ def _old_clusters(items: ItemTables, shard: int, ids: pa.ChunkedArray) -> np.nda
 
 
 def open_item_vectors(items: ItemTables, key: str) -> ItemVectors:
-    """The machine's copy under `key`, made by the first process that needs it while the others
-    wait."""
+    """Opens the machine's copy under `key`.
+
+    The first process that needs it makes it while the others wait.
+    """
     folder, _ = broadcast.shared_folder(
         key, partial(_build_item_vectors, items), broadcast_bytes(items.features.rows)
     )
@@ -151,7 +166,7 @@ def open_item_vectors(items: ItemTables, key: str) -> ItemVectors:
 
 
 def _open_ids(folder: str, count: int) -> pa.Array:
-    """The IDs of the machine's copy: one array over mapped files, of which nothing is copied."""
+    """Opens the IDs of the machine's copy as one array over mapped files; nothing is copied."""
     path = os.path.join(folder, "item_ids.npy")
     if os.path.exists(path):
         return pa.array(np.load(path, mmap_mode="r"))
@@ -162,13 +177,15 @@ def _open_ids(folder: str, count: int) -> pa.Array:
 
 
 def broadcast_bytes(items: int) -> int:
-    """About how much disk the machine's copy of so many items takes."""
+    """Estimates the bytes of disk that the machine's copy of so many items takes."""
     return items * _ITEM_BYTES
 
 
 def _build_item_vectors(items: ItemTables, folder: str) -> None:
-    """Streams both tables shard by shard: what is in memory at once is one shard, and at the end
-    some twenty bytes an item for the index."""
+    """Streams both tables shard by shard into the files of the machine's copy.
+
+    What is in memory at once is one shard, and at the end some twenty bytes an item for the index.
+    """
     n, filled = items.features.rows, 0
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         "hashes": ("<u8", (n,)),
@@ -201,7 +218,7 @@ def _build_item_vectors(items: ItemTables, folder: str) -> None:
 def _id_files(
     folder: str, features: partitions.Partition, count: int
 ) -> Iterator[Callable[[pa.ChunkedArray], object]]:
-    """The files of `_open_ids`, written piece by piece."""
+    """Opens the files that `_open_ids` reads, to be written piece by piece."""
     if pa.types.is_int64(features.schema.field("item_id").type):
         path = os.path.join(folder, "item_ids.npy")
         with _array_file(path, "<i8", (count,)) as write:
@@ -229,7 +246,10 @@ def _id_files(
 def _array_file(
     path: str, dtype: str, shape: tuple[int, ...]
 ) -> Iterator[Callable[[np.ndarray], object]]:
-    """An .npy file that is written piece by piece; what its shape has more than that is zeros.
+    """Opens an .npy file to be written piece by piece; what is left of its shape is zeros.
+
+    It is written and not mapped, since what is written to a mapping counts as this process's
+    memory.
 
     Written and not mapped, since what is written to a mapping counts as this process's memory.
     """
@@ -245,8 +265,11 @@ def _array_file(
 
 
 def answer(wanted: pa.ChunkedArray, found: pa.Table, matrix: np.ndarray) -> pa.Table:
-    """What `items_of_shard` found of the `wanted` item IDs (item_id, cluster_id, old_cluster_id,
-    embedding); the embedding of an item that scores 0 is null, and unknown items are left out."""
+    """Returns what `items_of_shard` found of the `wanted` item IDs.
+
+    The columns are item_id, cluster_id, old_cluster_id and embedding; the embedding of an item that
+    scores 0 is null, and unknown items are left out.
+    """
     at = pc.index_in(wanted, value_set=found["item_id"].combine_chunks()).drop_null()
     rows = found.select(["item_id", "cluster_id", "old_cluster_id"]).take(at)
     row = found["row"].take(at).to_numpy()
@@ -259,14 +282,14 @@ def answer(wanted: pa.ChunkedArray, found: pa.Table, matrix: np.ndarray) -> pa.T
 
 
 def no_answers(item_id: pa.DataType) -> pa.Table:
-    """An empty table of `answer`."""
+    """Returns an empty table of `answer`."""
     kinds = [item_id, pa.int32(), pa.int32(), pa.list_(pa.float32())]
     names = ["item_id", "cluster_id", "old_cluster_id", "embedding"]
     return pa.schema(list(zip(names, kinds, strict=True))).empty_table()
 
 
 def items_of_answers(answers: pa.Table) -> ItemVectors:
-    """The items of all item shards that a shard of impressions had asked for."""
+    """Returns the items of all item shards that a shard of impressions had asked for."""
     hashes = hashing.hash_ids(answers["item_id"])
     order = np.argsort(hashes)
     answers = answers.take(pa.array(order))
@@ -286,7 +309,7 @@ def items_of_answers(answers: pa.Table) -> ItemVectors:
 
 
 def ask_all(items: ItemTables, wanted: pa.Array) -> ItemVectors:
-    """The `wanted` items, asked of all item shards one after the other."""
+    """Asks all item shards for the `wanted` items, one after the other."""
     answers = [no_answers(wanted.type)]
     for shard in range(items.shards):
         answers.append(answer(pa.chunked_array([wanted]), *items_of_shard(items, shard)))

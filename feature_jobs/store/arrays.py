@@ -1,4 +1,4 @@
-"""Arrow tables and columns as arrays, and back: lists, embeddings, rows for a shuffle."""
+"""Turns Arrow tables and columns into arrays and back: lists, embeddings, rows for a shuffle."""
 
 from collections.abc import Iterable, Sequence
 
@@ -15,13 +15,13 @@ _ROWS_AT_ONCE = 4096  # compared, so that they stay in the cache
 
 
 def list_array(sizes: np.ndarray, values: pa.Array) -> pa.Array:
-    """`values` cut into lists of `sizes` [n]."""
+    """Cuts `values` into lists of `sizes` [n]."""
     offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
     return pa.ListArray.from_arrays(offsets.cast(pa.int32()), values)  # no silent overflow
 
 
 def differ_from_before(lists: pa.Array) -> np.ndarray:
-    """Which of some lists of IDs, without nulls, are not equal to the one before; bool [n]."""
+    """Tells which lists of IDs, without nulls, are not equal to the one before; bool [n]."""
     offsets, flat = _flat(lists)
     values = flat if pa.types.is_int64(flat.type) else pc.dictionary_encode(flat).indices
     values, sizes = values.to_numpy(), np.diff(offsets)
@@ -40,8 +40,10 @@ def differ_from_before(lists: pa.Array) -> np.ndarray:
 
 
 def padded_codes(lists: pa.Array, codes: np.ndarray, length: int) -> np.ndarray:
-    """The first `length` places of each of `lists`, whose flat values have `codes`; int32
-    [n, length], -1 = none."""
+    """Returns the codes of the first `length` places of each list; int32 [n, length], -1 = none.
+
+    The flat values of `lists` have `codes`.
+    """
     offsets, _ = _flat(lists)
     sizes = np.diff(offsets)
     place = _within(sizes)
@@ -52,13 +54,13 @@ def padded_codes(lists: pa.Array, codes: np.ndarray, length: int) -> np.ndarray:
 
 
 def _flat(lists: pa.Array) -> tuple[np.ndarray, pa.Array]:
-    """Where each of some lists begins, int64 [n + 1], and the values of all."""
+    """Returns where each of some lists begins, int64 [n + 1], and the values of all."""
     offsets = lists.offsets.to_numpy().astype(np.int64)
     return offsets - offsets[0], lists.flatten()
 
 
 def _within(sizes: np.ndarray) -> np.ndarray:
-    """0, 1, … for the places of each list of these sizes; int64 [sum of sizes]."""
+    """Returns 0, 1, … for the places of each list of these sizes; int64 [sum of sizes]."""
     return np.arange(int(sizes.sum())) - (np.cumsum(sizes) - sizes).repeat(sizes)
 
 
@@ -66,7 +68,7 @@ def _within(sizes: np.ndarray) -> np.ndarray:
 
 
 def list_column(matrix: np.ndarray, type: pa.DataType) -> pa.Array:
-    """The rows of `matrix` [n, m] as a list column of `type`, without a copy of the values."""
+    """Returns the rows of `matrix` [n, m] as a list column of `type`; no value is copied."""
     n, m = matrix.shape
     offsets = pa.array(np.arange(0, n * m + 1, m, dtype=np.int32) if m else np.zeros(n + 1, "i4"))
     values = pa.array(np.ascontiguousarray(matrix).reshape(-1), type=type.value_type)
@@ -74,7 +76,7 @@ def list_column(matrix: np.ndarray, type: pa.DataType) -> pa.Array:
 
 
 def embedding_matrix(column: pa.ChunkedArray) -> np.ndarray:
-    """The list column `embedding` as float32 [n, 256]; read-only, where it needs no copy."""
+    """Returns the list column `embedding` as float32 [n, 256]; read-only where it is no copy."""
     flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return flat.astype(np.float32, copy=False).reshape(-1, EMBEDDING_DIM)
 
@@ -82,13 +84,13 @@ def embedding_matrix(column: pa.ChunkedArray) -> np.ndarray:
 def lookup(
     ids: pa.Array | pa.ChunkedArray, rows: pa.Table, column: str, key: str = "item_id"
 ) -> np.ndarray:
-    """The integer in `column` of the row that has each of `ids` as `key`, 0 for none; [n]."""
+    """Returns the integer in `column` of the row with each of `ids` as `key`, 0 for none; [n]."""
     at = pc.index_in(ids, value_set=rows[key].combine_chunks())
     return pc.fill_null(rows[column].take(at), 0).to_numpy()
 
 
 def to_ipc(table: pa.Table) -> bytes:
-    """A table as bytes for a shuffle: only the table's own rows, even when it is a slice."""
+    """Returns a table as bytes for a shuffle: only its own rows, even when it is a slice."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -96,13 +98,13 @@ def to_ipc(table: pa.Table) -> bytes:
 
 
 def from_ipc(chunks: Iterable[bytes], otherwise: pa.Table) -> pa.Table:
-    """The rows of all chunks, b"" holding none; `otherwise` where no chunk holds any."""
+    """Reads the rows of all chunks, b"" holding none; `otherwise` where no chunk holds any."""
     found = [pa.ipc.open_stream(chunk).read_all() for chunk in chunks if chunk]
     return pa.concat_tables(found) if found else otherwise
 
 
 def in_order(rows: pa.Table, keys: Sequence[str]) -> pa.Table:
-    """`rows` in ascending order of `keys`; as they are where they stand so already."""
+    """Returns `rows` in ascending order of `keys`; as they are where they stand so already."""
     first = rows[keys[0]]
     if len(keys) == 1 and pc.all(pc.less_equal(first[:-1], first[1:])).as_py():
         return rows  # looked at without sorting, which takes thirty times as long
@@ -112,7 +114,7 @@ def in_order(rows: pa.Table, keys: Sequence[str]) -> pa.Table:
 
 
 def plain(rows: pa.Table) -> pa.Table:
-    """The columns alone: "not null" and comments belong to a file and hinder joining rows."""
+    """Returns the columns alone: "not null" and comments belong to a file and hinder joining."""
     return pa.table(dict(zip(rows.column_names, rows.columns, strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""Files that all processes of a worker machine share: one copy, made by the first that needs it."""
+"""Shares files among a machine's worker processes: one copy, made by the first that needs it."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ _DONE = "done.json"
 
 
 def shared_folder(key: str, build: Callable[[str], Any], size: int = 0) -> tuple[str, Any]:
-    """This machine's folder for `key`, and the JSON value that `build` of that folder returned.
+    """Returns this machine's folder for `key`, and the JSON value that `build` of it returned.
 
     `build` runs once, while other processes wait; one that was killed is run again. Raises
     CourierError where the folder belongs to somebody else, or where the disk has no room for the
@@ -50,10 +50,10 @@ def _free_bytes() -> int:
 
 
 def folder_of(key: str) -> str:
-    """Where this machine keeps its copy."""
+    """Returns where this machine keeps its copy of `key`."""
     return os.path.join(tempfile.gettempdir(), f"courier-{os.getuid()}-{key}")
 
 
 def discard(key: str) -> None:
-    """Deletes this machine's copy; a worker's own goes with the worker."""
+    """Deletes this machine's copy of `key`; a worker's own goes with the worker."""
     files.delete_tree(folder_of(key))

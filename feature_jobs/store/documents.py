@@ -1,4 +1,4 @@
-"""JSON documents, and digests of what they say."""
+"""Reads and writes JSON documents, and makes digests of what they say."""
 
 import hashlib
 import json
@@ -9,12 +9,12 @@ from feature_jobs.store import files
 
 
 def canonical_json(value: Any) -> bytes:
-    """One spelling per value: sorted keys, no spaces, UTF-8."""
+    """Spells each value in one way: sorted keys, no spaces, UTF-8."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def digest(value: Any) -> str:
-    """sha256 of the canonical JSON of `value`, hex."""
+    """Returns the sha256 of the canonical JSON of `value`, hex."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 

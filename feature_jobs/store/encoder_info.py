@@ -1,4 +1,4 @@
-"""What an encoder package says of itself, and which items it was made for, without torch."""
+"""Tells what an encoder package says of itself, and which items it was made for, without torch."""
 
 import os
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from feature_jobs.store.documents import read_json, write_json
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """What `encoder.json` says of an encoder package, readable without torch.
+    """Holds what `encoder.json` says of an encoder package, readable without torch.
 
     `categories` None means that every category is in scope. The data range is that of the training
     data, both ends inclusive; None for an encoder that was made without any.
@@ -50,9 +50,10 @@ def write_encoder_info(folder: str, info: EncoderInfo) -> None:
 
 
 def in_scope(category: pa.ChunkedArray, categories: Sequence[str] | None) -> np.ndarray:
-    """Which items an encoder was made for, bool [n]; a null category only where all are in scope.
+    """Tells which items an encoder was made for, bool [n].
 
-    COURIER appendix §7: features of categories that it was not trained on are filled with zero.
+    A null category is in scope only where all are. COURIER appendix §7: features of categories that
+    it was not trained on are filled with zero.
     """
     if categories is None:
         return np.ones(len(category), bool)
@@ -60,6 +61,8 @@ def in_scope(category: pa.ChunkedArray, categories: Sequence[str] | None) -> np.
 
 
 def fitted_on(rows: pa.Table, categories: Sequence[str] | None) -> np.ndarray:
-    """Which rows of `item_embeddings` codebooks are made of, bool [n]: those in the catalogue and
-    in scope."""
+    """Tells which rows of `item_embeddings` codebooks are made of, bool [n].
+
+    These are the rows in the catalogue and in scope.
+    """
     return in_scope(rows["category"], categories) & rows["in_catalogue"].to_numpy()

@@ -1,4 +1,4 @@
-"""xxHash64 of whole columns of IDs, in numpy: where a row lives never depends on how it arrived.
+"""Hashes columns of IDs by xxHash64, in numpy: where a row lives never depends on how it arrived.
 
 The hash of an ID is xxHash64 of its 8 little-endian bytes (int64) or of its UTF-8 bytes (string).
 Shards are ranges of the hash space and their number is a power of two, so that a shard of 2n
@@ -40,7 +40,7 @@ def _avalanche(h: np.ndarray) -> np.ndarray:
 
 
 def _hash_stripes(data: np.ndarray, seed: np.uint64) -> np.ndarray:
-    """The accumulator after all whole 32-byte stripes of `data` uint8 [n, ≥32]."""
+    """Returns the accumulator after all whole 32-byte stripes of `data` uint8 [n, ≥32]."""
     n, length = data.shape
     accs = [np.full(n, s, np.uint64) for s in (seed + _P1 + _P2, seed + _P2, seed, seed - _P1)]
     lanes = data[:, : length // 32 * 32].copy().view("<u8")
@@ -53,7 +53,7 @@ def _hash_stripes(data: np.ndarray, seed: np.uint64) -> np.ndarray:
 
 
 def hash_rows(data: np.ndarray, seed: int = 0) -> np.ndarray:
-    """xxHash64 of each row of `data` uint8 [n, length]; uint64 [n]."""
+    """Returns the xxHash64 of each row of `data` uint8 [n, length]; uint64 [n]."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the definition
         n, length = data.shape
         seed64 = np.uint64(seed)
@@ -89,7 +89,7 @@ def _hash_strings(ids: pa.Array, seed: int) -> np.ndarray:
 
 
 def hash_ids(ids: pa.Array | pa.ChunkedArray, seed: int = 0) -> np.ndarray:
-    """xxHash64 of each ID of an int64 or string column without nulls; uint64 [n].
+    """Returns the xxHash64 of each ID of an int64 or string column without nulls; uint64 [n].
 
     Repeated strings are hashed once.
     """
@@ -103,12 +103,12 @@ def hash_ids(ids: pa.Array | pa.ChunkedArray, seed: int = 0) -> np.ndarray:
 
 
 def num_shards(rows: int, rows_per_shard: int) -> int:
-    """The smallest power of two that keeps the mean shard within `rows_per_shard`; at least 1."""
+    """Returns the least power of two with a mean shard of at most `rows_per_shard`; at least 1."""
     return 1 << max(0, -(-rows // rows_per_shard) - 1).bit_length()
 
 
 def shard_of(hashes: np.ndarray, shards: int) -> np.ndarray:
-    """The shard in 0..shards-1 of each uint64 hash: its leading bits; int64 [n]."""
+    """Returns the shard in 0..shards-1 of each uint64 hash: its leading bits; int64 [n]."""
     bits = shards.bit_length() - 1
     if bits == 0:
         return np.zeros(len(hashes), np.int64)
@@ -116,7 +116,7 @@ def shard_of(hashes: np.ndarray, shards: int) -> np.ndarray:
 
 
 def overlapping_shards(shard: int, shards: int, other_shards: int) -> range:
-    """The shards, of `other_shards`, that hold the hash range of `shard` of `shards`."""
+    """Returns the shards, of `other_shards`, that hold the hash range of `shard` of `shards`."""
     if other_shards <= shards:
         at = shard * other_shards // shards
         return range(at, at + 1)
@@ -125,7 +125,7 @@ def overlapping_shards(shard: int, shards: int, other_shards: int) -> range:
 
 
 def split_by_shard(table: pa.Table, key: str, shards: int) -> Iterator[tuple[int, bytes]]:
-    """The rows of `table` by the hash of their `key`: (shard, IPC bytes), for a shuffle."""
+    """Splits the rows of `table` by the hash of their `key`: (shard, IPC bytes), for a shuffle."""
     if not len(table):
         return  # an empty row group, as writers leave in the file of an empty day
     shard = shard_of(hash_ids(table[key]), shards)

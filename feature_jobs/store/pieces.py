@@ -1,4 +1,4 @@
-"""Rows on their way from one step of a job to another, by way of files.
+"""Hands rows from one step of a job to another, by way of files.
 
 What travels through Beam is a reference, a *piece*: one record batch of an Arrow file below the
 staging folder. Local engines keep shuffles in memory, and bulk does not belong into any.
@@ -20,7 +20,7 @@ _READERS = 32  # a remote store takes tens of milliseconds for each file
 
 
 class Piece(NamedTuple):
-    """A record batch of an Arrow file, by its number."""
+    """A piece is a record batch of an Arrow file, known by its number."""
 
     path: str
     batch: int
@@ -52,8 +52,10 @@ def write_pieces(path: str, rows: pa.Table, keys: np.ndarray) -> Iterator[tuple[
 
 
 def read_pieces(pieces: Iterable[Piece | bytes], otherwise: pa.Table) -> pa.Table:
-    """The rows of all pieces, b"" having none, in an order that does not depend on theirs;
-    `otherwise` where there is no piece."""
+    """Reads the rows of all pieces, in an order that does not depend on theirs.
+
+    b"" has no rows; where there is no piece, the rows are `otherwise`.
+    """
     found = sorted(piece for piece in pieces if isinstance(piece, Piece))
     files = [
         (path, [piece.batch for piece in of_file])
@@ -71,6 +73,6 @@ def _read_batches(path: str, numbers: list[int]) -> pa.Table:
 
 
 def read_all(path: str) -> pa.Table:
-    """All rows of a file of pieces."""
+    """Reads all rows of a file of pieces."""
     with files.open_input(path) as file, pa.ipc.open_file(file) as reader:
         return plain(reader.read_all())

@@ -1,4 +1,4 @@
-"""What workers tell the launcher by files below the staging folder: errors, warnings, counts."""
+"""Tells the launcher of workers' errors, warnings, counts, by files below the staging folder."""
 
 import functools
 import hashlib
@@ -40,7 +40,7 @@ def refusing(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Iterato
 
 
 def refused(staging: str) -> list[CourierError]:
-    """All that was refused below `staging`."""
+    """Returns all that was refused below `staging`."""
     errors = os.path.join(staging, "errors")
     found = [read_json(os.path.join(errors, name)) for name in files.list_names(errors)]
     return [_courier_error(error["kind"], error["message"]) for error in found]
@@ -52,8 +52,11 @@ def _courier_error(kind: str, message: str) -> CourierError:
 
 
 def courier_error_in(error: BaseException) -> CourierError | None:
-    """The first CourierError of those that led to `error`: Beam adds words of its own to the later
-    ones, and of other processes it gives the traceback as text."""
+    """Returns the first CourierError of those that led to `error`.
+
+    Beam adds words of its own to the later ones, and of other processes it gives the traceback as
+    text.
+    """
     told = re.search(_IN_TRACEBACK, str(error), re.MULTILINE)
     found = _courier_error(*told.groups()) if told else None
     at: BaseException | None = error
@@ -71,13 +74,16 @@ def warn(staging: str, message: str) -> None:
 
 
 def warnings(staging: str) -> list[str]:
-    """What workers warned of below `staging`."""
+    """Returns what workers warned of below `staging`."""
     folder = os.path.join(staging, "warnings")
     return [read_json(os.path.join(folder, n))["message"] for n in files.list_names(folder)]
 
 
 class Heartbeat:
-    """Counts of one worker thread, as a file that the launcher adds up with all others.
+    """Keeps the counts of a worker thread in a file that the launcher adds up with all others.
+
+    It is written every two seconds at most, so that a fast worker does not spend its time on
+    telling.
 
     Written every two seconds at most, so that a fast worker does not spend its time on telling.
     """

@@ -1,4 +1,4 @@
-"""Which files are a day's table, and what they may not be: damaged, or of other columns and types.
+"""Tests which files are a day's table, and that those damaged or of other types are refused.
 
 All but damage shows itself in footers, before a row is read.
 """

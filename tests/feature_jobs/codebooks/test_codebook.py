@@ -1,4 +1,4 @@
-"""Codebooks: packages that cannot be confused, numbers that go on meaning what they meant."""
+"""Codebooks cannot be confused, and their numbers go on meaning what they meant."""
 
 import shutil
 from pathlib import Path

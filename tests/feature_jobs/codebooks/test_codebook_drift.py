@@ -1,4 +1,4 @@
-"""How many items keep their cluster ID over ten nights and one change of encoder, by mode.
+"""Tells how many items keep their cluster ID over ten nights and one change of encoder, by mode.
 
 A world of 60 kinds of image of unequal frequency, some of which come up only later, in 128
 clusters. Every night 5 % of the items leave and 7 % come. Printed with `pytest -s`.
@@ -16,7 +16,10 @@ KINDS, CLUSTERS, ITEMS, NIGHTS = 60, 128, 6000, 10
 
 
 class Catalogue:
-    """Items and their embeddings, night after night; `ids` int64 [n], `points` float32 [n, 256]."""
+    """Holds items and their embeddings, night after night.
+
+    `ids` are int64 [n], `points` float32 [n, 256].
+    """
 
     def __init__(self, seed: int):
         self._rng = np.random.default_rng(seed)
@@ -32,7 +35,7 @@ class Catalogue:
         self._come(ITEMS * 7 // 100)
 
     def seen_by_another_encoder(self) -> np.ndarray:
-        """The same images in another space, where some look more alike and others less."""
+        """Returns the images in another space, where some look more alike and others less."""
         mixing = self._rng.normal(size=(256, 256)) / 16
         return unit(np.tanh(4 * self.points @ mixing) + self._rng.normal(size=(256,)) * 0.05)
 
@@ -64,14 +67,14 @@ def numbers(book: Codebook, points: np.ndarray) -> np.ndarray:
 
 
 def kept(ids: np.ndarray, now: np.ndarray, before: dict[int, int]) -> float:
-    """The share of the items of both nights that have the same number."""
+    """Returns the share of the items of both nights that have the same number."""
     pairs = [(before[i], n) for i, n in zip(ids.tolist(), now.tolist(), strict=True) if i in before]
     assert len(pairs) > ITEMS / 4
     return float(np.mean([one == other for one, other in pairs]))
 
 
 def ten_nights(mode: str, seed: int) -> tuple[list[float], float, Codebook, Catalogue]:
-    """The share kept from each night to the next, and from the first to the last."""
+    """Returns the share kept from each night to the next, and from the first to the last."""
     world = Catalogue(seed)
     book = fit(world.points, "fresh", None)
     first = before = dict(
@@ -89,7 +92,7 @@ def ten_nights(mode: str, seed: int) -> tuple[list[float], float, Codebook, Cata
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_ten_nights_and_a_new_encoder(seed: int) -> None:
+def test_most_items_keep_their_id_unless_a_fit_is_fresh(seed: int) -> None:
     found = {mode: ten_nights(mode, seed) for mode in ("frozen", "warm", "fresh")}
     _, _, book, world = found["warm"]
     old = numbers(book, world.points)

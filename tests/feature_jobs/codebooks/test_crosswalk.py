@@ -1,4 +1,4 @@
-"""Where the items of old clusters went: counts against plain loops, shares that sum to one."""
+"""Tests where items of old clusters go: counts against plain loops, shares that sum to one."""
 
 from collections import Counter
 

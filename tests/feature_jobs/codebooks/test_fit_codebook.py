@@ -1,4 +1,4 @@
-"""Fitting: which items it sees, what it refuses, and which number each centre gets."""
+"""Tests fitting: which items it sees, what it refuses, and which number each centre gets."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ ENCODER, DS = "tiny-000000000000", "2026-01-05"
 
 
 def embeddings(points: np.ndarray) -> pa.Table:
-    """Every other item is a dress, every tenth is no longer in the catalogue."""
+    """Returns rows of which every other is a dress, and every tenth no longer in the catalogue."""
     return pa.table(
         {
             "item_id": np.arange(len(points)),
@@ -186,7 +186,7 @@ def test_a_continued_fit_starts_from_the_largest_old_clusters_with_items() -> No
 
 
 def blobs(count: int, kinds: int, seed: int = 0, noise: float = 0.03) -> np.ndarray:
-    """Points around `kinds` directions, the same ones whatever the seed."""
+    """Returns points around `kinds` directions, the same ones whatever the seed."""
     rng = np.random.default_rng(seed)
     points = unit_rows(kinds, seed=99)[rng.integers(0, kinds, count)]
     points = points + rng.normal(size=points.shape) * noise
@@ -293,7 +293,7 @@ def test_a_resolution_that_was_left_out_for_a_while_uses_no_number_twice() -> No
 
 
 def test_what_continues_a_codebook_of_a_later_day_is_as_late_itself() -> None:
-    """Else a night between the two days would know its own future."""
+    """A codebook dated before its parent would tell a night between the two its own future."""
     points = blobs(400, 6)
     sample = Sample(points, points[:0], "")
     late = make_codebook(sample, Fit({"main": 6}), ENCODER, "2026-01-20")

@@ -1,4 +1,4 @@
-"""Lloyd's k-means, the single pass beside its plain loop, and what a fit asks before it starts."""
+"""Tests Lloyd's k-means, the single pass beside its plain loop, and what a fit asks beforehand."""
 
 import sys
 
@@ -18,7 +18,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def mixture(count: int, kinds: int, seed: int = 0, noise: float = 0.6) -> np.ndarray:
-    """Unit vectors about `kinds` directions, some often and some seldom (Zipf)."""
+    """Returns unit vectors about `kinds` directions, some often and some seldom (Zipf)."""
     rng = np.random.default_rng(seed)
     chance = 1 / np.arange(1, kinds + 1)
     kind = rng.choice(kinds, count, p=chance / chance.sum())
@@ -66,7 +66,10 @@ def test_lloyd_begins_with_the_centres_that_it_is_given() -> None:
 def plain_pass(
     points: np.ndarray, start: np.ndarray, epoch_rows: int, threshold: float
 ) -> tuple[np.ndarray, int]:
-    """METHOD §6 with plain loops. Also how many centres were left without a point and moved."""
+    """Runs METHOD §6 with plain loops.
+
+    Tells also how many centres were left without a point and moved.
+    """
     clusters, moved = len(start), 0
     centres = [c.astype(np.float64) for c in start]
     before = [(c * epoch_rows / 2 / clusters, epoch_rows / 2 / clusters) for c in centres]
@@ -100,7 +103,7 @@ def plain_pass(
 
 
 def a_start(clusters: int = 6) -> np.ndarray:
-    """Of which one is so far away that no point comes to it."""
+    """Returns first centres of which one is so far away that no point comes to it."""
     start = mixture(clusters, 12, seed=7)
     start[2] *= 9
     return start
@@ -171,7 +174,7 @@ def test_distinct_rows_are_counted_as_by_sorting_them(cells: list[tuple[int, flo
     assert count_distinct(points) == len(np.unique(points, axis=0))
 
 
-def test_distinct_rows_of_round_numbers_and_of_several_blocks() -> None:
+def test_distinct_rows_of_round_numbers_and_of_several_blocks_are_counted() -> None:
     assert count_distinct(np.zeros((0, 256), np.float32)) == 0
     signs = np.random.default_rng(0).choice(np.float32([-1, 1]), (10_000, 256))
     assert count_distinct(np.concatenate([signs, signs[::-1]])) == 10_000

@@ -1,4 +1,4 @@
-"""The nearest centre: exact in float64 whatever the screening rounds, and of each row by itself."""
+"""The nearest centre is exact in float64 whatever screening rounds, and of each row by itself."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -21,14 +21,14 @@ def unit_rows(count: int, seed: int = 0) -> np.ndarray:
 
 
 def crowded(count: int, seed: int, spread: float = 0.5) -> np.ndarray:
-    """Unit rows about ten directions, so that many are nearly as near as the nearest."""
+    """Returns unit rows about ten directions, so that many are nearly as near as the nearest."""
     around = unit_rows(10, seed=99)[np.random.default_rng(seed).integers(0, 10, count)]
     rows = around + spread * unit_rows(count, seed)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def check(rows: np.ndarray, centres: np.ndarray) -> None:
-    """Against the plain loop in float64, the runner-up by the plain loop without the nearest."""
+    """Compares with plain loops in float64, for the runner-up with a loop without the nearest."""
     search = CentreSearch(centres)
     found, less = search.nearest(rows, second=True), search.nearest(rows)
     np.testing.assert_array_equal(less.place, found.place)
@@ -47,7 +47,7 @@ def check(rows: np.ndarray, centres: np.ndarray) -> None:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 256 centres, blocks of 32 rows, at most 64 pairs at once and 4 measured."""
+    """Sets tiles of 256 centres, blocks of 32 rows, at most 64 pairs at once and 4 measured."""
     monkeypatch.setattr(module, "_TILE", 256)
     monkeypatch.setattr(module, "_CELLS", 32 * 256)
     monkeypatch.setattr(module, "_RANKED", 64 / (32 * 256))
@@ -105,7 +105,7 @@ def test_of_equal_centres_the_first_is_the_nearest_and_the_second_as_far() -> No
     assert search.nearest(centres).place.tolist() == list(range(150))
 
 
-def test_all_centres_equal() -> None:
+def test_of_centres_that_are_all_equal_the_first_is_the_nearest() -> None:
     found = CentreSearch(np.ones((700, 256), np.float32)).nearest(unit_rows(100), second=True)
     assert found.place.tolist() == [0] * 100
     np.testing.assert_array_equal(found.second, found.distance)

@@ -91,7 +91,7 @@ def test_the_order_of_arrival_never_matters(clicks: list[tuple[int, int, int]], 
 
 
 def test_a_repeat_that_hides_many_older_items_is_looked_past() -> None:
-    """One item clicked a thousand times since the others: the search has to go far back."""
+    """The search has to go far back past an item clicked a thousand times since the others."""
     clicks = [(0, item, item) for item in range(5)] + [(0, 9, t) for t in range(100, 1100)]
     assert found_histories(clicks, [(0, 5000)], HistoryLaw(4, 10_000, 0)) == [[9, 4, 3, 2]]
 
@@ -112,7 +112,7 @@ def test_many_repeats_of_several_users_give_what_the_loop_gives() -> None:
 def test_what_a_user_with_a_hundred_thousand_clicks_on_ten_items_costs_follows_from_the_length(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Looked up as a plain search would, these are five thousand million candidates."""
+    """A plain search would look at five thousand million candidates."""
     looked_at, real = [], click_arrays._visible
 
     def count(clicks: Any, places: np.ndarray, *args: Any) -> np.ndarray:
@@ -187,7 +187,7 @@ daily_law = st.builds(
 
 
 def logged(drawn: list[tuple], day: int) -> pa.Table:
-    """The impressions that the partition of a day holds."""
+    """Returns the impressions that the partition of a day holds."""
     mine = [row for row in drawn if row[0] == day]
     event = [DAYS[day].start_us + row[3] * QUARTER for row in mine]
     clicked_at = [e + row[5] * QUARTER for e, row in zip(event, mine, strict=True)]
@@ -214,7 +214,7 @@ def clicks_on(drawn: list[tuple], days: list[int]) -> pa.Table:
 
 
 def expected_lists(drawn: list[tuple], day: int, law: HistoryLaw) -> list[list[int]]:
-    """By the law as it reads, over the clicks that partitions up to `day` log."""
+    """Finds histories by the law as it reads, over the clicks that partitions up to `day` log."""
     clicks = as_clicks(clicks_on(drawn, list(range(day + 1))))
     rows = logged(drawn, day)
     moments = rows["event_time"].cast(pa.int64()).to_pylist()
@@ -278,7 +278,7 @@ def test_user_histories_hold_no_click_of_a_later_day_and_recent_clicks_keep_it()
 
 
 def test_nothing_is_kept_that_no_later_moment_can_see() -> None:
-    """Ten users who clicked ten items on the first day: four days later five are left of each."""
+    """Of ten items that each user clicked on the first day, five are left four days later."""
     drawn = [(0, user, item, 0, True, 0) for user in range(10) for item in range(10)]
     law = HistoryLaw(5, 30 * DAY_US, 0, late_us=2 * DAY_US)
     known = list(walk_days(clicks_on(drawn, [0]), DAYS, law))
@@ -287,7 +287,7 @@ def test_nothing_is_kept_that_no_later_moment_can_see() -> None:
 
 
 def test_a_click_dated_a_whole_window_after_its_day_is_left_out() -> None:
-    """As of a shop that takes milliseconds for microseconds."""
+    """A shop that takes milliseconds for microseconds dates clicks far after their day."""
     law = HistoryLaw(5, 2 * DAY_US, 0)
     drawn = [(0, 1, 5, 0, True, 12), (0, 1, 6, 0, True, 11)]
     clicks = clicks_of(logged(drawn, 0), NUMBERS[0], DAYS[0].end_us, law)

@@ -1,4 +1,4 @@
-"""The pieces of a SimScore row, each against a closed form or a plain loop."""
+"""Tests the pieces of a SimScore row, each against a closed form or a plain loop."""
 
 import numpy as np
 import pyarrow as pa

@@ -1,4 +1,4 @@
-"""Two hundred random shops: whatever the join, each row is what plain loops make of it.
+"""In two hundred random shops each row is what plain loops make of it, whatever the join.
 
 The steps of the job are those of the pipeline, called one after the other without Beam: a run of
 Beam costs a second.
@@ -52,7 +52,7 @@ impression = st.tuples(
 
 
 def write_items(folder: Path, drawn: list[tuple], shards: int) -> ItemTables:
-    """`item_features` and `item_embeddings` of the drawn items, by shards."""
+    """Writes `item_features` and `item_embeddings` of the drawn items, by shards."""
     ids = pa.array(np.arange(len(drawn)))
     features = ITEM_FEATURES.schema(
         pa.int64(), without=["embedding", "second_distance", "centre_distance"]
@@ -88,7 +88,7 @@ def write_items(folder: Path, drawn: list[tuple], shards: int) -> ItemTables:
 
 
 def keys(folder: Path, day: HistoryDay) -> str:
-    """Of the machine's copy of a day's items."""
+    """Returns the key of the machine's copy of a day's items."""
     return documents.digest([str(folder), day.number])[:16]
 
 
@@ -121,7 +121,7 @@ def by_key(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
 
 
 def run(job: SimscoreJob, log: list[inputs.Source]) -> None:
-    """The pipeline of `define_simscore`, by hand."""
+    """Runs the pipeline of `define_simscore` by hand."""
     histories = job.histories
     assert histories is not None
     clicks = ReadClicks(histories.law, "UTC", histories.shards, job.staging, "user_id")

@@ -36,7 +36,7 @@ kinds = st.tuples(
 
 
 def named(rows: list[Row], ids: str, requests: str) -> list[Row]:
-    """The rows with IDs of these kinds; `absent` takes the request away."""
+    """Returns the rows with IDs of these kinds; `absent` takes the request away."""
 
     def name(kind: str, prefix: str, number: Any) -> Any:
         return f"{prefix}{number}" if kind == "string" and number is not None else number
@@ -71,7 +71,7 @@ def shard_of(rows: list[Row], ids: str, requests: str) -> pa.Table:
 def found_rows(
     rows: list[Row], clicks: list[oracles.Click], ids: str, requests: str, lag: int = 0
 ) -> tuple[list[tuple], dict[str, int]]:
-    """What `training_rows` makes, as the oracle tells it, and the counts."""
+    """Returns what `training_rows` makes, as the oracle tells it, and the counts."""
     kind = ID_TYPES[ids]
     request_id = ID_TYPES.get(requests, pa.string())
     schema = TRAINING_ROWS.schema(kind, kind, request_id=request_id)

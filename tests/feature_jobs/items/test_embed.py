@@ -1,4 +1,4 @@
-"""EMBED's pure functions: what of an earlier run holds still, and the two tables of a shard."""
+"""Tests what EMBED takes from an earlier run, and the two tables that it makes of a shard."""
 
 import datetime as dt
 from typing import Any
@@ -103,7 +103,7 @@ def result_of(item: int, kind: str) -> list[Row]:
 
 
 class Shard:
-    """The inputs of `assemble_*`: items 0, 1, … by what becomes of them and who is offered.
+    """Holds the inputs of `assemble_*`: items 0, 1, … by what becomes of them and who is offered.
 
     Every item that may have one has a row in the rejects of the day before.
     """
@@ -147,7 +147,7 @@ class Shard:
         return pa.Table.from_pylist(rows, pa.schema([*CATALOGUE, *VERSIONS, *others, *texts]))
 
     def tables(self) -> tuple[pa.Table, pa.Table]:
-        """Embeddings and rejects, as they are written."""
+        """Returns embeddings and rejects, as they are written."""
         found = embed.assemble_embeddings(self.plan, self.previous, self.results)
         refused = embed.assemble_rejects(self.plan, self.rejects, self.results, DAY)
         assert set(found.column_names) == set(EMBEDDINGS.names)

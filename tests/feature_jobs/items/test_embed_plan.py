@@ -1,4 +1,4 @@
-"""EMBED's plan: who is looked at, who is read, who waits, and which images meet in a chunk."""
+"""EMBED plans who is looked at, who is read, who waits, and which images meet in a chunk."""
 
 import datetime as dt
 import os
@@ -116,7 +116,7 @@ def stat_of(root: Path, name: str) -> Row:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Images of one size and time, and what cannot be one."""
+    """Makes images of one size and time, and what cannot be one."""
     for number in (1, 2, 3, 4, 6, 8, 14):
         (tmp_path / f"{number}.png").write_bytes(b"x" * 100)
     (tmp_path / "3-new.png").write_bytes(b"x" * 100)
@@ -129,7 +129,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def planned(root: Path, reuse: bool = True, same_roots: bool = True) -> pa.Table:
-    """One item of every kind: see the comments."""
+    """Plans one item of every kind: see the comments."""
     version = stat_of(root, "1.png")
     previous = embeddings(
         {"item_id": 1, **version},

@@ -1,4 +1,4 @@
-"""Cluster IDs of a shard's items, and what a night tells of its clusters."""
+"""Tests the cluster IDs of a shard's items, and what a night tells of its clusters."""
 
 import numpy as np
 import pyarrow as pa

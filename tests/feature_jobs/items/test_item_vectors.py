@@ -1,4 +1,4 @@
-"""Items found by their ID, whichever way they came."""
+"""Items are found by their ID, whichever way they came."""
 
 import numpy as np
 import pyarrow as pa

@@ -1,4 +1,4 @@
-"""Lists of IDs as arrays, against plain lists."""
+"""Compares lists of IDs as arrays with plain lists."""
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,6 @@ def test_neighbours_with_the_same_list_are_found(
 
 
 def test_lists_too_long_for_their_offsets_are_refused() -> None:
-    """Cut to 32 bits their offsets would wrap, and rows would show items of others."""
+    """Offsets cut to 32 bits would wrap, and rows would show items of others."""
     with pytest.raises(pa.ArrowInvalid):
         list_array(np.array([2**31, 5]), pa.array([], pa.int64()))

@@ -1,4 +1,4 @@
-"""One copy of a folder for all processes of a machine."""
+"""All processes of a machine share one copy of a folder."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(broadcast, "folder_of", lambda key: str(tmp_path / key))
 
 
-def test_it_is_built_once_until_it_is_discarded(tmp_path: Path) -> None:
+def test_a_folder_is_built_once_until_it_is_discarded(tmp_path: Path) -> None:
     built: list[str] = []
 
     def build(folder: str) -> int:
@@ -28,7 +28,7 @@ def test_it_is_built_once_until_it_is_discarded(tmp_path: Path) -> None:
     assert broadcast.shared_folder("k", build)[1] == 2
 
 
-def test_one_that_was_not_finished_is_built_again() -> None:
+def test_a_folder_that_was_not_finished_is_built_again() -> None:
     def dies(_folder: str) -> None:
         raise KeyboardInterrupt
 
@@ -38,7 +38,7 @@ def test_one_that_was_not_finished_is_built_again() -> None:
 
 
 def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
-    """Whoever could plant embeddings there would decide about scores."""
+    """Whoever could plant embeddings in a shared folder would decide about scores."""
     (tmp_path / "k").mkdir()
     (tmp_path / "k").chmod(0o777)
     with pytest.raises(CourierError, match="could plant embeddings"):

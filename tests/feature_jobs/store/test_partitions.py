@@ -27,7 +27,7 @@ from tests.support.table_rows import KEYS, SHARDS, embeddings
 
 
 def histories(users: Sequence[int | str], items: type = int) -> tuple[pa.Schema, pa.Table]:
-    """A `user_histories` of `users`, of 0, 1, 2, … items in turn."""
+    """Returns a `user_histories` of `users`, of 0, 1, 2, … items in turn, after its schema."""
     kinds = {int: pa.int64(), str: pa.string()}
     schema = USER_HISTORIES.schema(kinds[items], kinds[type(users[0]) if users else int])
     item_ids = [[items(u) for u in range(i % 4)] for i in range(len(users))]
@@ -135,7 +135,7 @@ def test_a_part_needs_every_column_and_leaves_out_further_ones(tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def part(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A part of `item_embeddings` as it lies in a published folder."""
+    """Writes a part of `item_embeddings` as it lies in a published folder."""
     folder = tmp_path_factory.mktemp("root") / "production/item_embeddings/ds=2026-01-06"
     partitions.write_part(str(folder), ITEM_EMBEDDINGS, *embeddings(300), 0, 1)
     (receipt,) = partitions.receipts(str(folder))

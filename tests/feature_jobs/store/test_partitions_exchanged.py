@@ -1,4 +1,4 @@
-"""What jobs hand each other without loss: JSON, columns, chunks of a shuffle, word of a refusal."""
+"""Jobs hand each other JSON, columns, chunks of a shuffle and word of a refusal without loss."""
 
 import copy
 import hashlib
@@ -191,7 +191,7 @@ def test_a_table_without_rows_goes_to_no_shard() -> None:
 
 
 class Worker:
-    """What a DoFn looks like to `refusing`."""
+    """Looks to `refusing` as a DoFn does."""
 
     def __init__(self, staging: Path):
         self.staging = str(staging)
