@@ -1,4 +1,4 @@
-"""Settings from one TOML file: typed, frozen, unknown keys refused with the nearest known one.
+"""Reads settings from one TOML file: typed, frozen, unknown keys refused, the nearest known named.
 
 Paths in the file are relative to the file's own folder, so that it can be used from anywhere, or
 gs://….
@@ -72,7 +72,7 @@ class _Section(BaseModel):
 
 
 class CatalogueColumns(_Section):
-    """Names of the catalogue's columns in the shop's table; the last one may be absent there."""
+    """Names the catalogue's columns in the shop's table; the last one may be absent there."""
 
     item_id: str = "item_id"
     image_uri: str = "image_uri"
@@ -81,7 +81,7 @@ class CatalogueColumns(_Section):
 
 
 class ImpressionColumns(_Section):
-    """Names of the impressions' columns in the shop's table; the last four may be absent there."""
+    """Names the impressions' columns in the shop's table; the last four may be absent there."""
 
     user_id: str = "user_id"
     item_id: str = "item_id"
@@ -94,7 +94,10 @@ class ImpressionColumns(_Section):
 
 
 class Catalogue(_Section):
-    """`path` with {ds}, or one snapshot for all days; images lie below one of `image_roots`."""
+    """Tells where the catalogue and its images lie.
+
+    `path` has {ds}, or is one snapshot for all days; images lie below one of `image_roots`.
+    """
 
     path: Template
     image_roots: Annotated[tuple[Path, ...], Field(min_length=1)]
@@ -103,7 +106,10 @@ class Catalogue(_Section):
 
 
 class Impressions(_Section):
-    """`input_timezone` is that of times without one; `carry` columns pass through to SimScores."""
+    """Tells where the impressions lie and how they are read.
+
+    `input_timezone` is that of times without one; `carry` columns pass through to SimScores.
+    """
 
     path: Annotated[Template, AfterValidator(_daily)]
     require_success: bool = False
@@ -114,8 +120,11 @@ class Impressions(_Section):
 
 
 class Embed(_Section):
-    """`batch_size` images go through the encoder at once; about `chunk_items` are redone after a
-    kill. A `device` "cuda" that is not there is warned of; "auto" takes what there is."""
+    """Tells how images are embedded.
+
+    `batch_size` images go through the encoder at once; about `chunk_items` are redone after a kill.
+    A `device` "cuda" that is not there is warned of; "auto" takes what there is.
+    """
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     batch_size: Count = 32
@@ -123,16 +132,22 @@ class Embed(_Section):
 
 
 class ItemFeatures(_Section):
-    """`vector` adds the embedding itself as a column: the Vector form; `second_distance` that to
-    the second-nearest centre, which tells how clear a cluster ID is."""
+    """Tells which columns `item_features` has on request.
+
+    `vector` adds the embedding itself as a column: the Vector form; `second_distance` that to the
+    second-nearest centre, which tells how clear a cluster ID is.
+    """
 
     vector: bool = False
     second_distance: bool = False
 
 
 class Simscore(_Section):
-    """`history_item_ids` adds the items that were scored as a column. The embeddings `join` the
-    impressions by a copy on every worker, up to `broadcast_limit_gb` of it, or by a shuffle."""
+    """Tells how impressions are scored, and what is published with the scores.
+
+    `history_item_ids` adds the items that were scored as a column. The embeddings `join` the
+    impressions by a copy on every worker, up to `broadcast_limit_gb` of it, or by a shuffle.
+    """
 
     history_item_ids: bool = False
     join: Literal["auto", "broadcast", "shuffle"] = "auto"
@@ -140,17 +155,21 @@ class Simscore(_Section):
 
 
 class Training(_Section):
-    """What encoders are trained on: items of `categories`, of all where there are none. Without
-    a request_id, impressions further apart than the gap are of two requests."""
+    """Tells what encoders are trained on: items of `categories`, of all where there are none.
+
+    Without a request_id, impressions further apart than the gap are of two requests.
+    """
 
     categories: tuple[str, ...] = ()
     request_gap_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
 
 
 class Gates(_Section):
-    """Above these shares the night is made but not published. "Moved" is what has another cluster
-    ID than the day before, of what had one; `max_cluster_share` is that of the largest cluster,
-    `max_dead_share` that of clusters without an item."""
+    """Holds the shares above which a night is made but not published.
+
+    "Moved" is what has another cluster ID than the day before, of what had one; `max_cluster_share`
+    is that of the largest cluster, `max_dead_share` that of clusters without an item.
+    """
 
     max_reject_share: Share = 0.05
     max_unknown_item_share: Share = 0.05
@@ -161,7 +180,7 @@ class Gates(_Section):
 
 
 class Pin(_Section):
-    """From `from_ds` on, features are made with this encoder and codebook (package folders)."""
+    """A pin names the encoder and codebook (package folders) of features from `from_ds` on."""
 
     from_ds: dt.date
     encoder: Path
@@ -169,7 +188,7 @@ class Pin(_Section):
 
 
 class Settings(_Section):
-    """Everything that a night depends on besides its inputs.
+    """Holds everything that a night depends on besides its inputs.
 
     A history knows a click `history_lag_seconds` after it, and an item clicked twice once, or with
     `keep_repeats` twice. Impressions that come more than `late_days` late have none. Before
@@ -218,12 +237,12 @@ class Settings(_Section):
         return self
 
     def allowing_churn(self) -> "Settings":
-        """The same, but cluster IDs may change as they like."""
+        """Returns the same settings, but cluster IDs may change as they like."""
         free = {"max_moved_item_share": 1.0, "max_moved_impression_share": 1.0}
         return self.model_copy(update={"gates": self.gates.model_copy(update=free)})
 
     def pin_for(self, ds: dt.date) -> Pin:
-        """The pin with the greatest from_ds ≤ ds; raises OperatorError where there is none."""
+        """Returns the pin with the greatest from_ds ≤ ds; raises OperatorError if there is none."""
         valid = [pin for pin in self.pins if pin.from_ds <= ds]
         if not valid:
             dates = ", ".join(str(pin.from_ds) for pin in self.pins)
@@ -237,7 +256,10 @@ class Settings(_Section):
 
 
 def load_settings(path: str) -> Settings:
-    """Raises OperatorError for a missing file, bad TOML, or a key that is unknown or wrong."""
+    """Reads and checks the settings in the TOML file at `path`.
+
+    Raises OperatorError for a missing file, bad TOML, or a key that is unknown or wrong.
+    """
     try:
         with open(path, "rb") as file:
             data = tomllib.load(file)
@@ -276,7 +298,7 @@ def _problem(error: Any) -> str:
 
 
 def _known_keys(loc: Iterable[Any]) -> list[str]:
-    """The keys of the section at `loc`, for example ("pins", 0)."""
+    """Returns the keys of the section at `loc`, for example ("pins", 0)."""
     model: Any = Settings
     for part in loc:
         if isinstance(part, str):

@@ -1,4 +1,4 @@
-"""The options that several commands of `courier` take."""
+"""Defines the options that several commands of `courier` take."""
 
 import datetime as dt
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Ds(click.ParamType):
-    """A date YYYY-MM-DD."""
+    """Reads an option's value as a date YYYY-MM-DD."""
 
     name = "YYYY-MM-DD"
 
@@ -75,13 +75,13 @@ beam_argument = click.argument(
 
 
 def night_options(command: F) -> F:
-    """What every command that makes tables of one ds takes."""
+    """Gives `command` the options of every command that makes tables of one ds."""
     options = (config_option, ds_option, dry_run_option, overlap_option, json_option, beam_argument)
     return _with(options, command)
 
 
 def days_options(command: F) -> F:
-    """What every command takes that makes tables of one ds or of several in a row."""
+    """Gives `command` the options of every command that makes tables of one ds or several days."""
     days = (
         click.option("--ds", type=Ds(), help="The day to make."),
         click.option("--start-ds", type=Ds(), help="Or the first of several days."),
@@ -97,7 +97,7 @@ def _with(options: Sequence[Callable[[F], F]], command: F) -> F:
 
 
 def days_asked(ds: dt.date | None, start: dt.date | None, end: dt.date | None) -> list[dt.date]:
-    """The one day, or all from `start` to `end`; raises UsageError unless one form is given."""
+    """Returns `ds`, or the days `start` to `end`; raises UsageError unless one form is given."""
     if ds and not start and not end:
         return [ds]
     if ds or not start or not end:

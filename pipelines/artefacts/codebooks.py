@@ -1,4 +1,4 @@
-"""`courier fit-codebook`: from one day's published embeddings to a codebook and the pin for it.
+"""`courier fit-codebook` makes a codebook and its pin from one day's published embeddings.
 
 What it will do is found out before any of it is done, the memory and the time that it takes
 included. The package appears when all of it is there; nothing else is changed.
@@ -63,7 +63,7 @@ _LABEL, _RUN_ID = r"[a-z][a-z0-9_]*", r"[0-9a-f]{12}"
 
 @dataclass(frozen=True)
 class FitPlan:
-    """All that is known before the first job: what is read, what is continued, what it costs."""
+    """Holds all that is known before a fit: what is read, what is continued, what it costs."""
 
     fit: Fit
     ds: dt.date
@@ -82,7 +82,7 @@ class FitPlan:
 
 
 def parse_clusters(text: str) -> dict[str, int]:
-    """`10000`, or `coarse=1000,main=10000`: the number of clusters by label.
+    """Reads `10000`, or `coarse=1000,main=10000`, as the number of clusters by label.
 
     Raises OperatorError where it is neither, or names no `main`.
     """
@@ -167,7 +167,10 @@ def _open_embeddings(
 
 
 def _pinned_codebook(settings: Settings, ds: dt.date) -> str | None:
-    """That of the newest pin with one which holds on the day after ds or before."""
+    """Returns the codebook of the newest pin that names one, None where none does.
+
+    Pins count that hold on the day after ds or before.
+    """
     day = ds + dt.timedelta(days=1)
     pins = [pin for pin in settings.pins if pin.from_ds <= day and pin.codebook]
     return max(pins, key=lambda pin: pin.from_ds).codebook if pins else None
@@ -216,7 +219,7 @@ def _old_features(
     parent: CodebookInfo | None,
     encoder: encoder_info.EncoderInfo,
 ) -> partitions.Partition | None:
-    """The newest `item_features` up to ds made with `parent`, of this feature set or another.
+    """Opens the newest `item_features` up to ds made with `parent`, of this feature set or another.
 
     None where they are not needed, since the parent's own centres tell an item's number, or where
     there are none. Raises InputNotReady where mode `aligned` cannot do without.
@@ -256,7 +259,10 @@ def _check_alike(old: partitions.Partition, embeddings: partitions.Partition) ->
 def _impressions(
     settings: Settings, ds: dt.date, embeddings: partitions.Partition, say: Say
 ) -> Source | None:
-    """Those of ds, which weigh the crosswalk; None, with a word, where there are none yet."""
+    """Opens the impressions of ds, which weigh the crosswalk.
+
+    Returns None, with a word, where there are none yet.
+    """
     try:
         found = ShopTables(settings, ds, say).impressions(ds)
     except InputNotReady:
@@ -286,7 +292,7 @@ def _check_memory(plan: FitPlan) -> None:
 
 
 def describe(plan: FitPlan) -> str:
-    """What is about to be done, and what it will take, in one line."""
+    """Says in one line what is about to be done, and what it will take."""
     fit = plan.fit
     clusters = ", ".join(f"{label} {n:,}" for label, n in fit.clusters.items())
     share = plan.sampling.fraction * (1 - plan.sampling.held_out)
@@ -370,7 +376,11 @@ def _run(define: Callable[[Any], None], plan: FitPlan) -> None:
 def _compare(
     codebook: Codebook, parent: Codebook | None, plan: FitPlan, say: Say
 ) -> tuple[Codebook, pa.Table | None]:
-    """The codebook with what moved since its parent, and the crosswalk; None without a parent."""
+    """Returns the codebook with what moved since its parent, and the crosswalk.
+
+    The crosswalk is None without a parent, or without `item_features` that tell the old numbers of
+    another encoder's items.
+    """
     sample = plan.sampling
     if parent is None:
         return codebook, None
@@ -396,7 +406,7 @@ def _compare(
 
 
 def report(info: CodebookInfo) -> list[str]:
-    """A line for each resolution: its objective, its health, and what moved since the parent."""
+    """Writes a line for each resolution: objective, health, and what moved since the parent."""
     lines = []
     for r in map(info.resolution, info.labels):
         held_out = "" if r.held_out_objective is None else f", held out {r.held_out_objective:.4f}"

@@ -1,6 +1,6 @@
-"""`courier init-encoder`, and the `[[pins]]` stanza that commands which make artefacts print.
+"""Makes encoders for `courier init-encoder`, and the `[[pins]]` stanzas of all new artefacts.
 
-They print it to be added to the settings, and edit nothing.
+Commands that make artefacts print a stanza to be added to the settings, and edit nothing.
 """
 
 import datetime as dt
@@ -15,7 +15,7 @@ _ANY_DAY = dt.date(2000, 1, 1)
 
 
 def stanza(folder: str, comment: str, from_ds: dt.date, **artefacts: str) -> str:
-    """A `[[pins]]` stanza; local paths are written relative to `folder`, that of the settings."""
+    """Writes a `[[pins]]` stanza; local paths are relative to `folder`, that of the settings."""
     lines = [f"# {comment}", "[[pins]]", f'from_ds = "{from_ds}"']
     for name, path in artefacts.items():
         near = path if files.is_remote(path) else os.path.relpath(path, folder)

@@ -1,4 +1,4 @@
-"""How much memory this process may still take."""
+"""Tells how much memory this process may still take."""
 
 import os
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ _GROUP_FILES = {
 
 
 def available_bytes(root: str = "/") -> int:
-    """How much memory this process may still take: of the machine, and of its control groups.
+    """Returns the bytes that this process may still take: of the machine and of its control groups.
 
     What a group holds in its file cache counts as free, since it is dropped on demand. `root` is
     the folder that holds `proc` and `sys`.
@@ -29,7 +29,7 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 def _free_in_groups(root: Path) -> Iterator[int]:
-    """What is left below each memory limit, from this process's group to the topmost."""
+    """Yields the bytes left below each memory limit, from this process's group to the topmost."""
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers not in _GROUP_FILES:

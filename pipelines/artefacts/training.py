@@ -1,7 +1,7 @@
-"""The command `courier train`: published training rows in, an encoder package out.
+"""`courier train` makes an encoder package from published training rows.
 
-Which days are trained on and which are held out, where their images are, how a run is found again
-and how it is stopped, and what is written down about it. The training itself is
+This module says which days are trained on and which are held out, where their images are, how a run
+is found again and how it is stopped, and what is written down about it. The training itself is
 `courier_model.training.train`.
 """
 
@@ -45,7 +45,7 @@ _COLUMNS = ("user_id", "request_id", "pv_item_ids", "pv_clicked", "click_item_id
 
 @dataclass(frozen=True)
 class Span:
-    """Published partitions of `training_rows`, by ds ascending; the `held_out` ones are later."""
+    """Holds published partitions of `training_rows`, by ds ascending; `held_out` ones are later."""
 
     train: dict[dt.date, Partition]
     held_out: dict[dt.date, Partition]
@@ -64,9 +64,9 @@ def train(
     settings: Settings, folder: str, out: str, wanted: TrainSettings, name: str,
     start: dt.date | None, until: dt.date, held_out_days: int, say: Callable[[str], None],
 ) -> str | None:  # fmt: skip
-    """Trains on days before `until`, in a folder of its own below `folder`/training, and saves the
-    encoder below `out`/encoders; returns its stanza.
+    """Trains on days before `until` and saves the encoder; returns its stanza.
 
+    The run has a folder of its own below `folder`/training; the encoder lies below `out`/encoders.
     Goes on where the same command was stopped. Under torchrun all processes call this alike; all
     but the first are silent and return None.
     """
@@ -105,11 +105,11 @@ def find_span(
     settings: Settings, start: dt.date | None, until: dt.date, held_out_days: int,
     say: Callable[[str], None],
 ) -> Span:  # fmt: skip
-    """The published days from `start` on, or all, and before `until`; the last `held_out_days` of
-    them are held out.
+    """Opens the published days before `until`, from `start` on or all of them.
 
-    Raises InputNotReady where a day from `start` on is missing, or too few are there, and
-    OperatorError where `start` is not before `until` or days were made under other settings.
+    The last `held_out_days` of them are held out. Raises InputNotReady where a day from `start` on
+    is missing, or too few are there, and OperatorError where `start` is not before `until` or days
+    were made under other settings.
     """
     if start and start >= until:
         raise OperatorError(
@@ -149,8 +149,10 @@ def find_span(
 
 
 def _check_alike(settings: Settings, found: Mapping[dt.date, Partition]) -> None:
-    """Raises OperatorError where a day was made under other settings, by another feature set for
-    instance, since the table is shared."""
+    """Raises OperatorError where a day was made under other settings.
+
+    Another feature set may have made it, for instance, since the table is shared.
+    """
     training = settings.training
     expected = {
         "categories": sorted(set(training.categories)) or None,
@@ -173,7 +175,10 @@ def _check_alike(settings: Settings, found: Mapping[dt.date, Partition]) -> None
 
 
 def read_data(settings: Settings, span: Span) -> tuple[TrainingData, dict[str, Any]]:
-    """The rows of both ranges over one table of items, and the identities of what was read."""
+    """Reads the rows to train on and the held-out rows, over one table of items.
+
+    Returns with them the identities of what was read.
+    """
     rows = [_rows_of(parts) for parts in (span.train, span.held_out)]
     if rows[0].schema != rows[1].schema:
         raise _other_types(rows[0].schema, rows[1].schema)
@@ -200,7 +205,10 @@ def read_data(settings: Settings, span: Span) -> tuple[TrainingData, dict[str, A
 
 
 def _rows_of(days: Mapping[dt.date, Partition]) -> pa.Table:
-    """The rows of all days; an empty day, which may not know the types of its IDs, has none."""
+    """Reads the rows of all days.
+
+    An empty day, which may not know the types of its IDs, has none.
+    """
     parts = [part for part in days.values() if part.rows] or list(days.values())[:1]
     found = []
     for part in parts:
@@ -225,8 +233,10 @@ def _other_types(one: pa.Schema, other: pa.Schema) -> DataContractError:
 def read_catalogue(
     settings: Settings, days: Sequence[dt.date], item_ids: pa.Array
 ) -> tuple[pa.Table, list[dict[str, object]]]:
-    """item_id, image_uri and title of the wanted items, each from the newest snapshot of `days`
-    that has it, and the snapshots' identities; items that none has are left out."""
+    """Reads item_id, image_uri and title of the wanted items, and the snapshots' identities.
+
+    Each item is from the newest snapshot of `days` that has it; items that none has are left out.
+    """
     shop = ShopTables(settings, days[-1], lambda _: None)
     found, identities = [], []
     for ds in reversed(days):
@@ -282,8 +292,11 @@ def _alone_in(folder: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM came. The first is delivered once the block raises Stopped, with
-    everything saved; a second one at once."""
+    """Yields a function that tells whether SIGINT or SIGTERM came.
+
+    The first signal is delivered once the block raises Stopped, with everything saved; a second one
+    at once.
+    """
     received: list[int] = []
 
     def ask(number: int, _frame: Any) -> None:
@@ -326,7 +339,7 @@ def _export(run: Training, record: Record, span: Span, out: str, name: str) -> E
 
 
 def _account(run: Training, span: Span, sources: Mapping[str, Any]) -> dict[str, Any]:
-    """What `train.json` says: enough to make the encoder again, and what it was found to be worth.
+    """Tells for `train.json` how to make the encoder again, and what it was found to be worth.
 
     The data range includes the held-out days, since they chose the step that was exported.
     """
@@ -353,7 +366,7 @@ def _account(run: Training, span: Span, sources: Mapping[str, Any]) -> dict[str,
 
 
 def _disappointments(record: Record) -> Iterator[str]:
-    """What the operator should know before pinning an encoder that is not worth it."""
+    """Yields what the operator should know before pinning an encoder that is not worth it."""
     assert record.best is not None
     for measured in record.measures[:2]:
         name = "a plain colour histogram" if measured["step"] is None else "the untrained encoder"
@@ -366,7 +379,7 @@ def _disappointments(record: Record) -> Iterator[str]:
 
 
 def _git_revision() -> str | None:
-    """The revision of this code, with "-dirty" where files differ from it; None outside of git."""
+    """Returns this code's revision, "-dirty" where files differ from it; None outside of git."""
     here = os.path.dirname(os.path.abspath(__file__))
     ours = ["git", "-C", here, "ls-files", "--error-unmatch", os.path.basename(__file__)]
     describe = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]

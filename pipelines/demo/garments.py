@@ -1,4 +1,4 @@
-"""How the demo shop's items look: garments drawn by program.
+"""Draws what the demo shop's items look like: garments.
 
 A picture is drawn in four steps: outline (type and cut) -> fabric (colour and pattern) -> pose ->
 background. The garment is drawn at twice its size, since Pillow's polygons are not antialiased.
@@ -52,7 +52,7 @@ _BACKDROPS: tuple[Rgb, ...] = (
 
 @dataclass(frozen=True)
 class Items:
-    """All items that the shop ever has; arrays `[items]`.
+    """Holds all items that the shop ever has; arrays `[items]`.
 
     `colour` and `pattern` are codes: positions in COLOURS and PATTERNS, or NO_COLOUR and
     NO_PATTERN. `fault` is "" for a good image, "missing", or how its file is broken.
@@ -68,7 +68,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Outline:
-    """What a type and a cut give.
+    """Describes the outline that a type and a cut give.
 
     `parts` are filled with fabric, `shades` with its darker tone, `seams` are lines.
     """
@@ -82,7 +82,7 @@ class Outline:
 
 
 def _mirrored(half: Points) -> Points:
-    """The closed outline of a right half: (distance from the vertical axis, y), downwards."""
+    """Closes the outline of a right half: (distance from the vertical axis, y), downwards."""
     return [(0.5 + x, y) for x, y in half] + [(0.5 - x, y) for x, y in reversed(half)]
 
 
@@ -93,7 +93,10 @@ def _both_sides(line: Points) -> list[Points]:
 def _arc(
     centre: tuple[float, float], radii: tuple[float, float], start: float, stop: float
 ) -> Points:
-    """Points on an ellipse from angle `start` to `stop`, in turns; 0 points right and 0.25 down."""
+    """Returns points on an ellipse from angle `start` to `stop`, in turns.
+
+    0 points right and 0.25 down.
+    """
     turns = np.linspace(start, stop, 25) * math.tau
     return [
         (centre[0] + radii[0] * math.cos(turn), centre[1] + radii[1] * math.sin(turn))
@@ -219,13 +222,16 @@ TYPES = tuple(_OUTLINES)
 
 
 def _grid(side: int) -> npt.NDArray[np.float32]:
-    """The y and the x of each pixel, 0..1: [2, side, side]."""
+    """Returns the y and the x of each pixel, 0..1: [2, side, side]."""
     grid: npt.NDArray[np.float32] = np.indices((side, side), dtype=np.float32) / np.float32(side)
     return grid
 
 
 def _accent_share(pattern: str, side: int, rng: np.random.Generator) -> Pixels:
-    """How much of the second colour each pixel takes, 0..1, [side, side]; under half in all."""
+    """Returns how much of the second colour each pixel takes, 0..1, [side, side].
+
+    It is under half in all.
+    """
     y, x = _grid(side)
     along, across = (y, x) if rng.random() < 0.5 else (x, y)
     period = rng.uniform(0.07, 0.11)
@@ -243,7 +249,7 @@ def _accent_share(pattern: str, side: int, rng: np.random.Generator) -> Pixels:
 
 
 def _fabric(colour: str, pattern: str, side: int, rng: np.random.Generator) -> Pixels:
-    """Cloth of a colour and pattern with soft folds: [side, side, 3]."""
+    """Makes cloth of a colour and pattern with soft folds: [side, side, 3]."""
     base = np.clip(np.array(COLOURS[colour]) + rng.normal(0, 5, size=3), 0, 255)
     accent = np.array((40, 44, 60) if base.mean() > 150 else (240, 238, 232))
     share = _accent_share(pattern, side, rng)[..., None]
@@ -258,7 +264,7 @@ def _image(pixels: Pixels) -> Image.Image:
 
 
 def _garment(outline: Outline, fabric: Pixels) -> Image.Image:
-    """The outline cut out of the fabric, RGBA, as large as the fabric."""
+    """Cuts the outline out of the fabric, RGBA, as large as the fabric."""
     side = len(fabric)
     cloth = _image(fabric)
     mean = fabric.mean(axis=(0, 1))
@@ -283,7 +289,7 @@ def _garment(outline: Outline, fabric: Pixels) -> Image.Image:
 
 
 def _posed(garment: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """The garment at half its size, turned by up to 18 degrees, scaled and shifted a little."""
+    """Halves the garment's size, turns it by up to 18 degrees, scales and shifts it a little."""
     side, angle = garment.width, math.radians(rng.uniform(-18, 18))
     left, top, right, bottom = garment.getchannel("A").getbbox() or (0, 0, side, side)
     # A small thing is photographed from nearer, but not so near that a short cut looks long.
@@ -299,7 +305,7 @@ def _posed(garment: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _backdrop(garment_colour: Rgb, side: int, rng: np.random.Generator) -> Pixels:
-    """A wall, planks, tiles or a cloth in a colour other than the garment's: [side, side, 3]."""
+    """Draws a wall, planks, tiles or a cloth, not in the garment's colour: [side, side, 3]."""
     apart = [tone for tone in _BACKDROPS if math.dist(tone, garment_colour) > 100]
     tone = np.array(apart[rng.integers(len(apart))]) + rng.normal(0, 8, size=3)
     y, x = _grid(side)
@@ -326,7 +332,7 @@ def draw_item(
     rng: np.random.Generator,
     cut: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """A picture of an item, RGB, `size` x `size`.
+    """Draws a picture of an item, RGB, `size` x `size`.
 
     `cut` is (short 0..1 long, slim 0..1 wide), drawn when None.
     """

@@ -1,4 +1,4 @@
-"""A demo shop of photographs: the list of its items, and the colours measured from their images.
+"""Reads the items of a demo shop of photographs, and measures their colours from the images.
 
 Goes in: a folder of images and a CSV file with the columns item_id, category and image_path. A list
 that can't be used is refused; an image that can't be read is the user's own, and only counted.
@@ -23,7 +23,7 @@ from pipelines.demo.garments import COLOURS, NO_COLOUR, NO_PATTERN, Items
 
 
 def read_item_list(items_csv: Path) -> bytes:
-    """The bytes of items.csv; raises OperatorError where they can't be read."""
+    """Reads the bytes of items.csv; raises OperatorError where they can't be read."""
     try:
         return items_csv.read_bytes()
     except OSError as error:
@@ -34,7 +34,7 @@ def read_item_list(items_csv: Path) -> bytes:
 
 
 def listed_items(photos: Path, items_csv: Path) -> list[dict[str, str]]:
-    """The rows of items.csv, checked: item_id, category, and image_path inside `photos`.
+    """Reads and checks the rows of items.csv: item_id, category, and image_path inside `photos`.
 
     Raises OperatorError where the folder or the file can't be used as they are.
     """
@@ -102,7 +102,7 @@ def _is_int64(text: str) -> bool:
 
 
 def photographed_items(photos: Path, rows: list[dict[str, str]]) -> Items:
-    """The items of `listed_items`, their colours measured from the photographs."""
+    """Returns the items of `listed_items`, their colours measured from the photographs."""
     looks = [_measured_colour(photos / row["image_path"]) for row in rows]
     return Items(
         item_id=np.array([int(row["item_id"]) for row in rows], dtype=np.int64),
@@ -115,7 +115,7 @@ def photographed_items(photos: Path, rows: list[dict[str, str]]) -> Items:
 
 
 def _measured_colour(path: Path) -> tuple[int, str]:
-    """Colour code and fault of a photograph."""
+    """Measures the colour code and the fault of a photograph."""
     try:
         with Image.open(path) as image:
             return list(COLOURS).index(dominant_colour(image)), ""
@@ -127,7 +127,7 @@ def _measured_colour(path: Path) -> tuple[int, str]:
 
 
 def dominant_colour(image: Image.Image) -> str:
-    """The name in COLOURS that most pixels vote for in the middle, where the garment lies.
+    """Returns the name in COLOURS that most pixels vote for in the middle, where the garment lies.
 
     Raises what Pillow raises on a broken image.
     """
@@ -139,7 +139,7 @@ def dominant_colour(image: Image.Image) -> str:
 
 
 def _colour_names(hsv: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
-    """The name in COLOURS of each pixel: uint8 HSV `[pixels, 3]` to names `[pixels]`."""
+    """Names each pixel by a colour in COLOURS: uint8 HSV `[pixels, 3]` to names `[pixels]`."""
     hue = hsv[:, 0].astype(np.float64) * 360 / 256
     saturation, value = hsv[:, 1] / 255, hsv[:, 2] / 255
     reddish = (hue < 12) | (hue >= 335)

@@ -1,4 +1,4 @@
-"""The demo shop: a catalogue, its images and a click log, made up from a seed.
+"""Makes up the demo shop from a seed: a catalogue, its images and a click log.
 
 Goes in: the parameters of a `Shop`, and for a shop of photographs a folder and its items.csv. Comes
 out, below one folder: catalogue/ds=…/ and impressions/ds=…/ in Parquet, images/ (a drawn shop's
@@ -78,7 +78,10 @@ IMPRESSIONS = pa.schema(
 
 @dataclass(frozen=True)
 class Shop:
-    """A demo shop's parameters. `items` and `image_size` (pixels a side) are for drawn shops."""
+    """Holds a demo shop's parameters.
+
+    `items` and `image_size` (pixels a side) are for drawn shops.
+    """
 
     seed: int = 7
     items: int = 600
@@ -88,13 +91,13 @@ class Shop:
     image_size: int = 128
 
     def ds(self, day: int) -> str:
-        """The date of a day, counted from 0."""
+        """Returns the date of a day, counted from 0."""
         return (self.first_ds + datetime.timedelta(days=day)).isoformat()
 
 
 @dataclass(frozen=True)
 class ShopSummary:
-    """What was made.
+    """Counts what was made for a demo shop.
 
     `items` counts the last day's catalogue; the image counts are over all items of all days.
     """
@@ -110,7 +113,7 @@ class ShopSummary:
 
 @dataclass(frozen=True)
 class World:
-    """The shop with everything that its tables don't tell.
+    """Holds the shop with everything that its tables don't tell.
 
     An item is in the catalogue on days first_day <= day < end_day (`[items]`), with its `title`
     (`[items]`, "" for none). `popularity` `[items]` is the weight with which it is shown. Tastes
@@ -140,7 +143,7 @@ def _rng(shop: Shop, *stream: int) -> np.random.Generator:
 
 
 def drawn_items(shop: Shop) -> Items:
-    """Items of random looks; 2 % lack their image and 1 % have a broken one."""
+    """Makes items of random looks; 2 % lack their image and 1 % have a broken one."""
     _check_item_count(shop, shop.items, "The demo shop")
     rng = _rng(shop, _ITEMS)
     item_id = np.arange(1, shop.items + 1)
@@ -160,7 +163,10 @@ def drawn_items(shop: Shop) -> Items:
 
 
 def _faults(shop: Shop) -> Texts:
-    """Which images are broken and how, `[items]`; at least one is missing and one undecodable."""
+    """Draws which images are broken and how, `[items]`.
+
+    At least one is missing and one undecodable.
+    """
     missing, undecodable = (max(1, round(share * shop.items)) for share in (0.02, 0.01))
     hit = _rng(shop, _FAULTS).permutation(shop.items)[: missing + undecodable]
     fault = np.full(shop.items, "", dtype="U9")
@@ -174,7 +180,10 @@ def _faults(shop: Shop) -> Texts:
 
 
 def make_world(shop: Shop, items: Items, arriving: float) -> World:
-    """Users with tastes, and when items come and go; the share `arriving` comes after day 0."""
+    """Makes users with tastes, and decides when items come and go.
+
+    The share `arriving` of the items comes after day 0.
+    """
     n = len(items.item_id)
     rng = _rng(shop, _CALENDAR)
     order, rank, late = (
@@ -206,7 +215,7 @@ def make_world(shop: Shop, items: Items, arriving: float) -> World:
 
 
 def _titles(shop: Shop, category: Texts) -> Texts:
-    """A made-up product name for each item, `[items]`; one in fifty has none."""
+    """Makes up a product name for each item, `[items]`; one in fifty has none."""
     rng = _rng(shop, _TITLES)
     n = len(category)
     brand, model = (rng.choice(words, size=n) for words in (_BRANDS, _MODELS))
@@ -218,7 +227,7 @@ def _titles(shop: Shop, category: Texts) -> Texts:
 
 
 def _tastes(users: int, kinds: int, liked: float, rng: np.random.Generator) -> Floats:
-    """Log-odds `[users, kinds + 1]`. Each user likes one or two kinds; others lie below 0."""
+    """Draws log-odds `[users, kinds + 1]`; each user likes one or two kinds, others lie below 0."""
     taste = rng.normal(-0.6, 0.1, size=(users, kinds + 1))
     rank = rng.random((users, kinds)).argsort(axis=1)
     favourite = rank < rng.integers(1, 3, size=(users, 1))
@@ -228,7 +237,7 @@ def _tastes(users: int, kinds: int, liked: float, rng: np.random.Generator) -> F
 
 
 def click_probability(world: World, user: Ints, item: Ints) -> Floats:
-    """Of users (positions, any shape) being shown items (positions, same shape)."""
+    """Returns how likely users (positions, any shape) click items (positions, same shape), 0..1."""
     items = world.items
     looks = (
         world.colour_taste[user, items.colour[item]]
@@ -250,7 +259,7 @@ def click_probability(world: World, user: Ints, item: Ints) -> Floats:
 
 
 def catalogue_table(world: World, day: int) -> pa.Table:
-    """The catalogue's snapshot of a day, by item_id."""
+    """Makes the catalogue's snapshot of a day, by item_id."""
     items = world.items
     present = np.flatnonzero((world.first_day <= day) & (day < world.end_day))
     present = present[items.item_id[present].argsort()]
@@ -265,7 +274,7 @@ def catalogue_table(world: World, day: int) -> pa.Table:
 
 
 def impressions_table(shop: Shop, world: World, day: int) -> pa.Table:
-    """The log of a day: SHOWN_TOGETHER rows per request, by event_time."""
+    """Draws the log of a day: SHOWN_TOGETHER rows per request, by event_time."""
     rng = _rng(shop, _LOG, day)
     user = np.repeat(np.arange(shop.users), rng.poisson(REQUESTS_PER_USER_DAY * world.activity))
     user = rng.permutation(user)
@@ -287,7 +296,10 @@ def impressions_table(shop: Shop, world: World, day: int) -> pa.Table:
 
 
 def _event_times(ds: str, requests: int, rng: np.random.Generator) -> Ints:
-    """Moments of a UTC day, ascending, microseconds since 1970: `[requests]`. Evenings are busy."""
+    """Draws moments of a UTC day, ascending, microseconds since 1970: `[requests]`.
+
+    Evenings are busy.
+    """
     hours = np.arange(24)
     weight = 1.2 - np.cos((hours - 7) / 24 * math.tau)
     hour = rng.choice(hours, size=requests, p=weight / weight.sum())
@@ -297,7 +309,7 @@ def _event_times(ds: str, requests: int, rng: np.random.Generator) -> Ints:
 
 
 def _shown(world: World, day: int, requests: int, rng: np.random.Generator) -> Ints:
-    """Positions of the items of each request, `[requests, SHOWN_TOGETHER]`, no item twice in one.
+    """Draws the items of each request: positions `[requests, SHOWN_TOGETHER]`, none twice in one.
 
     Of all impressions 0.3 % are of an item that left on this day, as from a page rendered the day
     before.
@@ -373,7 +385,7 @@ def _check_shop(shop: Shop) -> None:
 
 
 def _check_item_count(shop: Shop, items: int, source: str) -> None:
-    """A small shop couldn't have new items every day and enough left to show."""
+    """Refuses a shop too small to have new items every day and enough left to show."""
     least = 2 * shop.days
     if items < least:
         raise OperatorError(
@@ -384,7 +396,7 @@ def _check_item_count(shop: Shop, items: int, source: str) -> None:
 
 
 def _parameters(shop: Shop, photos: Path | None, items_csv: Path | None) -> dict[str, Any]:
-    """What the shop follows from, as JSON has it."""
+    """Returns what the shop follows from, as JSON has it."""
     if (photos is None) != (items_csv is None):
         found, lacking = ("--items", "--images") if photos is None else ("--images", "--items")
         raise OperatorError(
@@ -400,7 +412,7 @@ def _parameters(shop: Shop, photos: Path | None, items_csv: Path | None) -> dict
 
 
 def _already_made(out: Path, parameters: dict[str, Any]) -> ShopSummary | None:
-    """The summary of a shop of these parameters in `out`; None where nothing is there."""
+    """Returns the summary of a shop of these parameters in `out`; None where nothing is there."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     record = _record(out)
@@ -414,7 +426,7 @@ def _already_made(out: Path, parameters: dict[str, Any]) -> ShopSummary | None:
 
 
 def _record(out: Path) -> dict[str, Any]:
-    """What demo.json tells; empty where it isn't one of ours."""
+    """Reads what demo.json tells; empty where it isn't one of ours."""
     try:
         record = json.loads((out / "demo.json").read_bytes())
     except (OSError, ValueError):
@@ -440,7 +452,7 @@ def _write_images(folder: Path, shop: Shop, items: Items) -> int:
 
 
 def _image_file(picture: Image.Image, suffix: str, fault: str) -> bytes:
-    """The bytes of a picture's file, broken in the way `fault` says."""
+    """Returns the bytes of a picture's file, broken in the way `fault` says."""
     if fault == "empty":
         return b""
     if fault == "html":

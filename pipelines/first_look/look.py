@@ -1,4 +1,4 @@
-"""`courier init`: a first look at the shop's tables and images, and settings written from it.
+"""`courier init` takes a first look at the shop's tables and images, and writes settings from it.
 
 What the night would refuse is found here by the night's own checks, all of it at once instead of
 one refusal after another. The look is bounded: footers and some rows of the newest day, the item
@@ -36,7 +36,7 @@ _PREPROCESSING = Preprocessing(224, 256, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5,
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing seen, in a sentence or a short paragraph; a "problem" stops a later command."""
+    """Tells what was seen, in a sentence or short paragraph; a "problem" stops a later command."""
 
     level: Literal["ok", "note", "problem"]
     text: str
@@ -44,7 +44,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class FirstLook:
-    """What was seen, and the text of settings for it."""
+    """Holds what was seen, and the text of settings for it."""
 
     findings: tuple[Finding, ...]
     toml: str
@@ -105,7 +105,7 @@ def _check_folder(root: str) -> None:
 
 
 def _days_to_look_at(shop: Place, log: Place) -> tuple[dt.date, dt.date]:
-    """The newest day that both tables have, where there is one; else the newest of each."""
+    """Chooses the newest day that both tables have, where there is one; else the newest of each."""
     newest = [max(place.days) for place in (shop, log) if place.days] or [dt.date.today()]
     if common := set(shop.days) & set(log.days):
         newest = [max(common)]
@@ -178,7 +178,7 @@ def _about_columns(table: Table) -> Iterator[Finding]:
 
 
 def _about_ids(items: Table, events: Table) -> Iterator[Finding]:
-    """Whether each item stands once in the catalogue, and whether the impressions are of them."""
+    """Finds whether each item stands once in the catalogue, and whether impressions are of them."""
     sources = (items.source, events.source)
     rows, ds = items.source.rows, items.source.form.ds
     if clash := fault_of(lambda: inputs.common_id_type("item_id", sources, pa.int64())):
@@ -239,7 +239,7 @@ def _about_clicks(events: Table) -> Iterator[Finding]:
 
 
 def _about_day(events: Table) -> Iterator[Finding]:
-    """Whether events lie in the day of their partition, taken for a day of UTC."""
+    """Finds whether events lie in the day of their partition, taken for a day of UTC."""
     if not events.place.days or not events.has("event_time"):
         return
     ds = events.source.form.ds
@@ -263,8 +263,11 @@ def _about_day(events: Table) -> Iterator[Finding]:
 
 
 def _guess_roots(items: Table) -> list[str]:
-    """The folder that most relative URIs are below, the common one of the absolute ones, and the
-    buckets of the others."""
+    """Guesses the folders that images lie below.
+
+    They are the folder that most relative URIs are below, the common one of the absolute ones, and
+    the buckets of the others.
+    """
     if not items.has("image_uri"):
         return []
     found, sample = [], [uri or "" for uri in _sample(items)]
@@ -287,14 +290,17 @@ def _guess_roots(items: Table) -> list[str]:
 
 
 def _sample(items: Table) -> list[str | None]:
-    """Image URIs of items spread over the rows that were looked at."""
+    """Returns image URIs of items spread over the rows that were looked at."""
     column = items.rows["image_uri"]
     at = np.linspace(0, len(column) - 1, min(_IMAGES, len(column))).astype(int)
     return list(column.take(at).to_pylist())
 
 
 def _candidates(folder: str) -> list[str]:
-    """`folder`, its parents, and `images` in each, nearest first; never the whole file system."""
+    """Lists `folder`, its parents, and `images` in each, nearest first.
+
+    The whole file system is never one of them.
+    """
     folders = [folder]
     while len(folders) <= _PARENTS and os.path.dirname(folders[-1]) != "gs:":  # above a bucket
         folders.append(os.path.dirname(folders[-1]))
@@ -351,5 +357,5 @@ def _try_images(uris: Sequence[str | None], roots: Sequence[str]) -> Finding:
 
 
 def _example(uri: str | None) -> str:
-    """A URI without what follows a `?`, since that may be a signature."""
+    """Returns a URI without what follows a `?`, since that may be a signature."""
     return repr(uri and uri.split("?")[0][:100])

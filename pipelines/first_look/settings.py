@@ -1,4 +1,4 @@
-"""The text of the settings that `courier init` writes: every setting, with a comment."""
+"""Writes the text of the settings of `courier init`: every setting, with a comment."""
 
 import datetime as dt
 import json
@@ -128,7 +128,7 @@ $impressions_columns
 
 
 def settings_text(items: Table, events: Table, roots: Sequence[str], folder: str) -> str:
-    """A settings file in `folder` for two tables, with images below `roots`.
+    """Writes the text of a settings file in `folder` for two tables, with images below `roots`.
 
     What could not be found is a line that says REQUIRED.
     """
@@ -147,7 +147,7 @@ def settings_text(items: Table, events: Table, roots: Sequence[str], folder: str
 
 
 def near(path: str, folder: str) -> str:
-    """`path` relative to `folder` where that takes at most two steps up, else absolute."""
+    """Returns `path` relative to `folder` where that takes at most two steps up, else absolute."""
     if files.is_remote(path):
         return path
     relative = os.path.relpath(path, folder)
@@ -155,7 +155,7 @@ def near(path: str, folder: str) -> str:
 
 
 def _first_nights(items: Table, events: Table) -> tuple[dt.date, dt.date]:
-    """A day to fit the codebook on, and a later one to make the first night of."""
+    """Chooses a day to fit the codebook on, and a later one to make the first night of."""
     newest, day = events.source.form.ds, dt.timedelta(days=1)
     if before := [ds for ds in items.place.days or (newest - day,) if ds < newest]:
         return before[-1], newest
@@ -163,7 +163,7 @@ def _first_nights(items: Table, events: Table) -> tuple[dt.date, dt.date]:
 
 
 def _quote(text: str) -> str:
-    """A TOML string: JSON's, as long as it isn't escaped to surrogates."""
+    """Quotes `text` as a TOML string: JSON's, as long as it isn't escaped to surrogates."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -179,6 +179,6 @@ def _impressions_path(place: Place, folder: str) -> str:
 
 
 def _columns(table: Table, names: type[CatalogueColumns | ImpressionColumns]) -> str:
-    """Every column: as a comment where it has our name, or was not found."""
+    """Lists every column: as a comment where it has our name, or was not found."""
     found = {ours: table.columns.get(ours, ours) for ours in names.model_fields}
     return "\n".join(f"{'# ' * (a == b)}{a} = {_quote(b)}" for a, b in found.items())

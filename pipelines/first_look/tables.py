@@ -1,4 +1,4 @@
-"""Where the shop's tables lie, and the columns and some rows of one day of them.
+"""Finds where the shop's tables lie, and reads the columns and some rows of one day of them.
 
 A table is found from a path as people type it: a template with {ds}, a folder, a glob or a file.
 Columns are guessed by their names, and checked by the night's own checks.
@@ -49,14 +49,14 @@ _REQUIRED = {"catalogue": inputs.CATALOGUE_COLUMNS, "impressions": inputs.IMPRES
 
 @dataclass(frozen=True)
 class Place:
-    """Where a table lies: `template` as in the settings, and its days (none: it has no {ds})."""
+    """Tells where a table lies: `template` as in the settings, and its days (none without {ds})."""
 
     table: str
     template: str
     days: tuple[dt.date, ...]
 
     def gaps(self) -> list[dt.date]:
-        """Days between the first and the last that have neither a file nor a `_SUCCESS`."""
+        """Returns the days between first and last that have neither a file nor a `_SUCCESS`."""
         span = (self.days[-1] - self.days[0]).days
         missing = {self.days[0] + dt.timedelta(days=n) for n in range(span)} - set(self.days)
         return sorted(day for day in missing if not inputs.is_marked_whole(self.template, day))
@@ -64,7 +64,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Table:
-    """One day of a table as seen.
+    """Describes one day of a table as seen.
 
     `columns` maps our names to the shop's, for those that were found or are needed; `source` has
     those of them that can be used. `faults` is what the night would refuse. `rows` is a sample in
@@ -82,7 +82,7 @@ class Table:
 
 
 def fault_of(check: Callable[[], object]) -> str | None:
-    """What one of the night's checks has against the shop's data; None where it passes."""
+    """Tells what one of the night's checks has against the shop's data; None where it passes."""
     try:
         check()
     except CourierError as error:
@@ -97,7 +97,7 @@ _DAY_FOLDER = re.compile(r"(?:\w+=)?(\d{4}-\d{2}-\d{2})")
 
 
 def find_place(table: str, typed: str) -> Place:
-    """Where a table lies, from a path as people type it; raises OperatorError if nowhere."""
+    """Finds where a table lies, from a path as people type it; raises OperatorError if nowhere."""
     files.check_supported(typed)
     path = files.absolute(typed)
     if "{ds}" in path:
@@ -111,7 +111,10 @@ def find_place(table: str, typed: str) -> Place:
 
 
 def _files_at(table: str, path: str) -> tuple[str, list[str]]:
-    """The pattern of a file, glob or folder without {ds}, and the Parquet files that match it."""
+    """Finds the Parquet files of a file, glob or folder without {ds}.
+
+    Returns the pattern that they match, and their paths.
+    """
     if files.is_folder(path):
         depths = ("*.parquet", "*/*.parquet", "**/*.parquet")
         patterns = [os.path.join(path, depth) for depth in depths]
@@ -132,7 +135,7 @@ def _nothing(table: str, path: str) -> OperatorError:
 
 
 def _template(file: str, pattern: str) -> str | None:
-    """`pattern` with the day of one of its files as {ds}; None where the file's path has no day."""
+    """Returns `pattern` with the day of one of its files as {ds}; None if its path has no day."""
     *folders, name = file.split(os.sep)
     *given, any_name = pattern.split(os.sep)
     if match := _DAY.search(name):
@@ -152,7 +155,7 @@ def _template(file: str, pattern: str) -> str | None:
 
 
 def _days_of(table: str, template: str) -> tuple[dt.date, ...]:
-    """The days that have a file, ascending; raises OperatorError where none has."""
+    """Returns the days that have a file, ascending; raises OperatorError where none has."""
     pattern = inputs.pattern_for(template.replace("{ds}", "*"), dt.date.min)
     days = set()
     for text in {text for file in files.glob(pattern) for text in _DAY.findall(file.path)}:
@@ -193,7 +196,7 @@ def open_table(place: Place, ds: dt.date) -> Table:
 def _check_columns(
     table: str, columns: Mapping[str, str], paths: Sequence[str], footers: Sequence
 ) -> tuple[dict[str, str], list[str]]:
-    """The columns that can be used in all files, and what the night would refuse."""
+    """Finds the columns that can be used in all files, and what the night would refuse."""
 
     def check(checked: Mapping[str, str], required: Sequence[str], timezone: str | None) -> None:
         found = [
@@ -215,7 +218,7 @@ def _check_columns(
 
 
 def _guess_columns(table: str, path: str, schema: pa.Schema) -> dict[str, str]:
-    """Our names to the shop's: the same name, else the first synonym of a fitting type.
+    """Maps our names to the shop's: the same name, else the first synonym of a fitting type.
 
     A required column is guessed by its name alone where no type fits, and else keeps our name.
     """
@@ -235,7 +238,7 @@ def _guess_columns(table: str, path: str, schema: pa.Schema) -> dict[str, str]:
 
 
 def _sample_rows(source: inputs.Source) -> tuple[pa.Table, list[str]]:
-    """Row groups spread over the day, in our form, and what the night would refuse in them."""
+    """Reads row groups spread over the day, in our form, and what the night would refuse there."""
     if not source.rows:
         return pa.table({}), []
     groups, columns, faults = source.groups(), {}, []

@@ -1,4 +1,4 @@
-"""The plans of HISTORIES, SIMSCORE and TRAINING-ROWS: what is made of the impressions of ds.
+"""Plans HISTORIES, SIMSCORE and TRAINING-ROWS: what is made of the impressions of ds.
 
 Histories and SimScores of several days in a row are one job: the stage of the first day defines it
 for all, and each stage's `part` says what is its own.
@@ -53,8 +53,10 @@ _USUAL_LENGTH = 50  # of a history; shards of much longer ones have fewer rows
 
 @dataclass(frozen=True)
 class LogOfDay:
-    """What a job of several days knows of one of them; `ids` are the types of user_id and item_id,
-    None while no file has told them."""
+    """Holds what a job of several days knows of one of them.
+
+    `ids` are the types of user_id and item_id, None while no file has told them.
+    """
 
     day: HistoryDay
     log: Source
@@ -90,7 +92,7 @@ def plan_histories(day: DayPlan, made: dict[str, Stage]) -> Stage:
 def histories_job(
     day: DayPlan, parts: Sequence[LogOfDay], shards: Sequence[int], staging: str
 ) -> HistoriesJob:
-    """Histories of the days of `parts`, of which `day` is the first."""
+    """Returns the job that makes histories of the days of `parts`, of which `day` is the first."""
     settings, before = day.settings, day.before
     user_id, item_id = parts[-1].ids or NO_IDS  # the last day knows most
     state = tuple(partition.slim() for partition in before.partitions())
@@ -132,8 +134,11 @@ def _check_shared(day: DayPlan) -> None:
 
 @dataclass(frozen=True)
 class ScoresOfDay(LogOfDay):
-    """The same for SIMSCORE; `has_history` tells that its impressions come with their histories,
-    `join` how embeddings reach them."""
+    """Holds what a SIMSCORE job of several days knows of one of them.
+
+    `has_history` tells that its impressions come with their histories, `join` how embeddings reach
+    them.
+    """
 
     has_history: bool
     join: str
@@ -143,11 +148,11 @@ class ScoresOfDay(LogOfDay):
 
     @property
     def no_rows(self) -> pa.Table:
-        """Impressions of a log without a file."""
+        """Returns the impressions of a log without a file: an empty table."""
         return self.schema.empty_table().select(IMPRESSION_COLUMNS)
 
     def of(self, stage: Stage) -> SimscoreDay:
-        """The day as the workers know it, once everything upstream is made."""
+        """Returns the day as the workers know it, once everything upstream is made."""
         embedded, features = stage.upstream
         found = features.partition(ITEM_FEATURES), embedded.partition(ITEM_EMBEDDINGS)
         key = documents.digest([[p.manifest for p in found], stage.staging])[:16]
@@ -207,15 +212,20 @@ def plan_simscore(day: DayPlan, made: dict[str, Stage]) -> Stage:
 
 
 def _ids(day: DayPlan, has_history: bool) -> tuple[pa.DataType, pa.DataType] | None:
-    """The types of user_id and item_id; the state of the day before has a say where it is read."""
+    """Returns the types of user_id and item_id, None while no file has told them.
+
+    The state of the day before has a say where it is read.
+    """
     if has_history:
         return day.shop.user_id_type(NO_IDS[0]), day.item_id_type()
     return day.history_ids()
 
 
 def _join(day: DayPlan, items: int) -> str:
-    """How the embeddings of so many items reach the impressions; of several days in one job each
-    day has a copy of its own."""
+    """Chooses how the embeddings of so many items reach the impressions.
+
+    Of several days in one job each day has a copy of its own.
+    """
     asked = day.options.join or day.settings.simscore.join
     if asked != "auto":
         return asked
@@ -224,7 +234,7 @@ def _join(day: DayPlan, items: int) -> str:
 
 
 def _define_simscore(day: DayPlan, root: Any, stages: Sequence[Stage]) -> None:
-    """SimScores of the days of `stages`, of which `day` is the first."""
+    """Defines the job that scores the days of `stages`, of which `day` is the first."""
     parts = [stage.part for stage in stages]
     days = tuple(part.of(stage) for part, stage in zip(parts, stages, strict=True))
     staging, shards = stages[0].staging, [stage.shards for stage in stages]

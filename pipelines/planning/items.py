@@ -1,4 +1,4 @@
-"""The plans of EMBED and ITEM-FEATURES: what is made of the catalogue of ds.
+"""Plans EMBED and ITEM-FEATURES: what is made of the catalogue of ds.
 
 Both jobs need torch, which takes seconds and most of a gigabyte to load: it is loaded by who runs
 them, and not by who only reads what they made.
@@ -91,7 +91,7 @@ def plan_embed(day: DayPlan, made: dict[str, Stage]) -> Stage:
 
 
 def _same_item_id_type(day: DayPlan, before: partitions.Partition | None) -> pa.DataType:
-    """Today's type of item_id; raises DataContractError where it was another one `before`."""
+    """Returns today's type of item_id; raises DataContractError where `before` had another one."""
     item_id = day.item_id_type()
     if before and before.schema.field("item_id").type != item_id:
         raise DataContractError(
@@ -103,7 +103,7 @@ def _same_item_id_type(day: DayPlan, before: partitions.Partition | None) -> pa.
 
 
 def _chunk_folder(day: DayPlan, item_id: pa.DataType, shards: int) -> str:
-    """Name of the folder of chunk files, shared by all runs of ds that would embed alike."""
+    """Names the folder of chunk files, shared by all runs of ds that would embed alike."""
     settings = day.settings
     embedding = [
         day.pinned.encoder.encoder_id,
@@ -174,5 +174,5 @@ def plan_item_features(day: DayPlan, made: dict[str, Stage]) -> Stage:
 
 
 def churn_note(day: DayPlan) -> dict[str, bool]:
-    """What manifests say where cluster IDs were allowed to change as they like."""
+    """Returns what manifests say where cluster IDs were allowed to change as they like."""
     return {"churn_allowed": True} if day.options.allow_churn else {}

@@ -1,4 +1,4 @@
-"""The encoder and codebook that the settings pin for a day, checked to fit it and each other."""
+"""Reads the encoder and codebook that settings pin for a day, checked to fit it and each other."""
 
 import datetime as dt
 import functools
@@ -10,7 +10,10 @@ from pipelines.config import Pin, Settings
 
 
 class PinnedArtefacts:
-    """Those of ds. `allow_overlap` lets them be made from data of ds or later days."""
+    """Holds the encoder and codebook that are pinned for ds.
+
+    `allow_overlap` lets them be made from data of ds or later days.
+    """
 
     def __init__(self, settings: Settings, ds: dt.date, allow_overlap: bool = False):
         self._settings, self._ds, self._allow_overlap = settings, ds, allow_overlap
@@ -25,7 +28,7 @@ class PinnedArtefacts:
 
     @functools.cached_property
     def codebook(self) -> codebooks.CodebookInfo:
-        """The pinned codebook; raises OperatorError where there is none, or of another encoder."""
+        """Reads the pinned codebook; raises OperatorError for none, or one of another encoder."""
         if self.pin.codebook is None:
             raise OperatorError(
                 f"The pin that holds for ds {self._ds} (from_ds {self.pin.from_ds}) names no "

@@ -1,4 +1,4 @@
-"""The shop's tables of one ds and of the days before it, opened once however many stages read them.
+"""Opens the shop's tables of one ds and of earlier days, once however many stages read them.
 
 Opening reads footers alone. A day that is not there is an error for ds, and told for earlier ones.
 """
@@ -20,7 +20,7 @@ _CLICK_DAYS = 2  # so long after the end of its log is a click looked for where 
 
 
 class ShopTables:
-    """The catalogues and impressions that the stages of `ds` read; `say` tells of missing days."""
+    """Opens the catalogues and impressions that stages of `ds` read; `say` tells missing days."""
 
     def __init__(self, settings: Settings, ds: dt.date, say: Callable[[str], None]):
         self._settings, self._ds, self._say = settings, ds, say
@@ -39,7 +39,7 @@ class ShopTables:
 
     @property
     def has_one_catalogue(self) -> bool:
-        """Whether one snapshot serves all days."""
+        """Tells whether one snapshot of the catalogue serves all days."""
         return "{ds}" not in self._settings.catalogue.path
 
     def impressions(self, ds: dt.date) -> Source:
@@ -54,7 +54,10 @@ class ShopTables:
 
     @functools.cached_property
     def log(self) -> tuple[list[Source], list[str]]:
-        """The impressions of ds and of the days that its histories need, and the missing days."""
+        """Opens the impressions of ds and of the days that its histories need.
+
+        Returns with them the missing days, which are told.
+        """
         log, missing = self._days_back(self.impressions)
         if missing:
             self._say(
@@ -64,7 +67,7 @@ class ShopTables:
         return log, missing
 
     def catalogues(self) -> list[Source]:
-        """The catalogues of ds and of the days of the log, which tell an item's category."""
+        """Opens the catalogues of ds and of the days of the log, which tell an item's category."""
         if self.has_one_catalogue:
             return [self.catalogue(self._ds)]
         return self._days_back(self.catalogue)[0]
@@ -83,14 +86,17 @@ class ShopTables:
             )
 
     def item_id_type(self, otherwise: pa.DataType) -> pa.DataType:
-        """Of all tables that were opened; `otherwise` where no file tells."""
+        """Returns item_id's type in all tables that were opened; `otherwise` if no file tells."""
         return inputs.common_id_type("item_id", self._opened.values(), otherwise)
 
     def user_id_type(self, otherwise: pa.DataType) -> pa.DataType:
         return inputs.common_id_type("user_id", self._opened.values(), otherwise)
 
     def _days_back(self, open_day: Callable[[dt.date], Source]) -> tuple[list[Source], list[str]]:
-        """One table's partitions of ds and of the days that its histories need, newest first."""
+        """Opens one table of ds and of the days that its histories need, newest first.
+
+        Returns with the partitions the days that have none.
+        """
         found, missing = [open_day(self._ds)], []
         start = self._settings.history_start_ds or dt.date.min
         for back in range(1, self._days_that_count() + 1):
@@ -104,8 +110,10 @@ class ShopTables:
         return found, missing
 
     def _days_that_count(self) -> int:
-        """How many days back a partition may hold a click of ds's histories: the window's, those
-        that impressions may be late, and some, since a click may come after the day that logs it.
+        """Returns how many days back a partition may hold a click of ds's histories.
+
+        These are the window's days, those that impressions may be late, and some, since a click may
+        come after the day that logs it.
         """
         settings = self._settings
         delay_days = math.ceil(settings.impressions.click_delay_seconds / 86_400)

@@ -1,4 +1,4 @@
-"""The audit: that no feature of a moment knows of a click at or after it, on the user's own data.
+"""Audits, on the user's own data, that no feature of a moment knows of a click at or after it.
 
 One hash bucket of the users of ds is taken as it is, and its features are made by the functions
 that the nightly jobs call. Then clicks are planted in a copy of it, around sampled impressions, and
@@ -40,8 +40,12 @@ OK, LEAK, UNVERIFIED = "ok", "leak", "unverified"
 
 @dataclass(frozen=True)
 class Plant:
-    """Clicks that are planted so many microseconds from the end of a history, of impressions that
-    were shown `shown_us` from it; whether sampled features must move for them, or must not."""
+    """Describes clicks that are planted near the ends of sampled impressions' histories.
+
+    They lie `clicked_us` microseconds from the end of a history, and are of impressions that were
+    shown `shown_us` from it; `must_move` says whether sampled features must move for them, or must
+    not.
+    """
 
     name: str
     clicked_us: int
@@ -59,8 +63,11 @@ PLANTS = (
 
 @dataclass(frozen=True)
 class Moved:
-    """What one kind of plant moved: how many of the `sampled` impressions, how many impressions of
-    the bucket that it must not have moved, and which columns."""
+    """Tells what one kind of plant moved.
+
+    `moved` counts the `sampled` impressions that moved, `wrongly` the impressions of the bucket
+    that it must not have moved; `columns` says in which columns.
+    """
 
     plant: str
     must_move: bool
@@ -72,7 +79,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: `level` is "ok", "leak" or "unverified"."""
+    """Tells of one thing that was looked at: `level` is "ok", "leak" or "unverified"."""
 
     level: str
     text: str
@@ -80,7 +87,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """What the audit of a day found."""
+    """Holds what the audit of a day found."""
 
     ds: str
     bucket: int
@@ -129,7 +136,7 @@ def audit(
 
 
 class _Bucket:
-    """The impressions of a bucket of users on one day, and what makes their features."""
+    """Holds the impressions of a bucket of users on one day, and what makes their features."""
 
     def __init__(self, day: DayPlan, stage: Stage, rows: pa.Table, bucket: int, buckets: int):
         self.stage, self.rows, self.bucket, self.buckets = stage, rows, bucket, buckets
@@ -144,7 +151,7 @@ class _Bucket:
         self.items = self._ask_for_items()
 
     def _clicks(self, log: Source) -> pa.Table:
-        """The bucket's clicks in the log of an earlier day."""
+        """Returns the bucket's clicks in the log of an earlier day."""
         assert self.job is not None
         rows = _rows_of_bucket(log, self.bucket, self.buckets, self.part, self.length)
         end_us = day_end(log.form.ds, self.job.day_timezone)
@@ -162,18 +169,18 @@ class _Bucket:
 
     @property
     def probes(self) -> tuple[pa.Scalar, pa.Scalar]:
-        """Two items to plant clicks on; the same one twice where there is but one."""
+        """Returns two items to plant clicks on; the same one twice where there is but one."""
         return self.ids[0], self.ids[-1]
 
     def _chunks(self, planted: pa.Table) -> list[bytes]:
-        """All clicks of the day and of logs before it, with the planted ones."""
+        """Returns all clicks of the day and of logs before it, with the planted ones."""
         assert self.job is not None
         day, law = self.part.day, self.job.law
         own = [clicks_of(rows, day.number, day.end_us, law) for rows in (self.rows, planted)]
         return [*self._earlier, *map(arrays.to_ipc, own)]
 
     def features(self, planted: pa.Table | None = None) -> pa.Table:
-        """`user_simscores` of the bucket, with clicks of `planted` impressions in the log."""
+        """Makes `user_simscores` of the bucket, with clicks of `planted` impressions in the log."""
         rows = self.rows
         if self.job is not None:
             planted = rows.slice(0, 0) if planted is None else planted
@@ -185,8 +192,10 @@ class _Bucket:
 def _rows_of_bucket(
     source: Source, bucket: int, buckets: int, part: ScoresOfDay, history_len: int
 ) -> pa.Table:
-    """The impressions of one bucket of users in the log of the day of `part`, or of one before it;
-    reads all of it."""
+    """Returns the impressions of one bucket of users in one log; reads all of it.
+
+    `source` is the log of the day of `part`, or of one before it.
+    """
 
     def read(group: RowGroup) -> pa.Table:
         rows = read_impressions(group, part.day.end_us, history_len)
@@ -230,8 +239,11 @@ def _audit_features(bucket: _Bucket, sample: int, report: Report) -> None:
 
 
 def _sample(features: pa.Table, known_from_us: int, count: int) -> np.ndarray:
-    """Places of at most `count` impressions, each of another user and none that came too late for a
-    history; chosen by a hash, so that the same ones are looked at again."""
+    """Returns the places of at most `count` impressions, each of another user.
+
+    None came too late for a history. They are chosen by a hash, so that the same ones are looked at
+    again.
+    """
     users = pc.dictionary_encode(features["user_id"].combine_chunks()).indices.to_numpy()
     moments = features["event_time"].cast(pa.int64()).to_numpy()
     order = np.argsort(hashing.hash_ids(features["item_id"]) ^ moments.view(np.uint64))
@@ -274,7 +286,7 @@ def _planted(
     moments: np.ndarray,
     delay_us: int,
 ) -> pa.Table:
-    """A clicked impression for each sampled one, of an item its history does not begin with."""
+    """Makes a click for each sampled impression, of an item its history does not begin with."""
     newest = _first_of(before["history_item_ids"].take(pa.array(sampled)).combine_chunks())
     one, other = bucket.probes
     items = pc.if_else(pc.equal(newest, one).fill_null(False), other, one)
@@ -292,7 +304,7 @@ def _planted(
 
 
 def _first_of(lists: pa.Array) -> pa.Array:
-    """The first value of each of some lists, null for an empty one."""
+    """Returns the first value of each of some lists, null for an empty one."""
     sizes = pc.list_value_length(lists).to_numpy()
     starts = lists.offsets.to_numpy()[:-1] - lists.offsets[0].as_py()
     return lists.flatten().take(pa.array(starts, mask=sizes == 0))
@@ -303,7 +315,7 @@ def _times(moments: np.ndarray) -> pa.Array:
 
 
 def _differs(one: pa.ChunkedArray, other: pa.ChunkedArray) -> np.ndarray:
-    """In which rows two columns of the same rows differ; bool [n]."""
+    """Tells in which rows two columns of the same rows differ; bool [n]."""
     if pa.types.is_list(one.type):
         both = pa.concat_arrays([one.combine_chunks(), other.combine_chunks()])
         paired = np.arange(len(both)).reshape(2, -1).T.reshape(-1)
@@ -331,7 +343,7 @@ def _judge(moved: Moved, report: Report) -> None:
 
 
 def _audit_published(bucket: _Bucket, made: pa.Table, report: Report) -> None:
-    """Whether the published `user_simscores` of the bucket are those that were made here."""
+    """Tells whether the published `user_simscores` of the bucket are those that were made here."""
     stage = bucket.stage
     if not stage.is_published():
         folder = stage.folder(USER_SIMSCORES)
@@ -351,7 +363,7 @@ def _audit_published(bucket: _Bucket, made: pa.Table, report: Report) -> None:
 
 
 def _not_as_published(found: pa.Table, made: pa.Table) -> str:
-    """What differs, in words; empty where nothing does."""
+    """Says in words what differs between published and made rows; empty where nothing does."""
     if len(found) != len(made):
         return f"{len(found):,} rows instead of {len(made):,}"
     differ = {}
@@ -408,7 +420,7 @@ def _audit_artefacts(day: DayPlan, stage: Stage, report: Report) -> None:
 
 
 def _audit_embeddings(embeddings: partitions.Partition, end_us: int, report: Report) -> None:
-    """Images that changed after the day's end were not those that its users saw."""
+    """Tells of images written after the day's end: its users may have seen other ones."""
     read = partial(partitions.read_parquet, columns=["item_id", "image_mtime"])
     with ThreadPoolExecutor(_READERS) as pool:
         rows = pa.concat_tables(pool.map(read, embeddings.paths))
@@ -439,7 +451,7 @@ def _audit_embeddings(embeddings: partitions.Partition, end_us: int, report: Rep
 
 
 def render(report: Report) -> str:
-    """The report for people."""
+    """Writes the report for people."""
     lines = [
         f"audit of ds {report.ds}: bucket {report.bucket} of {report.buckets}, "
         f"{report.impressions:,} impressions of {report.users:,} users"

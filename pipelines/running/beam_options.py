@@ -1,4 +1,4 @@
-"""Which runner, and with which of Beam's own options; unknown ones are refused.
+"""Chooses the runner and Beam's own options of a stage; unknown options are refused.
 
 Beam itself drops an option that it does not know with a warning, and a misspelt
 `--num_worker=100` would then run a night on one machine.
@@ -17,7 +17,7 @@ LOCAL_RUNNER = "FnApiRunner"  # by name: DirectRunner first tries to download a 
 
 
 def flags(settings: Mapping[str, Any], stage: str) -> list[str]:
-    """The `[beam]` settings of a stage as Beam's flags; those of `[beam.<stage>]` win.
+    """Returns the `[beam]` settings of a stage as Beam's flags; those of `[beam.<stage>]` win.
 
     `false` takes a switch of `[beam]` back for one stage. Raises OperatorError for any other
     `false`: Beam's switches are off unless named, so it would do nothing.
@@ -61,7 +61,7 @@ def check_flags(given: Sequence[str]) -> None:
 def pipeline_options(
     settings: Mapping[str, Any], stage: str, given: Sequence[str]
 ) -> PipelineOptions:
-    """Options of one stage: the defaults, then the settings, then `given` on the command line.
+    """Returns options of one stage: the defaults, the settings, then `given` on the command line.
 
     Raises OperatorError for an unknown option.
     """

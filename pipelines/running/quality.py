@@ -1,4 +1,4 @@
-"""The gates between making and publishing: what no night may put before a CTR model.
+"""Gates stand between making and publishing: they stop what no night may put before a CTR model.
 
 A law of the tables that does not hold is our own fault or the disk's, and is refused like a share
 above its limit: nothing is published, and what was published before stays.
@@ -25,10 +25,11 @@ def check(
     settings: Settings,
     clusters: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Raises GateRefused, or DataContractError for a catalogue without one readable image.
+    """Raises GateRefused where a law or a share forbids publishing what a stage made.
 
-    `input_rows` are those of the stage's input, `counts` its own and those of the ones before it,
-    `clusters` what is said of the clusters of each resolution.
+    Raises DataContractError for a catalogue without one readable image. `input_rows` are those of
+    the stage's input, `counts` its own and those of the ones before it, `clusters` what is said of
+    the clusters of each resolution.
     """
     for label, found in clusters.items():
         _clusters(label, found, settings.gates)
@@ -90,7 +91,7 @@ def _simscore(
 
 
 def _clusters(label: str, found: Mapping[str, Any], gates: Gates) -> None:
-    """Churn and imbalance of one resolution."""
+    """Refuses too much churn or imbalance among the clusters of one resolution."""
     _share(
         f"items have another cluster ID ({label}) than the day before",
         found["moved_items"], found["compared_items"],

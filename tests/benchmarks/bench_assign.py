@@ -1,11 +1,12 @@
-"""How fast every item finds its nearest centre, beside faiss and the bare product. `make bench`.
+"""Measures how fast every item finds its nearest centre, beside faiss and the bare product.
 
     python tests/benchmarks/bench_assign.py [--clusters 1000,16384,65536] [--threads 2]
 
-Items are unit vectors about styles, styles about categories, in noise whose spectrum falls off;
-centres are those of one step of k-means. All take turns in one process; rates are medians.
-"Parquet" reads item_embeddings and writes IDs and distances, the rest have all in memory; products
-choose nothing, so they are limits. Wrong are IDs that are not the nearest in float64.
+`make bench` runs it. Items are unit vectors about styles, styles about categories, in noise whose
+spectrum falls off; centres are those of one step of k-means. All take turns in one process; rates
+are medians. "Parquet" reads item_embeddings and writes IDs and distances, the rest have all in
+memory; products choose nothing, so they are limits. Wrong are IDs that are not the nearest in
+float64.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 class Shop:
-    """Items of a catalogue with a quarter as many styles as there are clusters."""
+    """Draws items of a catalogue with a quarter as many styles as there are clusters."""
 
     def __init__(self, clusters: int):
         self._rng = np.random.default_rng(0)
@@ -145,8 +146,10 @@ def product_of_torch(
 
 
 def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float]]:
-    """Seconds by the clock, and of all processors together; the libraries' threads come to rest
-    between runs."""
+    """Returns median seconds of each run: by the clock, and of all processors together.
+
+    The libraries' threads come to rest between runs.
+    """
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -158,7 +161,7 @@ def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, tu
 
 
 def wrong(find: Find, rows: np.ndarray, centres: np.ndarray) -> int:
-    """How many of the first rows' IDs are not the nearest in float64."""
+    """Counts the first rows whose IDs are not the nearest in float64."""
     size = max(1, BLOCK // len(centres) // 2)
     exact, count = centres.astype(np.float64), 0
     half = (exact**2).sum(axis=1) / 2

@@ -1,4 +1,4 @@
-"""What an image costs from its bytes to its pixels, by library. Run by `make bench`.
+"""Measures what an image costs from bytes to pixels, by library. `make bench` runs it.
 
     python tests/benchmarks/bench_decode.py [--photos DIR]
 
@@ -61,7 +61,7 @@ LIBRARIES: dict[str, Callable[[bytes], np.ndarray]] = {
 
 
 def texture(seed: int) -> Image.Image:
-    """Noise of all scales, each twice as strong as the next finer one, as in photographs."""
+    """Draws noise of all scales, each twice as strong as the next finer one, as in photographs."""
     rng = np.random.default_rng(seed)
     total = np.zeros((256, 256, 3))
     for cells in (2, 4, 8, 16, 32, 64, 128, 256):
@@ -85,7 +85,7 @@ def mosaics(size: tuple[int, int], tiles: list[Image.Image]) -> list[bytes]:
 
 
 def milliseconds(files: list[bytes], names: list[str]) -> dict[str, float]:
-    """Median per image."""
+    """Returns the median milliseconds per image of each library."""
     taken: dict[str, list[float]] = {name: [] for name in names}
     for _, data, name in itertools.product(range(REPEATS), files, names):
         start = time.process_time()

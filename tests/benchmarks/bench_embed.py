@@ -1,4 +1,4 @@
-"""How fast EMBED is: beside a bare torch loop, beside Beam's own example, from night to night.
+"""Measures EMBED's speed beside a bare torch loop and Beam's own example, and from night to night.
 
     python tests/benchmarks/bench_embed.py [--backbone swin_t] [--images 96] [--photos DIR]
         [--tensors 20000] [--items 125000 1000000]
@@ -71,7 +71,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def bare_loop(encoder: ImageEncoder, paths: list[str]) -> np.ndarray:
-    """What a user would write: open, transform, stack, forward, normalise."""
+    """Embeds as a user would write it: open, transform, stack, forward, normalise."""
     transform = torchvision.models.Swin_T_Weights.IMAGENET1K_V1.transforms()
     if encoder.backbone_name != "swin_t":
         size = encoder.preprocessing
@@ -116,7 +116,7 @@ def readable(path: Path) -> bool:
 
 
 def job_seconds(folder: Path, root: Path, uris: list[str], encoder: ImageEncoder) -> float:
-    """The night's first stage, in a new folder."""
+    """Runs the night's first stage in a new folder; returns its seconds."""
     top = Path(tempfile.mkdtemp(dir=folder))
     info = save_encoder(encoder, str(top), "bench", None, None, None, "random")
     settings = write_shop(top, uris, DAYS[:1], str(root), top / info.encoder_id)
@@ -129,14 +129,14 @@ def job_seconds(folder: Path, root: Path, uris: list[str], encoder: ImageEncoder
 
 
 class Stub(torch.nn.Module):
-    """A network that costs nothing: a float of each image, repeated."""
+    """Stands for a network and costs nothing: it returns a float of each image, repeated."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.reshape(len(images), -1)[:, :1].expand(-1, EMBEDDING_DIM)
 
 
 class OwnDoFn(beam.DoFn):
-    """What RunInference does for us, without it."""
+    """Does what RunInference does for us, without it."""
 
     def __init__(self, handler: embed.EmbedChunk):
         self._handler = handler
@@ -224,7 +224,7 @@ PREPROCESSING = Preprocessing(SIDE, SIDE, "bilinear", (0.5,) * 3, (0.5,) * 3)
 
 @contextlib.contextmanager
 def stubs(changed: int) -> Iterator[None]:
-    """Images without files and an encoder without weights; every hundredth changed so often."""
+    """Stubs image files and the encoder; every hundredth image changed `changed` times."""
 
     def version(uri: str) -> int:
         return changed * uri.endswith("00.jpg")
@@ -267,7 +267,10 @@ def bench_nights(items: Sequence[int]) -> None:
 
 
 def one_shop(count: int) -> None:
-    """Three nights of a stub shop in this process; prints seconds, images embedded and memory."""
+    """Makes three nights of a stub shop in this process.
+
+    Prints seconds, images embedded and memory.
+    """
     found: dict[str, list[float]] = {"seconds": [], "embedded": [], "peak_mb": []}
     with tempfile.TemporaryDirectory() as name:
         encoder = build_encoder("shufflenet_v2_x0_5", "random", input_size=SIDE)
@@ -290,7 +293,7 @@ def one_shop(count: int) -> None:
 def write_shop(
     top: Path, uris: list[str], days: Sequence[dt.date], images: str, encoder: Path
 ) -> str:
-    """A catalogue for each day, and settings; returns the path of these."""
+    """Writes a catalogue for each day, and settings; returns the settings' path."""
     n = len(uris)
     rows = pa.table({"item_id": np.arange(n), "image_uri": uris, "category": ["a"] * n})
     for day in days:

@@ -1,4 +1,4 @@
-"""What fitting centres costs, and how good they are. Run by `make bench`.
+"""Measures what fitting centres costs, and how good they are. `make bench` runs it.
 
     python tests/benchmarks/bench_fit.py [--points 65536] [--rows 100000 2000000] [--clusters 512]
 
@@ -61,7 +61,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def objective(points: np.ndarray, centres: np.ndarray) -> float:
-    """The mean squared distance."""
+    """Returns the mean squared distance of points to their nearest centres."""
     return float((CentreSearch(centres).nearest(points).distance.astype(np.float64) ** 2).mean())
 
 
@@ -78,7 +78,7 @@ def bare_fit(points: np.ndarray, clusters: int) -> np.ndarray:
 
 
 def whole_fit(points: np.ndarray, clusters: int) -> np.ndarray:
-    """As `courier fit-codebook` does once the sample is read."""
+    """Fits centres as `courier fit-codebook` does once the sample is read."""
     fit = Fit({"main": clusters}, seed=1)
     book = make_codebook(Sample(points, points[:0], ""), fit, "bench", "2026-01-01")
     return np.asarray(book.centres["main"])
@@ -125,13 +125,13 @@ def stream(folder: Path) -> Iterator[np.ndarray]:
 
 
 def every(folder: Path, rows: int, wanted: int) -> np.ndarray:
-    """About `wanted` of the rows, evenly spread."""
+    """Reads about `wanted` of the rows, evenly spread."""
     step = max(1, rows // wanted)
     return np.concatenate([part[::step].copy() for part in stream(folder)])  # no views: all rows
 
 
 def pass_over(folder: Path, rows: int, clusters: int) -> None:
-    """What the process of its own does: tells its speed and its peak of memory."""
+    """Makes a single pass in a process of its own; prints its speed and its peak of memory."""
     start = first_centres(every(folder, rows, FIRST * clusters), clusters, seed=1)
     single_pass = SinglePass(start)
     begun = time.perf_counter()

@@ -1,12 +1,13 @@
-"""How fast HISTORIES is on a large day, and how much memory it takes. Run by `make bench`.
+"""Measures how fast HISTORIES is on a large day, and how much memory it takes.
 
     python tests/benchmarks/bench_histories.py [--impressions 10000000] [--clicks 50]
         [--mode multi_threading] [--sample 100000]
 
-A day of five impressions per user, a tenth of them clicked, after one that left every user so many
-clicks of the 30 days before. That day's histories are made first, and not counted. Beside it, for a
-sample of users, with their clicks in memory and ready: the history strictly before each impression,
-by a plain loop and by DuckDB. Both take repeated items and the window for what they are not, rare.
+`make bench` runs it. A day of five impressions per user, a tenth of them clicked, after one that
+left every user so many clicks of the 30 days before. That day's histories are made first, and not
+counted. Beside it, for a sample of users, with their clicks in memory and ready: the history
+strictly before each impression, by a plain loop and by DuckDB. Both take repeated items and the
+window for what they are not, rare.
 """
 
 import argparse
@@ -49,7 +50,7 @@ LOG_SCHEMA = pa.schema(
 
 
 def write_settings(top: Path) -> Path:
-    """The settings of both days; no catalogue is read."""
+    """Writes the settings of both days; no catalogue is read."""
     path = top / "courier.toml"
     path.write_text(
         f'root = "features"\nhistory_len = {HISTORY}\nwindow_days = {WINDOW_DAYS}\n'
@@ -60,7 +61,7 @@ def write_settings(top: Path) -> Path:
 
 
 def write_log(top: Path, users: int, clicks: int) -> None:
-    """The clicks of the days before, in one partition, and the impressions of DAY."""
+    """Writes the clicks of the days before, in one partition, and the impressions of DAY."""
     if users % STEP == 0:
         raise ValueError(f"{users:,} users are a multiple of {STEP:,}: not all would be met")
     earlier = START_US - WINDOW_DAYS * DAY_US
@@ -69,14 +70,17 @@ def write_log(top: Path, users: int, clicks: int) -> None:
 
 
 def folder_of(top: Path, day: dt.date) -> Path:
-    """Where the log of a day lies."""
+    """Returns the folder in which the log of a day lies."""
     return top / "impressions" / str(day)
 
 
 def write_day(
     folder: Path, users: int, per_user: int, span_us: tuple[int, int], clicked: float
 ) -> None:
-    """So many rows of each user, at random times in the span, in files of several row groups."""
+    """Writes `per_user` rows of each user, at random times in the span.
+
+    Files have several row groups; `clicked` is the share of rows that are clicks.
+    """
     rng, rows = np.random.default_rng(per_user), users * per_user
     folder.mkdir(parents=True)
     for first in range(0, rows, FILE):
@@ -93,7 +97,7 @@ def write_day(
 
 
 def sampled(top: Path, day: dt.date, sample: int) -> pa.Table:
-    """The rows of a day of the first `sample` users, by time."""
+    """Reads the rows of a day of the first `sample` users, by time."""
     rows = pq.read_table(folder_of(top, day), filters=pc.field("user_id") < sample)
     return rows.sort_by("event_time")
 
@@ -102,7 +106,7 @@ def sampled(top: Path, day: dt.date, sample: int) -> pa.Table:
 
 
 def bench_job(settings: Path, impressions: int, mode: str) -> float:
-    """Impressions/s of the stage, after that of the day before."""
+    """Measures HISTORIES on DAY, after that of the day before; returns impressions/s."""
     nights.run_stage(settings, DAY_BEFORE, "histories", mode)
     found = nights.run_stage(settings, DAY, "histories", mode)
     print(
@@ -117,7 +121,7 @@ def bench_job(settings: Path, impressions: int, mode: str) -> float:
 
 
 def by_loop(clicks: pa.Table, impressions: pa.Table) -> float:
-    """Seconds that a plain Python loop takes, with a deque of each user's clicks filled already."""
+    """Times a plain Python loop, in seconds, with a deque of each user's clicks filled already."""
     histories: dict[int, deque[int]] = {}
     for user, item in columns_of(clicks, "user_id", "item_id"):
         histories.setdefault(user, deque(maxlen=HISTORY)).appendleft(item)
@@ -140,7 +144,7 @@ def by_loop(clicks: pa.Table, impressions: pa.Table) -> float:
 
 
 def columns_of(rows: pa.Table, *names: str) -> Iterator[tuple]:
-    """The rows, as tuples of these columns."""
+    """Returns the rows as tuples of these columns."""
     return zip(*(rows[name].to_pylist() for name in names), strict=True)
 
 
@@ -168,7 +172,10 @@ FROM_STATE = """
 
 
 def by_duckdb(clicks: pa.Table, impressions: pa.Table, out: Path) -> dict[str, float]:
-    """Seconds that DuckDB takes to write the histories, from all clicks and from yesterday's."""
+    """Times DuckDB writing the histories, in seconds.
+
+    It makes them from all clicks, and from yesterday's histories.
+    """
     with duckdb.connect() as database:
         database.execute(f"SET threads = {nights.WORKERS}")
         database.execute("SET preserve_insertion_order = false")
@@ -189,7 +196,7 @@ def by_duckdb(clicks: pa.Table, impressions: pa.Table, out: Path) -> dict[str, f
 
 
 def bench_in_memory(top: Path, sample: int, ours: float) -> None:
-    """The rates of both, and how many times as fast the job is."""
+    """Prints the rates of the loop and of DuckDB, and how many times as fast the job is."""
     clicks, impressions = sampled(top, DAY_BEFORE, sample), sampled(top, DAY, sample)
     seconds = {"plain loop, one core": by_loop(clicks, impressions)}
     found = by_duckdb(clicks, impressions, top / "duckdb.parquet")

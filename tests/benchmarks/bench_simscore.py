@@ -1,9 +1,10 @@
-"""How fast SIMSCORE is, beside its limits and what a user would otherwise run. Run by `make bench`.
+"""Measures how fast SIMSCORE is, beside its limits and what a user would otherwise run.
 
     python tests/benchmarks/bench_simscore.py [--items 1000000] [--impressions 1000000]
         [--mode multi_threading] [--shuffle 50000] [--memory 1000000,10000000]
 
-Histories of 50 items are logged, each with five impressions of its user; vectors have 256 floats.
+`make bench` runs it. Histories of 50 items are logged, each with five impressions of its user;
+vectors have 256 floats.
 
 1. The job on two cores, Parquet to Parquet, with its start-up left out: the same night of five
    users, in which a machine's copy of the embeddings is made.
@@ -78,7 +79,7 @@ ScoreRow = Callable[[dict[str, Any], dict[int, np.ndarray]], dict[str, Any]]
 
 
 def rate_of(run: Callable[[int], object], few: int, many: int) -> float:
-    """Impressions/s of `run`, which takes their number, with its start-up left out; a median."""
+    """Measures impressions/s of `run`, which takes their number, start-up left out; a median."""
 
     def once() -> float:
         start_up, whole = timed(lambda: run(few)), timed(lambda: run(many))
@@ -92,7 +93,7 @@ def rate_of(run: Callable[[int], object], few: int, many: int) -> float:
 
 @dataclass(frozen=True)
 class Shop:
-    """Where all lies, below `top`."""
+    """Tells where all of the shop lies, below `top`."""
 
     top: Path
 
@@ -117,14 +118,14 @@ class Shop:
 
 
 def unit_vectors(items: int) -> np.ndarray:
-    """The embedding of every item, by its ID; float32 [items, 256]."""
+    """Draws the embedding of every item, by its ID; float32 [items, 256]."""
     vectors = np.random.default_rng(0).standard_normal((items, DIM), np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors
 
 
 def make_shop(top: Path, items: int) -> Shop:
-    """Settings, a catalogue, and the item tables of two days: most nights know the one before."""
+    """Makes settings, a catalogue, and item tables of two days: most nights know the one before."""
     shop, vectors = Shop(top), unit_vectors(items)
     (top / "catalogue").mkdir()
     rows = {"item_id": np.arange(items), "image_uri": ["x"] * items, "category": ["a"] * items}
@@ -139,7 +140,7 @@ def make_shop(top: Path, items: int) -> Shop:
 
 
 def write_settings(shop: Shop, encoder: str, codebook: str) -> None:
-    """The settings of all nights."""
+    """Writes the settings of all nights."""
     shop.settings.write_text(
         f'root = "features"\n[catalogue]\npath = "catalogue"\nimage_roots = ["."]\n'
         f'[impressions]\npath = "impressions/{{ds}}"\n'
@@ -148,7 +149,7 @@ def write_settings(shop: Shop, encoder: str, codebook: str) -> None:
 
 
 def book_by_hand(centres: np.ndarray, encoder_id: str) -> Codebook:
-    """A codebook without a fit, whose centres each stand for one item."""
+    """Makes a codebook without a fit, whose centres each stand for one item."""
     made_before, count = "2026-01-01", len(centres)
     arrays = {"main": centres}, {"main": np.arange(1, count + 1, dtype=np.int32)}
     sizes = np.ones(count, np.int64)
@@ -179,7 +180,7 @@ def publish_items(shop: Shop, day: dt.date, vectors: np.ndarray) -> None:
 def write_shard(
     parts: Path, vectors: np.ndarray, items: np.ndarray, shard: int, stage: Stage
 ) -> None:
-    """The parts of one shard, as EMBED leaves them: its `items` embedded, none rejected."""
+    """Writes the parts of one shard, as EMBED leaves them: its `items` embedded, none rejected."""
     embeddings, rejects = stage.tables
     schema, n = embeddings.schema(pa.int64()), len(items)
     columns = {name: pa.nulls(n, schema.field(name).type) for name in schema.names}
@@ -200,7 +201,7 @@ def write_shard(
 
 
 def write_log(shop: Shop, items: int, impressions: int) -> None:
-    """So many impressions of DAY in place of those before, in memory that does not grow."""
+    """Writes so many impressions of DAY in place of those before, in memory that does not grow."""
     rng, users = np.random.default_rng(1), impressions // PER_USER
     shop.log.parent.mkdir(parents=True, exist_ok=True)
     with pq.ParquetWriter(shop.log, LOG_SCHEMA) as file:
@@ -222,13 +223,13 @@ def write_log(shop: Shop, items: int, impressions: int) -> None:
 
 
 def score(shop: Shop, mode: str) -> dict[str, Any]:
-    """The night's last stage over the log that is there, whatever was published before."""
+    """Runs the night's last stage over the log that is there, whatever was published before."""
     shutil.rmtree(shop.scores, ignore_errors=True)
     return nights.run_stage(shop.settings, DAY, "simscore", mode)
 
 
 def bench_job(shop: Shop, items: int, impressions: int, mode: str) -> float:
-    """Impressions/s of the job, start-up left out; log and scores of all of them stay."""
+    """Measures impressions/s of the job, start-up left out; log and scores of all of them stay."""
     found = []
     for rows in (FEW, impressions):
         write_log(shop, items, rows)
@@ -249,7 +250,7 @@ def bench_job(shop: Shop, items: int, impressions: int, mode: str) -> float:
 
 
 def in_memory(shop: Shop, items: int) -> dict[str, float]:
-    """numpy alone, with the vectors and the impressions at hand."""
+    """Measures numpy alone, with the vectors and the impressions at hand."""
     vectors = unit_vectors(items)
     rows = first_rows(shop, SUBSET)
     shown = rows["item_id"].to_numpy().reshape(-1, PER_USER)
@@ -262,29 +263,29 @@ def in_memory(shop: Shop, items: int) -> dict[str, float]:
 
 
 def rows_per_second(work: Callable[[], object], rows: int) -> float:
-    """Of `work` that handles so many; a median."""
+    """Returns the rows/s of `work`, which handles so many; a median."""
     return rows / float(np.median([timed(work) for _ in range(REPEATS)]))
 
 
 def first_rows(shop: Shop, count: int) -> pa.Table:
-    """So many impressions of the log, or all of a shorter one."""
+    """Reads so many impressions of the log, or all of a shorter one."""
     with pq.ParquetFile(shop.log) as file:
         wanted = min(file.num_row_groups, -(-count // (USERS_AT_ONCE * PER_USER)))
         return file.read_row_groups(range(wanted), use_threads=False)[:count]
 
 
 def row_by_row(vectors: np.ndarray, histories: np.ndarray, shown: np.ndarray) -> list[np.ndarray]:
-    """The scores of each impression, by a product of its own."""
+    """Scores each impression by a product of its own."""
     return [vectors[h] @ vectors[i] for h, s in zip(histories, shown, strict=True) for i in s]
 
 
 def user_by_user(vectors: np.ndarray, histories: np.ndarray, shown: np.ndarray) -> list[np.ndarray]:
-    """The scores of each user, by one product."""
+    """Scores the impressions of each user by one product."""
     return [vectors[s] @ vectors[h].T for h, s in zip(histories, shown, strict=True)]
 
 
 def parquet_alone(shop: Shop, items: int) -> dict[str, float]:
-    """pyarrow reading the log and writing the job's own rows, on one thread."""
+    """Measures pyarrow reading the log and writing the job's own rows, on one thread."""
     pa.set_cpu_count(1)
     scored = partitions.read_parquet(partitions.open_published(str(shop.scores)).paths[0])[:SUBSET]
     flat = [field.name for field in scored.schema if not pa.types.is_nested(field.type)]
@@ -300,7 +301,7 @@ def parquet_alone(shop: Shop, items: int) -> dict[str, float]:
 
 
 def one_after_the_other(limits: dict[str, float]) -> float:
-    """What one core could do at best: read, score user by user, write."""
+    """Returns what one core could do at best: read, score user by user, write; impressions/s."""
     steps = ("Parquet, log read", "numpy, user by user", "Parquet, scores written")
     return 1 / sum(1 / limits[step] for step in steps)
 
@@ -309,10 +310,11 @@ def one_after_the_other(limits: dict[str, float]) -> float:
 
 
 def beam_by_row(shop: Shop, items: int) -> dict[str, float]:
-    """A pipeline of one impression per element, with the embeddings as a dict.
+    """Measures a pipeline of one impression per element, with the embeddings as a dict.
 
-    Of few impressions and the items that they need: with a million of them the side input alone
-    would not be there in minutes. Repeated, since so few are scored in the time of the start-up.
+    It has few impressions and the items that they need: with a million of them the side input alone
+    would not be there in minutes. They are repeated, since so few are scored in the time of the
+    start-up.
     """
     rows = first_rows(shop, BEAM_DISTINCT)
     needed, path = shop.top / "needed.parquet", shop.top / "some.parquet"
@@ -333,8 +335,11 @@ def beam_by_row(shop: Shop, items: int) -> dict[str, float]:
 def score_by_row(
     root: beam.Pipeline, items: Path, impressions: Path, function: ScoreRow, schema: pa.Schema
 ) -> None:
-    """The pipeline as its user would write it. A dict that the function captures, or one that is a
-    singleton, scores no faster, and starts much later."""
+    """Wires the pipeline as a user would write it.
+
+    A dict that the function captures, or one that is a singleton, scores no faster, and starts much
+    later.
+    """
     vectors = root | "ReadItems" >> ReadFromParquet(str(items)) | beam.Map(to_pair)
     _ = (
         root
@@ -345,18 +350,18 @@ def score_by_row(
 
 
 def to_pair(row: dict[str, Any]) -> tuple[int, np.ndarray]:
-    """An item's ID and vector."""
+    """Returns an item's ID and vector."""
     return row["item_id"], np.array(row["embedding"], np.float32)
 
 
 def score_row(row: dict[str, Any], vectors: dict[int, np.ndarray]) -> dict[str, Any]:
-    """An impression with its scores in the place of its history."""
+    """Returns an impression with its scores in the place of its history."""
     clicked = np.stack([vectors[item] for item in row.pop("history")])
     return {**row, "sim_scores": (clicked @ vectors[row["item_id"]]).tolist()}
 
 
 def score_row_fully(row: dict[str, Any], vectors: dict[int, np.ndarray]) -> dict[str, Any]:
-    """The same with all that the job's table has, but same_cluster."""
+    """Returns an impression with its scores and all other columns of the job but same_cluster."""
     key = f"{row['user_id']} {row['item_id']} {row['event_time']}"
     row = score_row(row, vectors)
     scores = np.array(row["sim_scores"])
@@ -407,7 +412,7 @@ COPY (
 
 
 def duckdb_query(shop: Shop, items: int) -> dict[str, float]:
-    """The embeddings as a table of arrays, then one query."""
+    """Measures DuckDB: it loads the embeddings as a table of arrays, then runs one query."""
     vectors = (
         f"SELECT item_id, embedding::FLOAT[{DIM}] AS vector FROM '{shop.embeddings}/*.parquet'"
     )
@@ -436,7 +441,7 @@ GOALS = {f"Beam, {way}": " (goal 30)" for way in BY_ROW}
 
 
 def bench_yardsticks(shop: Shop, items: int, ours: float) -> None:
-    """The rates of all yardsticks over the log that is there, each in its own process."""
+    """Prints the rates of all yardsticks over the log that is there, each in its own process."""
     rates: dict[str, float] = {}
     for name in YARDSTICKS:
         arguments = ("--items", items, "--yardstick", name, "--shop", shop.top)
@@ -452,7 +457,10 @@ def bench_yardsticks(shop: Shop, items: int, ours: float) -> None:
 
 
 def bench_shuffle(shop: Shop, items: int, impressions: int, mode: str) -> None:
-    """The same impressions with both joins: how far apart the scores are, what was shuffled."""
+    """Scores the same impressions with both joins.
+
+    Prints how far apart the scores are, and what was shuffled.
+    """
     write_log(shop, items, impressions)
     plain, kept = shop.settings.read_text(), []
     for join in ("broadcast", "shuffle"):
@@ -466,7 +474,7 @@ def bench_shuffle(shop: Shop, items: int, impressions: int, mode: str) -> None:
 
 
 def largest_difference(one: Path, other: Path) -> float:
-    """Between sim_scores of the same impression in two partitions."""
+    """Returns the largest difference between sim_scores of one impression in two partitions."""
     ids, scores = zip(*map(scores_by_impression, (one, other)), strict=True)
     if not ids[0].equals(ids[1]):
         raise ValueError(f"{one} and {other} are not of the same impressions")
@@ -474,7 +482,7 @@ def largest_difference(one: Path, other: Path) -> float:
 
 
 def scores_by_impression(folder: Path) -> tuple[pa.ChunkedArray, np.ndarray]:
-    """The impression IDs, ascending, and their scores float32 [n, L]."""
+    """Reads the impression IDs, ascending, and their scores float32 [n, L]."""
     columns = ["impression_id", "sim_scores"]
     paths = partitions.open_published(str(folder)).paths
     rows = pa.concat_tables(partitions.read_parquet(path, columns) for path in paths)
@@ -487,7 +495,7 @@ def scores_by_impression(folder: Path) -> tuple[pa.ChunkedArray, np.ndarray]:
 
 
 def bench_memory(shop: Shop, items: int, sizes: list[int], mode: str) -> None:
-    """The job's peak beside what it may take: the embeddings' size on disk and 1.5 GB."""
+    """Prints the job's peak beside what it may take: the embeddings' size on disk and 1.5 GB."""
     embeddings = partitions.open_published(str(shop.embeddings)).manifest["files"]
     allowed = sum(file["bytes"] for file in embeddings) + ALLOWED_BYTES
     for impressions in sizes:
@@ -504,7 +512,7 @@ def bench_memory(shop: Shop, items: int, sizes: list[int], mode: str) -> None:
 
 
 def bench_all(top: Path, given: argparse.Namespace) -> None:
-    """Every measurement that was asked for, in one shop."""
+    """Takes every measurement that was asked for, in one shop."""
     shop = make_shop(top, given.items)
     ours = bench_job(shop, given.items, given.impressions, given.mode)
     bench_yardsticks(shop, given.items, ours)

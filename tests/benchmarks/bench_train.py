@@ -1,4 +1,4 @@
-"""How fast and how large a training step is, beside what it wraps. Run by `make bench`.
+"""Measures how fast and large a training step is, beside what it wraps. `make bench` runs it.
 
     python tests/benchmarks/bench_train.py [--quick] [--gpu-paper] [--workers 8]
 
@@ -69,7 +69,7 @@ def median(values: list[float]) -> float:
 
 
 def draw_files(folder: Path, count: int, side: int, kinds: int = 40) -> list[str]:
-    """JPEGs of `kinds` garments; a comment makes the bytes of each file its own."""
+    """Draws JPEGs of `kinds` garments; a comment makes the bytes of each file its own."""
     rng = np.random.default_rng(0)
     names = list(COLOURS)
     folder.mkdir()
@@ -83,7 +83,7 @@ def draw_files(folder: Path, count: int, side: int, kinds: int = 40) -> list[str
 
 
 def make_rows(uris: list[str], rows: int) -> TrainingSet:
-    """Full rows of popular and less popular items, each of a user of its own, one PV clicked."""
+    """Draws full rows of popular and less popular items, each of its own user, one PV clicked."""
     rng = np.random.default_rng(1)
     items = len(uris)
     popularity = 1 / np.arange(1, items + 1) ** 0.7
@@ -92,7 +92,7 @@ def make_rows(uris: list[str], rows: int) -> TrainingSet:
 
 
 def as_set(codes: np.ndarray, uris: list[str]) -> TrainingSet:
-    """int64 `[rows, 10]`: five PVs, the first of them clicked, and five clicks."""
+    """Makes a set of int64 `[rows, 10]`: five PVs, the first of them clicked, and five clicks."""
     clicked = np.zeros((len(codes), 5), bool)
     clicked[:, 0] = True
     items = pa.table({"item_id": np.arange(len(uris)), "image_uri": uris, "title": uris})
@@ -109,7 +109,10 @@ def start_training(settings: TrainSettings, rows: TrainingSet, images: Path, top
 
 
 def bare_step(run: Training) -> Callable[[int], None]:
-    """Forward, backward and Adam on that many images of random pixels, in the run's precision."""
+    """Returns a step of forward, backward and Adam on that many images of random pixels.
+
+    It has the run's precision.
+    """
     settings = run.settings
     size = run.encoder.preprocessing.input_size
     encoder = build_encoder(settings.backbone, "random", settings.input_size)
@@ -130,7 +133,7 @@ def bare_step(run: Training) -> Callable[[int], None]:
 
 
 def timed_steps(run: Training, stream: Iterable[Batch]) -> tuple[float, list[int]]:
-    """Seconds of training on `stream` with its loader in the loop, and the images of each step."""
+    """Trains on `stream`, its loader in the loop; returns seconds and the images of each step."""
     sizes = []
 
     def go() -> None:
@@ -175,7 +178,7 @@ def all_of(step: Callable[[int], None], sizes: list[int]) -> None:
 
 
 def every_place(batch: Batch) -> Batch:
-    """The same rows with an image of its own for each of their places."""
+    """Returns the rows of `batch` with an image of its own for each of their places."""
     places = torch.cat([batch.pv, batch.clicks], dim=1)  # [B, 10], none masked in these rows
     flat, own = places.flatten(), torch.arange(places.numel()).view_as(places)
     return replace(
@@ -227,7 +230,7 @@ def bench_memory(rows: int) -> None:
 
 
 def measure_apart(name: str, rows: int) -> dict[str, float]:
-    """In a process of its own, since freed memory is not all given back."""
+    """Runs `measure` in a process of its own, since freed memory is not all given back."""
     command = [sys.executable, __file__, "--measure", name, "--rows", str(rows)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
@@ -249,7 +252,7 @@ def measure(name: str, rows: int) -> None:
 
 
 def start_peak() -> int:
-    """Forgets the peak so far; returns the bytes in use."""
+    """Forgets the peak of memory so far; returns the bytes in use."""
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -295,7 +298,7 @@ def pillow(path: Path, side: int) -> np.ndarray:
 
 
 def loader_rates(dataset: RowBatches, workers: int) -> tuple[float, float]:
-    """Images per second of the first epoch, after the workers' start, and of the second."""
+    """Returns images/s of the first epoch, after the workers' start, and of the second."""
     epoch = dataset.steps_per_epoch
     stream = iter(batches(dataset, 0, 2 * epoch, workers))
     before = len([*itertools.islice(stream, 1 + 2 * workers)])
@@ -315,7 +318,7 @@ def drain(stream: Iterator[Batch]) -> None:
 
 
 class RandomCache(ImageCache):
-    """Pixels as if cached: of a few random squares, each item its own content."""
+    """Gives pixels as if cached: of a few random squares, each item its own content."""
 
     def read(self, codes: Keys) -> tuple[np.ndarray, Keys, np.ndarray]:
         rng = np.random.default_rng(0)
@@ -339,7 +342,7 @@ def bench_paper(workers: int | None) -> None:
 
 
 def paper_steps(run: Training, steps: int = 2) -> str:
-    """What so many steps take, after one to begin with."""
+    """Says what so many steps take, after one to begin with."""
     pixels = run.encoder.preprocessing
     run.batches._cache = RandomCache(None, pa.nulls(0, pa.string()), ["."], pixels)
     stream = iter(batches(run.batches, 0, steps + 1, run.workers))

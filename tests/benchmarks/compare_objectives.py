@@ -1,4 +1,4 @@
-"""What each objective learns from the same shop, in the same number of steps.
+"""Compares what each objective learns from the same shop, in the same number of steps.
 
     python tests/benchmarks/compare_objectives.py SHOP_FOLDER --until 2026-01-06 [--seeds 0,1]
 
@@ -41,7 +41,7 @@ Result = dict[str, Any]
 
 
 def run_objective(wanted: TrainSettings, data: TrainingData, folder: Path) -> Result:
-    """One training run; only the images that it decoded are left in `folder`, for the next."""
+    """Makes one training run; leaves only the images that it decoded in `folder`, for the next."""
     for leftover in ("checkpoints", "tensorboard"):
         shutil.rmtree(folder / leftover, ignore_errors=True)
     with joined() as process:
@@ -51,7 +51,7 @@ def run_objective(wanted: TrainSettings, data: TrainingData, folder: Path) -> Re
 
 
 def figures(record: Record) -> Result:
-    """The values of the columns MEASURED."""
+    """Returns the values of the columns MEASURED."""
     colours, untrained = record.measures[:2]
     best = record.best
     assert best is not None
@@ -60,7 +60,7 @@ def figures(record: Record) -> Result:
 
 
 def plan_runs(given: argparse.Namespace, text_model: str) -> list[TrainSettings]:
-    """Seed by seed; raises OperatorError for an objective that there is none of."""
+    """Plans runs seed by seed; raises OperatorError for an objective that there is none of."""
     return [
         replace(
             PRESETS["demo"], objective=objective, seed=seed, batch_rows=given.batch_rows,
@@ -75,7 +75,7 @@ def plan_runs(given: argparse.Namespace, text_model: str) -> list[TrainSettings]
 
 
 def make_text_model(data: TrainingData, folder: Path) -> None:
-    """A BERT of two layers and random weights that knows the words of the items' titles."""
+    """Makes a BERT of two layers and random weights that knows the words of the items' titles."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # read at import
     from transformers import BertConfig, BertModel, BertTokenizerFast
     from transformers.utils.logging import disable_progress_bar
@@ -125,7 +125,7 @@ def cell(name: str, value: Any) -> str:
 
 
 def mean_and_spread(name: str, values: Sequence[float | None]) -> str:
-    """The mean, and the lowest and the highest where they differ."""
+    """Writes the mean, and the lowest and the highest where they differ."""
     known = [value for value in values if value is not None]
     if not known:
         return "–"
@@ -135,7 +135,7 @@ def mean_and_spread(name: str, values: Sequence[float | None]) -> str:
 
 
 def print_summary(results: Sequence[Result]) -> None:
-    """One line per objective, the best first."""
+    """Prints one line per objective, the best first."""
     runs: dict[str, list[Result]] = {}
     for result in results:
         runs.setdefault(result["objective"], []).append(result)
@@ -160,7 +160,7 @@ def read_shop(given: argparse.Namespace) -> TrainingData:
 
 
 def listed(of: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """For argparse: values with commas between them."""
+    """Returns a type for argparse: it reads values with commas between them."""
     return lambda text: [of(part) for part in text.split(",")]
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks of a night's stages share: processes of their own, and the head of a report.
+"""Holds what benchmarks of a night's stages share: their own processes, and the head of a report.
 
 A stage runs in a process of its own, so that its peak of memory is the job's alone and nothing that
 was measured before is still in its way.
@@ -27,21 +27,21 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 
 
 def head() -> str:
-    """The date and the machine."""
+    """Returns the head of a report: the date and the machine."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text() if info.exists() else "")
     return f"{dt.date.today()}, {found[1] if found else platform.machine()}, {os.cpu_count()} cores"
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds by the clock."""
+    """Returns the seconds that `work` takes by the clock."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def child(script: str, *arguments: object, one_thread: bool = False) -> dict[str, Any]:
-    """The JSON that `script` prints in a process of its own."""
+    """Returns the JSON that `script` prints in a process of its own."""
     command = [sys.executable, script, *map(str, arguments)]
     environment = os.environ | (ONE_THREAD if one_thread else {})
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -49,22 +49,26 @@ def child(script: str, *arguments: object, one_thread: bool = False) -> dict[str
 
 
 def run_stage(settings: Path, day: dt.date, stage: str, mode: str) -> dict[str, Any]:
-    """Makes and publishes one stage of a night: rows read, seconds, peak memory in bytes, counts.
+    """Makes and publishes one stage of a night, in a process of its own.
 
-    The memory is that of one process, so that it says nothing of mode "multi_processing".
+    Returns the rows read, seconds, peak memory in bytes and counts. The memory is that of one
+    process, so that it says nothing of mode "multi_processing".
     """
     beam = (f"--direct_num_workers={WORKERS}", f"--direct_running_mode={mode}")
     return child(__file__, settings, day, stage, *beam)
 
 
 def _peak_bytes() -> int:
-    """Of this process since it began; getrusage would count its parent's until then."""
+    """Returns the peak of memory of this process since it began, in bytes.
+
+    getrusage would count its parent's until then.
+    """
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024 if found else 0
 
 
 def main() -> None:
-    """What the process of `run_stage` does."""
+    """Runs one stage for `run_stage`, in the process of its own, and prints the figures as JSON."""
     logging.disable(logging.WARNING)
     settings, day, stage, *beam_args = sys.argv[1:]
     night = plan_night(load_settings(settings), dt.date.fromisoformat(day), [stage])

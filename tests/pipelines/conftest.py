@@ -1,4 +1,4 @@
-"""Shops that tests of `courier train` and of `courier init` begin with."""
+"""Makes the shops that tests of `courier train` and of `courier init` begin with."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.support.world import DAYS, World
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A shop with training rows of every day, D included. Read only."""
+    """Makes a shop with training rows of every day, D included; it is only read."""
     world = World(tmp_path_factory.mktemp("prepared") / "shop", "int", 1000, SECTION)
     assert make_rows(world, DAYS[0], D) == 0
     return world.folder
@@ -19,6 +19,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shop(tmp_path: Path) -> Shop:
-    """What `courier init` looks at; tests of other commands have a shop of their own."""
+    """Makes the shop that `courier init` looks at; other commands' tests have one of their own."""
     draw(tmp_path / "images")
     return Shop(tmp_path)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help, environment, pins on stdout, what lies on disk."""
+"""The command line gives help, reads the environment, prints pins and tells what lies on disk."""
 
 import json
 import tomllib
@@ -75,7 +75,7 @@ def pins(printed: str) -> list[dict[str, str]]:
 def test_what_init_encoder_and_fit_codebook_print_makes_a_night(
     world: World, capsys: Capture
 ) -> None:
-    """And they edit nothing: appending what they print is the operator's act."""
+    """Both commands edit nothing: appending what they print is the operator's act."""
     world.pins.clear()
     world.settings()
     config = ["--config", str(world.config)]

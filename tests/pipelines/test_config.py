@@ -108,7 +108,7 @@ def refusal(folder: Path, text: str) -> str:
 
 
 def with_line(line: str, section: str = "root = ") -> str:
-    """LEAST with `line` right before the key, or right below the section, that is named."""
+    """Returns LEAST with `line` right before the key, or right below the section, that is named."""
     assert LEAST.count(section) == 1
     new = f"{section}\n{line}" if section.startswith("[") else f"{line}\n{section}"
     return LEAST.replace(section, new)

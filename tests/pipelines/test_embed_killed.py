@@ -1,4 +1,4 @@
-"""`courier embed` killed with signal 9 at any moment, and resumed."""
+"""`courier embed` can be killed with signal 9 at any moment, and resumed."""
 
 import json
 import os
@@ -18,7 +18,7 @@ KILLS = 20
 def test_killed_twenty_times_at_random_moments_it_publishes_the_same_bytes(
     tmp_path: Path, artefacts: Artefacts
 ) -> None:
-    """On a second day, with images as they were, new, changed, repeated, broken and missing."""
+    """The second day has images as they were, new, changed, repeated, broken and missing."""
     world = pinned(World(tmp_path / "shop"), artefacts)
     for item in range(100, 180):
         if item % 10:

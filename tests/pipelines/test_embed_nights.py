@@ -1,4 +1,4 @@
-"""Whole `courier embed` runs on the tiny shop: what is read, what is embedded, who is rejected."""
+"""Whole `courier embed` runs read, embed and reject what they should, on the tiny shop."""
 
 import datetime as dt
 import json
@@ -54,7 +54,7 @@ def embed(world: World, day: dt.date, *args: str) -> int:
 
 
 def embed_with(world: World, day: dt.date, *changes: tuple[str, str]) -> int:
-    """The same with other settings."""
+    """Runs `courier embed` for a day with other settings: each change is old and new text."""
     world.settings()
     text = world.config.read_text()
     for old, new in changes:
@@ -65,7 +65,7 @@ def embed_with(world: World, day: dt.date, *changes: tuple[str, str]) -> int:
 
 
 def offer(world: World, day: dt.date, uris: Mapping[int, str | None]) -> None:
-    """A catalogue of these items with these addresses, in two files."""
+    """Writes a catalogue of these items with these addresses, in two files."""
     rows = pa.table(
         {
             "item_id": list(uris),
@@ -134,7 +134,7 @@ def test_an_image_that_was_renamed_is_read_but_not_embedded(world: World) -> Non
 
 @pytest.fixture(scope="module")
 def rejected_twice(tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts) -> World:
-    """A world after two nights, whose two rejects are tried again on its fourth day."""
+    """Makes a world after two nights, whose two rejects are tried again on its fourth day."""
     world = pinned(World(tmp_path_factory.mktemp("rejects") / "shop"), artefacts)
     for day in DAYS:
         offer(world, day, addresses())
@@ -146,7 +146,7 @@ def rejected_twice(tmp_path_factory: pytest.TempPathFactory, artefacts: Artefact
 
 @pytest.fixture
 def healing(rejected_twice: World) -> World:
-    """The same with an image for each of the rejects, at its old address."""
+    """Makes the twice rejected world anew, with an image for each reject at its old address."""
     world = rejected_twice
     shutil.rmtree(world.folder)
     shutil.copytree(world.folder.with_name("kept"), world.folder)
@@ -215,7 +215,7 @@ def test_a_reject_that_stays_bad_is_tried_less_and_less_often(world: World) -> N
 
 
 def change(world: World, rng: np.random.Generator, uris: dict[int, str], item: int) -> None:
-    """Something that happens to an item's image, or to its address."""
+    """Lets something happen to an item's image, or to its address."""
     path = world.folder / "images" / uris[item]
     match rng.integers(0, 12):
         case 0:

@@ -1,4 +1,4 @@
-"""One encoder for all processes of a worker, as a GPU wants it: Beam keeps it behind a proxy."""
+"""One encoder serves all processes of a worker, as a GPU wants it: Beam keeps it behind a proxy."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Four nights of the tiny world: every table equals what plain loops make of the same inputs."""
+"""Four nights of the tiny world give tables equal to what plain loops make of the same inputs."""
 
 import datetime as dt
 import os
@@ -44,7 +44,7 @@ def vectors_of(world: World, day: dt.date) -> dict[Any, np.ndarray]:
 
 
 def log_of(day: dt.date) -> list[dict[str, Any]]:
-    """All impressions up to `day`, as the world drew them: the window is the oracle's to apply."""
+    """Returns impressions up to `day`, all that the world drew: the oracle applies the window."""
     return [
         row
         for number, other in enumerate(DAYS)
@@ -118,7 +118,7 @@ def test_a_former_item_keeps_its_embedding_for_the_window_and_no_longer(refreshe
 
 
 def test_rejects_count_the_days_on_which_they_were_tried(refreshed: World) -> None:
-    """After one day, after two more and then after four: on days 1, 2 and 4, but not on day 3."""
+    """Rejects wait one day, then two, then four: they are tried on days 1, 2 and 4, not on 3."""
     tried = {DAYS[0]: (1, DAYS[0], 1), DAYS[1]: (2, DAYS[1], 2), DAYS[2]: (2, DAYS[1], 2)}
     tried[DAYS[3]] = (3, DAYS[3], 4)
     for day, (attempts, last, wait) in tried.items():

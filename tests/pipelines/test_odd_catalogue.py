@@ -1,4 +1,4 @@
-"""A catalogue of odd image files alone: each ends as its picture's embedding, or its reason."""
+"""Each file of a catalogue of odd images ends as its picture's embedding, or its reason."""
 
 import io
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts) -> World:
-    """A world after a night with all of them. Read only."""
+    """Makes a world after a night with all odd files; it is only read."""
     world = pinned(World(tmp_path_factory.mktemp("odd") / "shop"), artefacts)
     for name in NAMES:
         (world.folder / "images" / name).write_bytes(ODD[name].data)
@@ -81,7 +81,7 @@ def test_every_good_file_has_the_embedding_of_the_picture_that_it_shows(
         assert apart[of].max() < limit
 
 
-def test_those_limits_would_tell_a_picture_that_was_turned(artefacts: Artefacts) -> None:
+def test_the_limits_of_distance_would_tell_a_picture_that_was_turned(artefacts: Artefacts) -> None:
     encoder, picture = load_encoder(artefacts.encoder), ODD["baseline.jpg"].expected
     assert isinstance(picture, Image.Image)
     turned = [picture, *(picture.transpose(way) for way in Image.Transpose)]

@@ -1,4 +1,4 @@
-"""`courier training-rows`: days of the tiny world equal the loop; repeated, killed, refused.
+"""`courier training-rows` makes what the loop makes, also repeated or killed, or refuses to.
 
 The world has no pin: training rows come before any encoder.
 """
@@ -54,7 +54,7 @@ def make(world: World, *args: str) -> int:
 
 
 def made(world: World, day: dt.date) -> list[tuple[Any, ...]]:
-    """The rows of a day as they lie, times in microseconds."""
+    """Returns the rows of a day as they lie, times in microseconds."""
     rows = world.table("training_rows", day)
     times = rows["event_time"].cast(pa.int64())
     rows = rows.set_column(rows.column_names.index("event_time"), "event_time", times)
@@ -70,7 +70,7 @@ def manifest(world: World, day: dt.date) -> dict[str, Any]:
 
 
 def request_of(user: Any, event_us: int) -> int | None:
-    """Half a day is one request; the third user's impressions have none."""
+    """Returns an impression's request: half a day is one; the third user's have none."""
     return None if str(user).endswith("3") else event_us // (DAY_US // 2)
 
 
@@ -86,7 +86,7 @@ def add_requests(world: World, kind: pa.DataType) -> None:
 
 
 def expected(world: World, day: dt.date, requests: str, scope: set[Any]) -> list[tuple[Any, ...]]:
-    """What the loop makes of the impressions up to `day`, of items in `scope`."""
+    """Returns what the loop makes of the impressions up to `day`, of items in `scope`."""
 
     def prepared(number: int) -> list[dict[str, Any]]:
         rows = [
@@ -109,7 +109,10 @@ def expected(world: World, day: dt.date, requests: str, scope: set[Any]) -> list
 
 
 def scope_of(world: World, day: dt.date, categories: tuple[str, ...]) -> set[Any]:
-    """Of the items of all catalogues up to `day`; everything where there are no categories."""
+    """Returns the items of `categories` in all catalogues up to `day`.
+
+    Everything is in scope where there are no categories.
+    """
     if not categories:
         return {world.item(number) for number in range(100)}
     listed = {number for other in DAYS if other <= day for number in catalogue_items(other)}

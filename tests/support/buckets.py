@@ -1,4 +1,4 @@
-"""Folders of the local disk, in a bucket."""
+"""Copies folders of the local disk into a bucket."""
 
 from pathlib import Path
 

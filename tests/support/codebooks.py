@@ -1,4 +1,4 @@
-"""Unit vectors, and codebooks made by hand, without a fit."""
+"""Makes unit vectors, and codebooks by hand, without a fit."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,7 @@ from feature_jobs.schemas import EMBEDDING_DIM
 
 
 def unit_rows(count: int, seed: int = 0) -> np.ndarray:
-    """Random directions; float32 [count, 256]."""
+    """Draws random directions; float32 [count, 256]."""
     rows = np.random.default_rng(seed).normal(size=(count, EMBEDDING_DIM)).astype(np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
@@ -27,7 +27,10 @@ def by_hand(
     encoder_id: str,
     data_ds: str = "2026-02-28",
 ) -> Codebook:
-    """One whose centres each stand for one item, by label; its highest numbers were issued last."""
+    """Makes a codebook whose centres each stand for one item, by label.
+
+    Its highest numbers were issued last.
+    """
     numbers = {label: np.asarray(n, np.int32) for label, n in numbers.items()}
     identity = codebook_id("test", centres, numbers, (encoder_id, None, data_ds))
     resolutions = tuple(

@@ -1,4 +1,4 @@
-"""A shop's two tables on one day, as small files, and how tests open, read and refuse them."""
+"""Writes a shop's two tables of one day as small files; opens, reads and refuses them for tests."""
 
 import datetime as dt
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ USERS = [900_001, 900_002, 900_003]
 
 
 def impressions(**columns: Any) -> pa.Table:
-    """Three rows; `columns` replace theirs, None leaves one out."""
+    """Returns three impressions; `columns` replace theirs, None leaves one out."""
     rows = {
         "user_id": pa.array(USERS),
         "item_id": pa.array([1, 2, 3]),
@@ -43,7 +43,7 @@ def catalogue(**columns: Any) -> pa.Table:
 
 
 def write(folder: Path, *files: pa.Table, **options: Any) -> str:
-    """Files 0.parquet, 1.parquet, …; returns the template of the folder."""
+    """Writes files 0.parquet, 1.parquet, …; returns the template of the folder."""
     (folder / f"ds={DS}").mkdir(parents=True, exist_ok=True)
     for number, rows in enumerate(files):
         pq.write_table(rows, folder / f"ds={DS}" / f"{number}.parquet", **options)
@@ -66,7 +66,10 @@ def read(
 
 
 def refusal(kind: type[CourierError], work: Callable[[], object], *named: str) -> str:
-    """The message that `work` is refused with: of this kind, one paragraph, naming what it must."""
+    """Checks how `work` is refused; returns the message.
+
+    The error is of this kind; the message is one paragraph, names what it must, and no user.
+    """
     with pytest.raises(CourierError) as refused:
         work()
     assert type(refused.value) is kind

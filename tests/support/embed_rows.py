@@ -1,4 +1,4 @@
-"""Rows of EMBED's tables, of its catalogue and of its results, each item's with values of its own.
+"""Makes rows of EMBED's tables, catalogue and results, each item's with values of its own.
 
 Only what a test is about has to be said; the rest is as it is for a healthy item.
 """
@@ -46,7 +46,7 @@ Row = dict[str, Any]
 
 
 def day(number: int) -> dt.date:
-    """So many days after DAY."""
+    """Returns the day that lies so many days after DAY."""
     return DAY + dt.timedelta(days=number)
 
 
@@ -55,7 +55,7 @@ def digest(number: int) -> str:
 
 
 def vector(number: int) -> list[float]:
-    """Of unit length, and of this number alone."""
+    """Returns a vector of unit length that is of this number alone."""
     found = np.zeros(EMBEDDING_DIM, np.float32)
     found[number] = 1
     return found.tolist()
@@ -78,7 +78,7 @@ def catalogue(*rows: Row) -> pa.Table:
 
 
 def embeddings(*rows: Row) -> pa.Table:
-    """`item_embeddings` of a day before."""
+    """Makes `item_embeddings` of an earlier day."""
     return _table(
         EMBEDDINGS,
         [
@@ -93,7 +93,7 @@ def embeddings(*rows: Row) -> pa.Table:
 
 
 def rejects(*rows: Row) -> pa.Table:
-    """`item_rejects` of the day before DAY."""
+    """Makes `item_rejects` of the day before DAY."""
     return _table(
         REJECTS,
         [
@@ -108,13 +108,13 @@ def rejects(*rows: Row) -> pa.Table:
 
 
 def images(*rows: Row) -> pa.Table:
-    """What is to be read."""
+    """Makes the table of images that are to be read."""
     given = {"known_sha256": None, "shard": 0}
     return _table(TO_READ, [{**_item(r["item_id"]), **_version(), **given, **r} for r in rows])
 
 
 def results(*rows: Row) -> pa.Table:
-    """What became of images: embedded on the CPU, where nothing else is said."""
+    """Makes the table of what became of images: embedded on the CPU, where no row says else."""
     return _table(
         RESULTS,
         [
@@ -131,7 +131,7 @@ def results(*rows: Row) -> pa.Table:
 
 
 def reject(item: int, reason: str = "truncated") -> Row:
-    """Of `results`: what became of an image that cannot be decoded."""
+    """Makes a row of `results`: what became of an image that cannot be decoded."""
     return {
         "item_id": item, "stage": "decode", "reason": reason, "message": f"as it is, {item}",
         "embedding": None, "is_embedded": False, "forward_seconds": 0.0,

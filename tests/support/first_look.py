@@ -1,4 +1,4 @@
-"""A shop that `courier init` looks at for the first time, and what it finds there."""
+"""Makes a shop that `courier init` looks at for the first time, and reads what it finds there."""
 
 import datetime as dt
 import re
@@ -21,7 +21,7 @@ UTC = pa.timestamp("us", tz="UTC")
 
 
 def catalogue(**changed: Any) -> dict[str, Any]:
-    """Columns of a catalogue without a fault; None takes a column away."""
+    """Returns columns of a catalogue without a fault; None takes a column away."""
     columns = {
         "item_id": pa.array(range(ITEMS)),
         "image_uri": pa.array([f"{i}.png" for i in range(ITEMS)]),
@@ -33,7 +33,7 @@ def catalogue(**changed: Any) -> dict[str, Any]:
 def impressions(
     ds: str, hour: float = 0, zone: str | None = "UTC", **changed: Any
 ) -> dict[str, Any]:
-    """Columns of a day of impressions without a fault, its 24 hours beginning at `hour`."""
+    """Returns columns of a day of impressions without a fault, its 24 hours from `hour` on."""
     midnight = dt.datetime.fromisoformat(ds) + dt.timedelta(hours=hour)
     times = [midnight + dt.timedelta(minutes=12 * i) for i in range(120)]
     columns = {
@@ -52,7 +52,7 @@ def write(path: Path, columns: Mapping[str, Any], **options: Any) -> None:
 
 @dataclass
 class Shop:
-    """A shop on disk: a catalogue and impressions of three days, and an image per item."""
+    """Makes a shop on disk: a catalogue and impressions of three days, and an image per item."""
 
     folder: Path
     catalogue: dict[str, Any] = field(default_factory=catalogue)
@@ -87,7 +87,10 @@ def draw(folder: Path, items: int = ITEMS) -> None:
 
 
 def problems(first: FirstLook) -> list[str]:
-    """Checks what holds for every finding besides: one paragraph, and no user ID."""
+    """Returns the problems that were found.
+
+    Checks what holds for every finding besides: one paragraph, and no user ID.
+    """
     for finding in first.findings:
         assert "\n" not in finding.text
         assert not re.search(rf"{SECRET_USER // 10}\d", finding.text)

@@ -1,4 +1,4 @@
-"""The slow, obviously right twins: plain loops over plain values, as the laws read."""
+"""Holds the slow, obviously right twins: plain loops over plain values, as the laws read."""
 
 import math
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ Click = tuple[Any, Any, int]  # user, item, click time in us
 
 
 def clicks_of(rows: Iterable[dict[str, Any]], delay_us: int = 0) -> list[Click]:
-    """When each click happened: its own time, else the event's plus the delay, never before it."""
+    """Dates each click: its own time, else the event's plus the delay, never before the event."""
     return [(r["user"], r["item"], clicked_at(r, delay_us)) for r in rows if r["clicked"]]
 
 
@@ -24,8 +24,11 @@ def history(
     clicks: list[Click], user: Any, moment: int, length: int, window_us: int, lag_us: int = 0,
     keep_repeats: bool = False,
 ) -> list[Any]:  # fmt: skip
-    """The latest distinct items that `user` clicked in [moment - window, moment - lag), newest
-    first; with `keep_repeats` the latest ones, distinct or not."""
+    """Returns the latest distinct items that `user` clicked before `moment`, newest first.
+
+    Clicks in [moment - window, moment - lag) count; with `keep_repeats` the items are the latest
+    ones, distinct or not.
+    """
     mine = sorted(
         {
             (time, item)
@@ -43,7 +46,7 @@ def history(
 def score(
     item: Any, past: list[Any], vectors: dict[Any, np.ndarray], length: int
 ) -> tuple[list[float], list[int]]:
-    """Scores and mask, padded: the cosine where both items have a vector in scope, else 0."""
+    """Returns scores and mask, padded: a cosine where both items have a vector in scope, else 0."""
     scores, mask = [0.0] * length, [0] * length
     for place, other in enumerate(past):
         if item in vectors and other in vectors:
@@ -54,7 +57,7 @@ def score(
 
 
 def tiers(scores: list[float], mask: list[int]) -> list[int]:
-    """How many real scores lie in each of 20 tiers of [-1, 1]; 1.0 in the last."""
+    """Counts the real scores in each of 20 tiers of [-1, 1]; 1.0 falls in the last."""
     counts = [0] * 20
     for value, real in zip(scores, mask, strict=True):
         if real:
@@ -63,7 +66,7 @@ def tiers(scores: list[float], mask: list[int]) -> list[int]:
 
 
 def nearest(vector: np.ndarray, centres: np.ndarray) -> tuple[int, float]:
-    """The first of the nearest centres and the Euclidean distance to it."""
+    """Returns the place of the first of the nearest centres, and the Euclidean distance to it."""
     distances = [float(np.sqrt(((vector - centre) ** 2).sum())) for centre in centres]
     best = min(range(len(distances)), key=distances.__getitem__)
     return best, distances[best]
@@ -79,8 +82,11 @@ def training_rows(
     name_of: Any = str,
     lag_us: int = 0,
 ) -> list[tuple[Any, Any, int, int, list[Any], list[bool], list[Any]]]:
-    """The columns of `training_rows` in their order; `rows` have a `request`, None without one,
-    which `name_of` then makes of the request's first moment."""
+    """Makes `training_rows`, each row a tuple of the columns in their order.
+
+    `rows` have a `request`, None without one, which `name_of` then makes of the request's first
+    moment.
+    """
     made = []
     for user, request, shown in _requests(rows, gap_us, name_of):
         moment = min(row["event_time"] for row in shown)
@@ -104,7 +110,7 @@ def training_rows(
 def _requests(
     rows: Iterable[dict[str, Any]], gap_us: int, name_of: Any
 ) -> list[tuple[Any, Any, list[dict[str, Any]]]]:
-    """(user, request_id, its impressions)."""
+    """Groups rows into requests: (user, request_id, its impressions)."""
     given: dict[Any, list[dict[str, Any]]] = {}
     bursts: dict[Any, list[list[dict[str, Any]]]] = {}
     for row in sorted(rows, key=lambda row: row["event_time"]):
@@ -123,7 +129,7 @@ def _requests(
 
 
 def _sample(*ids: Any) -> int:
-    """xxHash64 of the hashes of the IDs, 8 little-endian bytes each."""
+    """Returns the xxHash64 of the hashes of the IDs, 8 little-endian bytes each."""
     parts = [
         i.encode() if isinstance(i, str) else i.to_bytes(8, "little", signed=True) for i in ids
     ]

@@ -1,4 +1,4 @@
-"""Scripts in processes of their own, which tests kill."""
+"""Starts scripts in processes of their own, which tests kill."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Keys, numbers of shards and rows, for tests of tables as files and of what jobs exchange."""
+"""Makes keys, shard numbers and rows for tests of tables as files and of what jobs exchange."""
 
 import datetime as dt
 

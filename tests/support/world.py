@@ -1,4 +1,4 @@
-"""A tiny shop whose answers are known by construction or by the loops of `oracles`.
+"""Makes a tiny shop whose answers are known by construction or by the loops of `oracles`.
 
 Four days. Every kind of item and of impression that has a law of its own is in it: see `ITEMS`.
 """
@@ -41,7 +41,7 @@ DAY_US = 86_400_000_000
 
 @dataclass
 class World:
-    """A shop on disk. `ids` is "int" or "string": the type of both kinds of ID."""
+    """Makes a shop on disk; `ids` is "int" or "string", the type of both kinds of ID."""
 
     folder: Path
     ids: str = "int"
@@ -69,7 +69,7 @@ class World:
         return f"user-{number}" if self.ids == "string" else number
 
     def write_catalogue(self, day: dt.date, items: list[int]) -> None:
-        """Two files, three rows to a row group, not sorted."""
+        """Writes a day's catalogue: two files, three rows to a row group, not sorted."""
         rows = pa.table(
             {
                 "item_id": [self.item(i) for i in reversed(items)],
@@ -80,7 +80,7 @@ class World:
         self.write("catalogue", day, [rows.slice(0, 5), rows.slice(5)], rows_to_group=3)
 
     def write_impressions(self, day: dt.date, rows: list[dict[str, Any]]) -> None:
-        """Three files, sixteen rows to a row group, in the order given."""
+        """Writes a day's impressions: three files, sixteen rows to a row group, as given."""
         table = self.impressions_table(rows)
         third = len(rows) // 3
         parts = [table.slice(0, third), table.slice(third, third), table.slice(2 * third)]
@@ -113,7 +113,7 @@ class World:
         return self.folder / "images" / image_uri(number)
 
     def write_images(self, day: dt.date) -> None:
-        """The images as they are on `day`, with file times that change only with the bytes."""
+        """Writes images as they are on `day`, with file times that change only with the bytes."""
         for number in {*NORMAL, LEAVES_ON_DAY_2, NEW_ON_DAY_2, OUT_OF_SCOPE, WITHOUT_CATEGORY}:
             self.put(number, picture(number))
         self.put(SAME_BYTES_AS_1, picture(1))
@@ -159,7 +159,7 @@ class World:
         self.pins.append(f"[[pins]]\nfrom_ds = {from_ds}\nencoder = '{encoder}'\n{extra}")
 
     def table(self, name: str, day: dt.date) -> pa.Table:
-        """A published table, as a user reads it: by its plain path."""
+        """Reads a published table as a user does: by its plain path."""
         top = "shared" if TABLES[name].shared else "test"
         return pq.read_table(self.root / top / name / f"ds={day}", partitioning=None)
 
@@ -180,7 +180,7 @@ def catalogue_items(day: dt.date) -> list[int]:
 
 
 def picture(number: int, size: int = 40) -> bytes:
-    """A PNG that differs from every other in colour and shape."""
+    """Draws a PNG that differs from every other in colour and shape."""
     rng = np.random.default_rng(number)
     colour, ground = (tuple(int(c) for c in rng.integers(0, 256, 3)) for _ in range(2))
     image = Image.new("RGB", (size, size + number), ground)
@@ -193,7 +193,7 @@ def picture(number: int, size: int = 40) -> bytes:
 
 
 def draw_impressions(day: dt.date, seed: int, count: int = 150) -> list[dict[str, Any]]:
-    """Impressions on a coarse grid of times, so that ties, repeats and equal rows are common.
+    """Draws impressions on a coarse grid of times, so that ties, repeats and equal rows are common.
 
     Some are late (an event of the day before), some clicks have no time of their own, some happen
     after midnight, and one user never clicks.
@@ -224,7 +224,7 @@ def draw_impressions(day: dt.date, seed: int, count: int = 150) -> list[dict[str
 
 
 def make_encoder(folder: Path, seed: int = 0, categories: tuple[str, ...] | None = SCOPE) -> str:
-    """A small encoder package with random weights; returns its folder."""
+    """Makes a small encoder package with random weights; returns its folder."""
     encoder = build_encoder("shufflenet_v2_x0_5", "random", input_size=32, seed=seed)
     info = save_encoder(
         encoder, str(folder), "tiny", categories, data_start_ds=None, data_end_ds=None,
@@ -234,7 +234,10 @@ def make_encoder(folder: Path, seed: int = 0, categories: tuple[str, ...] | None
 
 
 def make_codebook(folder: Path, encoder: str, data_ds: str = "2026-02-28") -> str:
-    """Centres at four of the world's images, and two of them as coarse ones; its folder."""
+    """Makes a codebook whose centres are four of the world's images; returns its folder.
+
+    Two of them are the coarse centres as well.
+    """
     network = load_encoder(encoder)
     pixels = [decode(picture(n), network.preprocessing) for n in (1, 2, 3, 12)]
     centres = embed(network, np.stack(pixels), CLUSTERS, CPU, "fp32")

@@ -1,4 +1,4 @@
-"""`courier fit-codebook` on a tiny shop: what it prints, writes, continues and refuses."""
+"""`courier fit-codebook` prints, writes, continues and refuses what it should, on a tiny shop."""
 
 import contextlib
 import copy
@@ -29,7 +29,10 @@ ITEMS = 60  # of the catalogue on every day, beside the usual ones
 
 
 def copied(world: World, tmp_path: Path) -> World:
-    """The same shop in a folder of its own; it lies as deep, so that relative paths lead on."""
+    """Copies the shop into a folder of its own.
+
+    It lies as deep, so that relative paths lead on.
+    """
     mine = copy.deepcopy(world)
     mine.folder = Path(shutil.copytree(world.folder, tmp_path / "shop"))
     return mine
@@ -37,7 +40,10 @@ def copied(world: World, tmp_path: Path) -> World:
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts) -> World:
-    """A world with enough items to cluster; the first day is embedded, no codebook is pinned."""
+    """Makes a world with enough items to cluster.
+
+    The first day is embedded, no codebook is pinned.
+    """
     world = World(tmp_path_factory.mktemp("embedded") / "shop", rows_per_shard=40)
     world.pin(DAYS[0], artefacts.encoder)
     for number in range(100, 100 + ITEMS):
@@ -50,7 +56,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts) -> 
 
 @pytest.fixture(scope="module")
 def published_night(embedded: World, tmp_path_factory: pytest.TempPathFactory) -> World:
-    """With a codebook pinned and the second day published."""
+    """Copies the embedded world, pins a codebook in it and publishes the second day."""
     world = copied(embedded, tmp_path_factory.mktemp("night"))
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert courier(world, "fit-codebook", "--ds", str(DAYS[0]), "--clusters", "8") == 0
@@ -70,7 +76,7 @@ def night(published_night: World, tmp_path: Path) -> World:
 
 
 def fit(world: World, capsys: Capture, *args: str, ds: int = 0) -> tuple[str, str]:
-    """The stanza that was printed, and what was told."""
+    """Fits a codebook; returns the stanza that was printed, and what was told."""
     capsys.readouterr()
     assert courier(world, "fit-codebook", "--ds", str(DAYS[ds]), *args) == 0
     told = capsys.readouterr()
@@ -181,7 +187,7 @@ def test_a_later_fit_continues_the_pinned_codebook_and_tells_what_moved(
 
 
 def crosswalk_by_hand(world: World, stanza: str) -> dict[tuple[int, int], tuple[int, int]]:
-    """Of the second day: items and impressions by old and new number, row by row."""
+    """Counts items and impressions of the second day by old and new number, row by row."""
     log = world.folder / "impressions" / f"ds={DAYS[1]}"
     shown = pq.read_table(log, partitioning=None)["item_id"].to_pylist()
     rows = world.table("item_features", DAYS[1]).to_pylist()
@@ -244,7 +250,7 @@ def test_with_the_same_codebook_no_number_moves(night: World) -> None:
 def test_a_codebook_of_another_lineage_counts_as_all_moved_whatever_its_numbers(
     night: World, capsys: Capture
 ) -> None:
-    """Its number 3 has nothing to do with the number 3 of the one before."""
+    """Number 3 of one lineage has nothing to do with number 3 of another."""
     pins = night.pins
     night.pins = pins[:1]
     stanza, _ = fit(night, capsys, "--clusters", "8", "--seed", "0", "--name", "other", ds=1)
@@ -257,7 +263,7 @@ def test_a_codebook_of_another_lineage_counts_as_all_moved_whatever_its_numbers(
 def test_aligned_keeps_numbers_under_a_new_encoder(
     night: World, tmp_path: Path, capsys: Capture, artefacts: Artefacts
 ) -> None:
-    """In a feature set of its own, as a candidate is made beside production."""
+    """The new encoder has a feature set of its own, as a candidate is made beside production."""
     encoder = make_encoder(tmp_path / "new", seed=1)
     parent = folder_of(night, night.pins[1])
     text = night.config.read_text().split("[[pins]]")[0].replace('"test"', '"candidate"')
@@ -293,13 +299,13 @@ def test_aligned_without_the_old_numbers_says_where_to_get_them(
 
 
 class Killed(BaseException):
-    """The process is gone."""
+    """Stands for a kill: the process is gone."""
 
 
 def test_killed_at_any_write_of_the_package_it_leaves_none_that_counts(
     night: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the same command makes the package whole, as if nothing had happened."""
+    """After a kill the same command makes the package whole, as if nothing had happened."""
     real, parts = files.write_bytes, ("centres", "numbers", "crosswalk", "codebook.json")
     again = Path(shutil.copytree(night.folder, night.folder.with_name("again")))
 

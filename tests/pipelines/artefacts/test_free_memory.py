@@ -1,4 +1,4 @@
-"""How much memory is left, as Linux tells it and where nothing does."""
+"""Free memory is what Linux tells, or what is built in where nothing tells."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from pipelines.artefacts.free_memory import available_bytes
 
 
 def fake_machine(root: Path, groups: str, files: dict[str, str]) -> str:
-    """A root folder with 8 GB of available memory and the files of control groups."""
+    """Makes a root folder with 8 GB of available memory and the files of control groups."""
     files = {
         "proc/meminfo": "MemTotal: 16000000 kB\nMemAvailable:    8000000 kB\nHugePages_Total: 0\n",
         "proc/self/cgroup": groups,
@@ -58,9 +58,9 @@ def test_in_a_container_the_limit_lies_at_the_top(tmp_path: Path) -> None:
     assert available_bytes(fake_machine(tmp_path, groups, files)) == 3000
 
 
-def test_elsewhere_it_is_the_memory_that_is_built_in(tmp_path: Path) -> None:
+def test_where_no_linux_tells_all_memory_that_is_built_in_is_free(tmp_path: Path) -> None:
     assert available_bytes(str(tmp_path)) > 1 << 28
 
 
-def test_here_it_is_less_than_the_memory_that_is_built_in(tmp_path: Path) -> None:
+def test_on_this_machine_no_more_memory_is_free_than_is_built_in(tmp_path: Path) -> None:
     assert 0 < available_bytes() <= available_bytes(str(tmp_path))

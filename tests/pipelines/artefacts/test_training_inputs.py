@@ -1,4 +1,4 @@
-"""`courier train` on the tiny world: days, options, items and images it takes, or refuses."""
+"""`courier train` takes or refuses days, options, items and images of the tiny world."""
 
 import datetime as dt
 from pathlib import Path
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def shop(prepared: Path, tmp_path: Path) -> World:
-    """A shop of one's own, whose days before D have training rows."""
+    """Copies a shop whose days before D have training rows."""
     return copied_until_d(prepared, tmp_path)
 
 

@@ -1,6 +1,6 @@
-"""`courier train` on the tiny world: an encoder that D may use comes out, also after a stop.
+"""`courier train` on the tiny world makes an encoder that D may use, also after a stop.
 
-And how far it is shows meanwhile.
+How far it is shows meanwhile.
 """
 
 import json
@@ -40,7 +40,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def trained(
     prepared: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[World, str, dict[str, Any]]:
-    """A shop after `courier train`, what that printed, and the one pin in it. It stays."""
+    """Runs `courier train` in a shop; returns the shop, what was printed, and the pin in it.
+
+    No test changes the shop.
+    """
     world = copied_until_d(prepared, tmp_path_factory.mktemp("trained"))
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
@@ -64,7 +67,7 @@ def run_folder(world: World) -> Path:
 # ---- What comes out --------------------------------------------------------------------------
 
 
-def test_it_prints_a_pin_that_holds_from_the_day_it_was_trained_until(
+def test_train_prints_a_pin_that_holds_from_the_day_it_trained_until(
     trained: tuple[World, str, dict[str, Any]],
 ) -> None:
     world, text, pin = trained
@@ -142,7 +145,7 @@ def test_a_night_of_that_day_takes_the_encoder_and_one_of_an_earlier_day_refuses
 def test_no_row_of_the_day_or_later_counts(
     trained: tuple[World, str, dict[str, Any]], prepared: Path, tmp_path: Path
 ) -> None:
-    """Rows of D are there, and D's log and catalogue are others."""
+    """Rows of D are there, and D's log and catalogue are not those of the trained shop."""
     world = copied(prepared, tmp_path)
     assert (rows_of(world, D) / "_manifest.json").exists()
     world.write_impressions(D, draw_impressions(D, seed=99))
@@ -154,7 +157,7 @@ def test_no_row_of_the_day_or_later_counts(
 def test_an_earlier_day_less_makes_another_encoder(
     trained: tuple[World, str, dict[str, Any]], prepared: Path, tmp_path: Path
 ) -> None:
-    """So the test above can fail."""
+    """Rows of earlier days do count, so that the test that rows of D do not count can fail."""
     shop = copied_until_d(prepared, tmp_path)
     assert train(shop, "--start-ds", str(DAYS[1])) == 0
     assert encoder_id(shop) != encoder_id(trained[0])
@@ -232,7 +235,7 @@ def test_two_processes_do_not_train_in_one_folder(
 
 
 def shown(capsys: Capture, live: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], str]:
-    """What a bar told line by line over four steps, and what went to the terminal."""
+    """Returns what a bar told line by line over four steps, and what went to the terminal."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: live)
     for pause in ("_TERMINAL_SECONDS", "_LOG_SECONDS"):
         monkeypatch.setattr(progress, pause, 0.0)
@@ -253,7 +256,9 @@ LINES = [
 ]
 
 
-def test_elsewhere_progress_is_lines(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_progress_is_lines(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines, terminal = shown(capsys, False, monkeypatch)
     assert lines == [*LINES[:2], "held out", *LINES[2:]]
     assert terminal == ""

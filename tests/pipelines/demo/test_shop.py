@@ -229,7 +229,7 @@ def test_only_items_of_the_day_are_shown_or_such_as_just_left() -> None:
 
 @dataclass(frozen=True)
 class Log:
-    """The impressions of a shop, as positions, with what the tables don't tell."""
+    """Holds the impressions of a shop, as positions, with what the tables don't tell."""
 
     world: shop.World
     user: npt.NDArray[np.int64]
@@ -305,7 +305,10 @@ def test_the_dominant_colour_of_a_drawn_shirt_is_its_own(colour: str) -> None:
 
 
 def photo_shop(root: Path, rows: list[str] | None = None) -> tuple[Path, Path]:
-    """20 photographs: number i is of colour i modulo 10; the last two are missing and broken."""
+    """Makes 20 photographs; returns their folder and the list of items.
+
+    Number i is of colour i modulo 10; the last two are missing and broken.
+    """
     (root / "photos").mkdir(parents=True)
     names = list(COLOURS)
     for number in range(18):

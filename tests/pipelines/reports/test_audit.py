@@ -25,14 +25,14 @@ BEFORE, AT, AFTER, LATER = (
 
 
 def audit(world: World, capsys: Capture, *args: str) -> tuple[int, dict[str, Any]]:
-    """The exit status and the report of an audit of the third day."""
+    """Audits the third day; returns the exit status and the report."""
     capsys.readouterr()
     status = courier(world, "audit", "--ds", str(DAYS[2]), "--json", *args)
     return status, json.loads(capsys.readouterr().out)
 
 
 def moved(report: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """By kind of plant: how many sampled impressions moved, and how many others wrongly."""
+    """Counts, by kind of plant, sampled impressions that moved, and others that moved wrongly."""
     return {p["plant"]: (p["moved"], p["wrongly"]) for p in report["planted"]}
 
 
@@ -41,7 +41,7 @@ def texts(report: dict[str, Any], level: str) -> str:
 
 
 def timed(rows: pa.Table) -> pa.Table:
-    """Every click with a time of its own."""
+    """Gives every click a time of its own."""
     times = pa.compute.coalesce(rows["click_time"], rows["event_time"])
     return rows.set_column(rows.column_names.index("click_time"), "click_time", times)
 
@@ -181,7 +181,7 @@ def test_a_codebook_made_from_the_day_itself_is_a_leak(
 # ---- What cannot be verified -------------------------------------------------------------------
 
 
-def test_logged_histories_are_said_to_be_beyond_it(world: World, capsys: Capture) -> None:
+def test_logged_histories_are_said_to_be_beyond_the_audit(world: World, capsys: Capture) -> None:
     def log_histories(rows: pa.Table) -> pa.Table:
         return rows.append_column("history", pa.array([[1, 2]] * len(rows)))
 
