@@ -36,6 +36,7 @@ setup(
         # torchvision goes with its torch. We run the lower pair on a GPU, the upper one elsewhere.
         "torch>=2.11,<2.15",
         "torchvision>=0.26,<0.30",
+        "tqdm>=4.70,<5",
     ],
     extras_require={
         # The text tower of the CLIP baseline, which nothing else needs.

@@ -73,7 +73,7 @@ def train(
     check_name(name)
     run_folder = os.path.join(folder, "training", f"{name}-until-{until}")
     with joined() as process, contextlib.ExitStack() as stack:
-        bar = StepBar(say if process.leads else None)
+        bar = stack.enter_context(contextlib.closing(StepBar(say if process.leads else None)))
         span = find_span(settings, start, until, held_out_days, bar.say)
         data, sources = read_data(settings, span)
         if process.leads:

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 from feature_jobs.schemas import CourierError
 from feature_jobs.store import documents, files, worker_notes
 from pipelines.running.stage import Stage
@@ -22,18 +24,19 @@ if TYPE_CHECKING:
 
 _TERMINAL_SECONDS = 0.5
 _LOG_SECONDS = 15.0
-_BAR = 24
+# Rate and time left come with the facts: tqdm's own would count the steps of an earlier session.
+_ON_TERMINALS = "{l_bar}{bar:10}| {n:,}/{total:,}{postfix}"
+_ELSEWHERE = "{desc} [{bar:24}] {unit}{n:,}/{total:,}{postfix}"
 
 
 @contextlib.contextmanager
 def watch(stages: Sequence[Stage]) -> Iterator[None]:
     """Shows a bar on a terminal's stderr, or a line now and then elsewhere, during the block, in
     which one job makes all of `stages`."""
-    live = sys.stderr.isatty()
     for folder in ("progress", "warnings"):  # of an earlier run
         files.delete_tree(os.path.join(stages[0].staging, folder))
     ended = threading.Event()
-    thread = threading.Thread(target=_watch, args=(stages, live, ended), daemon=True)
+    thread = threading.Thread(target=_watch, args=(stages, ended), daemon=True)
     thread.start()
     try:
         yield
@@ -42,38 +45,37 @@ def watch(stages: Sequence[Stage]) -> Iterator[None]:
         thread.join()
 
 
-def _watch(stages: Sequence[Stage], live: bool, ended: threading.Event) -> None:
+def _watch(stages: Sequence[Stage], ended: threading.Event) -> None:
     started, told, over = time.monotonic(), set[str](), False
-    while not over:
-        over = ended.wait(_TERMINAL_SECONDS if live else _LOG_SECONDS)
-        # What cannot be read now may be next time, and the job itself tells what ails the store.
-        with contextlib.suppress(OSError, CourierError):
-            _warn(stages[0], told)
-            if live or not over:
-                _show(stages, live, time.monotonic() - started)
-    if live:
-        sys.stderr.write("\n")
+    with _bar(stages[0].name) as bar:
+        while not over:
+            over = ended.wait(_pause(bar))
+            # What cannot be read now may be next time, and the job tells what ails the store.
+            with contextlib.suppress(OSError, CourierError):
+                _warn(stages[0], told)
+                if not (over and bar.disable):
+                    _show(bar, stages, time.monotonic() - started)
 
 
 def _warn(stage: Stage, told: set[str]) -> None:
     """Tells what workers warn of, as soon as it is there and once."""
     for message in worker_notes.warnings(stage.staging):
         if message not in told:
-            sys.stderr.write(f"WARNING: {message}\n")
+            tqdm.write(f"WARNING: {message}", file=sys.stderr)  # above the bar
             told.add(message)
 
 
-def _show(stages: Sequence[Stage], live: bool, seconds: float) -> None:
-    text = describe(stages[0].name, measure(stages), seconds)
-    if live:
-        sys.stderr.write(f"\r\033[K{text}")
+def _show(bar: tqdm, stages: Sequence[Stage], seconds: float) -> None:
+    counts = measure(stages)
+    done, total, facts = counts["done"], counts["total"], describe(counts, seconds)
+    if bar.disable:
+        tqdm.write(line(stages[0].name, done, total, facts), file=sys.stderr)
     else:
-        sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+        _move(bar, done, total, facts)
 
 
 def measure(stages: Sequence[Stage]) -> Counter[str]:
-    """done and total, and what else the workers tell: images where they do, else shards."""
+    """Returns done and total, and what else the workers tell: images where they do, else shards."""
     folder = os.path.join(stages[0].staging, "progress")
     found: Counter[str] = Counter()
     for name in files.list_names(folder):
@@ -84,14 +86,14 @@ def measure(stages: Sequence[Stage]) -> Counter[str]:
     return Counter(done=done, total=total)
 
 
-def describe(name: str, counts: Counter[str], seconds: float) -> str:
-    """One line: a bar, done of total, the rate, the time left; of images also what became of them.
+def describe(counts: Counter[str], seconds: float) -> str:
+    """Returns the rate, the time left and, of images, what became of them.
 
     `counts` are those of `measure`: what `embed_images` tells of each image, added up.
     """
     done, total = counts["done"], counts["total"]
     seconds = max(seconds, 1e-3)
-    text = f"{name} {_bar(done, total)} {done:,}/{total:,}, {done / seconds:,.1f}/s"
+    text = f"{done / seconds:,.1f}/s"
     if counts["bytes"]:
         text += f", {counts['bytes'] / seconds / 1e6:,.2f} MB/s"
     if done:
@@ -102,14 +104,14 @@ def describe(name: str, counts: Counter[str], seconds: float) -> str:
 
 
 def _seconds(counts: Counter[str]) -> str:
-    """What images cost so far, the threads of all workers added up."""
+    """Returns what images cost so far, the threads of all workers added up."""
     kinds = ("io", "decode", "forward")
     found = [f"{k} {counts[k + '_seconds']:,.0f} s" for k in kinds if counts[k + "_seconds"]]
     return f"; {', '.join(found)}" if found else ""
 
 
 def _rejected(counts: Counter[str]) -> str:
-    """How many images were rejected, and for which reasons, the most frequent first."""
+    """Returns how many images were rejected, and for which reasons, the most frequent first."""
     reasons = Counter(
         {k.removeprefix("rejected_"): n for k, n in counts.items() if k.startswith("rejected_")}
     )
@@ -119,39 +121,70 @@ def _rejected(counts: Counter[str]) -> str:
     return f", {reasons.total():,} rejected ({named})"
 
 
-def _bar(done: int, total: int) -> str:
-    filled = _BAR * done // total if total else 0
-    return "[" + "#" * filled + "." * (_BAR - filled) + "]"
+# ---- Bars and lines ----------------------------------------------------------------------------
+
+
+def _bar(name: str, total: int = 0) -> tqdm:
+    """Returns a bar on a terminal's stderr, cut at its width, and elsewhere a `disable`d one."""
+    return tqdm(desc=name, total=total, bar_format=_ON_TERMINALS, disable=None, dynamic_ncols=True)
+
+
+def _pause(bar: tqdm) -> float:
+    return _LOG_SECONDS if bar.disable else _TERMINAL_SECONDS
+
+
+def _move(bar: tqdm, done: int, total: int, facts: str) -> None:
+    bar.n, bar.total = min(done, total), total
+    bar.set_postfix_str(facts)
+
+
+def line(name: str, done: int, total: int, facts: str, unit: str = "") -> str:
+    """Returns what a log tells instead of a bar."""
+    return tqdm.format_meter(
+        min(done, total), total, 0, prefix=name, ascii=".#", unit=unit, bar_format=_ELSEWHERE,
+        postfix=facts,
+    )  # fmt: skip
+
+
+# ---- Training ----------------------------------------------------------------------------------
 
 
 class StepBar:
-    """The steps of a training run: a bar on a terminal's stderr, a line now and then elsewhere.
+    """Shows the steps of a training run, as a bar on a terminal's stderr or as lines elsewhere.
 
-    `say` None keeps it silent.
+    Lines go to `say`; None keeps it silent. To be closed, so that what follows begins a line.
     """
 
     def __init__(self, say: Callable[[str], None] | None) -> None:
         self._say = say
-        self._live = sys.stderr.isatty()
+        self._bar: tqdm | None = None
         self._shown = time.monotonic()
 
     def say(self, message: str) -> None:
-        """A line of its own, in place of the bar that stands there."""
+        """Tells a line of its own, above the bar."""
         if self._say:
-            self._say("\r\033[K" + message if self._live else message)
+            with tqdm.external_write_mode(file=sys.stderr):
+                self._say(message)
 
     def show(self, at: "Progress") -> None:
-        pause = _TERMINAL_SECONDS if self._live else _LOG_SECONDS
-        ended = at.step == at.steps
-        if not self._say or (time.monotonic() - self._shown < pause and not ended):
+        """Shows where the run is, once it is time to and at the end."""
+        if not self._say:
+            return
+        if self._bar is None:
+            self._bar = _bar("train", at.steps)
+        if time.monotonic() - self._shown < _pause(self._bar) and at.step < at.steps:
             return
         self._shown = time.monotonic()
-        text = (
-            f"train {_bar(at.step, at.steps)} step {at.step:,}/{at.steps:,}, loss {at.loss:.4f}, "
-            f"{at.images_per_second:,.0f} images/s, {at.seconds_left:,.0f} s left"
+        facts = (
+            f"loss {at.loss:.4f}, {at.images_per_second:,.0f} images/s, "
+            f"{at.seconds_left:,.0f} s left"
         )
-        if self._live and not ended:
-            sys.stderr.write(f"\r\033[K{text}")
-            sys.stderr.flush()
+        if self._bar.disable:
+            self._say(line("train", at.step, at.steps, facts, "step "))
         else:
-            self.say(text)
+            _move(self._bar, at.step, at.steps, facts)
+
+    def close(self) -> None:
+        """Leaves the bar as it is and ends its line."""
+        if self._bar is not None:
+            self._bar.close()

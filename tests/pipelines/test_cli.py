@@ -2,18 +2,13 @@
 
 import json
 import tomllib
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import pytest
 
-from feature_jobs.schemas import StorageUnavailable
 from pipelines.cli import cli, main
 from pipelines.reports import status
-from pipelines.running import progress
-from pipelines.running.stage import Stage
 from tests.conftest import Artefacts
 from tests.support.world import DAYS, World
 
@@ -148,69 +143,6 @@ def test_an_unfinished_run_is_listed(world: World, capsys: Capture, artefacts: A
     capsys.readouterr()
     assert main(["status", *config]) == 0
     assert f"unfinished: embed ds={DAYS[0]} run " in capsys.readouterr().out
-
-
-# ---- Progress ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("counts", "seconds", "line"),
-    [
-        ({"done": 0, "total": 8}, 4.0, "x [........................] 0/8, 0.0/s"),
-        ({"done": 4, "total": 8}, 4.0, "x [############............] 4/8, 1.0/s, 4 s left"),
-        (
-            {
-                "done": 8, "total": 8, "bytes": 6_000_000, "embedded": 4, "reused": 1,
-                "rejected_missing": 1, "rejected_not_an_image": 2,
-            }, 4.0,
-            "x [########################] 8/8, 2.0/s, 1.50 MB/s, 0 s left, 4 embedded, 1 reused, "
-            "3 rejected (not an image 2, missing 1)",
-        ),
-        (
-            {"done": 0, "total": 8, "rejected_missing": 1234}, 4.0,
-            "x [........................] 0/8, 0.0/s, 1,234 rejected (missing 1,234)",
-        ),
-        ({"done": 0, "total": 0}, 0.0, "x [........................] 0/0, 0.0/s"),
-    ],
-)  # fmt: skip
-def test_progress_tells_done_total_rates_time_left_and_what_became_of_images(
-    counts: dict[str, int], seconds: float, line: str
-) -> None:
-    assert progress.describe("x", Counter(counts), seconds) == line
-
-
-def test_progress_is_shown_while_a_stage_runs(
-    world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.05)
-    world.settings()
-    assert main(["embed", "--config", str(world.config), "--ds", str(DAYS[0])]) == 0
-    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("embed [")]
-    assert len(lines) > 2
-    assert any("/11" in line for line in lines)  # one of the twelve is not there
-    assert "1 rejected (missing 1)" in lines[-1]
-
-
-@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("error", [FileNotFoundError(2, "x"), StorageUnavailable("x")])
-def test_progress_goes_on_after_a_listing_failed(
-    world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.05)
-    measure, failed = progress.measure, []
-
-    def fail_at_first(stages: Sequence[Stage]) -> Counter[str]:
-        if len(failed) < 3:
-            failed.append(stages)
-            raise error
-        return measure(stages)
-
-    monkeypatch.setattr(progress, "measure", fail_at_first)
-    world.settings()
-    assert main(["embed", "--config", str(world.config), "--ds", str(DAYS[0])]) == 0
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
-    assert "embed [" in told
 
 
 def test_a_reports_counts_and_what_they_cost_are_all_told() -> None:

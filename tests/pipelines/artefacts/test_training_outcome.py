@@ -1,10 +1,6 @@
-"""`courier train` on the tiny world makes an encoder that D may use, also after a stop.
-
-How far it is shows meanwhile.
-"""
+"""`courier train` on the tiny world makes an encoder that D may use, also after a stop."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -16,12 +12,9 @@ from typing import Any
 
 import pytest
 
-from courier_model.training.progress import Progress
 from courier_model.training.train import Training
 from feature_jobs.store import files
 from feature_jobs.store.encoder_info import read_encoder_info
-from pipelines.running import progress
-from pipelines.running.progress import StepBar
 from tests.support.commands import Capture, courier, paragraph
 from tests.support.training_shop import OPTIONS, D, copied, copied_until_d, rows_of, train
 from tests.support.world import (
@@ -229,66 +222,3 @@ def test_two_processes_do_not_train_in_one_folder(
     told = paragraph(capsys)
     assert f"Another process is training in {run_folder(world)}" in told
     assert train(world) == 0  # the lock goes with its holder
-
-
-# ---- Progress --------------------------------------------------------------------------------
-
-
-def shown(capsys: Capture, live: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], str]:
-    """Returns what a bar told line by line over four steps, and what went to the terminal."""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: live)
-    for pause in ("_TERMINAL_SECONDS", "_LOG_SECONDS"):
-        monkeypatch.setattr(progress, pause, 0.0)
-    lines: list[str] = []
-    bar = StepBar(lines.append)
-    for step in (1, 2, 3, 4):
-        bar.show(Progress(step, 4, 1.25, 1234.5, (4 - step) * 2.0))
-        if step == 2:
-            bar.say("held out")
-    return lines, capsys.readouterr().err
-
-
-LINES = [
-    "train [######..................] step 1/4, loss 1.2500, 1,234 images/s, 6 s left",
-    "train [############............] step 2/4, loss 1.2500, 1,234 images/s, 4 s left",
-    "train [##################......] step 3/4, loss 1.2500, 1,234 images/s, 2 s left",
-    "train [########################] step 4/4, loss 1.2500, 1,234 images/s, 0 s left",
-]
-
-
-def test_without_a_terminal_progress_is_lines(
-    capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines, terminal = shown(capsys, False, monkeypatch)
-    assert lines == [*LINES[:2], "held out", *LINES[2:]]
-    assert terminal == ""
-
-
-def test_on_a_terminal_progress_is_a_bar_in_place(
-    capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines, terminal = shown(capsys, True, monkeypatch)
-    clear = "\r\033[K"
-    assert terminal == "".join(clear + line for line in LINES[:3])
-    assert lines == [f"{clear}held out", clear + LINES[3]]  # these end a line
-
-
-def test_progress_is_told_now_and_then_and_at_the_end(capsys: Capture) -> None:
-    lines: list[str] = []
-    bar = StepBar(lines.append)
-    for step in range(1, 101):
-        bar.show(Progress(step, 100, math.pi, 9.0, 1.0))
-    assert len(lines) == 1
-    assert "step 100/100" in lines[0]
-
-
-@pytest.mark.parametrize("live", [True, False])
-def test_all_but_the_first_process_are_silent(
-    live: bool, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: live)
-    monkeypatch.setattr(progress, "_TERMINAL_SECONDS", 0.0)
-    bar = StepBar(None)
-    bar.say("held out")
-    bar.show(Progress(4, 4, 1.0, 1.0, 0.0))
-    assert capsys.readouterr() == ("", "")
