@@ -26,7 +26,6 @@ from feature_jobs.store.faults import patiently
 _FOOTER_READERS = 16
 CATALOGUE_COLUMNS = ("item_id", "image_uri", "category")
 IMPRESSION_COLUMNS = ("user_id", "item_id", "event_time", "clicked")
-OPTIONAL_COLUMNS = ("click_time", "impression_id", "request_id", "history")
 _NULLABLE = ("image_uri", "category", "title", "click_time", "request_id", "history")
 # What pyarrow raises for damaged bytes; a damaged footer may name impossible types or columns.
 _UNREADABLE = (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError, OSError)

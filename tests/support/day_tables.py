@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from feature_jobs import inputs
-from feature_jobs.inputs import CATALOGUE_COLUMNS, IMPRESSION_COLUMNS, OPTIONAL_COLUMNS
+from feature_jobs.inputs import CATALOGUE_COLUMNS, IMPRESSION_COLUMNS
 from feature_jobs.schemas import (
     TIMESTAMP,
     CourierError,
@@ -21,8 +21,8 @@ from feature_jobs.schemas import (
 
 DS = dt.date(2026, 3, 2)
 NOON = dt.datetime(2026, 3, 2, 12, tzinfo=dt.UTC)
-NAMES = {name: name for name in (*IMPRESSION_COLUMNS, *OPTIONAL_COLUMNS)}
-WANTED = [*IMPRESSION_COLUMNS, *OPTIONAL_COLUMNS]
+WANTED = [*IMPRESSION_COLUMNS, "click_time", "impression_id", "request_id", "history"]
+NAMES = {name: name for name in WANTED}
 USERS = [900_001, 900_002, 900_003]
 
 
