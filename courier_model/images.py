@@ -112,26 +112,22 @@ class Preprocessing:
     interpolation: str  # "bilinear" | "bicubic"
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    jpeg_margin: float | None = JPEG_MARGIN  # None: it is always decoded in full
+    jpeg_margin: float = JPEG_MARGIN
 
     def __post_init__(self) -> None:
         if not 1 <= self.input_size <= self.resize_size:
             raise ValueError(f"expected 1 <= input_size <= resize_size: {self}")
         if self.interpolation not in _INTERPOLATIONS:
             raise ValueError(f"interpolation is not one of {sorted(_INTERPOLATIONS)}: {self}")
-        if self.jpeg_margin is not None and self.jpeg_margin < 1:
+        if self.jpeg_margin < 1:
             raise ValueError(f"a jpeg_margin below 1 leaves too few pixels: {self}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean and std need three values each, std above 0: {self}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
-        """Inverts `dataclasses.asdict`, also after JSON has turned tuples into lists.
-
-        Encoders that say no margin were made when all JPEGs were decoded in full.
-        """
-        as_tuples = {"mean": tuple(values["mean"]), "std": tuple(values["std"])}
-        return cls(**{"jpeg_margin": None, **values, **as_tuples})
+        """Inverts `dataclasses.asdict`, also after JSON has turned tuples into lists."""
+        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
     def square(self) -> Preprocessing:
         """Returns the preprocessing for training: the resized picture's centre square, uncut."""
@@ -175,8 +171,6 @@ def _reduce(image: Image.Image, preprocessing: Preprocessing) -> Box | None:
     Returns the picture's box in the reduced one. Where the scale does not divide the sides these
     are fractions, since the last column and row reach beyond the picture.
     """
-    if preprocessing.jpeg_margin is None:
-        return None
     enough = int(preprocessing.jpeg_margin * preprocessing.resize_size)
     _, box = image.draft(None, (enough, enough)) or (None, None)
     return box

@@ -121,18 +121,6 @@ def test_a_jpeg_is_decoded_at_the_smallest_scale_that_leaves_half_as_much_again(
     np.testing.assert_array_equal(decode(data, AS_IS), expected)
 
 
-def test_encoders_of_before_there_was_a_margin_decode_in_full() -> None:
-    data = encoded(noise(150, 125), "JPEG")
-    saved = {key: value for key, value in asdict(AS_IS).items() if key != "jpeg_margin"}
-    before = Preprocessing.from_dict(saved)
-    assert before == replace(AS_IS, jpeg_margin=None)
-    np.testing.assert_array_equal(decode(data, before), square_of_8(Image.open(io.BytesIO(data))))
-    assert Preprocessing.from_dict(asdict(AS_IS)) == AS_IS
-    assert (decode(data, before) != decode(data, AS_IS)).any()
-    with pytest.raises(ValueError, match="jpeg_margin"):
-        replace(AS_IS, jpeg_margin=0.5)
-
-
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF", "BMP"])
 def test_no_other_format_is_reduced(format: str) -> None:
     data = encoded(noise(150, 125), format)
@@ -295,6 +283,7 @@ def test_preprocessing_survives_json() -> None:
         {"interpolation": "nearest"},
         {"std": (0.0, 1.0, 1.0)},
         {"mean": (0.0,)},
+        {"jpeg_margin": 0.5},
     ],
 )
 def test_preprocessing_without_sense_is_refused(change: dict[str, object]) -> None:
