@@ -1,6 +1,5 @@
-"""The command line gives help, reads the environment, prints pins and tells what lies on disk."""
+"""The command line gives help, reads the environment and prints pins."""
 
-import json
 import tomllib
 from pathlib import Path
 
@@ -8,8 +7,6 @@ import click
 import pytest
 
 from pipelines.cli import cli, main
-from pipelines.reports import status
-from tests.conftest import Artefacts
 from tests.support.world import DAYS, World
 
 Capture = pytest.CaptureFixture[str]
@@ -107,58 +104,3 @@ def test_a_pin_to_no_encoder_exits_2(world: World, capsys: Capture, tmp_path: Pa
     world.settings()
     assert main(["embed", "--config", str(world.config), "--ds", str(DAYS[1])]) == 2
     assert "is no encoder package" in capsys.readouterr().err
-
-
-# ---- Status ------------------------------------------------------------------------------------
-
-
-def test_status_tells_rows_by_day_and_table(refreshed: World, capsys: Capture) -> None:
-    config = ["--config", str(refreshed.config)]
-    assert main(["status", *config, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert set(found["days"]) == {str(day) for day in DAYS}
-    for day, entry in found["days"].items():
-        assert entry["whole_night"]
-        assert entry["tables"]["user_simscores"]["rows"] == 152
-        assert str(day) in entry["tables"]["item_features"]["path"]
-    assert main(["status", *config]) == 0
-    text = capsys.readouterr().out
-    assert text.count("whole") == len(DAYS)
-    assert "nothing is published yet" not in text
-
-
-def test_status_of_nothing_says_so(world: World, capsys: Capture) -> None:
-    world.settings()
-    assert main(["status", "--config", str(world.config)]) == 0
-    assert "nothing is published yet" in capsys.readouterr().out
-
-
-def test_an_unfinished_run_is_listed(world: World, capsys: Capture, artefacts: Artefacts) -> None:
-    world.extra_settings = ""
-    world.settings()
-    text = world.config.read_text().replace("max_reject_share = 0.5", "max_reject_share = 0.0")
-    world.config.write_text(text)
-    config = ["--config", str(world.config)]
-    assert main(["embed", *config, "--ds", str(DAYS[0])]) == 3
-    capsys.readouterr()
-    assert main(["status", *config]) == 0
-    assert f"unfinished: embed ds={DAYS[0]} run " in capsys.readouterr().out
-
-
-def test_a_reports_counts_and_what_they_cost_are_all_told() -> None:
-    report = {
-        "ds": "2026-01-01", "run_id": "r", "seconds": {"embed": 1.5},
-        "counts": {"item_embeddings_rows": 1234, "images_read": 7},
-        "work": {},
-    }  # fmt: skip
-    text = status.render_report(report)
-    assert "item_embeddings 1,234" in text
-    assert "images_read 7" in text
-    assert len(text.splitlines()) == 3
-    report["work"] = {
-        "bytes_read": 2_500_000, "decode_seconds": 3.25, "embedded_on_cpu_fp32": 1900,
-        "forward_seconds": 12.0, "io_seconds": 0.0,
-    }  # fmt: skip
-    last = status.render_report(report).splitlines()[-1]
-    expected = "read 2.5 MB, decode 3.2 s, forward 12.0 s, io 0.0 s, embedded on cpu fp32 1,900"
-    assert last.strip() == expected

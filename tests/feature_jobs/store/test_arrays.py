@@ -1,4 +1,4 @@
-"""Compares lists of IDs as arrays with plain lists."""
+"""Compares lists and embeddings as arrays with plain lists; chunks of a shuffle lose nothing."""
 
 import numpy as np
 import pyarrow as pa
@@ -6,7 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feature_jobs.store.arrays import differ_from_before, list_array, padded_codes
+from feature_jobs.schemas import EMBEDDING_DIM
+from feature_jobs.store.arrays import (
+    differ_from_before,
+    embedding_matrix,
+    from_ipc,
+    list_array,
+    list_column,
+    padded_codes,
+    to_ipc,
+)
+from tests.support.table_rows import FLOATS, embeddings
+
+# ---- Lists of IDs ------------------------------------------------------------------------------
 
 
 def test_lists_are_cut_to_their_length_and_padded() -> None:
@@ -31,3 +43,55 @@ def test_lists_too_long_for_their_offsets_are_refused() -> None:
     """Offsets cut to 32 bits would wrap, and rows would show items of others."""
     with pytest.raises(pa.ArrowInvalid):
         list_array(np.array([2**31, 5]), pa.array([], pa.int64()))
+
+
+# ---- Embeddings and chunks ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (1, 1), (0, 4), (3, 0), (0, 0)])
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [("f4", pa.float32()), ("i1", pa.int8()), ("i4", pa.int32())]
+)
+def test_a_matrix_survives_as_a_list_column(
+    shape: tuple[int, int], dtype: str, kind: pa.DataType
+) -> None:
+    matrix = np.arange(shape[0] * shape[1]).reshape(shape).astype(dtype)
+    column = list_column(matrix, pa.list_(kind))
+    assert column.type == pa.list_(kind)
+    assert column.to_pylist() == matrix.tolist()
+    column.validate(full=True)
+
+
+def test_a_transposed_matrix_keeps_its_rows() -> None:
+    matrix = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    assert list_column(matrix, FLOATS).to_pylist() == [[0, 3], [1, 4], [2, 5]]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_embeddings_survive_as_a_column_however_it_is_chunked_and_sliced(rows: int) -> None:
+    matrix = np.random.default_rng(0).standard_normal((rows, EMBEDDING_DIM)).astype(np.float32)
+    column = list_column(matrix, FLOATS)
+    whole = pa.chunked_array([column.slice(0, rows // 2), column.slice(rows // 2)], FLOATS)
+    for found, expected in (
+        (embedding_matrix(whole), matrix),
+        (embedding_matrix(whole.slice(1)), matrix[1:]),
+        (embedding_matrix(pa.chunked_array([column.slice(rows // 2)])), matrix[rows // 2 :]),
+    ):
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_slice_travels_without_the_rest_of_its_table() -> None:
+    _, rows = embeddings(1000)
+    whole, part = to_ipc(rows), to_ipc(rows.slice(500, 10))
+    assert from_ipc([part], rows).equals(rows.slice(500, 10))
+    assert len(whole) > 1000 * 4 * EMBEDDING_DIM
+    assert len(part) < len(whole) / 50
+
+
+def test_chunks_without_rows_leave_the_others_alone() -> None:
+    rows, otherwise = pa.table({"a": [1, 2]}), pa.table({"a": pa.array([], pa.int64())})
+    chunks = [b"", to_ipc(rows), b"", to_ipc(rows.slice(1))]
+    assert from_ipc(chunks, otherwise)["a"].to_pylist() == [1, 2, 2]
+    assert from_ipc([b"", b""], otherwise) is otherwise
+    assert from_ipc([], otherwise) is otherwise

@@ -1,0 +1,71 @@
+"""What an encoder package says of itself survives the file and tells which items are in scope."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from feature_jobs.schemas import OperatorError
+from feature_jobs.store import documents, encoder_info
+
+ENCODER = encoder_info.EncoderInfo(
+    encoder_id="demo-0123456789ab",
+    backbone="resnet18",
+    preprocessing={"input_size": 96},
+    categories=("dress", "shirt"),
+    data_start_ds="2026-01-01",
+    data_end_ds=None,
+    weights="random",
+)
+
+
+@pytest.mark.parametrize("categories", [("dress", "shirt"), (), None])
+def test_what_an_encoder_package_says_survives_the_file(
+    tmp_path: Path, categories: tuple[str, ...] | None
+) -> None:
+    info = replace(ENCODER, categories=categories)
+    encoder_info.write_encoder_info(str(tmp_path), info)
+    assert encoder_info.read_encoder_info(str(tmp_path)) == info
+
+
+@pytest.mark.parametrize("missing", [None, "encoder_id", "categories", "weights"])
+def test_a_folder_that_is_no_encoder_package_is_refused(
+    tmp_path: Path, missing: str | None
+) -> None:
+    if missing:
+        encoder_info.write_encoder_info(str(tmp_path), ENCODER)
+        fields = documents.read_json(str(tmp_path / "encoder.json"))
+        del fields[missing]
+        documents.write_json(str(tmp_path / "encoder.json"), fields)
+    with pytest.raises(OperatorError) as refused:
+        encoder_info.read_encoder_info(str(tmp_path))
+    assert refused.value.exit_status == 2
+    assert str(tmp_path) in str(refused.value)
+    assert (missing or "No such file") in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", ['["a", "b"]', "3", '{"categories": null, "more": 1}'])
+def test_json_that_describes_no_encoder_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "encoder.json").write_text(content)
+    with pytest.raises(OperatorError, match="no encoder package"):
+        encoder_info.read_encoder_info(str(tmp_path))
+
+
+def test_a_file_in_place_of_an_encoder_package_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "encoder").write_text("weights")
+    with pytest.raises(OperatorError, match="no encoder package"):
+        encoder_info.read_encoder_info(str(tmp_path / "encoder"))
+
+
+def test_a_null_category_is_in_scope_only_where_all_are() -> None:
+    category = pa.chunked_array([["dress", None], ["car", "dress"]])
+    assert encoder_info.in_scope(category, None).tolist() == [True] * 4
+    assert encoder_info.in_scope(category, ("dress", "shirt")).tolist() == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert encoder_info.in_scope(category, ()).tolist() == [False] * 4
