@@ -27,6 +27,7 @@ from pipelines.options import (
     config_option,
     days_asked,
     days_options,
+    dry_run_option,
     ds_option,
     from_log_option,
     full_option,
@@ -377,13 +378,30 @@ def audit(config: str, ds: dt.date, impressions: int, from_log: bool, json: bool
 @cli.command()
 @config_option
 @ds_option
-def rollback(config: str, ds: dt.date) -> None:
-    """Bring back the night of one day that was published before the present one."""
-    from pipelines.config import load_settings
-    from pipelines.running.publishing import roll_back
+@click.option("--reason", default="rolled back", help="Why; whoever runs the day again is told.")
+@click.option(
+    "--release", is_flag=True, help="Lift the hold instead, so that the day may be made again."
+)
+@dry_run_option
+@json_option
+def rollback(
+    config: str, ds: dt.date, reason: str, release: bool, dry_run: bool, json: bool
+) -> None:
+    """Bring back the night of one day that was published before the present one, and hold it there.
 
-    for folder, version in roll_back(load_settings(config), ds).items():
-        click.echo(f"{folder}: version {version} is published again")
+    Until --release, commands that would publish the day end with status 3, so that no retry brings
+    back what was rejected. All files are read before the first step; what is damaged is told, and
+    nothing has changed then. The same command goes on after a kill.
+    """
+    from pipelines.config import load_settings
+    from pipelines.running import rollback as rollbacks
+
+    settings = load_settings(config)
+    if release:
+        found = rollbacks.release(settings, ds, dry_run)
+    else:
+        found = rollbacks.roll_back(settings, ds, reason, dry_run, _say)
+    click.echo(dumps(found, indent=1) if json else rollbacks.render(found))
 
 
 @cli.command()

@@ -13,14 +13,16 @@ the pin that holds for ds; the night never fits either.
 import datetime as dt
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from feature_jobs.schemas import CourierError
+from feature_jobs.schemas import CourierError, DataContractError, GateRefused
 from pipelines.config import STAGES, Settings
 from pipelines.planning.day_plan import DayPlan, NightOptions
 from pipelines.planning.impressions import plan_histories, plan_simscore, plan_training_rows
 from pipelines.planning.items import plan_embed, plan_item_features
-from pipelines.running import beam_options, making, publishing, quality
+from pipelines.running import beam_options, layout, locks, making, publishing, quality, records
+from pipelines.running.locks import Locks
 from pipelines.running.stage import Night, Stage
 
 _PLANS: dict[str, Callable[[DayPlan, dict[str, Stage]], Stage]] = {
@@ -53,8 +55,13 @@ def plan_night(
     return night
 
 
-def plan_day(day: DayPlan, wanted: Sequence[str]) -> Night:
-    """The same of a day whose plan has begun."""
+def plan_day(
+    day: DayPlan, wanted: Sequence[str], again: Callable[[], Sequence[Night]] = tuple
+) -> Night:
+    """Plans the `wanted` stages of a day whose inputs and artefacts `day` holds.
+
+    `again` plans anew all days that are planned together.
+    """
     upstream = set().union(*(_UPSTREAM.get(name, set()) for name in wanted))
     needed = [name for name in _PLANS if name in upstream | set(wanted)]
     day.open_inputs(needed)
@@ -66,6 +73,8 @@ def plan_day(day: DayPlan, wanted: Sequence[str]) -> Night:
         day.ds,
         stages=tuple(made[name] for name in needed if name in wanted),
         upstream=tuple(made[name] for name in needed if name not in wanted),
+        is_outdated=day.is_outdated,
+        again=again,
     )
 
 
@@ -76,14 +85,15 @@ def plan_nights(
     say: Callable[[str], None] = lambda _: None,
     options: NightOptions = _NOTHING_ASKED,
 ) -> list[Night]:
-    """The same for consecutive days, whose histories go on from each other."""
+    """Plans the `wanted` stages of consecutive days, whose histories go on from each other."""
+    again = partial(plan_nights, settings, days, wanted, say, options)
     if options.allow_churn:
         settings = settings.allowing_churn()
     nights: list[Night] = []
     for ds in days:
         earlier = nights[-1].stage("histories") if nights else None
         day = DayPlan(settings, ds, say, options, earlier, len(days))
-        nights.append(plan_day(day, wanted))
+        nights.append(plan_day(day, wanted, again))
     return nights
 
 
@@ -93,34 +103,35 @@ def plan_nights(
 def run_nights(
     nights: Sequence[Night], beam_args: Sequence[str], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Makes, checks and publishes the stages of a night, or of those of consecutive days, of which
-    each kind is one job for all days; returns what was made, with the counts.
+    """Makes, checks and publishes the stages of consecutive days; returns what was made, by day.
 
-    Finds what an earlier run had done and does only the rest. Raises a CourierError, with nothing
-    published, where an input, a law or a gate refuses.
+    Each kind of stage is one job for all days. Finds what an earlier run had done and does only
+    the rest. Raises a CourierError, with nothing published, where an input, a law or a gate
+    refuses, where a day is on hold, and where another run is at the same tables.
     """
-    settings = nights[0].settings
+    settings, days = nights[0].settings, [night.ds for night in nights]
     options = {
         s.name: beam_options.pipeline_options(settings.beam, s.name, beam_args)
         for s in nights[0].stages
     }  # all are checked before the first stage runs
-    started = time.time()
-    made: set[str] = set()
-    reports: list[dict[str, Any]] = [
-        {"ds": str(night.ds), "run_id": night.run_id, "counts": {}, "work": {}, "seconds": {}}
-        for night in nights
-    ]
-    with publishing.exclusive(settings.root, settings.feature_set):
+    tables = [table for stage in nights[0].stages for table in stage.tables]
+    refuse_held = partial(records.refuse_held, settings.root, settings.feature_set, days, tables)
+    refuse_held()
+    folders = layout.lock_folders(settings.root, settings.feature_set, tables, days)
+    with locks.holding(folders, say) as held:
+        refuse_held()
+        nights = _up_to_date(nights, say)
+        started = time.time()
+        reports: list[dict[str, Any]] = [
+            {"ds": str(night.ds), "run_id": night.run_id, "counts": {}, "work": {}, "seconds": {}}
+            for night in nights
+        ]
         for night, report in zip(nights, reports, strict=True):
             report["counts"] |= _upstream_counts(night)
+        made: set[str] = set()
         for stages in zip(*(night.stages for night in nights), strict=True):
             before = time.monotonic()
-            made |= making.make_missing(stages, options[stages[0].name], say)
-            for stage, report in zip(stages, reports, strict=True):
-                report["counts"] |= making.counts_of(stage)
-                report["work"] |= making.work_of(stage)
-                if not stage.is_published():
-                    _check(stage, report["counts"], settings)
+            made |= _make_and_judge(stages, reports, settings, options[stages[0].name], say, held)
             seconds = round((time.monotonic() - before) / len(nights), 1)  # a day's share
             for report in reports:
                 report["seconds"][stages[0].name] = seconds
@@ -128,23 +139,66 @@ def run_nights(
             if all(stage.is_published() for stage in night.stages):
                 say(f"ds {night.ds}: already published from the same inputs, nothing to do")
             if made & {stage.run_id for stage in night.stages}:
+                held.check()
                 making.write_run(night, {**report, "started": started, "ended": time.time()})
-            publishing.publish_night(night)
+            publishing.publish_night(night, held)
     return reports
 
 
+def _up_to_date(nights: Sequence[Night], say: Callable[[str], None]) -> Sequence[Night]:
+    """Returns the plans, made again where another run has published what they are built on."""
+    while any(night.is_outdated() for night in nights):
+        say("another run has published days that this one goes on from: planning again")
+        nights = nights[0].again()
+    return nights
+
+
 def _upstream_counts(night: Night) -> dict[str, int]:
-    """Counts of what the stages read; raises InputNotReady where it has not been made."""
+    """Returns the counts of what the stages read; raises InputNotReady where it is not made."""
     counts: dict[str, int] = {}
     for stage in night.upstream:
         counts |= making.counts_of(stage)
     return counts
 
 
-def _check(stage: Stage, counts: dict[str, int], settings: Settings) -> None:
-    try:
+def _make_and_judge(
+    stages: Sequence[Stage], reports: Sequence[dict[str, Any]], settings: Settings, options: Any,
+    say: Callable[[str], None], held: Locks,
+) -> set[str]:  # fmt: skip
+    """Makes one kind of stage of all days and asks the gates; returns the run_ids of what it made.
+
+    What an earlier run had made and the gates refuse again is made once more, from its chunk
+    files: its inputs may have been mended since. Raises what the gates say; nothing that was made
+    is lost then.
+    """
+    made = making.make_missing(stages, options, say, held)
+    refused = _refused(stages, reports, settings)
+    if old := [stage for stage, _ in refused if stage.run_id not in made]:
+        for stage in old:
+            say(f"{stage.name}: what an earlier run made of ds {stage.ds} is refused still")
+            making.reopen(stage)
+        made |= making.make_missing(stages, options, say, held)
+        refused = _refused(stages, reports, settings)
+    for _, error in refused:
+        raise error
+    return made
+
+
+def _refused(
+    stages: Sequence[Stage], reports: Sequence[dict[str, Any]], settings: Settings
+) -> list[tuple[Stage, CourierError]]:
+    """Asks the gates about each stage that is not published; returns what they refuse, and why."""
+    refused: list[tuple[Stage, CourierError]] = []
+    for stage, report in zip(stages, reports, strict=True):
+        report["counts"] |= making.counts_of(stage)
+        report["work"] |= making.work_of(stage)
+        if stage.is_published():
+            continue
         clusters = making.clusters_of(*stage.upstream, stage)
-        quality.check(stage.name, stage.input_rows, counts, settings, clusters)
-    except CourierError as error:
-        making.reopen(stage)  # so that mended inputs are looked at again
-        raise type(error)(f"ds {stage.ds}: {error}") from error
+        try:
+            quality.check(stage.name, stage.input_rows, report["counts"], settings, clusters)
+        except (GateRefused, DataContractError) as error:
+            told = type(error)(f"ds {stage.ds}: {error}")
+            told.__cause__ = error
+            refused.append((stage, told))
+    return refused

@@ -144,6 +144,13 @@ def test_running_knows_no_plan() -> None:
     assert not {name for name in found if room_of(name) == "pipelines.running"}
 
 
+def test_no_module_imports_itself_through_others() -> None:
+    left = {name: found & set(MODULES) - {name} for name, found in IMPORTS.items()}
+    while ends := {name for name, found in left.items() if not found}:
+        left = {name: found - ends for name, found in left.items() if name not in ends}
+    assert not left, f"a circle among {sorted(left)}"
+
+
 def rooms_that_import(*names: str) -> set[str]:
     return {room_of(module) for module in importers(*names)}
 

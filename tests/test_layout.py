@@ -31,11 +31,10 @@ WITHOUT_A_FILE = {
     "pipelines/planning/pinned.py": "whole nights: test_refusals",
     "pipelines/planning/shop_tables.py": "whole nights: test_refusals, test_training_rows",
     "pipelines/planning/yesterday.py": "whole nights: test_history_nights",
-    "pipelines/running/layout.py": "whole nights: test_nights, test_nights_in_a_bucket",
-    "pipelines/running/making.py": "whole nights: test_refresh; test_publishing fails its jobs",
+    "pipelines/running/layout.py": "test_locks orders its locks, test_nights look below its roots",
     "pipelines/running/quality.py": "whole nights: test_refusals; test_codebooks moves clusters",
-    "pipelines/running/records.py": "whole nights: test_refresh",
-    "pipelines/running/stage.py": "whole nights: test_refresh; test_publishing and test_progress",
+    "pipelines/running/records.py": "test_publishing reads its nights, test_rollback its holds",
+    "pipelines/running/stage.py": "whole nights: test_refresh; test_making and test_progress",
 }
 
 
@@ -47,8 +46,11 @@ FILES = {place(file): file for file in MODULES.values() if file.name != "__init_
 
 
 def module_of(test: Path) -> str | None:
-    """Returns the module that a file of tests is about: of those at its place whose names the
-    file's begins with, the one with the longest (test_embed_plan is about embed_plan)."""
+    """Returns the module that a file of tests is about.
+
+    Of those at its place whose names the file's begins with, that is the one with the longest:
+    test_embed_plan is about embed_plan.
+    """
     folder = ROOT / test.parent.relative_to(ROOT / "tests")
     words = test.stem.removeprefix("test_")
     names = [f.stem for f in FILES.values() if f.parent == folder]

@@ -18,14 +18,25 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
+def to_json(value: Any) -> bytes:
+    """Returns `value` as people like to read it."""
+    return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
 def write_json(path: str, value: Any) -> None:
-    files.write_bytes(path, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+    """Writes `value` as a JSON document."""
+    files.write_bytes(path, to_json(value))
 
 
 def read_json(path: str) -> Any:
-    """Raises FileNotFoundError, or DataContractError where the file is not JSON."""
+    """Reads a JSON document; raises FileNotFoundError, or DataContractError where it is none."""
+    return parse_json(path, files.read_bytes(path))
+
+
+def parse_json(path: str, data: bytes) -> Any:
+    """Returns the value of the document `data` at `path`; raises DataContractError for no JSON."""
     try:
-        return json.loads(files.read_bytes(path))
+        return json.loads(data)
     except ValueError as error:
         raise DataContractError(
             f"{path} should be JSON but cannot be parsed ({error}). It was written by COURIER and "

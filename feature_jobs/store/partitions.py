@@ -27,7 +27,7 @@ from feature_jobs.schemas import (
 )
 from feature_jobs.store import files, hashing
 from feature_jobs.store.arrays import in_order, lookup, plain
-from feature_jobs.store.documents import digest, read_json, write_json
+from feature_jobs.store.documents import digest, parse_json, read_json, write_json
 from feature_jobs.store.faults import patiently
 
 MANIFEST = "_manifest.json"
@@ -193,29 +193,48 @@ def read_parquet(path: str, columns: Sequence[str] | None = None) -> pa.Table:
     return patiently(path, read)
 
 
-def open_staged(folder: str) -> Partition:
-    """A partition that was made but not yet published; raises FileNotFoundError where none is."""
-    return Partition(folder, read_json(os.path.join(folder, STAGED)))
+def find_staged(folder: str) -> Partition | None:
+    """Returns the partition that was made in `folder` but not published yet, None for none."""
+    path = os.path.join(folder, STAGED)
+    manifest = files.read_if_there(path)
+    return None if manifest is None else Partition(folder, parse_json(path, manifest))
+
+
+def find_published(folder: str) -> Partition | None:
+    """Returns the partition that is published: `_SUCCESS` names the manifest that lies beside it.
+
+    None where there is none, or one is being replaced just now.
+    """
+    success = files.read_if_there(os.path.join(folder, SUCCESS))
+    path = os.path.join(folder, MANIFEST)
+    manifest = None if success is None else files.read_if_there(path)
+    if success is None or manifest is None:
+        return None
+    if success.decode().strip() != hashlib.sha256(manifest).hexdigest():
+        return None
+    return Partition(folder, parse_json(path, manifest))
 
 
 def is_published(folder: str) -> bool:
-    """Whether `_SUCCESS` stands and names the manifest that lies beside it."""
-    try:
-        success = files.read_bytes(os.path.join(folder, SUCCESS)).decode().strip()
-        manifest = files.read_bytes(os.path.join(folder, MANIFEST))
-    except FileNotFoundError:
-        return False
-    return success == hashlib.sha256(manifest).hexdigest()
+    """Returns whether a whole partition is published in `folder` at this moment."""
+    return find_published(folder) is not None
+
+
+def published_version(folder: str) -> str | None:
+    """Returns the version of what is published in `folder`, None where nothing is."""
+    found = find_published(folder)
+    return None if found is None else str(found.manifest["version"])
 
 
 def open_published(folder: str) -> Partition:
-    """Raises InputNotReady where no whole partition is published at this moment."""
-    if not is_published(folder):
+    """Returns what is published in `folder`; raises InputNotReady where nothing whole is."""
+    found = find_published(folder)
+    if found is None:
         raise InputNotReady(
             f"No published partition at {folder}: it has not been made yet, or is being replaced "
             "just now. Run the command that makes it, or ask again later."
         )
-    return Partition(folder, read_json(os.path.join(folder, MANIFEST)))
+    return found
 
 
 def version_of(manifest: Mapping[str, Any]) -> str:

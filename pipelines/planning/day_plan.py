@@ -4,6 +4,7 @@ import datetime as dt
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ from feature_jobs.schemas import (
     ITEM_FEATURES,
     ITEM_REJECTS,
     DataContractError,
+    Table,
 )
 from feature_jobs.store import partitions
 from pipelines.config import Settings
@@ -62,6 +64,24 @@ class DayPlan:
         self.shop = ShopTables(settings, ds, say)
         self.pinned = PinnedArtefacts(settings, ds, options.allow_overlap)
         self._earlier, self.together = earlier, together
+        self._finds: list[Callable[[], tuple[partitions.Partition, ...]]] = []
+        self._seen: list[partitions.Partition] = []
+
+    # -- What it goes on from --
+
+    def _look(
+        self, find: Callable[[], tuple[partitions.Partition, ...]]
+    ) -> tuple[partitions.Partition, ...]:
+        """Returns what `find` does, and remembers it as what plans are built on."""
+        found = find()
+        self._finds.append(find)
+        self._seen += found
+        return found
+
+    def is_outdated(self) -> bool:
+        """Returns whether what was looked at has been published anew or overtaken since."""
+        now = [partition for find in self._finds for partition in find()]
+        return _versions(now) != _versions(self._seen)
 
     def open_inputs(self, needed: Sequence[str]) -> None:
         """Opens pin and tables of ds; raises DataContractError where IDs are of two types."""
@@ -86,15 +106,16 @@ class DayPlan:
     @functools.cached_property
     def day_before(self) -> tuple[partitions.Partition, ...]:
         """Embeddings and rejects of the newest day before ds that has both; empty for none."""
-        settings, wanted = self.settings, (ITEM_EMBEDDINGS, ITEM_REJECTS)
-        return layout.latest_before(settings.root, settings.feature_set, wanted, self.ds)
+        return self._look(partial(self._latest_before, ITEM_EMBEDDINGS, ITEM_REJECTS))
 
     @functools.cached_property
     def previous_features(self) -> partitions.Partition | None:
         """`item_features` of the newest day before ds that has them: cluster IDs are compared."""
-        settings, wanted = self.settings, (ITEM_FEATURES,)
-        found = layout.latest_before(settings.root, settings.feature_set, wanted, self.ds)
+        found = self._look(partial(self._latest_before, ITEM_FEATURES))
         return found[0] if found else None
+
+    def _latest_before(self, *wanted: Table) -> tuple[partitions.Partition, ...]:
+        return layout.latest_before(self.settings.root, self.settings.feature_set, wanted, self.ds)
 
     @property
     def of_another_lineage(self) -> bool:
@@ -122,7 +143,10 @@ class DayPlan:
         """What histories of ds begin from."""
         if self._earlier:
             return yesterday.made_before(self._earlier, self.settings)
-        return yesterday.find_before(self.settings, self.ds, self.shop, self.options.from_log)
+        newest = partial(self._look, partial(yesterday.newest_before, self.settings, self.ds))
+        return yesterday.find_before(
+            self.settings, self.ds, self.shop, self.options.from_log, newest
+        )
 
     def history_ids(self) -> tuple[pa.DataType, pa.DataType] | None:
         """The types of user_id and item_id in the clicks of ds and of the days before, None where
@@ -146,3 +170,8 @@ class DayPlan:
         timezone = self.settings.day_timezone
         start = inputs.day_end(self.ds - dt.timedelta(days=1), timezone)
         return HistoryDay(self.ds.toordinal(), start, inputs.day_end(self.ds, timezone))
+
+
+def _versions(found: Sequence[partitions.Partition]) -> dict[str, str]:
+    """Returns the versions of partitions by their folders."""
+    return {partition.folder: partition.manifest["version"] for partition in found}

@@ -109,8 +109,16 @@ def made_before(stage: Stage, settings: Settings) -> Before:
     )
 
 
-def find_before(settings: Settings, ds: dt.date, shop: ShopTables, from_log: bool) -> Before:
-    """What lies there for ds to begin from; `from_log` passes over the day before.
+def find_before(
+    settings: Settings,
+    ds: dt.date,
+    shop: ShopTables,
+    from_log: bool,
+    newest: Callable[[], tuple[Partition, ...]],
+) -> Before:
+    """Returns what lies there for ds to begin from; `from_log` passes over the day before.
+
+    `newest` finds the histories of the newest day before ds (`newest_before`).
 
     Raises InputNotReady for a gap between ds and the newest histories before it, and OperatorError
     for a day before `history_start_ds`, or histories that were made by another law.
@@ -124,18 +132,18 @@ def find_before(settings: Settings, ds: dt.date, shop: ShopTables, from_log: boo
         )
     if from_log or ds == start:
         return _from_log(shop)
-    found = _newest_before(settings, ds)
+    found = newest()
     if not found:
         return _from_log(shop)
-    newest = dt.date.fromisoformat(found[0].manifest["ds"])
-    if newest == ds - _ONE_DAY:
+    last = dt.date.fromisoformat(found[0].manifest["ds"])
+    if last == ds - _ONE_DAY:
         return _day_before(settings, ds, found)
     if _began_from_log(settings, ds):
         return _from_log(shop)
     raise InputNotReady(
         f"Histories of ds {ds} go on from those of the day before, but the newest ones are of "
-        f"ds {newest}: the clicks from {newest + _ONE_DAY} to {ds - _ONE_DAY} would be missing "
-        f"from every history. Run `courier histories --start-ds {newest + _ONE_DAY} --end-ds "
+        f"ds {last}: the clicks from {last + _ONE_DAY} to {ds - _ONE_DAY} would be missing "
+        f"from every history. Run `courier histories --start-ds {last + _ONE_DAY} --end-ds "
         f"{ds - _ONE_DAY}` first. Or begin anew: --from-log reads the log of the window once, "
         "and history_start_ds in the settings says that no earlier clicks count."
     )
@@ -147,7 +155,7 @@ def _from_log(shop: ShopTables) -> Before:
     return Before(None, lambda: (), tuple(earlier), tuple(missing), rows)
 
 
-def _newest_before(settings: Settings, ds: dt.date) -> tuple[Partition, ...]:
+def newest_before(settings: Settings, ds: dt.date) -> tuple[Partition, ...]:
     """The histories of the newest day before ds, not before the world began; empty for none."""
     start = settings.history_start_ds or dt.date.min
     days = layout.begun_days(settings.root, settings.feature_set, USER_HISTORIES)
@@ -158,10 +166,9 @@ def _newest_before(settings: Settings, ds: dt.date) -> tuple[Partition, ...]:
 def _state_of(settings: Settings, ds: dt.date) -> tuple[Partition, ...]:
     """Both tables of ds, of one run; empty while they are not."""
     folders = [layout.table_folder(settings.root, settings.feature_set, t, ds) for t in STATE]
-    if not all(map(partitions.is_published, folders)):
-        return ()
-    found = tuple(map(partitions.open_published, folders))
-    return found if len({partition.run_id for partition in found}) == 1 else ()
+    found = [p for p in map(partitions.find_published, folders) if p]
+    whole = len(found) == len(STATE) and len({partition.run_id for partition in found}) == 1
+    return tuple(found) if whole else ()
 
 
 def _began_from_log(settings: Settings, ds: dt.date) -> bool:

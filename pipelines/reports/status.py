@@ -3,6 +3,7 @@
 import datetime as dt
 import os
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from feature_jobs.schemas import ITEM_FEATURES, MAIN, TABLES, TRAINING_ROWS, USER_SIMSCORES
@@ -17,13 +18,19 @@ from pipelines.running.stage import Night, Stage
 
 
 def collect(settings: Settings) -> dict[str, Any]:
-    """Pins; for each ds its tables and whether its night is whole; days that are stale, with the
-    day that was made again before them; what is unfinished."""
+    """Finds what lies below the root of the settings, and what there is to do about it.
+
+    Pins; for each ds its tables and whether its night is whole; days on hold; days that are stale,
+    with the day that was made again before them; what is unfinished.
+    """
     days: dict[str, dict[str, Any]] = {}
     for table in TABLES.values():
         for ds in layout.published_days(settings.root, settings.feature_set, table):
             folder = layout.table_folder(settings.root, settings.feature_set, table, ds)
-            manifest = partitions.open_published(folder).manifest
+            found = partitions.find_published(folder)
+            if found is None:
+                continue  # it is being replaced just now
+            manifest = found.manifest
             entry = {k: manifest[k] for k in ("rows", "version", "run_id", "identities", "notes")}
             entry |= {k: manifest[k] for k in ("clusters", "counts") if k in manifest}
             days.setdefault(str(ds), {})[table.name] = {**entry, "path": folder}
@@ -40,14 +47,20 @@ def collect(settings: Settings) -> dict[str, Any]:
             }
             for ds, found in sorted(days.items())
         },
+        "held": {
+            str(ds): {"since": hold["since"], "reason": hold["reason"]}
+            for ds, hold in records.held_days(settings.root, settings.feature_set).items()
+        },
         "stale": {ds: str(after) for ds, after in stale_days(settings).items()},
         "staged": _staged(os.path.join(settings.root, "_staging", settings.feature_set)),
     }
 
 
 def _staged(top: str) -> list[str]:
-    """Runs that were begun, or made and not published: the next one of the same ds resumes them. A
-    fit of a codebook begins anew."""
+    """Lists runs that were begun, or made and not published; the next one of ds resumes them.
+
+    A fit of a codebook is none of them: it begins anew.
+    """
     return [
         f"{stage} {ds} run {run_id}"
         for stage in files.list_names(top)
@@ -59,7 +72,7 @@ def _staged(top: str) -> list[str]:
 
 
 def render(found: dict[str, Any]) -> str:
-    """A table for people: rows by ds and table, then what is staged, then the pins."""
+    """Returns a table for people: rows by ds and table, then what is to do, then the pins."""
     names = [name for name in TABLES if any(name in d["tables"] for d in found["days"].values())]
     widths = {name: max(len(name), 12) for name in names}
     lines = [f"feature set {found['feature_set']!r} below {found['root']}", ""]
@@ -75,7 +88,12 @@ def render(found: dict[str, Any]) -> str:
         )
         lines.append(f"{ds:10}  {_night_of(day):7}  {rows}")
     lines += _clusters(found["days"])
-    lines += _stale(found["stale"], found["days"])
+    lines += [
+        f"on hold: {ds}, rolled back at {hold['since']} ({hold['reason']}); `courier rollback --ds "
+        f"{ds} --release` lets it be made again"
+        for ds, hold in found["held"].items()
+    ]
+    lines += _stale(found)
     lines += [f"unfinished: {run} (the same command resumes it)" for run in found["staged"]]
     for pin in found["pins"]:
         lines.append(
@@ -85,12 +103,18 @@ def render(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _stale(stale: Mapping[str, str], days: Mapping[str, Any]) -> list[str]:
-    """A line for each row of days that go on from histories of a day that was made again."""
+def _stale(found: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each row of days that go on from histories of a day made again.
+
+    A day on hold is passed over: it could not be made.
+    """
     lines = []
-    for after in dict.fromkeys(stale.values()):
-        row = [ds for ds, other in stale.items() if other == after]
-        scored = all(USER_SIMSCORES.name in days[ds]["tables"] for ds in row)
+    rows = groupby(found["stale"].items(), key=lambda pair: (pair[1], pair[0] in found["held"]))
+    for (after, is_held), pairs in rows:
+        if is_held:
+            continue
+        row = [ds for ds, _ in pairs]
+        scored = all(USER_SIMSCORES.name in found["days"][ds]["tables"] for ds in row)
         command = "simscore" if scored else "histories"  # not all days have what scores need
         lines.append(
             f"stale: {row[0]}, since histories of {after} were made again after it; `courier "
@@ -100,8 +124,10 @@ def _stale(stale: Mapping[str, str], days: Mapping[str, Any]) -> list[str]:
 
 
 def _clusters(days: Mapping[str, Any]) -> list[str]:
-    """How items spread over clusters on the newest day that has them, a line for each resolution,
-    and the share that moved there since the day before."""
+    """Returns how items spread over clusters on the newest day that has them, a line a resolution.
+
+    And the share that moved there since the day before.
+    """
     newest = max(
         (ds for ds, day in days.items() if ITEM_FEATURES.name in day["tables"]), default=""
     )
@@ -129,7 +155,7 @@ def _moved(what: str, some: int, total: int) -> str:
 
 
 def _night_of(day: dict[str, Any]) -> str:
-    """Training rows are made outside the night, so that alone they begin none."""
+    """Returns how much of a night is there; training rows are made outside it and begin none."""
     if day["whole_night"]:
         return "whole"
     return "partial" if set(day["tables"]) - {TRAINING_ROWS.name} else "-"
@@ -139,12 +165,14 @@ def _night_of(day: dict[str, Any]) -> str:
 
 
 def describe_plan(night: Night, beam_args: Sequence[str]) -> dict[str, Any]:
-    """What `run_nights` would do, stage by stage; checks the Beam options too."""
+    """Returns what `run_nights` would do, stage by stage; checks the Beam options too."""
     for stage in night.stages:
         beam_options.pipeline_options(night.settings.beam, stage.name, beam_args)
+    held = records.read_hold(night.settings.root, night.settings.feature_set, night.ds)
     return {
         "ds": str(night.ds),
         "run_id": night.run_id,
+        "held": held and {"since": held["since"], "reason": held["reason"]},
         "stages": [
             {
                 "stage": stage.name,
@@ -167,13 +195,15 @@ def _action(stage: Stage) -> str:
     if stage.is_published():
         return "leave alone: published from the same inputs"
     if stage.is_staged():
-        return "publish: made by an earlier run"
+        return "publish, if the gates let it pass: made by an earlier run"
     done = stage.shards_done()
     return f"resume: {done} of {stage.shards} shards are made" if done else "compute"
 
 
 def render_plan(plan: dict[str, Any]) -> str:
-    lines = [f"ds {plan['ds']}"]
+    held = plan["held"]
+    hold = f", on hold: rolled back at {held['since']} ({held['reason']})" if held else ""
+    lines = [f"ds {plan['ds']}{hold}"]
     for stage in plan["stages"]:
         rows = f", {stage['input_rows']:,} input rows" if stage["input_rows"] else ""
         rows += f", join by {stage['join']}" if "join" in stage else ""
@@ -199,7 +229,7 @@ def render_report(report: dict[str, Any]) -> str:
 
 
 def _work(work: Mapping[str, float]) -> str:
-    """What images, each thread's time by itself, and shuffles cost; empty where there was none."""
+    """Returns what images, each thread's time by itself, and shuffles cost; empty for none."""
     found = [
         f"{name.removesuffix('_seconds')} {value:,.1f} s"
         for name, value in work.items()

@@ -1,47 +1,132 @@
-"""Where everything lies below a root, and which days are there."""
+"""Says where everything lies below a root, and which days are there."""
 
 import datetime as dt
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from feature_jobs.schemas import Table
+from feature_jobs.schemas import (
+    ITEM_EMBEDDINGS,
+    ITEM_FEATURES,
+    ITEM_REJECTS,
+    RECENT_CLICKS,
+    TRAINING_ROWS,
+    USER_HISTORIES,
+    USER_SIMSCORES,
+    Table,
+)
 from feature_jobs.store import files, partitions
 from feature_jobs.store.partitions import Partition
 
+# The stages that make each table, by families of tables that are locked together, in the order in
+# which their locks are taken.
+_FAMILIES = {
+    "items": {
+        ITEM_EMBEDDINGS.name: "embed",
+        ITEM_REJECTS.name: "embed",
+        ITEM_FEATURES.name: "item-features",
+    },
+    "impressions": {
+        USER_HISTORIES.name: "histories",
+        RECENT_CLICKS.name: "histories",
+        USER_SIMSCORES.name: "simscore",
+    },
+    "training": {TRAINING_ROWS.name: "training-rows"},
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one partition is published, and where its earlier versions are kept.
+
+    They lie outside the table's folder: a reader that descends into folders, as DuckDB does, must
+    not take old rows with new ones.
+    """
+
+    folder: str
+    kept: str
+
 
 def staging_folder(root: str, feature_set: str, name: str, ds: dt.date, run_id: str) -> str:
-    """Out of readers' sight; apart for each feature set, so that they never meet half-way."""
+    """Returns where a run writes, out of readers' sight.
+
+    Each feature set has its own, so that they never meet half-way.
+    """
     return os.path.join(root, "_staging", feature_set, name, f"ds={ds}", run_id)
 
 
+def staging_of(root: str, feature_set: str, table: Table, ds: dt.date, run_id: str) -> str:
+    """Returns the staging folder of a run of the stage that makes `table`."""
+    (stage,) = (members[table.name] for members in _FAMILIES.values() if table.name in members)
+    return staging_folder(root, feature_set, stage, ds, run_id)
+
+
+def place_of(root: str, feature_set: str, table: Table, ds: dt.date) -> Place:
+    """Returns the place of one partition."""
+    within = os.path.join(_top(feature_set, table), table.name, f"ds={ds}")
+    return Place(os.path.join(root, within), os.path.join(root, "_versions", within))
+
+
 def table_folder(root: str, feature_set: str, table: Table, ds: dt.date) -> str:
-    """The folder of one partition: below `shared` for a table that no encoder touches."""
-    return os.path.join(root, "shared" if table.shared else feature_set, table.name, f"ds={ds}")
+    """Returns the folder of one partition: below `shared` for a table that no encoder touches."""
+    return place_of(root, feature_set, table, ds).folder
 
 
-def _date_of(name: str) -> dt.date | None:
-    """The date in a folder's name ds=YYYY-MM-DD; None for a folder that is none of ours."""
+def _top(feature_set: str, table: Table) -> str:
+    return "shared" if table.shared else feature_set
+
+
+def lock_folders(
+    root: str, feature_set: str, tables: Sequence[Table], days: Sequence[dt.date]
+) -> list[str]:
+    """Returns what is to be locked to write `tables` of `days`, in the one order of all commands.
+
+    Days ascend, so that two commands never wait for each other.
+    """
+    return [
+        os.path.join(root, top, "_locks", family, f"ds={ds}")
+        for ds in sorted(days)
+        for family, members in _FAMILIES.items()
+        for top in sorted({_top(feature_set, t) for t in tables if t.name in members})
+    ]
+
+
+def night_path(root: str, feature_set: str, ds: dt.date) -> str:
+    """Returns where the record of a night lies."""
+    return os.path.join(root, feature_set, "_nights", f"ds={ds}.json")
+
+
+def hold_path(root: str, feature_set: str, ds: dt.date) -> str:
+    """Returns where the hold of a day lies, if there is one."""
+    return os.path.join(root, feature_set, "_holds", f"ds={ds}.json")
+
+
+# ---- Which days are there --------------------------------------------------------------------
+
+
+def date_of(name: str) -> dt.date | None:
+    """Returns the date in a name ds=YYYY-MM-DD; None for a name that is none of ours."""
     try:
-        return dt.date.fromisoformat(name.removeprefix("ds="))
+        return dt.date.fromisoformat(name.removeprefix("ds=").removesuffix(".json"))
     except ValueError:
         return None
 
 
 def feature_sets(root: str) -> list[str]:
-    """The feature sets that have published a night below `root`."""
+    """Returns the feature sets that have published a night below `root`."""
     names = [name for name in files.list_names(root) if name[0] != "_"]
     return [n for n in names if files.list_names(os.path.join(root, n, "_nights"))]
 
 
 def begun_days(root: str, feature_set: str, table: Table) -> list[dt.date]:
-    """The ds that have a folder, published or not, ascending."""
+    """Returns the ds that have a folder, published or not, ascending."""
     folder = os.path.dirname(table_folder(root, feature_set, table, dt.date.min))
     names = [name for name in files.list_names(folder) if name.startswith("ds=")]
-    return [day for day in map(_date_of, names) if day]
+    return [day for day in map(date_of, names) if day]
 
 
 def published_days(root: str, feature_set: str, table: Table) -> list[dt.date]:
-    """The ds of all published partitions of a table, ascending."""
+    """Returns the ds of all published partitions of a table, ascending."""
     days = begun_days(root, feature_set, table)
     return [d for d in days if partitions.is_published(table_folder(root, feature_set, table, d))]
 
@@ -49,14 +134,12 @@ def published_days(root: str, feature_set: str, table: Table) -> list[dt.date]:
 def latest_before(
     root: str, feature_set: str, wanted: Sequence[Table], ds: dt.date
 ) -> tuple[Partition, ...]:
-    """The partitions of the newest day before ds that has all of the `wanted` tables, since those
-    of several days do not go together; empty where the world begins."""
+    """Returns the partitions of the newest day before ds that has all of the `wanted` tables.
+
+    Those of several days do not go together. Empty where the world begins.
+    """
     for day in reversed(begun_days(root, feature_set, wanted[0])):
         folders = [table_folder(root, feature_set, table, day) for table in wanted]
         if day < ds and all(map(partitions.is_published, folders)):
             return tuple(map(partitions.open_published, folders))
     return ()
-
-
-def night_path(root: str, feature_set: str, ds: dt.date) -> str:
-    return os.path.join(root, feature_set, "_nights", f"ds={ds}.json")

@@ -1,4 +1,4 @@
-"""Making: jobs run below their staging folders, and what they made is sealed."""
+"""Runs jobs below their staging folders, and seals what they made."""
 
 import contextlib
 import datetime as dt
@@ -10,24 +10,40 @@ from typing import Any
 
 from feature_jobs.schemas import CourierError, Table
 from feature_jobs.store import files, partitions, worker_notes
-from feature_jobs.store.documents import read_json, write_json
+from feature_jobs.store.documents import parse_json, read_json, write_json
 from feature_jobs.store.partitions import STAGED
 from pipelines.running import beam_options, progress
+from pipelines.running.locks import Locks
 from pipelines.running.stage import BEGUN, PACKAGE_VERSIONS, Night, Stage
 
 _OF_RECEIPT = ("counts", "work")  # what no manifest says of a single file
 
 
-def make_missing(stages: Sequence[Stage], options: Any, say: Callable[[str], None]) -> set[str]:
-    """Makes those that are not made yet, with one job for each row of consecutive days; returns
-    their run_ids."""
+def make_missing(
+    stages: Sequence[Stage], options: Any, say: Callable[[str], None], locks: Locks
+) -> set[str]:
+    """Makes the stages that are not made yet, and returns their run_ids.
+
+    Each row of consecutive days is one job.
+    """
     for stage in stages:
         if stage.forced:
             force(stage)
     missing = [stage for stage in stages if not stage.is_made()]
     for together in _consecutive(missing):
         _make(together, options, say)
+        locks.check()
+    for stage in stages:
+        if stage not in missing and not stage.is_published():
+            _bring_notes_up_to_date(stage)
     return {stage.run_id for stage in missing}
+
+
+def _bring_notes_up_to_date(stage: Stage) -> None:
+    """Seals what an earlier run made again where this one notes more, as what it was allowed."""
+    for table in stage.tables:
+        if stage.partition(table).manifest["notes"] != dict(stage.notes):
+            seal(stage, table)
 
 
 def _consecutive(stages: Sequence[Stage]) -> list[list[Stage]]:
@@ -50,8 +66,7 @@ def _make(stages: Sequence[Stage], options: Any, say: Callable[[str], None]) -> 
 
 
 def make(stages: Sequence[Stage], run_pipeline: Callable[[Callable[[Any], None]], None]) -> None:
-    """Runs one job for stages of consecutive days below their staging folders, and seals the
-    tables it made.
+    """Runs one job for stages of consecutive days below their staging folders; seals its tables.
 
     Raises a worker's CourierError word for word; nothing is published in any case.
     """
@@ -89,8 +104,11 @@ def run_job(
 
 
 def _told(staging: str, error: Exception) -> CourierError | None:
-    """The CourierError that a job ended for: what is left of it where no worker could leave it, as
-    when the store of the staging folder was away too, or else one that was left before."""
+    """Returns the CourierError that a job ended for, None where it failed for another reason.
+
+    It is read off `error` where no worker could leave it, as when the store of the staging folder
+    was away too; else it is one that was left before.
+    """
     if found := worker_notes.courier_error_in(error):
         return found
     with contextlib.suppress(OSError, CourierError):
@@ -99,8 +117,10 @@ def _told(staging: str, error: Exception) -> CourierError | None:
 
 
 def force(stage: Stage) -> None:
-    """From now on, by the first file of its staging folder, the stage counts as unpublished. What a
-    forced run that was killed had done stays."""
+    """Makes the stage count as unpublished, by the first file of its staging folder.
+
+    What a forced run that was killed had done stays.
+    """
     _forget_other_content(stage)
 
 
@@ -108,14 +128,19 @@ def _forget_other_content(stage: Stage) -> None:
     """Deletes what was begun from another content of the tables upstream."""
     path = os.path.join(stage.staging, BEGUN)
     now = stage.made_from()
-    if not files.exists(path) or read_json(path) != now:
+    begun = files.read_if_there(path)
+    if begun is None or parse_json(path, begun) != now:
         files.delete_tree(stage.staging)
         write_json(path, now)
 
 
 def seal(stage: Stage, table: Table) -> None:
-    """Writes what a manifest will say beside the parts, after every shard has its receipt."""
-    folder = os.path.join(stage.staging, table.name)
+    """Writes what a manifest will say beside the parts, after every shard has its receipt.
+
+    What is upstream is what it was when the job began: should it have been published anew since,
+    the stage counts as not made, and is made again.
+    """
+    folder = stage.staged_folder(table)
     parts = partitions.receipts(folder)
     if len(parts) != stage.shards:
         raise CourierError(
@@ -133,7 +158,7 @@ def seal(stage: Stage, table: Table) -> None:
         "counts": partitions.sum_counts(parts),
         "identities": dict(stage.identities),
         "inputs": dict(stage.inputs),
-        "made_from": stage.made_from(),
+        "made_from": read_json(os.path.join(stage.staging, BEGUN)),
         "settings": dict(stage.settings),
         "notes": dict(stage.notes),
         "versions": PACKAGE_VERSIONS,
@@ -143,7 +168,7 @@ def seal(stage: Stage, table: Table) -> None:
 
 
 def counts_of(stage: Stage) -> dict[str, int]:
-    """Counts and rows of all tables that the stage made."""
+    """Returns counts and rows of all tables that the stage made."""
     manifests = {table.name: stage.partition(table).manifest for table in stage.tables}
     counts = {f"{name}_rows": m["rows"] for name, m in manifests.items()}
     for manifest in manifests.values():
@@ -152,27 +177,29 @@ def counts_of(stage: Stage) -> dict[str, int]:
 
 
 def clusters_of(*stages: Stage) -> dict[str, Any]:
-    """How the items spread over clusters, by resolution; empty where no stage assigns any."""
+    """Returns how items spread over clusters, by resolution; empty where no stage assigns any."""
     manifests = [stage.partition(table).manifest for stage in stages for table in stage.tables]
     found = [manifest.get("clusters", {}) for manifest in manifests]
     return {label: entry for clusters in found for label, entry in clusters.items()}
 
 
 def work_of(stage: Stage) -> dict[str, float]:
-    """What making the stage's tables cost, interrupted runs included; empty once published."""
-    receipts = [partitions.receipts(os.path.join(stage.staging, t.name)) for t in stage.tables]
+    """Returns what making the tables cost, interrupted runs included; empty once published."""
+    receipts = [partitions.receipts(stage.staged_folder(t)) for t in stage.tables]
     return partitions.sum_counts((part for parts in receipts for part in parts), "work")
 
 
 def reopen(stage: Stage) -> None:
-    """Undoes the sealing of a stage whose tables were refused, so that the next run makes them
-    again. What was expensive, the chunk files, stays."""
+    """Undoes the sealing of a stage whose tables were refused, so that they are made again.
+
+    What was expensive, the chunk files, stays.
+    """
     for table in stage.tables:
-        files.delete_tree(os.path.join(stage.staging, table.name))
+        files.delete_tree(stage.staged_folder(table))
 
 
 def write_run(night: Night, report: dict[str, Any]) -> None:
-    """The one place for times: everything else of a run is the same when it is run again."""
+    """Writes what a run did, and when: all else of a run is the same when it is run again."""
     settings = night.settings
     folder = f"{settings.root}/{settings.feature_set}/_runs/ds={night.ds}/{night.run_id}"
     write_json(f"{folder}/run.json", {**report, "command": sys.argv[1:]})

@@ -1,165 +1,106 @@
-"""Publishing: how what was made comes before readers, and how an earlier version comes back."""
+"""Publishes what was made, so that no reader ever takes a mixture, whoever dies or meets whom.
+
+A partition is published in five steps: `_SUCCESS` goes; the new files come, under names that carry
+the version; the manifest changes, by compare-and-swap; the files that the manifest before named
+are put away to `_versions`; `_SUCCESS` comes back, with the new manifest's digest. A reader
+through the manifest, or one that reads `_SUCCESS` (which must name the manifest) before and after
+the files, sees one version whole, or "not ready", or a missing file, and never a mixture. A version
+that comes once more carries the number of its `publication`, so that no `_SUCCESS` comes twice.
+
+*Fenced.* A writer may be asleep at any moment and wake when another has published. So each step
+first looks whether the manifest is still the one that the writer knows, and else touches nothing.
+On a disk the step holds the partition's own lock meanwhile. A bucket has no lock that spans two
+objects; there each write has a precondition of its own: files and `_SUCCESS` are deleted as they
+were seen, by generation, before the manifest was looked at, and are always written anew;
+`_SUCCESS` is written by its own generation; and whoever has changed the manifest deletes what
+others had staged for the partition, so that a copy which is on its way finds no source.
+
+*Killed* at any point, the same run finishes it: each step is skipped where it is done, and nothing
+is "published" before the old files are away.
+
+Not covered: two writers of one partition in a bucket that are both awake, one of them without its
+lease: a reader by `_SUCCESS` may then meet a file of the other for as long as one request takes.
+"""
 
 import contextlib
-import datetime as dt
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
-from feature_jobs.schemas import TABLES, CourierError, OperatorError
+from feature_jobs.schemas import CourierError
 from feature_jobs.store import files, partitions
-from feature_jobs.store.documents import read_json, write_json
-from feature_jobs.store.partitions import MANIFEST, SUCCESS, Partition, version_of
-from pipelines.config import Settings
+from feature_jobs.store.documents import to_json
+from feature_jobs.store.files import FileInfo
+from feature_jobs.store.partitions import MANIFEST, STAGED, SUCCESS, Partition, version_of
 from pipelines.running import layout, records
+from pipelines.running.layout import Place
+from pipelines.running.locks import Locks
 from pipelines.running.stage import Night, Stage
 
-KEPT = "_versions"
+T = TypeVar("T")
 
-_LATER = ", or within five minutes where that was killed on another machine"
-
-
-@contextlib.contextmanager
-def exclusive(root: str, feature_set: str) -> Iterator[None]:
-    """Holds a feature set; raises CourierError at once where another run holds it."""
-    try:
-        with files.lock(os.path.join(root, feature_set)):
-            yield
-    except BlockingIOError as error:
-        raise CourierError(
-            f"Another run is writing the feature set {feature_set!r} below {root}. Two at once "
-            "would do the same work twice and publish over each other. Wait for it, or stop it: "
-            f"its lock is freed when its process ends{_LATER if files.is_remote(root) else ''}."
-        ) from error
+_AT_ONCE = 32  # files that one step brings in or puts away
+_PART = r"part-\d+-of-\d+-([0-9a-f]+)\.parquet"
 
 
-def publish(stage: Stage) -> None:
-    """Publishes all tables of a staged stage, then deletes its staging.
+# ---- A night -----------------------------------------------------------------------------------
 
-    A stage that is published already is left alone.
+
+def publish_night(night: Night, locks: Locks) -> None:
+    """Publishes all tables of a night, then its record, which is "not ready" until then.
+
+    What is published now is looked at before the first step, in the order of the steps: if another
+    run publishes the day in between, the first step finds that and raises CourierError.
     """
-    if not stage.is_published():
-        for table in stage.tables:
-            staged = partitions.open_staged(os.path.join(stage.staging, table.name))
-            publish_partition(staged, stage.folder(table))
-    files.delete_tree(os.path.dirname(stage.staging))  # and what other runs of ds left behind
-
-
-def versioned(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest with its version, a digest of all content, in it and in every file's name."""
-    version = version_of(manifest)
-    files = [
-        {**file, "name": file["name"].removesuffix(".parquet") + f"-{version}.parquet"}
-        for file in manifest["files"]
-    ]
-    return {**manifest, "files": files, "version": version}
-
-
-def publish_partition(staged: Partition, target: str) -> None:
-    """Publishes a staged partition at `target`, in place of what is published there.
-
-    Can be killed and called again at any point: every step is skipped where it is done, and the
-    staged files stay readable until the caller deletes them.
-    """
-    manifest = versioned(staged.manifest)
-    sources = dict(zip([f["name"] for f in manifest["files"]], staged.paths, strict=True))
-    replace_partition(manifest, sources, target)
-
-
-def has_version(target: str, version: str) -> bool:
-    """Whether `version` is the published one, or is kept beside it."""
-    current = _current(target)
-    kept = os.path.join(target, KEPT, version, MANIFEST)
-    return files.exists(kept) or (current is not None and json.loads(current)["version"] == version)
-
-
-def bring_back(target: str, version: str) -> None:
-    """Publishes a kept version of a partition again; the present one is kept in its place.
-
-    Can be killed and called again at any point, like `publish_partition`.
-    """
-    kept = os.path.join(target, KEPT, version)
-    path = os.path.join(kept, MANIFEST)
-    manifest = read_json(path if files.exists(path) else os.path.join(target, MANIFEST))
-    sources = {f["name"]: os.path.join(kept, f["name"]) for f in manifest["files"]}
-    replace_partition(manifest, sources, target)
-
-
-def _current(target: str) -> bytes | None:
-    path = os.path.join(target, MANIFEST)
-    return files.read_bytes(path) if files.exists(path) else None
-
-
-def replace_partition(manifest: dict[str, Any], sources: Mapping[str, str], target: str) -> None:
-    """Makes `manifest` the published version of `target`; `sources` are its files by name."""
-    current = _current(target)
-    old = json.loads(current) if current else None
-    resumed = old is not None and old["version"] == manifest["version"]
-    if resumed and partitions.is_published(target):
+    root, feature_set = night.settings.root, night.settings.feature_set
+    path = layout.night_path(root, feature_set, night.ds)
+    waiting = [(stage, publications(stage, locks)) for stage in night.stages]
+    found = files.read_if_there(path)
+    for stage, tables in waiting:
+        for publication in tables:
+            publication.run()
+        locks.check()
+        files.delete_tree(os.path.dirname(stage.staging))  # and what other runs of ds left behind
+    before = json.loads(found) if found else None
+    if not night.is_whole and not (before and _goes_into(night, before)):
         return
-    files.delete(os.path.join(target, SUCCESS))
-    if old is not None and not resumed and current is not None:
-        kept = os.path.join(target, KEPT, old["version"], MANIFEST)
-        files.write_bytes(kept, current)
-    for name, source in sources.items():
-        path = os.path.join(target, name)
-        if not files.exists(path):
-            files.link(source, path)
-    if resumed:
-        data = current or b""
-    else:
-        parent = old["version"] if old else None
-        data = json.dumps({**manifest, "parent_version": parent}, indent=1).encode() + b"\n"
-        try:
-            files.write_if_unchanged(os.path.join(target, MANIFEST), data, current)
-        except files.Changed as error:
-            raise CourierError(
-                f"Another run published {target} just now, so this one stopped before it could mix "
-                "the two. Run the same command again when the other has ended."
-            ) from error
-    _put_away(target, keep={file["name"] for file in manifest["files"]})
-    success = hashlib.sha256(data).hexdigest() + "\n"
-    files.write_bytes(os.path.join(target, SUCCESS), success.encode())
+    folders = [stage.folder(table) for stage in night.stages for table in stage.tables]
+    if before:
+        folders += [os.path.join(root, entry["path"]) for entry in before["tables"].values()]
+    parts = [_still_published(folder) for folder in dict.fromkeys(folders)]
+    earlier = before and {**before, "before": None}  # one step back is kept, not all
+    record = records.night_record(root, feature_set, night.ds, parts, earlier)
+    if before is None or before["tables"] != record["tables"]:
+        write_record(path, to_json(record), found, locks)
 
 
-def _put_away(target: str, keep: set[str]) -> None:
-    """Moves files of other versions to `_versions`; those of a version never published go."""
-    for name in files.list_names(target):
-        match = re.fullmatch(r"part-\d+-of-\d+-([0-9a-f]+)\.parquet", name)
-        if match and name not in keep:
-            kept = os.path.join(target, KEPT, match[1])
-            if files.exists(os.path.join(kept, MANIFEST)):
-                files.move(os.path.join(target, name), os.path.join(kept, name))
-            else:
-                files.delete(os.path.join(target, name))
+def _still_published(folder: str) -> Partition:
+    found = partitions.find_published(folder)
+    if found is None:
+        raise superseded(folder)
+    return found
 
 
-def publish_night(night: Night) -> None:
-    """All tables, then the night's own record, which is wrong and so "not ready" until then."""
-    settings = night.settings
-    for stage in night.stages:
-        with _shared(settings):
-            publish(stage)
-    root, feature_set = settings.root, settings.feature_set
-    before = records.read_night(root, feature_set, night.ds)
-    if night.is_whole or (before and _goes_into(night, before)):
-        folders = [stage.folder(table) for stage in night.stages for table in stage.tables]
-        if before:
-            folders += [os.path.join(root, entry["path"]) for entry in before["tables"].values()]
-        parts = [partitions.open_published(folder) for folder in dict.fromkeys(folders)]
-        earlier = before and {**before, "before": None}  # one step back is kept, not all
-        record = records.night_record(root, feature_set, night.ds, parts, earlier)
-        if before is None or before["tables"] != record["tables"]:
-            write_json(layout.night_path(root, feature_set, night.ds), record)
+def write_record(path: str, record: bytes, found: bytes | None, locks: Locks) -> None:
+    """Replaces a record while it is the one that was `found`; raises CourierError otherwise."""
+    locks.check()
+    try:
+        files.write_if_unchanged(path, record, found)
+    except files.Changed as error:
+        raise superseded(path) from error
 
 
 def _goes_into(night: Night, record: dict[str, Any]) -> bool:
-    """Whether the stages of `night` take the place of those in the record of a whole night: nothing
-    of the same ds reads what they make, and the rest is as it was."""
+    """Returns whether the stages of `night` take the place of those in a whole night's record.
+
+    They do where nothing of the same ds reads what they make, and the rest is as it was.
+    """
     made = {table.name for stage in night.stages for table in stage.tables}
     folders = {
         os.path.join(night.settings.root, entry["path"]): entry["version"]
@@ -167,57 +108,263 @@ def _goes_into(night: Night, record: dict[str, Any]) -> bool:
         if name not in made
     }
     return {stage.name for stage in night.stages} <= {"histories", "simscore"} and all(
-        partitions.is_published(folder)
-        and partitions.open_published(folder).manifest["version"] == version
-        for folder, version in folders.items()
+        partitions.published_version(folder) == version for folder, version in folders.items()
     )
 
 
-def _shared(settings: Settings) -> AbstractContextManager[files.Held]:
-    """Holds the tables that other feature sets publish as well."""
-    return files.lock(f"{settings.root}/shared", wait=True)
+# ---- A partition -------------------------------------------------------------------------------
 
 
-def roll_back(settings: Settings, ds: dt.date) -> dict[str, str]:
-    """Brings back the night of ds that was whole before the present one; returns its versions.
+def publications(stage: Stage, locks: Locks) -> list["Publication"]:
+    """Returns what is to be done to publish the tables of a staged stage; nothing if they are."""
+    if stage.is_published():
+        return []
+    found = []
+    for table in stage.tables:
+        place = stage.place(table)
+        # The manifest first: whoever changes it deletes then what others had staged.
+        manifest = files.read_if_there(os.path.join(place.folder, MANIFEST))
+        found.append(publication(stage.staged_folder(table), place, manifest, locks))
+    return found
 
-    Tables that other feature sets share stay as they are. The record is changed first: until every
-    table is what it names, the night is "not ready", and the same command goes on after a kill.
-    Raises OperatorError, with nothing changed, where a version is not kept.
+
+def publication(staged: str, place: Place, found: bytes | None, locks: Locks) -> "Publication":
+    """Returns the publication of what the folder `staged` holds, over the manifest `found`.
+
+    The staged files stay readable until the caller deletes them. Raises CourierError where another
+    run has deleted them since `found` was read.
     """
-    root, feature_set = settings.root, settings.feature_set
-    with exclusive(root, feature_set):
-        record = records.read_night(root, feature_set, ds)
-        if record and records.is_whole_night(root, feature_set, ds):
-            record = _turned(record)
-        wanted = _own_versions(record, root) if record else {}
-        if not wanted or not all(has_version(f, v) for f, v in wanted.items()):
-            raise OperatorError(
-                f"There is no earlier night of ds {ds} to bring back: it was published once, or "
-                "the version before is not kept any more. What is published stays as it is."
+    partition = partitions.find_staged(staged)
+    if partition is None:
+        raise superseded(place.folder)
+    manifest = versioned(partition.manifest)
+    sources = dict(zip([f["name"] for f in manifest["files"]], partition.paths, strict=True))
+    return Publication(manifest, sources, staged, place, found, locks)
+
+
+def versioned(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the manifest with its version, a digest of all content, in it and in file names."""
+    version = version_of(manifest)
+    end = f"-{version}.parquet"
+    named = [
+        {**file, "name": file["name"].removesuffix(end).removesuffix(".parquet") + end}
+        for file in manifest["files"]
+    ]
+    return {**manifest, "files": named, "version": version}
+
+
+@dataclass(frozen=True)
+class Publication:
+    """Describes one version of a partition on its way to readers.
+
+    `sources` are its files by name, below the folder `staged`; `found` is the manifest that it is
+    to replace, None for a first publication.
+    """
+
+    manifest: Mapping[str, Any]
+    sources: Mapping[str, str]
+    staged: str
+    place: Place
+    found: bytes | None
+    locks: Locks
+
+    def run(self) -> None:
+        """Publishes it, or finishes that; raises CourierError where `found` is not there any more.
+
+        Publishing again what is published changes nothing.
+        """
+        if _version_in(self.found) != self.manifest["version"]:
+            data = self._replace()
+        elif partitions.is_published(self.place.folder):
+            return
+        else:
+            data = self._renew()
+        self._put_away_others(data)
+        self._announce(data)
+
+    @property
+    def _manifest_path(self) -> str:
+        return os.path.join(self.place.folder, MANIFEST)
+
+    @property
+    def _success_path(self) -> str:
+        return os.path.join(self.place.folder, SUCCESS)
+
+    @contextlib.contextmanager
+    def _step(self, expected: bytes | None) -> Iterator[None]:
+        """Goes into the block only while the manifest is `expected` (None: while there is none)."""
+        self.locks.check()
+        with files.step(self.place.folder):
+            if files.read_if_there(self._manifest_path) != expected:
+                raise superseded(self.place.folder)
+            yield
+
+    # -- Until the manifest changes --
+
+    @contextlib.contextmanager
+    def _step_towards(self) -> Iterator[None]:
+        """Goes into the block only while `found` stands, and what is staged has its sources."""
+        with self._step(self.found):
+            # Who brought the version that stands back meanwhile has left the manifest as it was.
+            if not files.exists(os.path.join(self.staged, STAGED)):
+                raise superseded(self.place.folder)
+            yield
+
+    def _replace(self) -> bytes:
+        """Brings the files in and changes the manifest; returns the new one."""
+        parent = _version_in(self.found)
+        if self.found is not None:
+            with self._step_towards():
+                files.write_bytes(self._kept_manifest(str(parent)), self.found)
+        for names in _batches(self.sources):
+            self._retract()  # a writer that this one overtook may have brought it back
+            with self._step_towards():
+                self._bring_in(names)
+        manifest = {k: v for k, v in self.manifest.items() if k != "publication"}
+        manifest["parent_version"] = parent
+        if times := self._times_replaced():
+            manifest["publication"] = times + 1
+        data = _manifest_bytes(manifest)
+        with self._step_towards():
+            self._swap(self._manifest_path, data, self.found)
+        return data
+
+    def _renew(self) -> bytes:
+        """Returns the manifest that names this version already, though it is not announced.
+
+        It changes where another writer had begun to replace it: the same `_SUCCESS` must never come
+        twice, or a reader that saw it before and after would trust what came in between.
+        """
+        found = self.found or b""
+        manifest = json.loads(found)
+        times = self._times_replaced()
+        if manifest.get("publication", 1) > times:
+            return found
+        data = _manifest_bytes({**manifest, "publication": times + 1})
+        with self._step(found):
+            self._swap(self._manifest_path, data, found)
+        return data
+
+    def _times_replaced(self) -> int:
+        """Returns how often this version was published and replaced, or was about to be."""
+        kept = files.read_if_there(self._kept_manifest(self.manifest["version"]))
+        return 0 if kept is None else int(json.loads(kept).get("publication", 1))
+
+    def _kept_manifest(self, version: str) -> str:
+        return os.path.join(self.place.kept, version, MANIFEST)
+
+    def _retract(self) -> None:
+        """Takes `_SUCCESS` away, as it was seen before the manifest was looked at."""
+        with contextlib.suppress(FileNotFoundError):
+            seen = files.stat(self._success_path)
+            with self._step_towards():
+                files.delete_seen(seen)
+
+    def _bring_in(self, names: Sequence[str]) -> None:
+        try:
+            _all_at_once(
+                lambda name: files.link(self.sources[name], os.path.join(self.place.folder, name)),
+                names,
             )
-        write_json(layout.night_path(root, feature_set, ds), record)
-        for folder, version in wanted.items():
-            bring_back(folder, version)
-    return {os.path.relpath(folder, root): version for folder, version in wanted.items()}
+        except FileNotFoundError as error:  # whoever published meanwhile deleted what was staged
+            raise superseded(self.place.folder) from error
+
+    def _swap(self, path: str, data: bytes, found: bytes | None) -> None:
+        try:
+            files.write_if_unchanged(path, data, found)
+        except files.Changed as error:
+            raise superseded(self.place.folder) from error
+
+    # -- Once it has changed --
+
+    def _put_away_others(self, data: bytes) -> None:
+        """Leaves in the folder the files that the manifest `data` names, and all of them."""
+        with self._step(data):
+            self._delete_rivals()
+        lies_there = {
+            os.path.basename(file.path): file
+            for file in files.glob(os.path.join(self.place.folder, "part-*.parquet"))
+        }
+        missing = [name for name in self.sources if name not in lies_there]
+        if missing:  # a writer that was overtaken deleted them, as it took them for its own
+            with self._step(data):
+                self._bring_in(missing)
+        others = [file for name, file in lies_there.items() if name not in self.sources]
+        kept = self._kept_names({v for file in others if (v := _version_of_part(file))})
+        for some in _batches(others):
+            with self._step(data):
+                _all_at_once(partial(self._put_away, kept), some)
+
+    def _delete_rivals(self) -> None:
+        """Deletes what other runs staged for this partition, so that none of it can come in."""
+        run, table = os.path.split(self.staged)
+        top, mine = os.path.split(run)
+        for other in files.list_names(top):
+            if other != mine:
+                files.delete_tree(os.path.join(top, other, table))
+
+    def _kept_names(self, versions: Iterable[str]) -> set[str]:
+        """Returns the names of all files of earlier versions; one never published has none."""
+        manifests = [files.read_if_there(self._kept_manifest(version)) for version in versions]
+        return {file["name"] for data in manifests if data for file in json.loads(data)["files"]}
+
+    def _put_away(self, kept: set[str], file: FileInfo) -> None:
+        """Moves a file of an earlier version, one of `kept`, to where that is kept.
+
+        Another one that is named like a part was left by a run that died before it was published.
+        """
+        name, version = os.path.basename(file.path), _version_of_part(file)
+        if version is None:
+            return  # none of ours
+        if name in kept:
+            try:
+                files.link(file.path, os.path.join(self.place.kept, version, name))
+            except FileNotFoundError:
+                return  # another run was at it, too
+        files.delete_seen(file)
+
+    def _announce(self, data: bytes) -> None:
+        """Writes `_SUCCESS`, unless another writer has put it there since it was looked at."""
+        found = files.read_if_there(self._success_path)
+        success = (hashlib.sha256(data).hexdigest() + "\n").encode()
+        with self._step(data):
+            if found != success:
+                self._swap(self._success_path, success, found)
 
 
-def _turned(record: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of the night before, with the present one as the one before that."""
-    if not record["before"]:
-        return None
-    own = {k: v for k, v in record["before"]["tables"].items() if not TABLES[k].shared}
-    return {
-        **record["before"],
-        "tables": {**record["tables"], **own},
-        "before": {**record, "before": None},
-    }
+def _batches(some: Iterable[T]) -> Iterator[list[T]]:
+    rest = list(some)
+    while rest:
+        yield rest[:_AT_ONCE]
+        rest = rest[_AT_ONCE:]
 
 
-def _own_versions(record: dict[str, Any], root: str) -> dict[str, str]:
-    """The versions that a record names, by folder, of the tables that no other set shares."""
-    return {
-        os.path.join(root, entry["path"]): entry["version"]
-        for name, entry in record["tables"].items()
-        if not TABLES[name].shared
-    }
+def _all_at_once(call: Callable[[T], None], some: Sequence[T]) -> None:
+    if len(some) == 1:
+        call(some[0])
+        return
+    with ThreadPoolExecutor(len(some)) as pool:
+        for _ in pool.map(call, some):
+            pass
+
+
+def _version_of_part(file: FileInfo) -> str | None:
+    """Returns the version in a part's name; None for a file that is no part."""
+    found = re.fullmatch(_PART, os.path.basename(file.path))
+    return found[1] if found else None
+
+
+def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=1).encode() + b"\n"
+
+
+def _version_in(manifest: bytes | None) -> str | None:
+    return None if manifest is None else str(json.loads(manifest)["version"])
+
+
+def superseded(path: str) -> CourierError:
+    """Returns the error of a run that found another to have published at `path` meanwhile."""
+    return CourierError(
+        f"Another run published {path} meanwhile, so this one stopped before it could mix the two. "
+        "What that run published stands. Run the same command again when it has ended."
+    )

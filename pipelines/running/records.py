@@ -1,24 +1,27 @@
-"""The record of a night: which versions of which tables together are the night of a day."""
+"""Keeps the records of days: which versions together are a night, and which days are on hold."""
 
 import datetime as dt
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from feature_jobs.schemas import TABLES, GateRefused, Table
 from feature_jobs.store import files, partitions
-from feature_jobs.store.documents import read_json
+from feature_jobs.store.documents import parse_json
 from feature_jobs.store.partitions import Partition
-from pipelines.running.layout import night_path
+from pipelines.running.layout import date_of, hold_path, night_path
+
+# ---- Nights ------------------------------------------------------------------------------------
 
 
 def night_record(
     root: str,
     feature_set: str,
     ds: dt.date,
-    partitions: list[Partition],
+    parts: Sequence[Partition],
     before: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Which version of each table together is the night of ds, and which ones were before."""
+    """Returns which version of each table together is the night of ds, and which were before."""
     entries = {
         p.manifest["table"]: {
             "path": os.path.relpath(p.folder, root),
@@ -26,23 +29,74 @@ def night_record(
             "run_id": p.run_id,
             "rows": p.rows,
         }
-        for p in partitions
+        for p in parts
     }
     return {"ds": str(ds), "feature_set": feature_set, "tables": entries, "before": before}
 
 
 def read_night(root: str, feature_set: str, ds: dt.date) -> dict[str, Any] | None:
-    """The record of a night, whole or not; None where there is none."""
-    path = night_path(root, feature_set, ds)
-    return read_json(path) if files.exists(path) else None
+    """Reads the record of a night, whole or not; None where there is none."""
+    return _read(night_path(root, feature_set, ds))
 
 
 def is_whole_night(root: str, feature_set: str, ds: dt.date) -> bool:
-    """Whether the night's record stands and every table is the version that it names."""
+    """Returns whether the night's record stands and every table is the version that it names."""
     record = read_night(root, feature_set, ds)
-    return record is not None and all(
-        partitions.is_published(os.path.join(root, entry["path"]))
-        and partitions.open_published(os.path.join(root, entry["path"])).manifest["version"]
-        == entry["version"]
+    return record is not None and is_whole(record, root)
+
+
+def is_whole(record: Mapping[str, Any], root: str) -> bool:
+    """Returns whether every table that a night's record names is published in that version."""
+    return all(
+        partitions.published_version(os.path.join(root, entry["path"])) == entry["version"]
         for entry in record["tables"].values()
     )
+
+
+def own_versions(record: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the version that a record names of each table that no other feature set shares."""
+    return {
+        name: entry["version"]
+        for name, entry in record["tables"].items()
+        if not TABLES[name].shared
+    }
+
+
+# ---- Holds -------------------------------------------------------------------------------------
+
+
+def read_hold(root: str, feature_set: str, ds: dt.date) -> dict[str, Any] | None:
+    """Reads the hold of a day: since when, why, which versions; None where it has none."""
+    return _read(hold_path(root, feature_set, ds))
+
+
+def held_days(root: str, feature_set: str) -> dict[dt.date, dict[str, Any]]:
+    """Returns the holds of all days that have one, by day."""
+    folder = os.path.dirname(hold_path(root, feature_set, dt.date.min))
+    days = [day for day in map(date_of, files.list_names(folder)) if day]
+    found = {day: read_hold(root, feature_set, day) for day in days}
+    return {day: hold for day, hold in found.items() if hold}
+
+
+def refuse_held(
+    root: str, feature_set: str, days: Sequence[dt.date], tables: Sequence[Table]
+) -> None:
+    """Raises GateRefused where `tables` of a day on hold would be published.
+
+    A hold is one feature set's; tables that others share are not held.
+    """
+    if all(table.shared for table in tables):
+        return
+    for ds in days:
+        if hold := read_hold(root, feature_set, ds):
+            raise GateRefused(
+                f"ds {ds} of the feature set {feature_set!r} is on hold: its night was rolled back "
+                f"at {hold['since']} ({hold['reason']}), and nothing may publish over it until it "
+                f"is released. Say `courier rollback --ds {ds} --release` once what was wrong is "
+                "mended, and run the command again."
+            )
+
+
+def _read(path: str) -> dict[str, Any] | None:
+    data = files.read_if_there(path)
+    return None if data is None else parse_json(path, data)

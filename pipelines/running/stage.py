@@ -1,14 +1,8 @@
-"""The life of a run: its identity, what of it is done already, and how its tables get published.
+"""The life of a run: a stage of one day, its identity, and what of it is done already.
 
 A *stage* makes one or more tables of one ds. Its `run_id` is a digest of inputs, settings and
 versions, so the same work has the same id and is found again: published, staged, or begun. All
-writing happens out of sight below `<root>/_staging`. Publishing then links files into place.
-
-What a kill at any point leaves. First publication: nothing is visible before `_SUCCESS`. On
-re-publication `_SUCCESS` goes first and returns last, and every file name carries the version, so
-that a reader through the manifest, or one that reads `_SUCCESS` before and after, sees one version
-whole, or "not ready", or a missing file, and never a mixture. The next run finishes the move.
-Not covered: a bare glob during re-publication, and two machines publishing to one disk at once.
+writing happens out of sight below `<root>/_staging`, until `publishing` brings it before readers.
 """
 
 import datetime as dt
@@ -24,9 +18,9 @@ from feature_jobs.schemas import (
     Table,
 )
 from feature_jobs.store import documents, files, partitions
-from feature_jobs.store.partitions import STAGED, Partition, version_of
+from feature_jobs.store.partitions import Partition, version_of
 from pipelines.config import STAGES, Settings
-from pipelines.running.layout import staging_folder, table_folder
+from pipelines.running.layout import Place, place_of, staging_folder
 
 BEGUN = "made_from.json"  # of what is upstream; the first file of a staging folder
 # The packages that decide which bytes are made.
@@ -41,7 +35,7 @@ PACKAGE_VERSIONS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One job of one ds, planned: nothing of it has run yet.
+    """Describes one job of one ds, planned: nothing of it has run yet.
 
     `inputs` are what the work depends on, `identities` the artefacts it uses, `notes` what a reader
     of the manifest should know. A `forced` stage is made again although it is published (`force`).
@@ -71,7 +65,7 @@ class Stage:
 
     @property
     def run_id(self) -> str:
-        """Twelve hex digits: the same inputs, settings and versions give the same id."""
+        """Returns twelve hex digits: the same inputs, settings and versions give the same id."""
         parts = [
             self.name, str(self.ds), [t.name for t in self.tables], dict(self.inputs),
             dict(self.identities), dict(self.settings), self.shards, PACKAGE_VERSIONS,
@@ -89,29 +83,40 @@ class Stage:
     def _staging(self, name: str) -> str:
         return staging_folder(self.root, self.feature_set, self.name, self.ds, name)
 
+    def staged_folder(self, table: Table) -> str:
+        """Returns the folder in which the table is made."""
+        return os.path.join(self.staging, table.name)
+
+    def place(self, table: Table) -> Place:
+        """Returns where the table is published, and where its earlier versions are kept."""
+        return place_of(self.root, self.feature_set, table, self.ds)
+
     def folder(self, table: Table) -> str:
-        """Where the table is published."""
-        return table_folder(self.root, self.feature_set, table, self.ds)
+        """Returns the folder in which the table is published."""
+        return self.place(table).folder
 
     def is_published(self) -> bool:
-        """Once forced it is not, until it has been made and published anew: a forced run that was
-        killed may have published one of two tables that belong together."""
-        return not files.exists(os.path.join(self._forced_staging, BEGUN)) and all(
-            partitions.is_published(self.folder(t))
-            and self._is_mine(partitions.open_published(self.folder(t)))
-            for t in self.tables
-        )
+        """Returns whether its tables are published, made by this run from what is upstream now.
+
+        Once forced they are not, until they have been made and published anew: a forced run that
+        was killed may have published one of two tables that belong together.
+        """
+        if files.exists(os.path.join(self._forced_staging, BEGUN)):
+            return False
+        found = (partitions.find_published(self.folder(table)) for table in self.tables)
+        return all(partition is not None and self._is_mine(partition) for partition in found)
 
     def is_staged(self) -> bool:
-        folders = [os.path.join(self.staging, t.name) for t in self.tables]
-        return all(
-            files.exists(os.path.join(f, STAGED)) and self._is_mine(partitions.open_staged(f))
-            for f in folders
-        )
+        """Returns whether its tables are made, but not published yet."""
+        found = (partitions.find_staged(self.staged_folder(table)) for table in self.tables)
+        return all(partition is not None and self._is_mine(partition) for partition in found)
 
     def _is_mine(self, partition: Partition) -> bool:
-        """Whether it was made by this run, from what is upstream now. Images are in no run_id, so
-        a stage that was made again may hold other content under the same one."""
+        """Returns whether it was made by this run, from what is upstream now.
+
+        Images are in no run_id, so a stage that was made again may hold other content under the
+        same one.
+        """
         return (
             partition.run_id == self.run_id
             and all(stage.is_made() for stage in self.upstream)
@@ -119,10 +124,11 @@ class Stage:
         )
 
     def is_made(self) -> bool:
+        """Returns whether its tables are published or staged."""
         return self.is_published() or self.is_staged()
 
     def made_from(self) -> dict[str, str]:
-        """The versions of all tables upstream; raises InputNotReady where one is not made."""
+        """Returns the versions of all tables upstream; raises InputNotReady if one is not made."""
         return {
             table.name: version_of(stage.partition(table).manifest)
             for stage in self.upstream
@@ -130,17 +136,19 @@ class Stage:
         }
 
     def shards_done(self) -> int:
+        """Returns how many shards are written whole, of all its tables."""
         return min(
             len(files.list_names(os.path.join(self.staging, t.name, "receipts")))
             for t in self.tables
         )
 
     def partition(self, table: Table) -> Partition:
-        """This run's table, published or still staged. Raises InputNotReady where it is neither."""
+        """Returns this run's table, published or staged; raises InputNotReady if it is neither."""
         if self.is_published():
             return partitions.open_published(self.folder(table))
-        if self.is_staged():
-            return partitions.open_staged(os.path.join(self.staging, table.name))
+        staged = partitions.find_staged(self.staged_folder(table))
+        if staged and self.is_staged():
+            return staged
         raise InputNotReady(
             f"{table.name} of ds {self.ds} has not been made from the present inputs and settings "
             f"(run {self.run_id}). Run `courier {self.name} --ds {self.ds}`, or `courier refresh "
@@ -148,32 +156,31 @@ class Stage:
         )
 
 
-# ---- Making --------------------------------------------------------------------------------
-
-
-# ---- Publishing ------------------------------------------------------------------------------
-
-
-# ---- The night's own record ------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Night:
-    """The stages of one ds that were asked for, in order, and those they read from."""
+    """Holds the stages of one ds that were asked for, in order, and those they read from.
+
+    `is_outdated` looks whether what is published of other days has changed since the plan was built
+    on it; `again` plans all days anew that were planned together.
+    """
 
     settings: Settings
     ds: dt.date
     stages: tuple[Stage, ...]
     upstream: tuple[Stage, ...]
+    is_outdated: Callable[[], bool] = lambda: False
+    again: Callable[[], Sequence["Night"]] = tuple
 
     @property
     def is_whole(self) -> bool:
+        """Returns whether it consists of all stages of a night."""
         return {stage.name for stage in self.stages} == set(STAGES)
 
     @property
     def run_id(self) -> str:
+        """Returns the id of all its stages together, twelve hex digits."""
         return documents.digest([stage.run_id for stage in self.stages])[:12]
 
     def stage(self, name: str) -> Stage | None:
-        """The one of that name that was asked for."""
+        """Returns the stage of that name, None where it was not asked for."""
         return next((stage for stage in self.stages if stage.name == name), None)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from feature_jobs.store import files, partitions
+from feature_jobs.store import files
 from pipelines.running import publishing
 from tests.support.commands import Capture, Killed, counts, courier, die_at_write, published
 from tests.support.world import (
@@ -81,16 +81,16 @@ def test_killed_between_its_two_tables_it_is_no_day_to_build_on(nights: World) -
     """The plain command that follows must not take the half for the whole."""
     nights.put(MISSING, picture(50))
     nights.put(NORMAL[2], b"broken")
-    real, published_tables = publishing.publish_partition, []
+    real, published_tables = publishing.Publication.run, []
 
-    def publish_one(staged: partitions.Partition, target: str) -> None:
+    def publish_one(publication: publishing.Publication) -> None:
         if published_tables:
-            raise Killed(target)
-        published_tables.append(target)
-        real(staged, target)
+            raise Killed(publication.place.folder)
+        published_tables.append(publication.place.folder)
+        real(publication)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(publishing, "publish_partition", publish_one)
+        patch.setattr(publishing.Publication, "run", publish_one)
         with pytest.raises(Killed):
             embed(nights, "--full")
     assert embed(nights) == 0

@@ -10,14 +10,14 @@ import pytest
 from apache_beam.internal.gcp import auth
 
 from feature_jobs.codebooks.codebook import load_codebook
-from feature_jobs.schemas import TABLES, TRAINING_ROWS
+from feature_jobs.schemas import ITEM_FEATURES, TABLES, TRAINING_ROWS
 from feature_jobs.store import encoder_info, files, partitions, worker_notes
 from feature_jobs.store.partitions import Partition
 from pipelines import cli
 from pipelines.cli import main
 from pipelines.config import Settings, load_settings
 from pipelines.nightly import plan_night, run_nights
-from pipelines.running import layout, publishing, records
+from pipelines.running import layout, locks, records
 from tests.conftest import Artefacts
 from tests.support.buckets import upload
 from tests.support.world import (
@@ -154,10 +154,11 @@ def test_two_runs_do_not_write_one_feature_set(
 ) -> None:
     settings = load_settings(str(in_bucket))
     arguments = ["refresh", "--config", str(in_bucket), "--ds", str(DAYS[0])]
-    with publishing.exclusive(settings.root, settings.feature_set):
+    folders = layout.lock_folders(settings.root, settings.feature_set, [ITEM_FEATURES], [DAYS[0]])
+    with locks.holding(folders, print):
         assert main(arguments) == 1
     told = capsys.readouterr().err
-    assert "Another run is writing the feature set 'test'" in told
+    assert "Another run is writing the same tables of the same day" in told
     assert "within five minutes" in told
 
 

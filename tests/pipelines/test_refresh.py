@@ -62,10 +62,10 @@ def test_the_same_night_again_changes_no_file(world: World, capsys: Capture) -> 
 
 def test_the_same_night_on_an_empty_root_gives_the_same_bytes(world: World) -> None:
     assert refresh(world, DAYS[0]) == 0
-    files = published(world)
+    before = published(world)
     files.delete_tree(str(world.root))
     assert refresh(world, DAYS[0]) == 0
-    assert published(world) == files
+    assert published(world) == before
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
@@ -357,6 +357,7 @@ def test_rollback_brings_the_night_before_back_whole_and_forward_again(
         assert courier(world, "rollback", "--ds", str(DAYS[0])) == 0
         nights.append(tables_of(world))
         assert is_whole(world, capsys)
+        assert courier(world, "rollback", "--ds", str(DAYS[0]), "--release") == 0
     before_last = [r for r in nights[1]["user_simscores"] if r["item_id"] == NORMAL[0]]
     assert before_last
     assert not any(row["sim_known"] for row in before_last)  # the item had left by then

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from feature_jobs.items import embed as embed_stage
-from feature_jobs.store import files
+from feature_jobs.store.local import LocalStore
 from pipelines.cli import main
 from tests.support.world import World
 
@@ -90,14 +90,14 @@ class Killed(Exception):
 def die_at_write(patch: pytest.MonkeyPatch, at: int | None) -> list[str]:
     """Files written from now on; raises Killed instead of writing the one numbered `at`."""
     written: list[str] = []
-    real = files.atomic_writer
+    real = LocalStore.atomic_writer
 
-    def writer(path: str) -> Any:
+    def writer(store: LocalStore, path: str) -> Any:
         if len(written) == at:
             raise Killed(path)
         if "progress" not in path:  # heartbeats follow the clock
             written.append(path)
-        return real(path)
+        return real(store, path)
 
-    patch.setattr(files, "atomic_writer", writer)
+    patch.setattr(LocalStore, "atomic_writer", writer)
     return written

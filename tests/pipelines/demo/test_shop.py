@@ -14,9 +14,10 @@ from PIL import Image, ImageDraw
 
 from feature_jobs.schemas import OperatorError
 from pipelines.config import load_settings
+from pipelines.demo import shop
 from pipelines.demo.garments import COLOURS, NO_COLOUR, PATTERNS, TYPES, draw_item
 from pipelines.demo.photographs import dominant_colour, listed_items, photographed_items
-from pipelines.demo.shop import CHARGER, Shop, ShopSummary, make_shop, shop
+from pipelines.demo.shop import CHARGER, Shop, ShopSummary, make_shop
 
 SMALL = Shop(items=60, users=25, days=7, image_size=32)
 

@@ -1,0 +1,75 @@
+"""Jobs that fail: the error that led to it is told, and what they made is sealed or not."""
+
+import datetime as dt
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from feature_jobs.schemas import DataContractError, StorageUnavailable
+from feature_jobs.store import documents, worker_notes
+from pipelines.running import making
+from pipelines.running.stage import Stage
+
+
+def stage_of(root: Path) -> Stage:
+    return Stage(
+        name="embed", ds=dt.date(2026, 3, 1), root=str(root), feature_set="test", tables=(),
+        shards=1, inputs={}, identities={}, settings={}, define=lambda *_: None,
+    )  # fmt: skip
+
+
+AWAY = "gs://b/x could not be reached. Try again."
+TRACEBACK = f"""Traceback (most recent call last):
+  File "x.py", line 7, in process
+feature_jobs.schemas.StorageUnavailable: {AWAY}
+
+During handling of the above exception, another exception occurred:
+
+feature_jobs.schemas.StorageUnavailable: gs://b/errors/y could not be [while running 'ParDo(X)']
+"""
+
+
+@pytest.mark.parametrize("how", ["itself", "cause", "context", "text"])
+def test_of_a_job_that_fails_the_error_that_led_to_it_is_told(tmp_path: Path, how: str) -> None:
+    def fail(_: Callable) -> None:
+        if how == "text":  # of a worker in another process
+            raise RuntimeError(TRACEBACK)
+        try:
+            raise StorageUnavailable(AWAY)
+        except StorageUnavailable as error:
+            if how == "itself":
+                raise
+            if how == "cause":
+                raise RuntimeError("Beam failed") from error
+            raise StorageUnavailable("gs://b/x [while running 'ParDo(X)']")  # noqa: B904
+
+    with pytest.raises(StorageUnavailable) as told:
+        making.make([stage_of(tmp_path)], fail)
+    assert str(told.value) == AWAY
+
+
+def test_of_a_job_that_fails_what_was_left_before_is_told(tmp_path: Path) -> None:
+    stage = stage_of(tmp_path)
+
+    def leave(_: Callable) -> None:
+        left = {"kind": "DataContractError", "message": "two rows of item 3"}
+        documents.write_json(f"{stage.staging}/errors/x.json", left)
+        raise RuntimeError("Beam failed")
+
+    with pytest.raises(DataContractError, match="two rows of item 3"):
+        making.make([stage], leave)
+
+
+def test_a_job_that_fails_for_another_reason_fails_with_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Callable) -> None:
+        def away(_: str) -> None:
+            raise StorageUnavailable(AWAY)
+
+        monkeypatch.setattr(worker_notes, "refused", away)
+        raise RuntimeError("Beam failed")
+
+    with pytest.raises(RuntimeError, match="Beam failed"):
+        making.make([stage_of(tmp_path)], fail)

@@ -1,0 +1,250 @@
+"""What was refused is not lost, what was rolled back stays so, plans follow what others do."""
+
+import datetime as dt
+import json
+from pathlib import Path
+
+import pytest
+
+from feature_jobs.schemas import StorageUnavailable
+from feature_jobs.store import files
+from pipelines import nightly
+from pipelines.nightly import plan_night, run_nights
+from pipelines.running import making
+from tests.support.commands import (
+    Capture,
+    courier,
+    given_to_the_encoder,
+    manifest,
+    paragraph,
+    published,
+    refresh,
+)
+from tests.support.world import (
+    DAYS,
+    MISSING,
+    NORMAL,
+    UNDECODABLE,
+    World,
+    catalogue_items,
+    draw_impressions,
+    picture,
+)
+
+LIMIT = "max_reject_share = 0.5"
+
+
+def refused(world: World, capsys: Capture) -> None:
+    """Makes a night that the gates refuse: two of twelve images are rejects."""
+    world.settings()
+    set_limit(world, "0.1")
+    assert made_by(world, capsys, 3) == ["embed"]
+
+
+def set_limit(world: World, limit: str) -> None:
+    world.settings()
+    text = world.config.read_text()
+    assert LIMIT in text
+    world.config.write_text(text.replace(LIMIT, f"max_reject_share = {limit}"))
+
+
+def made_by(world: World, capsys: Capture, status: int) -> list[str]:
+    """Runs the night with the settings as they lie there; returns the stages that were made."""
+    from pipelines.cli import main
+
+    capsys.readouterr()
+    assert main(["refresh", "--config", str(world.config), "--ds", str(DAYS[0])]) == status
+    said = capsys.readouterr().err
+    return [line.split(":")[0] for line in said.splitlines() if ": making " in line]
+
+
+# ---- A refused night loses nothing -------------------------------------------------------------
+
+
+def test_once_the_limit_is_raised_what_was_refused_is_published_as_it_was_made(
+    world: World, capsys: Capture
+) -> None:
+    refused(world, capsys)
+    assert published(world) == {}
+    set_limit(world, "0.5")
+    assert made_by(world, capsys, 0) == ["item-features", "histories", "simscore"]
+    assert len(world.table("item_rejects", DAYS[0])) == 2
+
+
+def test_what_is_refused_still_is_made_again_from_its_chunk_files(
+    world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused(world, capsys)
+    embedded = given_to_the_encoder(monkeypatch)
+    assert made_by(world, capsys, 3) == ["embed"]
+    assert set(embedded) <= {UNDECODABLE}  # rejects are tried anew
+    world.put(MISSING, picture(50))  # one of two: the inputs were mended
+    assert made_by(world, capsys, 0)[0] == "embed"
+    assert len(world.table("item_rejects", DAYS[0])) == 1
+
+
+def test_a_store_that_goes_away_while_gates_are_asked_discards_nothing(
+    world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.settings()
+
+    def away(*_: object) -> None:
+        raise StorageUnavailable("gs://b could not be reached")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nightly.quality, "check", away)
+        assert made_by(world, capsys, 1) == ["embed"]
+    assert made_by(world, capsys, 0) == ["item-features", "histories", "simscore"]
+
+
+def test_what_is_accepted_later_says_so_in_its_manifest(world: World, capsys: Capture) -> None:
+    """A gate of churn refuses; the next run is allowed to pass it, and nothing is made again."""
+    assert refresh(world, DAYS[0]) == 0
+    for number in NORMAL:
+        world.put(number, picture(number + 40))
+    world.gates = "max_moved_item_share = 0.01"
+    world.settings()
+    assert refresh(world, DAYS[1]) == 3
+    assert "allow-churn" in paragraph(capsys)
+    capsys.readouterr()
+    assert courier(world, "refresh", "--ds", str(DAYS[1]), "--allow-churn") == 0
+    made = [line for line in capsys.readouterr().err.splitlines() if ": making " in line]
+    assert [line.split(":")[0] for line in made] == ["histories", "simscore"]
+    assert manifest(world, "item_features", DAYS[1])["notes"] == {"churn_allowed": True}
+
+
+# ---- A rollback sticks -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rolled_back(world: World, capsys: Capture) -> World:
+    """Two nights of one day, of which the second was rolled back."""
+    assert refresh(world, DAYS[0]) == 0
+    world.write_catalogue(DAYS[0], [i for i in catalogue_items(DAYS[0]) if i != NORMAL[0]])
+    assert refresh(world, DAYS[0]) == 0
+    args = ("rollback", "--ds", str(DAYS[0]), "--reason", "half of the images are grey")
+    assert courier(world, *args, "--dry-run") == 0
+    assert "would be published again" in capsys.readouterr().out
+    assert courier(world, *args) == 0
+    return world
+
+
+@pytest.mark.parametrize("command", ["refresh", "embed", "item-features", "simscore"])
+def test_a_command_that_would_publish_a_held_day_ends_with_3_and_says_why(
+    rolled_back: World, capsys: Capture, command: str
+) -> None:
+    before = published(rolled_back)
+    assert courier(rolled_back, command, "--ds", str(DAYS[0])) == 3
+    told = paragraph(capsys)
+    assert "half of the images are grey" in told
+    assert f"courier rollback --ds {DAYS[0]} --release" in told
+    assert published(rolled_back) == before
+
+
+def test_a_range_with_a_held_day_is_refused_before_anything_is_made(
+    rolled_back: World, capsys: Capture
+) -> None:
+    before = published(rolled_back)
+    days = ("--start-ds", str(DAYS[0]), "--end-ds", str(DAYS[1]))
+    assert courier(rolled_back, "simscore", *days) == 3
+    assert "is on hold" in paragraph(capsys)
+    assert published(rolled_back) == before
+
+
+def test_other_days_and_shared_tables_are_not_held(rolled_back: World) -> None:
+    assert courier(rolled_back, "histories", "--ds", str(DAYS[0])) == 0
+    assert refresh(rolled_back, DAYS[1]) == 0
+
+
+def test_status_and_plans_show_a_hold_until_it_is_released(
+    rolled_back: World, capsys: Capture
+) -> None:
+    ds = ("--ds", str(DAYS[0]))
+    capsys.readouterr()
+    assert courier(rolled_back, "status") == 0
+    told = capsys.readouterr().out
+    assert f"on hold: {DAYS[0]}" in told
+    assert "half of the images are grey" in told
+    assert courier(rolled_back, "status", "--json") == 0
+    assert list(json.loads(capsys.readouterr().out)["held"]) == [str(DAYS[0])]
+    assert courier(rolled_back, "refresh", *ds, "--dry-run") == 0
+    assert "on hold" in capsys.readouterr().out
+    assert courier(rolled_back, "rollback", *ds, "--release", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["action"] == "is released"
+    assert courier(rolled_back, "rollback", *ds, "--release") == 2
+    assert "is not on hold" in paragraph(capsys)
+    assert courier(rolled_back, "status") == 0
+    assert "on hold" not in capsys.readouterr().out
+    assert refresh(rolled_back, DAYS[0]) == 0
+    assert len(rolled_back.table("item_features", DAYS[0])) == len(catalogue_items(DAYS[0])) - 1
+
+
+def test_a_stale_day_on_hold_is_in_no_advice(rolled_back: World, capsys: Capture) -> None:
+    for day in DAYS[1:3]:
+        assert refresh(rolled_back, day) == 0
+    rolled_back.write_catalogue(DAYS[1], catalogue_items(DAYS[1])[1:])
+    assert refresh(rolled_back, DAYS[1]) == 0
+    assert courier(rolled_back, "rollback", "--ds", str(DAYS[1])) == 0
+    assert courier(rolled_back, "rollback", "--ds", str(DAYS[0]), "--release") == 0
+    world = rolled_back
+    world.write_impressions(DAYS[0], draw_impressions(DAYS[0], seed=9))
+    assert courier(world, "histories", "--ds", str(DAYS[0])) == 0
+    capsys.readouterr()
+    assert courier(world, "status") == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stale: ")]
+    assert told
+    assert not any(str(DAYS[1]) in line.split("`")[1] for line in told)
+
+
+def tables_of(world: World, day: dt.date) -> dict[str, bytes]:
+    """Returns the files of what a day published, whatever was there before."""
+    return {name: data for name, data in published(world).items() if f"/ds={day}/" in name}
+
+
+# ---- Plans follow what others publish ----------------------------------------------------------
+
+
+def test_a_night_that_was_planned_before_another_was_published_is_planned_again(
+    world: World, tmp_path: Path
+) -> None:
+    settings = world.settings()
+    said: list[str] = []
+    run_nights([plan_night(settings, DAYS[0])], [], said.append)
+    late = plan_night(settings, DAYS[1])
+    assert not late.is_outdated()
+    world.write_impressions(DAYS[0], draw_impressions(DAYS[0], seed=9))
+    world.write_catalogue(DAYS[0], catalogue_items(DAYS[0])[1:])
+    run_nights([plan_night(settings, DAYS[0])], [], said.append)
+    assert late.is_outdated()
+    said.clear()
+    run_nights([late], [], said.append)
+    assert any("planning again" in line for line in said)
+    after = tables_of(world, DAYS[1])
+    files.delete_tree(str(world.root))
+    for day in DAYS[:2]:
+        run_nights([plan_night(settings, day)], [], said.append)
+    assert tables_of(world, DAYS[1]) == after
+
+
+def test_what_is_sealed_names_the_tables_that_its_job_began_with(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Where upstream was published anew meanwhile, the stage is not taken for made."""
+    assert refresh(world, DAYS[0]) == 0
+    world.write_impressions(DAYS[0], draw_impressions(DAYS[0], seed=9))
+    real = making.run_job
+
+    def meanwhile(*args: object) -> None:
+        real(*args)
+        monkeypatch.undo()
+        world.put(MISSING, picture(50))
+        assert courier(world, "embed", "--ds", str(DAYS[0]), "--full") == 0
+        assert courier(world, "item-features", "--ds", str(DAYS[0])) == 0
+
+    assert courier(world, "histories", "--ds", str(DAYS[0])) == 0
+    monkeypatch.setattr(making, "run_job", meanwhile)
+    assert courier(world, "simscore", "--ds", str(DAYS[0])) == 4
+    assert "has not been made from the present inputs" in paragraph(capsys)
+    assert courier(world, "simscore", "--ds", str(DAYS[0])) == 0
+    rows = world.table("user_simscores", DAYS[0]).to_pylist()
+    assert any(MISSING in row["history_item_ids"] and row["sim_known"] for row in rows)
