@@ -37,7 +37,7 @@ _FAMILIES = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where one partition is published, and where its earlier versions are kept.
+    """Says where one partition is published, and where its earlier versions are kept.
 
     They lie outside the table's folder: a reader that descends into folders, as DuckDB does, must
     not take old rows with new ones.

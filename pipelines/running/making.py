@@ -31,18 +31,18 @@ def make_missing(
             force(stage)
     missing = [stage for stage in stages if not stage.is_made()]
     for together in _consecutive(missing):
-        _make(together, options, say)
-        locks.check()
+        _make(together, options, say, locks)
     for stage in stages:
         if stage not in missing and not stage.is_published():
-            _bring_notes_up_to_date(stage)
+            _bring_notes_up_to_date(stage, locks)
     return {stage.run_id for stage in missing}
 
 
-def _bring_notes_up_to_date(stage: Stage) -> None:
+def _bring_notes_up_to_date(stage: Stage, locks: Locks) -> None:
     """Seals what an earlier run made again where this one notes more, as what it was allowed."""
     for table in stage.tables:
         if stage.partition(table).manifest["notes"] != dict(stage.notes):
+            locks.check()
             seal(stage, table)
 
 
@@ -56,16 +56,20 @@ def _consecutive(stages: Sequence[Stage]) -> list[list[Stage]]:
     return found
 
 
-def _make(stages: Sequence[Stage], options: Any, say: Callable[[str], None]) -> None:
+def _make(stages: Sequence[Stage], options: Any, say: Callable[[str], None], locks: Locks) -> None:
     first, last = stages[0], stages[-1]
     names = ", ".join(table.name for table in first.tables)
     days = f"ds {first.ds}" if first is last else f"ds {first.ds} to {last.ds}"
     say(f"{first.name}: making {names} of {days} (run {first.run_id})")
     with progress.watch(stages):
-        make(stages, partial(beam_options.run_pipeline, options=options))
+        make(stages, partial(beam_options.run_pipeline, options=options), locks)
 
 
-def make(stages: Sequence[Stage], run_pipeline: Callable[[Callable[[Any], None]], None]) -> None:
+def make(
+    stages: Sequence[Stage],
+    run_pipeline: Callable[[Callable[[Any], None]], None],
+    locks: Locks,
+) -> None:
     """Runs one job for stages of consecutive days below their staging folders; seals its tables.
 
     Raises a worker's CourierError word for word; nothing is published in any case.
@@ -78,6 +82,7 @@ def make(stages: Sequence[Stage], run_pipeline: Callable[[Callable[[Any], None]]
     finally:
         for stage in stages:
             stage.clean(stage)
+    locks.check()
     for stage in stages:
         for table in stage.tables:
             seal(stage, table)

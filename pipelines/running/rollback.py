@@ -47,7 +47,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Rollback:
-    """What a rollback will do, found out before any of it is done."""
+    """Holds what a rollback will do, found out before any of it is done."""
 
     settings: Settings
     ds: dt.date

@@ -1,4 +1,4 @@
-"""The life of a run: a stage of one day, its identity, and what of it is done already.
+"""Describes a stage of one day: its identity, and what of it is done already.
 
 A *stage* makes one or more tables of one ds. Its `run_id` is a digest of inputs, settings and
 versions, so the same work has the same id and is found again: published, staged, or begun. All

@@ -1,4 +1,4 @@
-"""Nights of one small table, made without a job: what publishing and rolling back are tried on.
+"""Makes nights of one small table without a job: publishing and rolling back are tried on them.
 
 A night is told by the values of its one column, so that whoever reads files of two nights sees it.
 """
@@ -50,7 +50,7 @@ def stage_partition(folder: str, values: Values, shards: int = 2, run_id: str = 
 
 
 class Shop:
-    """A root with one feature set, whose nights consist of one table."""
+    """Is a root with one feature set, whose nights consist of one table."""
 
     def __init__(self, root: str):
         self.settings: Any = SimpleNamespace(root=root, feature_set="test")
@@ -153,7 +153,7 @@ def copied(shop: Shop, root: str) -> Shop:
 
 
 class _WholeNight(Night):
-    """A night that its one stage makes whole."""
+    """Is a night that its one stage makes whole."""
 
     @property
     def is_whole(self) -> bool:

@@ -1,4 +1,4 @@
-"""What writers of one day do to each other's small nights."""
+"""Lists what writers of one day do to each other's small nights."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Places for small nights, on a disk and in a bucket, whose calls are seen."""
+"""Gives places for small nights, on a disk and in a bucket, whose calls are seen."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.support.schedules import Calls, watch_store
 
 @pytest.fixture(params=["disk", "bucket"])
 def folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where there is nothing yet; each file is a step of its own, and waits are short."""
+    """Gives a place with nothing in it; each file is a step of its own, and waits are short."""
     monkeypatch.setattr(publishing, "_AT_ONCE", 1)
     monkeypatch.setattr(faults, "FIRST_WAIT_SECONDS", 0.001)
     if request.param == "disk":

@@ -9,6 +9,7 @@ import pytest
 from feature_jobs.schemas import DataContractError, StorageUnavailable
 from feature_jobs.store import documents, worker_notes
 from pipelines.running import making
+from pipelines.running.locks import Locks
 from pipelines.running.stage import Stage
 
 
@@ -45,7 +46,7 @@ def test_of_a_job_that_fails_the_error_that_led_to_it_is_told(tmp_path: Path, ho
             raise StorageUnavailable("gs://b/x [while running 'ParDo(X)']")  # noqa: B904
 
     with pytest.raises(StorageUnavailable) as told:
-        making.make([stage_of(tmp_path)], fail)
+        making.make([stage_of(tmp_path)], fail, Locks())
     assert str(told.value) == AWAY
 
 
@@ -58,7 +59,7 @@ def test_of_a_job_that_fails_what_was_left_before_is_told(tmp_path: Path) -> Non
         raise RuntimeError("Beam failed")
 
     with pytest.raises(DataContractError, match="two rows of item 3"):
-        making.make([stage], leave)
+        making.make([stage], leave, Locks())
 
 
 def test_a_job_that_fails_for_another_reason_fails_with_that(
@@ -72,4 +73,4 @@ def test_a_job_that_fails_for_another_reason_fails_with_that(
         raise RuntimeError("Beam failed")
 
     with pytest.raises(RuntimeError, match="Beam failed"):
-        making.make([stage_of(tmp_path)], fail)
+        making.make([stage_of(tmp_path)], fail, Locks())

@@ -114,7 +114,7 @@ def test_killed_at_any_change_no_reader_accepts_a_mixture_and_the_next_run_finis
 
 
 def test_killed_before_the_old_files_are_away_it_is_not_published(shop: Shop) -> None:
-    """What the next run finishes, before it says that there is nothing to do."""
+    """The next run finishes that, before it says that there is nothing to do."""
     shop.publish(OLD)
     manifest = os.path.join(shop.place.folder, MANIFEST)
     killed_while(shop, NEW, lambda: read_json(manifest)["values"] != NEW)
@@ -137,7 +137,7 @@ def test_another_version_after_a_kill_leaves_no_file_of_the_one_never_published(
 
 
 def test_a_night_that_goes_back_to_what_was_retracted_has_another_success(shop: Shop) -> None:
-    """Or a reader that saw it before and after would trust what a killed run left in between."""
+    """A reader that saw one before and after would trust what a killed run left in between."""
     shop.publish(OLD)
     success = files.read_bytes(os.path.join(shop.place.folder, SUCCESS))
     killed_while(shop, NEW, lambda: shop.published() is not None)
