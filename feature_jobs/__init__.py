@@ -1,3 +1,3 @@
-"""Beam jobs and the tables they own."""
+"""Holds the Beam jobs and the tables they own."""
 
 __version__ = "0.1.0"

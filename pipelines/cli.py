@@ -1,4 +1,4 @@
-"""The command `courier`. Results go to stdout, logs and progress to stderr.
+"""Runs the command `courier`. Results go to stdout, logs and progress to stderr.
 
 Exit status: 0 done; 1 failed; 2 wrong usage or settings; 3 a quality gate refused to publish; 4 an
 input is not there yet; 130 and 143 interrupted, resumable. Nothing heavy is imported before a
@@ -59,7 +59,7 @@ def _make(
     stages: Sequence[str], config: str, days: Sequence[dt.date], dry_run: bool, json: bool,
     beam_args: Sequence[str], **asked: Any,
 ) -> None:  # fmt: skip
-    """Makes the stages of all days, each in one job; of several, JSON is a list."""
+    """Makes the stages of all days, each in one job; the JSON of several days is a list."""
     from pipelines import nightly
     from pipelines.config import load_settings
     from pipelines.nightly import NightOptions, plan_nights
@@ -179,7 +179,7 @@ def init_encoder(
 
 
 def _folders(config: str, out: str | None) -> tuple[str, str]:
-    """That of the settings, and where packages go."""
+    """Returns the folder of the settings, and the one where packages go."""
     from feature_jobs.store import files
 
     folder = os.path.dirname(os.path.abspath(config))
@@ -462,8 +462,11 @@ _IDLE = ("semi_persistent_directory", "Resource module is not available")
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for Beam's idle warnings, and for what it makes of an interruption or of an error that
-    `main` tells in one paragraph."""
+    """Returns whether a log record tells an operator anything.
+
+    Beam's idle warnings do not, nor what it makes of an interruption or of an error that `main`
+    tells in one paragraph.
+    """
     text, error = record.getMessage(), record.exc_info and record.exc_info[1]
     told = isinstance(error, CourierError) or f"{CourierError.__module__}." in text
     if _received or (told and record.name.startswith("apache_beam")):

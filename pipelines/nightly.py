@@ -1,4 +1,4 @@
-"""The night: everything that is made for one ds, in order, and published when all of it is good.
+"""Makes a night: everything that is made for one ds, in order, published when all of it is good.
 
     catalogue + images ── EMBED ──► item_embeddings, item_rejects ── ITEM-FEATURES ──► item_features
     impressions of ds, histories of the day before ─┬─ HISTORIES ──► user_histories         │

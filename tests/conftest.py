@@ -1,4 +1,4 @@
-"""Worlds that several tests read. None of them changes what a session-wide one holds."""
+"""Makes the worlds that several tests read; no test changes what a session-wide one holds."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ class Artefacts:
 
 @pytest.fixture(scope="session")
 def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Artefacts:
-    """A tiny encoder and a codebook for it."""
+    """Makes a tiny encoder and a codebook for it."""
     folder = tmp_path_factory.mktemp("artefacts")
     encoder = make_encoder(folder / "encoders")
     return Artefacts(encoder, make_codebook(folder / "codebooks", encoder))
@@ -36,7 +36,7 @@ def pinned(world: World, artefacts: Artefacts) -> World:
 
 @pytest.fixture
 def world(tmp_path: Path, artefacts: Artefacts) -> World:
-    """A world of one's own, before its first night."""
+    """Makes a world of one's own, before its first night."""
     return pinned(World(tmp_path / "shop"), artefacts)
 
 
@@ -44,7 +44,7 @@ def world(tmp_path: Path, artefacts: Artefacts) -> World:
 def refreshed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts
 ) -> World:
-    """A world after all its nights, with int64 or string IDs. Read only."""
+    """Makes a world after all its nights, with int64 or string IDs; tests only read it."""
     folder = tmp_path_factory.mktemp("refreshed") / "shop"
     world = pinned(World(folder, ids=request.param), artefacts)
     for day in DAYS:
@@ -55,7 +55,10 @@ def refreshed(
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Convolutions of 32 pixels are so short that two threads mostly wait for each other."""
+    """Keeps torch to one thread.
+
+    Convolutions of 32 pixels are so short that two threads mostly wait for each other.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -64,7 +67,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def gcs_emulator() -> Iterator[str]:
-    """The address of a store of Google's API with one empty bucket, `shop`."""
+    """Gives the address of a store of Google's API with one empty bucket, `shop`."""
     command = [sys.executable, "-m", "tests.support.gcs_emulator", "shop"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=Path(__file__).parents[1], text=True, **pipes) as process:
@@ -74,7 +77,7 @@ def gcs_emulator() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(gcs_emulator: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An empty "folder" of one's own in that bucket, `gs://…`, which processes find too."""
+    """Gives an empty "folder" of one's own in a bucket, `gs://…`, which processes find too."""
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_emulator)
     gcs_client.forget_client()
     yield f"gs://shop/{uuid.uuid4().hex}"

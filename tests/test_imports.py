@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN §6). Imports inside functions count like any others."""
+"""Tests who may import whom (DESIGN §6); imports inside functions count like any others."""
 
 import ast
 import subprocess
@@ -34,7 +34,7 @@ HEAVY = {"torch", "torchvision", "transformers", "tensorboard", "faiss", "apache
 
 
 def modules_of(package: str) -> dict[str, Path]:
-    """Dotted name → file, of the package's modules."""
+    """Returns the files of a package's modules by their dotted names."""
     files = sorted((ROOT / package).rglob("*.py"))
     names = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in files}
     return {name.removesuffix(".__init__"): file for name, file in names.items()}
@@ -44,7 +44,7 @@ MODULES = {name: file for package in PACKAGES for name, file in modules_of(packa
 
 
 def room_of(module: str) -> str:
-    """Its folder; itself, where it lies beside folders of jobs or commands."""
+    """Returns a module's folder; itself, where it lies beside folders of jobs or commands."""
     package, *rest = module.split(".")
     if len(rest) == 2 or package == "courier_model":
         return ".".join([package, *rest[:-1]])
@@ -52,7 +52,7 @@ def room_of(module: str) -> str:
 
 
 def imported(source: str) -> Iterator[str]:
-    """Everything that `source` imports: modules of ours by full name, others by their first."""
+    """Yields all that `source` imports: modules of ours by full name, others by their first."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
@@ -70,7 +70,7 @@ IMPORTS = {name: set(imported(file.read_text())) for name, file in MODULES.items
 
 
 def importers(*names: str) -> set[str]:
-    """The modules of ours that import one of `names`, or something below it."""
+    """Returns the modules of ours that import one of `names`, or something below it."""
     return {
         module
         for module, found in IMPORTS.items()
@@ -206,7 +206,7 @@ for args in [["--help"], *([name, "--help"] for name in cli.cli.commands)]:
 
 
 def loaded_by(source: str) -> set[str]:
-    """What a new process that runs `source` has imported, by first names."""
+    """Returns what a new process that runs `source` has imported, by first names."""
     source += "\nprint(*{name.split('.')[0] for name in __import__('sys').modules})"
     command = [sys.executable, "-c", source]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

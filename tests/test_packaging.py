@@ -126,7 +126,7 @@ def test_the_image_is_built_from_the_packages_and_nothing_private() -> None:
 
 
 def dry_run(target: str) -> str:
-    """What `make target` would do."""
+    """Returns what `make target` would do."""
     outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     done = subprocess.run(
         ["make", "-n", target], cwd=ROOT, env=outside, capture_output=True, text=True, timeout=60

@@ -28,7 +28,7 @@ def run(script: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_the_steps_make_a_whole_night_that_the_snippet_reads(tmp_path: Path) -> None:
+def test_the_readmes_steps_make_a_whole_night_that_its_snippet_reads(tmp_path: Path) -> None:
     steps = next(block for block in blocks("bash") if "courier demo" in block)
     # One epoch: how long training takes is not what is tested here.
     out = run(steps.replace("--preset demo", "--preset demo --epochs 1"), tmp_path)
@@ -40,7 +40,7 @@ def test_the_steps_make_a_whole_night_that_the_snippet_reads(tmp_path: Path) -> 
     assert "True" in done.stdout, done.stderr
 
 
-def test_the_two_commands_it_opens_with_are_targets_of_make() -> None:
+def test_the_two_commands_that_the_readme_opens_with_are_targets_of_make() -> None:
     (opening, *_) = blocks("bash")
     targets = re.findall(r"^make (\w+)", opening, re.MULTILINE)
     assert targets == ["demo", "test"]
@@ -55,7 +55,7 @@ def test_the_two_commands_it_opens_with_are_targets_of_make() -> None:
         assert f"courier {command}" in recipe
 
 
-def test_every_command_it_names_exists() -> None:
+def test_every_command_that_the_readme_names_exists() -> None:
     from pipelines.cli import cli
 
     named = set(re.findall(r"`?courier ([a-z-]+)", README)) - {"COMMAND"}

@@ -1,7 +1,7 @@
-"""Files and folders by their paths, wherever they lie: on a disk, or in a bucket as `gs://…`.
+"""Finds, reads and writes files and folders, wherever they lie: on a disk, or in a bucket.
 
-Each function asks the store of its path; `protocol.Store` says what is promised, and `faults` what
-happens when a store cannot be reached.
+A path in a bucket is `gs://…`. Each function asks the store of its path; `protocol.Store` says what
+is promised, and `faults` what happens when a store cannot be reached.
 """
 
 import functools

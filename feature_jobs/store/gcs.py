@@ -79,7 +79,7 @@ def _blob(path: str) -> Blob:
 
 
 def _current(path: str) -> Blob | None:
-    """The object as it is now, of one generation from here on; None where there is none."""
+    """Returns the object as it is now, of one generation from here on; None where there is none."""
     with contextlib.suppress(FileNotFoundError), translating_errors(path):
         blob = _blob(path)
         blob.reload(projection="noAcl", **retry_options())
@@ -96,8 +96,11 @@ def _there(path: str) -> Blob:
 
 
 def _list(path: str, delimiter: str | None = None) -> tuple[list[Blob], list[str]]:
-    """All objects whose paths begin with `path`; with a delimiter those alone that have none after
-    it, and the beginnings of the others. Raises OperatorError where there is no such bucket."""
+    """Returns all objects whose paths begin with `path`; raises OperatorError for a missing bucket.
+
+    With a delimiter, returns those alone that have none after `path`, and the beginnings of the
+    others.
+    """
     with translating_errors_of_bucket(path):
         pages = client().list_blobs(
             bucket_of(path),
@@ -124,7 +127,7 @@ def _before_wildcards(pattern: str) -> str:
 
 
 def _matching(pattern: str) -> list[tuple[str, Blob]]:
-    """Objects by path; `**` stands for any number of folders."""
+    """Returns the objects that match `pattern`, by path; `**` stands for any number of folders."""
     begins = _before_wildcards(pattern)
     in_last = "/" not in pattern[len(begins) :]
     blobs, _ = _list(begins, "/" if in_last else None)
@@ -159,7 +162,7 @@ def _read(blob: Blob, limit: int = -1) -> bytes:
 
 
 def _gunzip(data: bytes, limit: int) -> bytes:
-    """No more than `limit` bytes are ever made. What is no gzip stays as it is."""
+    """Decompresses `data`, never to more than `limit` bytes; what is no gzip stays as it is."""
     made = b""
     with contextlib.suppress(zlib.error):
         while data and (limit < 0 or len(made) < limit):  # one stream may follow another
@@ -171,7 +174,7 @@ def _gunzip(data: bytes, limit: int) -> bytes:
 
 
 class _Reader(BlobReader):
-    """One generation of an object, read piece by piece where it is wanted."""
+    """Reads one generation of an object, piece by piece where it is wanted."""
 
     def __init__(self, path: str, chunk: int):
         super().__init__(_there(path), chunk, **retry_options())
@@ -189,8 +192,10 @@ class _Reader(BlobReader):
 
 
 def _upload(path: str, file: IO[Any], stamp: str = "", generation: int | None = None) -> Blob:
-    """Raises PreconditionFailed unless the object has `generation`, where one is given; `stamp`
-    goes into its metadata."""
+    """Uploads `file` as the object at `path`; `stamp` goes into its metadata.
+
+    Raises PreconditionFailed unless the object has `generation`, where one is given.
+    """
     with translating_errors_of_bucket(path):
         blob = _blob(path)
         blob.chunk_size = _LARGE_CHUNK  # held in memory at once
@@ -366,7 +371,7 @@ def _base(path: str) -> str:
 
 
 class _Lease:
-    """An object that belongs to who wrote its present generation: a lock (`protocol.Held`)."""
+    """A lease is an object that belongs to who wrote its present generation: a lock (`Held`)."""
 
     def __init__(self, folder: str):
         self._folder, self._process = folder, os.getpid()
@@ -375,7 +380,7 @@ class _Lease:
         self._written = -math.inf  # when it was last begun to be written, by `_now`
 
     def take(self) -> bool:
-        """Returns whether it is held now: nobody held it, or who held it is gone."""
+        """Takes the lease if nobody holds it or its holder is gone; returns whether it is held."""
         found = _current(self._path)
         if found is not None and not _is_abandoned(found):
             return False
@@ -463,7 +468,10 @@ def _now() -> float:
 
 
 def _is_abandoned(lease: Blob) -> bool:
-    """Whether its holder has ended, as far as this machine knows, or has long not renewed it."""
+    """Returns whether the holder of `lease` has ended or has long not renewed it.
+
+    That a holder has ended is known where it was a process of this machine.
+    """
     process, _, machine = _stamp(lease).partition(" ")[2].partition(" ")
     if machine == _machine() and not _is_alive(int(process)):
         return True
@@ -484,7 +492,10 @@ def _is_alive(process: int) -> bool:
 
 @functools.cache
 def _machine() -> str:
-    """Alike where the number of a process means the same process; else a name of our own."""
+    """Returns a name that is the same where the number of a process means the same process.
+
+    Where the system does not tell, it is a name of our own.
+    """
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             booted = file.read().strip()

@@ -1,4 +1,4 @@
-"""A process's one client of Google Cloud Storage: how patient it is, and what its errors mean."""
+"""Says how patient a process's one client of Google Cloud Storage is, and what its errors mean."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ TIMEOUT = (10.0, 60.0)  # seconds to connect, and between two bytes
 
 
 def forget_client() -> None:
-    """The next call makes a new client, from what the environment says then."""
+    """Forgets the client: the next call makes a new one, from what the environment says then."""
     global _made, _making
     _made, _making = None, threading.Lock()
 
@@ -35,7 +35,7 @@ os.register_at_fork(after_in_child=forget_client)
 
 
 def client() -> Client:
-    """Made when it is first needed; all threads share it, and forks make their own."""
+    """Returns the client, made when first needed; all threads share it, forks make their own."""
     global _made
     with _making:
         _made = _made or _make_client()
@@ -69,15 +69,20 @@ def _without_credentials(error: Exception) -> OperatorError:
 
 
 def retry_options() -> dict[str, Any]:
-    """Time-outs, and for how long a call is retried. Every call may be: a repeated write has the
-    same content, or a precondition."""
+    """Returns the options that say how long a call may take, and how long it is retried.
+
+    Every call may be retried: a repeated write has the same content, or a precondition.
+    """
     retry = DEFAULT_RETRY.with_delay(initial=faults.FIRST_WAIT_SECONDS, maximum=30, multiplier=2)
     retry = retry.with_predicate(_waited_for(time.monotonic()))
     return {"retry": retry.with_timeout(faults.RETRY_SECONDS), "timeout": TIMEOUT}
 
 
 def _waited_for(begun: float) -> Callable[[Exception], bool]:
-    """Tells of each error of a call, begun then, whether the call is to be made again."""
+    """Returns a function that tells of each error of a call whether the call is made again.
+
+    `begun` is when the call began, in seconds of the monotonic clock.
+    """
 
     def is_waited_for(error: Exception) -> bool:
         if _status(error) == 403 and not faults.forbidden_is_told():
@@ -114,7 +119,10 @@ def translating_errors(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def translating_errors_of_bucket(path: str) -> Iterator[None]:
-    """As `translating_errors`, for calls that find nothing only where the bucket is missing."""
+    """Translates the errors of calls that find nothing only where the bucket is missing.
+
+    Raises OperatorError for that, and else what `translating_errors` raises.
+    """
     try:
         with translating_errors(path):
             yield
@@ -130,8 +138,11 @@ def bucket_of(path: str) -> str:
 
 
 def _brief(error: BaseException) -> str:
-    """What an error says, on one line: of a response its status, since its words may be a page of
-    HTML, and of a connection that failed the reason, without the address that was asked for."""
+    """Returns what an error says, on one line.
+
+    Of a response that is its status, since its words may be a page of HTML; of a connection that
+    failed it is the reason, without the address that was asked for.
+    """
     while isinstance(inner := getattr(error, "reason", error.args and error.args[0]), Exception):
         error = inner
     status = _status(error)

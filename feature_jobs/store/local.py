@@ -236,7 +236,7 @@ class LocalStore:
 
 
 class _Kept:
-    """A lock of the system, which lasts as long as its process."""
+    """Stands for a lock of the system, which lasts as long as its process."""
 
     def check(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Tables as files: parts written out of sight, partitions as readers see them, identities.
+"""Keeps tables as files: parts written out of sight, partitions as readers see them, identities.
 
 A job writes each shard of a table as one Parquet *part* with a *receipt* beside it (rows, bytes,
 sha256, counts). The receipt comes last, so a part with a receipt is whole, and a job that died is
@@ -55,7 +55,7 @@ def _receipt_path(folder: str, shard: int, shards: int) -> str:
 
 
 def has_part(folder: str, shard: int, shards: int) -> bool:
-    """Whether this shard was written whole, by this run or by one that died."""
+    """Returns whether this shard was written whole, by this run or by one that died."""
     return files.exists(_receipt_path(folder, shard, shards))
 
 
@@ -97,10 +97,10 @@ def write_part(
 
 
 def write_parquet(path: str, rows: pa.Table) -> tuple[int, str]:
-    """One Parquet file, zstd; no dictionary pages for lists of floats, which never repeat, and no
-    statistics of lists, which nobody filters by.
+    """Writes one Parquet file, zstd; returns how many bytes it has and their sha256, hex.
 
-    Returns its bytes and their sha256, hex.
+    It has no dictionary pages for lists of floats, which never repeat, and no statistics of lists,
+    which nobody filters by.
     """
     flat = [f.name for f in rows.schema if not pa.types.is_nested(f.type)]
     # In memory first: a writer that is interrupted at its file complains when it is thrown away.
@@ -115,14 +115,14 @@ def write_parquet(path: str, rows: pa.Table) -> tuple[int, str]:
 
 
 def receipts(folder: str) -> list[dict[str, Any]]:
-    """The receipts of all parts written so far, in shard order."""
+    """Returns the receipts of all parts written so far, in shard order."""
     at = os.path.join(folder, "receipts")
     with ThreadPoolExecutor(_RECEIPT_READERS) as pool:
         return list(pool.map(lambda n: read_json(os.path.join(at, n)), files.list_names(at)))
 
 
 def sum_counts(parts: Iterable[dict[str, Any]], what: str = "counts") -> dict[str, Any]:
-    """The "counts", or the "work", of all parts, added up by name."""
+    """Returns the "counts", or the "work", of all parts, added up by name."""
     total: Counter[str] = Counter()
     for part in parts:
         total.update(part[what])
@@ -134,7 +134,7 @@ def sum_counts(parts: Iterable[dict[str, Any]], what: str = "counts") -> dict[st
 
 @dataclass(frozen=True)
 class Partition:
-    """A whole table of one ds: its folder and the manifest that says which files are it."""
+    """Holds a whole table of one ds: its folder and the manifest that says which files are it."""
 
     folder: str
     manifest: dict[str, Any]
@@ -162,15 +162,17 @@ class Partition:
         return patiently(path, read)
 
     def slim(self) -> "Partition":
-        """What a worker needs of it: whole manifests of many days and files would make a job too
-        large to be submitted."""
+        """Returns the partition with what a worker needs of it: names and rows of files.
+
+        Whole manifests of many days and files would make a job too large to be submitted.
+        """
         files = [{"name": file["name"], "rows": file["rows"]} for file in self.manifest["files"]]
         return Partition(self.folder, {"files": files})
 
     def read_shard(
         self, shard: int, shards: int, key: str, columns: Sequence[str] | None = None
     ) -> pa.Table:
-        """The rows whose `key` falls into the hash range of `shard` of `shards`.
+        """Returns the rows whose `key` falls into the hash range of `shard` of `shards`.
 
         The table must be sharded by that key. Reads one file, or the few that overlap the range.
         """
@@ -184,7 +186,7 @@ class Partition:
 
 
 def read_parquet(path: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """One of our own files; the folder's name never becomes a column."""
+    """Reads one of our own files; the folder's name never becomes a column."""
 
     def read() -> pa.Table:
         with files.open_input(path) as data, pq.ParquetFile(data) as file:
@@ -203,7 +205,7 @@ def find_staged(folder: str) -> Partition | None:
 def find_published(folder: str) -> Partition | None:
     """Returns the partition that is published: `_SUCCESS` names the manifest that lies beside it.
 
-    None where there is none, or one is being replaced just now.
+    Returns None where there is none, or one is being replaced just now.
     """
     success = files.read_if_there(os.path.join(folder, SUCCESS))
     path = os.path.join(folder, MANIFEST)
@@ -238,15 +240,20 @@ def open_published(folder: str) -> Partition:
 
 
 def version_of(manifest: Mapping[str, Any]) -> str:
-    """The version of a partition, published or yet to be: a digest of all that a manifest says."""
+    """Returns the version of a partition, published or yet to be.
+
+    It is a digest of all that a manifest says.
+    """
     return str(manifest.get("version") or digest(dict(manifest))[:12])
 
 
 def cluster_numbers(
     features: Partition, shard: int, shards: int, ids: pa.ChunkedArray, labels: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """By label, the cluster ID in `item_features` of each of some `ids` of a shard, 0 for none;
-    int32 [n]."""
+    """Returns by label the cluster ID of each of some `ids` of a shard; int32 [n], 0 for none.
+
+    They are those in `item_features`.
+    """
     columns = {label: cluster_column(label) for label in labels}
     rows = features.read_shard(shard, shards, "item_id", ["item_id", *columns.values()])
     return {label: lookup(ids, rows, column) for label, column in columns.items()}

@@ -1,4 +1,4 @@
-"""The store: what COURIER asks of a disk or a bucket, and what it is promised.
+"""Says what COURIER asks of a store, a disk or a bucket, and what it is promised.
 
 A class that keeps these promises is a store; `files` chooses the one of a path. `local` and `gcs`
 are those there are.
@@ -28,7 +28,7 @@ class FileInfo:
 
     @property
     def version(self) -> tuple[int | None, ...]:
-        """Changes whenever the bytes may have changed."""
+        """Returns what changes whenever the bytes may have changed."""
         return (self.size, self.mtime_us, self.generation)
 
 
@@ -38,14 +38,14 @@ def is_hidden(path: str) -> bool:
 
 
 class Held(Protocol):
-    """A lock that is held."""
+    """Stands for a lock that is held."""
 
     def check(self) -> None:
         """Raises CourierError where it can no longer be relied on that the lock is held."""
 
 
 class Store(Protocol):
-    """Files of one kind of place, by full paths; a folder is what paths have in common."""
+    """Keeps files of one kind of place, by full paths; a folder is what paths have in common."""
 
     # -- Looking --
 
@@ -119,8 +119,8 @@ class Store(Protocol):
     def delete_tree(self, folder: str) -> None:
         """Deletes a folder and all below it; being gone is no error.
 
-        At once for any reader on a disk; in a bucket what says that other files are whole goes
-        first.
+        On a disk it is gone at once for any reader; in a bucket what says that other files are
+        whole goes first.
         """
 
     # -- Excluding others --

@@ -1,4 +1,4 @@
-"""What the plans of all stages of one ds share: inputs and artefacts, opened once and checked."""
+"""Opens and checks, once, what the plans of all stages of one ds share: inputs and artefacts."""
 
 import datetime as dt
 import functools
@@ -34,11 +34,13 @@ _OF_IMPRESSIONS = {"histories", "simscore", "training-rows"}
 
 @dataclass(frozen=True)
 class NightOptions:
-    """What an operator says of one night. `allow_overlap` lets an encoder or codebook be used that
-    was made from ds or later days, `allow_churn` publishes however many items changed their
-    cluster, `full` embeds every image as if there had been no day before. `from_log` begins
-    histories from the log of the window, and `join` is how embeddings reach impressions, where the
-    settings shall not decide."""
+    """Holds what an operator says of one night.
+
+    `allow_overlap` lets an encoder or codebook be used that was made from ds or later days,
+    `allow_churn` publishes however many items changed their cluster, `full` embeds every image as
+    if there had been no day before. `from_log` begins histories from the log of the window, and
+    `join` is how embeddings reach impressions, where the settings shall not decide.
+    """
 
     allow_overlap: bool = False
     allow_churn: bool = False
@@ -48,8 +50,11 @@ class NightOptions:
 
 
 class DayPlan:
-    """The checked inputs and artefacts of one ds. `earlier` are the histories of the day before,
-    where they are planned too, and `together` the number of days that are."""
+    """Holds the checked inputs and artefacts of one ds.
+
+    `earlier` are the histories of the day before, where they are planned too, and `together` the
+    number of days that are.
+    """
 
     def __init__(
         self,
@@ -105,12 +110,15 @@ class DayPlan:
 
     @functools.cached_property
     def day_before(self) -> tuple[partitions.Partition, ...]:
-        """Embeddings and rejects of the newest day before ds that has both; empty for none."""
+        """Returns embeddings and rejects of the newest day before ds with both; empty for none."""
         return self._look(partial(self._latest_before, ITEM_EMBEDDINGS, ITEM_REJECTS))
 
     @functools.cached_property
     def previous_features(self) -> partitions.Partition | None:
-        """`item_features` of the newest day before ds that has them: cluster IDs are compared."""
+        """Returns `item_features` of the newest day before ds that has them; None for none.
+
+        Cluster IDs are compared with theirs.
+        """
         found = self._look(partial(self._latest_before, ITEM_FEATURES))
         return found[0] if found else None
 
@@ -119,8 +127,10 @@ class DayPlan:
 
     @property
     def of_another_lineage(self) -> bool:
-        """Whether neither codebook, of ds and of the day before, is an ancestor of the other: then
-        even equal numbers mean nothing to each other."""
+        """Returns whether neither codebook, of ds or the day before, is an ancestor of the other.
+
+        Then even equal numbers mean nothing to each other.
+        """
         if self.previous_features is None:
             return False
         manifest, codebook = self.previous_features.manifest, self.pinned.codebook
@@ -131,7 +141,10 @@ class DayPlan:
         )
 
     def item_id_type(self) -> pa.DataType:
-        """The shop's; on days without any file that of the day before, so that tables still fit."""
+        """Returns the type of the shop's item IDs.
+
+        On days without any file it is that of the day before, so that tables still fit.
+        """
         before, _ = self.day_before or (None, None)
         otherwise = before.schema.field("item_id").type if before else pa.int64()
         return self.shop.item_id_type(otherwise)
@@ -140,7 +153,7 @@ class DayPlan:
 
     @functools.cached_property
     def before(self) -> Before:
-        """What histories of ds begin from."""
+        """Returns what histories of ds begin from."""
         if self._earlier:
             return yesterday.made_before(self._earlier, self.settings)
         newest = partial(self._look, partial(yesterday.newest_before, self.settings, self.ds))
@@ -149,8 +162,10 @@ class DayPlan:
         )
 
     def history_ids(self) -> tuple[pa.DataType, pa.DataType] | None:
-        """The types of user_id and item_id in the clicks of ds and of the days before, None where
-        no file tells them; raises DataContractError where they differ."""
+        """Returns the types of user_id and item_id in the clicks of ds and of the days before.
+
+        Returns None where no file tells them; raises DataContractError where they differ.
+        """
         known = self.before.ids
         if known is None:
             user_id = self.shop.user_id_type(pa.null())

@@ -1,4 +1,4 @@
-"""What the histories of a day begin from: those of the day before, or the log where they start.
+"""Finds what a day's histories begin from: those of the day before, or the log where they start.
 
 A night reads one day of the log, since `user_histories` and `recent_clicks` of the day before hold
 all that the earlier days have to say. A day between them that was never made is told, not bridged:
@@ -37,10 +37,13 @@ _ONE_DAY = dt.timedelta(days=1)
 
 @dataclass(frozen=True)
 class Before:
-    """What is known before ds. Either the histories of the day before, by their `run_id`, which
-    `partitions` opens once they are made; or the `log` of earlier days, of which some are
-    `missing`. `log_rows` are the rows of the log by day, as far as the window reaches, `ids` the
-    types of user_id and item_id in the histories, None where there are none."""
+    """Holds what is known before ds: histories of the day before, or the log of earlier days.
+
+    The histories are told by their `run_id`, and `partitions` opens them once they are made; of the
+    days of the `log` some are `missing`. `log_rows` are the rows of the log by day, as far as the
+    window reaches, `ids` the types of user_id and item_id in the histories, None where there are
+    none.
+    """
 
     run_id: str | None
     partitions: Callable[[], tuple[Partition, ...]]
@@ -50,19 +53,19 @@ class Before:
     ids: tuple[pa.DataType, pa.DataType] | None = None
 
     def inputs(self) -> dict[str, Any]:
-        """What the id of a run that begins from this changes with."""
+        """Returns what the id of a run changes with that begins from here."""
         earlier = {"earlier_log": [source.identity() for source in self.log]} if self.log else {}
         return {"histories_before": self.run_id, **earlier}
 
     def shards(self, files: Sequence[Partition], rows_per_shard: int) -> int:
-        """How many shards its clicks fill."""
+        """Returns how many shards the clicks from before ds fill."""
         if files:
             return max(len(partition.paths) for partition in files)
         return shards_of_log({str(s.form.ds): s.rows for s in self.log}, rows_per_shard)
 
 
 def shards_of_log(log_rows: dict[str, int], rows_per_shard: int) -> int:
-    """How many shards the users fill whose clicks the log of so many rows holds."""
+    """Returns how many shards the users fill whose clicks the log of so many rows holds."""
     return hashing.num_shards(sum(log_rows.values()) // IMPRESSIONS_PER_CLICK, rows_per_shard)
 
 
@@ -78,7 +81,7 @@ def history_law(settings: Settings) -> HistoryLaw:
 
 
 def history_settings(settings: Settings) -> dict[str, Any]:
-    """What manifests say of the law."""
+    """Returns what manifests say of the law of histories."""
     return {
         "history_len": settings.history_len,
         "keep_repeats": settings.keep_repeats,
@@ -98,7 +101,7 @@ def click_settings(settings: Settings) -> dict[str, Any]:
 
 
 def made_before(stage: Stage, settings: Settings) -> Before:
-    """What a day begins from whose day before is planned with it."""
+    """Returns what a day begins from whose day before is planned with it."""
     return Before(
         stage.run_id,
         lambda: tuple(stage.partition(table) for table in STATE),
@@ -116,7 +119,7 @@ def find_before(
     from_log: bool,
     newest: Callable[[], tuple[Partition, ...]],
 ) -> Before:
-    """Returns what lies there for ds to begin from; `from_log` passes over the day before.
+    """Finds what histories of ds begin from; `from_log` passes over the day before.
 
     `newest` finds the histories of the newest day before ds (`newest_before`).
 
@@ -156,7 +159,10 @@ def _from_log(shop: ShopTables) -> Before:
 
 
 def newest_before(settings: Settings, ds: dt.date) -> tuple[Partition, ...]:
-    """The histories of the newest day before ds, not before the world began; empty for none."""
+    """Returns the histories of the newest day before ds; empty for none.
+
+    Histories from before `history_start_ds`, when the world began, do not count.
+    """
     start = settings.history_start_ds or dt.date.min
     days = layout.begun_days(settings.root, settings.feature_set, USER_HISTORIES)
     found = (_state_of(settings, day) for day in reversed(days) if start <= day < ds)
@@ -164,7 +170,7 @@ def newest_before(settings: Settings, ds: dt.date) -> tuple[Partition, ...]:
 
 
 def _state_of(settings: Settings, ds: dt.date) -> tuple[Partition, ...]:
-    """Both tables of ds, of one run; empty while they are not."""
+    """Returns both tables of histories of ds, of one run; empty while they are not."""
     folders = [layout.table_folder(settings.root, settings.feature_set, t, ds) for t in STATE]
     found = [p for p in map(partitions.find_published, folders) if p]
     whole = len(found) == len(STATE) and len({partition.run_id for partition in found}) == 1
@@ -172,7 +178,10 @@ def _state_of(settings: Settings, ds: dt.date) -> tuple[Partition, ...]:
 
 
 def _began_from_log(settings: Settings, ds: dt.date) -> bool:
-    """Whether the published histories of ds did, so that the same command finds nothing to do."""
+    """Returns whether the published histories of ds began from the log.
+
+    Where they did, the same command finds nothing to do.
+    """
     found = _state_of(settings, ds)
     return bool(found) and found[0].manifest["inputs"]["histories_before"] is None
 
@@ -196,14 +205,17 @@ def _day_before(settings: Settings, ds: dt.date, found: tuple[Partition, ...]) -
 
 
 def _within_window(log_rows: dict[str, int], ds: dt.date, settings: Settings) -> dict[str, int]:
-    """The entries that still count for the day after ds."""
+    """Returns the entries of `log_rows` that still count for the day after ds."""
     oldest = ds + _ONE_DAY - dt.timedelta(days=settings.window_days)
     return {day: rows for day, rows in log_rows.items() if day >= str(oldest)}
 
 
 def stale_days(settings: Settings) -> dict[str, dt.date]:
-    """Days whose histories or SimScores go on from other histories, or come from another log, than
-    are published now; and the day that was made again without them."""
+    """Returns the stale days, each with the day that was made again without it.
+
+    A day is stale whose histories or SimScores go on from other histories, or come from another
+    log, than are published now.
+    """
     histories = _inputs_of(settings, USER_HISTORIES)
     scores = _inputs_of(settings, USER_SIMSCORES)
     stale: dict[str, dt.date] = {}
@@ -224,7 +236,7 @@ def stale_days(settings: Settings) -> dict[str, dt.date]:
 
 
 def _inputs_of(settings: Settings, table: Table) -> dict[dt.date, tuple[str, dict[str, Any]]]:
-    """By day, the run_id and the inputs of what is published of a table."""
+    """Returns by day the run_id and the inputs of what is published of a table."""
     found = {}
     for ds in layout.published_days(settings.root, settings.feature_set, table):
         folder = layout.table_folder(settings.root, settings.feature_set, table, ds)

@@ -1,4 +1,4 @@
-"""What is told to people: what lies on disk, what a night would do, what it did."""
+"""Tells people what lies on disk, what a night would do, and what it did."""
 
 import datetime as dt
 import os
@@ -20,8 +20,8 @@ from pipelines.running.stage import Night, Stage
 def collect(settings: Settings) -> dict[str, Any]:
     """Finds what lies below the root of the settings, and what there is to do about it.
 
-    Pins; for each ds its tables and whether its night is whole; days on hold; days that are stale,
-    with the day that was made again before them; what is unfinished.
+    Returns the pins; for each ds its tables and whether its night is whole; days on hold; days that
+    are stale, with the day that was made again before them; what is unfinished.
     """
     days: dict[str, dict[str, Any]] = {}
     for table in TABLES.values():
@@ -126,7 +126,7 @@ def _stale(found: Mapping[str, Any]) -> list[str]:
 def _clusters(days: Mapping[str, Any]) -> list[str]:
     """Returns how items spread over clusters on the newest day that has them, a line a resolution.
 
-    And the share that moved there since the day before.
+    Each line also tells the share that moved since the day before.
     """
     newest = max(
         (ds for ds, day in days.items() if ITEM_FEATURES.name in day["tables"]), default=""

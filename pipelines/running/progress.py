@@ -1,4 +1,4 @@
-"""How far a stage or a training run is, told while it goes on.
+"""Tells how far a stage or a training run is, while it goes on.
 
 A job blocks until it ends, so what is shown of a stage comes from the heartbeat files and receipts
 that the workers leave below the staging folder: the same on one machine and on a hundred.
@@ -31,8 +31,10 @@ _ELSEWHERE = "{desc} [{bar:24}] {unit}{n:,}/{total:,}{postfix}"
 
 @contextlib.contextmanager
 def watch(stages: Sequence[Stage]) -> Iterator[None]:
-    """Shows a bar on a terminal's stderr, or a line now and then elsewhere, during the block, in
-    which one job makes all of `stages`."""
+    """Shows, during the block, how far the one job is that makes all of `stages`.
+
+    It shows a bar on a terminal's stderr, or a line now and then elsewhere.
+    """
     for folder in ("progress", "warnings"):  # of an earlier run
         files.delete_tree(os.path.join(stages[0].staging, folder))
     ended = threading.Event()
@@ -152,7 +154,7 @@ def line(name: str, done: int, total: int, facts: str, unit: str = "") -> str:
 class StepBar:
     """Shows the steps of a training run, as a bar on a terminal's stderr or as lines elsewhere.
 
-    Lines go to `say`; None keeps it silent. To be closed, so that what follows begins a line.
+    Lines go to `say`; None keeps it silent. It is to be closed, so that what follows begins a line.
     """
 
     def __init__(self, say: Callable[[str], None] | None) -> None:

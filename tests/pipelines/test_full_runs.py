@@ -1,4 +1,4 @@
-"""`--full`: every image again, although the day before and the day itself have all of them."""
+"""Tests that `--full` embeds all images again, though the day and the day before have them."""
 
 import pytest
 
@@ -20,7 +20,7 @@ WORK = ("images_unchanged", "images_read", "images_embedded", "images_reused", "
 
 @pytest.fixture
 def nights(world: World) -> World:
-    """Two whole nights, the second one incremental."""
+    """Makes two whole nights, the second one incremental."""
     for day in DAYS[:2]:
         assert courier(world, "refresh", "--ds", str(day)) == 0
     return world
@@ -77,8 +77,8 @@ def test_each_full_run_is_a_new_one(nights: World, capsys: Capture) -> None:
     assert MISSING not in rejects(nights)
 
 
-def test_killed_between_its_two_tables_it_is_no_day_to_build_on(nights: World) -> None:
-    """The plain command that follows must not take the half for the whole."""
+def test_a_full_run_killed_between_its_two_tables_is_no_day_to_build_on(nights: World) -> None:
+    """The plain command that follows a killed full run must not take the half for the whole."""
     nights.put(MISSING, picture(50))
     nights.put(NORMAL[2], b"broken")
     real, published_tables = publishing.Publication.run, []

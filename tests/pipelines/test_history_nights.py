@@ -1,4 +1,4 @@
-"""Histories that go on from the day before, and many days in one job: the same tables as nights."""
+"""Tests that going on from the day before, and many days in one job, make the tables of nights."""
 
 import dataclasses
 import datetime as dt
@@ -40,7 +40,7 @@ RANGE = ("--start-ds", str(DAYS[0]), "--end-ds", str(DAYS[3]))
 
 
 class Bare(World):
-    """A world whose folder is there already."""
+    """Stands for a world whose folder is there already."""
 
     def __post_init__(self) -> None:
         pass
@@ -48,22 +48,24 @@ class Bare(World):
 
 @dataclasses.dataclass
 class Stand:
-    """One folder of a shop, for tests in turn, since the id of a run changes with the place and the
-    times of its inputs; and what it held at two moments."""
+    """Holds one folder of a shop, for tests in turn, and what the folder held at two moments.
+
+    There is one folder, since the id of a run changes with the place and the times of its inputs.
+    """
 
     world: World
     items: Path  # item features of all days, and nothing of users
     nights: Path  # all nights, one by one
 
     def at(self, moment: Path) -> World:
-        """The shop as it was at that moment."""
+        """Returns the shop as it was at that moment."""
         shutil.rmtree(self.world.folder, ignore_errors=True)
         shutil.copytree(moment, self.world.folder)
         return self._bare(self.world.folder)
 
     @property
     def after_nights(self) -> World:
-        """Read only."""
+        """Returns the shop after all nights, to be read only."""
         return self._bare(self.nights)
 
     def _bare(self, folder: Path) -> World:
@@ -212,7 +214,7 @@ def test_a_new_beginning_of_the_world_is_another_law(nights: World, capsys: Capt
 
 
 def test_where_nothing_was_known_ids_may_be_of_any_type(shop: World) -> None:
-    """An empty first day has no file that could tell."""
+    """An empty first day has no file that could tell the types of IDs."""
 
     def as_text(rows: pa.Table) -> pa.Table:
         return rows.set_column(0, "user_id", rows["user_id"].cast(pa.string()))
@@ -378,7 +380,7 @@ def test_only_the_days_that_are_missing_are_made(
 
 @pytest.fixture(scope="module")
 def writes(stand: Stand) -> int:
-    """How many files the job of all days writes."""
+    """Returns how many files the job of all days writes."""
     with pytest.MonkeyPatch.context() as patch:
         written = die_at_write(patch, None)
         assert courier(stand.at(stand.items), "simscore", *RANGE) == 0
@@ -578,6 +580,6 @@ def test_rows_that_are_alike_are_kept_one_for_one(after_nights: World) -> None:
     assert len({tuple(row["history_item_ids"]) for row in alike}) == 1
 
 
-def test_the_whole_night_takes_the_same_options(shop: World) -> None:
+def test_the_whole_night_takes_the_options_of_its_stages(shop: World) -> None:
     assert refresh(shop, DAYS[3], "--from-log", "--join", "shuffle") == 0
     assert len(shop.table("user_simscores", DAYS[3])) == 152

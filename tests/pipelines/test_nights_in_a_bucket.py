@@ -1,4 +1,4 @@
-"""A shop whose tables, images, encoder, codebook and features all lie in a bucket."""
+"""Tests a shop whose tables, images, encoder, codebook and features all lie in a bucket."""
 
 import datetime as dt
 import logging
@@ -38,7 +38,7 @@ VERSIONS = ["image_generation", "image_mtime"]
 def in_bucket(
     world: World, artefacts: Artefacts, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """Settings for the world as it is on its first day, moved to a bucket."""
+    """Returns settings for the world as it is on its first day, moved to a bucket."""
 
     def look(*_: object) -> None:
         raise AssertionError("Beam looks for credentials, which takes it half a minute")
@@ -72,7 +72,7 @@ def rows_of(partition: Partition) -> pa.Table:
 
 
 def snapshot(settings: Settings) -> dict[str, object]:
-    """Every object below the root with its version, but for accounts of runs and their times."""
+    """Returns the versions of objects below the root, but for accounts of runs and their times."""
     found = files.find(f"{settings.root}/*/*/*/*") + files.find(f"{settings.root}/*/*/*")
     return {path: files.stat(path).version for path in found if "/_runs/" not in path}
 
@@ -180,7 +180,7 @@ def test_a_store_that_stays_away_fails_the_stage_and_rejects_nothing(
     assert published(settings, "item_rejects", DAYS[0]).rows == 2
 
 
-def test_a_store_that_takes_no_message_either_is_told_in_one_paragraph(
+def test_a_store_that_gives_no_image_and_takes_no_message_is_told_in_one_paragraph(
     in_bucket: Path, bucket: str, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""The life of a night: repeated, killed, refused, mended. What was published before stays."""
+"""Tests a night repeated, killed, refused and mended: what was published before stays."""
 
 import datetime as dt
 import json
@@ -172,7 +172,7 @@ def test_a_night_that_died_at_any_write_ends_as_if_it_had_not(
 def refreshed_once(
     tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts
 ) -> tuple[World, dict[str, bytes], int]:
-    """A world, what its first night publishes, and how many files that night writes."""
+    """Makes a world; returns it, what its first night publishes, and how many files that writes."""
     world = pinned(World(tmp_path_factory.mktemp("killed") / "shop"), artefacts)
     with pytest.MonkeyPatch.context() as patch:
         written = die_at_write(patch, None)
@@ -200,7 +200,7 @@ def wait_for(found: Callable[[], bool], process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
-def test_killed_with_signal_9_while_embedding_it_resumes_and_embeds_no_image_twice(
+def test_a_night_killed_with_signal_9_while_embedding_resumes_and_embeds_no_image_twice(
     refreshed_once: tuple[World, dict[str, bytes], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world, uninterrupted, _ = refreshed_once
@@ -220,7 +220,7 @@ def test_killed_with_signal_9_while_embedding_it_resumes_and_embeds_no_image_twi
     assert len(images) == len(catalogue_items(DAYS[0])) - 1 - embedded
 
 
-def test_terminated_it_exits_143_publishes_nothing_and_resumes(
+def test_a_terminated_night_exits_143_publishes_nothing_and_resumes(
     refreshed_once: tuple[World, dict[str, bytes], int],
 ) -> None:
     world, uninterrupted, _ = refreshed_once
@@ -437,7 +437,7 @@ def test_the_scope_of_the_encoder_is_part_of_what_features_depend_on(
 
 
 def test_a_click_counts_to_the_windows_edge_whatever_partition_it_came_in(world: World) -> None:
-    """Shown late on day 1, clicked after midnight: still within two days of early on day 4."""
+    """A click after midnight, shown late on day 1, is still within two days of early on day 4."""
     midnight = int(dt.datetime.combine(DAYS[1], dt.time(), dt.UTC).timestamp()) * 1_000_000
     minute = 60_000_000
     blank = {"user": 1, "clicked": False, "click_time": None}

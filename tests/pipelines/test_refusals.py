@@ -1,4 +1,4 @@
-"""Bad input: one paragraph, the right exit status, and what was published before stays."""
+"""Tests that bad input gives one paragraph and the right exit status; published tables stay."""
 
 import datetime as dt
 import os

@@ -1,4 +1,4 @@
-"""Commands run in-process on a tiny world, and what they published and told."""
+"""Runs commands in-process on a tiny world, and finds what they published and told."""
 
 import datetime as dt
 import json
@@ -29,7 +29,7 @@ def refresh(world: World, day: dt.date, *args: str) -> int:
 
 
 def published(world: World) -> dict[str, bytes]:
-    """Every file that a reader may look at, with its bytes."""
+    """Returns every file that a reader may look at, with its bytes."""
     return published_below(world.root)
 
 
@@ -53,7 +53,7 @@ def manifest(world: World, table: str, day: dt.date) -> dict[str, Any]:
 
 
 def paragraph(capsys: Capture) -> str:
-    """The error that was told: one paragraph, no traceback."""
+    """Returns the error that was told, once it is seen to be one paragraph and no traceback."""
     errors = capsys.readouterr().err
     assert "Traceback" not in errors
     (told,) = [line for line in errors.splitlines() if line.startswith("Error: ")]
@@ -71,7 +71,7 @@ def rewrite(world: World, day: dt.date, change: Callable[[pa.Table], pa.Table]) 
 
 
 def given_to_the_encoder(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The items whose images are read from now on, as they are."""
+    """Returns a list that gets the items whose images are read from now on, as they are."""
     items: list[int] = []
     real = embed_stage.embed_images
 
@@ -88,7 +88,10 @@ class Killed(Exception):
 
 
 def die_at_write(patch: pytest.MonkeyPatch, at: int | None) -> list[str]:
-    """Files written from now on; raises Killed instead of writing the one numbered `at`."""
+    """Returns a list that gets the files written from now on, as they are.
+
+    Raises Killed instead of writing the one numbered `at`.
+    """
     written: list[str] = []
     real = LocalStore.atomic_writer
 

@@ -1,4 +1,4 @@
-"""A server between a client and a store, which fails as networks do."""
+"""Stands between a client and a store, as a server that fails as networks do."""
 
 import contextlib
 import threading
@@ -12,8 +12,11 @@ RESET, CUT, SILENT = "reset", "cut", "silent"  # before an answer, in the middle
 
 
 class Flaky(ThreadingHTTPServer):
-    """Passes requests on to `behind`, but for the next ones on objects: each takes one of `faults`,
-    a status or a word from above. `forever` is what they meet once those are used up."""
+    """Passes requests on to `behind`, but for the next ones on objects, which meet `faults`.
+
+    Each takes one of `faults`, a status or a word from above. `forever` is what they meet once
+    those are used up.
+    """
 
     daemon_threads = True
 

@@ -1,4 +1,4 @@
-"""gcp-storage-emulator in a process of its own, with what it lacks and we rely on.
+"""Runs gcp-storage-emulator in a process of its own, with what it lacks and we rely on.
 
 `python -m tests.support.gcs_emulator BUCKET` prints the address it listens on, and ends when its
 standard input does, as it does when the process that started it is gone.
@@ -27,7 +27,7 @@ class PreconditionFailed(Exception):
 
 
 class Objects(Storage):
-    """In memory. Requests are served one after the other, so each is an atomic step."""
+    """Keeps objects in memory; requests are served one by one, so each is an atomic step."""
 
     def __init__(self) -> None:
         super().__init__(use_memory_fs=True)

@@ -16,7 +16,7 @@ _OF_OS = ("stat", "listdir", "makedirs", "open", "replace", "link", "unlink")
 
 
 class _Seen:
-    """A module of which some functions are watched."""
+    """Stands for a module of which some functions are watched."""
 
     def __init__(self, module: Any, watched: dict[str, Callable]):
         self._module, self._watched = module, watched

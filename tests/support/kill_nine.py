@@ -36,7 +36,7 @@ _ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT  # asks, and leaves the answer to 
 
 
 class Runs:
-    """Runs of one command on one root, each in a process of its own."""
+    """Runs one command on one root, each time in a process of its own."""
 
     def __init__(self, config: str, ds: str):
         self.root = Path(load_settings(config).root)
@@ -50,7 +50,7 @@ class Runs:
         shutil.copytree(self._before, self.root)
 
     def start(self) -> int:
-        """The number of a new process that runs the command."""
+        """Starts a process that runs the command; returns its number."""
         self._told.unlink(missing_ok=True)
         number = os.fork()
         if number:
@@ -72,20 +72,23 @@ class Runs:
         return found
 
     def chunks(self) -> int:
-        """How many chunks a run has written."""
+        """Returns how many chunks a run has written."""
         return len(self._chunk_files())
 
     def embedded(self) -> int:
-        """The images that a killed run has embedded, as its chunk files say."""
+        """Returns how many images a killed run has embedded, as its chunk files say."""
         return sum(read_all(path)["reason"].null_count for path in self._chunk_files())
 
     def _chunk_files(self) -> list[str]:
-        """None that was begun: ".tmp-…". By `glob`, which bears that folders go meanwhile."""
+        """Returns the chunk files, none that was only begun (".tmp-…").
+
+        They are found by `glob`, which bears that folders go meanwhile.
+        """
         return glob(f"{self.root}/_staging/*/embed/*/chunks-*/0*.arrow")
 
 
 def _watch_chunks() -> list[int]:
-    """The numbers of images of the chunks that are embedded from now on, as they are."""
+    """Returns a list that gets the number of images of each chunk embedded from now on."""
     chunks: list[int] = []
     real = embed.embed_images
 
@@ -98,7 +101,7 @@ def _watch_chunks() -> list[int]:
 
 
 def kill(runs: Runs, chunks: int, seconds: float) -> bool:
-    """Whether a run was still at work `seconds` after it had written `chunks`, when it was killed.
+    """Kills a run `seconds` after it has written `chunks`; returns whether it was still at work.
 
     How fast a run is depends on what else the machine does: time alone would hit the start of a
     slow one again and again.

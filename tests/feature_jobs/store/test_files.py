@@ -1,4 +1,4 @@
-"""What is said of the local disk alone: half files, links, file times, faults of its mounts."""
+"""Tests what is said of the local disk alone: half files, links, file times, faults of mounts."""
 
 import errno
 import os
@@ -86,7 +86,7 @@ def test_a_move_between_two_names_of_one_file_leaves_the_target(tmp_path: Path) 
 
 @pytest.fixture
 def ill(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What the next calls of the system fail with, the last one first; waits are short."""
+    """Returns the faults that the system's next calls meet, the last one first; waits are short."""
     left: list[int] = []
 
     def fail(what: str, path: str) -> None:

@@ -1,4 +1,4 @@
-"""What `files` promises on a disk and in a bucket alike, whoever is killed."""
+"""Tests what `files` promises on a disk and in a bucket alike, whoever is killed."""
 
 import hashlib
 import os
@@ -41,7 +41,7 @@ while times:
 
 @pytest.fixture(params=["disk", "bucket"])
 def folder(request: pytest.FixtureRequest) -> str:
-    """Where there is nothing yet."""
+    """Returns a folder where there is nothing yet, on a disk or in a bucket."""
     if request.param == "disk":
         return str(request.getfixturevalue("tmp_path") / "new")
     return request.getfixturevalue("bucket")
@@ -49,7 +49,7 @@ def folder(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def holder(folder: str) -> Iterator[subprocess.Popen]:
-    """Another process that holds the lock on `folder`/night."""
+    """Starts another process, which holds the lock on `folder`/night."""
     process = start(HOLD, f"{folder}/night")
     assert process.stdout.readline() == "held\n"
     yield process
@@ -283,7 +283,7 @@ def test_bytes_are_read_as_they_were_written(folder: str) -> None:
         files.read_bytes(f"{folder}/none")
 
 
-def test_an_input_is_read_here_and_there(folder: str) -> None:
+def test_an_input_is_read_at_any_position(folder: str) -> None:
     data = os.urandom(5_000_000)
     files.write_bytes(f"{folder}/file", data)
     with files.open_input(f"{folder}/file") as file:

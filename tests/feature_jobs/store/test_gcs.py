@@ -1,4 +1,4 @@
-"""Buckets: transient faults are waited for and told, locks are taken over, one client is made."""
+"""Tests that faults of buckets are waited for and told, locks taken over, and one client made."""
 
 import contextlib
 import gzip
@@ -30,7 +30,7 @@ from tests.test_imports import loaded_by
 
 @pytest.fixture
 def flaky(bucket: str, gcs_emulator: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
-    """What stands between the client and the store that holds `bucket`; waits are short."""
+    """Gives the server between the client and the store that holds `bucket`; waits are short."""
     monkeypatch.setattr(faults, "FIRST_WAIT_SECONDS", 0.01)
     with flaky_store(gcs_emulator) as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
@@ -55,7 +55,7 @@ def test_a_passing_fault_is_waited_for(
 
 @pytest.mark.parametrize("fault", [408, 500, 502, 504])
 @pytest.mark.parametrize("call", ["stat", "read", "write", "delete"])
-def test_other_passing_faults_are_waited_for_too(
+def test_time_outs_and_server_errors_are_waited_for(
     bucket: str, flaky: Flaky, call: str, fault: int
 ) -> None:
     files.write_bytes(f"{bucket}/file", b"data")
@@ -141,7 +141,7 @@ def test_a_write_whose_answer_was_lost_counts_once(bucket: str, flaky: Flaky) ->
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_what_is_forbidden_is_waited_for_and_concluded_nothing_from(
+def test_what_is_forbidden_is_waited_for_and_nothing_is_concluded_from_it(
     bucket: str, flaky: Flaky, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     monkeypatch.setattr(faults, "FORBIDDEN_SECONDS", 0.1)
@@ -203,7 +203,7 @@ def test_what_the_store_refuses_is_told_in_its_words(bucket: str, flaky: Flaky) 
 
 
 class Expired(credentials.Credentials):
-    """Refreshed without complaint, and to no avail."""
+    """Expired credentials are refreshed without complaint, and to no avail."""
 
     def refresh(self, request: object) -> None:
         self.token = "expired"
@@ -276,7 +276,7 @@ def test_threads_share_one_client_and_keep_their_connections(
 def test_calls_wait_for_a_connection(
     bucket: str, flaky: Flaky, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And errors give theirs back, those that are tried again included."""
+    """Errors give their connection back too, those that are tried again included."""
     monkeypatch.setattr(gcs_client, "IN_FLIGHT", 2)
     gcs_client.forget_client()
     files.write_bytes(f"{bucket}/file", b"data")
@@ -325,7 +325,7 @@ def test_googles_client_is_loaded_when_a_bucket_is_first_used() -> None:
 
 @pytest.fixture
 def elsewhere(bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder whose lock a process on another machine holds."""
+    """Returns a folder whose lock a process on another machine holds."""
     with monkeypatch.context() as there:
         there.setattr(gcs, "_machine", lambda: "another machine")
         assert gcs._Lease(f"{bucket}/night").take()
@@ -413,7 +413,7 @@ def test_a_lock_that_could_not_be_renewed_once_is_renewed_again(
 
 @pytest.fixture
 def says_gzip(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Objects say that they are compressed, as the emulator's cannot."""
+    """Makes objects say that they are compressed, as the emulator's cannot."""
     monkeypatch.setattr(Blob, "content_encoding", "gzip")
 
 
@@ -436,7 +436,7 @@ def test_what_says_that_it_is_gzip_is_decompressed(bucket: str, stored: bytes, d
 def test_a_gzip_bomb_is_decompressed_no_further_than_asked(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store is told to answer as it does of such an object."""
+    """The store is told to answer as it does of an object that says it is gzip."""
     path, bomb = f"{bucket}/file", gzip.compress(bytes(100_000_000))
     files.write_bytes(path, bomb)
     session = gcs_client.client()._http
