@@ -15,7 +15,7 @@ from tests.support.world import DAYS, World, image_uri, picture
 KILLS = 20
 
 
-def test_killed_twenty_times_at_random_moments_it_publishes_the_same_bytes(
+def test_a_run_killed_twenty_times_at_random_moments_publishes_the_same_bytes(
     tmp_path: Path, artefacts: Artefacts
 ) -> None:
     """The second day has images as they were, new, changed, repeated, broken and missing."""

@@ -302,7 +302,7 @@ class Killed(BaseException):
     """Stands for a kill: the process is gone."""
 
 
-def test_killed_at_any_write_of_the_package_it_leaves_none_that_counts(
+def test_a_fit_killed_at_any_write_of_its_package_leaves_none_that_counts(
     night: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a kill the same command makes the package whole, as if nothing had happened."""

@@ -183,7 +183,7 @@ def test_other_settings_under_the_same_name_exit_2(
     assert encoder_id(world) == os.path.basename(pin["encoder"])
 
 
-def test_terminated_it_saves_exits_143_and_the_same_command_ends_as_if_it_had_not(
+def test_a_terminated_training_saves_exits_143_and_the_same_command_ends_as_if_it_had_not(
     trained: tuple[World, str, dict[str, Any]], prepared: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     shop = copied_until_d(prepared, tmp_path)

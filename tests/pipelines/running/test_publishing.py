@@ -88,7 +88,7 @@ def test_publishing_the_same_again_changes_nothing(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first publication", "re-publication"])
-def test_killed_at_any_change_no_reader_accepts_a_mixture_and_the_next_run_finishes(
+def test_of_a_run_killed_at_any_change_no_reader_accepts_a_mixture_and_the_next_finishes(
     tmp_path: Path, first: bool
 ) -> None:
     killed_at, ended = 0, False
@@ -113,7 +113,7 @@ def test_killed_at_any_change_no_reader_accepts_a_mixture_and_the_next_run_finis
     assert killed_at > 8
 
 
-def test_killed_before_the_old_files_are_away_it_is_not_published(shop: Shop) -> None:
+def test_a_night_is_not_published_before_the_old_files_are_away(shop: Shop) -> None:
     """The next run finishes that, before it says that there is nothing to do."""
     shop.publish(OLD)
     manifest = os.path.join(shop.place.folder, MANIFEST)

@@ -146,7 +146,7 @@ def test_a_store_that_says_no_for_a_while_does_not_unpublish_the_night(
     assert shop.published() == NEW
 
 
-def test_killed_at_any_change_the_same_command_goes_on_and_a_held_day_stays_held(
+def test_a_rollback_killed_at_any_change_goes_on_and_its_day_stays_held(
     tmp_path: Path,
 ) -> None:
     killed_at, ended = 0, False
