@@ -65,7 +65,10 @@ def _make(
     from pipelines.nightly import NightOptions, plan_nights
     from pipelines.reports import status
 
-    nights = plan_nights(load_settings(config), days, stages, _say, NightOptions(**asked))
+    settings = load_settings(config)
+    if not dry_run:
+        nightly.refuse_held(settings, days, stages)
+    nights = plan_nights(settings, days, stages, _say, NightOptions(**asked))
     if dry_run:
         found = [status.describe_plan(night, beam_args) for night in nights]
     else:
@@ -378,14 +381,14 @@ def audit(config: str, ds: dt.date, impressions: int, from_log: bool, json: bool
 @cli.command()
 @config_option
 @ds_option
-@click.option("--reason", default="rolled back", help="Why; whoever runs the day again is told.")
+@click.option("--reason", help="Why; whoever runs the day again is told. [default: rolled back]")
 @click.option(
     "--release", is_flag=True, help="Lift the hold instead, so that the day may be made again."
 )
 @dry_run_option
 @json_option
 def rollback(
-    config: str, ds: dt.date, reason: str, release: bool, dry_run: bool, json: bool
+    config: str, ds: dt.date, reason: str | None, release: bool, dry_run: bool, json: bool
 ) -> None:
     """Bring back the night of one day that was published before the present one, and hold it there.
 
@@ -397,10 +400,12 @@ def rollback(
     from pipelines.running import rollback as rollbacks
 
     settings = load_settings(config)
+    if release and reason:
+        raise click.UsageError("--release lifts a hold, which has its --reason already.")
     if release:
-        found = rollbacks.release(settings, ds, dry_run)
+        found = rollbacks.release(settings, ds, dry_run, _say)
     else:
-        found = rollbacks.roll_back(settings, ds, reason, dry_run, _say)
+        found = rollbacks.roll_back(settings, ds, reason or "rolled back", dry_run, _say)
     click.echo(dumps(found, indent=1) if json else rollbacks.render(found))
 
 

@@ -12,7 +12,7 @@ the pin that holds for ds; the night never fits either.
 
 import datetime as dt
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -110,31 +110,18 @@ def run_nights(
     refuses, where a day is on hold, and where another run is at the same tables.
     """
     settings, days = nights[0].settings, [night.ds for night in nights]
+    names = [stage.name for stage in nights[0].stages]
     options = {
-        s.name: beam_options.pipeline_options(settings.beam, s.name, beam_args)
-        for s in nights[0].stages
+        name: beam_options.pipeline_options(settings.beam, name, beam_args) for name in names
     }  # all are checked before the first stage runs
-    tables = [table for stage in nights[0].stages for table in stage.tables]
-    refuse_held = partial(records.refuse_held, settings.root, settings.feature_set, days, tables)
-    refuse_held()
-    folders = layout.lock_folders(settings.root, settings.feature_set, tables, days)
-    with locks.holding(folders, say) as held:
-        refuse_held()
-        nights = _up_to_date(nights, say)
-        started = time.time()
-        reports: list[dict[str, Any]] = [
-            {"ds": str(night.ds), "run_id": night.run_id, "counts": {}, "work": {}, "seconds": {}}
-            for night in nights
-        ]
-        for night, report in zip(nights, reports, strict=True):
-            report["counts"] |= _upstream_counts(night)
+    refuse_held(settings, days, names)
+    with locks.holding(_lock_folders(settings, days, names[:1]), say) as held:
+        refuse_held(settings, days, names)
         made: set[str] = set()
-        for stages in zip(*(night.stages for night in nights), strict=True):
-            before = time.monotonic()
-            made |= _make_and_judge(stages, reports, settings, options[stages[0].name], say, held)
-            seconds = round((time.monotonic() - before) / len(nights), 1)  # a day's share
-            for report in reports:
-                report["seconds"][stages[0].name] = seconds
+        started, reports = time.time(), None
+        while reports is None:
+            nights = _up_to_date(nights, say)
+            reports = _make_all(nights, options, made, say, held)
         for night, report in zip(nights, reports, strict=True):
             if all(stage.is_published() for stage in night.stages):
                 say(f"ds {night.ds}: already published from the same inputs, nothing to do")
@@ -145,12 +132,52 @@ def run_nights(
     return reports
 
 
+def refuse_held(settings: Settings, days: Sequence[dt.date], stages: Sequence[str]) -> None:
+    """Raises GateRefused where one of the days, as far as `stages` publish it, is on hold."""
+    tables = layout.tables_of(stages)
+    records.refuse_held(settings.root, settings.feature_set, days, tables)
+
+
+def _lock_folders(settings: Settings, days: Sequence[dt.date], stages: Sequence[str]) -> list[str]:
+    tables = layout.tables_of(stages)
+    return layout.lock_folders(settings.root, settings.feature_set, tables, days)
+
+
 def _up_to_date(nights: Sequence[Night], say: Callable[[str], None]) -> Sequence[Night]:
     """Returns the plans, made again where another run has published what they are built on."""
     while any(night.is_outdated() for night in nights):
         say("another run has published days that this one goes on from: planning again")
         nights = nights[0].again()
     return nights
+
+
+def _make_all(
+    nights: Sequence[Night], options: Mapping[str, Any], made: set[str],
+    say: Callable[[str], None], held: Locks,
+) -> list[dict[str, Any]] | None:  # fmt: skip
+    """Makes all stages that are not made yet; returns a report for each day.
+
+    Locks are taken as stages come to need them: other feature sets, which share the histories, need
+    not wait for images. Adds the run_ids of what it made to `made`. None where a plan turned out to
+    be outdated by then: what is made so far stays.
+    """
+    settings, days = nights[0].settings, [night.ds for night in nights]
+    reports: list[dict[str, Any]] = [
+        {"ds": str(night.ds), "run_id": night.run_id, "counts": {}, "work": {}, "seconds": {}}
+        for night in nights
+    ]
+    for night, report in zip(nights, reports, strict=True):
+        report["counts"] |= _upstream_counts(night)
+    for stages in zip(*(night.stages for night in nights), strict=True):
+        name, before = stages[0].name, time.monotonic()
+        taken = held.take(_lock_folders(settings, days, [name]))
+        if taken and any(night.is_outdated() for night in nights):
+            return None
+        made |= _make_and_judge(stages, reports, settings, options[name], say, held)
+        seconds = round((time.monotonic() - before) / len(nights), 1)  # a day's share
+        for report in reports:
+            report["seconds"][name] = seconds
+    return reports
 
 
 def _upstream_counts(night: Night) -> dict[str, int]:
@@ -176,6 +203,7 @@ def _make_and_judge(
     if old := [stage for stage, _ in refused if stage.run_id not in made]:
         for stage in old:
             say(f"{stage.name}: what an earlier run made of ds {stage.ds} is refused still")
+            held.check()
             making.reopen(stage)
         made |= making.make_missing(stages, options, say, held)
         refused = _refused(stages, reports, settings)

@@ -40,5 +40,5 @@ def parse_json(path: str, data: bytes) -> Any:
     except ValueError as error:
         raise DataContractError(
             f"{path} should be JSON but cannot be parsed ({error}). It was written by COURIER and "
-            "has since been damaged: restore it, or delete its folder and run the command again."
+            "has since been damaged: restore it, or delete that file, and run the command again."
         ) from error

@@ -29,7 +29,7 @@ FORBIDDEN = {errno.EACCES, errno.EPERM}
 # What a name is, or what a call is asked to do, does not change by waiting.
 _ANSWERS = NOT_THERE | {
     errno.EEXIST, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTEMPTY,
-    errno.EXDEV, errno.EMLINK, errno.EROFS, errno.EBADF,
+    errno.EXDEV, errno.EMLINK, errno.EBADF,
 }  # fmt: skip
 
 _forbidden_is_told: contextvars.ContextVar[bool] = contextvars.ContextVar("told", default=False)

@@ -37,6 +37,7 @@ from google.api_core import exceptions as api_errors
 from google.cloud.storage import Blob
 from google.cloud.storage.fileio import BlobReader
 
+from feature_jobs.schemas import CourierError
 from feature_jobs.store import faults
 from feature_jobs.store.faults import Changed
 from feature_jobs.store.gcs_client import (
@@ -51,6 +52,8 @@ from feature_jobs.store.protocol import FileInfo, Held, is_hidden
 
 LOCK_RENEW_SECONDS = 60.0
 LOCK_FREE_SECONDS = 300.0  # without renewal
+_RENEWED_AT_ONCE = 16
+_RELEASE_SECONDS = 5.0  # so long is a store that is away asked to take a lease back
 _CHUNK = 1 << 17  # read at once, at least: a seek within it costs nothing
 _LARGE_CHUNK = 1 << 24  # of a file that is read or written from end to end
 _LOCK = ".tmp-lock"  # readers look at no name that begins so
@@ -378,6 +381,7 @@ class _Lease:
         self._path = os.path.join(folder, _LOCK)
         self._generation = 0
         self._written = -math.inf  # when it was last begun to be written, by `_now`
+        self._busy, self._ended = threading.Lock(), False
 
     def take(self) -> bool:
         """Takes the lease if nobody holds it or its holder is gone; returns whether it is held."""
@@ -402,21 +406,31 @@ class _Lease:
             raise faults.lost(self._folder)
 
     def renew(self) -> None:
-        try:
-            self._write(self._generation)
-        except Changed:
-            _LOG.warning("Another process took over %s, which had not been renewed", self._path)
-            self._written = -math.inf
-            _RENEWAL.remove(self)
-        except Exception as error:  # noqa: BLE001 - it may still be renewed in time
-            _LOG.warning("%s could not be renewed: %s", self._path, error)
+        """Writes the lease anew, unless it was given back; what fails is warned of."""
+        with self._busy:
+            if self._ended:
+                return
+            try:
+                self._write(self._generation)
+            except Changed:
+                _LOG.warning("Another process took over %s, which had not been renewed", self._path)
+                self._written, self._ended = -math.inf, True
+            except Exception as error:  # noqa: BLE001 - it may still be renewed in time
+                _LOG.warning("%s could not be renewed: %s", self._path, error)
 
     def release(self) -> None:
+        """Gives the lease back; a store that is away frees it later, and hides no other error."""
+        with self._busy:
+            self._ended = True
         if os.getpid() != self._process:
             return  # a fork of the holder
         gone = (api_errors.PreconditionFailed, FileNotFoundError)
-        with contextlib.suppress(*gone), translating_errors(self._path):
-            _blob(self._path).delete(if_generation_match=self._generation, **retry_options())
+        patience = retry_options(min(_RELEASE_SECONDS, faults.RETRY_SECONDS))
+        try:
+            with contextlib.suppress(*gone), translating_errors(self._path):
+                _blob(self._path).delete(if_generation_match=self._generation, **patience)
+        except CourierError as error:
+            _LOG.warning("%s is not given back, and is free in a while: %s", self._path, error)
 
 
 class _Renewal:
@@ -428,6 +442,7 @@ class _Renewal:
         self._thread: threading.Thread | None = None
 
     def add(self, lease: _Lease) -> None:
+        """Renews a lease from now on."""
         with self._changing:
             self._leases.append(lease)
             if self._thread is None:
@@ -435,19 +450,22 @@ class _Renewal:
                 self._thread.start()
 
     def remove(self, lease: _Lease) -> None:
-        """Returns once the lease is not being renewed any more."""
+        """Renews a lease no more."""
         with self._changing:
-            if lease in self._leases:
+            if lease in self._leases:  # a fork of the holder has none
                 self._leases.remove(lease)
             self._changing.notify_all()
 
     def _renew_all(self) -> None:
-        with self._changing:
-            while self._leases:
+        while True:
+            with self._changing:
                 self._changing.wait_for(lambda: not self._leases, LOCK_RENEW_SECONDS)
-                for lease in list(self._leases):
-                    lease.renew()
-            self._thread = None
+                leases = list(self._leases)
+                if not leases:
+                    self._thread = None
+                    return
+            with ThreadPoolExecutor(min(len(leases), _RENEWED_AT_ONCE)) as pool:
+                list(pool.map(_Lease.renew, leases))  # of a long range there are many
 
 
 def _forget_leases() -> None:

@@ -68,14 +68,16 @@ def _without_credentials(error: Exception) -> OperatorError:
     )
 
 
-def retry_options() -> dict[str, Any]:
+def retry_options(seconds: float | None = None) -> dict[str, Any]:
     """Returns the options that say how long a call may take, and how long it is retried.
 
-    Every call may be retried: a repeated write has the same content, or a precondition.
+    Every call may be retried: a repeated write has the same content, or a precondition. `seconds`
+    is for how long, where that is not RETRY_SECONDS.
     """
     retry = DEFAULT_RETRY.with_delay(initial=faults.FIRST_WAIT_SECONDS, maximum=30, multiplier=2)
     retry = retry.with_predicate(_waited_for(time.monotonic()))
-    return {"retry": retry.with_timeout(faults.RETRY_SECONDS), "timeout": TIMEOUT}
+    patience = faults.RETRY_SECONDS if seconds is None else seconds
+    return {"retry": retry.with_timeout(patience), "timeout": TIMEOUT}
 
 
 def _waited_for(begun: float) -> Callable[[Exception], bool]:

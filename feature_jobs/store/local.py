@@ -152,12 +152,21 @@ class LocalStore:
     def _rename(self, source: str, target: str) -> None:
         os.replace(source, target)
 
+    @patient
     def write_bytes(self, path: str, data: bytes) -> None:
-        with self.atomic_writer(path) as file:
-            file.write(data)
+        folder, name = os.path.split(path)
+        temporary = os.path.join(folder, f".tmp-{uuid.uuid4().hex[:12]}-{name}")
+        os.makedirs(folder or ".", exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):  # no reader looks at what is left
+                os.unlink(temporary)
 
     def write_if_unchanged(self, path: str, data: bytes, expected: bytes | None) -> None:
-        with self.step(os.path.dirname(path)):
+        with self.step(os.path.dirname(path) or "."):
             try:
                 found = self.read_bytes(path)
             except FileNotFoundError:
@@ -225,10 +234,19 @@ class LocalStore:
         self._make_folder(folder)
         handle = self._open_folder(folder)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if not self._is_locked(folder, handle, wait):
+                raise BlockingIOError(errno.EWOULDBLOCK, "held by another process", folder)
             yield _Kept()
         finally:
             os.close(handle)
+
+    @patient
+    def _is_locked(self, folder: str, handle: int, wait: bool) -> bool:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        return True
 
     @patient
     def _open_folder(self, folder: str) -> int:

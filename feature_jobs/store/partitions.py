@@ -37,12 +37,6 @@ _ROW_GROUP_ROWS = 32_768
 _RECEIPT_READERS = 16
 
 
-# ---- JSON and identities -------------------------------------------------------------------
-
-
-# ---- Arrow and numpy -----------------------------------------------------------------------
-
-
 # ---- Parts ---------------------------------------------------------------------------------
 
 
@@ -257,6 +251,3 @@ def cluster_numbers(
     columns = {label: cluster_column(label) for label in labels}
     rows = features.read_shard(shard, shards, "item_id", ["item_id", *columns.values()])
     return {label: lookup(ids, rows, column) for label, column in columns.items()}
-
-
-# ---- What workers tell the launcher ----------------------------------------------------------

@@ -21,10 +21,8 @@ from feature_jobs.schemas import (
 )
 from feature_jobs.store import documents, hashing, partitions
 from pipelines.planning.day_plan import DayPlan
+from pipelines.running.layout import CHUNK_FOLDER
 from pipelines.running.stage import PACKAGE_VERSIONS, Stage
-
-CHUNK_FOLDER = "chunks-"  # + digest: beside the folders of runs, the chunk files that they share
-
 
 # ---- EMBED -----------------------------------------------------------------------------------
 

@@ -9,9 +9,9 @@ from typing import Any
 from feature_jobs.schemas import ITEM_FEATURES, MAIN, TABLES, TRAINING_ROWS, USER_SIMSCORES
 from feature_jobs.store import files, partitions
 from pipelines.config import Settings
-from pipelines.planning.items import CHUNK_FOLDER
 from pipelines.planning.yesterday import stale_days
 from pipelines.running import beam_options, layout, records
+from pipelines.running.layout import CHUNK_FOLDER
 from pipelines.running.stage import Night, Stage
 
 # ---- What lies on disk ---------------------------------------------------------------------
@@ -48,11 +48,21 @@ def collect(settings: Settings) -> dict[str, Any]:
             for ds, found in sorted(days.items())
         },
         "held": {
-            str(ds): {"since": hold["since"], "reason": hold["reason"]}
+            str(ds): {
+                "since": hold["since"],
+                "reason": hold["reason"],
+                "rolled_back": records.is_rolled_back(
+                    hold, settings.root, settings.feature_set, ds
+                ),
+            }
             for ds, hold in records.held_days(settings.root, settings.feature_set).items()
         },
         "stale": {ds: str(after) for ds, after in stale_days(settings).items()},
-        "staged": _staged(os.path.join(settings.root, "_staging", settings.feature_set)),
+        "staged": [
+            run
+            for top in (settings.feature_set, "shared")
+            for run in _staged(os.path.join(settings.root, "_staging", top))
+        ],
     }
 
 
@@ -88,19 +98,32 @@ def render(found: dict[str, Any]) -> str:
         )
         lines.append(f"{ds:10}  {_night_of(day):7}  {rows}")
     lines += _clusters(found["days"])
-    lines += [
-        f"on hold: {ds}, rolled back at {hold['since']} ({hold['reason']}); `courier rollback --ds "
-        f"{ds} --release` lets it be made again"
-        for ds, hold in found["held"].items()
-    ]
+    lines += [_hold(ds, hold) for ds, hold in found["held"].items()]
     lines += _stale(found)
-    lines += [f"unfinished: {run} (the same command resumes it)" for run in found["staged"]]
+    lines += [
+        f"unfinished: {run} (the same command resumes it)"
+        for run in found["staged"]
+        if not any(f" ds={ds} " in run for ds in found["held"])
+    ]
     for pin in found["pins"]:
         lines.append(
             f"pin from {pin['from_ds']}: encoder {os.path.basename(pin['encoder'])}, codebook "
             f"{os.path.basename(pin['codebook']) if pin['codebook'] else 'none'}"
         )
     return "\n".join(lines)
+
+
+def _hold(ds: str, hold: Mapping[str, Any]) -> str:
+    """Returns what is said of a day on hold, and what there is to do about it."""
+    if not hold["rolled_back"]:
+        return (
+            f"on hold: {ds}, whose rollback has not ended ({hold['reason']}); `courier rollback "
+            f"--ds {ds}` goes on with it"
+        )
+    return (
+        f"on hold: {ds}, rolled back at {hold['since']} ({hold['reason']}); `courier rollback --ds "
+        f"{ds} --release` lets it be made again"
+    )
 
 
 def _stale(found: Mapping[str, Any]) -> list[str]:

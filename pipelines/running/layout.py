@@ -10,13 +10,15 @@ from feature_jobs.schemas import (
     ITEM_FEATURES,
     ITEM_REJECTS,
     RECENT_CLICKS,
+    TABLES,
     TRAINING_ROWS,
     USER_HISTORIES,
     USER_SIMSCORES,
+    InputNotReady,
     Table,
 )
 from feature_jobs.store import files, partitions
-from feature_jobs.store.partitions import Partition
+from feature_jobs.store.partitions import MANIFEST, Partition
 
 # The stages that make each table, by families of tables that are locked together, in the order in
 # which their locks are taken.
@@ -34,6 +36,8 @@ _FAMILIES = {
     "training": {TRAINING_ROWS.name: "training-rows"},
 }
 
+CHUNK_FOLDER = "chunks-"  # + digest: beside the folders of runs, the chunk files that they share
+
 
 @dataclass(frozen=True)
 class Place:
@@ -50,7 +54,7 @@ class Place:
 def staging_folder(root: str, feature_set: str, name: str, ds: dt.date, run_id: str) -> str:
     """Returns where a run writes, out of readers' sight.
 
-    Each feature set has its own, so that they never meet half-way.
+    Each feature set has its own, so that they never meet half-way, and so have tables they share.
     """
     return os.path.join(root, "_staging", feature_set, name, f"ds={ds}", run_id)
 
@@ -58,7 +62,7 @@ def staging_folder(root: str, feature_set: str, name: str, ds: dt.date, run_id: 
 def staging_of(root: str, feature_set: str, table: Table, ds: dt.date, run_id: str) -> str:
     """Returns the staging folder of a run of the stage that makes `table`."""
     (stage,) = (members[table.name] for members in _FAMILIES.values() if table.name in members)
-    return staging_folder(root, feature_set, stage, ds, run_id)
+    return staging_folder(root, _top(feature_set, table), stage, ds, run_id)
 
 
 def place_of(root: str, feature_set: str, table: Table, ds: dt.date) -> Place:
@@ -81,14 +85,27 @@ def lock_folders(
 ) -> list[str]:
     """Returns what is to be locked to write `tables` of `days`, in the one order of all commands.
 
-    Days ascend, so that two commands never wait for each other.
+    Families come one after the other, as their stages do, and in each its days ascend: so two
+    commands never wait for each other.
     """
     return [
         os.path.join(root, top, "_locks", family, f"ds={ds}")
-        for ds in sorted(days)
         for family, members in _FAMILIES.items()
+        for ds in sorted(days)
         for top in sorted({_top(feature_set, t) for t in tables if t.name in members})
     ]
+
+
+def is_shared(folder: str) -> bool:
+    """Returns whether a folder of `lock_folders` is that of tables other feature sets share."""
+    top = os.path.dirname(os.path.dirname(os.path.dirname(folder)))
+    return os.path.basename(top) == "shared"
+
+
+def tables_of(stages: Sequence[str]) -> list[Table]:
+    """Returns the tables that these stages make."""
+    made_by = {name: stage for members in _FAMILIES.values() for name, stage in members.items()}
+    return [TABLES[name] for name, stage in made_by.items() if stage in stages]
 
 
 def night_path(root: str, feature_set: str, ds: dt.date) -> str:
@@ -136,10 +153,22 @@ def latest_before(
 ) -> tuple[Partition, ...]:
     """Returns the partitions of the newest day before ds that has all of the `wanted` tables.
 
-    Those of several days do not go together. Empty where the world begins.
+    Those of several days do not go together. Empty where the world begins. Raises InputNotReady
+    where that day is being published anew just now: an older one would be taken in its place.
     """
     for day in reversed(begun_days(root, feature_set, wanted[0])):
         folders = [table_folder(root, feature_set, table, day) for table in wanted]
-        if day < ds and all(map(partitions.is_published, folders)):
-            return tuple(map(partitions.open_published, folders))
+        if day >= ds:
+            continue
+        found = [
+            partition for folder in folders if (partition := partitions.find_published(folder))
+        ]
+        if len(found) == len(wanted):
+            return tuple(found)
+        if all(files.exists(os.path.join(folder, MANIFEST)) for folder in folders):
+            raise InputNotReady(
+                f"ds {ds} goes on from ds {day}, whose {wanted[0].name} are being published anew "
+                "just now, or were when a run of that day died. Run this command again when that "
+                f"has ended, or `courier refresh --ds {day}` to end it."
+            )
     return ()

@@ -6,49 +6,56 @@ what keeps readers safe: a holder may lose a lease without noticing, and publish
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from feature_jobs.schemas import CourierError
 from feature_jobs.store import files
 from feature_jobs.store.files import Held
+from pipelines.running.layout import is_shared
 
 _LATER = ", or within five minutes where that was killed on another machine"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Locks:
-    """Holds the locks of one run; none of them where nothing can take them away."""
+    """Holds the locks of one run, by folder; with none of them, nothing can be lost."""
 
-    held: tuple[Held, ...] = ()
+    say: Callable[[str], None] = lambda _: None
+    _held: dict[str, Held] = field(default_factory=dict)
+    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def take(self, folders: Sequence[str]) -> bool:
+        """Takes those of `folders` that are not held yet, in this order; returns whether any was.
+
+        Those below `shared` belong to other feature sets too, and are waited for. Raises
+        CourierError at once where another run of this feature set is at the same tables.
+        """
+        missing = [folder for folder in folders if folder not in self._held]
+        for folder in missing:
+            self._held[folder] = self._take(folder)
+        return bool(missing)
+
+    def _take(self, folder: str) -> Held:
+        try:
+            return self._stack.enter_context(files.lock(folder))
+        except BlockingIOError as error:
+            if not is_shared(folder):
+                raise _busy(folder) from error
+        self.say(f"another run is at the tables of {folder}: waiting until it has ended")
+        return self._stack.enter_context(files.lock(folder, wait=True))
 
     def check(self) -> None:
         """Raises CourierError where a lock may have been lost: nothing more may be written."""
-        for lock in self.held:
+        for lock in self._held.values():
             lock.check()
 
 
 @contextlib.contextmanager
 def holding(folders: Sequence[str], say: Callable[[str], None]) -> Iterator[Locks]:
-    """Holds all of `folders`, taken in this order, until the block ends.
-
-    Those below `shared` belong to other feature sets too, and are waited for. Raises CourierError
-    at once where another run of this feature set is at the same tables.
-    """
+    """Holds `folders`, and what is taken besides, until the block ends; raises as `Locks.take`."""
     with contextlib.ExitStack() as stack:
-        yield Locks(tuple(stack.enter_context(_hold(folder, say)) for folder in folders))
-
-
-@contextlib.contextmanager
-def _hold(folder: str, say: Callable[[str], None]) -> Iterator[Held]:
-    is_shared = "/shared/_locks/" in folder
-    with contextlib.ExitStack() as stack:
-        try:
-            held = stack.enter_context(files.lock(folder))
-        except BlockingIOError as error:
-            if not is_shared:
-                raise _busy(folder) from error
-            say(f"another run is at the tables of {folder}: waiting until it has ended")
-            held = stack.enter_context(files.lock(folder, wait=True))
+        held = Locks(say, {}, stack)
+        held.take(folders)
         yield held
 
 

@@ -26,6 +26,7 @@ def make_missing(
 
     Each row of consecutive days is one job.
     """
+    locks.check()
     for stage in stages:
         if stage.forced:
             force(stage)

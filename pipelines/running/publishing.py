@@ -1,11 +1,10 @@
 """Publishes what was made, so that no reader ever takes a mixture, whoever dies or meets whom.
 
 A partition is published in five steps: `_SUCCESS` goes; the new files come, under names that carry
-the version; the manifest changes, by compare-and-swap; the files that the manifest before named
-are put away to `_versions`; `_SUCCESS` comes back, with the new manifest's digest. A reader
-through the manifest, or one that reads `_SUCCESS` (which must name the manifest) before and after
-the files, sees one version whole, or "not ready", or a missing file, and never a mixture. A version
-that comes once more carries the number of its `publication`, so that no `_SUCCESS` comes twice.
+the version; the manifest changes, by compare-and-swap; the files of the version before are put
+away to `_versions`; `_SUCCESS` comes back, with the new manifest's digest. A reader through the
+manifest, or one that reads `_SUCCESS` (which must name the manifest) before and after the files,
+sees one version whole, or "not ready", or a missing file, and never a mixture.
 
 *Fenced.* A writer may be asleep at any moment and wake when another has published. So each step
 first looks whether the manifest is still the one that the writer knows, and else touches nothing.
@@ -15,11 +14,13 @@ were seen, by generation, before the manifest was looked at, and are always writ
 `_SUCCESS` is written by its own generation; and whoever has changed the manifest deletes what
 others had staged for the partition, so that a copy which is on its way finds no source.
 
-*Killed* at any point, the same run finishes it: each step is skipped where it is done, and nothing
-is "published" before the old files are away.
+*Claimed.* Before the first file comes in, the manifest that stands changes too: the number of its
+`publication` goes up. A `_SUCCESS` that another writer has on its way names a manifest then that
+is there no more, and none is ever written twice.
 
-Not covered: two writers of one partition in a bucket that are both awake, one of them without its
-lease: a reader by `_SUCCESS` may then meet a file of the other for as long as one request takes.
+*Killed* at any point, the same run finishes it: each step is skipped where it is done, and nothing
+is "published" before the old files are away. A part that no manifest ever named was left by a run
+that died, and is deleted: what it was copied from is still staged, or will be made again.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ from typing import Any, TypeVar
 
 from feature_jobs.schemas import CourierError
 from feature_jobs.store import files, partitions
-from feature_jobs.store.documents import to_json
+from feature_jobs.store.documents import parse_json, to_json
 from feature_jobs.store.files import FileInfo
 from feature_jobs.store.partitions import MANIFEST, STAGED, SUCCESS, Partition, version_of
 from pipelines.running import layout, records
@@ -45,7 +46,8 @@ from pipelines.running.stage import Night, Stage
 
 T = TypeVar("T")
 
-_AT_ONCE = 32  # files that one step brings in or puts away
+_AT_ONCE = 64  # files that one step brings in or puts away
+_TRIES = 5
 _PART = r"part-\d+-of-\d+-([0-9a-f]+)\.parquet"
 
 
@@ -62,22 +64,34 @@ def publish_night(night: Night, locks: Locks) -> None:
     path = layout.night_path(root, feature_set, night.ds)
     waiting = [(stage, publications(stage, locks)) for stage in night.stages]
     found = files.read_if_there(path)
+    before = parse_json(path, found) if found else None
     for stage, tables in waiting:
-        for publication in tables:
-            publication.run()
-        locks.check()
-        files.delete_tree(os.path.dirname(stage.staging))  # and what other runs of ds left behind
-    before = json.loads(found) if found else None
+        for table in tables:
+            table.run()
+        _tidy_up(stage, bool(tables), locks)
     if not night.is_whole and not (before and _goes_into(night, before)):
         return
     folders = [stage.folder(table) for stage in night.stages for table in stage.tables]
     if before:
         folders += [os.path.join(root, entry["path"]) for entry in before["tables"].values()]
     parts = [_still_published(folder) for folder in dict.fromkeys(folders)]
-    earlier = before and {**before, "before": None}  # one step back is kept, not all
-    record = records.night_record(root, feature_set, night.ds, parts, earlier)
+    record = records.night_record(root, feature_set, night.ds, parts, before)
     if before is None or before["tables"] != record["tables"]:
         write_record(path, to_json(record), found, locks)
+
+
+def _tidy_up(stage: Stage, has_published: bool, locks: Locks) -> None:
+    """Deletes what a stage had staged; and what other runs of ds left, if it has published.
+
+    A run that found nothing to do must not take the work of another that was refused.
+    """
+    top, mine = os.path.split(stage.staging)
+    left = files.list_names(top) if has_published else [mine]
+    locks.check()  # after the look: what another run stages from now on is none of it
+    for name in left:
+        files.delete_tree(os.path.join(top, name))
+    if not files.list_names(top):
+        files.delete_tree(top)
 
 
 def _still_published(folder: str) -> Partition:
@@ -119,6 +133,8 @@ def publications(stage: Stage, locks: Locks) -> list["Publication"]:
     """Returns what is to be done to publish the tables of a staged stage; nothing if they are."""
     if stage.is_published():
         return []
+    if stage.forced:
+        stage.note_publishing()
     found = []
     for table in stage.tables:
         place = stage.place(table)
@@ -128,18 +144,18 @@ def publications(stage: Stage, locks: Locks) -> list["Publication"]:
     return found
 
 
-def publication(staged: str, place: Place, found: bytes | None, locks: Locks) -> "Publication":
-    """Returns the publication of what the folder `staged` holds, over the manifest `found`.
+def publication(staged: str, place: Place, replaces: bytes | None, locks: Locks) -> "Publication":
+    """Returns the publication of what the folder `staged` holds, over the manifest `replaces`.
 
     The staged files stay readable until the caller deletes them. Raises CourierError where another
-    run has deleted them since `found` was read.
+    run has deleted them since `replaces` was read.
     """
     partition = partitions.find_staged(staged)
     if partition is None:
         raise superseded(place.folder)
     manifest = versioned(partition.manifest)
     sources = dict(zip([f["name"] for f in manifest["files"]], partition.paths, strict=True))
-    return Publication(manifest, sources, staged, place, found, locks)
+    return Publication(manifest, sources, staged, place, replaces, locks)
 
 
 def versioned(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,23 +173,23 @@ def versioned(manifest: Mapping[str, Any]) -> dict[str, Any]:
 class Publication:
     """Describes one version of a partition on its way to readers.
 
-    `sources` are its files by name, below the folder `staged`; `found` is the manifest that it is
-    to replace, None for a first publication.
+    `sources` are its files by name, below the folder `staged`; `replaces` is the manifest that it
+    is to replace, None for a first publication.
     """
 
     manifest: Mapping[str, Any]
     sources: Mapping[str, str]
     staged: str
     place: Place
-    found: bytes | None
+    replaces: bytes | None
     locks: Locks
 
     def run(self) -> None:
-        """Publishes it, or finishes that; raises CourierError where `found` is not there any more.
+        """Publishes it, or finishes that; raises CourierError where another run has come first.
 
         Publishing again what is published changes nothing.
         """
-        if _version_in(self.found) != self.manifest["version"]:
+        if self._version_in(self.replaces) != self.manifest["version"]:
             data = self._replace()
         elif partitions.is_published(self.place.folder):
             return
@@ -190,6 +206,13 @@ class Publication:
     def _success_path(self) -> str:
         return os.path.join(self.place.folder, SUCCESS)
 
+    def _version_in(self, manifest: bytes | None) -> str | None:
+        return None if manifest is None else str(self._parsed(manifest)["version"])
+
+    def _parsed(self, manifest: bytes) -> dict[str, Any]:
+        found: dict[str, Any] = parse_json(self._manifest_path, manifest)
+        return found
+
     @contextlib.contextmanager
     def _step(self, expected: bytes | None) -> Iterator[None]:
         """Goes into the block only while the manifest is `expected` (None: while there is none)."""
@@ -202,32 +225,53 @@ class Publication:
     # -- Until the manifest changes --
 
     @contextlib.contextmanager
-    def _step_towards(self) -> Iterator[None]:
-        """Goes into the block only while `found` stands, and what is staged has its sources."""
-        with self._step(self.found):
-            # Who brought the version that stands back meanwhile has left the manifest as it was.
+    def _step_towards(self, expected: bytes | None) -> Iterator[None]:
+        """Goes into the block only while `expected` stands, and what is staged has its sources."""
+        with self._step(expected):
+            # Whoever finished what stands, meanwhile, has left the manifest as it was.
             if not files.exists(os.path.join(self.staged, STAGED)):
                 raise superseded(self.place.folder)
             yield
 
     def _replace(self) -> bytes:
         """Brings the files in and changes the manifest; returns the new one."""
-        parent = _version_in(self.found)
-        if self.found is not None:
-            with self._step_towards():
-                files.write_bytes(self._kept_manifest(str(parent)), self.found)
+        claimed = self._claim()
         for names in _batches(self.sources):
-            self._retract()  # a writer that this one overtook may have brought it back
-            with self._step_towards():
+            # Looked at before the manifest: another writer may have brought it back.
+            success = self._seen_success()
+            with self._step_towards(claimed):
+                if success:
+                    files.delete_seen(success)
                 self._bring_in(names)
         manifest = {k: v for k, v in self.manifest.items() if k != "publication"}
-        manifest["parent_version"] = parent
-        if times := self._times_replaced():
+        manifest["parent_version"] = self._version_in(self.replaces)
+        if times := self._times_replaced(self.manifest["version"]):
             manifest["publication"] = times + 1
         data = _manifest_bytes(manifest)
-        with self._step_towards():
-            self._swap(self._manifest_path, data, self.found)
+        with self._step_towards(claimed):
+            self._swap(self._manifest_path, data, claimed)
         return data
+
+    def _claim(self) -> bytes | None:
+        """Takes `_SUCCESS` away, and makes the manifest that stands another one; returns that.
+
+        The kept one comes first: it counts how often the version was, or was about to be, replaced.
+        """
+        if self.replaces is None:
+            return None
+        if success := self._seen_success():
+            with self._step_towards(self.replaces):
+                files.delete_seen(success)
+        old = self._parsed(self.replaces)
+        if files.read_if_there(self._kept_manifest(old["version"])) == self.replaces:
+            return self.replaces  # claimed before, by a run that died: nobody announces that
+        times = max(old.get("publication", 1), self._times_replaced(old["version"]))
+        claimed = _manifest_bytes({**old, "publication": times + 1})
+        with self._step_towards(self.replaces):
+            files.write_bytes(self._kept_manifest(old["version"]), claimed)
+        with self._step_towards(self.replaces):
+            self._swap(self._manifest_path, claimed, self.replaces)
+        return claimed
 
     def _renew(self) -> bytes:
         """Returns the manifest that names this version already, though it is not announced.
@@ -235,9 +279,8 @@ class Publication:
         It changes where another writer had begun to replace it: the same `_SUCCESS` must never come
         twice, or a reader that saw it before and after would trust what came in between.
         """
-        found = self.found or b""
-        manifest = json.loads(found)
-        times = self._times_replaced()
+        found = self.replaces or b""
+        manifest, times = self._parsed(found), self._times_replaced(self.manifest["version"])
         if manifest.get("publication", 1) > times:
             return found
         data = _manifest_bytes({**manifest, "publication": times + 1})
@@ -245,20 +288,19 @@ class Publication:
             self._swap(self._manifest_path, data, found)
         return data
 
-    def _times_replaced(self) -> int:
-        """Returns how often this version was published and replaced, or was about to be."""
-        kept = files.read_if_there(self._kept_manifest(self.manifest["version"]))
-        return 0 if kept is None else int(json.loads(kept).get("publication", 1))
+    def _times_replaced(self, version: str) -> int:
+        """Returns how often a version was published and replaced, or was about to be."""
+        kept = files.read_if_there(self._kept_manifest(version))
+        return 0 if kept is None else int(self._parsed(kept).get("publication", 1))
 
     def _kept_manifest(self, version: str) -> str:
         return os.path.join(self.place.kept, version, MANIFEST)
 
-    def _retract(self) -> None:
-        """Takes `_SUCCESS` away, as it was seen before the manifest was looked at."""
-        with contextlib.suppress(FileNotFoundError):
-            seen = files.stat(self._success_path)
-            with self._step_towards():
-                files.delete_seen(seen)
+    def _seen_success(self) -> FileInfo | None:
+        try:
+            return files.stat(self._success_path)
+        except FileNotFoundError:
+            return None
 
     def _bring_in(self, names: Sequence[str]) -> None:
         try:
@@ -279,8 +321,7 @@ class Publication:
 
     def _put_away_others(self, data: bytes) -> None:
         """Leaves in the folder the files that the manifest `data` names, and all of them."""
-        with self._step(data):
-            self._delete_rivals()
+        self._delete_rivals(data)
         lies_there = {
             os.path.basename(file.path): file
             for file in files.glob(os.path.join(self.place.folder, "part-*.parquet"))
@@ -295,18 +336,22 @@ class Publication:
             with self._step(data):
                 _all_at_once(partial(self._put_away, kept), some)
 
-    def _delete_rivals(self) -> None:
-        """Deletes what other runs staged for this partition, so that none of it can come in."""
+    def _delete_rivals(self, data: bytes) -> None:
+        """Deletes what other runs staged for this partition, so that none of it can come in.
+
+        Listed before the manifest is looked at: what a later writer stages is none of it.
+        """
         run, table = os.path.split(self.staged)
         top, mine = os.path.split(run)
-        for other in files.list_names(top):
-            if other != mine:
-                files.delete_tree(os.path.join(top, other, table))
+        rivals = [name for name in files.list_names(top) if name != mine]
+        with self._step(data):
+            for name in rivals:
+                files.delete_tree(os.path.join(top, name, table))
 
     def _kept_names(self, versions: Iterable[str]) -> set[str]:
         """Returns the names of all files of earlier versions; one never published has none."""
         manifests = [files.read_if_there(self._kept_manifest(version)) for version in versions]
-        return {file["name"] for data in manifests if data for file in json.loads(data)["files"]}
+        return {file["name"] for data in manifests if data for file in self._parsed(data)["files"]}
 
     def _put_away(self, kept: set[str], file: FileInfo) -> None:
         """Moves a file of an earlier version, one of `kept`, to where that is kept.
@@ -320,16 +365,27 @@ class Publication:
             try:
                 files.link(file.path, os.path.join(self.place.kept, version, name))
             except FileNotFoundError:
+                if files.exists(file.path):
+                    raise
                 return  # another run was at it, too
         files.delete_seen(file)
 
     def _announce(self, data: bytes) -> None:
-        """Writes `_SUCCESS`, unless another writer has put it there since it was looked at."""
-        found = files.read_if_there(self._success_path)
+        """Writes `_SUCCESS`, in place of one that names another manifest than what stands.
+
+        One that comes in between is looked at again: it is that of a writer that was overtaken, or
+        of one that has overtaken this one.
+        """
         success = (hashlib.sha256(data).hexdigest() + "\n").encode()
-        with self._step(data):
-            if found != success:
-                self._swap(self._success_path, success, found)
+        for _ in range(_TRIES):
+            found = files.read_if_there(self._success_path)
+            with self._step(data):
+                if found == success:
+                    return
+                with contextlib.suppress(files.Changed):
+                    files.write_if_unchanged(self._success_path, success, found)
+                    return
+        raise superseded(self.place.folder)
 
 
 def _batches(some: Iterable[T]) -> Iterator[list[T]]:
@@ -356,10 +412,6 @@ def _version_of_part(file: FileInfo) -> str | None:
 
 def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
     return json.dumps(manifest, indent=1).encode() + b"\n"
-
-
-def _version_in(manifest: bytes | None) -> str | None:
-    return None if manifest is None else str(json.loads(manifest)["version"])
 
 
 def superseded(path: str) -> CourierError:

@@ -21,7 +21,10 @@ def night_record(
     parts: Sequence[Partition],
     before: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Returns which version of each table together is the night of ds, and which were before."""
+    """Returns which version of each table together is the night of ds, and which were before.
+
+    `before` is the record that stands there now.
+    """
     entries = {
         p.manifest["table"]: {
             "path": os.path.relpath(p.folder, root),
@@ -31,7 +34,12 @@ def night_record(
         }
         for p in parts
     }
-    return {"ds": str(ds), "feature_set": feature_set, "tables": entries, "before": before}
+    record = {"ds": str(ds), "feature_set": feature_set, "tables": entries, "before": None}
+    if before is None:
+        return record
+    if own_versions(before) == own_versions(record):
+        return {**before, "tables": entries}  # shared tables alone changed: the way back stays
+    return {**record, "before": {**before, "before": None}}  # one step back is kept, not all
 
 
 def read_night(root: str, feature_set: str, ds: dt.date) -> dict[str, Any] | None:
@@ -50,6 +58,14 @@ def is_whole(record: Mapping[str, Any], root: str) -> bool:
     return all(
         partitions.published_version(os.path.join(root, entry["path"])) == entry["version"]
         for entry in record["tables"].values()
+    )
+
+
+def own_tables_stand(record: Mapping[str, Any], root: str) -> bool:
+    """Returns whether the tables that no other feature set shares are what a record names."""
+    return all(
+        partitions.published_version(os.path.join(root, record["tables"][name]["path"])) == version
+        for name, version in own_versions(record).items()
     )
 
 
@@ -76,6 +92,13 @@ def held_days(root: str, feature_set: str) -> dict[dt.date, dict[str, Any]]:
     days = [day for day in map(date_of, files.list_names(folder)) if day]
     found = {day: read_hold(root, feature_set, day) for day in days}
     return {day: hold for day, hold in found.items() if hold}
+
+
+def is_rolled_back(hold: Mapping[str, Any], root: str, feature_set: str, ds: dt.date) -> bool:
+    """Returns whether the night that a hold names is what is published and recorded."""
+    record = read_night(root, feature_set, ds)
+    named = record is not None and own_versions(record) == own_versions(hold["record"])
+    return named and own_tables_stand(hold["record"], root)
 
 
 def refuse_held(

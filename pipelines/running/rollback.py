@@ -5,11 +5,12 @@ scheduler's retry, from publishing what was rejected. It names the versions that
 so that the command can be killed anywhere and typed again, and never goes the other way.
 """
 
+import contextlib
 import datetime as dt
-import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,25 +20,25 @@ from feature_jobs.store.documents import parse_json, to_json, write_json
 from feature_jobs.store.partitions import MANIFEST, STAGED
 from pipelines.config import Settings
 from pipelines.running import layout, locks, records
-from pipelines.running.layout import Place
+from pipelines.running.layout import CHUNK_FOLDER, Place
 from pipelines.running.locks import Locks
 from pipelines.running.publishing import publication, superseded, write_record
 
-_READERS = 16
+_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class Version:
     """Describes a version that comes back, as it lies there.
 
-    `paths` are its files by name, `found` is the manifest that it is to replace.
+    `paths` are its files by name, `replaces` is the manifest that stands in its place.
     """
 
     table: Table
     place: Place
     manifest: Mapping[str, Any]
     paths: Mapping[str, str]
-    found: bytes | None
+    replaces: bytes | None
 
     @property
     def name(self) -> str:
@@ -53,41 +54,9 @@ class Rollback:
     ds: dt.date
     reason: str
     record: dict[str, Any]  # of the night that comes back
-    found: bytes | None  # the record that stands there now
+    replaces: bytes | None  # the record that stands there now
     versions: tuple[Version, ...]
     hold: dict[str, Any] | None  # that stands there already
-
-    @property
-    def is_done(self) -> bool:
-        """Returns whether an earlier rollback of this day did it all."""
-        published = (partitions.published_version(v.place.folder) for v in self.versions)
-        names = [version.name for version in self.versions]
-        return self.hold is not None and self.is_recorded and list(published) == names
-
-    @property
-    def is_recorded(self) -> bool:
-        """Returns whether the record that stands there names the versions that come back."""
-        now = None if self.found is None else json.loads(self.found)
-        return now is not None and records.own_versions(now) == records.own_versions(self.record)
-
-    def told(self, action: str) -> dict[str, Any]:
-        """Returns what the command says: what it did, and which versions come back."""
-        root = self.settings.root
-        return {
-            "ds": str(self.ds),
-            "feature_set": self.settings.feature_set,
-            "action": action,
-            "reason": self.reason,
-            "tables": {
-                version.table.name: {
-                    "path": os.path.relpath(version.place.folder, root),
-                    "version": version.name,
-                    "rows": version.manifest["rows"],
-                    "files": len(version.paths),
-                }
-                for version in self.versions
-            },
-        }
 
 
 # ---- Planning ----------------------------------------------------------------------------------
@@ -107,7 +76,7 @@ def plan_rollback(settings: Settings, ds: dt.date, reason: str) -> Rollback:
     hold = records.read_hold(root, feature_set, ds)
     if hold:
         wanted = hold["record"]
-    elif record and records.is_whole(record, root):
+    elif record and records.own_tables_stand(record, root):
         wanted = _turned(record)
     else:  # a publication that was never finished: back to the night that it would have replaced
         wanted = record
@@ -150,7 +119,7 @@ def _find(settings: Settings, ds: dt.date, table: Table, version: str) -> Versio
             f"The version {version} of {table.name} of ds {ds}, which the night before consists "
             f"of, is not kept any more: there is no {kept}. What is published stays as it is."
         )
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
         paths = pool.map(lambda file: _intact(file, (kept, place.folder)), manifest["files"])
         return Version(table, place, manifest, dict(paths), found)
 
@@ -160,11 +129,10 @@ def _intact(file: Mapping[str, Any], folders: tuple[str, ...]) -> tuple[str, str
     damaged = ""
     for folder in folders:
         path = os.path.join(folder, file["name"])
-        if not files.exists(path):
-            continue
-        if files.stat(path).size == file["bytes"] and files.sha256(path) == file["sha256"]:
-            return file["name"], path
-        damaged = f" (at {path} there is another content)"
+        with contextlib.suppress(FileNotFoundError):
+            if files.stat(path).size == file["bytes"] and files.sha256(path) == file["sha256"]:
+                return file["name"], path
+            damaged = f" (at {path} there is another content)"
     raise DataContractError(
         f"{file['name']} of the night before is missing or damaged below {folders[0]}{damaged}. "
         "Bringing that night back would lose rows, so what is published stays as it is. Restore "
@@ -182,17 +150,32 @@ def roll_back(
 
     Raises as `plan_rollback` does, and CourierError where another run is at the same tables.
     """
+    if done := _done_before(settings, ds):
+        return done
     if dry_run:
         plan = plan_rollback(settings, ds, reason)
-        return plan.told("is rolled back already" if plan.is_done else "would be published again")
-    own = [table for table in TABLES.values() if not table.shared]
-    folders = layout.lock_folders(settings.root, settings.feature_set, own, [ds])
-    with locks.holding(folders, say) as held:
+        return _told(settings, ds, "would be published again", plan.reason, plan.record)
+    with _holding(settings, ds, say) as held:
+        if done := _done_before(settings, ds):
+            return done
         plan = plan_rollback(settings, ds, reason)
-        if plan.is_done:
-            return plan.told("is rolled back already")
         carry_out(plan, held, dt.datetime.now(dt.UTC))
-    return plan.told("is published again")
+    return _told(settings, ds, "is published again", plan.reason, plan.record)
+
+
+def _holding(
+    settings: Settings, ds: dt.date, say: Callable[[str], None]
+) -> AbstractContextManager[Locks]:
+    own = [table for table in TABLES.values() if not table.shared]
+    return locks.holding(layout.lock_folders(settings.root, settings.feature_set, own, [ds]), say)
+
+
+def _done_before(settings: Settings, ds: dt.date) -> dict[str, Any] | None:
+    """Returns what is told where an earlier rollback of the day did it all, else None."""
+    hold = records.read_hold(settings.root, settings.feature_set, ds)
+    if not hold or not records.is_rolled_back(hold, settings.root, settings.feature_set, ds):
+        return None
+    return _told(settings, ds, "is rolled back already", hold["reason"], hold["record"])
 
 
 def carry_out(plan: Rollback, held: Locks, now: dt.datetime) -> None:
@@ -210,8 +193,9 @@ def carry_out(plan: Rollback, held: Locks, now: dt.datetime) -> None:
         write_record(hold, to_json(told), None, held)
     # The time makes it another record than any before: a writer that waits with its own finds out.
     record = to_json({**plan.record, "rolled_back": since})
+    held.check()
     try:
-        files.write_if_unchanged(layout.night_path(root, feature_set, ds), record, plan.found)
+        files.write_if_unchanged(layout.night_path(root, feature_set, ds), record, plan.replaces)
     except files.Changed as error:
         if plan.hold is None:  # it would name a night that is not the one before any more
             files.delete(hold)
@@ -221,43 +205,68 @@ def carry_out(plan: Rollback, held: Locks, now: dt.datetime) -> None:
 
 
 def _bring_back(settings: Settings, ds: dt.date, version: Version, held: Locks) -> None:
-    if partitions.published_version(version.place.folder) == version.name:
-        return
+    """Publishes a version again, from copies of its files; then deletes what runs of ds staged."""
     run = layout.staging_of(
         settings.root, settings.feature_set, version.table, ds, f"rollback-{version.name}"
     )
-    staged = os.path.join(run, version.table.name)
+    if partitions.published_version(version.place.folder) != version.name:
+        _publish_copy(version, os.path.join(run, version.table.name), held)
+    top = os.path.dirname(run)
+    left = [name for name in files.list_names(top) if not name.startswith(CHUNK_FOLDER)]
     held.check()
+    for name in left:
+        files.delete_tree(os.path.join(top, name))
+
+
+def _publish_copy(version: Version, staged: str, held: Locks) -> None:
+    def copy(part: tuple[str, str]) -> None:
+        held.check()
+        files.link(part[1], os.path.join(staged, part[0]))
+
     try:
-        for name, path in version.paths.items():
-            files.link(path, os.path.join(staged, name))
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(copy, version.paths.items()))
         write_json(os.path.join(staged, STAGED), version.manifest)
     except FileNotFoundError as error:  # another rollback of the same day has ended meanwhile
         raise superseded(version.place.folder) from error
-    publication(staged, version.place, version.found, held).run()
-    held.check()
-    files.delete_tree(run)
+    publication(staged, version.place, version.replaces, held).run()
 
 
-def release(settings: Settings, ds: dt.date, dry_run: bool) -> dict[str, Any]:
+def release(
+    settings: Settings, ds: dt.date, dry_run: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Lifts the hold of a day; returns what is told of it.
 
-    Raises OperatorError where the day has none.
+    Raises OperatorError where the day has none, CourierError where a rollback is at work on it.
     """
-    hold = records.read_hold(settings.root, settings.feature_set, ds)
-    if hold is None:
-        raise OperatorError(
-            f"ds {ds} of the feature set {settings.feature_set!r} is not on hold, so that there is "
-            "nothing to release. `courier status` lists the days that are."
-        )
-    if not dry_run:
-        files.delete(layout.hold_path(settings.root, settings.feature_set, ds))
+    with _holding(settings, ds, say) as held:
+        hold = records.read_hold(settings.root, settings.feature_set, ds)
+        if hold is None:
+            raise OperatorError(
+                f"ds {ds} of the feature set {settings.feature_set!r} is not on hold, so that "
+                "there is nothing to release. `courier status` lists the days that are."
+            )
+        if not dry_run:
+            held.check()
+            files.delete(layout.hold_path(settings.root, settings.feature_set, ds))
+    action = "would be released" if dry_run else "is released"
+    return _told(settings, ds, action, hold["reason"], None)
+
+
+# ---- Telling -----------------------------------------------------------------------------------
+
+
+def _told(
+    settings: Settings, ds: dt.date, action: str, reason: str, record: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Returns what a command says: what it did, and which versions come back."""
+    own = records.own_versions(record) if record else {}
     return {
         "ds": str(ds),
         "feature_set": settings.feature_set,
-        "action": "would be released" if dry_run else "is released",
-        "reason": hold["reason"],
-        "tables": {},
+        "action": action,
+        "reason": reason,
+        "tables": {name: record["tables"][name] for name in own} if record else {},
     }
 
 
@@ -270,8 +279,9 @@ def render(told: Mapping[str, Any]) -> str:
         f"{entry['path']}: version {entry['version']} {action} ({entry['rows']:,} rows)"
         for entry in told["tables"].values()
     ]
+    verb = "would be" if action.startswith("would") else "is"
     lines.append(
-        f"ds {ds} is on hold ({reason}): `courier rollback --ds {ds} --release` lets it be made "
-        "again"
+        f"ds {ds} {verb} on hold ({reason}), until `courier rollback --ds {ds} --release` lets it "
+        "be made again"
     )
     return "\n".join(lines)

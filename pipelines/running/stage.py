@@ -20,9 +20,10 @@ from feature_jobs.schemas import (
 from feature_jobs.store import documents, files, partitions
 from feature_jobs.store.partitions import Partition, version_of
 from pipelines.config import STAGES, Settings
-from pipelines.running.layout import Place, place_of, staging_folder
+from pipelines.running.layout import Place, place_of, staging_of
 
 BEGUN = "made_from.json"  # of what is upstream; the first file of a staging folder
+_PUBLISHING = "publishing.json"  # of a forced stage: its tables may be partly published
 # The packages that decide which bytes are made.
 PACKAGE_VERSIONS = {
     "courier": __version__,
@@ -81,11 +82,15 @@ class Stage:
         return self._staging(self.run_id + "-forced")
 
     def _staging(self, name: str) -> str:
-        return staging_folder(self.root, self.feature_set, self.name, self.ds, name)
+        return staging_of(self.root, self.feature_set, self.tables[0], self.ds, name)
 
     def staged_folder(self, table: Table) -> str:
         """Returns the folder in which the table is made."""
         return os.path.join(self.staging, table.name)
+
+    def note_publishing(self) -> None:
+        """Notes that the tables of a forced stage begin to be published."""
+        documents.write_json(os.path.join(self.staging, _PUBLISHING), {})
 
     def place(self, table: Table) -> Place:
         """Returns where the table is published, and where its earlier versions are kept."""
@@ -98,10 +103,11 @@ class Stage:
     def is_published(self) -> bool:
         """Returns whether its tables are published, made by this run from what is upstream now.
 
-        Once forced they are not, until they have been made and published anew: a forced run that
-        was killed may have published one of two tables that belong together.
+        A forced stage is not, until it has been made and published anew; nor is any while a forced
+        run may have published one of two tables that belong together.
         """
-        if files.exists(os.path.join(self._forced_staging, BEGUN)):
+        mark = BEGUN if self.forced else _PUBLISHING
+        if files.exists(os.path.join(self._forced_staging, mark)):
             return False
         found = (partitions.find_published(self.folder(table)) for table in self.tables)
         return all(partition is not None and self._is_mine(partition) for partition in found)

@@ -93,14 +93,17 @@ def die_at_write(patch: pytest.MonkeyPatch, at: int | None) -> list[str]:
     Raises Killed instead of writing the one numbered `at`.
     """
     written: list[str] = []
-    real = LocalStore.atomic_writer
 
-    def writer(store: LocalStore, path: str) -> Any:
-        if len(written) == at:
-            raise Killed(path)
-        if "progress" not in path:  # heartbeats follow the clock
-            written.append(path)
-        return real(store, path)
+    def dying(real: Callable) -> Callable:
+        def write(store: LocalStore, path: str, *args: Any) -> Any:
+            if len(written) == at:
+                raise Killed(path)
+            if "progress" not in path:  # heartbeats follow the clock
+                written.append(path)
+            return real(store, path, *args)
 
-    patch.setattr(LocalStore, "atomic_writer", writer)
+        return write
+
+    for name in ("atomic_writer", "write_bytes"):
+        patch.setattr(LocalStore, name, dying(getattr(LocalStore, name)))
     return written

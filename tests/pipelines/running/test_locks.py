@@ -20,13 +20,13 @@ from pipelines.running import layout, locks
 ONE, TWO = dt.date(2026, 3, 1), dt.date(2026, 3, 2)
 
 
-def test_locks_are_taken_day_by_day_and_those_of_shared_tables_lie_below_shared() -> None:
+def test_locks_are_taken_by_family_and_day_and_those_of_shared_tables_lie_below_shared() -> None:
     tables = [ITEM_FEATURES, USER_SIMSCORES, USER_HISTORIES, ITEM_EMBEDDINGS]
     assert layout.lock_folders("/root", "test", tables, [TWO, ONE]) == [
         "/root/test/_locks/items/ds=2026-03-01",
+        "/root/test/_locks/items/ds=2026-03-02",
         "/root/shared/_locks/impressions/ds=2026-03-01",
         "/root/test/_locks/impressions/ds=2026-03-01",
-        "/root/test/_locks/items/ds=2026-03-02",
         "/root/shared/_locks/impressions/ds=2026-03-02",
         "/root/test/_locks/impressions/ds=2026-03-02",
     ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from feature_jobs.schemas import DataContractError, StorageUnavailable
+from feature_jobs.schemas import ITEM_EMBEDDINGS, DataContractError, StorageUnavailable
 from feature_jobs.store import documents, worker_notes
 from pipelines.running import making
 from pipelines.running.locks import Locks
@@ -15,8 +15,9 @@ from pipelines.running.stage import Stage
 
 def stage_of(root: Path) -> Stage:
     return Stage(
-        name="embed", ds=dt.date(2026, 3, 1), root=str(root), feature_set="test", tables=(),
-        shards=1, inputs={}, identities={}, settings={}, define=lambda *_: None,
+        name="embed", ds=dt.date(2026, 3, 1), root=str(root), feature_set="test",
+        tables=(ITEM_EMBEDDINGS,), shards=1, inputs={}, identities={}, settings={},
+        define=lambda *_: None,
     )  # fmt: skip
 
 

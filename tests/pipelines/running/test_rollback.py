@@ -51,7 +51,7 @@ def test_a_second_rollback_finds_it_done_and_only_after_a_release_goes_the_other
     before = everything(shop)
     assert roll_back(shop, "a retry")["action"] == "is rolled back already"
     assert everything(shop) == before
-    assert rollback.release(shop.settings, DS, dry_run=False)["reason"] == "wrong images"
+    assert rollback.release(shop.settings, DS, False, print)["reason"] == "wrong images"
     roll_back(shop)
     assert shop.published() == NEW
 
@@ -65,10 +65,10 @@ def test_a_held_day_refuses_to_be_published_and_says_why_until_it_is_released(sh
         records.refuse_held(*held)
     assert refused.value.exit_status == 3
     assert list(records.held_days(shop.settings.root, "test")) == [DS]
-    rollback.release(shop.settings, DS, dry_run=False)
+    rollback.release(shop.settings, DS, False, print)
     records.refuse_held(*held)
     with pytest.raises(OperatorError, match="is not on hold"):
-        rollback.release(shop.settings, DS, dry_run=False)
+        rollback.release(shop.settings, DS, False, print)
 
 
 def test_a_dry_run_says_what_would_come_back_and_changes_nothing(shop: Shop) -> None:
