@@ -9,6 +9,7 @@ import pytest
 from feature_jobs.schemas import StorageUnavailable
 from feature_jobs.store import files
 from pipelines import nightly
+from pipelines.cli import main
 from pipelines.nightly import plan_night, run_nights
 from pipelines.running import making
 from tests.support.commands import (
@@ -50,8 +51,6 @@ def set_limit(world: World, limit: str) -> None:
 
 def made_by(world: World, capsys: Capture, status: int) -> list[str]:
     """Runs the night with the settings as they lie there; returns the stages that were made."""
-    from pipelines.cli import main
-
     capsys.readouterr()
     assert main(["refresh", "--config", str(world.config), "--ds", str(DAYS[0])]) == status
     said = capsys.readouterr().err
@@ -111,6 +110,19 @@ def test_what_is_accepted_later_says_so_in_its_manifest(world: World, capsys: Ca
     made = [line for line in capsys.readouterr().err.splitlines() if ": making " in line]
     assert [line.split(":")[0] for line in made] == ["histories", "simscore"]
     assert manifest(world, "item_features", DAYS[1])["notes"] == {"churn_allowed": True}
+
+
+def test_a_full_run_that_was_refused_leaves_the_published_day_to_build_on(
+    world: World, capsys: Capture
+) -> None:
+    assert refresh(world, DAYS[0]) == 0
+    before = published(world)
+    set_limit(world, "0.1")
+    args = ["--config", str(world.config), "--ds", str(DAYS[0])]
+    assert main(["embed", *args, "--full"]) == 3
+    assert main(["simscore", *args]) == 0
+    assert main(["item-features", *args]) == 0
+    assert published(world) == before
 
 
 # ---- A rollback sticks -------------------------------------------------------------------------
@@ -177,6 +189,37 @@ def test_status_and_plans_show_a_hold_until_it_is_released(
     assert "on hold" not in capsys.readouterr().out
     assert refresh(rolled_back, DAYS[0]) == 0
     assert len(rolled_back.table("item_features", DAYS[0])) == len(catalogue_items(DAYS[0])) - 1
+
+
+def test_histories_made_alone_leave_the_way_back_as_it_was(world: World) -> None:
+    assert refresh(world, DAYS[0]) == 0
+    first = world.table("item_features", DAYS[0])
+    world.write_catalogue(DAYS[0], [i for i in catalogue_items(DAYS[0]) if i != NORMAL[0]])
+    assert refresh(world, DAYS[0]) == 0
+    world.write_impressions(DAYS[0], draw_impressions(DAYS[0], seed=9))
+    assert courier(world, "histories", "--ds", str(DAYS[0])) == 0
+    assert courier(world, "rollback", "--ds", str(DAYS[0])) == 0
+    assert world.table("item_features", DAYS[0]).equals(first)
+    assert courier(world, "histories", "--ds", str(DAYS[0])) == 0
+    assert courier(world, "rollback", "--ds", str(DAYS[0])) == 0  # finds it done
+    assert world.table("item_features", DAYS[0]).equals(first)
+    assert courier(world, "rollback", "--ds", str(DAYS[0]), "--release") == 0
+    assert courier(world, "rollback", "--ds", str(DAYS[0])) == 0
+    assert len(world.table("item_features", DAYS[0])) == len(first) - 1
+
+
+def test_a_day_that_is_being_published_anew_is_not_passed_over_for_an_older_one(
+    world: World, capsys: Capture
+) -> None:
+    for day in DAYS[:2]:
+        assert refresh(world, day) == 0
+    success = world.root / "test" / "item_embeddings" / f"ds={DAYS[1]}" / "_SUCCESS"
+    data = success.read_bytes()
+    success.unlink()
+    assert refresh(world, DAYS[2]) == 4
+    assert f"goes on from ds {DAYS[1]}" in paragraph(capsys)
+    success.write_bytes(data)
+    assert refresh(world, DAYS[2]) == 0
 
 
 def test_a_stale_day_on_hold_is_in_no_advice(rolled_back: World, capsys: Capture) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from feature_jobs.schemas import CourierError, InputNotReady
+from feature_jobs.schemas import ITEM_FEATURES, USER_HISTORIES, CourierError, InputNotReady
 from feature_jobs.store import files, partitions
 from feature_jobs.store.documents import read_json
 from feature_jobs.store.partitions import MANIFEST, SUCCESS
-from pipelines.running import publishing
+from pipelines.running import layout, publishing
 from pipelines.running.locks import Locks
 from tests.support.ill_disk import watch_disk
 from tests.support.schedules import CHANGING
@@ -169,6 +169,23 @@ def test_a_reader_that_descends_into_folders_takes_no_old_rows(shop: Shop) -> No
     top = os.path.dirname(shop.place.folder)
     rows = duckdb.sql(f"select x from read_parquet('{top}/**/*.parquet') order by x").fetchall()
     assert [x for (x,) in rows] == NEW
+
+
+def test_a_run_that_finds_nothing_to_do_leaves_what_another_has_staged(shop: Shop) -> None:
+    shop.publish(OLD)
+    (refused,) = shop.make(NEW).stages
+    shop.publish(OLD)
+    assert refused.is_staged()
+    shop.publish(NEW)
+    assert shop.published() == NEW
+
+
+def test_feature_sets_stage_the_tables_that_they_share_in_one_place() -> None:
+    """A writer that was overtaken must find none of its files there, whichever set it is of."""
+    one, other = (layout.staging_of("/r", name, USER_HISTORIES, DS, "run") for name in "ab")
+    assert one == other
+    one, other = (layout.staging_of("/r", name, ITEM_FEATURES, DS, "run") for name in "ab")
+    assert one != other
 
 
 def test_a_file_that_is_none_of_ours_stays(shop: Shop) -> None:
