@@ -27,7 +27,6 @@ from pipelines.options import (
     config_option,
     days_asked,
     days_options,
-    dry_run_option,
     ds_option,
     from_log_option,
     full_option,
@@ -385,7 +384,7 @@ def audit(config: str, ds: dt.date, impressions: int, from_log: bool, json: bool
 @click.option(
     "--release", is_flag=True, help="Lift the hold instead, so that the day may be made again."
 )
-@dry_run_option
+@click.option("--dry-run", is_flag=True, help="Only look, and say what would come back.")
 @json_option
 def rollback(
     config: str, ds: dt.date, reason: str | None, release: bool, dry_run: bool, json: bool
