@@ -240,9 +240,9 @@ class Log:
 
 @pytest.fixture(scope="module")
 def log() -> Log:
-    shop = Shop()
-    world = shop.make_world(shop, shop.drawn_items(shop), arriving=0.15)
-    tables = [shop.impressions_table(shop, world, day) for day in range(shop.days)]
+    usual = Shop()
+    world = shop.make_world(usual, shop.drawn_items(usual), arriving=0.15)
+    tables = [shop.impressions_table(usual, world, day) for day in range(usual.days)]
     user, item, clicked = (
         pa.concat_tables(tables)[name].to_numpy() for name in ("user_id", "item_id", "clicked")
     )
