@@ -328,7 +328,9 @@ class GcsStore:
         their hundred parts to try again.
         """
         paths = [_path(blob) for blob in _list(os.path.join(folder, ""))[0]]
-        marks = [path for path in paths if path.endswith(".json") or _base(path)[0] == "_"]
+        marks = [
+            path for path in paths if path.endswith(".json") or os.path.basename(path)[0] == "_"
+        ]
         _delete_all(marks)
         _delete_all(set(paths) - set(marks))
 
@@ -364,10 +366,6 @@ def _delete_all(paths: Iterable[str]) -> None:
     with ThreadPoolExecutor(IN_FLIGHT) as pool:
         for _ in pool.map(_delete, paths):
             pass
-
-
-def _base(path: str) -> str:
-    return os.path.basename(path)
 
 
 # ---- Locks -----------------------------------------------------------------------------------
