@@ -444,7 +444,9 @@ class _Renewal:
         with self._changing:
             self._leases.append(lease)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._renew_all, daemon=True)
+                self._thread = threading.Thread(
+                    target=self._renew_all, name="lease-renewal", daemon=True
+                )
                 self._thread.start()
 
     def remove(self, lease: _Lease) -> None:
