@@ -1,9 +1,5 @@
 """Finds what SIMSCORE knows of items, cluster IDs and vectors, by item ID.
 
-It is read from `item_features` and `item_embeddings` shard by shard, and then there is either all
-of it on each worker machine, as memory-mapped files that its processes share (`broadcast`), or for
-each shard of impressions what it asked the item shards for (`shuffle`). Both are `ItemVectors`.
-
 Read from `item_features` and `item_embeddings` shard by shard, and then either all of it on each
 worker machine, as memory-mapped files that its processes share (`broadcast`), or for each shard of
 impressions what it asked the item shards for (`shuffle`). Both are `ItemVectors`.
@@ -247,9 +243,6 @@ def _array_file(
     path: str, dtype: str, shape: tuple[int, ...]
 ) -> Iterator[Callable[[np.ndarray], object]]:
     """Opens an .npy file to be written piece by piece; what is left of its shape is zeros.
-
-    It is written and not mapped, since what is written to a mapping counts as this process's
-    memory.
 
     Written and not mapped, since what is written to a mapping counts as this process's memory.
     """

@@ -82,9 +82,6 @@ def warnings(staging: str) -> list[str]:
 class Heartbeat:
     """Keeps the counts of a worker thread in a file that the launcher adds up with all others.
 
-    It is written every two seconds at most, so that a fast worker does not spend its time on
-    telling.
-
     Written every two seconds at most, so that a fast worker does not spend its time on telling.
     """
 
