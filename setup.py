@@ -26,6 +26,7 @@ setup(
         "faiss-gpu>=1.15,<2; sys_platform == 'linux'",
         "faiss-cpu>=1.15,<2; sys_platform != 'linux'",
         "google-cloud-storage>=3.17,<4",
+        "loky>=3.7,<4",
         "numpy>=2.4,<3",
         "pillow>=12.3,<13",
         "pyarrow>=25,<26",  # Beam wants < 26
@@ -36,6 +37,7 @@ setup(
         # torchvision goes with its torch. We run the lower pair on a GPU, the upper one elsewhere.
         "torch>=2.11,<2.15",
         "torchvision>=0.26,<0.30",
+        "threadpoolctl>=3.8,<4",
         "tqdm>=4.70,<5",
     ],
     extras_require={

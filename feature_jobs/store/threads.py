@@ -1,0 +1,38 @@
+"""Says how many threads this process may use at once; every pool of ours and torch ask here.
+
+More threads than cores are many times slower than as many, and libraries take what the machine has
+unless told. So a job tells its workers what is theirs, once in each process.
+"""
+
+import threading
+
+import loky
+import pyarrow as pa
+import threadpoolctl
+
+_limited: int | None = None
+_limiting = threading.Lock()
+
+
+def cores() -> int:
+    """Counts the cores that this process may use: by its affinity and its cgroup's quota."""
+    found: int = loky.cpu_count()
+    return found
+
+
+def budget() -> int:
+    """Returns how many threads may compute at once in this process: the limit, else its cores."""
+    return cores() if _limited is None else _limited
+
+
+def limit(threads: int) -> None:
+    """Makes `threads`, 1 or more, the budget of this process, of its BLAS and of pyarrow.
+
+    torch and faiss are told by who uses them. It lasts until the next call, in all threads.
+    """
+    global _limited
+    with _limiting:
+        if _limited != threads:
+            threadpoolctl.threadpool_limits(threads, user_api="blas")
+            pa.set_cpu_count(threads)
+            _limited = threads
