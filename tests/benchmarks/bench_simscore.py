@@ -171,7 +171,8 @@ def publish_items(shop: Shop, day: dt.date, vectors: np.ndarray) -> None:
         of = hashing.shard_of(hashing.hash_ids(pa.array(np.arange(len(vectors)))), stage.shards)
         for shard in range(stage.shards):
             write_shard(parts, vectors, np.flatnonzero(of == shard), shard, stage)
-    shutil.copytree(parts, stage.staging, copy_function=os.link)
+    making.force(stage)  # begins the staging folder, which is sealed below
+    shutil.copytree(parts, stage.staging, copy_function=os.link, dirs_exist_ok=True)
     for table in stage.tables:
         making.seal(stage, table)
     run_nights([night], [], lambda _: None)
