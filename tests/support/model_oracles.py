@@ -23,12 +23,20 @@ class Row(NamedTuple):
     clicks: list[int]
 
 
+# Float32 cosines that are closer than this may come in either order: of 256 products their rounding
+# is 256 * 2**-24 at most, which is 1.5e-5, and that of reconstructed anchors a few times as much.
+TIE = 1e-4
+
+
 class Found(NamedTuple):
-    """Holds the sum over anchors, their number, and of how many the own candidate is nearest."""
+    """Holds the sum over anchors, their number, and of how many the own candidate is nearest.
+
+    An anchor whose own candidate is as near as another may count or not: `hits` are all answers.
+    """
 
     loss: float
     anchors: int
-    hits: int
+    hits: range
 
 
 def listed(places: Places) -> list[Row]:
@@ -98,18 +106,15 @@ def mean(_item: Vector, clicks: list[Vector]) -> Vector:
 
 def info_nce(
     anchor: Vector, own: int, candidates: list[Candidate], temperature: float
-) -> tuple[float, bool]:
-    """Returns − log softmax at the candidate `own`, and whether it is the nearest.
+) -> tuple[float, float]:
+    """Returns − log softmax at the candidate `own`, and how much nearer it is than any other.
 
     The softmax runs over `own` and all candidates of other content.
     """
-    logits = {
-        place: cosine(anchor, vector) / temperature
-        for place, (vector, content) in enumerate(candidates)
-        if place == own or content != candidates[own][1]
-    }
-    loss = math.log(sum(math.exp(logit) for logit in logits.values())) - logits[own]
-    return loss, all(logit < logits[own] for place, logit in logits.items() if place != own)
+    mine = cosine(anchor, candidates[own][0])
+    others = [cosine(anchor, v) for v, content in candidates if content != candidates[own][1]]
+    total = sum(math.exp(one / temperature) for one in (mine, *others))
+    return math.log(total) - mine / temperature, mine - max(others, default=-math.inf)
 
 
 def contrast(
@@ -117,7 +122,8 @@ def contrast(
 ) -> Found:
     """Adds up `info_nce` of all anchors, each with the place of its own candidate."""
     parts = [info_nce(vector, own, candidates, temperature) for vector, own in anchors]
-    return Found(sum(loss for loss, _ in parts), len(parts), sum(hit for _, hit in parts))
+    sure, possible = (sum(margin > least for _, margin in parts) for least in (TIE, -TIE))
+    return Found(sum(loss for loss, _ in parts), len(parts), range(sure, possible + 1))
 
 
 def pv(
@@ -220,7 +226,7 @@ def simsiam(predicted: list[list[Vector]], projected: list[list[Vector]]) -> Fou
     loss = 0.0
     for n in range(len(p1)):
         loss -= (cosine(p1[n], z2[n]) + cosine(p2[n], z1[n])) / 2
-    return Found(loss, len(p1), 0)
+    return Found(loss, len(p1), range(1))
 
 
 # ---- Worlds ----------------------------------------------------------------------------------

@@ -86,8 +86,8 @@ def test_nearest_is_the_share_of_reconstructions_that_find_their_own(image_root:
     wanted = model_oracles.pv(
         values.double().tolist(), vectors.keys.tolist(), listed, model_oracles.mean, 0.05
     )
-    assert 0 < wanted.hits < wanted.anchors
-    assert found == pytest.approx(wanted.hits / wanted.anchors)
+    assert 0 < min(wanted.hits) <= max(wanted.hits) < wanted.anchors
+    assert found in [pytest.approx(hits / wanted.anchors) for hits in wanted.hits]
     assert evaluation.nearest(vectors, build_objective("simsiam", None, None), 9, ALONE.device) is (
         None
     )

@@ -51,7 +51,8 @@ def valid_only(found: Candidates) -> tuple[list[oracles.Candidate], list[int]]:
 
 def assert_is(term: Term, found: oracles.Found) -> None:
     assert term.loss.item() == pytest.approx(found.loss, rel=1e-4, abs=1e-5)
-    assert (int(term.anchors), int(term.hits)) == (found.anchors, found.hits)
+    assert int(term.anchors) == found.anchors
+    assert int(term.hits) in found.hits
 
 
 def assert_slope(
@@ -204,7 +205,10 @@ def test_lengths_of_vectors_do_not_count() -> None:
     longer = Candidates(100 * images.vectors, images.valid, images.keys)
     one = contrastive_loss(made, places, images, TAU)
     other = contrastive_loss(made / 100, places, longer, TAU)
-    torch.testing.assert_close(one, other)
+    # A cosine of 4 numbers takes some 8 roundings; of each loss two of them are divided by TAU.
+    rounding = 8 * torch.finfo(torch.float32).eps
+    assert other.loss.item() == pytest.approx(one.loss.item(), abs=3 * 2 * rounding / TAU)
+    assert (int(other.anchors), int(other.hits)) == (int(one.anchors), int(one.hits))
 
 
 def test_hits_are_the_anchors_whose_own_candidate_is_nearest() -> None:

@@ -17,6 +17,7 @@ from tests.support import model_oracles as oracles
 from tests.support.model_oracles import listed, normal, random_places
 
 ROWS, IMAGES = 7, 12
+TAU = 0.05  # what objectives are built with
 COURIER = [
     "courier", "courier-projection", "no-ucs", "no-reconstruction", "no-unclicked-negatives",
 ]  # fmt: skip
@@ -65,10 +66,26 @@ def total(terms: dict[str, Term]) -> Tensor:
     return torch.stack([term.loss / term.anchors.clamp(min=1) for term in terms.values()]).sum()
 
 
+def formulas(
+    name: str, objective: Objective, features: Tensor, rows: Places
+) -> dict[str, oracles.Found]:
+    """Returns by name what the terms of COURIER, or of an ablation, are by their formulas."""
+    attend = (
+        oracles.mean
+        if objective.attention is None
+        else oracles.CrossAttention(objective.attention.attention)
+    )
+    images = objective.projection(features[0]).tolist()
+    world = images, rows.keys.tolist(), listed(rows), attend, TAU
+    found = {"pv": oracles.pv(*world, clicked_only=name == "no-unclicked-negatives")}
+    return found if name == "no-ucs" else found | {"ucs": oracles.ucs(*world)}
+
+
 def assert_is(term: Term, found: oracles.Found) -> None:
     assert found.anchors > 0
     assert term.loss.item() == pytest.approx(found.loss, rel=1e-4)
-    assert (int(term.anchors), int(term.hits)) == (found.anchors, found.hits)
+    assert int(term.anchors) == found.anchors
+    assert int(term.hits) in found.hits
 
 
 # ---- Against the formulas --------------------------------------------------------------------
@@ -96,18 +113,10 @@ def test_courier_and_its_ablations_are_their_formulas(
     objective, rows = build(name), a_world(seed)
     features = features_of(objective, seed)
     terms = objective(features, rows)
-    images = objective.projection(features[0]).tolist()
-    attend = (
-        oracles.mean
-        if objective.attention is None
-        else oracles.CrossAttention(objective.attention.attention)
-    )
-    world = images, rows.keys.tolist(), listed(rows), attend, 0.05
-    assert list(terms) == (["pv"] if name == "no-ucs" else ["pv", "ucs"])
-    only = name == "no-unclicked-negatives"
-    assert_is(terms["pv"], oracles.pv(*world, clicked_only=only))
-    if "ucs" in terms:
-        assert_is(terms["ucs"], oracles.ucs(*world))
+    found = formulas(name, objective, features, rows)
+    assert list(terms) == list(found)
+    for term in terms:
+        assert_is(terms[term], found[term])
 
 
 def test_the_ablations_differ_from_courier(build: Callable[[str], Objective]) -> None:
@@ -124,7 +133,7 @@ def test_couriers_gradient_is_the_slope_of_the_formula(build: Callable[[str], Ob
     way, step = normal(IMAGES, EMBEDDING_DIM, seed=9).double(), 1e-4
 
     def loss(images: Tensor) -> float:
-        world = images.tolist(), rows.keys.tolist(), listed(rows), attend, 0.05
+        world = images.tolist(), rows.keys.tolist(), listed(rows), attend, TAU
         return sum(f.loss / f.anchors for f in (oracles.pv(*world), oracles.ucs(*world)))
 
     at = features[0].detach().double()
@@ -150,7 +159,7 @@ def test_masked_prediction_is_its_formula(seed: int, build: Callable[[str], Obje
         oracles.Attention(objective.attention.attention),
         objective.attention.mask.tolist(),
         objective.attention.positions.tolist(),
-        temperature=0.05,
+        temperature=TAU,
     )
     with patch("torch.rand", return_value=noise):
         assert_is(objective(features, rows)["masked"], found)
@@ -294,9 +303,13 @@ def test_the_order_of_rows_and_of_the_pvs_in_them_does_not_count(
         rows.keys, rows.pv.flip(0, 1), rows.clicked.flip(0, 1), rows.clicks.flip(0), rows.titles
     )
     one, other = objective(features, rows), objective(features, turned)
-    for term in one:
-        torch.testing.assert_close(one[term].loss, other[term].loss)
-        assert int(one[term].hits) == int(other[term].hits)
+    # A cosine is wrong by the rounding of its products at most; a loss is twice that over TAU.
+    rounding = 2 * EMBEDDING_DIM * torch.finfo(torch.float32).eps / 2 / TAU
+    for term, found in formulas(name, objective, features, rows).items():
+        slack = found.anchors * rounding
+        assert other[term].loss.item() == pytest.approx(one[term].loss.item(), abs=slack)
+        assert int(one[term].hits) in found.hits
+        assert int(other[term].hits) in found.hits
 
 
 # ---- By name ---------------------------------------------------------------------------------
