@@ -12,6 +12,7 @@ import torch
 
 from feature_jobs.store import gcs_client
 from pipelines.nightly import plan_night, run_nights
+from tests.support.gcs_emulator import Nearby, make_objects
 from tests.support.world import DAYS, World, make_codebook, make_encoder
 
 
@@ -81,4 +82,16 @@ def bucket(gcs_emulator: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_emulator)
     gcs_client.forget_client()
     yield f"gs://shop/{uuid.uuid4().hex}"
+    gcs_client.forget_client()
+
+
+@pytest.fixture
+def near_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Gives an empty bucket, `gs://…`, that is in this process and that no other one finds."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://near.example")
+    gcs_client.forget_client()
+    session = gcs_client.client()._http
+    session.trust_env = False  # each request would look for proxies in the environment
+    session.mount("http://", Nearby(make_objects("shop")))
+    yield "gs://shop"
     gcs_client.forget_client()

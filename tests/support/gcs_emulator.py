@@ -1,21 +1,26 @@
-"""Runs gcp-storage-emulator in a process of its own, with what it lacks and we rely on.
+"""Runs gcp-storage-emulator, with what it lacks and we rely on: as a process, or within one.
 
 `python -m tests.support.gcs_emulator BUCKET` prints the address it listens on, and ends when its
-standard input does, as it does when the process that started it is gone.
+standard input does, as it does when the process that started it is gone. `Nearby` lets a client
+call it without sockets, several times faster, where no second process needs to.
 
 Added: `ifGenerationMatch` (else 412) and reads of one generation (else 404). Left out: writing down
 all that there is after each call, and keeping what was deleted.
 """
 
+import io
 import logging
 import os
 import sys
 import threading
 from functools import partial, partialmethod
 from http.server import HTTPServer
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
+import requests
+import urllib3
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.server import RequestHandler, Router
@@ -62,13 +67,21 @@ class Objects(Storage):
         pass
 
 
+def serve(handler: Any, method: str) -> None:
+    """Answers the request that `handler` has read, through its `send_…` and `wfile`."""
+    handler.storage.query = parse_qs(urlparse(handler.path).query)
+    try:
+        Router(handler).handle(method)
+    except PreconditionFailed:
+        handler.send_error(412)
+
+
+# ---- As a process --------------------------------------------------------------------------------
+
+
 class Handler(RequestHandler):
     def serve(self, method: str) -> None:
-        self.storage.query = parse_qs(urlparse(self.path).query)
-        try:
-            Router(self).handle(method)
-        except PreconditionFailed:
-            self.send_error(412)
+        serve(self, method)
 
     do_GET = partialmethod(serve, "GET")
     do_POST = partialmethod(serve, "POST")
@@ -89,10 +102,67 @@ def end_with_parent() -> None:
     os._exit(0)
 
 
-if __name__ == "__main__":
-    logging.disable()  # it tells every object that is not there
+# ---- Within the client's process -----------------------------------------------------------------
+
+
+class Exchange:
+    """Is one request and its answer, as the emulator's routes see them."""
+
+    server = SimpleNamespace(server_address=("127.0.0.1", 0))
+
+    def __init__(self, storage: Objects, path: str, headers: Any, body: bytes):
+        self.storage, self.path, self.headers = storage, path, urllib3.HTTPHeaderDict()
+        for name, value in headers.items():
+            self.headers[name] = value.decode() if isinstance(value, bytes) else value
+        self.rfile, self.wfile = io.BytesIO(body), io.BytesIO()
+        self.status, self.answered = 0, urllib3.HTTPHeaderDict()
+
+    def send_response(self, status: int, *_: Any) -> None:
+        self.status = status
+
+    def send_header(self, name: str, value: str) -> None:
+        self.answered[name] = value
+
+    def end_headers(self) -> None:
+        pass
+
+    send_error = send_response
+
+
+class Nearby(requests.adapters.HTTPAdapter):
+    """Carries the requests of a session to objects in this process, one at a time."""
+
+    def __init__(self, objects: Objects):
+        super().__init__()
+        self._objects, self._one_at_a_time = objects, threading.Lock()
+
+    def get_connection_with_tls_context(self, *_: Any, **__: Any) -> Any:
+        """Returns what stands for a pool of connections: itself."""
+        return self
+
+    def urlopen(
+        self, method: str, url: str, body: bytes | str | None, headers: Any, **_: Any
+    ) -> urllib3.HTTPResponse:
+        data = body.encode() if isinstance(body, str) else body or b""
+        exchange = Exchange(self._objects, url, headers, data)
+        with self._one_at_a_time:
+            serve(exchange, method)
+        return urllib3.HTTPResponse(
+            io.BytesIO(exchange.wfile.getvalue()), exchange.answered, exchange.status,
+            preload_content=False, decode_content=False, request_method=method,
+        )  # fmt: skip
+
+
+def make_objects(bucket: str) -> Objects:
+    """Returns a store that holds one empty bucket."""
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # it tells each 404
     objects = Objects()
-    buckets.create_bucket(sys.argv[1], objects)
+    buckets.create_bucket(bucket, objects)
+    return objects
+
+
+if __name__ == "__main__":
+    objects = make_objects(sys.argv[1])
     threading.Thread(target=end_with_parent, daemon=True).start()
     server = Server(("127.0.0.1", 0), partial(Handler, objects))
     sys.stdout.write(f"http://127.0.0.1:{server.server_port}\n")

@@ -14,7 +14,7 @@ def folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     monkeypatch.setattr(faults, "FIRST_WAIT_SECONDS", 0.001)
     if request.param == "disk":
         return str(request.getfixturevalue("tmp_path"))
-    return request.getfixturevalue("bucket")
+    return request.getfixturevalue("near_bucket")
 
 
 @pytest.fixture
