@@ -17,6 +17,9 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 from feature_jobs.schemas import OperatorError
 from feature_jobs.store import faults
 
+# Else the library asks after the bucket, in a thread of its own, whenever an object is not there.
+os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
+
 IN_FLIGHT = 64  # connections, so many calls can go on at once; more of them wait
 TIMEOUT = (10.0, 60.0)  # seconds to connect, and between two bytes
 

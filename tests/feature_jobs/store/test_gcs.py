@@ -24,6 +24,7 @@ from courier_model.images import Preprocessing
 from feature_jobs.schemas import OperatorError, StorageUnavailable
 from feature_jobs.store import faults, files, gcs, gcs_client
 from tests.support.flaky import CUT, RESET, SILENT, Flaky, flaky_store
+from tests.support.schedules import watch_store
 from tests.support.store_calls import CALLS
 from tests.test_imports import loaded_by
 
@@ -255,6 +256,18 @@ def test_missing_credentials_are_told_in_one_paragraph(
 
 
 # ---- the client ------------------------------------------------------------------------------
+
+
+def test_nothing_is_asked_of_a_bucket_besides_what_was_called_for(
+    near_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, before = [], set(threading.enumerate())
+    watch_store(monkeypatch).before = lambda what, _: made.append(what)
+    files.write_bytes(f"{near_bucket}/file", b"data")
+    assert not files.exists(f"{near_bucket}/none")
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+    assert made == ["POST", "GET"]
 
 
 def test_threads_share_one_client_and_keep_their_connections(
