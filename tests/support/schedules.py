@@ -116,7 +116,7 @@ class Schedule:
     def _let_the_other_run(self) -> None:
         in_step = bool(files._LOCAL._steps.__dict__.get("folders"))
         deadline = time.monotonic() + _WAIT
-        while not self._ended.wait(0.0005):
+        while not self._ended.wait(0.0005 if in_step else _WAIT):
             if in_step and self._waits.is_set():
                 return
             assert time.monotonic() < deadline

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,6 +50,19 @@ def stage_partition(folder: str, values: Values, shards: int = 2, run_id: str = 
     return staged
 
 
+@dataclass(frozen=True)
+class Sight:
+    """Is what one look at a night shows to its readers.
+
+    `success` is `_SUCCESS`, where it names the manifest; `globbed` are the values of all files that
+    a glob finds, `through_manifest` those of the manifest's files, None for "ask again".
+    """
+
+    success: bytes | None
+    globbed: Values
+    through_manifest: Values | None
+
+
 class Shop:
     """Is a root with one feature set, whose nights consist of one table."""
 
@@ -87,32 +101,18 @@ class Shop:
 
     # -- What readers see --
 
-    def through_manifest(self) -> Values | None:
-        """Returns what a reader through the manifest gets; None for "ask again"."""
-        manifest = files.read_if_there(os.path.join(self.place.folder, MANIFEST))
-        if manifest is None:
-            return None
-        there, found = {file.path: file for file in self._glob()}, Values()
-        for entry in json.loads(manifest)["files"]:
-            path = os.path.join(self.place.folder, entry["name"])
-            if path not in there:
-                return None
-            data = self._read(there[path])
-            assert hashlib.sha256(data).hexdigest() == entry["sha256"]
-            found += values_in(data)
-        return sorted(found)
-
-    def look(self) -> tuple[bytes | None, Values]:
-        """Returns `_SUCCESS`, where it names the manifest, and the values that a glob reads."""
+    def look(self) -> Sight:
+        """Looks once, as every reader does: for `_SUCCESS`, the manifest, then the files."""
         success = files.read_if_there(os.path.join(self.place.folder, SUCCESS))
-        if success is not None:
-            manifest = files.read_if_there(os.path.join(self.place.folder, MANIFEST))
-            named = manifest is not None and hashlib.sha256(manifest).hexdigest().encode()
-            success = success if success.strip() == named else None
-        return success, sorted(v for file in self._glob() for v in values_in(self._read(file)))
-
-    def _glob(self) -> list[FileInfo]:
-        return files.glob(os.path.join(self.place.folder, "*.parquet"))
+        manifest = files.read_if_there(os.path.join(self.place.folder, MANIFEST))
+        found = files.glob(os.path.join(self.place.folder, "*.parquet"))
+        there = {os.path.basename(file.path): self._read(file) for file in found}
+        named = manifest is not None and hashlib.sha256(manifest).hexdigest().encode()
+        return Sight(
+            success if success is not None and success.strip() == named else None,
+            sorted(v for data in there.values() for v in values_in(data)),
+            None if manifest is None else _through(json.loads(manifest), there),
+        )
 
     def _read(self, file: FileInfo) -> bytes:
         """Reads a file; one that was read before, and is the same still, from memory."""
@@ -122,34 +122,49 @@ class Shop:
 
     def published(self) -> Values | None:
         """Returns the values of the night, whole by every measure there is, None if it is not."""
-        success, globbed = self.look()
+        sight = self.look()
         whole = records.is_whole_night(self.settings.root, "test", DS)
-        if success is None or not whole or globbed != self.through_manifest():
+        if sight.success is None or not whole or sight.globbed != sight.through_manifest:
             return None
-        return globbed
+        return sight.globbed
 
     def kept(self) -> list[Values]:
         """Returns the values of each earlier version that is kept whole."""
-        found = []
-        for version in files.list_names(self.place.kept):
-            folder = os.path.join(self.place.kept, version)
-            data = files.read_if_there(os.path.join(folder, MANIFEST))
-            if data is None:
-                continue  # whoever wanted to put it there could not
-            manifest = json.loads(data)
-            paths = [os.path.join(folder, file["name"]) for file in manifest["files"]]
-            if all(map(files.exists, paths)):
-                found.append(sorted(v for p in paths for v in values_in(files.read_bytes(p))))
-        return sorted(found)
+        found, there = [], {}
+        for file in files.glob(os.path.join(self.place.kept, "*", "*.parquet")):
+            folder, name = os.path.split(file.path)
+            there.setdefault(folder, {})[name] = file
+        for folder, parts in there.items():
+            manifest = files.read_if_there(os.path.join(folder, MANIFEST))
+            if manifest is not None:  # else whoever wanted to put it there could not
+                data = {name: self._read(file) for name, file in parts.items()}
+                found.append(_through(json.loads(manifest), data))
+        return sorted(values for values in found if values is not None)
 
 
-def copied(shop: Shop, root: str) -> Shop:
-    """Returns a shop like another one, with all that lies below its root."""
+def _through(manifest: dict[str, Any], there: dict[str, bytes]) -> Values | None:
+    """Returns the values of a manifest's files, by name in `there`; None where one is missing."""
+    found = Values()
+    for file in manifest["files"]:
+        if file["name"] not in there:
+            return None
+        assert hashlib.sha256(there[file["name"]]).hexdigest() == file["sha256"]
+        found += values_in(there[file["name"]])
+    return sorted(found)
+
+
+def contents(shop: Shop) -> dict[str, bytes]:
+    """Returns all files of a shop, by their paths from its root."""
     top = shop.settings.root
-    for pattern in (f"{top}/{'/'.join('*' * depth)}" for depth in range(1, 9)):
-        for path in files.find(pattern):
-            if files.exists(path):
-                files.write_bytes(root + path.removeprefix(top), files.read_bytes(path))
+    patterns = [f"{top}/{'/'.join('*' * depth)}" for depth in range(1, 9)]
+    paths = [path for pattern in patterns for path in files.find(pattern) if files.exists(path)]
+    return {path.removeprefix(top): files.read_bytes(path) for path in paths}
+
+
+def shop_of(contents: dict[str, bytes], root: str) -> Shop:
+    """Returns a new shop that has these files."""
+    for path, data in contents.items():
+        files.write_bytes(root + path, data)
     return Shop(root)
 
 
@@ -173,20 +188,20 @@ class Readers:
 
     def __init__(self, shop: Shop, whole: list[Values]):
         self._shop, self._whole = shop, whole
-        self._moments: list[tuple[bytes | None, Values]] = []
+        self._moments: list[Sight] = []
 
     def poll(self) -> None:
-        """Looks once, each way."""
-        found = self._shop.through_manifest()
-        assert found is None or found in self._whole
-        self._moments.append(self._shop.look())
+        """Looks once."""
+        sight = self._shop.look()
+        assert sight.through_manifest is None or sight.through_manifest in self._whole
+        self._moments.append(sight)
 
     def check(self) -> None:
         """Asserts that between the first and the last sight of a `_SUCCESS` its night was whole."""
-        marks = [success for success, _ in self._moments]
+        marks = [sight.success for sight in self._moments]
         for success in set(marks) - {None}:
             first, last = marks.index(success), len(marks) - marks[::-1].index(success)
-            named = self._moments[first][1]
+            named = self._moments[first].globbed
             assert named in self._whole
-            for _, values in self._moments[first:last]:
-                assert values == named
+            for sight in self._moments[first:last]:
+                assert sight.globbed == named

@@ -130,10 +130,10 @@ def test_a_night_is_not_published_before_the_old_files_are_away(shop: Shop) -> N
     shop.publish(OLD)
     manifest = os.path.join(shop.place.folder, MANIFEST)
     killed_while(shop, NEW, lambda: read_json(manifest)["values"] != NEW)
-    assert shop.look()[1] != NEW
+    assert shop.look().globbed != NEW
     assert not shop.night(NEW).stages[0].is_published()
     shop.publish(NEW)
-    assert shop.look()[1] == NEW
+    assert shop.look().globbed == NEW
     assert shop.kept() == [OLD]
 
 
@@ -142,10 +142,10 @@ def test_another_version_after_a_kill_leaves_no_file_of_the_one_never_published(
 ) -> None:
     shop.publish(OLD)
     killed_with_one_file_in(shop, LOST)
-    assert len(shop.look()[1]) > len(OLD)
-    assert shop.through_manifest() == OLD
+    assert len(shop.look().globbed) > len(OLD)
+    assert shop.look().through_manifest == OLD
     shop.publish(NEW)
-    assert shop.look()[1] == NEW
+    assert shop.look().globbed == NEW
     assert shop.kept() == [OLD]
 
 

@@ -11,7 +11,7 @@ import requests
 from feature_jobs.schemas import StorageUnavailable
 from feature_jobs.store import faults
 from tests.support.schedules import CHANGING, Calls
-from tests.support.small_nights import Readers, Shop, Values, copied
+from tests.support.small_nights import Readers, contents, shop_of
 from tests.support.writers import FIRST, MINE, NIGHTS, begin, nothing_is_lost
 
 
@@ -23,14 +23,15 @@ def test_a_call_that_fails_is_waited_for_or_loses_nothing(
     if lasts:
         monkeypatch.setattr(faults, "RETRY_SECONDS", 0.005)
     before, mine, expected = FIRST[first]
-    begun = begin(f"{folder}/begun", before)
+    shop = begin(f"{folder}/begun", before)
+    if first != "rolls back":
+        shop.make(MINE)
+    begun = contents(shop)
     fail_at, ended, failures = 0, False, 0
     while not ended:
         fail_at += 1
-        shop = copied(begun, f"{folder}/{fail_at}")
+        shop = shop_of(begun, f"{folder}/{fail_at}")
         readers = Readers(shop, NIGHTS)
-        if first != "rolls back":
-            shop.make(MINE)
         made = 0
 
         def fail(what: str, path: str, fail_at: int = fail_at, readers: Readers = readers) -> None:
@@ -56,19 +57,16 @@ def test_a_call_that_fails_is_waited_for_or_loses_nothing(
         ended = made < fail_at
         assert not failed or lasts
         failures += failed
+        stands = shop.published()
         if not failed:
-            assert shop.published() == expected
-        nothing_is_lost_but_not_ready(shop, before)
+            assert stands == expected
+        assert shop.look().through_manifest in [None, *NIGHTS]
+        if stands is not None:  # else all can be brought back
+            nothing_is_lost(shop, stands, before)
         mine(shop)
-        assert shop.published() == expected
-        nothing_is_lost(shop, before)
+        stands = shop.published()
+        assert stands == expected
+        nothing_is_lost(shop, stands, before)
     assert fail_at > 15
     assert (failures > 15) == lasts  # a left-over ".tmp-" file alone is not worth a failure
     print(f"\n{first}, a call fails {'for good' if lasts else 'once'}: {fail_at - 1} faults")  # noqa: T201
-
-
-def nothing_is_lost_but_not_ready(shop: Shop, published: list[Values]) -> None:
-    """Asserts that whatever is published is whole, and all that was can be brought back."""
-    assert shop.through_manifest() in [None, *NIGHTS]
-    if shop.published() is not None:
-        nothing_is_lost(shop, published)

@@ -7,7 +7,7 @@ of schedules that were tried are printed (`pytest -s`).
 import pytest
 
 from tests.support.schedules import Calls, Schedule
-from tests.support.small_nights import Readers, Shop, copied
+from tests.support.small_nights import Readers, Shop, contents, shop_of
 from tests.support.writers import FIRST, MINE, NIGHTS, SECOND, begin, nothing_is_lost, refused
 
 
@@ -18,11 +18,14 @@ def test_a_writer_that_stops_anywhere_for_another_leaves_what_that_one_published
 ) -> None:
     before, mine, expected = FIRST[first]
     other = SECOND[second]
-    begun = begin(f"{folder}/begun", before)
+    shop = begin(f"{folder}/begun", before)
+    if first != "rolls back":
+        shop.make(MINE)
+    begun = contents(shop)
     stop_at, ended, overtaken = 0, False, 0
     while not ended:
         stop_at += 1
-        shop = copied(begun, f"{folder}/{stop_at}")
+        shop = shop_of(begun, f"{folder}/{stop_at}")
         readers = Readers(shop, NIGHTS)
         came_late, others = False, None
 
@@ -36,8 +39,6 @@ def test_a_writer_that_stops_anywhere_for_another_leaves_what_that_one_published
             with calls.quietly():
                 others = shop.published()
 
-        if first != "rolls back":
-            shop.make(MINE)
         schedule = Schedule(calls, stop_at, run_other, readers.poll)
         with pytest.MonkeyPatch.context() as patch, schedule.running(patch):
             told = refused(mine, shop)
@@ -53,15 +54,16 @@ def test_a_writer_that_stops_anywhere_for_another_leaves_what_that_one_published
         stands = shop.published()
         if stopped:
             assert stands == others, schedule.stopped_at
-            nothing_is_lost(shop, [*before, others])
+            nothing_is_lost(shop, stands, [*before, others])
         else:  # one came after the other, and a rollback goes back to what was there then
             assert stands in (expected, others, *before), schedule.stopped_at
-            nothing_is_lost(shop, [*before, stands, *([] if came_late else [others])])
+            nothing_is_lost(shop, stands, [*before, *([] if came_late else [others])])
         for again in (other, mine):  # one more run of either
             told = refused(again, shop)
             assert told == "" or "There is no earlier night" in told
-            assert shop.published() in NIGHTS
-            nothing_is_lost(shop, [*before, stands])
+            now = shop.published()
+            assert now in NIGHTS
+            nothing_is_lost(shop, now, [*before, stands])
     assert stop_at > 15
     assert overtaken or (first, second) == ("publishes", "rolls back")
     print(f"\n{first}, the other {second}: {stop_at - 1} schedules, overtaken in {overtaken}")  # noqa: T201
