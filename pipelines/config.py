@@ -164,6 +164,16 @@ class Training(_Section):
     request_gap_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
 
 
+class Workers(_Section):
+    """Tells how many `threads` a worker process may compute on.
+
+    Without it, the processes of a host share its cores, as far as Beam's options tell how many they
+    are.
+    """
+
+    threads: Count | None = None
+
+
 class Gates(_Section):
     """Holds the shares above which a night is made but not published.
 
@@ -212,6 +222,7 @@ class Settings(_Section):
     simscore: Simscore = Simscore()
     training: Training = Training()
     gates: Gates = Gates()
+    workers: Workers = Workers()
     beam: dict[str, Any] = {}
     pins: tuple[Pin, ...] = ()
 

@@ -13,6 +13,7 @@ the pin that holds for ds; the night never fits either.
 import datetime as dt
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipelines.planning.day_plan import DayPlan, NightOptions
 from pipelines.planning.impressions import plan_histories, plan_simscore, plan_training_rows
 from pipelines.planning.items import plan_embed, plan_item_features
 from pipelines.running import beam_options, layout, locks, making, publishing, quality, records
+from pipelines.running.beam_options import JobOptions
 from pipelines.running.locks import Locks
 from pipelines.running.stage import Night, Stage
 
@@ -112,7 +114,7 @@ def run_nights(
     settings, days = nights[0].settings, [night.ds for night in nights]
     names = [stage.name for stage in nights[0].stages]
     options = {
-        name: beam_options.pipeline_options(settings.beam, name, beam_args) for name in names
+        name: beam_options.job_options(settings, name, beam_args) for name in names
     }  # all are checked before the first stage runs
     refuse_held(settings, days, names)
     with locks.holding(_lock_folders(settings, days, names[:1]), say) as held:
@@ -152,7 +154,7 @@ def _up_to_date(nights: Sequence[Night], say: Callable[[str], None]) -> Sequence
 
 
 def _make_all(
-    nights: Sequence[Night], options: Mapping[str, Any], made: set[str],
+    nights: Sequence[Night], options: Mapping[str, JobOptions], made: set[str],
     say: Callable[[str], None], held: Locks,
 ) -> list[dict[str, Any]] | None:  # fmt: skip
     """Makes all stages that are not made yet; returns a report for each day.
@@ -163,7 +165,14 @@ def _make_all(
     """
     settings, days = nights[0].settings, [night.ds for night in nights]
     reports: list[dict[str, Any]] = [
-        {"ds": str(night.ds), "run_id": night.run_id, "counts": {}, "work": {}, "seconds": {}}
+        {
+            "ds": str(night.ds),
+            "run_id": night.run_id,
+            "counts": {},
+            "work": {},
+            "seconds": {},
+            "workers": {name: asdict(options[name].share) for name in options},
+        }
         for night in nights
     ]
     for night, report in zip(nights, reports, strict=True):
@@ -189,8 +198,8 @@ def _upstream_counts(night: Night) -> dict[str, int]:
 
 
 def _make_and_judge(
-    stages: Sequence[Stage], reports: Sequence[dict[str, Any]], settings: Settings, options: Any,
-    say: Callable[[str], None], held: Locks,
+    stages: Sequence[Stage], reports: Sequence[dict[str, Any]], settings: Settings,
+    options: JobOptions, say: Callable[[str], None], held: Locks,
 ) -> set[str]:  # fmt: skip
     """Makes one kind of stage of all days and asks the gates; returns the run_ids of what it made.
 

@@ -37,6 +37,7 @@ from courier_model.training.progress import Board, Clock, Progress
 from courier_model.training.rows import Batch, RowBatches, TrainingSet, batches
 from courier_model.training.settings import TrainSettings
 from feature_jobs.schemas import CourierError, DataContractError, OperatorError
+from feature_jobs.store import threads
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _COUNTS = ("rows", "images", "bad_images", "skipped_batches")
@@ -117,7 +118,7 @@ class Training:
             preprocessing.input_size, settings.batch_rows, settings.seed, process.rank,
             process.size, self.objective.reads_titles,
         )  # fmt: skip
-        free = (os.cpu_count() or 1) // process.size - 1  # one for the step itself
+        free = threads.budget() // process.size - 1  # one for the step itself
         self.workers = min(8, max(0, free)) if settings.workers is None else settings.workers
         self.steps = settings.epochs * self.batches.steps_per_epoch
         self.evaluation = Evaluation(data.held_out, cache, settings.held_out_rows, settings.seed)

@@ -5,6 +5,7 @@ unless told. So a job tells its workers what is theirs, once in each process.
 """
 
 import threading
+from dataclasses import dataclass
 
 import loky
 import pyarrow as pa
@@ -36,3 +37,20 @@ def limit(threads: int) -> None:
             threadpoolctl.threadpool_limits(threads, user_api="blas")
             pa.set_cpu_count(threads)
             _limited = threads
+
+
+@dataclass(frozen=True)
+class Share:
+    """Tells what a process of a job may use: so many `threads`, else its part of the host's cores.
+
+    `processes` share a host; None stands for as many as it has cores.
+    """
+
+    threads: int | None = None
+    processes: int | None = 1
+
+    def count(self) -> int:
+        """Returns the threads of a process of this host, 1 or more."""
+        if self.threads is not None:
+            return self.threads
+        return 1 if self.processes is None else max(1, cores() // self.processes)

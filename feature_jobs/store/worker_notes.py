@@ -1,4 +1,7 @@
-"""Tells the launcher of workers' errors, warnings, counts, by files below the staging folder."""
+"""Carries notes between launcher and workers, by files below the staging folder.
+
+The launcher tells what share of a host a process has, workers tell errors, warnings and counts.
+"""
 
 import functools
 import hashlib
@@ -7,11 +10,12 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 from feature_jobs.schemas import CourierError
-from feature_jobs.store import files
-from feature_jobs.store.documents import digest, read_json, write_json
+from feature_jobs.store import files, threads
+from feature_jobs.store.documents import digest, parse_json, read_json, write_json
 
 # As Python prints one, and Beam goes on.
 _IN_TRACEBACK = rf"^{re.escape(CourierError.__module__)}\.(\w+): (.+?)(?: \[while running .*\])?$"
@@ -22,11 +26,13 @@ def refusing(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Iterato
 
     The DoFn has its staging folder as `staging`. Once anything there was refused, the job runs to
     its end without doing more, and the launcher raises the error word for word. Raised in a worker
-    it would be tried again, and reach the operator as a traceback within a traceback.
+    it would be tried again, and reach the operator as a traceback within a traceback. The process
+    keeps to the threads that `share_host` told.
     """
 
     @functools.wraps(process)
     def guarded(self: Any, element: Any) -> Iterator[Any]:
+        _keep_to_share(self.staging)
         errors = os.path.join(self.staging, "errors")
         if files.list_names(errors):
             return
@@ -37,6 +43,24 @@ def refusing(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Iterato
             write_json(os.path.join(errors, digest(found)[:12] + ".json"), found)
 
     return guarded
+
+
+def share_host(staging: str, share: threads.Share) -> None:
+    """Tells the workers of the job below `staging` how many threads each process may use."""
+    write_json(_share_path(staging), asdict(share))
+    _keep_to_share.cache_clear()  # the local engine's workers are in this process
+
+
+@functools.cache
+def _keep_to_share(staging: str) -> None:
+    path = _share_path(staging)
+    told = files.read_if_there(path)
+    if told is not None:
+        threads.limit(threads.Share(**parse_json(path, told)).count())
+
+
+def _share_path(staging: str) -> str:
+    return os.path.join(staging, "threads.json")
 
 
 def refused(staging: str) -> list[CourierError]:

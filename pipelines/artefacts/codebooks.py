@@ -75,7 +75,7 @@ class FitPlan:
     items: int
     impressions: Source | None
     estimate: Estimate
-    options: Any
+    options: beam_options.JobOptions
 
 
 # ---- Planning ------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def plan_fit(
         fit, ds, encoder_folder, encoder, parent_folder, parent, sample, items,
         impressions=_impressions(settings, ds, embeddings, say) if parent else None,
         estimate=estimate(fit.algorithm, drawn, rows, list(fit.clusters.values())),
-        options=beam_options.pipeline_options(settings.beam, "fit-codebook", beam_args),
+        options=beam_options.job_options(settings, "fit-codebook", beam_args),
     )  # fmt: skip
     _check_memory(plan)
     return plan
@@ -369,8 +369,8 @@ def _sweep(folder: str) -> None:
 
 
 def _run(define: Callable[[Any], None], plan: FitPlan) -> None:
-    run_pipeline = partial(beam_options.run_pipeline, options=plan.options)
-    making.run_job(define, plan.sampling.staging, run_pipeline)
+    run_pipeline = partial(beam_options.run_pipeline, options=plan.options.beam)
+    making.run_job(define, plan.sampling.staging, run_pipeline, plan.options.share)
 
 
 def _compare(

@@ -106,6 +106,10 @@ $impressions_columns
 # max_cluster_share = 0.5
 # max_dead_share = 0.5
 
+[workers]
+# Threads that a worker process computes on; without it, its part of the host's cores.
+# threads = 4
+
 # Beam's own options, as Beam spells them; [beam.embed] and the like are for one stage alone.
 [beam]
 # runner = "DataflowRunner"

@@ -190,7 +190,7 @@ def _night_of(day: dict[str, Any]) -> str:
 def describe_plan(night: Night, beam_args: Sequence[str]) -> dict[str, Any]:
     """Returns what `run_nights` would do, stage by stage; checks the Beam options too."""
     for stage in night.stages:
-        beam_options.pipeline_options(night.settings.beam, stage.name, beam_args)
+        beam_options.job_options(night.settings, stage.name, beam_args)
     held = records.read_hold(night.settings.root, night.settings.feature_set, night.ds)
     return {
         "ds": str(night.ds),

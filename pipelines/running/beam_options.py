@@ -6,14 +6,33 @@ Beam itself drops an option that it does not know with a warning, and a misspelt
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
+from apache_beam.options.pipeline_options import (
+    DebugOptions,
+    DirectOptions,
+    PipelineOptions,
+    PortableOptions,
+    StandardOptions,
+    _BeamArgumentParser,
+)
 
 from feature_jobs.schemas import OperatorError
+from feature_jobs.store.threads import Share
+from pipelines.config import Settings
 
 LOCAL_RUNNER = "FnApiRunner"  # by name: DirectRunner first tries to download a binary
+_PORTABLE = ("flink", "spark", "portable")  # runners whose workers start SDK processes as told
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """Holds Beam's options of a stage, and what share of a host a process of its workers has."""
+
+    beam: PipelineOptions
+    share: Share
 
 
 def flags(settings: Mapping[str, Any], stage: str) -> list[str]:
@@ -68,6 +87,47 @@ def pipeline_options(
     mine = [*flags(settings, stage), *given]
     check_flags(mine)
     return PipelineOptions([f"--runner={LOCAL_RUNNER}", *mine])
+
+
+def job_options(settings: Settings, stage: str, given: Sequence[str]) -> JobOptions:
+    """Returns how a stage runs, by the settings and then by what is `given` on the command line.
+
+    Raises OperatorError for an option that Beam does not know.
+    """
+    options = pipeline_options(settings.beam, stage, given)
+    return JobOptions(options, Share(settings.workers.threads, processes_per_host(options)))
+
+
+def processes_per_host(options: PipelineOptions) -> int | None:
+    """Returns how many SDK processes share a worker host, None for one on each of its cores.
+
+    Several workers that a cluster puts on one host are not told by options.
+    """
+    name = options.view_as(StandardOptions).runner.rpartition(".")[2].lower().removesuffix("runner")
+    if name == "dataflow":
+        experiments = options.view_as(DebugOptions).experiments or []
+        return 1 if "no_use_multiple_sdk_containers" in experiments else None
+    if name in _PORTABLE:
+        portable = options.view_as(PortableOptions)
+        # In LOOPBACK they are threads of the launcher's process.
+        alone = portable.environment_type == "LOOPBACK"
+        return 1 if alone else _parallelism(portable.sdk_worker_parallelism)
+    local = options.view_as(DirectOptions)
+    several = local.direct_running_mode == "multi_processing"
+    return local.direct_num_workers or None if several else 1
+
+
+def _parallelism(given: str | int) -> int | None:
+    """Returns `sdk_worker_parallelism`, None where 0 leaves it to the runner: Beam checks nothing.
+
+    Raises OperatorError where it is no number.
+    """
+    if not str(given).isdecimal():
+        raise OperatorError(
+            f"--sdk_worker_parallelism={given} is no number of SDK processes for each worker; give "
+            "1 or more, or 0 to leave it to the runner."
+        )
+    return int(given) or None
 
 
 def run_pipeline(define: Callable[[beam.Pipeline], None], options: PipelineOptions) -> None:

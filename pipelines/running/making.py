@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any
 
 from feature_jobs.schemas import CourierError, Table
-from feature_jobs.store import files, partitions, worker_notes
+from feature_jobs.store import files, partitions, threads, worker_notes
 from feature_jobs.store.documents import parse_json, read_json, write_json
 from feature_jobs.store.partitions import STAGED
 from pipelines.running import beam_options, progress
+from pipelines.running.beam_options import JobOptions
 from pipelines.running.locks import Locks
 from pipelines.running.stage import BEGUN, PACKAGE_VERSIONS, Night, Stage
 
@@ -20,7 +21,7 @@ _OF_RECEIPT = ("counts", "work")  # what no manifest says of a single file
 
 
 def make_missing(
-    stages: Sequence[Stage], options: Any, say: Callable[[str], None], locks: Locks
+    stages: Sequence[Stage], options: JobOptions, say: Callable[[str], None], locks: Locks
 ) -> set[str]:
     """Makes the stages that are not made yet, and returns their run_ids.
 
@@ -57,18 +58,22 @@ def _consecutive(stages: Sequence[Stage]) -> list[list[Stage]]:
     return found
 
 
-def _make(stages: Sequence[Stage], options: Any, say: Callable[[str], None], locks: Locks) -> None:
+def _make(
+    stages: Sequence[Stage], options: JobOptions, say: Callable[[str], None], locks: Locks
+) -> None:
     first, last = stages[0], stages[-1]
     names = ", ".join(table.name for table in first.tables)
     days = f"ds {first.ds}" if first is last else f"ds {first.ds} to {last.ds}"
     say(f"{first.name}: making {names} of {days} (run {first.run_id})")
     with progress.watch(stages):
-        make(stages, partial(beam_options.run_pipeline, options=options), locks)
+        run_pipeline = partial(beam_options.run_pipeline, options=options.beam)
+        make(stages, run_pipeline, options.share, locks)
 
 
 def make(
     stages: Sequence[Stage],
     run_pipeline: Callable[[Callable[[Any], None]], None],
+    share: threads.Share,
     locks: Locks,
 ) -> None:
     """Runs one job for stages of consecutive days below their staging folders; seals its tables.
@@ -79,7 +84,7 @@ def make(
         _forget_other_content(stage)
     first = stages[0]
     try:
-        run_job(lambda root: first.define(root, stages), first.staging, run_pipeline)
+        run_job(lambda root: first.define(root, stages), first.staging, run_pipeline, share)
     finally:
         for stage in stages:
             stage.clean(stage)
@@ -93,12 +98,14 @@ def run_job(
     define: Callable[[Any], None],
     staging: str,
     run_pipeline: Callable[[Callable[[Any], None]], None],
+    share: threads.Share,
 ) -> None:
-    """Runs the job that `define` wires to write below `staging`.
+    """Runs the job that `define` wires to write below `staging`, in its `share` of the workers.
 
     Raises a worker's CourierError word for word.
     """
     files.delete_tree(os.path.join(staging, "errors"))
+    worker_notes.share_host(staging, share)
     try:
         run_pipeline(define)
     except Exception as error:

@@ -67,6 +67,8 @@ max_moved_item_share = 0.1
 max_moved_impression_share = 0.3
 max_cluster_share = 0.4
 max_dead_share = 0.6
+[workers]
+threads = 3
 
 [beam]
 runner = "FlinkRunner"
@@ -146,6 +148,7 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
             "max_cluster_share": 0.4,
             "max_dead_share": 0.6,
         },
+        "workers": {"threads": 3},
         "pins": (
             {
                 "from_ds": dt.date(2026, 1, 5),
@@ -263,6 +266,7 @@ def test_an_unknown_key_like_no_other_is_refused_with_all_known_ones(folder: Pat
         ("gates = {max_reject_share = -0.1}", "root = ", "gates.max_reject_share"),
         ("gates = {max_reject_share = nan}", "root = ", "gates.max_reject_share"),
         ("gates = 3", "root = ", "gates"),
+        ("workers = {threads = 0}", "root = ", "workers.threads"),
         ("item_features = {vector = 1}", "root = ", "item_features.vector"),
         ("require_success = 'yes'", "[catalogue]", "catalogue.require_success"),
         ("carry = 'price'", "[impressions]", "impressions.carry"),

@@ -16,7 +16,7 @@ import torch
 from courier_model import encoder as encoders
 from courier_model.images import decode
 from feature_jobs.schemas import StorageUnavailable
-from feature_jobs.store import files, partitions
+from feature_jobs.store import files, partitions, threads
 from pipelines.cli import main
 from tests.conftest import Artefacts, pinned
 from tests.support.commands import (
@@ -374,6 +374,17 @@ def test_the_run_and_its_report_tell_what_the_images_cost_and_where_they_were_em
     assert embed(world, DAYS[0]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert all(word in last for word in ("read 0.0 MB", "io ", "decode ", "forward ", " cpu "))
+
+
+def test_workers_compute_on_the_threads_of_the_settings_and_the_run_states_them(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[int] = []
+    monkeypatch.setattr(threads, "limit", limits.append)
+    assert embed_with(world, DAYS[0], ("[embed]", "[workers]\nthreads = 3\n[embed]")) == 0
+    assert limits == [3]
+    (path,) = (world.root / "test/_runs").rglob("run.json")
+    assert json.loads(path.read_text())["workers"] == {"embed": {"threads": 3, "processes": 1}}
 
 
 def test_a_night_that_is_published_already_tells_no_cost(world: World, capsys: Capture) -> None:

@@ -42,3 +42,21 @@ def test_a_limit_bounds_blas_and_pyarrow() -> None:
     pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
     assert pools
     assert {pool["num_threads"] for pool in pools} == {1}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5, 8, None])
+@pytest.mark.parametrize("cores", [1, 2, 4, 7])
+def test_the_processes_of_a_host_have_no_more_threads_than_it_has_cores(
+    cores: int, processes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "cores", lambda: cores)
+    share = threads.Share(processes=processes).count()
+    together = cores if processes is None else processes
+    assert share >= 1
+    assert share * together <= max(cores, together)  # none can do with less than one
+    assert (share + 1) * together > cores
+
+
+def test_a_number_of_threads_that_was_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "cores", lambda: 8)
+    assert threads.Share(3, processes=4).count() == 3

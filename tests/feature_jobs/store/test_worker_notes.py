@@ -14,7 +14,7 @@ from feature_jobs.schemas import (
     OperatorError,
     StorageUnavailable,
 )
-from feature_jobs.store import documents, worker_notes
+from feature_jobs.store import documents, threads, worker_notes
 
 
 class Worker:
@@ -61,6 +61,22 @@ def test_what_is_not_for_the_operator_is_raised(tmp_path: Path, error: Exception
     with pytest.raises(type(error)):
         list(Worker(tmp_path).process(error))
     assert os.listdir(tmp_path) == []
+
+
+def test_workers_keep_to_the_threads_that_the_launcher_told_each_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[int] = []
+    monkeypatch.setattr(threads, "limit", limits.append)
+    one, other = Worker(tmp_path / "one"), Worker(tmp_path / "other")
+    worker_notes.share_host(one.staging, threads.Share(3))
+    worker_notes.share_host(other.staging, threads.Share(2))
+    for worker in (one, one, other):
+        assert list(worker.process(1)) == [1]
+    assert limits == [3, 2]  # once in a process
+    worker_notes.share_host(one.staging, threads.Share(1))  # the job is run again
+    list(one.process(1))
+    assert limits[2:] == [1]
 
 
 def test_a_heartbeat_is_one_file_that_grows_with_what_is_counted(tmp_path: Path) -> None:

@@ -14,7 +14,13 @@ from apache_beam.options.pipeline_options import (
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from feature_jobs.schemas import OperatorError
-from pipelines.running.beam_options import check_flags, flags, pipeline_options, run_pipeline
+from pipelines.running.beam_options import (
+    check_flags,
+    flags,
+    pipeline_options,
+    processes_per_host,
+    run_pipeline,
+)
 
 SETTINGS = {
     "runner": "DataflowRunner",
@@ -144,6 +150,46 @@ def test_the_default_runner_is_the_local_one_by_name() -> None:
     options = pipeline_options({}, "embed", [])
     assert options.view_as(StandardOptions).runner == "FnApiRunner"
     assert isinstance(beam.Pipeline(options=options).runner, FnApiRunner)
+
+
+# ---- How many share a host -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "processes"),
+    [
+        ([], 1),
+        (["--direct_num_workers=3"], 1),  # threads of one process
+        (["--direct_num_workers=3", "--direct_running_mode=multi_threading"], 1),
+        (["--direct_num_workers=3", "--direct_running_mode=multi_processing"], 3),
+        (["--direct_num_workers=0", "--direct_running_mode=multi_processing"], None),
+        (["--runner=DataflowRunner"], None),
+        (["--runner=dataflow", "--experiments=use_runner_v2"], None),
+        (["--runner=DataflowRunner", "--experiments=a,no_use_multiple_sdk_containers"], 1),
+        (["--runner=FlinkRunner"], 1),
+        (["--runner=apache_beam.runners.portability.flink_runner.FlinkRunner"], 1),
+        (["--runner=FlinkRunner", "--sdk_worker_parallelism=4"], 4),
+        (["--runner=SparkRunner", "--sdk_worker_parallelism=0"], None),
+        (["--runner=PortableRunner", "--sdk_worker_parallelism=4"], 4),
+        (
+            ["--runner=PortableRunner", "--sdk_worker_parallelism=4",
+             "--environment_type=LOOPBACK"], 1,
+        ),
+    ],
+)  # fmt: skip
+def test_beams_options_tell_how_many_processes_share_a_host(
+    given: list[str], processes: int | None
+) -> None:
+    assert processes_per_host(pipeline_options({}, "embed", given)) == processes
+
+
+def test_a_number_of_processes_that_is_none_is_refused() -> None:
+    options = pipeline_options({}, "embed", ["--runner=Flink", "--sdk_worker_parallelism=many"])
+    with pytest.raises(OperatorError, match="sdk_worker_parallelism=many is no number"):
+        processes_per_host(options)
+
+
+# ---- Running ---------------------------------------------------------------------------------
 
 
 class WriteNumber(beam.DoFn):

@@ -8,6 +8,7 @@ import pytest
 
 from feature_jobs.schemas import ITEM_EMBEDDINGS, DataContractError, StorageUnavailable
 from feature_jobs.store import documents, worker_notes
+from feature_jobs.store.threads import Share
 from pipelines.running import making
 from pipelines.running.locks import Locks
 from pipelines.running.stage import Stage
@@ -47,7 +48,7 @@ def test_of_a_job_that_fails_the_error_that_led_to_it_is_told(tmp_path: Path, ho
             raise StorageUnavailable("gs://b/x [while running 'ParDo(X)']")  # noqa: B904
 
     with pytest.raises(StorageUnavailable) as told:
-        making.make([stage_of(tmp_path)], fail, Locks())
+        making.make([stage_of(tmp_path)], fail, Share(), Locks())
     assert str(told.value) == AWAY
 
 
@@ -60,7 +61,7 @@ def test_of_a_job_that_fails_what_was_left_before_is_told(tmp_path: Path) -> Non
         raise RuntimeError("Beam failed")
 
     with pytest.raises(DataContractError, match="two rows of item 3"):
-        making.make([stage], leave, Locks())
+        making.make([stage], leave, Share(), Locks())
 
 
 def test_a_job_that_fails_for_another_reason_fails_with_that(
@@ -74,4 +75,4 @@ def test_a_job_that_fails_for_another_reason_fails_with_that(
         raise RuntimeError("Beam failed")
 
     with pytest.raises(RuntimeError, match="Beam failed"):
-        making.make([stage_of(tmp_path)], fail, Locks())
+        making.make([stage_of(tmp_path)], fail, Share(), Locks())
