@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,6 +39,9 @@ PRECISIONS = ("fp32", "bf16")
 _WEIGHTS_FILE = "model.safetensors"
 _IMAGENET_CLASSES = 1000
 
+_placing = threading.Lock()
+_setting_threads = threading.Lock()
+
 # What torch, safetensors and the file system raise for a file that cannot be read as weights.
 _UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 
@@ -56,6 +60,7 @@ class ImageEncoder(nn.Module):
         self.backbone_name = backbone_name
         self.preprocessing = preprocessing
         self.encoder_id: str | None = None  # known once loaded from a saved encoder
+        self.placed_on: torch.device | None = None  # where `embed` has moved it
         self.backbone: nn.Module = get_model(_known_backbone(backbone_name), weights=None)
         self.head_name = _head_name(self.backbone, backbone_name)
         in_features = self.backbone.get_submodule(self.head_name).in_features
@@ -415,7 +420,7 @@ def embed(
         raise ValueError(f"needs an encoder in eval mode and a precision out of {PRECISIONS}")
     if not len(images):
         return np.zeros((0, EMBEDDING_DIM), np.float32)
-    encoder.to(device).to(memory_format=torch.channels_last)
+    _place(encoder, device)
     with (
         torch.inference_mode(),
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
@@ -428,6 +433,28 @@ def embed(
         embeddings: npt.NDArray[np.float32] = torch.cat(outputs).cpu().numpy()
     _check_unit_norm(embeddings, encoder)
     return embeddings
+
+
+def _place(encoder: ImageEncoder, device: torch.device) -> None:
+    """Moves the encoder to `device`, its weights channels last, unless it is there.
+
+    Moving replaces the weights, which other threads may be computing with.
+    """
+    with _placing:
+        if encoder.placed_on != device:
+            encoder.to(device).to(memory_format=torch.channels_last)
+            encoder.placed_on = device
+
+
+def use_one_thread() -> None:
+    """Makes torch compute in the calling thread alone, whatever it does in others."""
+    with _setting_threads:
+        threads = torch.get_num_threads()  # asked first: torch would set it anew when first used
+        torch.set_num_threads(1)
+        # That was also the default of threads to come: put it back, in a thread that ends.
+        restore = threading.Thread(target=torch.set_num_threads, args=(threads,))
+        restore.start()
+        restore.join()
 
 
 def _embed_batch(

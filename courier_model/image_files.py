@@ -17,14 +17,10 @@ from typing import TypeVar
 import numpy as np
 
 from courier_model.images import BadImage, DecodeLimits, Preprocessing, decode
-from feature_jobs.store import files
+from feature_jobs.store import files, threads
 from feature_jobs.store.faults import telling_forbidden
 
 T = TypeVar("T")
-
-# A picture within the limits can take half a gigabyte while it is decoded. More at once than there
-# are cores would not be faster, however many threads wait for files.
-_DECODING = threading.BoundedSemaphore(os.cpu_count() or 1)
 
 
 @dataclass
@@ -128,11 +124,21 @@ def read_image(
     read = time.perf_counter()
     sha256 = hashlib.sha256(data).hexdigest()
     try:
-        with _DECODING:
+        with _decoding(threads.budget()):
             pixels = None if skip_decoding(sha256) else decode(data, preprocessing)
     except BadImage as error:
         return Rejected("decode", error.reason, str(error), sha256, len(data))
     return Image(len(data), sha256, pixels, read - started, time.perf_counter() - read)
+
+
+@functools.cache
+def _decoding(most: int) -> threading.Semaphore:
+    """Returns what lets `most` threads of this process decode at once.
+
+    A picture within the limits can take half a gigabyte while it is decoded. More at once than may
+    compute would not be faster, however many threads wait for files.
+    """
+    return threading.BoundedSemaphore(most)
 
 
 def _read(path: str) -> bytes:

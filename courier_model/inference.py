@@ -1,14 +1,13 @@
-"""Embeds a chunk of images, with reading, decoding and the forward pass side by side.
+"""Embeds a chunk of images, with reading, decoding and forward passes side by side.
 
-Images are read and decoded ahead in threads, by five batches at most and what the readers have in
-hand, so that memory does not grow with the chunk. Within a chunk no file is read twice and no
-bytes are decoded or embedded twice.
+Images are read and decoded ahead in threads, by four batches more than there are passes at most and
+what the readers have in hand, so that memory does not grow with the chunk. Within a chunk no file
+is read twice and no bytes are decoded or embedded twice.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections import Counter, deque
@@ -24,19 +23,23 @@ from courier_model import encoder as encoders
 from courier_model.image_files import Image, Rejected, read_image
 from courier_model.images import Preprocessing
 from feature_jobs.schemas import EMBEDDING_DIM
-from feature_jobs.store import arrays, files
+from feature_jobs.store import arrays, files, threads
 
-_LOCAL_READERS = 2 * (os.cpu_count() or 1)  # reading waits on the disk, decoding on a core
+_LOCAL_READERS = 2  # for each thread of the budget: reading waits on the disk, decoding on a core
 _REMOTE_READERS = 64  # a small object takes a store tens of milliseconds, however many at once
 _LARGEST_BLOCK = 8  # images that a reader takes at once: asking for one alone costs it more time
-_FORWARDS = 2  # batches on their way through the encoder: one at work, one made ready meanwhile
 
 T = TypeVar("T")
 Embed = Callable[[np.ndarray], np.ndarray]
 
 
 class Embedder:
-    """Loads an encoder at first use and embeds one batch at a time, however many threads ask."""
+    """Loads an encoder at first use and embeds batches, several at once on a CPU.
+
+    There a pass computes on one thread, and as many share the weights as the process may compute
+    on: they are up to twice as fast as one pass on all cores, and an embedding does not depend on
+    how many cores there are. A GPU gets one batch at a time.
+    """
 
     def __init__(self, folder: str, batch_size: int, device: str = "auto") -> None:
         self._folder, self._batch_size = folder, batch_size
@@ -44,31 +47,51 @@ class Embedder:
         self._precision = encoders.choose_precision(self._device)
         self._lock = threading.Lock()
         self._encoder: encoders.ImageEncoder | None = None
+        self._threads: Executor | None = None
 
     def device_and_precision(self) -> str:
         """Names device and precision as the counters do: cpu_fp32, cuda_bf16, …"""
         return f"{self._device.type}_{self._precision}"
 
+    def passes(self) -> int:
+        """Returns how many batches it embeds at once, whoever gives them; others wait."""
+        return 1 if self._device.type == "cuda" else threads.budget()
+
     def embed(self, pixels: np.ndarray) -> np.ndarray:
         """Embeds uint8 `[n, 3, S, S]` as float32 unit vectors `[n, 256]`, see `encoder.embed`."""
+        return self._own_threads().submit(self._embed, pixels).result()
+
+    def _own_threads(self) -> Executor:
+        with self._lock:
+            if self._threads is None:
+                alone = None if self._device.type == "cuda" else encoders.use_one_thread
+                self._threads = ThreadPoolExecutor(self.passes(), "pass", alone)
+            return self._threads
+
+    def _embed(self, pixels: np.ndarray) -> np.ndarray:
         with self._lock:
             if self._encoder is None:
                 self._encoder = encoders.load_encoder(self._folder)
-            return encoders.embed(
-                self._encoder, pixels, self._batch_size, self._device, self._precision
-            )
+        return encoders.embed(
+            self._encoder, pixels, self._batch_size, self._device, self._precision
+        )
 
 
 @dataclass
 class _Forward:
-    """Collects pixels to whole batches and embeds these while the next ones are collected."""
+    """Collects pixels to whole batches and embeds these while the next ones are collected.
+
+    `passes` are at work at once, in the threads of `pool`, and one more batch is ready meanwhile.
+    """
 
     embed: Embed
     batch_size: int
     pool: Executor
+    passes: int
     rows: dict[str, int] = field(default_factory=dict)  # digest -> row of the vectors
     seconds: float = 0.0
     _told: float = 0.0
+    _adding: threading.Lock = field(default_factory=threading.Lock)  # to the seconds
     _waiting: list[np.ndarray] = field(default_factory=list)
     _running: deque[Future[np.ndarray]] = field(default_factory=deque)
     _done: list[np.ndarray] = field(default_factory=list)
@@ -94,14 +117,15 @@ class _Forward:
 
     def _start(self) -> None:
         batch, self._waiting = np.stack(self._waiting), []
-        while len(self._running) >= _FORWARDS:
+        while len(self._running) > self.passes:
             self._done.append(self._running.popleft().result())
         self._running.append(self.pool.submit(self._timed, batch))
 
     def _timed(self, batch: np.ndarray) -> np.ndarray:
         started = time.perf_counter()
         found = self.embed(batch)
-        self.seconds += time.perf_counter() - started
+        with self._adding:
+            self.seconds += time.perf_counter() - started
         return found
 
 
@@ -112,6 +136,7 @@ def embed_images(
     roots: Sequence[str],
     batch_size: int,
     tell: Callable[..., None] = lambda **counts: None,
+    passes: int = 1,
 ) -> pa.Table:
     """Reads and embeds the images of `rows` (item_id, image_uri, known_sha256).
 
@@ -125,7 +150,7 @@ def embed_images(
     - `is_embedded` bool, `forward_seconds`: of the first row of each digest embedded, else 0.
 
     `tell` is told now and then what was done: done, embedded, reused, rejected_<reason>, bytes, and
-    the seconds of each kind.
+    the seconds of each kind. `embed` is asked for so many `passes` at once, each in its thread.
     Raises what `read_image` and `embed` raise.
     """
     uris = rows["image_uri"].to_pylist()
@@ -139,10 +164,10 @@ def embed_images(
         return read_image(uri, roots, preprocessing, skip_decoding)
 
     remote = any(files.is_remote(uri) for uri in (*roots, *uris[:1]))
-    readers = _REMOTE_READERS if remote else _LOCAL_READERS
+    readers = _REMOTE_READERS if remote else _LOCAL_READERS * threads.budget()
     items_of, images = Counter(uris), dict[str, Image | Rejected]()
-    with _pool(readers) as pool, _pool(1) as device:
-        forward = _Forward(embed, batch_size, device)
+    with _pool(readers) as pool, _pool(passes) as forwards:
+        forward = _Forward(embed, batch_size, forwards, passes)
         for block in _ahead(pool, look, list(known), readers, 2 * batch_size):
             done = sum(items_of[uri] for uri in block)
             tell(done=done, forward_seconds=forward.untold(), **_counts(block.values()))

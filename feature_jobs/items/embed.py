@@ -345,7 +345,7 @@ class EmbedChunk(ModelHandler[tuple[int, Piece], tuple[int, Piece], Embedder]):
         images = read_pieces([piece], pa.table({}))
         results = embed_images(
             images, embedder.embed, job.preprocessing, job.image_roots, job.batch_size,
-            self._heartbeat.add,
+            self._heartbeat.add, embedder.passes(),
         )  # fmt: skip
         for name in ("shard", *VERSION_COLUMNS):
             results = results.append_column(name, images[name])

@@ -1,10 +1,11 @@
 """In a chunk of images no file is read, no bytes decoded or embedded twice; nothing is mixed up."""
 
+import functools
 import hashlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,15 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from courier_model import encoder as encoders
 from courier_model import image_files, inference
 from courier_model.images import Preprocessing, decode
 from courier_model.inference import Embedder, embed_images, results_schema
 from feature_jobs.schemas import EMBEDDING_DIM, StorageUnavailable
-from feature_jobs.store import files
+from feature_jobs.store import files, threads
 from tests.conftest import Artefacts
 from tests.support.world import CPU, picture
 
@@ -93,6 +96,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
     monkeypatch.setattr(files, "read_bytes", count_read)
     monkeypatch.setattr(image_files, "decode", count_decoded)
     monkeypatch.setattr(inference, "_LOCAL_READERS", READERS)
+    monkeypatch.setattr(threads, "budget", lambda: 1)
     return shop
 
 
@@ -223,6 +227,21 @@ def test_batches_are_whole_but_for_the_last(shop: Shop) -> None:
         assert row["embedding"] == (None if n == 3 else vector_of(picture(n)))
 
 
+def test_every_image_gets_its_own_vector_whichever_pass_ends_first(shop: Shop) -> None:
+    second_is_done = threading.Event()
+
+    def embed(pixels: np.ndarray) -> np.ndarray:
+        if (pixels[0] == decode(picture(0), SMALL)).all():
+            assert second_is_done.wait(30)
+        found = shop.embed(pixels)
+        if (pixels[0] == decode(picture(BATCH), SMALL)).all():
+            second_is_done.set()
+        return found
+
+    rows = shop.results(many(shop, 11), embed=embed, passes=2)
+    assert [row["embedding"] for row in rows] == [vector_of(picture(n)) for n in range(11)]
+
+
 def test_nothing_to_embed_calls_no_encoder(shop: Shop) -> None:
     assert shop.results([]) == []
     assert shop.results(["missing.png"])[0]["reason"] == "missing"
@@ -273,13 +292,14 @@ def many(shop: Shop, count: int) -> list[str]:
     return uris
 
 
-def test_a_fault_of_the_encoder_is_raised_and_no_thread_is_left(shop: Shop) -> None:
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_fault_of_the_encoder_is_raised_and_no_thread_is_left(shop: Shop, passes: int) -> None:
     def fail(pixels: np.ndarray) -> np.ndarray:
         raise RuntimeError("CUDA out of memory")
 
     uris, before = many(shop, 200), threading.active_count()
     with pytest.raises(RuntimeError, match="CUDA out of memory"):
-        shop.results(uris, embed=fail)
+        shop.results(uris, embed=fail, passes=passes)
     assert threading.active_count() == before
     assert len(shop.read) < 100
 
@@ -313,8 +333,11 @@ def settled(count: Callable[[], int]) -> int:
     return before
 
 
-def test_no_more_images_are_decoded_ahead_than_a_slow_encoder_needs(shop: Shop) -> None:
-    """Three batches are in the encoder's hands, two more lie ready, and each reader has a block."""
+@pytest.mark.parametrize("passes", [1, 3])
+def test_no_more_images_are_decoded_ahead_than_a_slow_encoder_needs(
+    shop: Shop, passes: int
+) -> None:
+    """Each pass has a batch, four more are on their way, and each reader has a block."""
     stuck = threading.Event()
 
     def wait(pixels: np.ndarray) -> np.ndarray:
@@ -322,11 +345,11 @@ def test_no_more_images_are_decoded_ahead_than_a_slow_encoder_needs(shop: Shop) 
         return shop.embed(pixels)
 
     uris = many(shop, 200)
-    most = 5 * BATCH + (READERS + 1) * inference._LARGEST_BLOCK
+    most = (passes + 4) * BATCH + (READERS + 1) * inference._LARGEST_BLOCK
     with ThreadPoolExecutor(1) as pool:
-        rows = pool.submit(shop.results, uris, embed=wait)
+        rows = pool.submit(shop.results, uris, embed=wait, passes=passes)
         try:
-            assert 3 * BATCH < settled(lambda: len(shop.decoded)) <= most < 60
+            assert (passes + 2) * BATCH < settled(lambda: len(shop.decoded)) <= most < 100
         finally:
             stuck.set()
         found = [row["embedding"] for row in rows.result()]
@@ -364,6 +387,67 @@ def test_an_encoder_is_loaded_once_however_many_threads_ask_for_it(
     assert embedder.device_and_precision() == f"cpu_{precision}"
     expected = encoders.embed(encoder, pixels, BATCH, CPU, precision)
     np.testing.assert_allclose(found, expected, atol=1e-6 if precision == "fp32" else 2e-2)
+
+
+def test_a_process_embeds_as_many_batches_at_once_as_its_budget_has_threads_each_on_one(
+    artefacts: Artefacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "budget", lambda: 3)
+    meet, others, seen = threading.Barrier(3, timeout=30), torch.get_num_threads(), []
+
+    def embed(encoder: encoders.ImageEncoder, pixels: np.ndarray, *_: object) -> np.ndarray:
+        meet.wait()
+        seen.append((threading.get_ident(), torch.get_num_threads(), encoder))
+        return np.zeros((len(pixels), EMBEDDING_DIM), np.float32)
+
+    monkeypatch.setattr(encoders, "embed", embed)
+    embedder = Embedder(artefacts.encoder, BATCH, "cpu")
+    assert embedder.passes() == 3
+    with ThreadPoolExecutor(9) as pool:  # as bundles of one process ask for more
+        list(pool.map(embedder.embed, [np.zeros((1, 3, 32, 32), np.uint8)] * 9))
+    idents, used, shared = map(set, zip(*seen, strict=True))
+    assert (len(idents), used, len(shared)) == (3, {1}, 1)
+    assert torch.get_num_threads() == others
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@functools.cache
+def built(backbone: str) -> encoders.ImageEncoder:
+    """Builds a network whose embeddings differ, so that comparing them means something."""
+    encoder = encoders.build_encoder(backbone, "random", input_size=32)
+    nn.init.normal_(encoder.backbone.get_submodule(encoder.head_name).weight)
+    return encoder
+
+
+@pytest.mark.parametrize("precision", encoders.PRECISIONS)
+@pytest.mark.parametrize("backbone", ["swin_t", "resnet18", "resnet50"])
+def test_an_image_has_the_same_bits_in_every_place_company_pass_and_number_of_threads(
+    backbone: str, precision: str, monkeypatch: pytest.MonkeyPatch,
+    torch_threads: Callable[[int], None],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(encoders, "load_encoder", built)
+    monkeypatch.setattr(encoders, "choose_precision", lambda device: precision)
+    images = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
+
+    def embed(passes: int, of_torch: int, *batches: list[int]) -> np.ndarray:
+        """Embeds batches of images, given by their places, at once."""
+        torch_threads(of_torch)
+        monkeypatch.setattr(threads, "budget", lambda: passes)
+        embedder = Embedder(backbone, 3, "cpu")
+        with ThreadPoolExecutor(len(batches)) as pool:
+            return np.concatenate(list(pool.map(lambda b: embedder.embed(images[b]), batches)))
+
+    whole = embed(1, 1, [0, 1, 2], [3, 4, 5])
+    assert np.abs(whole[0] - whole[1]).max() > 1e-3  # else anything would pass
+    turned = [2, 4, 0, 5, 1, 3]
+    np.testing.assert_array_equal(embed(2, 2, turned[:3], turned[3:]), whole[turned])
+    np.testing.assert_array_equal(embed(3, 4, [4], [2, 0], [1]), whole[[4, 2, 0, 1]])
 
 
 def test_the_images_of_a_shop_get_the_encoders_own_embeddings(
