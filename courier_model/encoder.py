@@ -383,16 +383,31 @@ def choose_device(wanted: str = "auto") -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def choose_precision(device: torch.device) -> str:
-    """Returns "bf16" where the hardware multiplies in it, else "fp32".
+def choose_precision(device: torch.device, wanted: str = "auto") -> str:
+    """Returns the precision that is `wanted`; for "auto" "bf16" where the hardware has it.
 
-    CUDA does so since Ampere, and CPUs with AMX do. Elsewhere bf16 is emulated, slower than fp32.
+    Else that is "fp32". CUDA multiplies in bf16 since Ampere, and CPUs with AMX do. Elsewhere it is
+    emulated, slower than fp32.
     """
+    if wanted != "auto":
+        return wanted
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = torch.cpu.get_capabilities().get("amx_bf16", False)
     return "bf16" if fast else "fp32"
+
+
+def kind_of(device: torch.device) -> str:
+    """Names the hardware as far as it decides an embedding's bits: cpu_intel_avx512_amx, cuda_…"""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device).lower()
+        return "_".join([device.type, *re.findall(r"[a-z0-9]+", name)])
+    known = torch.cpu.get_capabilities()
+    maker = str(known.get("cpu_name", "")).lower().split()[:1]
+    kernels = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "_")
+    amx = ["amx"] if known.get("amx_bf16") else []
+    return "_".join([device.type, *maker, kernels, *amx])
 
 
 def embed(

@@ -41,17 +41,19 @@ class Embedder:
     how many cores there are. A GPU gets one batch at a time.
     """
 
-    def __init__(self, folder: str, batch_size: int, device: str = "auto") -> None:
+    def __init__(
+        self, folder: str, batch_size: int, device: str = "auto", precision: str = "auto"
+    ) -> None:
         self._folder, self._batch_size = folder, batch_size
         self._device = encoders.choose_device(device)
-        self._precision = encoders.choose_precision(self._device)
+        self._precision = encoders.choose_precision(self._device, precision)
         self._lock = threading.Lock()
         self._encoder: encoders.ImageEncoder | None = None
         self._threads: Executor | None = None
 
-    def device_and_precision(self) -> str:
-        """Names device and precision as the counters do: cpu_fp32, cuda_bf16, …"""
-        return f"{self._device.type}_{self._precision}"
+    def kind_and_precision(self) -> str:
+        """Names hardware and precision as the counters do: cpu_amd_avx2_fp32, cuda_…_bf16, …"""
+        return f"{encoders.kind_of(self._device)}_{self._precision}"
 
     def passes(self) -> int:
         """Returns how many batches it embeds at once, whoever gives them; others wait."""

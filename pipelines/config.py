@@ -123,10 +123,13 @@ class Embed(_Section):
     """Tells how images are embedded.
 
     `batch_size` images go through the encoder at once; about `chunk_items` are redone after a kill.
-    A `device` "cuda" that is not there is warned of; "auto" takes what there is.
+    A `device` "cuda" that is not there is warned of; "auto" takes what there is. A `precision`
+    other than "auto", by which each worker takes what its hardware is made for, is that of all
+    embeddings: those of another are made again.
     """
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     batch_size: Count = 32
     chunk_items: Count = 256
 

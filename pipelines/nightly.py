@@ -186,6 +186,10 @@ def _make_all(
         seconds = round((time.monotonic() - before) / len(nights), 1)  # a day's share
         for report in reports:
             report["seconds"][name] = seconds
+    for report in reports:
+        report["warnings"] = quality.warnings(report["work"])
+        for message in report["warnings"]:
+            say(f"WARNING: ds {report['ds']}: {message}")
     return reports
 
 

@@ -62,6 +62,7 @@ class EmbedJob:
     preprocessing: Preprocessing
     image_roots: tuple[str, ...]
     device: str
+    precision: str
     batch_size: int
     chunk_items: int
     window_days: int
@@ -203,7 +204,7 @@ def _rejected(reasons: pa.ChunkedArray) -> dict[str, int]:
 
 
 def work_of(results: pa.Table) -> dict[str, float]:
-    """Tells what the results of a shard cost, and on which devices they were made."""
+    """Tells what the results of a shard cost, and on which devices and in which precisions."""
     embedded = results.filter(results["is_embedded"])
     devices = pc.value_counts(embedded["device"])
     return {
@@ -325,7 +326,8 @@ class EmbedChunk(ModelHandler[tuple[int, Piece], tuple[int, Piece], Embedder]):
                 "embeds on its CPU, many times slower. Check the machine type and drivers of "
                 "[beam.embed], or set embed.device to what is there.",
             )
-        return Embedder(self._job.encoder_folder, self._job.batch_size, self._job.device)
+        job = self._job
+        return Embedder(job.encoder_folder, job.batch_size, job.device, job.precision)
 
     def share_model_across_processes(self) -> bool:
         return choose_device(self._job.device).type == "cuda"
@@ -349,7 +351,7 @@ class EmbedChunk(ModelHandler[tuple[int, Piece], tuple[int, Piece], Embedder]):
         )  # fmt: skip
         for name in ("shard", *VERSION_COLUMNS):
             results = results.append_column(name, images[name])
-        device = pa.repeat(pa.scalar(embedder.device_and_precision()), len(results))
+        device = pa.repeat(pa.scalar(embedder.kind_and_precision()), len(results))
         results = results.append_column("device", device)
         path = os.path.join(job.chunks, f"{bucket:05d}")
         yield from write_pieces(path, results, images["shard"].to_numpy())

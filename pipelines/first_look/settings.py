@@ -69,6 +69,9 @@ $impressions_columns
 [embed]
 # "cuda" warns where there is none and a CPU must do; "auto" takes what there is.
 # device = "auto"
+# The precision of all embeddings, "fp32" or "bf16"; "auto" takes bf16 where a worker's hardware
+# has it.
+# precision = "auto"
 # Images that go through the encoder at once: 8 was best on two CPU cores, a GPU wants 256 or so.
 # batch_size = 32
 # About as many images as a thread of a worker loses when it is killed.

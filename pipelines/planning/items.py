@@ -20,6 +20,7 @@ from feature_jobs.schemas import (
     cluster_field,
 )
 from feature_jobs.store import documents, hashing, partitions
+from pipelines.config import Settings
 from pipelines.planning.day_plan import DayPlan
 from pipelines.running.layout import CHUNK_FOLDER
 from pipelines.running.stage import PACKAGE_VERSIONS, Stage
@@ -49,13 +50,14 @@ def plan_embed(day: DayPlan, made: dict[str, Stage]) -> Stage:
             encoder_folder=day.pinned.pin.encoder,
             preprocessing=Preprocessing.from_dict(day.pinned.encoder.preprocessing),
             device=settings.embed.device,
+            precision=settings.embed.precision,
             image_roots=settings.catalogue.image_roots,
             batch_size=settings.embed.batch_size,
             chunk_items=settings.embed.chunk_items,
             window_days=settings.window_days,
             previous_embeddings=before,
             previous_rejects=rejects,
-            reuse=made_by == day.pinned.encoder.encoder_id,
+            reuse=made_by == day.pinned.encoder.encoder_id and _is_of_precision(before, settings),
             full=day.options.full,
             same_roots=before is not None and before.manifest["settings"]["image_roots"] == roots,
             staging=stage.staging,
@@ -77,6 +79,7 @@ def plan_embed(day: DayPlan, made: dict[str, Stage]) -> Stage:
             "image_roots": roots,
             "batch_size": settings.embed.batch_size,
             "window_days": settings.window_days,
+            **_precision(settings),
         },
         input_rows=catalogue.rows,
         forced=day.options.full,
@@ -85,6 +88,19 @@ def plan_embed(day: DayPlan, made: dict[str, Stage]) -> Stage:
             "one_snapshot_for_all_days": day.shop.has_one_catalogue,
             **day.pinned.overlap("encoder", day.pinned.encoder.data_end_ds),
         },
+    )
+
+
+def _precision(settings: Settings) -> dict[str, str]:
+    """Returns the precision that the settings ask of all embeddings; empty where they do not."""
+    wanted = settings.embed.precision
+    return {} if wanted == "auto" else {"precision": wanted}
+
+
+def _is_of_precision(before: partitions.Partition | None, settings: Settings) -> bool:
+    """Returns whether all embeddings of `before` were made in the precision that is asked for."""
+    return (
+        before is not None and _precision(settings).items() <= before.manifest["settings"].items()
     )
 
 
@@ -107,6 +123,7 @@ def _chunk_folder(day: DayPlan, item_id: pa.DataType, shards: int) -> str:
         day.pinned.encoder.encoder_id,
         settings.embed.batch_size,
         PACKAGE_VERSIONS,
+        *_precision(settings).values(),
     ]
     layout = [str(item_id), shards, list(settings.catalogue.image_roots), day.options.full]
     return CHUNK_FOLDER + documents.digest([embedding, layout])[:12]

@@ -43,6 +43,22 @@ def check(
         gates[stage](input_rows, counts, settings)
 
 
+def warnings(work: Mapping[str, float]) -> list[str]:
+    """Returns what an operator should know of how tables were made that may yet be published.
+
+    `work` is what the stage's workers tell of it.
+    """
+    made = {name: int(n) for name, n in work.items() if name.startswith("embedded_on_")}
+    if len({name.rpartition("_")[2] for name in made}) < 2:
+        return []
+    found = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in made.items())
+    return [
+        f"The new embeddings are of several precisions ({found}): fp32 and bf16 of one image have "
+        "a cosine of 0.9999 or so, not 1. Give all workers one kind of machine, or say "
+        '[embed] precision = "fp32" or "bf16" in the settings, which embeds all images anew.'
+    ]
+
+
 def _embed(input_rows: int, counts: Mapping[str, int], settings: Settings) -> None:
     catalogue = counts["catalogue_items"]
     rejects = counts["item_rejects_rows"]

@@ -210,7 +210,8 @@ def stub_job(top: Path) -> embed.EmbedJob:
     return embed.EmbedJob(
         ds=DAYS[0], shards=1, embeddings_schema=ITEM_EMBEDDINGS.schema(kind),
         rejects_schema=ITEM_REJECTS.schema(kind), encoder_folder="", preprocessing=PREPROCESSING,
-        image_roots=("/",), device="cpu", batch_size=256, chunk_items=CHUNK, window_days=30,
+        image_roots=("/",), device="cpu", precision="auto", batch_size=256,
+        chunk_items=CHUNK, window_days=30,
         previous_embeddings=None, previous_rejects=None, reuse=False, same_roots=False, full=False,
         staging=str(top), chunks=str(top / "chunks"),
     )  # fmt: skip

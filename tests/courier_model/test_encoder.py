@@ -20,6 +20,7 @@ from courier_model.encoder import (
     choose_device,
     choose_precision,
     embed,
+    kind_of,
     load_encoder,
     save_encoder,
 )
@@ -160,6 +161,29 @@ def test_the_chosen_precision_is_one_that_the_hardware_has(
         assert choose_precision(CPU) == expected
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"sve": True})  # ARM
     assert choose_precision(CPU) == "fp32"
+    assert choose_precision(CPU, "bf16") == "bf16"  # asked for, though slow
+
+
+@pytest.mark.parametrize(
+    ("known", "kernels", "kind"),
+    [
+        ({"cpu_name": "Intel Xeon 2.5GHz", "amx_bf16": True}, "AVX512", "cpu_intel_avx512_amx"),
+        ({"cpu_name": "AMD EPYC 7B12", "amx_bf16": False}, "AVX2", "cpu_amd_avx2"),
+        ({"sve": True}, "SVE256", "cpu_sve256"),
+        ({}, "NO AVX", "cpu_no_avx"),
+    ],
+)
+def test_a_cpu_is_named_by_what_decides_its_kernels(
+    known: dict[str, object], kernels: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kernels)
+    assert kind_of(CPU) == kind
+
+
+def test_a_gpu_is_named_by_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    assert kind_of(torch.device("cuda")) == "cuda_nvidia_a100_sxm4_80gb"
 
 
 def test_the_chosen_device_is_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

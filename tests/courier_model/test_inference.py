@@ -384,7 +384,7 @@ def test_an_encoder_is_loaded_once_however_many_threads_ask_for_it(
         found = np.concatenate(list(pool.map(ask, range(8))))
     assert loaded == [artefacts.encoder]
     precision = encoders.choose_precision(CPU)
-    assert embedder.device_and_precision() == f"cpu_{precision}"
+    assert embedder.kind_and_precision() == f"{encoders.kind_of(CPU)}_{precision}"
     expected = encoders.embed(encoder, pixels, BATCH, CPU, precision)
     np.testing.assert_allclose(found, expected, atol=1e-6 if precision == "fp32" else 2e-2)
 
@@ -427,27 +427,31 @@ def built(backbone: str) -> encoders.ImageEncoder:
 
 @pytest.mark.parametrize("precision", encoders.PRECISIONS)
 @pytest.mark.parametrize("backbone", ["swin_t", "resnet18", "resnet50"])
-def test_an_image_has_the_same_bits_in_every_place_company_pass_and_number_of_threads(
+def test_an_embedding_depends_on_its_image_and_not_on_place_company_passes_or_threads(
     backbone: str, precision: str, monkeypatch: pytest.MonkeyPatch,
     torch_threads: Callable[[int], None],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(encoders, "load_encoder", built)
-    monkeypatch.setattr(encoders, "choose_precision", lambda device: precision)
     images = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
 
     def embed(passes: int, of_torch: int, *batches: list[int]) -> np.ndarray:
         """Embeds batches of images, given by their places, at once."""
         torch_threads(of_torch)
         monkeypatch.setattr(threads, "budget", lambda: passes)
-        embedder = Embedder(backbone, 3, "cpu")
+        embedder = Embedder(backbone, 3, "cpu", precision)
         with ThreadPoolExecutor(len(batches)) as pool:
             return np.concatenate(list(pool.map(lambda b: embedder.embed(images[b]), batches)))
 
     whole = embed(1, 1, [0, 1, 2], [3, 4, 5])
     assert np.abs(whole[0] - whole[1]).max() > 1e-3  # else anything would pass
+    for passes, of_torch in ((2, 2), (3, 4)):
+        found = embed(passes, of_torch, [3, 4, 5], [0, 1, 2])
+        np.testing.assert_array_equal(found, whole[[3, 4, 5, 0, 1, 2]])
+    # Some CPUs' float32 products treat the last rows otherwise than those before: 2e-7 was seen.
+    close = 0 if precision == "bf16" else 1e-6
     turned = [2, 4, 0, 5, 1, 3]
-    np.testing.assert_array_equal(embed(2, 2, turned[:3], turned[3:]), whole[turned])
-    np.testing.assert_array_equal(embed(3, 4, [4], [2, 0], [1]), whole[[4, 2, 0, 1]])
+    np.testing.assert_allclose(embed(2, 2, turned[:3], turned[3:]), whole[turned], 0, close)
+    np.testing.assert_allclose(embed(3, 4, [4], [2, 0], [1]), whole[[4, 2, 0, 1]], 0, close)
 
 
 def test_the_images_of_a_shop_get_the_encoders_own_embeddings(

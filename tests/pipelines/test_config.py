@@ -48,6 +48,7 @@ history = "recent"
 
 [embed]
 device = "cpu"
+precision = "fp32"
 batch_size = 8
 chunk_items = 16
 [item_features]
@@ -132,7 +133,7 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
         "late_days": 3,
         "history_start_ds": dt.date(2025, 12, 1),
         "rows_per_shard": 1000,
-        "embed": {"device": "cpu", "batch_size": 8, "chunk_items": 16},
+        "embed": {"device": "cpu", "precision": "fp32", "batch_size": 8, "chunk_items": 16},
         "item_features": {"vector": True, "second_distance": True},
         "simscore": {
             "history_item_ids": True,
@@ -266,6 +267,7 @@ def test_an_unknown_key_like_no_other_is_refused_with_all_known_ones(folder: Pat
         ("gates = {max_reject_share = -0.1}", "root = ", "gates.max_reject_share"),
         ("gates = {max_reject_share = nan}", "root = ", "gates.max_reject_share"),
         ("gates = 3", "root = ", "gates"),
+        ("embed = {precision = 'fp16'}", "root = ", "embed.precision"),
         ("workers = {threads = 0}", "root = ", "workers.threads"),
         ("item_features = {vector = 1}", "root = ", "item_features.vector"),
         ("require_success = 'yes'", "[catalogue]", "catalogue.require_success"),

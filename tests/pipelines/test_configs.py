@@ -31,7 +31,9 @@ def test_the_demo_shops_settings_load_and_lie_beside_its_tables() -> None:
 
 def test_the_nightly_settings_load_and_depend_on_no_folder() -> None:
     settings = load_settings(str(CONFIGS / "nightly.toml"))
-    assert settings.embed == Embed(device="cuda", batch_size=256, chunk_items=16384)
+    assert settings.embed == Embed(
+        device="cuda", precision="bf16", batch_size=256, chunk_items=16384
+    )
     (pin,) = settings.pins
     paths = [settings.root, settings.catalogue.path, settings.impressions.path, pin.encoder]
     paths.append(pin.codebook)

@@ -1,6 +1,7 @@
 """Whole `courier embed` runs read, embed and reject what they should, on the tiny shop."""
 
 import datetime as dt
+import itertools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import torch
 
 from courier_model import encoder as encoders
 from courier_model.images import decode
+from courier_model.inference import Embedder
 from feature_jobs.schemas import StorageUnavailable
 from feature_jobs.store import files, partitions, threads
 from pipelines.cli import main
@@ -24,6 +26,7 @@ from tests.support.commands import (
     counts,
     courier,
     given_to_the_encoder,
+    manifest,
     paragraph,
     published,
     vectors,
@@ -319,6 +322,77 @@ def test_a_shop_whose_ids_became_strings_after_a_refused_night_begins_anew(world
         world.write_impressions(day, draw_impressions(day, seed=number))
     assert embed(world, DAYS[0]) == 0
     assert "item-1" in world.table("item_embeddings", DAYS[0])["item_id"].to_pylist()
+
+
+# ---- Precision -------------------------------------------------------------------------------
+
+
+def in_precision(name: str) -> tuple[str, str]:
+    return "[embed]", f'[embed]\nprecision = "{name}"'
+
+
+def test_a_pinned_precision_is_that_of_every_embedding_also_of_earlier_nights(
+    world: World,
+) -> None:
+    first, second, third = DAYS[:3]
+    assert embed_with(world, first, in_precision("fp32")) == 0
+    exact = vectors(world, first)
+    for day in (second, third):
+        offer(world, day, addresses())
+    assert embed_with(world, second, in_precision("bf16")) == 0
+    rough = vectors(world, second)
+    assert rough.keys() == exact.keys()
+    assert all(rough[item] != exact[item] for item in exact)
+    assert manifest(world, "item_embeddings", second)["settings"]["precision"] == "bf16"
+    assert embed_with(world, third, in_precision("bf16")) == 0
+    assert vectors(world, third) == rough
+    assert work(world, third)[2] == 0  # taken over
+
+
+def test_embeddings_of_unknown_precision_are_made_again_once_it_is_pinned(world: World) -> None:
+    assert embed(world, DAYS[0]) == 0
+    assert "precision" not in manifest(world, "item_embeddings", DAYS[0])["settings"]
+    offer(world, DAYS[1], addresses())
+    assert embed_with(world, DAYS[1], in_precision("fp32")) == 0
+    assert work(world, DAYS[1])[2] == 9
+    offer(world, DAYS[2], addresses())
+    assert embed(world, DAYS[2]) == 0  # which asks for none
+    assert work(world, DAYS[2])[2] == 0
+
+
+def test_what_a_refused_night_embedded_in_another_precision_is_not_taken(world: World) -> None:
+    assert embed_with(world, DAYS[0], STRICT, in_precision("fp32")) == 3
+    assert embed_with(world, DAYS[0], in_precision("bf16")) == 0
+    rough = vectors(world, DAYS[0])
+    files.delete_tree(str(world.root))
+    assert embed_with(world, DAYS[0], in_precision("bf16")) == 0
+    assert vectors(world, DAYS[0]) == rough
+
+
+def test_a_night_whose_new_embeddings_are_of_two_precisions_is_told_so(
+    world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = itertools.cycle(["cpu_intel_avx512_amx_bf16", "cpu_amd_avx2_fp32"])  # chunk by chunk
+    monkeypatch.setattr(Embedder, "kind_and_precision", lambda self: next(names))
+    assert embed(world, DAYS[0], "--json") == 0
+    told = capsys.readouterr()
+    (warning,) = json.loads(told.out)["warnings"]
+    assert "several precisions" in warning
+    assert "embedded on cpu amd avx2 fp32" in warning
+    assert f"WARNING: ds {DAYS[0]}: {warning}" in told.err
+    (path,) = (world.root / "test/_runs").rglob("run.json")
+    assert json.loads(path.read_text())["warnings"] == [warning]
+
+
+def test_a_night_of_one_precision_is_not_warned_of_whatever_its_hardware(
+    world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = itertools.cycle(["cpu_intel_avx512_fp32", "cpu_amd_avx2_fp32"])
+    monkeypatch.setattr(Embedder, "kind_and_precision", lambda self: next(names))
+    assert embed(world, DAYS[0], "--json") == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["warnings"] == []
+    assert "WARNING" not in told.err
 
 
 # ---- What is told ----------------------------------------------------------------------------
