@@ -10,21 +10,19 @@ float64.
 """
 
 import argparse
-import datetime as dt
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import faiss
+import nights
 import numpy as np
 import pyarrow as pa
 import torch
 
 from feature_jobs.codebooks.nearest import CentreSearch
-from feature_jobs.store import arrays, partitions
+from feature_jobs.store import arrays, partitions, threads
 
 DIM = 256
 WORK = 1 << 28  # rows times centres of one measurement
@@ -214,12 +212,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Items to their nearest centres.")
     parser.add_argument("--clusters", default="1000,16384,65536")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--threads", type=int, default=min(2, threads.cores()))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     faiss.omp_set_num_threads(given.threads)
-    processor = platform.processor() or platform.machine()
-    print(f"{dt.date.today()}, {processor}, {os.cpu_count()} CPUs, {given.threads} threads")
+    print(f"{nights.head()}, {given.threads} threads")
     with tempfile.TemporaryDirectory() as folder:
         for clusters in map(int, given.clusters.split(",")):
             bench(clusters, given.repeats, Path(folder))

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import nights
 import numpy as np
 import torch
 from PIL import Image
@@ -108,6 +109,7 @@ def main() -> None:
     if options.photos:
         paths = sorted(options.photos.rglob("*.jpg"))[:200]
         tiles = [Image.open(path).convert("RGB") for path in paths]
+    print(nights.head())
     print(f"{'library':24}{'source':>12}{'ms/image':>10}{'images/s':>10}{'ratio':>8}")
     for size in SIZES:
         found = milliseconds(mosaics(size, tiles), names)

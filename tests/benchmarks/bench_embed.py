@@ -17,8 +17,6 @@ import datetime as dt
 import hashlib
 import json
 import logging
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -31,6 +29,7 @@ from typing import Any
 from unittest import mock
 
 import apache_beam as beam
+import nights
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -324,7 +323,7 @@ def main() -> None:
     if given.one_shop:
         one_shop(given.one_shop)
         return
-    print(f"{dt.date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} CPUs")
+    print(nights.head())
     with tempfile.TemporaryDirectory() as name:
         if given.images:
             print(f"Files to tables, {given.backbone}, batch {BATCH}")

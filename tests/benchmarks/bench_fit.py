@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import faiss
+import nights
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -195,6 +196,7 @@ def main() -> None:
     if options.pass_over:
         pass_over(options.pass_over, options.rows[0], options.clusters)
         return
+    print(nights.head())
     bench_lloyd(options.points)
     bench_single_pass(options.rows, options.clusters)
     if torch.cuda.is_available():

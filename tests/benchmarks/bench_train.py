@@ -11,13 +11,10 @@ Peak memory on a CPU is that of a process of its own (Linux).
 
 import argparse
 import ctypes
-import datetime as dt
 import functools
 import itertools
 import json
 import logging
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -26,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import nights
 import numpy as np
 import pyarrow as pa
 import torch
@@ -382,12 +380,6 @@ def bench_all(top: Path, quick: bool, workers: int | None) -> None:
         bench_memory(SWIN.batch_rows)
 
 
-def device_name() -> str:
-    if ON_GPU:
-        return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="no swin_t on a CPU")
@@ -400,7 +392,8 @@ def main() -> None:
         measure(given.measure, given.rows)
         return
     logging.disable(logging.WARNING)
-    print(f"{dt.date.today()}, {device_name()}, {os.cpu_count()} CPUs")
+    device = torch.cuda.get_device_name() if ON_GPU else f"{torch.get_num_threads()} threads"
+    print(f"{nights.head()}, {device}")
     if given.gpu_paper:
         bench_paper(given.workers)
         return

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from feature_jobs.store import threads
 from pipelines.config import load_settings
 from pipelines.nightly import plan_night, run_nights
 
@@ -30,7 +31,21 @@ def head() -> str:
     """Returns the head of a report: the date and the machine."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text() if info.exists() else "")
-    return f"{dt.date.today()}, {found[1] if found else platform.machine()}, {os.cpu_count()} cores"
+    processor = found[1] if found else platform.machine()
+    return f"{dt.date.today()}, {processor}, {threads.cores()} cores, {capabilities()}"
+
+
+def capabilities() -> str:
+    """Returns what torch can use of the CPU: its vectors, then VNNI and AMX where they are there.
+
+    What pins the vectors (ATEN_CPU_CAPABILITY) leaves VNNI and AMX as the CPU has them.
+    """
+    import torch  # not above: the processes of the stages, whose memory is measured, need no torch
+
+    cpu = torch.cpu.get_capabilities()
+    units = {"VNNI": ("avx512_vnni", "avx_vnni"), "AMX": ("amx_bf16", "amx_int8")}
+    found = [unit for unit, names in units.items() if any(cpu.get(name) for name in names)]
+    return " + ".join([torch.backends.cpu.get_cpu_capability(), *found])
 
 
 def timed(work: Callable[[], object]) -> float:
