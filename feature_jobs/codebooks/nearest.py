@@ -2,11 +2,12 @@
 
 Two steps. *Screening* rounds rows and centres to int8, which processors multiply several times as
 fast as float32, and keeps every centre whose score is within the rounding error of the two best: a
-handful. *Ranking* measures their distances directly. The error is bounded by the Cauchy-Schwarz
-inequality rather than estimated, so that no nearest centre is ever screened out.
+handful. *Ranking* measures their distances directly, in float64. The error is bounded by the
+Cauchy-Schwarz inequality rather than estimated, so that no nearest centre is ever screened out.
 """
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ class Nearest(NamedTuple):
 
     `place` int64 [n] is the nearest centre; `distance` float32 [n], how far it is; `second`
     float32 [n], how far the next one is: inf where there is one centre only, nan where it was not
-    asked for.
+    asked for. A distance is a function of row and centre alone, the same bits on every machine.
     """
 
     place: np.ndarray
@@ -186,18 +187,8 @@ class CentreSearch:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the nearest and how far the nearest two are, from the pairs that are left."""
         n = len(rows)
-        # Squared distances of pairs in float32, held as float64 for those that follow: [pairs]
-        away = torch.empty(len(row), dtype=torch.float64, device=rows.device)
-        size = int(self._cells * _MEASURED)
-        for whole, r, c in zip(away.split(size), row.split(size), centre.split(size), strict=True):
-            apart = rows.index_select(0, r).sub_(self._centres.index_select(0, c))
-            whole.copy_(apart.square_().sum(dim=1))
-        # Where several may be the nearest, these again in float64, all of them: [pairs]
-        close = away <= _least(away, row, n)[row] * (1 + _SQUARE_ERROR) + _UNDERFLOW
-        ties = torch.bincount(row, weights=close, minlength=n) > 1
-        again = (close & ties[row]).nonzero()[:, 0]
-        exact = rows[row[again]].double().sub_(self._centres[centre[again]])
-        away[again] = exact.square_().sum(dim=1)
+        row, centre = self._thin(rows, row, centre, second)
+        away = self._measured(rows, row, centre, _squared_distance)
         least = _least(away, row, n)
         nobody = torch.full((n,), self._count, device=rows.device)
         first = centre.where(away == least[row], self._count)
@@ -207,6 +198,32 @@ class CentreSearch:
             next_one = _least(away.masked_fill_(centre == place[row], torch.inf), row, n)
         least.masked_fill_(place == nobody, torch.nan)
         return place.masked_fill_(place == nobody, 0), least.sqrt_(), next_one.sqrt_()
+
+    def _thin(
+        self, rows: Tensor, row: Tensor, centre: Tensor, second: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the pairs that float32 cannot tell from the nearest, or from the `second`."""
+        n = len(rows)
+        rivals = (torch.bincount(row, minlength=n)[row] > 1).nonzero()[:, 0]
+        mine = row[rivals]
+        away = self._measured(rows, mine, centre[rivals], _rough_squared_distance)
+        least = _least(away, mine, n)
+        if second:  # or of equally near ones the next, which is no nearer than the second
+            least = _least(away.masked_fill(away <= least[mine], torch.inf), mine, n)
+        keep = torch.ones_like(row, dtype=torch.bool)
+        keep[rivals] = away <= least[mine] * (1 + _SQUARE_ERROR) + _UNDERFLOW
+        return row[keep], centre[keep]
+
+    def _measured(
+        self, rows: Tensor, row: Tensor, centre: Tensor, measure: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Returns the squared distances of pairs by `measure`, float64 [pairs]."""
+        away = torch.empty(len(row), dtype=torch.float64, device=rows.device)
+        size = int(self._cells * _MEASURED)
+        for whole, r, c in zip(away.split(size), row.split(size), centre.split(size), strict=True):
+            near, far = rows.index_select(0, r), self._centres.index_select(0, c)
+            whole.copy_(measure(near, far))
+        return away
 
 
 class CodebookSearch:
@@ -242,6 +259,25 @@ def _length(columns: Tensor, bias: Tensor) -> Tensor:
     Spoils `columns`.
     """
     return (columns.square_().sum(dim=1) + _BIAS * bias[:, 0] ** 2).sqrt_()
+
+
+def _squared_distance(rows: Tensor, centres: Tensor) -> Tensor:
+    """Returns squared distances, float64 [n], of `rows` to `centres`, float32 [n, 256].
+
+    They have the same bits on every machine: all is done element by element, and added up in the
+    order that stands here, which a library's sum would choose by the processor.
+    """
+    apart = rows.double().sub_(centres)
+    apart.mul_(apart)
+    while apart.shape[1] > 1:
+        left, right = apart.chunk(2, dim=1)
+        apart = left.add_(right)
+    return apart[:, 0]
+
+
+def _rough_squared_distance(rows: Tensor, centres: Tensor) -> Tensor:
+    """Returns the same within _SQUARE_ERROR, in float32; spoils `rows`."""
+    return rows.sub_(centres).square_().sum(dim=1)
 
 
 def _least(values: Tensor, row: Tensor, n: int) -> Tensor:

@@ -32,7 +32,7 @@ def check(rows: np.ndarray, centres: np.ndarray) -> None:
     search = CentreSearch(centres)
     found, less = search.nearest(rows, second=True), search.nearest(rows)
     np.testing.assert_array_equal(less.place, found.place)
-    np.testing.assert_allclose(less.distance, found.distance, rtol=1e-6)
+    np.testing.assert_array_equal(less.distance, found.distance)
     assert np.isnan(less.second).all()
     rows, centres = rows.astype(np.float64), centres.astype(np.float64)
     expected = [oracles.nearest(row, centres) for row in rows]
@@ -131,6 +131,41 @@ def test_of_one_centre_the_second_is_infinitely_far() -> None:
 def test_no_rows_have_no_nearest() -> None:
     found = CentreSearch(unit_rows(3)).nearest(np.zeros((0, 256), np.float32))
     assert [len(part) for part in found] == [0, 0, 0]
+
+
+# ---- The distance ------------------------------------------------------------------------------
+
+
+def written_out(row: np.ndarray, centre: np.ndarray) -> np.float32:
+    """Returns the distance by the sum that the module promises: halves onto halves, in float64."""
+    squares = [(float(x) - float(c)) ** 2 for x, c in zip(row, centre, strict=True)]
+    while len(squares) > 1:
+        half = len(squares) // 2
+        squares = [squares[at] + squares[half + at] for at in range(half)]
+    return np.float32(np.sqrt(squares[0]))
+
+
+def test_distances_have_the_bits_of_the_sum_that_is_written_out() -> None:
+    rows, centres = crowded(60, seed=1), crowded(300, seed=2)
+    found = CentreSearch(centres).nearest(rows, second=True)
+    rest = [np.delete(centres, place, axis=0) for place in found.place]
+    expected = [written_out(row, centres[at]) for row, at in zip(rows, found.place, strict=True)]
+    second = [
+        min(written_out(row, centre) for centre in others)
+        for row, others in zip(rows, rest, strict=True)
+    ]
+    np.testing.assert_array_equal(found.distance, expected)
+    np.testing.assert_array_equal(found.second, second)
+
+
+@pytest.mark.parametrize("rivals", [0, 1, 200])
+def test_how_many_rivals_a_centre_has_leaves_its_distance_alone(rivals: int) -> None:
+    rows, centres = crowded(200, seed=1), unit_rows(1)
+    near = centres + np.float32(1e-4) * unit_rows(rivals, seed=3)  # which no screening tells apart
+    both = np.concatenate([centres, near])
+    found = CentreSearch(both).nearest(rows)
+    expected = [written_out(row, both[at]) for row, at in zip(rows, found.place, strict=True)]
+    np.testing.assert_array_equal(found.distance, expected)
 
 
 # ---- Each row by itself --------------------------------------------------------------------------
