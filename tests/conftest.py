@@ -12,6 +12,7 @@ import torch
 
 from feature_jobs.store import gcs_client
 from pipelines.nightly import plan_night, run_nights
+from tests.support import quick_beam
 from tests.support.gcs_emulator import Nearby, make_objects
 from tests.support.world import DAYS, World, make_codebook, make_encoder
 
@@ -20,6 +21,13 @@ from tests.support.world import DAYS, World, make_codebook, make_encoder
 class Artefacts:
     encoder: str
     codebook: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_beam() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        quick_beam.remember(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

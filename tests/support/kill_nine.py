@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
 from feature_jobs.items import embed
 from feature_jobs.store.pieces import read_all
 from pipelines import cli
 from pipelines.config import load_settings
+from tests.support import quick_beam
 from tests.support.commands import published_below
 
 for _module in (
@@ -140,4 +142,5 @@ def main(config: str, ds: str, kills: int, seed: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     _config, _ds, _kills, _seed = sys.argv[1:]
+    quick_beam.remember(pytest.MonkeyPatch())
     sys.stdout.write(json.dumps(main(_config, _ds, int(_kills), int(_seed))) + "\n")
