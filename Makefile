@@ -68,9 +68,10 @@ demo: $(READY)
 	cd $(DEMO) && courier status
 
 # ---- checks --------------------------------------------------------------------------------------
-# Each file of tests in one process, so that what it sets up is set up once.
+# Each file of tests in one process, so that what it sets up is set up once; in the order of
+# tests/conftest.py, which is not that of their numbers of tests.
 test: $(READY)
-	python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+	python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	ruff format --check .
