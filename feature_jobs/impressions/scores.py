@@ -1,13 +1,21 @@
-"""Scores impressions by their histories: cosines, and the numbers that are made of them."""
+"""Scores impressions by their histories: cosines, and the numbers that are made of them.
+
+A score is a function of its two vectors alone. Their components are whole multiples of 2^-26
+(`item_vectors.whole_steps`), so that each product of two is one of 2^-52; and no sum of some such
+products reaches 2, by Cauchy-Schwarz, since vectors are 1 long up to a thousandth. float64 holds
+all of these numbers: nothing is rounded, and whichever order or kernel a product of matrices takes,
+which depends on its shape and on the CPU, its bits are the same.
+"""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from feature_jobs.schemas import SIM_TIERS
+from feature_jobs.schemas import EMBEDDING_DIM, SIM_TIERS
 
-_RUN_ROWS = 16  # of them with one history, at most
-_CACHED_VECTORS = 256  # gathered at once: a quarter of a megabyte stays in the cache
+_RUN_ROWS = 16  # with one history are scored at once, at most
+_CACHED_VECTORS = 256  # gathered at once: three quarters of a megabyte stay in the cache
+_MEAN_STEPS = 2.0**30  # to 1, of scores that are added up
 
 
 def sim_scores(
@@ -15,21 +23,23 @@ def sim_scores(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Takes the cosine of each impression with each item of its history: COURIER appendix §1 eq. 1.
 
-    `vectors` float32 [v, 256] of unit rows; `impression` int64 [n] and `histories` int64 [h, L] are
-    rows of it, -1 = none. `history_of` int64 [n], ascending, says which history an impression has:
-    neighbours with the same one share the reading of its vectors. Returns scores float32 [n, L] in
-    [-1, 1], 0 where either is none, and the mask int8 [n, L] of real scores.
+    `vectors` float32 [v, 256] of unit rows, multiples of 2^-26; `impression` int64 [n] and
+    `histories` int64 [h, L] are rows of it, -1 = none. `history_of` int64 [n], ascending, says
+    which history an impression has: neighbours with the same one share the reading of its vectors.
+    Returns scores float32 [n, L] in [-1, 1], 0 where either is none, and the mask int8 [n, L] of
+    real scores.
     """
     length = histories.shape[1]
     mask = (histories >= 0)[history_of] & (impression >= 0)[:, None]
     scores = np.empty((len(impression), length), np.float32)
+    gather = _Gather(vectors, max(_CACHED_VECTORS, length + _RUN_ROWS))
     for rows in _rows_with_one_history(history_of):  # [runs, r]
-        at_once = max(1, _CACHED_VECTORS // (length + rows.shape[1]))
+        r = rows.shape[1]
+        wanted = np.concatenate([impression[rows], histories[history_of[rows[:, 0]]]], axis=1)
+        at_once = max(1, _CACHED_VECTORS // (length + r))
         for at in range(0, len(rows), at_once):
-            some = rows[at : at + at_once]
-            shown = _gather(vectors, impression[some])  # [runs, r, 256]
-            clicked = _gather(vectors, histories[history_of[some[:, 0]]])  # [runs, L, 256]
-            scores[some] = shown @ clicked.transpose(0, 2, 1)
+            found = gather(wanted[at : at + at_once])  # [runs, r + L, 256]
+            scores[rows[at : at + at_once]] = found[:, :r] @ found[:, r:].transpose(0, 2, 1)
     scores[~mask] = 0.0
     return np.clip(scores, -1.0, 1.0, out=scores), mask.astype(np.int8)
 
@@ -48,9 +58,36 @@ def _rows_with_one_history(history_of: np.ndarray) -> Iterator[np.ndarray]:
         yield starts[sizes == size][:, None] + np.arange(size)
 
 
-def _gather(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Returns `vectors` at `rows` [a, b]; float32 [a, b, 256], those at -1 arbitrary."""
-    return np.take(vectors, rows, axis=0, mode="clip")
+class _Gather:
+    """Gathers rows of `vectors` as float64, at most `most` at once, into memory that is kept.
+
+    Fresh memory for each call would have to be made anew by the system: a tenth of the time.
+    """
+
+    def __init__(self, vectors: np.ndarray, most: int):
+        self._vectors = vectors
+        self._as_they_are = np.empty((most, EMBEDDING_DIM), vectors.dtype)
+        self._wide = np.empty((most, EMBEDDING_DIM))
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the vectors at `rows` [a, b], float64 [a, b, 256], those at -1 arbitrary.
+
+        They are valid until the next call.
+        """
+        found, wide = self._as_they_are[: rows.size], self._wide[: rows.size]
+        np.take(self._vectors, rows.reshape(-1), axis=0, mode="clip", out=found)
+        np.copyto(wide, found)
+        return wide.reshape(*rows.shape, EMBEDDING_DIM)
+
+
+def mean_scores(scores: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Returns the mean of the real ones of `scores` [n, L], `known` [n] of them; float32 [n].
+
+    The others are 0. Scores are added as multiples of 2^-30: whole numbers, whose sum is the same
+    in any order. Added as they are, each CPU would round them in its own.
+    """
+    whole = np.rint(scores * np.float64(_MEAN_STEPS)).sum(axis=1)
+    return (whole / _MEAN_STEPS / np.maximum(known, 1)).astype(np.float32)
 
 
 def simtier(scores: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -33,7 +33,7 @@ from feature_jobs.impressions.histories import (
     clicks_by_user,
     history_lists,
 )
-from feature_jobs.impressions.scores import sim_scores, simtier
+from feature_jobs.impressions.scores import mean_scores, sim_scores, simtier
 from feature_jobs.inputs import IMPRESSION_COLUMNS, RowGroup, Source, check_day, read_rows
 from feature_jobs.items.item_vectors import (
     FoundItems,
@@ -212,7 +212,7 @@ def _score(vectors: np.ndarray, found: FoundItems, coded: _Coded) -> dict[str, n
                 "history_len": (past >= 0).sum(axis=1, dtype=np.int32)[of],
                 "sim_known": known,
                 "sim_max": np.where(known > 0, largest, 0.0).astype(np.float32),
-                "sim_mean": (scores.sum(axis=1) / np.maximum(known, 1)).astype(np.float32),
+                "sim_mean": mean_scores(scores, known),
                 "simtier": simtier(scores, mask),
                 "same_cluster": same.sum(axis=1, dtype=np.int32),
             }

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from feature_jobs.schemas import EMBEDDING_DIM
 from feature_jobs.store import arrays, broadcast, hashing, partitions
 
+_STEPS = np.float32(2.0**26)  # to 1; a float32 of 1/4 and more is a whole number of them anyway
 _ITEM_BYTES = 4 * EMBEDDING_DIM + 64  # of the machine's copy, with the item's ID
 
 
@@ -49,9 +50,9 @@ class ItemVectors:
 
     `item_ids` are int64 or large strings. `starts` int64 [2^b + 1] say where the hashes with each
     of the leading b bits begin.
-    `vector_row` int64 [n] is the item's row in `vectors` float32 [v, 256], -1 for an item that
-    scores 0. `old_cluster_ids` int32 [n] are those of the day before: 0 for none, -1 for one of
-    another lineage.
+    `vector_row` int64 [n] is the item's row in `vectors` float32 [v, 256], in `whole_steps`, -1 for
+    an item that scores 0. `old_cluster_ids` int32 [n] are those of the day before: 0 for none, -1
+    for one of another lineage.
     """
 
     item_ids: pa.Array
@@ -113,8 +114,8 @@ def bucket_starts(hashes: np.ndarray) -> np.ndarray:
 def items_of_shard(items: ItemTables, shard: int) -> tuple[pa.Table, np.ndarray]:
     """Returns a shard's items by hash and the vectors float32 [v, 256] of those that score.
 
-    The columns are item_id, hash, cluster_id, old_cluster_id and row; `row` is an item's place
-    among the vectors or -1.
+    The vectors are in `whole_steps`. The columns are item_id, hash, cluster_id, old_cluster_id and
+    row; `row` is an item's place among the vectors or -1.
     """
     features = items.features.read_shard(
         shard, items.shards, "item_id", ["item_id", "cluster_id", "in_scope", "has_image"]
@@ -128,9 +129,17 @@ def items_of_shard(items: ItemTables, shard: int) -> tuple[pa.Table, np.ndarray]
     )
     row = np.full(len(features), -1, np.int64)
     row[scores] = np.arange(int(scores.sum()))
-    matrix = arrays.embedding_matrix(embedded["embedding"])[at.to_numpy()]
+    matrix = whole_steps(arrays.embedding_matrix(embedded["embedding"])[at.to_numpy()])
     old = pa.array(_old_clusters(items, shard, features["item_id"]), pa.int32())
     return features.append_column("old_cluster_id", old).append_column("row", pa.array(row)), matrix
+
+
+def whole_steps(vectors: np.ndarray) -> np.ndarray:
+    """Rounds the components of `vectors` float32 [v, 256] to multiples of 2^-26; float32 [v, 256].
+
+    Products of such vectors are exact: see `scores`.
+    """
+    return np.rint(vectors * _STEPS) / _STEPS
 
 
 def _old_clusters(items: ItemTables, shard: int, ids: pa.ChunkedArray) -> np.ndarray:

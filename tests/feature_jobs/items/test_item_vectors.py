@@ -10,6 +10,7 @@ from feature_jobs.items.item_vectors import (
     bucket_starts,
     items_of_answers,
     no_answers,
+    whole_steps,
 )
 from feature_jobs.store import hashing
 from tests.support.codebooks import unit_rows
@@ -85,3 +86,14 @@ def test_buckets_begin_where_their_hashes_do() -> None:
     for bucket in (0, 17, 511):
         inside = hashes[starts[bucket] : starts[bucket + 1]]
         assert (inside >> np.uint64(55) == bucket).all()
+
+
+def test_components_become_the_nearest_multiples_of_2_to_the_minus_26() -> None:
+    rows = unit_rows(100, seed=2)
+    rows[0, :3] = [1, -1, 0.7]
+    found = whole_steps(rows)
+    assert found.dtype == np.float32
+    steps = found.astype(np.float64) * 2**26
+    np.testing.assert_array_equal(steps, np.rint(steps))
+    assert 0 < np.abs(found.astype(np.float64) - rows).max() <= 2.0**-27
+    np.testing.assert_array_equal(found[np.abs(rows) >= 0.25], rows[np.abs(rows) >= 0.25])
