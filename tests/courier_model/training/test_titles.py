@@ -19,6 +19,8 @@ from transformers import (
 from courier_model.training.titles import MAX_TOKENS, TextTower
 from feature_jobs.schemas import EMBEDDING_DIM, OperatorError
 
+# A title's place in its batch, and what it is padded to, change how its products are added up.
+ROUNDING = {"rtol": 0.0, "atol": 1e-5}
 TITLES = ["wool dress", "lamp", "long red dress with shoe of Marlo", ""]
 
 
@@ -73,7 +75,7 @@ def test_titles_of_other_lengths_in_the_batch_change_nothing(tower: TextTower) -
     tower.eval()
     together = tower(TITLES)
     alone = torch.cat([tower([title]) for title in TITLES])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(together, alone, **ROUNDING)
 
 
 def test_the_tower_drops_out_in_training_mode_and_is_deterministic_in_eval_mode(
@@ -90,9 +92,9 @@ def test_only_the_first_tokens_count(tower: TextTower) -> None:
     fits = ["wool"] * (MAX_TOKENS - 2)  # [CLS] and [SEP] are tokens too
     texts = [fits, [*fits, "shoe"], ["shoe", *fits[1:]], [*fits[1:], "shoe"]]
     whole, cut, first, last = tower([" ".join(text) for text in texts])
-    assert torch.equal(whole, cut)
-    assert not torch.allclose(whole, first)
-    assert not torch.allclose(whole, last)
+    torch.testing.assert_close(whole, cut, **ROUNDING)
+    assert not torch.allclose(whole, first, atol=1e-4)
+    assert not torch.allclose(whole, last, atol=1e-4)
 
 
 def test_under_autocast_vectors_are_float32(tower: TextTower) -> None:
