@@ -36,7 +36,7 @@ VERSIONS = ["image_generation", "image_mtime"]
 
 @pytest.fixture
 def in_bucket(
-    world: World, artefacts: Artefacts, bucket: str, monkeypatch: pytest.MonkeyPatch
+    world: World, artefacts: Artefacts, near_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """Returns settings for the world as it is on its first day, moved to a bucket."""
 
@@ -46,12 +46,12 @@ def in_bucket(
     monkeypatch.setattr(auth, "get_service_credentials", look)
     text = world.settings() and world.config.read_text()
     for name in ("catalogue", "impressions", "images"):
-        upload(world.folder / name, f"{bucket}/{name}")
-        text = text.replace(f'"{name}', f'"{bucket}/{name}')
+        upload(world.folder / name, f"{near_bucket}/{name}")
+        text = text.replace(f'"{name}', f'"{near_bucket}/{name}')
     for folder in (artefacts.encoder, artefacts.codebook):
-        text = text.replace(folder, upload(folder, f"{bucket}/made/{Path(folder).name}"))
+        text = text.replace(folder, upload(folder, f"{near_bucket}/made/{Path(folder).name}"))
     path = world.folder / "bucket.toml"
-    path.write_text(text.replace('"features"', f'"{bucket}/features"'))
+    path.write_text(text.replace('"features"', f'"{near_bucket}/features"'))
     return path
 
 
@@ -79,16 +79,16 @@ def snapshot(settings: Settings) -> dict[str, object]:
 
 @pytest.mark.parametrize("refreshed", ["int"], indirect=True)
 def test_nights_in_a_bucket_have_the_tables_of_those_on_a_disk(
-    refreshed: World, in_bucket: Path, bucket: str
+    refreshed: World, in_bucket: Path, near_bucket: str
 ) -> None:
     here, there = refreshed.settings(), load_settings(str(in_bucket))
     for ds in DAYS[:2]:
         if ds == DAYS[1]:
-            files.delete(f"{bucket}/images/{LEAVES_ON_DAY_2}.png")
+            files.delete(f"{near_bucket}/images/{LEAVES_ON_DAY_2}.png")
         make(there, ds)
         for table in NIGHT:
             mine, theirs = published(here, table.name, ds), published(there, table.name, ds)
-            assert theirs.folder.startswith(f"{bucket}/features/")
+            assert theirs.folder.startswith(f"{near_bucket}/features/")
             assert rows_of(mine).equals(rows_of(theirs)), table.name
             assert mine.rows > 0
             digests = [[f["sha256"] for f in p.manifest["files"]] for p in (mine, theirs)]
@@ -99,7 +99,7 @@ def test_nights_in_a_bucket_have_the_tables_of_those_on_a_disk(
 
 
 def test_a_night_in_a_bucket_can_be_repeated_and_brought_back(
-    world: World, in_bucket: Path, bucket: str
+    world: World, in_bucket: Path, near_bucket: str
 ) -> None:
     settings = load_settings(str(in_bucket))
     make(settings, DAYS[0])
@@ -110,12 +110,12 @@ def test_a_night_in_a_bucket_can_be_repeated_and_brought_back(
     assert not files.is_folder(f"{settings.root}/_staging")
     before = rows_of(published(settings, "item_embeddings", DAYS[0]))
 
-    files.write_bytes(f"{bucket}/images/{NORMAL[0]}.png", picture(50))
+    files.write_bytes(f"{near_bucket}/images/{NORMAL[0]}.png", picture(50))
     arguments = ["--config", str(in_bucket), "--ds", str(DAYS[0])]
     assert main(["refresh", *arguments, "--dry-run"]) == 0
     world.write_catalogue(DAYS[0], catalogue_items(DAYS[0])[1:])
-    files.delete_tree(f"{bucket}/catalogue")
-    upload(world.folder / "catalogue", f"{bucket}/catalogue")
+    files.delete_tree(f"{near_bucket}/catalogue")
+    upload(world.folder / "catalogue", f"{near_bucket}/catalogue")
     make(settings, DAYS[0])
     after = rows_of(published(settings, "item_embeddings", DAYS[0]))
     assert len(after) < len(before)
@@ -125,16 +125,16 @@ def test_a_night_in_a_bucket_can_be_repeated_and_brought_back(
 
 
 def test_packages_are_made_in_a_bucket(
-    in_bucket: Path, bucket: str, capsys: pytest.CaptureFixture[str]
+    in_bucket: Path, near_bucket: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--config", str(in_bucket), "--out", f"{bucket}/packages/"]
+    arguments = ["--config", str(in_bucket), "--out", f"{near_bucket}/packages/"]
     options = ["--weights", "random", "--backbone", "shufflenet_v2_x0_5", "--input-size", "32"]
     assert main(["init-encoder", *arguments, *options]) == 0
     stanza = capsys.readouterr().out
-    (encoder,) = files.list_names(f"{bucket}/packages/encoders")
-    assert f'encoder = "{bucket}/packages/encoders/{encoder}"' in stanza
+    (encoder,) = files.list_names(f"{near_bucket}/packages/encoders")
+    assert f'encoder = "{near_bucket}/packages/encoders/{encoder}"' in stanza
     assert (
-        encoder_info.read_encoder_info(f"{bucket}/packages/encoders/{encoder}").encoder_id
+        encoder_info.read_encoder_info(f"{near_bucket}/packages/encoders/{encoder}").encoder_id
         == encoder
     )
 
@@ -143,10 +143,10 @@ def test_packages_are_made_in_a_bucket(
     capsys.readouterr()
     assert main(["fit-codebook", *arguments, *ds, "--clusters", "3"]) == 0
     stanza = capsys.readouterr().out
-    (codebook,) = files.list_names(f"{bucket}/packages/codebooks")
-    assert f'codebook = "{bucket}/packages/codebooks/{codebook}"' in stanza
-    assert f'encoder = "{bucket}/made/' in stanza
-    assert len(load_codebook(f"{bucket}/packages/codebooks/{codebook}").centres["main"]) == 3
+    (codebook,) = files.list_names(f"{near_bucket}/packages/codebooks")
+    assert f'codebook = "{near_bucket}/packages/codebooks/{codebook}"' in stanza
+    assert f'encoder = "{near_bucket}/made/' in stanza
+    assert len(load_codebook(f"{near_bucket}/packages/codebooks/{codebook}").centres["main"]) == 3
 
 
 def test_two_runs_do_not_write_one_feature_set(
@@ -163,16 +163,16 @@ def test_two_runs_do_not_write_one_feature_set(
 
 
 def test_a_store_that_stays_away_fails_the_stage_and_rejects_nothing(
-    in_bucket: Path, bucket: str, monkeypatch: pytest.MonkeyPatch,
+    in_bucket: Path, near_bucket: str, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     settings = load_settings(str(in_bucket))
     arguments = ["refresh", "--config", str(in_bucket), "--ds", str(DAYS[0])]
     with monkeypatch.context() as broken:
-        broken.setattr(files, "read_bytes", unreachable(f"{bucket}/images/"))
+        broken.setattr(files, "read_bytes", unreachable(f"{near_bucket}/images/"))
         assert main(arguments) == 1
     told = capsys.readouterr().err
-    assert f"Error: {bucket}/images/" in told
+    assert f"Error: {near_bucket}/images/" in told
     assert "could not be reached" in told
     assert "Traceback" not in told
     assert not files.is_folder(f"{settings.root}/test/item_rejects")
@@ -181,7 +181,7 @@ def test_a_store_that_stays_away_fails_the_stage_and_rejects_nothing(
 
 
 def test_a_store_that_gives_no_image_and_takes_no_message_is_told_in_one_paragraph(
-    in_bucket: Path, bucket: str, monkeypatch: pytest.MonkeyPatch,
+    in_bucket: Path, near_bucket: str, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     """Nothing can be left for the launcher, so Beam's worker ends with an exception."""
@@ -192,11 +192,11 @@ def test_a_store_that_gives_no_image_and_takes_no_message_is_told_in_one_paragra
             raise files.unavailable(path, "HTTP 503")
         write(path, *args)
 
-    monkeypatch.setattr(files, "read_bytes", unreachable(f"{bucket}/images/"))
+    monkeypatch.setattr(files, "read_bytes", unreachable(f"{near_bucket}/images/"))
     monkeypatch.setattr(worker_notes, "write_json", fail)
     assert main(["refresh", "--config", str(in_bucket), "--ds", str(DAYS[0])]) == 1
     (told,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("Error: ")]
-    assert told.startswith(f"Error: {bucket}/images/")
+    assert told.startswith(f"Error: {near_bucket}/images/")
     assert "while running" not in told
     logged = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert logged
