@@ -95,9 +95,9 @@ def simtier(scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
     Tier k holds -1 + k/10 <= score < -1 + (k+1)/10; a score of 1.0 falls into the last one.
     """
-    tier = ((scores.astype(np.float64) + 1.0) * 10.0).astype(np.int32)
+    tier = ((scores + np.float64(1.0)) * 10.0).astype(np.intp)
     np.minimum(tier, SIM_TIERS - 1, out=tier)
     tier[mask == 0] = SIM_TIERS  # one too many, cut off at the end
-    tier += (np.arange(len(scores), dtype=np.int32) * (SIM_TIERS + 1))[:, None]
+    tier += (np.arange(len(scores)) * (SIM_TIERS + 1))[:, None]
     counts = np.bincount(tier.reshape(-1), minlength=len(scores) * (SIM_TIERS + 1))
     return counts.reshape(len(scores), SIM_TIERS + 1)[:, :SIM_TIERS].astype(np.int32)

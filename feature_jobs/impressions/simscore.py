@@ -149,15 +149,15 @@ def score_impressions(
     rows = sort_impressions(rows)
     coded = _coded(rows, length)
     found = items.look_up(coded.item_ids)
-    scored = _score(items.vectors, found, coded)
     given = "impression_id" in rows.column_names
     ids = rows["impression_id"].combine_chunks() if given else impression_ids(rows)
     order = pc.sort_indices(ids)
     at = order.to_numpy()
+    scored = _score(items.vectors, found, coded, at)
     columns = {
         **{name: rows[name].take(order) for name in rows.column_names if name not in _READ_TOO},
         "impression_id": ids.take(order),
-        **{name: _column(values[at]) for name, values in scored.items()},
+        **{name: _column(values) for name, values in scored.items()},
     }
     if history_item_ids:
         past = coded.histories[coded.history_of[at]]
@@ -192,32 +192,57 @@ def _coded(rows: pa.Table, length: int) -> _Coded:
     return _Coded(encoded.dictionary, shown, histories, np.cumsum(new) - 1)
 
 
-def _score(vectors: np.ndarray, found: FoundItems, coded: _Coded) -> dict[str, np.ndarray]:
-    """Returns the columns that are made of scores, [n, ...] each, block by block."""
+def _score(
+    vectors: np.ndarray, found: FoundItems, coded: _Coded, order: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Returns the columns that are made of scores, [n, ...] each, of impressions in `order` [n].
+
+    They are scored in their own order, in which neighbours share histories, block by block.
+    """
+    n = len(coded.shown)
+    made: dict[str, np.ndarray] = {}
+    place = np.empty(n, np.int64)
+    place[order] = np.arange(n)
     vector, cluster = np.append(found.vector, -1), np.append(found.cluster, 0)  # at -1: none
-    blocks = []
-    for at in range(0, max(1, len(coded.shown)), _BLOCK_ROWS):
+    for at in range(0, max(1, n), _BLOCK_ROWS):
         items, of = coded.shown[at : at + _BLOCK_ROWS], coded.history_of[at : at + _BLOCK_ROWS]
-        first, end = (of[0], of[-1] + 1) if len(of) else (0, 0)
+        first, end = (of[0], of[-1] + 1) if n else (0, 0)
         past, of = coded.histories[first:end], of - first
-        scores, mask = sim_scores(vectors, vector[items], vector[past], of)
-        known = mask.sum(axis=1, dtype=np.int32)
-        largest = np.where(mask, scores, -np.inf).max(axis=1, initial=-np.inf)
-        own = cluster[items]
-        same = (cluster[past][of] == own[:, None]) & (own > 0)[:, None]
-        blocks.append(
-            {
-                "sim_scores": scores,
-                "sim_mask": mask,
-                "history_len": (past >= 0).sum(axis=1, dtype=np.int32)[of],
-                "sim_known": known,
-                "sim_max": np.where(known > 0, largest, 0.0).astype(np.float32),
-                "sim_mean": mean_scores(scores, known),
-                "simtier": simtier(scores, mask),
-                "same_cluster": same.sum(axis=1, dtype=np.int32),
-            }
-        )
-    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+        block = _score_block(vectors, vector, cluster, items, past, of)
+        made = made or {k: np.empty((n, *v.shape[1:]), v.dtype) for k, v in block.items()}
+        for name, values in block.items():
+            made[name][place[at : at + _BLOCK_ROWS]] = values
+    return made
+
+
+def _score_block(
+    vectors: np.ndarray,
+    vector: np.ndarray,
+    cluster: np.ndarray,
+    items: np.ndarray,
+    past: np.ndarray,
+    of: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Returns the columns that are made of scores of a block, [b, ...] each.
+
+    Its `items` [b] have the histories `past` [h, L] `of` [b]; they are codes, of which `vector` and
+    `cluster` tell the row of `vectors` and the cluster ID.
+    """
+    scores, mask = sim_scores(vectors, vector[items], vector[past], of)
+    known = mask.sum(axis=1, dtype=np.int32)
+    largest = np.where(mask, scores, -np.inf).max(axis=1, initial=-np.inf)
+    own = cluster[items]
+    same = cluster[past][of] == np.where(own > 0, own, -1)[:, None]
+    return {
+        "sim_scores": scores,
+        "sim_mask": mask,
+        "history_len": (past >= 0).sum(axis=1, dtype=np.int32)[of],
+        "sim_known": known,
+        "sim_max": np.where(known > 0, largest, 0.0).astype(np.float32),
+        "sim_mean": mean_scores(scores, known),
+        "simtier": simtier(scores, mask),
+        "same_cluster": np.count_nonzero(same, axis=1).astype(np.int32),
+    }
 
 
 def _column(values: np.ndarray) -> pa.Array:
