@@ -18,8 +18,9 @@ from tests.support.codebooks import unit_rows
 
 @pytest.mark.parametrize("run_rows", [16, 3, 1])
 @pytest.mark.parametrize("cached", [512, 7])
+@pytest.mark.parametrize("places", [64, 3])
 def test_scores_equal_the_loop_however_rows_share_histories(
-    monkeypatch: pytest.MonkeyPatch, run_rows: int, cached: int
+    monkeypatch: pytest.MonkeyPatch, run_rows: int, cached: int, places: int
 ) -> None:
     rng = np.random.default_rng(0)
     vectors = unit_rows(20)
@@ -33,6 +34,7 @@ def test_scores_equal_the_loop_however_rows_share_histories(
     ]
     monkeypatch.setattr(scores_module, "_RUN_ROWS", run_rows)
     monkeypatch.setattr(scores_module, "_CACHED_VECTORS", cached)
+    monkeypatch.setattr(scores_module, "_PLACES_AT_ONCE", places)
     scores, mask = sim_scores(vectors, shown, past, of)
     np.testing.assert_allclose(scores, [s for s, _ in expected], atol=1e-6)
     assert mask.tolist() == [m for _, m in expected]
