@@ -188,7 +188,8 @@ def bench_files(folder: Path, given: argparse.Namespace) -> None:
     root = given.photos or folder / "shop" / "images"
     if given.photos is None:
         make_shop(folder / "shop", Shop(items=given.images + 40))
-    files = sorted(p for p in root.rglob("*.jpg") if readable(p))[: given.images]
+    found = filter(readable, sorted(root.rglob("*.jpg")))
+    files = list(itertools.islice(found, given.images))
     whole_batches = len(files) // (BATCH * threads.cores()) * BATCH * threads.cores()
     uris = [str(p.relative_to(root)) for p in files[:whole_batches]]
     encoder = build_encoder(given.backbone, "random", given.size)

@@ -1,12 +1,13 @@
 """Measures how fast and large a training step is, beside what it wraps. `make bench` runs it.
 
-    python tests/benchmarks/bench_train.py [--quick] [--gpu-paper] [--workers 8]
+    python tests/benchmarks/bench_train.py [--quick] [--gpu-paper] [--processes] [--workers 8]
 
 On the device that is there, each figure a ratio within this run: training with its loader against a
 bare step of the same backbone; each distinct image once against every place of the rows; attention
 checkpointing and cached gradients against a plain step, in time and memory; the loader against
-Pillow. --quick leaves swin_t out on a CPU, --gpu-paper takes the paper's batch on one GPU instead.
-Peak memory on a CPU is that of a process of its own (Linux).
+Pillow; on a CPU a process on each core against one on all. --quick leaves swin_t out on a CPU,
+--gpu-paper takes the paper's batch on one GPU instead. Peak memory on a CPU is that of a process of
+its own (Linux).
 """
 
 import argparse
@@ -27,14 +28,18 @@ import nights
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from courier_model.encoder import build_encoder, choose_device
+from courier_model.training import distributed
 from courier_model.training.distributed import Process
 from courier_model.training.image_cache import ImageCache, Keys
+from courier_model.training.memory import freeze_batch_statistics
 from courier_model.training.rows import Batch, RowBatches, TrainingSet, batches
 from courier_model.training.settings import PRESETS, TrainSettings
 from courier_model.training.train import Training, TrainingData
+from feature_jobs.store import threads
 from pipelines.demo.garments import COLOURS, PATTERNS, TYPES, draw_item
 
 ROUNDS = 3
@@ -356,6 +361,57 @@ def paper_steps(run: Training, steps: int = 2) -> str:
     )
 
 
+# ---- Processes against threads ---------------------------------------------------------------
+
+
+def bench_processes(side: int, images: int, steps: int) -> None:
+    """Compares a gloo process on each core with one on all, forward and backward.
+
+    `train` leaves it to torchrun: sums of gradients are rounded otherwise, and an encoder would
+    depend on how many cores the machine had that trained it.
+    """
+    cores = threads.cores()
+    rates: dict[int, list[float]] = {1: [], cores: []}
+    for _ in range(ROUNDS):  # in turn, since shared machines drift
+        for processes, found in rates.items():
+            with tempfile.TemporaryDirectory() as meeting:
+                given = (processes, cores // processes, side, images // processes, steps, meeting)
+                torch.multiprocessing.spawn(gloo_steps, given, processes)
+                found.append(steps * images / float(Path(meeting, "seconds").read_text()))
+    one, several = rates[1], rates[cores]
+    ratios = [a / b for a, b in zip(several, one, strict=True)]
+    print(
+        f"  resnet18 at {side} px: {median(one):.1f} images/s in one process of {cores} threads, "
+        f"{median(several):.1f} in {cores} of one: {median(ratios):.2f} of it, {min(ratios):.2f} "
+        f"to {max(ratios):.2f}"
+    )
+
+
+def gloo_steps(
+    rank: int, processes: int, of_torch: int, side: int, images: int, steps: int, meeting: str
+) -> None:
+    """Takes steps in one process of a group; the first writes their seconds below `meeting`."""
+    torch.set_num_threads(of_torch)
+    address = f"file://{meeting}/group"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
+    encoder = build_encoder("resnet18", "random", input_size=side).train()
+    encoder.to(memory_format=torch.channels_last)
+    freeze_batch_statistics(encoder)
+    pixels = torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8)
+
+    def step() -> None:
+        encoder.zero_grad()
+        distributed.gather(encoder.features(pixels)).square().mean().backward()
+        distributed.sum_gradients(encoder.parameters())
+
+    step()
+    dist.barrier()
+    seconds = timed(lambda: [step() for _ in range(steps)])
+    if rank == 0:
+        Path(meeting, "seconds").write_text(str(seconds))
+    dist.destroy_process_group()
+
+
 # ---- The script ------------------------------------------------------------------------------
 
 
@@ -375,15 +431,24 @@ def bench_all(top: Path, quick: bool, workers: int | None) -> None:
     bench_distinct(run)
     print("Loader alone, swin_t's 224 pixels from JPEGs of 256")
     bench_loader(images, uris[:300], top)
+    if not ON_GPU and threads.cores() > 1:
+        bench_all_processes()
     if has_swin:
         print("Memory and time of a step, swin_t at 224 px")
         bench_memory(SWIN.batch_rows)
+
+
+def bench_all_processes() -> None:
+    print("A gloo process on each core, against one process on all")
+    bench_processes(32, images=240, steps=6)
+    bench_processes(96, images=120, steps=3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="no swin_t on a CPU")
     parser.add_argument("--gpu-paper", action="store_true", help="the paper's batch alone")
+    parser.add_argument("--processes", action="store_true", help="against threads, that alone")
     parser.add_argument("--workers", type=int, help="of the loader [default on a CPU: 0]")
     parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, default=2, help=argparse.SUPPRESS)
@@ -396,6 +461,9 @@ def main() -> None:
     print(f"{nights.head()}, {device}")
     if given.gpu_paper:
         bench_paper(given.workers)
+        return
+    if given.processes:
+        bench_all_processes()
         return
     # Alone with two cores a worker would take one from the step itself, as the demo preset says.
     workers = 0 if given.workers is None and not ON_GPU else given.workers
