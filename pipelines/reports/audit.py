@@ -34,7 +34,6 @@ from pipelines.running.stage import Stage
 _BUCKET_ROWS = 20_000
 _READERS = 4
 _EARLIER_US = 60_000_000  # so long before the moment is the impression that is clicked later
-_TOLERANCE = 1e-5  # of a score that another machine made
 OK, LEAK, UNVERIFIED = "ok", "leak", "unverified"
 
 
@@ -366,20 +365,9 @@ def _not_as_published(found: pa.Table, made: pa.Table) -> str:
     """Says in words what differs between published and made rows; empty where nothing does."""
     if len(found) != len(made):
         return f"{len(found):,} rows instead of {len(made):,}"
-    differ = {}
-    for name in set(found.column_names) & set(made.column_names):
-        if name in ("sim_scores", "sim_max", "sim_mean"):
-            one, other = (_flat_floats(table[name]) for table in (found, made))
-            same = len(one) == len(other) and np.allclose(one, other, atol=_TOLERANCE)
-            differ[name] = 0 if same else len(made)
-        elif name != "simtier":  # follows from the scores, which may lie on a tier's edge
-            differ[name] = int(_differs(found[name], made[name]).sum())
-    return ", ".join(f"{name} in {n:,} rows" for name, n in sorted(differ.items()) if n)
-
-
-def _flat_floats(column: pa.ChunkedArray) -> np.ndarray:
-    values = column.combine_chunks()
-    return (values.flatten() if pa.types.is_list(values.type) else values).to_numpy()
+    both = sorted(set(found.column_names) & set(made.column_names))
+    differ = {name: int(_differs(found[name], made[name]).sum()) for name in both}
+    return ", ".join(f"{name} in {n:,} rows" for name, n in differ.items() if n)
 
 
 # ---- What cannot be planted --------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -153,16 +154,20 @@ def test_histories_that_miss_clicks_are_found_too(refreshed: World, capsys: Capt
     assert "only 0 of 6 sampled impressions moved" in texts(report, "leak")
 
 
-def test_published_scores_that_were_changed_are_found(world: World, capsys: Capture) -> None:
+def test_published_columns_that_were_changed_by_one_bit_are_found(
+    world: World, capsys: Capture
+) -> None:
     assert refresh(world, DAYS[2]) == 0
     for path in (world.root / "test/user_simscores" / f"ds={DAYS[2]}").glob("*.parquet"):
         rows = pq.read_table(path, partitioning=None)
-        same = pa.array(np.zeros(len(rows), np.int32))
-        rows = rows.set_column(rows.column_names.index("same_cluster"), "same_cluster", same)
+        for name in ("same_cluster", "sim_mean"):
+            values = rows[name].to_numpy().copy()
+            values.view(np.int32)[:1] ^= 1
+            rows = rows.set_column(rows.column_names.index(name), name, pa.array(values))
         partitions.write_parquet(str(path), rows)
     assert courier(world, "audit", "--ds", str(DAYS[2])) == 1
     message = paragraph(capsys)
-    assert "same_cluster in " in message
+    assert re.search(r"give: same_cluster in \d+ rows, sim_mean in \d+ rows\.", message)
     assert "the audit of" in message.lower()
 
 
