@@ -364,36 +364,50 @@ def paper_steps(run: Training, steps: int = 2) -> str:
 # ---- Processes against threads ---------------------------------------------------------------
 
 
-def bench_processes(side: int, images: int, steps: int) -> None:
-    """Compares a gloo process on each core with one on all, forward and backward.
+STEPS = {32: (120, 4), 96: (40, 2)}  # pixels -> images of a step, steps
+
+
+def bench_processes() -> None:
+    """Compares a gloo process on each core with one on all, forward and backward, resnet18.
 
     `train` leaves it to torchrun: sums of gradients are rounded otherwise, and an encoder would
     depend on how many cores the machine had that trained it.
     """
+    print("A gloo process on each core, against one process on all")
     cores = threads.cores()
-    rates: dict[int, list[float]] = {1: [], cores: []}
+    rates = []
     for _ in range(ROUNDS):  # in turn, since shared machines drift
-        for processes, found in rates.items():
+        for processes in (1, cores):
             with tempfile.TemporaryDirectory() as meeting:
-                given = (processes, cores // processes, side, images // processes, steps, meeting)
-                torch.multiprocessing.spawn(gloo_steps, given, processes)
-                found.append(steps * images / float(Path(meeting, "seconds").read_text()))
-    one, several = rates[1], rates[cores]
-    ratios = [a / b for a, b in zip(several, one, strict=True)]
-    print(
-        f"  resnet18 at {side} px: {median(one):.1f} images/s in one process of {cores} threads, "
-        f"{median(several):.1f} in {cores} of one: {median(ratios):.2f} of it, {min(ratios):.2f} "
-        f"to {max(ratios):.2f}"
-    )
+                torch.multiprocessing.spawn(gloo_steps, (processes, meeting), processes)
+                rates.append(json.loads(Path(meeting, "rates").read_text()))
+    for at, side in enumerate(STEPS):
+        one, several = (np.array([found[at] for found in rates[n::2]]) for n in range(2))
+        ratios = several / one
+        print(
+            f"  {side} px: {np.median(one):.1f} images/s in one process of {cores} threads, "
+            f"{np.median(several):.1f} in {cores} of one: {np.median(ratios):.2f} of it, "
+            f"{ratios.min():.2f} to {ratios.max():.2f}"
+        )
 
 
-def gloo_steps(
-    rank: int, processes: int, of_torch: int, side: int, images: int, steps: int, meeting: str
-) -> None:
-    """Takes steps in one process of a group; the first writes their seconds below `meeting`."""
-    torch.set_num_threads(of_torch)
+def gloo_steps(rank: int, processes: int, meeting: str) -> None:
+    """Takes steps in one process of a group; the first writes images/s below `meeting`."""
+    torch.set_num_threads(threads.cores() // processes)
     address = f"file://{meeting}/group"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
+    rates = []
+    for side, (images, steps) in STEPS.items():
+        step = gloo_step(side, images // processes)
+        step()
+        dist.barrier()
+        rates.append(steps * images / timed(lambda: [step() for _ in range(steps)]))  # noqa: B023
+    if rank == 0:
+        Path(meeting, "rates").write_text(json.dumps(rates))
+    dist.destroy_process_group()
+
+
+def gloo_step(side: int, images: int) -> Callable[[], None]:
     encoder = build_encoder("resnet18", "random", input_size=side).train()
     encoder.to(memory_format=torch.channels_last)
     freeze_batch_statistics(encoder)
@@ -404,12 +418,7 @@ def gloo_steps(
         distributed.gather(encoder.features(pixels)).square().mean().backward()
         distributed.sum_gradients(encoder.parameters())
 
-    step()
-    dist.barrier()
-    seconds = timed(lambda: [step() for _ in range(steps)])
-    if rank == 0:
-        Path(meeting, "seconds").write_text(str(seconds))
-    dist.destroy_process_group()
+    return step
 
 
 # ---- The script ------------------------------------------------------------------------------
@@ -432,16 +441,10 @@ def bench_all(top: Path, quick: bool, workers: int | None) -> None:
     print("Loader alone, swin_t's 224 pixels from JPEGs of 256")
     bench_loader(images, uris[:300], top)
     if not ON_GPU and threads.cores() > 1:
-        bench_all_processes()
+        bench_processes()
     if has_swin:
         print("Memory and time of a step, swin_t at 224 px")
         bench_memory(SWIN.batch_rows)
-
-
-def bench_all_processes() -> None:
-    print("A gloo process on each core, against one process on all")
-    bench_processes(32, images=240, steps=6)
-    bench_processes(96, images=120, steps=3)
 
 
 def main() -> None:
@@ -463,7 +466,7 @@ def main() -> None:
         bench_paper(given.workers)
         return
     if given.processes:
-        bench_all_processes()
+        bench_processes()
         return
     # Alone with two cores a worker would take one from the step itself, as the demo preset says.
     workers = 0 if given.workers is None and not ON_GPU else given.workers
