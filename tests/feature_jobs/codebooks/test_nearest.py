@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from feature_jobs.codebooks import kernels
 from feature_jobs.codebooks import nearest as module
+from feature_jobs.codebooks.kernels import Kernel
 from feature_jobs.codebooks.nearest import CentreSearch
+from feature_jobs.store import threads
 from tests.support import oracles
+
+KERNELS = kernels.present()  # every one that this machine runs, fast or not
+EACH_KERNEL = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 
 
 def unit_rows(count: int, seed: int = 0) -> np.ndarray:
@@ -28,19 +35,26 @@ def crowded(count: int, seed: int, spread: float = 0.5) -> np.ndarray:
 
 
 def check(rows: np.ndarray, centres: np.ndarray) -> None:
-    """Compares with plain loops in float64, for the runner-up with a loop without the nearest."""
-    search = CentreSearch(centres)
-    found, less = search.nearest(rows, second=True), search.nearest(rows)
-    np.testing.assert_array_equal(less.place, found.place)
-    np.testing.assert_array_equal(less.distance, found.distance)
-    assert np.isnan(less.second).all()
+    """Compares with plain loops in float64, for the runner-up with a loop without the nearest.
+
+    Whichever kernel screens, the bits are the same.
+    """
+    found, *others = [CentreSearch(centres, k).nearest(rows, second=True) for k in KERNELS]
+    less = [CentreSearch(centres, kernel).nearest(rows) for kernel in KERNELS]
+    for other in others:
+        for part, same in zip(other, found, strict=True):
+            np.testing.assert_array_equal(part, same)
+    for other in less:
+        np.testing.assert_array_equal(other.place, found.place)
+        np.testing.assert_array_equal(other.distance, found.distance)
+        assert np.isnan(other.second).all()
     rows, centres = rows.astype(np.float64), centres.astype(np.float64)
     expected = [oracles.nearest(row, centres) for row in rows]
     assert found.place.tolist() == [place for place, _ in expected]
-    np.testing.assert_allclose(found.distance, [d for _, d in expected], rtol=1e-5)
+    np.testing.assert_allclose(found.distance, [d for _, d in expected], rtol=1e-6)
     rest = [np.delete(centres, place, axis=0) for place, _ in expected]
     second = [oracles.nearest(row, c)[1] for row, c in zip(rows, rest, strict=True)]
-    np.testing.assert_allclose(found.second, second, rtol=1e-5)
+    np.testing.assert_allclose(found.second, second, rtol=1e-6)
     assert (found.place.dtype, found.distance.dtype) == (np.int64, np.float32)
     assert found.second.dtype == np.float32
 
@@ -68,7 +82,7 @@ def test_tiles_and_blocks_and_crowds_change_nothing() -> None:
     check(crowded(40, seed=1, spread=0.01), crowded(300, seed=2, spread=0.01))
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1.0, 1e6, 1e15])
 @pytest.mark.parametrize("shift", [0.0, 5.0])
 def test_rows_and_centres_may_have_any_scale_and_lie_anywhere(scale: float, shift: float) -> None:
     rows, centres = (
@@ -96,17 +110,20 @@ def test_a_centre_is_its_own_nearest_at_distance_0() -> None:
     assert found.distance.tolist() == [0.0] * 300
 
 
-def test_of_equal_centres_the_first_is_the_nearest_and_the_second_as_far() -> None:
+@EACH_KERNEL
+def test_of_equal_centres_the_first_is_the_nearest_and_the_second_as_far(kernel: Kernel) -> None:
     centres = unit_rows(150)
-    search = CentreSearch(np.concatenate([centres, centres, centres]))
+    search = CentreSearch(np.concatenate([centres, centres, centres]), kernel)
     found = search.nearest(crowded(50, seed=1), second=True)
     assert (found.place < 150).all()
     np.testing.assert_array_equal(found.second, found.distance)
     assert search.nearest(centres).place.tolist() == list(range(150))
 
 
-def test_of_centres_that_are_all_equal_the_first_is_the_nearest() -> None:
-    found = CentreSearch(np.ones((700, 256), np.float32)).nearest(unit_rows(100), second=True)
+@EACH_KERNEL
+def test_of_centres_that_are_all_equal_the_first_is_the_nearest(kernel: Kernel) -> None:
+    search = CentreSearch(np.ones((700, 256), np.float32), kernel)
+    found = search.nearest(unit_rows(100), second=True)
     assert found.place.tolist() == [0] * 100
     np.testing.assert_array_equal(found.second, found.distance)
 
@@ -121,8 +138,67 @@ def test_centres_that_float32_products_cannot_tell_apart_are_told_apart() -> Non
     assert (plain != CentreSearch(centres).nearest(rows).place).mean() > 0.1  # not trivial
 
 
-def test_of_one_centre_the_second_is_infinitely_far() -> None:
-    found = CentreSearch(unit_rows(1)).nearest(unit_rows(40, seed=1), second=True)
+def between_codes(kernel: Kernel) -> np.ndarray:
+    """Returns two sets of values of which rounding swaps the means: float32 [2, 256].
+
+    The greater mean is rounded down throughout, half of the lesser set up. Codes reach to 1.
+    """
+    step = 1 / 127 if kernel.whole else 2.0**-8
+    fractions = np.stack([np.full(256, 0.49), np.tile([0.51, 0.45], 128)])
+    return ((round(0.75 / step) + fractions) * step).astype(np.float32)
+
+
+@EACH_KERNEL
+def test_centres_whose_order_rounding_swaps_are_told_apart(kernel: Kernel) -> None:
+    pair = between_codes(kernel)
+    pair[:, 0] = 1  # as far as codes reach
+    centres = np.concatenate([pair, -pair])
+    rows = np.full((1, 256), 100, np.float32)  # along the error, which makes it as large as can be
+    check(rows, centres)
+    assert CentreSearch(centres, kernel).nearest(rows).place.tolist() == [0]
+
+
+@EACH_KERNEL
+def test_rows_whose_rounding_swaps_the_order_of_centres_find_the_nearest(kernel: Kernel) -> None:
+    greater, lesser = between_codes(kernel)
+    row = np.concatenate([greater[:126], lesser[:126], [0, 0, 0, 1]]).astype(np.float32)
+    centres = np.zeros((4, 256), np.float32)
+    centres[0, :126], centres[1, 126:252] = 0.01, 0.01
+    centres[2:] = -centres[:2]
+    check(row[None], centres)
+    assert CentreSearch(centres, kernel).nearest(row[None]).place.tolist() == [0]
+
+
+@EACH_KERNEL
+def test_rows_halfway_between_centres_of_unequal_length_find_the_nearest(kernel: Kernel) -> None:
+    centres = np.zeros((3, 256), np.float32)
+    centres[1, 0], centres[2, 0] = 2, -2
+    rows = np.zeros((400, 256), np.float32)
+    rows[:, 0] = 1 + np.tile(np.float32([1e-4, -1e-4]), 200)
+    rows[:, 1] = np.linspace(0, 400, 400)  # which only makes the codes of a row coarser
+    place = CentreSearch(centres, kernel).nearest(rows).place
+    np.testing.assert_array_equal(place, np.tile([1, 0], 200))
+
+
+@EACH_KERNEL
+def test_screening_leaves_few_pairs(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs: list[int] = []
+
+    def count(self: CentreSearch, rows: torch.Tensor, row: torch.Tensor, *given: Any) -> Any:
+        pairs.append(len(row))
+        return rank(self, rows, row, *given)
+
+    rank = CentreSearch._rank
+    monkeypatch.setattr(CentreSearch, "_rank", count)
+    centres = unit_rows(1000, seed=2)
+    rows = centres + 0.5 * unit_rows(1000, seed=3)
+    assert CentreSearch(centres, kernel).nearest(rows).place.tolist() == list(range(1000))
+    assert 1000 <= sum(pairs) <= 1100
+
+
+@EACH_KERNEL
+def test_of_one_centre_the_second_is_infinitely_far(kernel: Kernel) -> None:
+    found = CentreSearch(unit_rows(1), kernel).nearest(unit_rows(40, seed=1), second=True)
     assert found.place.tolist() == [0] * 40
     assert np.isfinite(found.distance).all()
     assert found.second.tolist() == [np.inf] * 40
@@ -171,7 +247,8 @@ def test_how_many_rivals_a_centre_has_leaves_its_distance_alone(rivals: int) -> 
 # ---- Each row by itself --------------------------------------------------------------------------
 
 ROWS = crowded(400, seed=1)
-SEARCH = CentreSearch(crowded(500, seed=2))
+CENTRES = crowded(500, seed=2)
+SEARCH = CentreSearch(CENTRES)
 WHOLE = SEARCH.nearest(ROWS, second=True)
 
 
@@ -183,15 +260,34 @@ def test_neither_order_nor_number_nor_company_of_rows_matters(picked: list[int])
         np.testing.assert_array_equal(part, whole[picked])
 
 
-def test_a_wild_row_changes_no_other_and_one_that_is_not_finite_has_no_distance() -> None:
+@EACH_KERNEL
+def test_a_wild_row_changes_no_other_and_one_that_is_not_finite_has_no_distance(
+    kernel: Kernel,
+) -> None:
     rows = ROWS.copy()
     rows[10], rows[20], rows[30] = 1e6, np.nan, np.inf
-    found = SEARCH.nearest(rows, second=True)
+    found = CentreSearch(CENTRES, kernel).nearest(rows, second=True)
     others = np.delete(np.arange(400), [10, 20, 30])
     for part, whole in zip(found, WHOLE, strict=True):
         np.testing.assert_array_equal(part[others], whole[others])
     assert found.place[[20, 30]].tolist() == [0, 0]
     assert np.isnan(found.distance[[20, 30]]).all()
+
+
+def test_as_many_blocks_are_searched_at_once_as_the_budget_of_threads_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(threads, "budget", lambda: 3)
+    together, search_block = threading.Barrier(3, timeout=30), CentreSearch._search
+
+    def wait(self: CentreSearch, *given: Any) -> Any:
+        together.wait()  # raises where fewer than three come
+        return search_block(self, *given)
+
+    monkeypatch.setattr(CentreSearch, "_search", wait)
+    np.testing.assert_array_equal(
+        CentreSearch(CENTRES).nearest(ROWS[:300]).place, WHOLE.place[:300]
+    )
 
 
 def test_threads_may_share_a_search_and_torch_keeps_its_own_number_of_threads() -> None:
@@ -217,11 +313,3 @@ def test_centres_and_rows_may_be_read_only_mapped_or_strided(tmp_path: Path) -> 
         search = CentreSearch(given_centres)
         for given_rows in (rows, np.asfortranarray(rows)):
             np.testing.assert_array_equal(search.nearest(given_rows).place, WHOLE.place)
-
-
-def test_a_processor_whose_products_overflow_gets_smaller_codes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    rows, centres = crowded(60, seed=1), crowded(600, seed=2)
-    monkeypatch.setattr(module, "_levels", lambda _: 63)
-    check(rows, centres)

@@ -1,0 +1,141 @@
+"""Multiplies rounded rows and centres as fast as this processor can, with a bound of the error.
+
+A score is the product of two rows of *codes*, numbers of few bits. Which bits a processor
+multiplies fastest differs: bfloat16 with AMX, int8 with VNNI, else float32. A kernel states what
+its roundings lose at most; a search that keeps all within that loses nothing.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MOST_COLUMNS = 512  # of codes: more than there are, which the bounds of sums are made for
+_TRIED_CENTRES, _TRIED_ROWS = 1024, (8, 256)
+_FAR_BEHIND = 8  # times slower on few rows: not tried on many
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Describes a product of codes [n, columns] and [k, columns]: scores [n, k].
+
+    Codes lie in -`levels`..`levels`, whole numbers where these are more than one. Of a vector's
+    bias, `bias_columns` carry a part each. Adding up loses at most `sums` of the product of the
+    vectors' lengths, and rounding a score at most half of `rounding` of it.
+
+    Scores are compared as `ordered`, a type of the same size that is quick to compare; among those
+    that are at least 0 the order is the same.
+    """
+
+    name: str
+    codes: torch.dtype
+    scores: torch.dtype
+    ordered: torch.dtype
+    levels: int
+    bias_columns: int
+    sums: float
+    rounding: float
+    multiply: Callable[[Tensor, Tensor, Tensor], object]
+
+    @property
+    def whole(self) -> bool:
+        return self.levels > 1
+
+    def rounded(self, values: Tensor) -> Tensor:
+        """Returns the codes of `values`, in the type of these; they lie in ±levels."""
+        return values.round() if self.whole else values.to(self.codes).to(values.dtype)
+
+    def encode(self, values: Tensor, codes: Tensor, rounded: Tensor) -> None:
+        """Writes the codes of `values` float32, and these as float32 to `rounded`."""
+        codes.copy_(torch.round(values, out=rounded) if self.whole else values)
+        if not self.whole:
+            rounded.copy_(codes)
+
+    def limit(self, best: Tensor, error: Tensor) -> Tensor:
+        """Returns the least score that may be the best one's, where `best` [n] was found.
+
+        Both are of type `ordered`; the `error` float32 [n] is that of each score before its own
+        rounding, nan for a row that wants nothing.
+        """
+        if self.ordered == torch.int16:
+            best = (best.int() << 16).view(torch.float32)
+        score = best.float()
+        least = score - self.rounding * score.abs() - 2 * error
+        if self.ordered == torch.float32:
+            return least
+        if self.ordered == torch.int32:  # a step of 128: what float32 rounds a large int32 by
+            return least.nan_to_num_(nan=2.0**30).clamp_(min=-(2.0**30) + 128).int()
+        # As the upper half of its bits, rounded down; below 0 the order is another: all may be.
+        bits = (least.view(torch.int32) >> 16).masked_fill_(~(least > 0), -(1 << 15))
+        return bits.masked_fill_(least.isnan(), (1 << 15) - 1).to(torch.int16)
+
+
+def _multiply(codes: Tensor, centres: Tensor, out: Tensor) -> object:
+    return torch.mm(codes, centres.T, out=out)
+
+
+def _multiply_bytes(codes: Tensor, centres: Tensor, out: Tensor) -> object:
+    # No public product of torch takes int8 at this speed.
+    return torch._int_mm(codes, centres.T, out=out)
+
+
+# Sums of float32 in any order, twice what IEEE arithmetic loses: Arm's products of bfloat16 are not
+# IEEE's.
+_SUMS = _MOST_COLUMNS * 2.0**-23
+FLOAT32 = Kernel(
+    "float32", torch.float32, torch.float32, torch.float32, 1, 2, _SUMS, 0.0, _multiply
+)
+BFLOAT16 = Kernel(
+    "bfloat16", torch.bfloat16, torch.bfloat16, torch.int16, 1, 2, _SUMS, 2.0**-6.9, _multiply
+)
+INT8 = Kernel("int8", torch.int8, torch.int32, torch.int32, 127, 16, 0.0, 0.0, _multiply_bytes)
+
+
+def present() -> list[Kernel]:
+    """Returns the kernels that this torch has and whose products on this processor are right."""
+    found = [FLOAT32, BFLOAT16] + ([INT8] if hasattr(torch, "_int_mm") else [])
+    return [kernel for kernel in found if is_right(kernel)]
+
+
+def is_right(kernel: Kernel) -> bool:
+    """Tells whether products are as near to the exact ones as the kernel states.
+
+    Processors without VNNI may add two products of int8 in 16 bits, which overflow.
+    """
+    rng = torch.Generator().manual_seed(0)
+    codes = torch.rand(32, 272, generator=rng, dtype=torch.float64) * 2 - 1
+    codes[:2] = torch.tensor([[1.0], [-1.0]])  # the greatest products of all
+    codes = kernel.rounded(codes * kernel.levels)
+    few = codes.to(kernel.codes)
+    scores = torch.empty(32, 32, dtype=kernel.scores)
+    kernel.multiply(few, few, scores)
+    exact, length = codes @ codes.T, codes.norm(dim=1)
+    error = kernel.sums * length[:, None] * length + kernel.rounding / 2 * exact.abs()
+    return bool(((scores.double() - exact).abs() <= error).all())
+
+
+@functools.cache
+def fastest() -> Kernel:
+    """Returns the kernel whose products take the least time here, in the thread that asks first."""
+    kernels = present()
+    for rows in _TRIED_ROWS:
+        seconds = {kernel.name: _seconds(kernel, rows) for kernel in kernels}
+        least = min(seconds.values())
+        kernels = [k for k in kernels if seconds[k.name] <= _FAR_BEHIND * least]
+    return min(kernels, key=lambda kernel: seconds[kernel.name])
+
+
+def _seconds(kernel: Kernel, rows: int) -> float:
+    columns = 256 + kernel.bias_columns
+    codes = torch.ones(rows, columns, dtype=kernel.codes)
+    centres = torch.ones(_TRIED_CENTRES, columns, dtype=kernel.codes)
+    scores = torch.empty(rows, _TRIED_CENTRES, dtype=kernel.scores)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        kernel.multiply(codes, centres, scores)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
