@@ -40,7 +40,6 @@ _WEIGHTS_FILE = "model.safetensors"
 _IMAGENET_CLASSES = 1000
 
 _placing = threading.Lock()
-_setting_threads = threading.Lock()
 
 # What torch, safetensors and the file system raise for a file that cannot be read as weights.
 _UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
@@ -459,17 +458,6 @@ def _place(encoder: ImageEncoder, device: torch.device) -> None:
         if encoder.placed_on != device:
             encoder.to(device).to(memory_format=torch.channels_last)
             encoder.placed_on = device
-
-
-def use_one_thread() -> None:
-    """Makes torch compute in the calling thread alone, whatever it does in others."""
-    with _setting_threads:
-        threads = torch.get_num_threads()  # asked first: torch would set it anew when first used
-        torch.set_num_threads(1)
-        # That was also the default of threads to come: put it back, in a thread that ends.
-        restore = threading.Thread(target=torch.set_num_threads, args=(threads,))
-        restore.start()
-        restore.join()
 
 
 def _embed_batch(

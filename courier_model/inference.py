@@ -14,10 +14,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from courier_model import encoder as encoders
 from courier_model.image_files import Image, Rejected, read_image
@@ -66,7 +68,7 @@ class Embedder:
     def _own_threads(self) -> Executor:
         with self._lock:
             if self._threads is None:
-                alone = None if self._device.type == "cuda" else encoders.use_one_thread
+                alone = None if self._device.type == "cuda" else partial(threads.keep_to_one, torch)
                 self._threads = ThreadPoolExecutor(self.passes(), "pass", alone)
             return self._threads
 

@@ -8,7 +8,6 @@ which kernel screens changes nothing but the time.
 """
 
 import functools
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -33,7 +32,6 @@ _LEAST_ROWS = 32  # CUDA multiplies no fewer than 17
 _RANKED, _MEASURED = 1 / 32, 1 / 8192
 # What float32 loses at most, with room to spare: of a row's length, and of a squared distance.
 _LENGTH_ERROR, _SQUARE_ERROR, _UNDERFLOW = 1e-5, 1e-4, 1e-30
-_setting_threads = threading.Lock()
 
 Distance = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, centres, room → squares
 
@@ -342,15 +340,4 @@ def _least(values: Tensor, row: Tensor, n: int) -> Tensor:
 @functools.cache
 def _pool(workers: int) -> ThreadPoolExecutor:
     """Returns the threads that all searches of this process share."""
-    return ThreadPoolExecutor(workers, initializer=_use_one_core)
-
-
-def _use_one_core() -> None:
-    """Keeps what torch does in this thread to this thread."""
-    with _setting_threads:
-        threads = torch.get_num_threads()  # asked first: torch would set it anew when first used
-        torch.set_num_threads(1)
-        # That was also the default of threads to come: put it back, in a thread that ends.
-        restore = threading.Thread(target=torch.set_num_threads, args=(threads,))
-        restore.start()
-        restore.join()
+    return ThreadPoolExecutor(workers, initializer=functools.partial(threads.keep_to_one, torch))

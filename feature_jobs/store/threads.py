@@ -6,6 +6,7 @@ unless told. So a job tells its workers what is theirs, once in each process.
 
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import loky
 import pyarrow as pa
@@ -37,6 +38,20 @@ def limit(threads: int) -> None:
             threadpoolctl.threadpool_limits(threads, user_api="blas")
             pa.set_cpu_count(threads)
             _limited = threads
+
+
+def keep_to_one(torch: Any) -> None:
+    """Makes `torch` compute in the calling thread alone, whatever it does in others.
+
+    The module is handed in, so that who needs none does not load it.
+    """
+    with _limiting:
+        others = torch.get_num_threads()  # asked first: torch would set it anew when first used
+        torch.set_num_threads(1)
+        # That was also the default of threads to come: put it back, in a thread that ends.
+        restore = threading.Thread(target=torch.set_num_threads, args=(others,))
+        restore.start()
+        restore.join()
 
 
 @dataclass(frozen=True)

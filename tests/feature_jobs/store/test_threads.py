@@ -1,11 +1,13 @@
 """A process computes on no more threads than it was told, or than it has cores."""
 
 import os
+import threading
 from collections.abc import Iterator
 
 import pyarrow as pa
 import pytest
 import threadpoolctl
+import torch
 
 from feature_jobs.store import threads
 
@@ -60,3 +62,18 @@ def test_the_processes_of_a_host_have_no_more_threads_than_it_has_cores(
 def test_a_number_of_threads_that_was_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "cores", lambda: 8)
     assert threads.Share(3, processes=4).count() == 3
+
+
+def test_torch_keeps_to_one_thread_where_it_is_told_and_nowhere_else() -> None:
+    before, found = torch.get_num_threads(), []
+
+    def told() -> None:
+        threads.keep_to_one(torch)
+        found.append(torch.get_num_threads())
+
+    for work in (told, lambda: found.append(torch.get_num_threads())):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert found == [1, before]
+    assert torch.get_num_threads() == before
