@@ -15,7 +15,7 @@ from torch import Tensor
 
 _MOST_COLUMNS = 512  # of codes: more than there are, which the bounds of sums are made for
 _TRIED_CENTRES, _TRIED_ROWS = 1024, (8, 256)
-_FAR_BEHIND = 8  # times slower on few rows: not tried on many
+_FAR_BEHIND = 4  # times slower on few rows: not tried on many
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@
 `make bench` runs it. Items are unit vectors about styles, styles about categories, in noise whose
 spectrum falls off; centres are those of one step of k-means. All take turns in one process; rates
 are medians. "Parquet" reads item_embeddings and writes IDs and distances, the rest have all in
-memory; products choose nothing, so they are limits. Wrong are IDs that are not the nearest in
-float64.
+memory; products choose nothing, and "nothing" reads and writes alone, so they are limits. Wrong are
+IDs that are not the nearest in float64.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from feature_jobs.codebooks import kernels
 from feature_jobs.codebooks.nearest import CentreSearch
 from feature_jobs.store import arrays, partitions, threads
 
@@ -98,6 +99,10 @@ def by_numpy(centres: np.ndarray) -> Find:
     return find
 
 
+def by_nothing(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros(len(rows), np.int64), rows[:, 0]
+
+
 def through_parquet(find: Find, path: Path) -> Callable[[], object]:
     def run() -> None:
         rows = partitions.read_parquet(str(path), ["item_id", "embedding"])
@@ -128,7 +133,7 @@ def product_of_torch(
 ) -> Callable[[], object]:
     size = BLOCK // len(centres)
     multiply = torch._int_mm if kind == torch.int8 else torch.mm
-    result = torch.int32 if kind == torch.int8 else torch.float32
+    result = torch.int32 if kind == torch.int8 else kind
     scale = 127 if kind == torch.int8 else 1
     a, b = ((torch.from_numpy(array) * scale).to(kind) for array in (rows, centres))
     scores = torch.empty(size, len(centres), dtype=result)
@@ -182,9 +187,12 @@ def bench(clusters: int, repeats: int, folder: Path) -> None:
     for name, find in finds.items():
         runs[f"{name}, in memory"] = lambda find=find: find(rows)
         runs[f"{name}, Parquet"] = through_parquet(find, path)
+    runs["nothing, Parquet"] = through_parquet(by_nothing, path)
     runs["product, numpy float32"] = product_of_numpy(rows, centres)
     runs["product, torch float32"] = product_of_torch(rows, centres, torch.float32)
-    runs["product, torch int8"] = product_of_torch(rows, centres, torch.int8)
+    runs["product, torch bfloat16"] = product_of_torch(rows, centres, torch.bfloat16)
+    if kernels.INT8 in kernels.present():
+        runs["product, torch int8"] = product_of_torch(rows, centres, torch.int8)
     print(f"\nK = {clusters:,}, {len(rows):,} items")
     print(f"{'':26}{'items/s':>12}{'/ faiss':>9}{'by CPU time':>13}{'wrong IDs':>11}")
     found = medians(runs, repeats)
@@ -214,9 +222,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=min(2, threads.cores()))
     given = parser.parse_args()
+    threads.limit(given.threads)
     torch.set_num_threads(given.threads)
     faiss.omp_set_num_threads(given.threads)
-    print(f"{nights.head()}, {given.threads} threads")
+    kernel = kernels.fastest().name
+    print(f"{nights.head()}, {given.threads} threads, screening in {kernel}")
     with tempfile.TemporaryDirectory() as folder:
         for clusters in map(int, given.clusters.split(",")):
             bench(clusters, given.repeats, Path(folder))
