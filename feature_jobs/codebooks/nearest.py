@@ -103,6 +103,7 @@ class CentreSearch:
         size = max(_LEAST_ROWS, min(self._cells // self._tile, -(-n // self._workers)))
         starts = iter(range(0, n, size))  # all workers take their blocks from here
 
+        @torch.inference_mode()  # whose many small steps take less time to begin
         def work(_: int) -> None:
             columns, pairs = self._codes.shape[1], int(self._cells * _MEASURED)
             room = _Room(size, self._tile, columns, pairs, self._kernel, self._device)
