@@ -1,3 +1,3 @@
 """Holds the Beam jobs and the tables they own."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

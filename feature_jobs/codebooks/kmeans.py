@@ -14,6 +14,7 @@ import torch
 
 from feature_jobs.codebooks.nearest import CentreSearch
 from feature_jobs.schemas import EMBEDDING_DIM
+from feature_jobs.store import threads
 
 _ITERATIONS = 25  # of Lloyd's
 _FIRST_ITERATIONS = 10  # before a single pass, which ends as well with them as with 25
@@ -41,6 +42,7 @@ def lloyd(
     one. The same seed gives the same centres on the same class of hardware with the same number of
     threads.
     """
+    faiss.omp_set_num_threads(threads.budget())
     kmeans = faiss.Kmeans(
         EMBEDDING_DIM, clusters, niter=iterations, seed=seed, gpu=faiss.get_num_gpus() > 0,
         min_points_per_centroid=1, max_points_per_centroid=len(points),

@@ -111,8 +111,10 @@ class CentreSearch:
                 block = room.rows[: len(rows[at : at + size])]
                 np.copyto(block.numpy(), rows[at : at + size], casting="same_kind")
                 parts = self._search(block.to(self._device), room, second)
-                for whole, part in zip(found, parts, strict=True):
-                    whole[at : at + size] = part.cpu().numpy()
+                place, *squares = (part.cpu().numpy() for part in parts)
+                found.place[at : at + size] = place
+                for whole, part in zip(found[1:], squares, strict=True):
+                    whole[at : at + size] = np.sqrt(part)  # torch's may err in the last place
 
         for _ in _pool(self._workers).map(work, range(self._workers)):
             pass
@@ -146,7 +148,7 @@ class CentreSearch:
         self._codes = few.to(self._device)
 
     def _search(self, rows: Tensor, room: _Room, second: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Finds what `nearest` returns, of one block."""
+        """Finds the nearest centre of each row of a block, and the squared distances, float64."""
         pairs = self._screen(rows, room, second)
         if pairs is not None:
             return self._rank(rows, *pairs, room, second)
@@ -230,7 +232,7 @@ class CentreSearch:
     def _rank(
         self, rows: Tensor, row: Tensor, centre: Tensor, room: _Room, second: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the nearest and how far the nearest two are, from the pairs that are left."""
+        """Returns the nearest of the pairs that are left, and the squares of the two distances."""
         n = len(rows)
         # What float32 cannot tell from the nearest, of rows with several pairs: [rivals]
         rivals = (torch.bincount(row, minlength=n)[row] > 1).nonzero()[:, 0]
@@ -251,7 +253,7 @@ class CentreSearch:
         if second:
             next_one = _least(away.masked_fill_(centre == place[row], torch.inf), row, n)
         least.masked_fill_(place == nobody, torch.nan)
-        return place.masked_fill_(place == nobody, 0), least.sqrt_(), next_one.sqrt_()
+        return place.masked_fill_(place == nobody, 0), least, next_one
 
     def _measure(
         self, rows: Tensor, row: Tensor, centre: Tensor, room: _Room, distance: Distance

@@ -34,10 +34,9 @@ def limit(threads: int) -> None:
     """
     global _limited
     with _limiting:
-        if _limited != threads:
-            threadpoolctl.threadpool_limits(threads, user_api="blas")
-            pa.set_cpu_count(threads)
-            _limited = threads
+        threadpoolctl.threadpool_limits(threads, user_api="blas")  # of all that are loaded by now
+        pa.set_cpu_count(threads)
+        _limited = threads
 
 
 def keep_to_one(torch: Any) -> None:
