@@ -47,7 +47,7 @@ from feature_jobs.items.item_vectors import (
 )
 from feature_jobs.schemas import USER_SIMSCORES, DataContractError
 from feature_jobs.store import arrays, documents, hashing, partitions, worker_notes
-from feature_jobs.store.arrays import differ_from_before, list_array, padded_codes
+from feature_jobs.store.arrays import list_array, padded_codes
 from feature_jobs.store.every_shard import every_shard_of_days
 from feature_jobs.store.pieces import Piece, read_pieces, write_pieces
 
@@ -143,11 +143,15 @@ def score_impressions(
 ) -> tuple[pa.Table, dict[str, int]]:
     """Returns `user_simscores` of a shard's impressions, artefact IDs aside, and what was counted.
 
-    `rows` have a `history`, newest first, of which the first `length` places are scored; it becomes
-    a column where `history_item_ids` are asked for. Sorted by impression_id.
+    `rows` have a `history`, newest first, null where it is that of the row before. The first
+    `length` places are scored; they become a column where `history_item_ids` are asked for. Sorted
+    by impression_id.
     """
+    lists = rows["history"].combine_chunks()
+    history = lists.is_valid().to_numpy(zero_copy_only=False).cumsum() - 1
+    rows = rows.set_column(rows.column_names.index("history"), "history", pa.array(history))
     rows = sort_impressions(rows)
-    coded = _coded(rows, length)
+    coded = _coded(rows, lists.drop_null(), length)
     found = items.look_up(coded.item_ids)
     given = "impression_id" in rows.column_names
     ids = rows["impression_id"].combine_chunks() if given else impression_ids(rows)
@@ -179,16 +183,15 @@ class _Coded(NamedTuple):
     history_of: np.ndarray
 
 
-def _coded(rows: pa.Table, length: int) -> _Coded:
-    lists = rows["history"].combine_chunks()
-    lists = pc.fill_null(lists, pa.scalar([], lists.type))
-    new = differ_from_before(lists)
-    lists = lists.filter(pa.array(new))
+def _coded(rows: pa.Table, lists: pa.Array, length: int) -> _Coded:
+    """Returns the codes of `rows`, whose `history` is a place among `lists`."""
     both = pa.concat_arrays([rows["item_id"].combine_chunks(), lists.flatten()])
     encoded = pc.dictionary_encode(both)
     codes = encoded.indices.to_numpy()
     shown, clicked = codes[: len(rows)], codes[len(rows) :]
-    histories = padded_codes(lists, clicked, length)
+    history = rows["history"].to_numpy()
+    new = np.diff(history, prepend=-1) != 0
+    histories = padded_codes(lists, clicked, length)[history[new]]
     return _Coded(encoded.dictionary, shown, histories, np.cumsum(new) - 1)
 
 
@@ -273,7 +276,8 @@ def _count(
 def read_impressions(group: RowGroup, end_us: int, history_len: int) -> pa.Table:
     """Reads the impressions of a row group, with no more of a logged history than counts.
 
-    Raises DataContractError for one after its day's end, or for a history with a null inside.
+    None is null: it is empty where the log has none. Raises DataContractError for an impression
+    after its day's end, or for a history with a null inside.
     """
     rows = read_rows(group, [*IMPRESSION_COLUMNS, *_READ_TOO], group.form.carry)
     check_day(group, rows, end_us)
@@ -285,10 +289,23 @@ def read_impressions(group: RowGroup, end_us: int, history_len: int) -> pa.Table
             "lists. Every place of a history is an item, or the scores would stand at wrong "
             "positions. Leave the missing items out where the table is written."
         )
-    if (pc.max(pc.list_value_length(rows["history"])).as_py() or 0) <= history_len:
-        return rows
-    cut = pc.list_slice(rows["history"], 0, history_len)
-    return rows.set_column(rows.column_names.index("history"), "history", cut)
+    lists = rows["history"].combine_chunks()
+    lists = pc.fill_null(lists, pa.scalar([], lists.type))
+    if (pc.max(pc.list_value_length(lists)).as_py() or 0) > history_len:
+        lists = pc.list_slice(lists, 0, history_len)
+    return rows.set_column(rows.column_names.index("history"), "history", lists)
+
+
+def share_histories(rows: pa.Table, shards: np.ndarray) -> pa.Table:
+    """Returns `rows` with null for each history that is that of the row before in its shard.
+
+    As a shop logs them, or as they are made of clicks, most are: then a history is carried, looked
+    up and read once for all of them. `shards` int [n] are those of the rows.
+    """
+    lists = rows["history"].combine_chunks()
+    new = arrays.differ_from_before(lists) | (np.diff(shards, prepend=-1) != 0)
+    at = rows.column_names.index("history")
+    return rows.set_column(at, "history", arrays.folded(lists, new))
 
 
 class ReadImpressions(beam.DoFn):
@@ -308,6 +325,8 @@ class ReadImpressions(beam.DoFn):
         rows = read_impressions(group, day.day.end_us, self._job.history_len)
         users = None if histories is None or day.has_history else histories.shards
         shards = hashing.shard_of(hashing.hash_ids(rows["user_id"]), users or day.shards)
+        if "history" in rows.column_names:
+            rows = share_histories(rows, shards)
         name = documents.digest([group.path, group.index])[:16]
         for shard, piece in write_pieces(_pieces(self._job, "rows", name), rows, shards):
             if users:
@@ -349,8 +368,11 @@ class AddHistories(beam.DoFn):
             for at in range(0, len(rows), at_once):
                 some = rows.slice(at, at_once)
                 some = some.append_column("history", history_lists(known, some))
-                path = _pieces(job, "histories", place, user_shard, at)
-                for _, piece in write_pieces(path, some, np.zeros(len(some), np.int64)):
+                path, one = (
+                    _pieces(job, "histories", place, user_shard, at),
+                    np.zeros(len(some), int),
+                )
+                for _, piece in write_pieces(path, share_histories(some, one), one):
                     yield (place, shard), piece
 
 

@@ -41,6 +41,14 @@ def differ_from_before(lists: pa.Array) -> np.ndarray:
     return new
 
 
+def folded(lists: pa.Array, new: np.ndarray) -> pa.Array:
+    """Returns `lists` with null in place of each that is not `new`, bool [n]."""
+    kept = lists.filter(pa.array(new))
+    sizes = np.where(new, np.diff(lists.offsets.to_numpy()), 0)
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), kept.flatten(), mask=pa.array(~new))
+
+
 def padded_codes(lists: pa.Array, codes: np.ndarray, length: int) -> np.ndarray:
     """Returns the codes of the first `length` places of each list; int32 [n, length], -1 = none.
 

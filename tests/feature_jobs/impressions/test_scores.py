@@ -33,7 +33,7 @@ def test_scores_equal_the_loop_however_rows_share_histories(
         for i, k in zip(shown, of, strict=True)
     ]
     monkeypatch.setattr(scores_module, "_RUN_ROWS", run_rows)
-    monkeypatch.setattr(scores_module, "_CACHED_VECTORS", cached)
+    monkeypatch.setattr(scores_module, "_VECTORS_AT_ONCE", cached)
     monkeypatch.setattr(scores_module, "_PLACES_AT_ONCE", places)
     scores, mask = sim_scores(vectors, shown, past, of)
     np.testing.assert_allclose(scores, [s for s, _ in expected], atol=1e-6)

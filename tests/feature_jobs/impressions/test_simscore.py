@@ -1,9 +1,14 @@
-"""Tests how impressions are told apart and put in order."""
+"""Tests how impressions are told apart, put in order, and share histories on their way."""
+
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from hypothesis import given
+from hypothesis import strategies as st
 
-from feature_jobs.impressions.simscore import impression_ids, sort_impressions
+from feature_jobs.impressions.simscore import impression_ids, share_histories, sort_impressions
+from feature_jobs.store.pieces import read_all, write_pieces
 
 
 def impressions(rows: list[tuple[int, int, int, bool]]) -> pa.Table:
@@ -31,3 +36,30 @@ def test_made_ids_tell_all_rows_apart_and_do_not_follow_arrival() -> None:
     assert all(len(i) == 32 and int(i, 16) >= 0 for i in ids)
     alone = sort_impressions(impressions(rows[:1]))
     assert impression_ids(alone)[0].as_py() in ids
+
+
+HISTORIES = st.lists(
+    st.tuples(st.lists(st.integers(0, 1), max_size=2), st.integers(0, 2)), max_size=12
+)
+
+
+@given(HISTORIES, st.integers(0, 2))
+def test_a_shared_history_is_that_of_the_row_before_in_its_shard(
+    drawn: list[tuple[list[int], int]], cut: int
+) -> None:
+    lists = pa.array([history for history, _ in drawn], pa.list_(pa.int64()))[cut:]
+    shards = np.array([shard for _, shard in drawn], np.int64)[cut:]
+    found = share_histories(pa.table({"history": lists}), shards)["history"].to_pylist()
+    previous: tuple[int, list[int]] | None = None
+    for history, shard, kept in zip(lists.to_pylist(), shards, found, strict=True):
+        assert kept == (None if previous == (shard, history) else history)
+        previous = shard, history
+
+
+def test_no_piece_of_a_shard_begins_with_a_history_of_another(tmp_path: Path) -> None:
+    rows = pa.table({"history": pa.array([[1]] * 6, pa.list_(pa.int64()))})
+    shards = np.array([1, 0, 0, 1, 1, 0])
+    pieces = list(write_pieces(str(tmp_path / "rows"), share_histories(rows, shards), shards))
+    assert [shard for shard, _ in pieces] == [0, 1]
+    found = read_all(pieces[0][1].path)["history"].to_pylist()
+    assert found == [[1], None, [1], [1], [1], None]
