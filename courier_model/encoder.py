@@ -405,8 +405,10 @@ def kind_of(device: torch.device) -> str:
     known = torch.cpu.get_capabilities()
     maker = str(known.get("cpu_name", "")).lower().split()[:1]
     kernels = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "_")
-    amx = ["amx"] if known.get("amx_bf16") else []
-    return "_".join([device.type, *maker, kernels, *amx])
+    # By which unit bf16 is multiplied, on x86 and on Arm; elsewhere it is emulated.
+    units = {"amx_bf16": "amx", "avx512_bf16": "bf16", "bf16": "bf16"}
+    unit = [units[name] for name in units if known.get(name)][:1]
+    return "_".join([device.type, *maker, kernels, *unit])
 
 
 def embed(

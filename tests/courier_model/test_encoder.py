@@ -167,9 +167,14 @@ def test_the_chosen_precision_is_one_that_the_hardware_has(
 @pytest.mark.parametrize(
     ("known", "kernels", "kind"),
     [
-        ({"cpu_name": "Intel Xeon 2.5GHz", "amx_bf16": True}, "AVX512", "cpu_intel_avx512_amx"),
+        (
+            {"cpu_name": "Intel X", "avx512_bf16": 1, "amx_bf16": 1},
+            "AVX512",
+            "cpu_intel_avx512_amx",
+        ),
+        ({"cpu_name": "AMD EPYC 9B14", "avx512_bf16": True}, "AVX512", "cpu_amd_avx512_bf16"),
         ({"cpu_name": "AMD EPYC 7B12", "amx_bf16": False}, "AVX2", "cpu_amd_avx2"),
-        ({"sve": True}, "SVE256", "cpu_sve256"),
+        ({"sve": True, "bf16": True}, "SVE256", "cpu_sve256_bf16"),
         ({}, "NO AVX", "cpu_no_avx"),
     ],
 )

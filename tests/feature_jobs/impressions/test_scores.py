@@ -17,10 +17,10 @@ from tests.support.codebooks import unit_rows
 
 
 @pytest.mark.parametrize("run_rows", [16, 3, 1])
-@pytest.mark.parametrize("cached", [512, 7])
+@pytest.mark.parametrize("at_once", [512, 7])
 @pytest.mark.parametrize("places", [64, 3])
 def test_scores_equal_the_loop_however_rows_share_histories(
-    monkeypatch: pytest.MonkeyPatch, run_rows: int, cached: int, places: int
+    monkeypatch: pytest.MonkeyPatch, run_rows: int, at_once: int, places: int
 ) -> None:
     rng = np.random.default_rng(0)
     vectors = unit_rows(20)
@@ -33,7 +33,7 @@ def test_scores_equal_the_loop_however_rows_share_histories(
         for i, k in zip(shown, of, strict=True)
     ]
     monkeypatch.setattr(scores_module, "_RUN_ROWS", run_rows)
-    monkeypatch.setattr(scores_module, "_VECTORS_AT_ONCE", cached)
+    monkeypatch.setattr(scores_module, "_VECTORS_AT_ONCE", at_once)
     monkeypatch.setattr(scores_module, "_PLACES_AT_ONCE", places)
     scores, mask = sim_scores(vectors, shown, past, of)
     np.testing.assert_allclose(scores, [s for s, _ in expected], atol=1e-6)
