@@ -9,9 +9,13 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+Array = Any  # numpy's or torch's; what is done with them, both understand
 
 _MOST_COLUMNS = 512  # of codes: more than there are, which the bounds of sums are made for
 _TRIED_CENTRES, _TRIED_ROWS = 1024, (8, 256)
@@ -54,23 +58,40 @@ class Kernel:
         if not self.whole:
             rounded.copy_(codes)
 
-    def limit(self, best: Tensor, error: Tensor) -> Tensor:
+    @property
+    def lowest(self) -> float:
+        """Returns what is below every score; of int32 so far from the end that no limit wraps."""
+        if self.ordered == torch.int32:
+            return -(1 << 29)
+        return -(1 << 15) if self.ordered == torch.int16 else float(torch.finfo(self.ordered).min)
+
+    def slack(self, error: Array) -> Array:
+        """Returns how far below the best score the best one's may lie, as `limit` takes it: [n].
+
+        The `error` float32 [n] is that of each score before its own rounding, nan for a row that
+        wants nothing.
+        """
+        if self.ordered != torch.int32:
+            return 2 * error
+        xp = library(error)
+        whole = xp.ceil(2 * error).clip(max=2.0**30)
+        return xp.asarray(xp.where(xp.isnan(whole), -(2.0**30), whole), dtype=xp.int32)
+
+    def limit(self, best: Array, slack: Array) -> Array:
         """Returns the least score that may be the best one's, where `best` [n] was found.
 
-        Both are of type `ordered`; the `error` float32 [n] is that of each score before its own
-        rounding, nan for a row that wants nothing.
+        Both are of type `ordered`.
         """
-        if self.ordered == torch.int16:
-            best = (best.int() << 16).view(torch.float32)
-        score = best.float()
-        least = score - self.rounding * score.abs() - 2 * error
-        if self.ordered == torch.float32:
-            return least
-        if self.ordered == torch.int32:  # a step of 128: what float32 rounds a large int32 by
-            return least.nan_to_num_(nan=2.0**30).clamp_(min=-(2.0**30) + 128).int()
+        if self.ordered != torch.int16:
+            return best - slack
+        xp = library(best)
+        score = (xp.asarray(best, dtype=xp.int32) << 16).view(xp.float32)
+        least = score - self.rounding * xp.abs(score) - slack
         # As the upper half of its bits, rounded down; below 0 the order is another: all may be.
-        bits = (least.view(torch.int32) >> 16).masked_fill_(~(least > 0), -(1 << 15))
-        return bits.masked_fill_(least.isnan(), (1 << 15) - 1).to(torch.int16)
+        bits = xp.asarray(least.view(xp.int32) >> 16, dtype=xp.int16)
+        bits[~(least > 0)] = -(1 << 15)
+        bits[xp.isnan(least)] = (1 << 15) - 1
+        return bits
 
 
 def _multiply(codes: Tensor, centres: Tensor, out: Tensor) -> object:
@@ -92,6 +113,11 @@ BFLOAT16 = Kernel(
     "bfloat16", torch.bfloat16, torch.bfloat16, torch.int16, 1, 2, _SUMS, 2.0**-6.9, _multiply
 )
 INT8 = Kernel("int8", torch.int8, torch.int32, torch.int32, 127, 16, 0.0, 0.0, _multiply_bytes)
+
+
+def library(array: Array) -> Any:
+    """Returns the module, numpy or torch, whose functions take the `array`."""
+    return torch if isinstance(array, Tensor) else np
 
 
 def present() -> list[Kernel]:

@@ -5,6 +5,9 @@ kernels), and keeps every centre whose score is within the rounding error of the
 handful. *Ranking* measures their distances directly, in float64. The error is bounded by the
 Cauchy-Schwarz inequality rather than estimated, so that no nearest centre is ever screened out, and
 which kernel screens changes nothing but the time.
+
+At 1,000 centres half of a search's time went into beginning small steps. So blocks are large, and
+on a CPU what works on numbers of rows and of pairs is numpy's, whose steps begin sooner.
 """
 
 import functools
@@ -19,21 +22,20 @@ from torch import Tensor
 
 from feature_jobs.codebooks import kernels
 from feature_jobs.codebooks.codebook import Codebook, load_codebook
-from feature_jobs.codebooks.kernels import Kernel
+from feature_jobs.codebooks.kernels import Array, Kernel, library
 from feature_jobs.store import threads
 
 _GROUPS = 128  # of a tile's centres; a group's scores are looked at when its best is high
-_TILE = 4096  # centres multiplied at once at most, a multiple of _GROUPS
-_CELLS = 1 << 21  # scores that a thread holds at once: 8 MiB, which stay in the cache
-_CELLS_GPU = 1 << 25
+_TILE = 2048  # centres multiplied at once at most, a multiple of _GROUPS
+_ROWS, _ROWS_GPU = 2048, 8192  # searched at once, by one thread
 _LEAST_ROWS = 32  # CUDA multiplies no fewer than 17
-# Pairs of row and centre per cell: those ranked at once, those measured at once (256 stay in the
-# cache).
-_RANKED, _MEASURED = 1 / 32, 1 / 8192
-# What float32 loses at most, with room to spare: of a row's length, and of a squared distance.
-_LENGTH_ERROR, _SQUARE_ERROR, _UNDERFLOW = 1e-5, 1e-4, 1e-30
+# Pairs of row and centre: those kept at most, for each row, and those measured at once.
+_RANKED, _MEASURED, _MEASURED_GPU = 64, 128, 4096
+# What float32 loses at most of a row's length, and float64 of a squared distance in whatever order
+# it is added up; with room to spare.
+_LENGTH_ERROR, _ANY_ORDER, _UNDERFLOW = 1e-5, 1e-12, 1e-30
 
-Distance = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, centres, room → squares
+Distance = Callable[[Array, Array], Array]  # rows, centres → squares
 
 
 class Nearest(NamedTuple):
@@ -50,20 +52,17 @@ class Nearest(NamedTuple):
 
 
 class _Room:
-    """Holds the memory that a thread works in, block after block.
+    """Holds the memory that a thread screens in, block after block.
 
     Fresh memory costs more than what is done in it.
     """
 
-    def __init__(self, rows: int, tile: int, columns: int, pairs: int, kernel: Kernel, device: str):
+    def __init__(self, rows: int, tile: int, columns: int, kernel: Kernel, device: str):
         make = functools.partial(torch.empty, device=device)
-        self.rows = torch.empty(rows, 256)
         self.moved, self.rounded = make(rows, 256), make(rows, 256)
         self.codes = make(rows, columns, dtype=kernel.codes)
         self.scores = make(rows * tile, dtype=kernel.scores)
         self.tops = make(rows, _GROUPS, dtype=kernel.ordered)
-        self.near, self.far = make(pairs, 256), make(pairs, 256)
-        self.exact = make(pairs, 256, dtype=torch.float64)
 
 
 class CentreSearch:
@@ -77,7 +76,8 @@ class CentreSearch:
 
     def __init__(self, centres: np.ndarray, kernel: Kernel | None = None):
         gpu = torch.cuda.is_available()
-        self._device, self._cells = ("cuda", _CELLS_GPU) if gpu else ("cpu", _CELLS)
+        self._device = "cuda" if gpu else "cpu"
+        self._rows, self._measured = (_ROWS_GPU, _MEASURED_GPU) if gpu else (_ROWS, _MEASURED)
         # One thread per block: within a block they would wait for each other at every step.
         self._workers = 1 if gpu else threads.budget()
         # Measured in such a thread, as it will be used. A GPU takes bytes in any case.
@@ -86,8 +86,8 @@ class CentreSearch:
         )
         exact = np.require(centres, np.float32, ["C", "W"])  # no copy of a codebook's own
         middle = exact.mean(axis=0, dtype=np.float64).astype(np.float32)
-        self._centres = torch.from_numpy(exact).to(self._device)
-        self._middle = torch.from_numpy(middle).to(self._device)
+        self._centres = _array(torch.from_numpy(exact).to(self._device))
+        self._middle = _array(torch.from_numpy(middle).to(self._device))
         self._count = len(exact)
         self._tile = min(_TILE, _GROUPS * -(-self._count // _GROUPS))
         self._set_codes(exact.astype(np.float64) - middle)
@@ -100,18 +100,23 @@ class CentreSearch:
         """
         n = len(rows)
         found = Nearest(np.empty(n, np.int64), np.empty(n, np.float32), np.empty(n, np.float32))
-        size = max(_LEAST_ROWS, min(self._cells // self._tile, -(-n // self._workers)))
+        size = max(_LEAST_ROWS, min(self._rows, -(-n // self._workers)))
         starts = iter(range(0, n, size))  # all workers take their blocks from here
 
         @torch.inference_mode()  # whose many small steps take less time to begin
+        @np.errstate(all="ignore")  # rows that are not finite, as torch does
         def work(_: int) -> None:
-            columns, pairs = self._codes.shape[1], int(self._cells * _MEASURED)
-            room = _Room(size, self._tile, columns, pairs, self._kernel, self._device)
+            room = _Room(
+                size,
+                self._tile,
+                self._codes.shape[1],
+                self._kernel,
+                self._device,
+            )
             for at in starts:
-                block = room.rows[: len(rows[at : at + size])]
-                np.copyto(block.numpy(), rows[at : at + size], casting="same_kind")
-                parts = self._search(block.to(self._device), room, second)
-                place, *squares = (part.cpu().numpy() for part in parts)
+                block = torch.as_tensor(np.require(rows[at : at + size], np.float32, ["C", "W"]))
+                parts = self._search(_array(block.to(self._device)), room, second)
+                place, *squares = (torch.as_tensor(part).cpu().numpy() for part in parts)
                 found.place[at : at + size] = place
                 for whole, part in zip(found[1:], squares, strict=True):
                     whole[at : at + size] = np.sqrt(part)  # torch's may err in the last place
@@ -147,124 +152,127 @@ class CentreSearch:
         few = torch.nn.functional.pad(torch.cat(columns, dim=1).to(kernel.codes), padding)
         self._codes = few.to(self._device)
 
-    def _search(self, rows: Tensor, room: _Room, second: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _search(self, rows: Array, room: _Room, second: bool) -> tuple[Array, Array, Array]:
         """Finds the nearest centre of each row of a block, and the squared distances, float64."""
         pairs = self._screen(rows, room, second)
         if pairs is not None:
-            return self._rank(rows, *pairs, room, second)
+            return self._rank(rows, *pairs, second)
         # Crowded beyond what memory allows, as where thousands of centres are equal.
-        halves = (self._search(half, room, second) for half in rows.tensor_split(2))
-        place, distance, next_one = (torch.cat(both) for both in zip(*halves, strict=True))
+        xp, half = library(rows), len(rows) // 2
+        halves = (self._search(part, room, second) for part in (rows[:half], rows[half:]))
+        place, distance, next_one = (xp.concatenate(both) for both in zip(*halves, strict=True))
         return place, distance, next_one
 
-    def _encode(self, rows: Tensor, room: _Room) -> tuple[Tensor, Tensor]:
+    def _encode(self, rows: Array, room: _Room) -> tuple[Tensor, Array]:
         """Returns rows as codes [_LEAST_ROWS.., columns], and the error of their scores [n]."""
         # Each row has a step of its own, which changes nothing in the order of its scores: [n, 1]
-        kernel, n = self._kernel, len(rows)
-        moved, vectors = room.moved[:n], room.rounded[:n]
+        kernel, n, xp = self._kernel, len(rows), library(rows)
+        moved, rounded = room.moved[:n], room.rounded[:n]
         codes = room.codes[: max(n, _LEAST_ROWS)]
         codes[n:] = 0
-        torch.sub(rows, self._middle, out=moved)
-        step = torch.abs(moved, out=vectors).amax(dim=1, keepdim=True)
-        step = step.clamp_(min=max(self._unit, 1e-15)).div_(kernel.levels)
+        xp.subtract(rows, self._middle, out=_array(moved))
+        step = torch.abs(moved, out=rounded).amax(dim=1, keepdim=True)
+        step.clamp_(min=max(self._unit, 1e-15)).div_(kernel.levels)
         moved.div_(step)
-        bias = self._unit / step
-        kernel.encode(moved, codes[:n, :256], vectors)
+        bias = step.reciprocal_().mul_(self._unit)
+        kernel.encode(moved, codes[:n, :256], rounded)
         biases = kernel.rounded(bias)
         codes[:n, 256:] = biases
         # |x·c - x'·c'| ≤ |x - x'| |c| + |x'| |c - c'|, where x' and c' are the rounded ones; so for
         # the biases; and what adding up loses: [n]
-        length = torch.linalg.vector_norm(vectors, dim=1)
-        lost = torch.linalg.vector_norm(moved.sub_(vectors), dim=1) + _LENGTH_ERROR * length
-        lost_bias, bias = (bias - biases).abs_()[:, 0], biases[:, 0]
+        length = _length(_array(rounded))
+        lost = _length(_array(moved.sub_(rounded))) + _LENGTH_ERROR * length
+        lost_bias, bias = _array((bias - biases).abs_())[:, 0], _array(biases)[:, 0]
         error = lost * self._longest + length * self._vector_loss
         error += lost_bias * self._largest + bias * self._bias_loss
         error += kernel.sums * (length * self._longest + bias * self._largest)
         # A little more, for what rounding did to the error itself.
         return codes, error * 1.01 + (1 if kernel.whole else _UNDERFLOW)
 
-    def _screen(self, rows: Tensor, room: _Room, second: bool) -> tuple[Tensor, Tensor] | None:
+    def _screen(self, rows: Array, room: _Room, second: bool) -> tuple[Array, Array] | None:
         """Returns all that may be the nearest or `second` of a row: rows, centres; int64 [pairs].
 
         None where there are too many pairs to hold.
         """
-        n, kernel = len(rows), self._kernel
+        n, kernel, xp = len(rows), self._kernel, library(rows)
         codes, error = self._encode(rows, room)
-        never = torch.iinfo if kernel.ordered != torch.float32 else torch.finfo
-        lowest = never(kernel.ordered).min
-        kept = _GROUPS if second else 1
-        best = torch.full((n, kept), lowest, dtype=kernel.ordered, device=rows.device)
-        found: list[tuple[Tensor, Tensor]] = []
-        pairs = 0
+        slack = kernel.slack(error)
+        best = xp.full_like(_array(room.tops)[:n, : _GROUPS if second else 1], kernel.lowest)
+        found: list[tuple[Array, Array, Array]] = []
+        held, most = 0, _RANKED * self._rows if n > 1 else np.inf
         for at in range(0, self._count, self._tile):
             tile = self._codes[at : at + self._tile]
             scores = room.scores[: len(codes) * len(tile)].view(len(codes), len(tile))
             kernel.multiply(codes, tile, scores)
             scores = scores.view(kernel.ordered)[:n]
-            scores[:, self._count - at :] = lowest
+            scores[:, self._count - at :] = kernel.lowest
+            # A group's members stand _GROUPS apart: [n, members, groups]
+            scores = scores.view(n, -1, _GROUPS)
             # The best score of each group, of this tile and of all tiles so far: [n, groups], and
             # where the second does not matter, of all groups: [n, 1]
-            tops = torch.amax(scores.view(n, -1, _GROUPS), dim=1, out=room.tops[:n])
-            best = torch.maximum(best, tops if second else tops.amax(dim=1, keepdim=True))
-            least = best.amax(dim=1)
+            tops = _array(torch.amax(scores, dim=1, out=room.tops[:n]))
+            best = xp.maximum(best, tops if second else xp.amax(tops, axis=1, keepdims=True))
+            least = xp.amax(best, axis=1)
             if second:
                 # Another group holds another centre: the second nearest is no worse than that: [n]
-                least = best.masked_fill(best == least[:, None], lowest).amax(dim=1)
-            limit = kernel.limit(least, error)
-            cell = _reaching(tops, limit)
-            if pairs + len(cell) > self._cells * _RANKED and n > 1:
+                others = xp.where(best == least[:, None], kernel.lowest, best)
+                least = xp.amax(others, axis=1)
+            limit = kernel.limit(least, slack)
+            cell = _where(tops >= limit[:, None])
+            row, group = cell // _GROUPS, cell % _GROUPS
+            if held + len(cell) > most:
                 return None
-            # The members of such a group stand _GROUPS apart: [cells, members]
-            row = cell // _GROUPS
-            member = torch.arange(0, len(tile), _GROUPS, device=rows.device)
-            cell = (cell + row * (len(tile) - _GROUPS))[:, None] + member
-            keep = _reaching(scores.view(-1)[cell], limit[row])
-            cell = cell.view(-1)[keep]
-            row = cell // len(tile)
-            found.append((row, at + cell - row * len(tile)))
-            pairs += len(row)
-            if pairs > self._cells * _RANKED and n > 1:
+            members = _array(scores)[row, :, group]  # [cells, members]
+            high = _where(members >= limit[row][:, None])
+            cell, member = high // members.shape[1], high % members.shape[1]
+            found.append(
+                (row[cell], at + member * _GROUPS + group[cell], members.reshape(-1)[high])
+            )
+            held += len(high)
+            if held > most:
                 return None
-        row, centre = (torch.cat(parts) for parts in zip(*found, strict=True))
-        real = centre < self._count
-        return row[real], centre[real]
+        row, centre, score = (xp.concatenate(parts) for parts in zip(*found, strict=True))
+        keep = (score >= limit[row]) & (centre < self._count)  # the last limit is the highest
+        return row[keep], centre[keep]
 
     def _rank(
-        self, rows: Tensor, row: Tensor, centre: Tensor, room: _Room, second: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the nearest of the pairs that are left, and the squares of the two distances."""
-        n = len(rows)
-        # What float32 cannot tell from the nearest, of rows with several pairs: [rivals]
-        rivals = (torch.bincount(row, minlength=n)[row] > 1).nonzero()[:, 0]
-        mine = row[rivals]
-        rough = self._measure(rows, mine, centre[rivals], room, _rough_squared_distance)
-        least = _least(rough, mine, n)
-        if second:  # or of equally near ones the next, which is no nearer than the second
-            least = _least(rough.masked_fill(rough <= least[mine], torch.inf), mine, n)
-        keep = torch.ones_like(row, dtype=torch.bool)
-        keep[rivals] = rough <= least[mine] * (1 + _SQUARE_ERROR) + _UNDERFLOW
-        row, centre = row[keep], centre[keep]
-        away = self._measure(rows, row, centre, room, _squared_distance)
-        least = _least(away, row, n)
-        nobody = torch.full((n,), self._count, device=rows.device)
-        first = centre.where(away == least[row], self._count)
-        place = nobody.scatter_reduce(0, row, first, "amin")
-        next_one = torch.full_like(least, torch.nan)
-        if second:
-            next_one = _least(away.masked_fill_(centre == place[row], torch.inf), row, n)
-        least.masked_fill_(place == nobody, torch.nan)
-        return place.masked_fill_(place == nobody, 0), least, next_one
+        self, rows: Array, row: Array, centre: Array, second: bool
+    ) -> tuple[Array, Array, Array]:
+        """Returns the nearest of the pairs that are left, and the squares of the two distances.
 
-    def _measure(
-        self, rows: Tensor, row: Tensor, centre: Tensor, room: _Room, distance: Distance
-    ) -> Tensor:
+        The squares are exact enough for the float32 of their roots.
+        """
+        n, xp = len(rows), library(rows)
+        away = self._measure(rows, row, centre, _quick_squared_distance)
+        nearest = wanted = _least(away, row, n, np.inf)
+        if second:  # or of equally near ones the next, which is no nearer than the second
+            wanted = _least(xp.where(away <= nearest[row], np.inf, away), row, n, np.inf)
+        keep = away <= wanted[row] * (1 + 3 * _ANY_ORDER)
+        row, centre, away = row[keep], centre[keep], away[keep]
+        # The order of additions decides only between those that may be equally near, either the
+        # nearest or those after it, and where it decides how a root is rounded. That is seldom.
+        rank = 2 * row + (away > nearest[row] * (1 + 3 * _ANY_ORDER))
+        unsure = xp.bincount(rank)[rank] > 1
+        unsure |= _root(away * (1 - _ANY_ORDER)) != _root(away * (1 + _ANY_ORDER))
+        unsure = _where(unsure)
+        away[unsure] = self._measure(rows, row[unsure], centre[unsure], _squared_distance)
+        least = _least(away, row, n, np.inf)
+        nobody = self._count
+        place = _least(xp.where(away == least[row], centre, nobody), row, n, nobody)
+        next_one = xp.full_like(least, np.nan)
+        if second:
+            next_one = _least(xp.where(centre == place[row], np.inf, away), row, n, np.inf)
+        least[place == nobody] = np.nan
+        place[place == nobody] = 0
+        return place, least, next_one
+
+    def _measure(self, rows: Array, row: Array, centre: Array, distance: Distance) -> Array:
         """Returns the squared distances of pairs, float64 [pairs]."""
-        away = torch.empty(len(row), dtype=torch.float64, device=rows.device)
-        size = len(room.near)
-        for whole, r, c in zip(away.split(size), row.split(size), centre.split(size), strict=True):
-            near = torch.index_select(rows, 0, r, out=room.near[: len(r)])
-            far = torch.index_select(self._centres, 0, c, out=room.far[: len(r)])
-            whole.copy_(distance(near, far, room.exact[: len(r)]))
+        xp = library(rows)
+        away = xp.empty(len(row), dtype=xp.float64, device=rows.device)
+        for at in range(0, len(row), self._measured):
+            part = slice(at, at + self._measured)
+            away[part] = distance(rows[row[part]], self._centres[centre[part]])
         return away
 
 
@@ -295,49 +303,67 @@ def shared_search(loaded: Shared, folder: str) -> CodebookSearch:
     return found
 
 
+def _array(tensor: Tensor) -> Array:
+    """Returns the same memory as what the many small steps work on.
+
+    On a CPU that is an array of numpy's, whose steps take a fraction of the time to begin.
+    """
+    return tensor if tensor.is_cuda else tensor.numpy()
+
+
+def _where(mask: Array) -> Array:
+    """Returns the places in the flat `mask` where it is true, int64."""
+    return mask.flatten().nonzero()[:, 0] if library(mask) is torch else np.flatnonzero(mask)
+
+
+def _length(vectors: Array) -> Array:
+    xp = library(vectors)
+    return xp.sqrt(xp.linalg.vecdot(vectors, vectors))
+
+
+def _root(squares: Array) -> Array:
+    xp = library(squares)
+    return xp.asarray(xp.sqrt(squares), dtype=xp.float32)
+
+
 def _longest(vectors: Tensor) -> float:
     return float(vectors.norm(dim=1).max())
 
 
-def _reaching(values: Tensor, limit: Tensor) -> Tensor:
-    """Returns where `values` [n, m] are no less than their row's `limit` [n]: flat, int64."""
-    if values.is_cuda:
-        return (values >= limit[:, None]).flatten().nonzero()[:, 0]
-    # On a CPU several times as fast as torch.
-    return torch.from_numpy(np.flatnonzero(values.numpy() >= limit.numpy()[:, None]))
-
-
-def _squared_distance(rows: Tensor, centres: Tensor, room: Tensor) -> Tensor:
+def _squared_distance(rows: Array, centres: Array) -> Array:
     """Returns squared distances, float64 [n], of `rows` to `centres`, float32 [n, 256].
 
     They have the same bits on every machine: all is done element by element, and added up in the
     order that stands here, halves onto halves, where a library's sum would choose one by the
-    processor. The `room` is float64 [n, 256].
+    processor.
     """
-    room.copy_(rows).sub_(centres)
-    room.mul_(room)
-    # Numpy's steps are the same; on a CPU they take less time to begin: [n, 256], [n, 128], …
-    sums = room if room.is_cuda else room.numpy()
-    while sums.shape[1] > 16:
+    sums = _difference(rows, centres)
+    sums *= sums
+    while sums.shape[1] > 1:  # [n, 256], [n, 128], …
         half = sums.shape[1] // 2
         sums = sums[:, :half] + sums[:, half:]
-    # On its side, as steps along rows so short take several times as long: [16, n], [8, n], …
-    sums = sums.T.copy() if isinstance(sums, np.ndarray) else sums.T.contiguous()
-    while len(sums) > 1:
-        half = len(sums) // 2
-        sums = sums[:half] + sums[half:]
-    return torch.as_tensor(sums[0])
+    return sums[:, 0]
 
 
-def _rough_squared_distance(rows: Tensor, centres: Tensor, _: Tensor) -> Tensor:
-    """Returns the same within _SQUARE_ERROR, float32 [n]; spoils `rows`."""
-    return rows.sub_(centres).square_().sum(dim=1)
+def _quick_squared_distance(rows: Array, centres: Array) -> Array:
+    """Returns squared distances within _ANY_ORDER of those, added up as is fastest."""
+    away = _difference(rows, centres)
+    return library(away).linalg.vecdot(away, away)
 
 
-def _least(values: Tensor, row: Tensor, n: int) -> Tensor:
-    """Returns the least of the values of each row, float64 [n], inf for a row that has none."""
-    least = torch.full((n,), torch.inf, dtype=values.dtype, device=values.device)
-    return least.scatter_reduce_(0, row, values, "amin")
+def _difference(rows: Array, centres: Array) -> Array:
+    xp = library(rows)
+    return xp.asarray(rows, dtype=xp.float64) - xp.asarray(centres, dtype=xp.float64)
+
+
+def _least(values: Array, row: Array, n: int, otherwise: float) -> Array:
+    """Returns the least of the values of each row, [n], `otherwise` for a row that has none."""
+    xp = library(values)
+    least = xp.full((n,), otherwise, dtype=values.dtype, device=values.device)
+    if xp is torch:
+        return least.scatter_reduce_(0, row, values, "amin")
+    np.minimum.at(least, row, values)
+    return least
 
 
 @functools.cache

@@ -76,7 +76,7 @@ def test_what_is_best_before_it_is_rounded_is_never_below_the_limit(kernel: Kern
         seen = torch.from_numpy(truth + error * rng.choice([-1, 1], truth.shape))
         scores = (seen.round() if kernel.whole else seen).to(kernel.scores).view(kernel.ordered)
         bound = torch.full((2000,), error + (1 if kernel.whole else 0), dtype=torch.float32)
-        limit = kernel.limit(scores.amax(dim=1), bound * 1.01)
+        limit = kernel.limit(scores.amax(dim=1), kernel.slack(bound * 1.01))
         kept = scores >= limit[:, None]
         assert kept[torch.arange(2000), torch.from_numpy(truth.argmax(axis=1))].all()
         assert size < 10 * error / kernel.levels**2 or kept.double().mean() < 0.1  # not trivial
@@ -85,7 +85,7 @@ def test_what_is_best_before_it_is_rounded_is_never_below_the_limit(kernel: Kern
 @EACH_KERNEL
 def test_a_row_that_wants_nothing_gets_a_limit_that_nothing_reaches(kernel: Kernel) -> None:
     best = torch.ones(3).to(kernel.scores).view(kernel.ordered)
-    limit = kernel.limit(best, torch.tensor([0.0, torch.nan, 0.0]))
+    limit = kernel.limit(best, kernel.slack(torch.tensor([0.0, torch.nan, 0.0])))
     assert (best >= limit).tolist() == [True, False, True]
 
 

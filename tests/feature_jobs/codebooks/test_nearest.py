@@ -63,9 +63,9 @@ def check(rows: np.ndarray, centres: np.ndarray) -> None:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets tiles of 256 centres, blocks of 32 rows, at most 64 pairs at once and 4 measured."""
     monkeypatch.setattr(module, "_TILE", 256)
-    monkeypatch.setattr(module, "_CELLS", 32 * 256)
-    monkeypatch.setattr(module, "_RANKED", 64 / (32 * 256))
-    monkeypatch.setattr(module, "_MEASURED", 4 / (32 * 256))
+    monkeypatch.setattr(module, "_ROWS", 32)
+    monkeypatch.setattr(module, "_RANKED", 2)
+    monkeypatch.setattr(module, "_MEASURED", 4)
 
 
 # ---- The nearest ---------------------------------------------------------------------------------
@@ -80,6 +80,18 @@ def test_the_nearest_is_that_of_the_plain_loop_in_float64(clusters: int) -> None
 def test_tiles_and_blocks_and_crowds_change_nothing() -> None:
     check(crowded(70, seed=1), crowded(600, seed=2))
     check(crowded(40, seed=1, spread=0.01), crowded(300, seed=2, spread=0.01))
+
+
+def test_the_steps_of_a_gpu_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, centres = crowded(70, seed=1), crowded(600, seed=2)
+    centres[50:80] = centres[20:50]
+    kept = [CentreSearch(centres, kernel).nearest(rows, second=True) for kernel in KERNELS]
+    monkeypatch.setattr(module, "_array", lambda tensor: tensor)
+    for kernel, expected in zip(KERNELS, kept, strict=True):
+        found = CentreSearch(centres, kernel).nearest(rows, second=True)
+        for part, same in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(part, same)
+    check(rows, centres)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-6, 1.0, 1e6, 1e15])
@@ -232,6 +244,25 @@ def test_distances_have_the_bits_of_the_sum_that_is_written_out() -> None:
     ]
     np.testing.assert_array_equal(found.distance, expected)
     np.testing.assert_array_equal(found.second, second)
+
+
+def test_what_a_faster_sum_may_lose_moves_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, centres = crowded(400, seed=1), crowded(500, seed=2)
+    centres[100:150] = centres[:50]
+    expected = CentreSearch(centres).nearest(rows, second=True)
+    quick, rng = module._quick_squared_distance, np.random.default_rng(0)
+
+    def losing(rows: np.ndarray, centres: np.ndarray) -> Any:
+        # As much as moves a tenth of the roots to another float32.
+        return quick(rows, centres) * (1 + rng.choice([-9e-9, 9e-9], len(rows)))
+
+    monkeypatch.setattr(module, "_ANY_ORDER", 1e-8)
+    monkeypatch.setattr(module, "_quick_squared_distance", losing)
+    for second in (False, True):
+        found = CentreSearch(centres).nearest(rows, second)
+        np.testing.assert_array_equal(found.place, expected.place)
+        np.testing.assert_array_equal(found.distance, expected.distance)
+    np.testing.assert_array_equal(found.second, expected.second)
 
 
 @pytest.mark.parametrize("rivals", [0, 1, 200])
