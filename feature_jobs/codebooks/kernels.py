@@ -18,8 +18,10 @@ from torch import Tensor
 Array = Any  # numpy's or torch's; what is done with them, both understand
 
 _MOST_COLUMNS = 512  # of codes: more than there are, which the bounds of sums are made for
-_TRIED_CENTRES, _TRIED_ROWS = 1024, (8, 256)
-_FAR_BEHIND = 8  # times slower on few rows: not tried on many
+# Rows and centres that are multiplied to find the fastest kernel: few first, as some product may be
+# fifty times as slow as another.
+_TRIED = {"cpu": ((32, 64), (128, 256)), "cuda": ((8192, 2048),)}
+_FAR_BEHIND = 8  # times slower on few: not tried on more
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,15 @@ def library(array: Array) -> Any:
     return torch if isinstance(array, Tensor) else np
 
 
-def present() -> list[Kernel]:
-    """Returns the kernels that this torch has and whose products on this processor are right."""
-    found = [FLOAT32, BFLOAT16] + ([INT8] if hasattr(torch, "_int_mm") else [])
-    return [kernel for kernel in found if is_right(kernel)]
+def present(device: str = "cpu") -> list[Kernel]:
+    """Returns the kernels that this torch has and whose products on `device` are right."""
+    # CUDA may add up parts of a product of bfloat16 in bfloat16, for some shapes.
+    found = [FLOAT32] + ([BFLOAT16] if device == "cpu" else [])
+    found += [INT8] if hasattr(torch, "_int_mm") else []
+    return [kernel for kernel in found if is_right(kernel, device)]
 
 
-def is_right(kernel: Kernel) -> bool:
+def is_right(kernel: Kernel, device: str = "cpu") -> bool:
     """Tells whether products are as near to the exact ones as the kernel states.
 
     Processors without VNNI may add two products of int8 in 16 bits, which overflow.
@@ -135,37 +139,38 @@ def is_right(kernel: Kernel) -> bool:
     codes = torch.rand(32, 272, generator=rng, dtype=torch.float64) * 2 - 1
     codes[:2] = torch.tensor([[1.0], [-1.0]])  # the greatest products of all
     codes = kernel.rounded(codes * kernel.levels)
-    few = codes.to(kernel.codes)
-    scores = torch.empty(32, 32, dtype=kernel.scores)
+    few = codes.to(device, kernel.codes)
+    scores = torch.empty(32, 32, dtype=kernel.scores, device=device)
     kernel.multiply(few, few, scores)
     exact, length = codes @ codes.T, codes.norm(dim=1)
     error = kernel.sums * length[:, None] * length + kernel.rounding / 2 * exact.abs()
-    return bool(((scores.double() - exact).abs() <= error).all())
+    return bool(((scores.cpu().double() - exact).abs() <= error).all())
 
 
 @functools.cache
-def fastest() -> Kernel:
-    """Returns the kernel whose products take the least time here.
+def fastest(device: str) -> Kernel:
+    """Returns the kernel whose products take the least time on `device`.
 
     It is measured in the thread that asks first, which torch must not spread over several.
     """
-    kernels = present()
-    for rows in _TRIED_ROWS:
-        seconds = {kernel.name: _seconds(kernel, rows) for kernel in kernels}
+    kernels = present(device)
+    for rows, centres in _TRIED[device]:
+        seconds = {kernel.name: _seconds(kernel, rows, centres, device) for kernel in kernels}
         least = min(seconds.values())
         kernels = [k for k in kernels if seconds[k.name] <= _FAR_BEHIND * least]
     return min(kernels, key=lambda kernel: seconds[kernel.name])
 
 
-def _seconds(kernel: Kernel, rows: int) -> float:
-    """Returns the processor's seconds of this thread alone: others may want the processor too."""
+def _seconds(kernel: Kernel, rows: int, centres: int, device: str) -> float:
+    """Returns the seconds of a product: on a CPU this thread's own, as others may want it too."""
+    clock = time.thread_time if device == "cpu" else time.perf_counter
     columns = 256 + kernel.bias_columns
-    codes = torch.ones(rows, columns, dtype=kernel.codes)
-    centres = torch.ones(_TRIED_CENTRES, columns, dtype=kernel.codes)
-    scores = torch.empty(rows, _TRIED_CENTRES, dtype=kernel.scores)
+    few, many = (torch.ones(n, columns, dtype=kernel.codes, device=device) for n in (rows, centres))
+    scores = torch.empty(rows, centres, dtype=kernel.scores, device=device)
     seconds = []
-    for _ in range(3):
-        start = time.thread_time()
-        kernel.multiply(codes, centres, scores)
-        seconds.append(time.thread_time() - start)
-    return min(seconds)
+    for _ in range(3):  # the first warms up
+        start = clock()
+        kernel.multiply(few, many, scores)
+        scores[0, 0].item()  # waits for a GPU
+        seconds.append(clock() - start)
+    return min(seconds[1:])

@@ -80,10 +80,8 @@ class CentreSearch:
         self._rows, self._measured = (_ROWS_GPU, _MEASURED_GPU) if gpu else (_ROWS, _MEASURED)
         # One thread per block: within a block they would wait for each other at every step.
         self._workers = 1 if gpu else threads.budget()
-        # Measured in such a thread, as it will be used. A GPU takes bytes in any case.
-        self._kernel = kernel or (
-            kernels.INT8 if gpu else _pool(1).submit(kernels.fastest).result()
-        )
+        # Measured in such a thread, as it will be used.
+        self._kernel = kernel or _pool(1).submit(kernels.fastest, self._device).result()
         exact = np.require(centres, np.float32, ["C", "W"])  # no copy of a codebook's own
         middle = exact.mean(axis=0, dtype=np.float64).astype(np.float32)
         self._centres = _array(torch.from_numpy(exact).to(self._device))

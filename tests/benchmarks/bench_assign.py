@@ -226,7 +226,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     faiss.omp_set_num_threads(given.threads)
     CentreSearch(np.eye(2, DIM, dtype=np.float32))  # so that the kernel is chosen as jobs do
-    kernel = kernels.fastest().name
+    kernel = kernels.fastest("cuda" if torch.cuda.is_available() else "cpu").name
     print(f"{nights.head()}, {given.threads} threads, screening in {kernel}")
     with tempfile.TemporaryDirectory() as folder:
         for clusters in map(int, given.clusters.split(",")):

@@ -26,7 +26,15 @@ def test_a_torch_without_products_of_bytes_has_the_other_kernels(
     names = [kernel.name for kernel in kernels.present()]
     assert "float32" in names
     assert "int8" not in names
-    assert kernels.fastest.__wrapped__().name in names
+    assert kernels.fastest.__wrapped__("cpu").name in names
+
+
+def test_a_gpu_has_no_product_of_bfloat16_since_it_may_add_up_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "is_right", lambda kernel, device: device == "cuda")
+    assert FLOAT32 in kernels.present("cuda")
+    assert BFLOAT16 not in kernels.present("cuda")
 
 
 def test_a_slow_product_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +46,7 @@ def test_a_slow_product_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "_int_mm", slow)
     assert INT8 in kernels.present()
-    assert kernels.fastest.__wrapped__() != INT8
+    assert kernels.fastest.__wrapped__("cpu") != INT8
 
 
 def test_products_that_overflow_or_lose_more_than_is_stated_are_wrong() -> None:
@@ -51,11 +59,17 @@ def test_products_that_overflow_or_lose_more_than_is_stated_are_wrong() -> None:
     def through_bfloat16(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(a.bfloat16() @ b.bfloat16().T)
 
+    def with_ten_bits(a: Tensor, b: Tensor, out: Tensor) -> None:
+        # As tensor cores may, rounding to 10 bits.
+        a, b = (((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for x in (a, b))
+        out.copy_(a @ b.T)
+
     def truncated(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(((a.float() @ b.float().T).view(torch.int32) & ~0x1FFFF).view(torch.float32))
 
     assert not kernels.is_right(replace(INT8, multiply=saturating))
     assert not kernels.is_right(replace(FLOAT32, multiply=through_bfloat16))
+    assert not kernels.is_right(replace(FLOAT32, multiply=with_ten_bits))
     assert not kernels.is_right(replace(BFLOAT16, multiply=truncated))
 
 
@@ -90,10 +104,10 @@ def test_a_row_that_wants_nothing_gets_a_limit_that_nothing_reaches(kernel: Kern
 
 
 def test_the_choice_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = kernels.fastest()
+    chosen = kernels.fastest("cpu")
 
     def refuse(*_: Any) -> float:
         raise AssertionError("measured again")
 
     monkeypatch.setattr(kernels, "_seconds", refuse)
-    assert kernels.fastest() is chosen
+    assert kernels.fastest("cpu") is chosen
