@@ -65,15 +65,19 @@ def test_a_number_of_threads_that_was_asked_for_is_taken(monkeypatch: pytest.Mon
 
 
 def test_torch_keeps_to_one_thread_where_it_is_told_and_nowhere_else() -> None:
-    before, found = torch.get_num_threads(), []
+    mine, found = torch.get_num_threads(), []
+
+    def ask() -> None:
+        found.append(torch.get_num_threads())
 
     def told() -> None:
         threads.keep_to_one(torch)
-        found.append(torch.get_num_threads())
+        ask()
 
-    for work in (told, lambda: found.append(torch.get_num_threads())):
+    for work in (ask, told, ask):  # each in a new thread
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
-    assert found == [1, before]
-    assert torch.get_num_threads() == before
+    before, within, after = found
+    assert (within, after) == (1, before)
+    assert torch.get_num_threads() == mine
