@@ -13,7 +13,7 @@ import torch
 from feature_jobs.store import gcs_client
 from pipelines.nightly import plan_night, run_nights
 from tests.support import quick_beam
-from tests.support.gcs_emulator import Nearby, make_objects
+from tests.support.gcs_emulator import NEAR, Nearby, make_objects
 from tests.support.world import DAYS, World, make_codebook, make_encoder
 
 # Files that take a minute or more, the longest first. Begun last, one of them would still run when
@@ -110,10 +110,8 @@ def bucket(gcs_emulator: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.fixture
 def near_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Gives an empty bucket, `gs://…`, that is in this process and that no other one finds."""
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://near.example")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", NEAR)
     gcs_client.forget_client()
-    session = gcs_client.client()._http
-    session.trust_env = False  # each request would look for proxies in the environment
-    session.mount("http://", Nearby(make_objects("shop")))
+    gcs_client.client()._http_internal = Nearby(make_objects("shop"))
     yield "gs://shop"
     gcs_client.forget_client()

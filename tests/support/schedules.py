@@ -14,9 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import requests
 
 from feature_jobs.store import files, local
+from tests.support.gcs_emulator import Nearby
 from tests.support.ill_disk import watch_disk
 
 _WAIT = 60.0
@@ -46,16 +46,16 @@ class Calls:
 
 
 def watch_store(patch: pytest.MonkeyPatch) -> Calls:
-    """Returns what sees all calls of both stores from now on."""
+    """Returns what sees all calls of the disk and of a near bucket from now on."""
     calls = Calls()
     watch_disk(patch, calls.see)
-    send = requests.adapters.HTTPAdapter.send
+    send = Nearby.request
 
-    def seen(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.see(request.method, request.url)
-        return send(self, request, *args, **kwargs)
+    def seen(self: Nearby, method: str, url: str, *args: Any, **kwargs: Any) -> Any:
+        calls.see(method, url)
+        return send(self, method, url, *args, **kwargs)
 
-    patch.setattr(requests.adapters.HTTPAdapter, "send", seen)
+    patch.setattr(Nearby, "request", seen)
     return calls
 
 
