@@ -405,7 +405,7 @@ def kind_of(device: torch.device) -> str:
     known = torch.cpu.get_capabilities()
     maker = str(known.get("cpu_name", "")).lower().split()[:1]
     kernels = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "_")
-    # By which unit bf16 is multiplied, on x86 and on Arm; elsewhere it is emulated.
+    # Units that multiply bf16, on x86 and on Arm; elsewhere it is emulated.
     units = {"amx_bf16": "amx", "avx512_bf16": "bf16", "bf16": "bf16"}
     unit = [units[name] for name in units if known.get(name)][:1]
     return "_".join([device.type, *maker, kernels, *unit])

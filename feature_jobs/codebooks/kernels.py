@@ -62,7 +62,7 @@ class Kernel:
 
     @property
     def lowest(self) -> float:
-        """Returns what is below every score; of int32 so far from the end that no limit wraps."""
+        """Returns what no score is below; of int32 so far from the end that no limit wraps."""
         if self.ordered == torch.int32:
             return -(1 << 29)
         return -(1 << 15) if self.ordered == torch.int16 else float(torch.finfo(self.ordered).min)
@@ -138,6 +138,7 @@ def is_right(kernel: Kernel, device: str = "cpu") -> bool:
     rng = torch.Generator().manual_seed(0)
     codes = torch.rand(32, 272, generator=rng, dtype=torch.float64) * 2 - 1
     codes[:2] = torch.tensor([[1.0], [-1.0]])  # the greatest products of all
+    codes[2] = 1 - 2.0**-12  # what fewer bits would round up, each time
     codes = kernel.rounded(codes * kernel.levels)
     few = codes.to(device, kernel.codes)
     scores = torch.empty(32, 32, dtype=kernel.scores, device=device)

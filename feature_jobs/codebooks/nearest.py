@@ -31,7 +31,7 @@ _GROUPS = 128  # of a tile's centres; a group's scores are looked at when its be
 _TILE = 2048  # centres multiplied at once at most, a multiple of _GROUPS
 _ROWS, _ROWS_GPU = 4096, 8192  # searched at once, by one thread
 _LEAST_ROWS = 32  # CUDA multiplies no fewer than 17
-# Pairs of row and centre: those kept at most, for each row, and those measured at once.
+# Pairs of row and centre: so many times the rows of a block are kept at most, and measured at once.
 _RANKED, _MEASURED, _MEASURED_GPU = 64, 512, 4096
 # What float32 loses at most of a row's length, and float64 of a squared distance in whatever order
 # it is added up; with room to spare.
@@ -70,10 +70,11 @@ class _Room:
 class CentreSearch:
     """Finds the nearest of `centres`, float32 [K, 256] of any layout, finite. COURIER appendix §1.
 
-    The nearest is that of float64 arithmetic, and of centres equally near the first. What a row
-    gets depends on no other row. Uses an NVIDIA GPU where there is one, else the process's budget
-    of threads, which all searches share; several threads may search at once. `kernel` screens, by
-    default the one that is fastest here. Holds up to 1,032 bytes per centre beside the centres.
+    The nearest is that of float64 arithmetic, and of centres equally near the first, for rows up to
+    10^10 times as long as the centres. What a row gets depends on no other row. Uses an NVIDIA GPU
+    where there is one, else the process's budget of threads, which all searches share; several
+    threads may search at once. `kernel` screens, by default the one that is fastest here. Holds up
+    to 1,032 bytes per centre beside the centres.
     """
 
     def __init__(self, centres: np.ndarray, kernel: Kernel | None = None):
@@ -193,6 +194,7 @@ class CentreSearch:
         codes, error = self._encode(rows, room)
         slack = kernel.slack(error)
         best = xp.full_like(_array(room.tops)[:n, : _GROUPS if second else 1], kernel.lowest)
+        limit = kernel.limit(xp.amax(best, axis=1), slack)
         found: list[tuple[Array, Array, Array]] = []
         held, most = 0, _RANKED * self._rows if n > 1 else np.inf
         for at in range(0, self._count, self._tile):
@@ -212,7 +214,7 @@ class CentreSearch:
                 # Another group holds another centre: the second nearest is no worse than that: [n]
                 others = xp.where(best == least[:, None], kernel.lowest, best)
                 least = xp.amax(others, axis=1)
-            limit = kernel.limit(least, slack)
+            limit = xp.maximum(limit, kernel.limit(least, slack))
             cell = _where(tops >= limit[:, None])
             row, group = cell // _GROUPS, cell % _GROUPS
             if held + len(cell) > most:
@@ -227,7 +229,7 @@ class CentreSearch:
             if held > most:
                 return None
         row, centre, score = (xp.concatenate(parts) for parts in zip(*found, strict=True))
-        keep = (score >= limit[row]) & (centre < self._count)  # the last limit is the highest
+        keep = (score >= limit[row]) & (centre < self._count)  # limits only rise
         return row[keep], centre[keep]
 
     def _rank(
@@ -247,9 +249,9 @@ class CentreSearch:
         # The order of additions decides only between those that may be equally near, either the
         # nearest or those after it, and where it decides how a root is rounded. That is seldom.
         rank = 2 * row + (away > nearest[row] * (1 + 3 * _ANY_ORDER))
-        unsure = xp.bincount(rank)[rank] > 1
-        unsure |= _root(away * (1 - _ANY_ORDER)) != _root(away * (1 + _ANY_ORDER))
-        unsure = _where(unsure)
+        may_turn = xp.bincount(rank)[rank] > 1
+        may_turn |= _root(away * (1 - _ANY_ORDER)) != _root(away * (1 + _ANY_ORDER))
+        unsure = _where(may_turn)
         away[unsure] = self._measure(rows, row[unsure], centre[unsure], _squared_distance)
         least = _least(away, row, n, np.inf)
         nobody = self._count

@@ -47,7 +47,7 @@ from feature_jobs.items.item_vectors import (
 )
 from feature_jobs.schemas import USER_SIMSCORES, DataContractError
 from feature_jobs.store import arrays, documents, hashing, partitions, worker_notes
-from feature_jobs.store.arrays import list_array, padded_codes
+from feature_jobs.store.arrays import differ_from_before, list_array, padded_codes
 from feature_jobs.store.every_shard import every_shard_of_days
 from feature_jobs.store.pieces import Piece, read_pieces, write_pieces
 
@@ -127,10 +127,12 @@ def impression_ids(rows: pa.Table) -> pa.Array:
 def sort_impressions(rows: pa.Table) -> pa.Table:
     """Sorts `rows` by user, time and item, then by all else that can be ordered.
 
-    So arrival does not decide. Rows alike but for nested columns or half floats stay as they came.
+    So arrival does not decide. Rows alike but for histories, nested columns or half floats stay as
+    they came.
     """
     first = ["user_id", "event_time", "item_id"]
-    rest = [f.name for f in rows.schema if f.name not in first and _can_be_ordered(f.type)]
+    others = [f for f in rows.schema if f.name not in (*first, "history")]
+    rest = [f.name for f in others if _can_be_ordered(f.type)]
     return arrays.in_order(rows, [*first, *rest])
 
 
@@ -145,10 +147,12 @@ def score_impressions(
 
     `rows` have a `history`, newest first, null where it is that of the row before. The first
     `length` places are scored; they become a column where `history_item_ids` are asked for. Sorted
-    by impression_id.
+    by impression_id. Raises ValueError where the first history is null.
     """
     lists = rows["history"].combine_chunks()
     history = lists.is_valid().to_numpy(zero_copy_only=False).cumsum() - 1
+    if len(rows) and history[0] < 0:
+        raise ValueError("the first of some rows has no row before it whose history it could have")
     rows = rows.set_column(rows.column_names.index("history"), "history", pa.array(history))
     rows = sort_impressions(rows)
     coded = _coded(rows, lists.drop_null(), length)
@@ -185,14 +189,18 @@ class _Coded(NamedTuple):
 
 def _coded(rows: pa.Table, lists: pa.Array, length: int) -> _Coded:
     """Returns the codes of `rows`, whose `history` is a place among `lists`."""
+    place = rows["history"].to_numpy()
+    moved = np.diff(place, prepend=-1) != 0
+    # Rows that came from afar may be neighbours now, with equal histories at several places.
+    lists = lists.take(pa.array(place[moved]))
+    new = differ_from_before(lists)
+    lists = lists.filter(pa.array(new))
     both = pa.concat_arrays([rows["item_id"].combine_chunks(), lists.flatten()])
     encoded = pc.dictionary_encode(both)
     codes = encoded.indices.to_numpy()
     shown, clicked = codes[: len(rows)], codes[len(rows) :]
-    history = rows["history"].to_numpy()
-    new = np.diff(history, prepend=-1) != 0
-    histories = padded_codes(lists, clicked, length)[history[new]]
-    return _Coded(encoded.dictionary, shown, histories, np.cumsum(new) - 1)
+    history_of = (np.cumsum(new) - 1)[np.cumsum(moved) - 1]
+    return _Coded(encoded.dictionary, shown, padded_codes(lists, clicked, length), history_of)
 
 
 def _score(
@@ -276,8 +284,8 @@ def _count(
 def read_impressions(group: RowGroup, end_us: int, history_len: int) -> pa.Table:
     """Reads the impressions of a row group, with no more of a logged history than counts.
 
-    None is null: it is empty where the log has none. Raises DataContractError for an impression
-    after its day's end, or for a history with a null inside.
+    No history is null; where the log has none it is empty. Raises DataContractError for one after
+    its day's end, or for a history with a null inside.
     """
     rows = read_rows(group, [*IMPRESSION_COLUMNS, *_READ_TOO], group.form.carry)
     check_day(group, rows, end_us)
@@ -297,13 +305,13 @@ def read_impressions(group: RowGroup, end_us: int, history_len: int) -> pa.Table
 
 
 def share_histories(rows: pa.Table, shards: np.ndarray) -> pa.Table:
-    """Returns `rows` with null for each history that is that of the row before in its shard.
+    """Returns `rows` with null for each history that is that of the row before, if in one shard.
 
-    As a shop logs them, or as they are made of clicks, most are: then a history is carried, looked
-    up and read once for all of them. `shards` int [n] are those of the rows.
+    So a history travels once for neighbours that share it, as they do in a log that is grouped by
+    requests. `shards` int [n] are those of the rows.
     """
     lists = rows["history"].combine_chunks()
-    new = arrays.differ_from_before(lists) | (np.diff(shards, prepend=-1) != 0)
+    new = differ_from_before(lists) | (np.diff(shards, prepend=-1) != 0)
     at = rows.column_names.index("history")
     return rows.set_column(at, "history", arrays.folded(lists, new))
 
@@ -368,10 +376,8 @@ class AddHistories(beam.DoFn):
             for at in range(0, len(rows), at_once):
                 some = rows.slice(at, at_once)
                 some = some.append_column("history", history_lists(known, some))
-                path, one = (
-                    _pieces(job, "histories", place, user_shard, at),
-                    np.zeros(len(some), int),
-                )
+                one = np.zeros(len(some), np.int64)
+                path = _pieces(job, "histories", place, user_shard, at)
                 for _, piece in write_pieces(path, share_histories(some, one), one):
                     yield (place, shard), piece
 

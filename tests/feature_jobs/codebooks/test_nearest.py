@@ -253,7 +253,7 @@ def test_what_a_faster_sum_may_lose_moves_no_bit(monkeypatch: pytest.MonkeyPatch
     quick, rng = module._quick_squared_distance, np.random.default_rng(0)
 
     def losing(rows: np.ndarray, centres: np.ndarray) -> Any:
-        # As much as moves a tenth of the roots to another float32.
+        # As much as moves some four in a hundred roots to another float32.
         return quick(rows, centres) * (1 + rng.choice([-9e-9, 9e-9], len(rows)))
 
     monkeypatch.setattr(module, "_ANY_ORDER", 1e-8)

@@ -66,6 +66,7 @@ def test_a_number_of_threads_that_was_asked_for_is_taken(monkeypatch: pytest.Mon
 
 def test_torch_keeps_to_one_thread_where_it_is_told_and_nowhere_else() -> None:
     mine, found = torch.get_num_threads(), []
+    torch.set_num_threads(2)  # also where there is one core
 
     def ask() -> None:
         found.append(torch.get_num_threads())
@@ -80,4 +81,5 @@ def test_torch_keeps_to_one_thread_where_it_is_told_and_nowhere_else() -> None:
         thread.join()
     before, within, after = found
     assert (within, after) == (1, before)
-    assert torch.get_num_threads() == mine
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(mine)
