@@ -12,9 +12,9 @@ import torch
 
 from feature_jobs.store import gcs_client
 from pipelines.nightly import plan_night, run_nights
-from tests.support import quick_beam
+from tests.support import quick_beam, warm
 from tests.support.gcs_emulator import NEAR, Nearby, make_objects
-from tests.support.world import DAYS, World, make_codebook, make_encoder
+from tests.support.world import DAYS, Kept, World, make_codebook, make_encoder
 
 # Files that take half a minute or more, the longest first. Begun last, one of them would still run
 # when all others have ended: a process takes whole files, in this order (`make test`).
@@ -29,6 +29,13 @@ LONGEST = [
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Gives the path of a `python -m` that has torch and Beam imported already."""
+    with warm.python(tmp_path_factory.mktemp("warm")) as program:
+        yield program
 
 
 @dataclass(frozen=True)
@@ -58,9 +65,19 @@ def pinned(world: World, artefacts: Artefacts) -> World:
 
 
 @pytest.fixture
-def world(tmp_path: Path, artefacts: Artefacts) -> World:
-    """Makes a world of one's own, before its first night."""
+def world(request: pytest.FixtureRequest, tmp_path: Path, artefacts: Artefacts) -> World:
+    """Makes a world of one's own before its first night, or after it where a test is so marked."""
+    if request.node.get_closest_marker("first_night"):
+        return request.getfixturevalue("first_night").again()
     return pinned(World(tmp_path / "shop"), artefacts)
+
+
+@pytest.fixture(scope="session")
+def first_night(tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts) -> Kept:
+    """Makes a world and its first night, once for all tests."""
+    world = pinned(World(tmp_path_factory.mktemp("first-night") / "shop"), artefacts)
+    run_nights([plan_night(world.settings(), DAYS[0])], [], lambda _: None)
+    return Kept(world)
 
 
 @pytest.fixture(scope="session", params=["int", "string"])

@@ -1,6 +1,5 @@
 """The README's commands run as they stand there."""
 
-import os
 import re
 import subprocess
 import sys
@@ -14,13 +13,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def run(script: str, folder: Path) -> str:
+def run(script: str, folder: Path, python: str) -> str:
     """Runs a bash script in which `courier` is this checkout."""
-    courier = f'courier() {{ "{sys.executable}" -m pipelines.cli "$@"; }}\n'
+    courier = f'courier() {{ "{python}" -m pipelines.cli "$@"; }}\n'
     done = subprocess.run(
         ["bash", "-euc", courier + script],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
@@ -28,11 +26,13 @@ def run(script: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_the_readmes_steps_make_a_whole_night_that_its_snippet_reads(tmp_path: Path) -> None:
+def test_the_readmes_steps_make_a_whole_night_that_its_snippet_reads(
+    tmp_path: Path, warm_python: str
+) -> None:
     steps = next(block for block in blocks("bash") if "courier demo" in block)
     # One pass over one day: how long training takes is not what is tested here.
     short = "--preset demo --epochs 1 --start-ds 2026-01-04"
-    out = run(steps.replace("--preset demo", short), tmp_path)
+    out = run(steps.replace("--preset demo", short), tmp_path, warm_python)
     assert re.search(r"2026-01-07 +whole +1,182 +[\d,]+ +- +551 +16 +567 +23,390", out)
     (snippet,) = blocks("python")
     done = subprocess.run(

@@ -212,7 +212,6 @@ def define_crosswalk(root: beam.Pipeline, impressions: Source | None, job: Cross
     counted = (
         root
         | "ImpressionGroups" >> beam.Create(impressions.groups() if impressions else [])
-        | "SpreadImpressionGroups" >> beam.Reshuffle()
         | "CountImpressions" >> beam.ParDo(CountImpressions(job))
     )
     _ = (

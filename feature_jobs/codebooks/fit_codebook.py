@@ -343,7 +343,6 @@ def define_sample(root: beam.Pipeline, job: SampleJob) -> None:
     _ = (
         root
         | "Parts" >> beam.Create(range(len(job.embeddings.paths)))
-        | "SpreadParts" >> beam.Reshuffle()
         | "SamplePart" >> beam.ParDo(SamplePart(job))
     )
 

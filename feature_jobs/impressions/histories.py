@@ -351,7 +351,6 @@ def read_clicks(
     return (
         root
         | "ClickGroups" >> beam.Create([group for day in log for group in day.groups()])
-        | "SpreadClickGroups" >> beam.Reshuffle()
         | "ReadClicks" >> beam.ParDo(read)
     )
 

@@ -493,7 +493,6 @@ def define_simscore(
     read = (
         root
         | "ImpressionGroups" >> beam.Create([g for day in impressions for g in day.groups()])
-        | "SpreadImpressionGroups" >> beam.Reshuffle()
         | "ReadImpressions" >> beam.ParDo(ReadImpressions(job)).with_outputs("by_user", main="rows")
     )
     every = every_shard_of_days(root, [day.shards for day in job.days])

@@ -343,7 +343,6 @@ def keep_in_scope(
     items = (
         root
         | "CatalogueGroups" >> beam.Create([group for day in catalogues for group in day.groups()])
-        | "SpreadCatalogueGroups" >> beam.Reshuffle()
         | "ReadCatalogue" >> beam.ParDo(ReadCatalogue(job))
     )
     kept = (
@@ -374,7 +373,6 @@ def define_training_rows(
     found = {
         "impressions": root
         | "ImpressionGroups" >> beam.Create(impressions.groups())
-        | "SpreadImpressionGroups" >> beam.Reshuffle()
         | "ReadImpressions" >> beam.ParDo(ReadImpressions(job, key)),
         "clicks": read_clicks(root, log, job.law, job.day_timezone, job.shards, job.staging, key),
     }

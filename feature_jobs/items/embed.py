@@ -400,7 +400,6 @@ def define_embed(root: beam.Pipeline, catalogue: Source, job: EmbedJob) -> None:
         (
             root
             | "CatalogueGroups" >> beam.Create(catalogue.groups())
-            | "SpreadCatalogueGroups" >> beam.Reshuffle()
             | "ReadCatalogue" >> beam.ParDo(ReadCatalogue(job)),
             shards,
         )

@@ -239,7 +239,6 @@ def define_item_features(root: beam.Pipeline, job: FeaturesJob) -> None:
     _ = (
         root
         | "Shards" >> beam.Create(range(job.shards))
-        | "SpreadShards" >> beam.Reshuffle()
         | "AssignShard" >> beam.ParDo(AssignShard(job))
     )
 

@@ -1,6 +1,8 @@
 """What was refused is not lost, what was rolled back stays so, plans follow what others do."""
 
+import contextlib
 import datetime as dt
+import io
 import json
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from pipelines import nightly
 from pipelines.cli import main
 from pipelines.nightly import plan_night, run_nights
 from pipelines.running import making
+from tests.conftest import Artefacts, pinned
 from tests.support.commands import (
     Capture,
     courier,
@@ -26,6 +29,7 @@ from tests.support.world import (
     MISSING,
     NORMAL,
     UNDECODABLE,
+    Kept,
     World,
     catalogue_items,
     draw_impressions,
@@ -96,9 +100,9 @@ def test_a_store_that_goes_away_while_gates_are_asked_discards_nothing(
     assert made_by(world, capsys, 0) == ["item-features", "histories", "simscore"]
 
 
+@pytest.mark.first_night
 def test_what_is_accepted_later_says_so_in_its_manifest(world: World, capsys: Capture) -> None:
     """A gate of churn refuses; the next run is allowed to pass it, and nothing is made again."""
-    assert refresh(world, DAYS[0]) == 0
     for number in NORMAL:
         world.put(number, picture(number + 40))
     world.gates = "max_moved_item_share = 0.01"
@@ -112,10 +116,10 @@ def test_what_is_accepted_later_says_so_in_its_manifest(world: World, capsys: Ca
     assert manifest(world, "item_features", DAYS[1])["notes"] == {"churn_allowed": True}
 
 
+@pytest.mark.first_night
 def test_a_full_run_that_was_refused_leaves_the_published_day_to_build_on(
     world: World, capsys: Capture
 ) -> None:
-    assert refresh(world, DAYS[0]) == 0
     before = published(world)
     set_limit(world, "0.1")
     args = ["--config", str(world.config), "--ds", str(DAYS[0])]
@@ -128,17 +132,24 @@ def test_a_full_run_that_was_refused_leaves_the_published_day_to_build_on(
 # ---- A rollback sticks -------------------------------------------------------------------------
 
 
-@pytest.fixture
-def rolled_back(world: World, capsys: Capture) -> World:
-    """Two nights of one day, of which the second was rolled back."""
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts) -> Kept:
+    """Makes two nights of one day, of which the second was rolled back."""
+    world = pinned(World(tmp_path_factory.mktemp("rolled-back") / "shop"), artefacts)
     assert refresh(world, DAYS[0]) == 0
     world.write_catalogue(DAYS[0], [i for i in catalogue_items(DAYS[0]) if i != NORMAL[0]])
     assert refresh(world, DAYS[0]) == 0
     args = ("rollback", "--ds", str(DAYS[0]), "--reason", "half of the images are grey")
-    assert courier(world, *args, "--dry-run") == 0
-    assert "would be published again" in capsys.readouterr().out
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert courier(world, *args, "--dry-run") == 0
+    assert "would be published again" in out.getvalue()
     assert courier(world, *args) == 0
-    return world
+    return Kept(world)
+
+
+@pytest.fixture
+def rolled_back(kept: Kept) -> World:
+    return kept.again()
 
 
 @pytest.mark.parametrize("command", ["refresh", "embed", "item-features", "simscore"])
@@ -191,8 +202,8 @@ def test_status_and_plans_show_a_hold_until_it_is_released(
     assert len(rolled_back.table("item_features", DAYS[0])) == len(catalogue_items(DAYS[0])) - 1
 
 
+@pytest.mark.first_night
 def test_histories_made_alone_leave_the_way_back_as_it_was(world: World) -> None:
-    assert refresh(world, DAYS[0]) == 0
     first = world.table("item_features", DAYS[0])
     world.write_catalogue(DAYS[0], [i for i in catalogue_items(DAYS[0]) if i != NORMAL[0]])
     assert refresh(world, DAYS[0]) == 0
@@ -269,11 +280,11 @@ def test_a_night_that_was_planned_before_another_was_published_is_planned_again(
     assert tables_of(world, DAYS[1]) == after
 
 
+@pytest.mark.first_night
 def test_what_is_sealed_names_the_tables_that_its_job_began_with(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """Where upstream was published anew meanwhile, the stage is not taken for made."""
-    assert refresh(world, DAYS[0]) == 0
     world.write_impressions(DAYS[0], draw_impressions(DAYS[0], seed=9))
     real = making.run_job
 

@@ -49,8 +49,8 @@ from tests.support.world import (
 # ---- Repeating -------------------------------------------------------------------------------
 
 
+@pytest.mark.first_night
 def test_the_same_night_again_changes_no_file(world: World, capsys: Capture) -> None:
-    assert refresh(world, DAYS[0]) == 0
     before = {p: p.stat().st_mtime_ns for p in world.root.rglob("*.parquet")}
     files = published(world)
     assert len(files) > 20
@@ -60,8 +60,8 @@ def test_the_same_night_again_changes_no_file(world: World, capsys: Capture) -> 
     assert published(world) == files
 
 
+@pytest.mark.first_night
 def test_the_same_night_on_an_empty_root_gives_the_same_bytes(world: World) -> None:
-    assert refresh(world, DAYS[0]) == 0
     before = published(world)
     files.delete_tree(str(world.root))
     assert refresh(world, DAYS[0]) == 0
@@ -102,10 +102,10 @@ def test_stages_one_by_one_make_what_the_whole_night_makes(world: World, capsys:
 # ---- Only what changed -------------------------------------------------------------------------
 
 
+@pytest.mark.first_night
 def test_an_image_is_read_only_when_its_file_and_embedded_only_when_its_bytes_changed(
     world: World,
 ) -> None:
-    assert refresh(world, DAYS[0]) == 0
     first = counts(world, "item_embeddings", DAYS[0])
     # One is not there, another is no image, and two of the eleven files that are have equal bytes.
     work = ("images_read", "images_embedded", "images_reused", "images_unchanged")
@@ -126,10 +126,10 @@ def test_an_image_is_read_only_when_its_file_and_embedded_only_when_its_bytes_ch
     assert after[left] == before[left]
 
 
+@pytest.mark.first_night
 def test_a_new_encoder_embeds_everything_anew_former_items_too(
     world: World, artefacts: Artefacts, tmp_path: Path
 ) -> None:
-    assert refresh(world, DAYS[0]) == 0
     encoder = make_encoder(tmp_path / "other", seed=1)
     world.pin(DAYS[1], encoder, make_codebook(tmp_path / "other", encoder))
     assert refresh(world, DAYS[1]) == 3  # its cluster IDs mean something else
@@ -142,8 +142,8 @@ def test_a_new_encoder_embeds_everything_anew_former_items_too(
     assert ids == {os.path.basename(encoder)}
 
 
+@pytest.mark.first_night
 def test_a_reject_heals_once_its_image_is_there(world: World) -> None:
-    assert refresh(world, DAYS[0]) == 0
     world.put(MISSING, picture(50))
     assert refresh(world, DAYS[1]) == 0
     assert MISSING in vectors(world, DAYS[1])
@@ -181,9 +181,9 @@ def refreshed_once(
     return world, published(world), len(written)
 
 
-def start(world: World, day: dt.date, *args: str) -> subprocess.Popen[str]:
+def start(python: str, world: World, day: dt.date, *args: str) -> subprocess.Popen[str]:
     world.settings()
-    command = [sys.executable, "-m", "pipelines.cli", "refresh", "--config", str(world.config)]
+    command = [python, "-m", "pipelines.cli", "refresh", "--config", str(world.config)]
     return subprocess.Popen(
         [*command, "--ds", str(day), *args],
         stderr=subprocess.PIPE,
@@ -201,11 +201,13 @@ def wait_for(found: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 
 
 def test_a_night_killed_with_signal_9_while_embedding_resumes_and_embeds_no_image_twice(
-    refreshed_once: tuple[World, dict[str, bytes], int], monkeypatch: pytest.MonkeyPatch
+    refreshed_once: tuple[World, dict[str, bytes], int],
+    monkeypatch: pytest.MonkeyPatch,
+    warm_python: str,
 ) -> None:
     world, uninterrupted, _ = refreshed_once
     files.delete_tree(str(world.root))
-    process = start(world, DAYS[0])
+    process = start(warm_python, world, DAYS[0])
     wait_for(lambda: len(list(world.root.rglob("chunks-*/0*.arrow"))) >= 2, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -221,11 +223,11 @@ def test_a_night_killed_with_signal_9_while_embedding_resumes_and_embeds_no_imag
 
 
 def test_a_terminated_night_exits_143_publishes_nothing_and_resumes(
-    refreshed_once: tuple[World, dict[str, bytes], int],
+    refreshed_once: tuple[World, dict[str, bytes], int], warm_python: str
 ) -> None:
     world, uninterrupted, _ = refreshed_once
     files.delete_tree(str(world.root))
-    process = start(world, DAYS[0])
+    process = start(warm_python, world, DAYS[0])
     wait_for(lambda: any(world.root.rglob("receipts/*.json")), process)
     process.terminate()
     _, errors = process.communicate(timeout=60)
@@ -244,16 +246,21 @@ PROCESSES = ("--", "--direct_running_mode=multi_processing", "--direct_num_worke
 
 def test_worker_processes_make_the_same_bytes(
     refreshed_once: tuple[World, dict[str, bytes], int],
+    monkeypatch: pytest.MonkeyPatch,
+    warm_python: str,
 ) -> None:
+    monkeypatch.setattr(sys, "executable", warm_python)  # with which Beam starts its workers
     world, uninterrupted, _ = refreshed_once
     files.delete_tree(str(world.root))
     assert refresh(world, DAYS[0], *PROCESSES) == 0
     assert published(world) == uninterrupted
 
 
-def test_what_a_worker_process_refuses_is_told_in_one_paragraph(world: World) -> None:
+def test_what_a_worker_process_refuses_is_told_in_one_paragraph(
+    world: World, warm_python: str
+) -> None:
     world.write_catalogue(DAYS[0], [*catalogue_items(DAYS[0]), NORMAL[0]])
-    process = start(world, DAYS[0], *PROCESSES)
+    process = start(warm_python, world, DAYS[0], *PROCESSES)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "Traceback" not in errors
@@ -264,8 +271,8 @@ def test_what_a_worker_process_refuses_is_told_in_one_paragraph(world: World) ->
 # ---- Odd days and shops --------------------------------------------------------------------------
 
 
+@pytest.mark.first_night
 def test_an_empty_day_publishes_empty_tables(world: World) -> None:
-    assert refresh(world, DAYS[0]) == 0
     for table in ("catalogue", "impressions"):
         world.write(table, DAYS[1], [], rows_to_group=1)
     assert refresh(world, DAYS[1]) == 0
@@ -340,10 +347,10 @@ def test_a_logged_history_is_scored_as_it_is(world: World) -> None:
     assert all(row["sim_mask"] == [1, 1, 0, 1, 1] for row in known)
 
 
+@pytest.mark.first_night
 def test_rollback_brings_the_night_before_back_whole_and_forward_again(
     world: World, capsys: Capture
 ) -> None:
-    assert refresh(world, DAYS[0]) == 0
     first = published(world)
     assert courier(world, "rollback", "--ds", str(DAYS[0])) == 2
     assert "published once" in paragraph(capsys)
@@ -381,10 +388,10 @@ def is_whole(world: World, capsys: Capture) -> bool:
 # ---- What a night depends on -------------------------------------------------------------------
 
 
+@pytest.mark.first_night
 def test_tables_made_from_embeddings_that_were_made_again_are_made_again(
     world: World, capsys: Capture
 ) -> None:
-    assert refresh(world, DAYS[0]) == 0
     world.put(MISSING, picture(50))
     files.delete_tree(str(world.root / "test" / "item_embeddings"))
     assert refresh(world, DAYS[0]) == 0
@@ -423,10 +430,10 @@ def test_another_size_of_shards_between_kill_and_resume_does_no_harm(world: Worl
     assert published(world) == resumed
 
 
+@pytest.mark.first_night
 def test_the_scope_of_the_encoder_is_part_of_what_features_depend_on(
     world: World, tmp_path: Path, artefacts: Artefacts
 ) -> None:
-    assert refresh(world, DAYS[0]) == 0
     narrower = make_encoder(tmp_path / "narrower", categories=("dress",))
     assert os.path.basename(narrower) == os.path.basename(artefacts.encoder)
     world.pins.clear()
@@ -452,8 +459,8 @@ def test_a_click_counts_to_the_windows_edge_whatever_partition_it_came_in(world:
     assert [row["history_item_ids"] for row in rows] == [[2]] * 3
 
 
+@pytest.mark.first_night
 def test_two_feature_sets_do_not_fight_over_shared_histories(world: World, capsys: Capture) -> None:
-    assert refresh(world, DAYS[0]) == 0
     before = published(world)
     text = world.config.read_text().replace('feature_set = "test"', 'feature_set = "other"')
     args = ["refresh", "--config", str(world.config), "--ds", str(DAYS[0])]

@@ -33,10 +33,10 @@ from tests.support.world import (
 # ---- Refused -----------------------------------------------------------------------------------
 
 
+@pytest.mark.first_night
 def test_too_many_rejects_publish_nothing_and_a_mended_night_embeds_only_them(
     world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert refresh(world, DAYS[0]) == 0
     before = published(world)
     images = [world.image(n) for n in (*NORMAL, 8)]
     hidden = [(path, path.read_bytes(), path.stat().st_mtime_ns) for path in images]
@@ -73,10 +73,10 @@ def test_a_catalogue_without_one_readable_image_is_refused(world: World, capsys:
     assert published(world) == {}
 
 
+@pytest.mark.first_night
 def test_a_duplicate_item_is_refused_and_what_was_published_stays(
     world: World, capsys: Capture
 ) -> None:
-    assert refresh(world, DAYS[0]) == 0
     before = published(world)
     world.write_catalogue(DAYS[0], [*catalogue_items(DAYS[0]), NORMAL[0]])
     assert refresh(world, DAYS[0]) == 1

@@ -3,9 +3,11 @@
 Four days. Every kind of item and of impression that has a law of its own is in it: see `ITEMS`.
 """
 
+import copy
 import datetime as dt
 import io
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,22 @@ class World:
         """Reads a published table as a user does: by its plain path."""
         top = "shared" if TABLES[name].shared else "test"
         return pq.read_table(self.root / top / name / f"ds={day}", partitioning=None)
+
+
+class Kept:
+    """Keeps a world as it is now, and brings it back for one test after another.
+
+    It is always in the same place: what is published says which folders it was made from.
+    """
+
+    def __init__(self, world: World):
+        self._world, self._copy = world, world.folder.with_name("kept")
+        shutil.copytree(world.folder, self._copy)
+
+    def again(self) -> World:
+        shutil.rmtree(self._world.folder)
+        shutil.copytree(self._copy, self._world.folder)
+        return copy.deepcopy(self._world)
 
 
 def image_uri(number: int) -> str:

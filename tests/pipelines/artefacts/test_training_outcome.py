@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import tomllib
 from pathlib import Path
@@ -184,14 +183,17 @@ def test_other_settings_under_the_same_name_exit_2(
 
 
 def test_a_terminated_training_saves_exits_143_and_the_same_command_ends_as_if_it_had_not(
-    trained: tuple[World, str, dict[str, Any]], prepared: Path, tmp_path: Path, capsys: Capture
+    trained: tuple[World, str, dict[str, Any]],
+    prepared: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    warm_python: str,
 ) -> None:
     shop = copied_until_d(prepared, tmp_path)
     shop.settings()
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", "train", "--config", str(shop.config), *OPTIONS],
+        [warm_python, "-m", "pipelines.cli", "train", "--config", str(shop.config), *OPTIONS],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(shop.folder.glob("training/*/tensorboard")):  # it is about to take its steps

@@ -1,0 +1,33 @@
+"""Gives tests a `python -m` that has torch and Beam imported already.
+
+To import them takes five seconds, and dozens of processes that tests start would do it again. A
+server has imported them and run nothing; each process is a fork of it (`server`), that begins where
+an interpreter of its own would. The file that stands for the interpreter passes on its arguments,
+its folder, its environment and its streams (`client`); killed or terminated, it takes the fork
+along. All have one thread of OpenMP, as that is settled when torch is imported.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+
+
+@contextlib.contextmanager
+def python(folder: Path) -> Iterator[str]:
+    """Gives the path of the file that stands for the interpreter; `folder` is to be empty."""
+    address, program = folder / "socket", folder / "python"
+    client = Path(__file__).with_name("client.py")
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{client}" "{address}" "$@"\n')
+    program.chmod(0o755)
+    command = [sys.executable, "-m", "tests.support.warm.server", address]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as server:
+        try:
+            yield str(program)
+        finally:
+            server.kill()

@@ -1,0 +1,91 @@
+"""Runs modules in forks of itself, for whoever asks at a socket.
+
+python -m tests.support.warm.server SOCKET
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+_IMPORTED = (
+    "torch", "apache_beam", "apache_beam.runners.worker.sdk_worker_main", "pipelines.nightly",
+    "pipelines.reports.status", "pipelines.artefacts.training", "pipelines.artefacts.codebooks",
+    "pipelines.demo.shop",
+)  # fmt: skip
+
+
+def serve(address: str) -> None:
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # else each fork copies what its collector looks at
+    sys.executable = str(Path(address).with_name("python"))  # for what the forks will start
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen()
+        while True:
+            connection, _ = server.accept()
+            with connection:
+                if not os.fork():
+                    server.close()
+                    _run_and_tell(connection)
+
+
+def _run_and_tell(connection: socket.socket) -> None:
+    """Runs what is asked for in a fork; tells its number, and later how it ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    size, streams, *_ = socket.recv_fds(connection, 8, 3)
+    asked = json.loads(connection.makefile().read(int.from_bytes(size, "big")))
+    number = os.fork()
+    if not number:
+        connection.close()
+        _become(asked, streams)
+    connection.sendall(b"%d\n" % number)
+    status = None
+    while status is None:
+        ended, found = os.waitpid(number, os.WNOHANG)
+        if ended:
+            status = os.waitstatus_to_exitcode(found)
+        elif select.select([connection], [], [], 0.01)[0]:  # whoever asked has gone
+            os.kill(number, signal.SIGKILL)
+    with contextlib.suppress(BrokenPipeError):
+        connection.sendall(b"%d\n" % status)
+    os._exit(0)
+
+
+def _become(asked: dict[str, Any], streams: list[int]) -> NoReturn:
+    """Runs a module as `python -m` does, and ends this process as that does."""
+    for place, stream in enumerate(streams):
+        os.dup2(stream, place)
+    os.chdir(asked["folder"])
+    os.environ.clear()
+    os.environ.update(asked["environment"])
+    sys.argv = asked["args"]
+    warnings.filterwarnings("ignore", module="runpy")  # that the module is imported already
+    status = 0
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:  # noqa: BLE001 - whoever asked gets it
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # to take down all that is imported takes a second
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
