@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageFilter
-from torchvision.transforms import v2
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -65,8 +64,11 @@ def simclr_view(squares: Pixels, size: int, seed: int) -> Pixels:
 def _simclr_transform(size: int) -> Callable[[Image.Image], Image.Image]:
     """Builds SimCLR's transform of Pillow images.
 
-    On one core it takes 12 ms a view of 224 pixels, where tensors took 60.
+    On one core it takes 12 ms a view of 224 pixels, where tensors took 60. torchvision is loaded
+    here: that takes longer than all else that a worker of the loader needs.
     """
+    from torchvision.transforms import v2
+
     jitter = v2.ColorJitter(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
     bicubic = v2.InterpolationMode.BICUBIC
     return v2.Compose(

@@ -1,6 +1,7 @@
 """Whole `courier embed` runs read, embed and reject what they should, on the tiny shop."""
 
 import datetime as dt
+import functools
 import itertools
 import json
 import os
@@ -242,7 +243,13 @@ def test_over_many_days_every_item_is_in_one_table_with_its_images_own_embedding
     world: World, artefacts: Artefacts
 ) -> None:
     rng = np.random.default_rng(7)
-    encoder = encoders.load_encoder(artefacts.encoder)
+    encoder, precision = encoders.load_encoder(artefacts.encoder), encoders.choose_precision(CPU)
+
+    @functools.cache
+    def alone(data: bytes) -> np.ndarray:
+        pixels = decode(data, encoder.preprocessing)[None]
+        return encoders.embed(encoder, pixels, 4, CPU, precision)[0]
+
     items, uris = list(range(1, 25)), addresses(*range(1, 25))
     for item in items:
         world.put(item, picture(item % 7))
@@ -260,10 +267,7 @@ def test_over_many_days_every_item_is_in_one_table_with_its_images_own_embedding
         for row in inside:
             assert row["image_uri"] == uris[row["item_id"]]
             data = (world.folder / "images" / row["image_uri"]).read_bytes()
-            pixels = decode(data, encoder.preprocessing)[None]
-            precision = encoders.choose_precision(CPU)
-            alone = encoders.embed(encoder, pixels, 4, CPU, precision)[0]
-            np.testing.assert_allclose(row["embedding"], alone, atol=1e-5)
+            np.testing.assert_allclose(row["embedding"], alone(data), atol=1e-5)
         seen |= {row["reason"] for row in refused.values()}
         seen |= {name for name, n in zip(WORK, work(world, day), strict=True) if n}
     assert seen == {"missing", "empty", "not_an_image", *WORK}  # all of it did happen
