@@ -12,7 +12,6 @@ WITHOUT_A_FILE = {
     "courier_model/training/progress.py": "test_train and test_train_resume go by its steps",
     "courier_model/training/settings.py": "test_train_refusals gives what it refuses",
     "feature_jobs/impressions/clicks.py": "test_histories compares its arrays with plain loops",
-    "feature_jobs/laws.py": "test_item_features and test_codebooks give what it refuses",
     "feature_jobs/schemas.py": "it declares tables; test_partitions writes them and is refused",
     "feature_jobs/store/every_shard.py": "no shard of test_simscore_worlds is without it",
     "feature_jobs/store/faults.py": "test_files has an ill disk, test_gcs a flaky bucket",

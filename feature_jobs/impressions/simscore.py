@@ -453,8 +453,9 @@ class ScoreShard(beam.DoFn):
         counts |= self._count_late(day, rows)
         work = {"shuffled_bytes": sum(size for size, _ in answers)} if answers else {}
         partitions.write_part(
-            folder, USER_SIMSCORES, day.schema, scored, shard, day.shards, counts, work
-        )
+            folder, USER_SIMSCORES, day.schema, scored, shard, day.shards, counts, work,
+            {"sim_scores": self._job.history_len},
+        )  # fmt: skip
 
     def _items(self, day: SimscoreDay, answers: list[bytes]) -> ItemVectors:
         if self._job.join == SHUFFLE:

@@ -221,9 +221,11 @@ class AssignShard(beam.DoFn):
         labels = search.codebook.info.labels
         counts = count_clusters(rows, previous, labels, job.of_another_lineage)
         partitions.write_parquet(_counts_path(job.staging, shard), counts)
+        found = search.codebook.info.resolutions
         partitions.write_part(
-            folder, ITEM_FEATURES, job.schema, rows, shard, job.shards, count_features(rows)
-        )
+            folder, ITEM_FEATURES, job.schema, rows, shard, job.shards, count_features(rows),
+            most={cluster_column(one.label): one.max_id for one in found},
+        )  # fmt: skip
 
     def _compared_columns(self, labels: Sequence[str]) -> list[str]:
         """Returns the columns to compare: those that the day before has too."""

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from feature_jobs import laws
 from feature_jobs.schemas import (
     DataContractError,
     InputNotReady,
@@ -56,11 +57,13 @@ def has_part(folder: str, shard: int, shards: int) -> bool:
 def write_part(
     folder: str, table: Table, schema: pa.Schema, rows: pa.Table, shard: int, shards: int,
     counts: dict[str, int] | None = None, work: dict[str, float] | None = None,
+    most: Mapping[str, int] | None = None,
 ) -> None:  # fmt: skip
     """Writes one shard of `table` and its receipt; `rows` are sorted as `table` says here.
 
     `counts` are the same whenever the shard is made again; `work` is what it cost this time.
-    Raises DataContractError for a null where `schema` allows none.
+    Raises DataContractError for a null where `schema` allows none, and for rows that break the law
+    of `table`, for which `most` says how large values may be.
     """
     rows = in_order(
         pa.Table.from_arrays(
@@ -76,6 +79,7 @@ def write_part(
                 f"{table.name}.{field.name} must not be null but is in {example}; whoever joins "
                 "the table counts on it. This is a fault of COURIER: please report it."
             )
+    laws.check(table, rows, most)
     name = part_name(shard, shards) + ".parquet"
     path = os.path.join(folder, name)
     size, sha256 = write_parquet(path, rows)

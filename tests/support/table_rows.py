@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from feature_jobs.schemas import EMBEDDING_DIM, ITEM_EMBEDDINGS
+from feature_jobs.schemas import ITEM_EMBEDDINGS
 from feature_jobs.store import arrays
+from tests.support.codebooks import unit_rows
 
 FLOATS = pa.list_(pa.float32())
 KEYS = st.one_of(
@@ -19,7 +20,7 @@ SHARDS = st.integers(0, 5).map(lambda bits: 1 << bits)
 
 def embeddings(items: int) -> tuple[pa.Schema, pa.Table]:
     schema = ITEM_EMBEDDINGS.schema(pa.int64())
-    vectors = np.random.default_rng(0).standard_normal((items, EMBEDDING_DIM)).astype(np.float32)
+    vectors = unit_rows(items)
     columns = {
         "item_id": np.arange(items)[::-1],
         "embedding": arrays.list_column(vectors, FLOATS),

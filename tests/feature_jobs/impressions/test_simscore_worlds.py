@@ -54,16 +54,15 @@ impression = st.tuples(
 def write_items(folder: Path, drawn: list[tuple], shards: int) -> ItemTables:
     """Writes `item_features` and `item_embeddings` of the drawn items, by shards."""
     ids = pa.array(np.arange(len(drawn)))
-    features = ITEM_FEATURES.schema(
-        pa.int64(), without=["embedding", "second_distance", "centre_distance"]
-    )
+    features = ITEM_FEATURES.schema(pa.int64(), without=["embedding", "second_distance"])
     embeddings = ITEM_EMBEDDINGS.schema(pa.int64())
     of = hashing.shard_of(hashing.hash_ids(ids), shards)
     for shard in range(shards):
         mine = [(n, drawn[n]) for n in np.flatnonzero(of == shard)]
         rows = [
             {"item_id": n, "has_image": image, "in_scope": scope, "in_catalogue": True,
-             "cluster_id": cluster if image and scope else 0, "encoder_id": "e",
+             "cluster_id": cluster if image and scope else 0, "centre_distance": 0.0,
+             "encoder_id": "e",
              "codebook_id": "c", "category": None}
             for n, (image, scope, cluster) in mine
         ]  # fmt: skip

@@ -27,11 +27,11 @@ from tests.support.table_rows import KEYS, SHARDS, embeddings
 
 
 def histories(users: Sequence[int | str], items: type = int) -> tuple[pa.Schema, pa.Table]:
-    """Returns a `user_histories` of `users`, of 0, 1, 2, … items in turn, after its schema."""
+    """Returns a `user_histories` of `users`, of 1, 2, 3, 1, … items, after its schema."""
     kinds = {int: pa.int64(), str: pa.string()}
     schema = USER_HISTORIES.schema(kinds[items], kinds[type(users[0]) if users else int])
-    item_ids = [[items(u) for u in range(i % 4)] for i in range(len(users))]
-    times = [[1_000_000 * t for t in row] for row in ([*range(len(r))] for r in item_ids)]
+    item_ids = [[items(u) for u in range(1 + i % 3)] for i in range(len(users))]
+    times = [[1_000_000 * t for t in range(len(row), 0, -1)] for row in item_ids]
     columns = {"user_id": users, "item_ids": item_ids, "click_times": times}
     return schema, pa.table(columns, schema=arrays.plain(schema.empty_table()).schema)
 

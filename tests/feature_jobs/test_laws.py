@@ -1,0 +1,175 @@
+"""Each table has a law; rows that keep it pass, and each way to break it is told."""
+
+import datetime as dt
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from feature_jobs import laws, schemas
+from feature_jobs.schemas import DataContractError, Table
+from tests.support.codebooks import unit_rows
+
+UNIT, ZERO = unit_rows(1)[0].tolist(), [0.0] * 256
+DAY, NEXT = dt.date(2026, 1, 5), dt.date(2026, 1, 6)
+NOON, ONE = dt.datetime(2026, 1, 5, 12, tzinfo=dt.UTC), dt.timedelta(seconds=1)
+TIERS = [0] * 20
+CLICKS = {"user_id": 1, "item_ids": [7, 8], "click_times": [NOON, NOON - ONE]}
+GOOD: dict[str, dict[str, Any]] = {
+    "user_histories": CLICKS,
+    "recent_clicks": CLICKS,
+    "training_rows": {
+        "user_id": 1, "request_id": 5, "chunk": 0, "event_time": NOON, "pv_item_ids": [1, 2, 3],
+        "pv_clicked": [True, True, False], "click_item_ids": [9],
+    },
+    "item_embeddings": {
+        "item_id": 1, "embedding": UNIT, "image_uri": "a", "image_generation": None,
+        "image_size": 5, "image_mtime": None, "image_sha256": "", "category": None,
+        "in_catalogue": True, "left_catalogue_ds": None,
+    },
+    "item_rejects": {
+        "item_id": 1, "image_uri": None, "category": None, "stage": "read", "reason": "missing",
+        "message": "", "attempts": 1, "first_ds": DAY, "last_ds": DAY, "next_ds": NEXT,
+    },
+    "item_features": {
+        "item_id": 1, "category": None, "has_image": True, "in_scope": True, "in_catalogue": True,
+        "cluster_id": 3, "centre_distance": 0.5, "second_distance": 0.75, "encoder_id": "e",
+        "codebook_id": "c", "embedding": UNIT, "cluster_fine": 9,
+    },
+    "user_simscores": {
+        "impression_id": 1, "user_id": 1, "item_id": 1, "event_time": NOON, "clicked": False,
+        "sim_scores": [0.5, 0.0, 0.0], "sim_mask": [1, 0, 0], "history_item_ids": [4, 5],
+        "history_len": 2, "sim_known": 1, "sim_max": 0.5, "sim_mean": 0.5,
+        "simtier": [*TIERS[1:], 1], "same_cluster": 1, "encoder_id": "e", "codebook_id": "c",
+    },
+}  # fmt: skip
+BARE = {"history_len": 0, "history_item_ids": [], "same_cluster": 0}
+MOST = {"item_ids": 2, "cluster_id": 3, "cluster_fine": 9, "sim_scores": 3}
+NAN = float("nan")
+
+# Of a table: what of a good row is changed, and what is said of it.
+BROKEN: list[tuple[str, dict[str, Any], str]] = [
+    ("user_histories", {"item_ids": [], "click_times": []}, "has no click"),
+    ("user_histories", {"item_ids": [7]}, "not aligned"),
+    ("user_histories", {"item_ids": [7] * 3, "click_times": [NOON] * 3}, "more than history_len"),
+    ("user_histories", {"item_ids": [7, None]}, "null in a list"),
+    ("user_histories", {"click_times": [NOON, None]}, "null in a list"),
+    ("user_histories", {"click_times": [NOON - ONE, NOON]}, "not newest first"),
+    ("recent_clicks", {"click_times": [NOON - ONE, NOON]}, "not newest first"),
+    ("training_rows", {"pv_clicked": [True, True]}, "not aligned"),
+    ("training_rows", {"pv_item_ids": [], "pv_clicked": []}, "not 1 to 5"),
+    ("training_rows", {"pv_item_ids": [1] * 6, "pv_clicked": [True] * 6}, "not 1 to 5"),
+    ("training_rows", {"click_item_ids": [1] * 6}, "more than 5"),
+    ("training_rows", {"click_item_ids": [None]}, "null in a list"),
+    ("training_rows", {"pv_clicked": [True, False, True]}, "do not come first"),
+    ("training_rows", {"chunk": -1}, "below 0"),
+    ("item_embeddings", {"embedding": UNIT[1:]}, "has not 256 floats"),
+    ("item_embeddings", {"embedding": ZERO}, "no finite unit vector"),
+    ("item_embeddings", {"embedding": [NAN, *UNIT[1:]]}, "no finite unit vector"),
+    ("item_embeddings", {"in_catalogue": False}, "disagree"),
+    ("item_embeddings", {"left_catalogue_ds": DAY}, "disagree"),
+    ("item_embeddings", {"image_size": -1}, "below 0"),
+    ("item_rejects", {"stage": "forward"}, "neither read nor decode"),
+    ("item_rejects", {"attempts": 0}, "fewer than one"),
+    ("item_rejects", {"first_ds": NEXT}, "not in order"),
+    ("item_rejects", {"next_ds": DAY}, "not in order"),
+    ("item_features", {"cluster_id": 4}, "cluster_id is out of range"),
+    ("item_features", {"cluster_fine": 10}, "cluster_fine is out of range"),
+    ("item_features", {"cluster_id": -1}, "out of range"),
+    ("item_features", {"cluster_id": 0}, "not where an item has a feature"),
+    ("item_features", {"has_image": False}, "not where an item has a feature"),
+    ("item_features", {"centre_distance": NAN}, "below 0 or not finite"),
+    ("item_features", {"second_distance": 0.25}, "below centre_distance"),
+    ("item_features", {"embedding": ZERO}, "no finite unit vector"),
+    (
+        "item_features",
+        {"in_scope": False, "cluster_id": 0, "cluster_fine": 0},
+        "without a feature has a centre_distance",
+    ),
+    (
+        "item_features",
+        {"in_scope": False, "cluster_id": 0, "cluster_fine": 0, "centre_distance": 0.0},
+        "without a feature has an embedding",
+    ),
+    ("user_simscores", {"sim_scores": [0.5, 0.0]}, "sim_scores are not history_len long"),
+    ("user_simscores", {"sim_mask": [1, 0]}, "not aligned with sim_scores"),
+    ("user_simscores", {"simtier": [1]}, "has not 20 tiers"),
+    ("user_simscores", {"sim_mask": [2, 0, 0]}, "neither 0 nor 1"),
+    ("user_simscores", {"sim_scores": [1.5, 0.0, 0.0]}, "out of -1 to 1"),
+    ("user_simscores", {"sim_scores": [NAN, 0.0, 0.0]}, "out of -1 to 1"),
+    ("user_simscores", {"sim_scores": [0.5, 0.1, 0.0]}, "not 0 where it is masked"),
+    ("user_simscores", {"history_len": 4}, "history_len is out of range"),
+    ("user_simscores", BARE, "after the history is real"),
+    ("user_simscores", {"sim_known": 2}, "not the number of real scores"),
+    ("user_simscores", {"simtier": TIERS}, "does not add up"),
+    ("user_simscores", {"sim_max": 0.25}, "not the largest"),
+    ("user_simscores", {"sim_mean": 0.75}, "larger than sim_max"),
+    ("user_simscores", {"same_cluster": 3}, "same_cluster is out of range"),
+    ("user_simscores", {"history_item_ids": [4]}, "history_item_ids are not history_len long"),
+]
+
+
+def rows_of(table: str, *rows: Mapping[str, Any]) -> pa.Table:
+    schema = schemas.TABLES[table].schema(pa.int64(), pa.int64(), pa.int64(), pa.int64())
+    if table == "item_features":
+        schema = schema.append(schemas.cluster_field("fine"))
+    plain = pa.schema([(field.name, field.type) for field in schema])
+    return pa.Table.from_pylist([dict(row) for row in rows], plain)
+
+
+def another(table: Table, row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**row, table.key: row[table.key] + 1}
+
+
+def test_every_table_has_a_law() -> None:
+    assert set(laws.LAWS) == set(schemas.TABLES) == set(GOOD) == {name for name, _, _ in BROKEN}
+
+
+@pytest.mark.parametrize("name", sorted(schemas.TABLES))
+def test_rows_that_keep_the_law_pass(name: str) -> None:
+    table, good = schemas.TABLES[name], GOOD[name]
+    laws.check(table, rows_of(name, good, another(table, good)), MOST)
+    laws.check(table, rows_of(name, good))
+    laws.check(table, rows_of(name), MOST)
+
+
+@pytest.mark.parametrize(("name", "change", "told"), BROKEN)
+def test_a_row_that_breaks_the_law_is_told(name: str, change: dict[str, Any], told: str) -> None:
+    table, good = schemas.TABLES[name], GOOD[name]
+    broken = {**another(table, good), **change}
+    with pytest.raises(DataContractError, match=f"{name} breaks its law: .*{told}") as error:
+        laws.check(table, rows_of(name, good, broken), MOST)
+    message = str(error.value)
+    assert "in 1 of 2 rows" in message
+    assert message.count("user_id 2") == 0  # no user's ID
+    if table.key != "user_id":
+        assert f"at {table.key} 2" in message
+
+
+@pytest.mark.parametrize("name", sorted(schemas.TABLES))
+def test_keys_are_unique_and_ascend(name: str) -> None:
+    table, good = schemas.TABLES[name], GOOD[name]
+    with pytest.raises(DataContractError, match="is not unique, in 1 of 2 rows"):
+        laws.check(table, rows_of(name, good, good), MOST)
+    with pytest.raises(DataContractError, match="not in the order of"):
+        laws.check(table, rows_of(name, another(table, good), good), MOST)
+
+
+def test_rows_of_one_key_ascend_by_what_follows_it() -> None:
+    first = GOOD["training_rows"]
+    rows = [first, {**first, "chunk": 1}, {**first, "request_id": 6}, {**first, "user_id": 2}]
+    laws.check(schemas.TRAINING_ROWS, rows_of("training_rows", *rows))
+    rows[1], rows[2] = rows[2], rows[1]
+    with pytest.raises(DataContractError, match="order of user_id, request_id, chunk"):
+        laws.check(schemas.TRAINING_ROWS, rows_of("training_rows", *rows))
+
+
+def test_lists_are_told_apart_from_their_neighbours() -> None:
+    """A list that begins later than the one before ends is no fault."""
+    late = {**CLICKS, "user_id": 2, "click_times": [NOON + ONE, NOON]}
+    laws.check(schemas.USER_HISTORIES, rows_of("user_histories", CLICKS, late), MOST)
+    sliced = rows_of("user_histories", CLICKS, late, {**late, "user_id": 3}).slice(1)
+    laws.check(schemas.USER_HISTORIES, sliced, MOST)
+    np.testing.assert_array_equal(sliced["user_id"].to_numpy(), [2, 3])
