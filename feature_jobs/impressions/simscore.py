@@ -147,7 +147,8 @@ def score_impressions(
 
     `rows` have a `history`, newest first, null where it is that of the row before. The first
     `length` places are scored; they become a column where `history_item_ids` are asked for. Sorted
-    by impression_id. Raises ValueError where the first history is null.
+    by impression_id. Raises DataContractError where one of the shop's own occurs twice, ValueError
+    where the first history is null.
     """
     lists = rows["history"].combine_chunks()
     history = lists.is_valid().to_numpy(zero_copy_only=False).cumsum() - 1
@@ -160,6 +161,8 @@ def score_impressions(
     given = "impression_id" in rows.column_names
     ids = rows["impression_id"].combine_chunks() if given else impression_ids(rows)
     order = pc.sort_indices(ids)
+    if given:
+        _check_ids(ids.take(order))
     at = order.to_numpy()
     scored = _score(items.vectors, found, coded, at)
     columns = {
@@ -172,6 +175,18 @@ def score_impressions(
         flat = coded.item_ids.take(pa.array(past[past >= 0]))
         columns["history_item_ids"] = list_array((past >= 0).sum(axis=1), flat)
     return pa.table(columns), _count(rows, found, coded.shown, scored)
+
+
+def _check_ids(ids: pa.Array) -> None:
+    """Raises DataContractError where one of the shop's `ids`, which ascend, occurs twice."""
+    again = pc.equal(ids[:-1], ids[1:])
+    if pc.any(again).as_py():
+        raise DataContractError(
+            f"{pc.sum(again).as_py():,} impressions have an impression_id that another has too, "
+            f"for example {ids[1:].filter(again)[0]}. Each is to have its own: whoever joins "
+            "user_simscores by it would get rows twice. Mend them where the log is written, or "
+            "leave the column out: then IDs are made of user, item and time."
+        )
 
 
 class _Coded(NamedTuple):

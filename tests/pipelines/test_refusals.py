@@ -1,6 +1,7 @@
 """Tests that bad input gives one paragraph and the right exit status; published tables stay."""
 
 import datetime as dt
+import itertools
 import os
 from pathlib import Path
 
@@ -245,12 +246,22 @@ def test_a_categorical_carried_column_passes_through_as_text(world: World) -> No
 
 
 def test_the_shops_impression_ids_keep_their_type(world: World) -> None:
+    ids = itertools.count()
     for day in DAYS:
-        rewrite(
-            world, day, lambda rows: rows.append_column("impression_id", pa.array(range(len(rows))))
-        )
+        rewrite(world, day, lambda rows: with_ids(rows, [next(ids) for _ in range(len(rows))]))
     assert refresh(world, DAYS[0]) == 0
     assert world.table("user_simscores", DAYS[0]).schema.field("impression_id").type == pa.int64()
+
+
+def with_ids(rows: pa.Table, ids: list[int]) -> pa.Table:
+    return rows.append_column("impression_id", pa.array(ids))
+
+
+def test_an_impression_id_that_two_rows_have_is_refused(world: World, capsys: Capture) -> None:
+    rewrite(world, DAYS[0], lambda rows: with_ids(rows, [7] * len(rows)))
+    assert refresh(world, DAYS[0]) == 1
+    told = "impressions have an impression_id that another has too, for example 7"
+    assert told in capsys.readouterr().err
 
 
 def test_text_that_is_not_utf8_is_refused(world: World, capsys: Capture) -> None:
