@@ -123,9 +123,23 @@ def given_requests(rows: pa.Table, kind: pa.DataType) -> tuple[pa.Array, np.ndar
 
 
 def name_requests(requests: Requests, given: pa.Array) -> pa.Array:
-    """Returns the request_id of each request: the one given, else its moment in microseconds."""
+    """Returns the request_id of each request: the one given, else its moment in microseconds.
+
+    No two requests of a user have one name. Where a shop's IDs are moments too, a request without
+    one is named by the first microsecond from its moment on that names no other.
+    """
     known = given.take(pa.array(requests.given, mask=requests.given < 0))
-    return pc.coalesce(known, pa.array(requests.moments).cast(given.type))
+    moments = requests.moments
+    while True:
+        names = pc.coalesce(known, pa.array(moments).cast(given.type))
+        codes = names.dictionary_encode().indices.to_numpy()
+        # Of one name the given request comes first, then the earliest: all others go on looking.
+        order = np.lexsort((requests.given < 0, codes, requests.users))
+        is_taken = np.ones(len(order), bool)
+        is_taken[order[starts_of(requests.users[order], codes[order])]] = False
+        if not is_taken.any():
+            return names
+        moments = moments + is_taken
 
 
 # ---- Pure functions: page views --------------------------------------------------------------

@@ -85,7 +85,7 @@ def training_rows(
     """Makes `training_rows`, each row a tuple of the columns in their order.
 
     `rows` have a `request`, None without one, which `name_of` then makes of the request's first
-    moment.
+    moment, or of the next one that names no other request of the user.
     """
     made = []
     for user, request, shown in _requests(rows, gap_us, name_of):
@@ -121,11 +121,14 @@ def _requests(
         if not mine or row["event_time"] - mine[-1][-1]["event_time"] > gap_us:
             mine.append([])
         mine[-1].append(row)
-    return [(user, name, shown) for (user, name), shown in given.items()] + [
-        (user, name_of(shown[0]["event_time"]), shown)
-        for user, mine in bursts.items()
-        for shown in mine
-    ]
+    named = {**given}
+    for user, mine in bursts.items():
+        for shown in mine:
+            moment = shown[0]["event_time"]
+            while (user, name_of(moment)) in named:
+                moment += 1
+            named[user, name_of(moment)] = shown
+    return [(user, name, shown) for (user, name), shown in named.items()]
 
 
 def _sample(*ids: Any) -> int:

@@ -18,7 +18,7 @@ ID_TYPES = {"int": pa.int64(), "string": pa.string()}
 Row = dict[str, Any]
 
 # Few users, items and times, so that ties, repeats and long requests are the rule. Requests with an
-# ID are numbered from 1000, so that none has the name that a moment gives.
+# ID have one that a moment may give to a request without.
 impression = st.fixed_dictionaries(
     {
         "user": st.integers(0, 1),
@@ -26,7 +26,7 @@ impression = st.fixed_dictionaries(
         "event_time": st.integers(0, END - 1),
         "clicked": st.booleans(),
         "click_time": st.none() | st.integers(0, END + 10),
-        "request": st.none() | st.integers(1000, 1002),
+        "request": st.none() | st.integers(28, 30),
     }
 )
 impressions = st.lists(impression, max_size=80)
@@ -46,7 +46,7 @@ def named(rows: list[Row], ids: str, requests: str) -> list[Row]:
             **row,
             "user": name(ids, "u", row["user"]),
             "item": name(ids, "i", row["item"]),
-            "request": None if requests == "absent" else name(requests, "r", row["request"]),
+            "request": None if requests == "absent" else name(requests, "", row["request"]),
         }
         for row in rows
     ]
@@ -198,6 +198,21 @@ def test_a_click_moved_within_the_future_of_a_row_never_changes_it(
     after, _ = found_rows(changed, [*oracles.clicks_of(changed, DELAY), *planted], *kinds)
     for one in (row for row in before if row[3] <= moment):
         assert one in after
+
+
+@pytest.mark.parametrize("requests", ["int", "string"])
+def test_a_request_without_an_id_never_has_the_name_of_another(requests: str) -> None:
+    """Some shops' request_id are moments, which name the requests without one too."""
+    blank = dict(user=1, item=1, clicked=False, click_time=None)
+    at = [(10, None), (12, 10), (20, None), (20, 11), (30, 30), (30, 31), (30, None), (40, 50)]
+    rows = [{**blank, "event_time": moment, "request": given} for moment, given in at]
+    other = {**blank, "user": 2, "event_time": 10, "request": None}
+    found, _ = found_rows(named([*rows, other], "int", requests), [], "int", requests)
+    names = {(row[0], int(row[1])): row[3] for row in found}
+    assert names == {
+        **{(1, 10): 12, (1, 11): 20, (1, 30): 30, (1, 31): 30, (1, 50): 40},
+        **{(1, 12): 10, (1, 20): 20, (1, 32): 30, (2, 10): 10},
+    }
 
 
 @pytest.mark.parametrize("kind", ["int", "string"])
