@@ -147,8 +147,8 @@ def score_impressions(
 
     `rows` have a `history`, newest first, null where it is that of the row before. The first
     `length` places are scored; they become a column where `history_item_ids` are asked for. Sorted
-    by impression_id. Raises DataContractError where one of the shop's own occurs twice, ValueError
-    where the first history is null.
+    by impression_id. Raises DataContractError where one of the shop's own occurs twice in the
+    shard, ValueError where the first history is null.
     """
     lists = rows["history"].combine_chunks()
     history = lists.is_valid().to_numpy(zero_copy_only=False).cumsum() - 1
@@ -178,14 +178,19 @@ def score_impressions(
 
 
 def _check_ids(ids: pa.Array) -> None:
-    """Raises DataContractError where one of the shop's `ids`, which ascend, occurs twice."""
+    """Raises DataContractError where one of the shop's `ids` of a shard, ascending, occurs twice.
+
+    Those of users in different shards are not compared: they meet nowhere.
+    """
     again = pc.equal(ids[:-1], ids[1:])
     if pc.any(again).as_py():
         raise DataContractError(
-            f"{pc.sum(again).as_py():,} impressions have an impression_id that another has too, "
-            f"for example {ids[1:].filter(again)[0]}. Each is to have its own: whoever joins "
-            "user_simscores by it would get rows twice. Mend them where the log is written, or "
-            "leave the column out: then IDs are made of user, item and time."
+            f"The {len(ids):,} impressions of some users have only "
+            f"{len(ids) - pc.sum(again).as_py():,} different impression_id: "
+            f"{ids[1:].filter(again)[0]}, for example, is that of several. Each impression of a "
+            "ds is to have its own: whoever joins user_simscores by it would get rows twice. Mend "
+            "them where the log is written, or leave the column out: then IDs are made of user, "
+            "item and time."
         )
 
 

@@ -260,8 +260,8 @@ def with_ids(rows: pa.Table, ids: list[int]) -> pa.Table:
 def test_an_impression_id_that_two_rows_have_is_refused(world: World, capsys: Capture) -> None:
     rewrite(world, DAYS[0], lambda rows: with_ids(rows, [7] * len(rows)))
     assert refresh(world, DAYS[0]) == 1
-    told = "impressions have an impression_id that another has too, for example 7"
-    assert told in capsys.readouterr().err
+    told = paragraph(capsys)
+    assert "have only 1 different impression_id: 7, for example, is that of several" in told
 
 
 def test_text_that_is_not_utf8_is_refused(world: World, capsys: Capture) -> None:
