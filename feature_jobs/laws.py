@@ -1,8 +1,9 @@
 """Checks what must hold of each published table (DESIGN §3), on the rows of one part.
 
-A table's law is one pure function of rows in memory. It yields what can be wrong, each time with
-the rows of which it is true; `check` raises for the first of them. Parts are checked when they are
-written, so that nothing downstream has to ask.
+A table's law is one pure function of rows in memory. It yields the ways to break it, each with the
+rows that do; `check` raises for the first that has any. Parts are checked where they are written;
+how many rows a table has in all is for whoever publishes it. A partition that is read may have come
+to harm since: who computes with its embeddings asks `check_unit`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -31,28 +32,48 @@ from feature_jobs.schemas import (
 )
 
 _UNIT_ERROR = 2e-3  # of a squared length
-_MEAN_ERROR = 1e-6  # of rounding
+# sim_mean is a mean of scores rounded to 2^-30, as a float32: of equal ones it may be above them.
+_MEAN_ERROR = 1e-6
+_OURS = "This is a fault of COURIER: please report it."
+_EMBED_ANEW = "Run `courier embed --full` for this ds, and report it if it stays."
 
-Most = Mapping[str, int]
-Breaches = Iterator[tuple[str, np.ndarray]]
+Limits = Mapping[str, int]
 
 
-def check(table: Table, rows: pa.Table, most: Most | None = None) -> None:
+class Breach(NamedTuple):
+    """Is a way to break a law: what is said of the `rows` bool [n] that do, and what helps."""
+
+    what: str
+    rows: np.ndarray
+    remedy: str = _OURS
+
+
+Breaches = Iterator[Breach]
+
+
+def check(table: Table, rows: pa.Table, limits: Limits | None = None) -> None:
     """Raises DataContractError where `rows` break the law of `table`.
 
-    `most` says how large the values of a column may be, or how long its lists.
+    `limits` are those of the settings and the codebook, by column: the largest of its values, the
+    most places that its lists have, or, of sim_scores, how many they all have.
     """
+    rows = rows.combine_chunks()  # once for all; no copy where a column is one chunk
     law = LAWS[table.name]
-    for laid_down in (_in_order(table, rows), law(rows, most or {})):
-        for what, where in laid_down:
-            bad = np.flatnonzero(where)
+    for laid_down in (_in_order(table, rows), _no_null(table, rows), law(rows, limits or {})):
+        for breach in laid_down:
+            bad = np.flatnonzero(breach.rows)
             if len(bad):
-                key = "a row" if table.key == "user_id" else rows[table.key][int(bad[0])]
                 raise DataContractError(
-                    f"{table.name} breaks its law: {what}, in {len(bad):,} of {len(rows):,} rows "
-                    f"of a part, for example at {table.key} {key}. Whoever joins the table counts "
-                    "on it. This is a fault of COURIER: please report it."
+                    f"{table.name} breaks its law in {name_row(table, rows, int(bad[0]))}: "
+                    f"{breach.what}. {len(bad):,} of {len(rows):,} rows of the part do. Whoever "
+                    f"joins the table counts on it. {breach.remedy}"
                 )
+
+
+def name_row(table: Table, rows: pa.Table, at: int) -> str:
+    """Names the row `at` by its key, but no user: by what the key has beside user_id, if any."""
+    names = [name for name in (table.key, *table.then_by) if name != "user_id"]
+    return f"the row of {names[0]} {rows[names[0]][at]}" if names else "a row"
 
 
 def check_unit(points: np.ndarray, ids: pa.ChunkedArray) -> None:
@@ -73,103 +94,117 @@ def check_unit(points: np.ndarray, ids: pa.ChunkedArray) -> None:
 # ---- The laws --------------------------------------------------------------------------------
 
 
-def _clicks_of_users(rows: pa.Table, most: Most) -> Breaches:
+def _clicks_of_users(rows: pa.Table, limits: Limits) -> Breaches:
     """States the law of user_histories and recent_clicks: aligned lists, newest first."""
     items, times = _lists(rows["item_ids"]), _lists(rows["click_times"])
-    yield "a user has no click", items.sizes == 0
-    yield "item_ids and click_times are not aligned", items.sizes != times.sizes
-    yield "item_ids are more than history_len", items.sizes > most.get("item_ids", np.inf)
-    yield "there is a null in a list", items.have(items.is_null()) | times.have(times.is_null())
-    yield "click_times are not newest first", times.rise(times.values.cast(pa.int64()).to_numpy())
+    yield Breach("a user has no click", items.sizes == 0)
+    yield Breach("item_ids and click_times are not aligned", items.sizes != times.sizes)
+    longest = limits.get("item_ids", np.inf)
+    yield Breach("item_ids are more than history_len", items.sizes > longest)
+    moments = _numbers(times.values.cast(pa.int64()))
+    yield Breach("click_times are not newest first", times.rise(moments))
 
 
-def _training_rows(rows: pa.Table, _: Most) -> Breaches:
+def _training_rows(rows: pa.Table, _: Limits) -> Breaches:
     pvs, labels = _lists(rows["pv_item_ids"]), _lists(rows["pv_clicked"])
     clicks = _lists(rows["click_item_ids"])
-    yield "pv_item_ids and pv_clicked are not aligned", pvs.sizes != labels.sizes
-    yield f"pv_item_ids are not 1 to {ROW_PVS}", (pvs.sizes < 1) | (pvs.sizes > ROW_PVS)
-    yield f"click_item_ids are more than {ROW_CLICKS}", clicks.sizes > ROW_CLICKS
-    nulls = (found.have(found.is_null()) for found in (pvs, labels, clicks))
-    yield "there is a null in a list", np.logical_or.reduce(list(nulls))
-    yield "clicked items do not come first", labels.rise(_numbers(labels.values).astype(np.int8))
-    yield "a chunk is below 0", _numbers(rows["chunk"]) < 0
+    yield Breach("pv_item_ids and pv_clicked are not aligned", pvs.sizes != labels.sizes)
+    yield Breach(f"pv_item_ids are not 1 to {ROW_PVS}", _outside(pvs.sizes, 1, ROW_PVS))
+    yield Breach(f"click_item_ids are more than {ROW_CLICKS}", clicks.sizes > ROW_CLICKS)
+    yield Breach("clicked items do not come first", labels.rise(_numbers(labels.values)))
+    yield Breach("a chunk is below 0", _numbers(rows["chunk"]) < 0)
 
 
-def _item_embeddings(rows: pa.Table, _: Most) -> Breaches:
+def _item_embeddings(rows: pa.Table, _: Limits) -> Breaches:
+    # What is broken here may have been so the day before, and carried over.
     vectors = _lists(rows["embedding"])
-    yield f"an embedding has not {EMBEDDING_DIM} floats", vectors.sizes != EMBEDDING_DIM
-    yield "an embedding is no finite unit vector", _not_unit(vectors.matrix(EMBEDDING_DIM))
+    wrong = vectors.sizes != EMBEDDING_DIM
+    yield Breach(f"an embedding has not {EMBEDDING_DIM} floats", wrong, _EMBED_ANEW)
+    wrong = _not_unit(vectors.matrix(EMBEDDING_DIM))
+    yield Breach("an embedding is no finite unit vector", wrong, _EMBED_ANEW)
     left = _numbers(pc.is_valid(rows["left_catalogue_ds"]))
-    yield "left_catalogue_ds and in_catalogue disagree", left == _numbers(rows["in_catalogue"])
-    yield "an image_size is below 0", _numbers(rows["image_size"]) < 0
+    inside = _numbers(rows["in_catalogue"])
+    yield Breach("left_catalogue_ds and in_catalogue disagree", left == inside)
+    yield Breach("an image_size is below 0", _numbers(rows["image_size"]) < 0)
 
 
-def _item_rejects(rows: pa.Table, _: Most) -> Breaches:
+def _item_rejects(rows: pa.Table, _: Limits) -> Breaches:
     stages = pa.array(["read", "decode"], rows["stage"].type)
-    yield "a stage is neither read nor decode", ~_numbers(pc.is_in(rows["stage"], stages))
-    yield "attempts are fewer than one", _numbers(rows["attempts"]) < 1
-    first, last, next_ds = (
+    known = _numbers(pc.is_in(rows["stage"], stages))
+    yield Breach("a stage is neither read nor decode", ~known)
+    yield Breach("attempts are fewer than one", _numbers(rows["attempts"]) < 1)
+    first, last, again = (
         _numbers(rows[name].cast(pa.int32())) for name in ("first_ds", "last_ds", "next_ds")
     )
-    yield "first_ds, last_ds and next_ds are not in order", (first > last) | (last >= next_ds)
+    wrong = (first > last) | (last >= again)
+    yield Breach("first_ds, last_ds and next_ds are not in order", wrong)
 
 
-def _item_features(rows: pa.Table, most: Most) -> Breaches:
+def _item_features(rows: pa.Table, limits: Limits) -> Breaches:
     has_feature = _numbers(rows["has_image"]) & _numbers(rows["in_scope"])
     for name in rows.column_names:
         if name == cluster_column(MAIN) or name.startswith(cluster_column("")):
             ids = _numbers(rows[name])
-            yield f"{name} is out of range", (ids < 0) | (ids > most.get(name, np.inf))
-            yield f"{name} is not where an item has a feature", (ids > 0) != has_feature
+            yield Breach(f"{name} is out of range", _outside(ids, 0, limits.get(name, np.inf)))
+            yield Breach(f"{name} is not where an item has a feature", (ids > 0) != has_feature)
     distance = _numbers(rows["centre_distance"])
-    yield "a centre_distance is below 0 or not finite", ~(np.isfinite(distance) & (distance >= 0))
-    yield "an item without a feature has a centre_distance", (distance != 0) & ~has_feature
+    wrong = ~(np.isfinite(distance) & (distance >= 0))
+    yield Breach("a centre_distance is below 0 or not finite", wrong)
+    wrong = (distance != 0) & ~has_feature
+    yield Breach("an item without a feature has a centre_distance", wrong)
     if "second_distance" in rows.column_names:
         second = _numbers(rows["second_distance"])
-        nearer = ~(second >= distance) & (second != 0)
-        yield "a second_distance is below centre_distance", nearer | np.isinf(second)
+        wrong = (second != 0) & ~has_feature
+        yield Breach("an item without a feature has a second_distance", wrong)
+        # A codebook of one centre has no second one: then no item has a distance to it.
+        wrong = has_feature & ~(np.isfinite(second) & (second >= distance)) & second.any()
+        yield Breach("a second_distance is below centre_distance or not finite", wrong)
     if "embedding" in rows.column_names:
         vectors = _lists(rows["embedding"])
-        yield f"an embedding has not {EMBEDDING_DIM} floats", vectors.sizes != EMBEDDING_DIM
+        yield Breach(f"an embedding has not {EMBEDDING_DIM} floats", vectors.sizes != EMBEDDING_DIM)
         points = vectors.matrix(EMBEDDING_DIM)
-        yield "an embedding is no finite unit vector", _not_unit(points) & has_feature
-        yield "an item without a feature has an embedding", points.any(axis=1) & ~has_feature
+        yield Breach("an embedding is no finite unit vector", _not_unit(points) & has_feature)
+        wrong = points.any(axis=1) & ~has_feature
+        yield Breach("an item without a feature has an embedding", wrong)
 
 
-def _user_simscores(rows: pa.Table, most: Most) -> Breaches:
+def _user_simscores(rows: pa.Table, limits: Limits) -> Breaches:
     scores, masks, tiers = (_lists(rows[name]) for name in ("sim_scores", "sim_mask", "simtier"))
-    length = most.get("sim_scores", int(scores.sizes[0]) if len(rows) else 0)
-    yield "sim_scores are not history_len long", scores.sizes != length
-    yield "sim_mask is not aligned with sim_scores", masks.sizes != length
-    yield f"simtier has not {SIM_TIERS} tiers", tiers.sizes != SIM_TIERS
-    score, mask, tier = scores.matrix(length), masks.matrix(length), tiers.matrix(SIM_TIERS)
-    real, (past, known, largest, mean, same) = (
-        mask == 1,
-        (
-            _numbers(rows[name])
-            for name in ("history_len", "sim_known", "sim_max", "sim_mean", "same_cluster")
-        ),
-    )
-    yield "a sim_mask is neither 0 nor 1", ((mask != 0) & ~real).any(axis=1)
-    yield "a score is out of -1 to 1 or not finite", ~(np.abs(score) <= 1).all(axis=1)
-    yield "a score is not 0 where it is masked", ((score != 0) & ~real).any(axis=1)
-    yield "history_len is out of range", (past < 0) | (past > length)
-    yield "a place after the history is real", (real & (np.arange(length) >= past[:, None])).any(1)
-    yield "sim_known is not the number of real scores", known != real.sum(axis=1)
-    yield "simtier does not add up to sim_known", (tier.sum(1) != known) | (tier < 0).any(axis=1)
-    best = np.where(real, score, -np.inf).max(axis=1, initial=-np.inf)
-    yield "sim_max is not the largest real score", largest != np.where(known > 0, best, 0)
-    yield (
-        "sim_mean is larger than sim_max, or not 0 without a score",
-        ~(np.where(known > 0, mean <= largest + _MEAN_ERROR, mean == 0)),
-    )
-    yield "same_cluster is out of range", (same < 0) | (same > past)
+    length = limits.get("sim_scores", int(scores.sizes.max(initial=0)))
+    yield Breach("sim_scores are not history_len long", scores.sizes != length)
+    yield Breach("sim_mask is not aligned with sim_scores", masks.sizes != length)
+    yield Breach(f"simtier has not {SIM_TIERS} tiers", tiers.sizes != SIM_TIERS)
+
+    score, mask = scores.matrix(length), masks.matrix(length)
+    yield Breach("a sim_mask is neither 0 nor 1", masks.have(_outside(mask, 0, 1)))
+    yield Breach("a score is out of -1 to 1 or not finite", scores.have(_outside(score, -1, 1)))
+    real = mask.view(bool)
+    yield Breach("a score is not 0 where it is masked", scores.have((score != 0) > real))
+    past = _numbers(rows["history_len"])
+    yield Breach("history_len is out of range", _outside(past, 0, length))
+    later = np.arange(length, dtype=past.dtype) >= past[:, None]
+    yield Breach("a place after the history is real", scores.have(real & later))
+
+    known, largest, mean = (_numbers(rows[f"sim_{name}"]) for name in ("known", "max", "mean"))
+    wrong = known != np.count_nonzero(mask, axis=1)
+    yield Breach("sim_known is not the number of real scores", wrong)
+    tier = tiers.matrix(SIM_TIERS)
+    wrong = (tier.sum(axis=1, dtype=np.int64) != known) | tiers.have(tier < 0)
+    yield Breach("simtier does not add up to sim_known", wrong)
+    best = scores.largest(score)  # of the masked ones too, which are 0
+    unsure = np.flatnonzero((best <= 0) & (known > 0))
+    best[unsure] = np.where(real[unsure], score[unsure], -np.inf).max(axis=1, initial=-np.inf)
+    yield Breach("sim_max is not the largest real score", largest != best)
+    wrong = ~np.where(known > 0, mean <= largest + _MEAN_ERROR, mean == 0)
+    yield Breach("sim_mean is larger than sim_max, or not 0 without a score", wrong)
+    same = _numbers(rows["same_cluster"])
+    yield Breach("same_cluster is out of range", _outside(same, 0, past))
     if "history_item_ids" in rows.column_names:
         items = _lists(rows["history_item_ids"])
-        yield "history_item_ids are not history_len long", items.sizes != past
+        yield Breach("history_item_ids are not history_len long", items.sizes != past)
 
 
-LAWS: dict[str, Callable[[pa.Table, Most], Breaches]] = {
+LAWS: dict[str, Callable[[pa.Table, Limits], Breaches]] = {
     USER_HISTORIES.name: _clicks_of_users,
     RECENT_CLICKS.name: _clicks_of_users,
     TRAINING_ROWS.name: _training_rows,
@@ -185,15 +220,24 @@ LAWS: dict[str, Callable[[pa.Table, Most], Breaches]] = {
 
 def _in_order(table: Table, rows: pa.Table) -> Breaches:
     """States that rows ascend by the table's key, which is unique."""
-    equal, falls = np.ones(max(0, len(rows) - 1), bool), np.zeros(len(rows), bool)
-    for name in (table.key, *table.then_by):
-        column = rows[name]
-        before, after = column[:-1], column[1:]
-        falls[1:] |= equal & _numbers(pc.greater(before, after))
-        equal &= _numbers(pc.equal(before, after))
-    key = ", ".join((table.key, *table.then_by))
-    yield f"rows are not in the order of {key}", falls
-    yield f"{key} is not unique", np.append(np.zeros(min(1, len(rows)), bool), equal)
+    names, pairs = (table.key, *table.then_by), max(0, len(rows) - 1)
+    falls, same = np.zeros(pairs, bool), np.ones(pairs, bool)  # from each row to the next
+    for name in names:
+        one, next_one = rows[name][:-1], rows[name][1:]
+        falls |= same & _numbers(pc.greater(one, next_one))
+        same &= _numbers(pc.equal(one, next_one))
+    for what, where in (("not in the order of", falls), ("not unique by", same)):
+        yield Breach(f"rows are {what} {', '.join(names)}", np.append(False, where)[: len(rows)])
+
+
+def _no_null(table: Table, rows: pa.Table) -> Breaches:
+    """States that no list of the table's own columns has a null in it."""
+    for column in table.columns:
+        if column.name in rows.column_names and pa.types.is_list(rows[column.name].type):
+            lists = _lists(rows[column.name])
+            if lists.values.null_count:
+                nulls = lists.have(_numbers(lists.values.is_null()))
+                yield Breach(f"there is a null in a list of {column.name}", nulls)
 
 
 class _Lists(NamedTuple):
@@ -202,36 +246,48 @@ class _Lists(NamedTuple):
     sizes: np.ndarray
     values: pa.Array
 
-    def is_null(self) -> np.ndarray:
-        return _numbers(self.values.is_null())
-
     def have(self, bad: np.ndarray) -> np.ndarray:
-        """Tells which lists have a value that is `bad`, bool [values]; bool [n]."""
-        if not bad.any():
+        """Tells which lists have a value that is `bad`, bool [values] in any shape; bool [n]."""
+        if not bad.any():  # row by row it would take ten times as long
             return np.zeros(len(self.sizes), bool)
         row = np.arange(len(self.sizes)).repeat(self.sizes)
-        return np.bincount(row[bad], minlength=len(self.sizes)) > 0
+        return np.bincount(row[bad.reshape(-1)], minlength=len(self.sizes)) > 0
 
     def rise(self, values: np.ndarray) -> np.ndarray:
-        """Tells in which lists a value is larger than the one before it; bool [n]."""
-        larger = np.diff(values, prepend=values[:1]) > 0
-        starts = (np.cumsum(self.sizes) - self.sizes)[self.sizes > 0]
-        larger[starts] = False
+        """Tells in which lists one of `values` [values] is larger than the one before; bool [n]."""
+        larger = np.append(False, values[1:] > values[:-1])[: len(values)]
+        larger[self._starts()] = False
         return self.have(larger)
+
+    def largest(self, values: np.ndarray) -> np.ndarray:
+        """Returns the largest of `values` of each list, which are equally long; [n]."""
+        if not values.size:
+            return np.zeros(len(self.sizes), values.dtype)
+        return np.maximum.reduceat(values.reshape(-1), self._starts())
 
     def matrix(self, width: int) -> np.ndarray:
         """Returns the values of lists that are all `width` long; [n, width]."""
         return _numbers(self.values).reshape(len(self.sizes), width)
 
+    def _starts(self) -> np.ndarray:
+        """Returns where the lists begin that are not empty; int64 [at most n]."""
+        return (np.cumsum(self.sizes) - self.sizes)[self.sizes > 0]
+
 
 def _lists(column: pa.ChunkedArray) -> _Lists:
-    lists = column.combine_chunks()
-    return _Lists(_numbers(pc.list_value_length(lists)), lists.flatten())
+    # Combining copies even a single chunk.
+    lists = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    return _Lists(_numbers(pc.list_value_length(lists)).astype(np.int64), lists.flatten())
 
 
 def _numbers(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     found: np.ndarray = column.to_numpy(zero_copy_only=False)
     return found
+
+
+def _outside(values: np.ndarray, least: float, most: float | np.ndarray) -> np.ndarray:
+    """Tells which of `values` are not from `least` to `most`, NaN among them; in their shape."""
+    return ~((values >= least) & (values <= most))
 
 
 def _not_unit(points: np.ndarray) -> np.ndarray:

@@ -334,8 +334,8 @@ class WriteHistories(beam.DoFn):
         if not partitions.has_part(folder, shard, shards):
             schema = table.schema(self._job.item_id, self._job.user_id)
             rows = read_pieces(pieces, arrays.empty_rows(schema))
-            most = {"item_ids": self._job.law.history_len} if table is USER_HISTORIES else None
-            partitions.write_part(folder, table, schema, rows, shard, shards, most=most)
+            limits = {"item_ids": self._job.law.history_len} if table is USER_HISTORIES else None
+            partitions.write_part(folder, table, schema, rows, shard, shards, limits=limits)
 
 
 def read_clicks(

@@ -224,7 +224,7 @@ class AssignShard(beam.DoFn):
         found = search.codebook.info.resolutions
         partitions.write_part(
             folder, ITEM_FEATURES, job.schema, rows, shard, job.shards, count_features(rows),
-            most={cluster_column(one.label): one.max_id for one in found},
+            limits={cluster_column(one.label): one.max_id for one in found},
         )  # fmt: skip
 
     def _compared_columns(self, labels: Sequence[str]) -> list[str]:

@@ -57,13 +57,13 @@ def has_part(folder: str, shard: int, shards: int) -> bool:
 def write_part(
     folder: str, table: Table, schema: pa.Schema, rows: pa.Table, shard: int, shards: int,
     counts: dict[str, int] | None = None, work: dict[str, float] | None = None,
-    most: Mapping[str, int] | None = None,
+    limits: Mapping[str, int] | None = None,
 ) -> None:  # fmt: skip
     """Writes one shard of `table` and its receipt; `rows` are sorted as `table` says here.
 
     `counts` are the same whenever the shard is made again; `work` is what it cost this time.
     Raises DataContractError for a null where `schema` allows none, and for rows that break the law
-    of `table`, for which `most` says how large values may be.
+    of `table` within `limits`, which are those of `laws.check`.
     """
     rows = in_order(
         pa.Table.from_arrays(
@@ -73,13 +73,12 @@ def write_part(
     )
     for field in schema:
         if not field.nullable and rows[field.name].null_count:
-            key = rows[table.key].filter(pc.is_null(rows[field.name]))[0]
-            example = "a row" if table.key == "user_id" else f"the row of {table.key} {key}"
+            example = laws.name_row(table, rows.filter(pc.is_null(rows[field.name])), 0)
             raise DataContractError(
                 f"{table.name}.{field.name} must not be null but is in {example}; whoever joins "
                 "the table counts on it. This is a fault of COURIER: please report it."
             )
-    laws.check(table, rows, most)
+    laws.check(table, rows, limits)
     name = part_name(shard, shards) + ".parquet"
     path = os.path.join(folder, name)
     size, sha256 = write_parquet(path, rows)
