@@ -31,7 +31,6 @@ WITHOUT_A_FILE = {
     "pipelines/planning/shop_tables.py": "whole nights: test_refusals, test_training_rows",
     "pipelines/planning/yesterday.py": "whole nights: test_history_nights",
     "pipelines/running/layout.py": "test_locks orders its locks, test_nights look below its roots",
-    "pipelines/running/quality.py": "whole nights: test_refusals; test_codebooks moves clusters",
     "pipelines/running/records.py": "test_publishing reads its nights, test_rollback its holds",
     "pipelines/running/stage.py": "whole nights: test_refresh; test_making and test_progress",
 }

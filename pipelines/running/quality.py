@@ -1,10 +1,11 @@
 """Gates stand between making and publishing: they stop what no night may put before a CTR model.
 
-A law of the tables that does not hold is our own fault or the disk's, and is refused like a share
-above its limit: nothing is published, and what was published before stays.
+Before a share is looked at, the laws of DESIGN §3 that join tables are, by the counts of their
+manifests: one that does not hold is our own fault or the disk's. The laws of rows were checked when
+they were written. Whatever is refused, nothing is published, and what was published before stays.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,22 +26,56 @@ def check(
     settings: Settings,
     clusters: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Raises GateRefused where a law or a share forbids publishing what a stage made.
+    """Raises GateRefused where a share forbids publishing what a stage made.
 
-    Raises DataContractError for a catalogue without one readable image. `input_rows` are those of
-    the stage's input, `counts` its own and those of the ones before it, `clusters` what is said of
-    the clusters of each resolution.
+    Raises DataContractError where a law does, and for a catalogue without one readable image.
+    `input_rows` are those of the stage's input, `counts` its own and those of the ones before it,
+    `clusters` what is said of the clusters of each resolution.
     """
+    check_laws(stage, input_rows, counts)
     for label, found in clusters.items():
         _clusters(label, found, settings.gates)
     gates: dict[str, Callable[..., None]] = {
         "embed": _embed,
-        "item-features": _item_features,
         "simscore": partial(_simscore, clusters=clusters),
-        "training-rows": _training_rows,
     }
     if stage in gates:
-        gates[stage](input_rows, counts, settings)
+        gates[stage](counts, settings)
+
+
+def check_laws(stage: str, input_rows: int, counts: Mapping[str, int]) -> None:
+    """Raises DataContractError where what a stage made has not as many rows as it was made from.
+
+    The arguments are those of `check`.
+    """
+    for what, found, expected in _laws(stage, input_rows, counts):
+        if found != expected:
+            raise DataContractError(
+                f"{what}: found {found:,}, expected {expected:,}. Rows were lost or doubled; "
+                "nothing was published. This is a fault of COURIER or of the disk; run the command "
+                "again, and report it if it stays."
+            )
+
+
+def _laws(stage: str, input_rows: int, counts: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
+    """Yields what must be equal of a stage: what it is, how many there are, how many there must be.
+
+    Nothing that is counted says how many users have a history.
+    """
+    if stage == "embed":
+        catalogue = counts["catalogue_items"]
+        embedded = counts["item_embeddings_rows"] - counts["former_items"]
+        yield "catalogue rows that reached EMBED", catalogue, input_rows
+        sides = embedded + counts["item_rejects_rows"]
+        yield "item_embeddings in the catalogue + item_rejects", sides, catalogue
+    elif stage == "item-features":
+        items = counts["item_embeddings_rows"] + counts["item_rejects_rows"]
+        yield "item_features rows", counts["item_features_rows"], items
+    elif stage == "simscore":
+        yield "user_simscores rows", counts["user_simscores_rows"], input_rows
+    elif stage == "training-rows":
+        reached = counts["impressions"] + counts["out_of_scope_impressions"]
+        yield "impressions that reached TRAINING-ROWS", reached, input_rows
 
 
 def warnings(work: Mapping[str, float]) -> list[str]:
@@ -59,13 +94,9 @@ def warnings(work: Mapping[str, float]) -> list[str]:
     ]
 
 
-def _embed(input_rows: int, counts: Mapping[str, int], settings: Settings) -> None:
-    catalogue = counts["catalogue_items"]
-    rejects = counts["item_rejects_rows"]
-    embedded = counts["item_embeddings_rows"] - counts["former_items"]
-    _law("rows that reached EMBED", catalogue, input_rows)
-    _law("embeddings + rejects = catalogue", embedded + rejects, catalogue)
-    if catalogue and not embedded:
+def _embed(counts: Mapping[str, int], settings: Settings) -> None:
+    catalogue, rejects = counts["catalogue_items"], counts["item_rejects_rows"]
+    if catalogue and rejects == catalogue:
         raise DataContractError(
             f"Not one of the {catalogue:,} catalogue images can be read ({_reasons(counts)}). The "
             f"table would be empty of embeddings. Relative image_uri are looked up below "
@@ -79,18 +110,9 @@ def _embed(input_rows: int, counts: Mapping[str, int], settings: Settings) -> No
     )  # fmt: skip
 
 
-def _item_features(input_rows: int, counts: Mapping[str, int], settings: Settings) -> None:
-    expected = counts["item_embeddings_rows"] + counts["item_rejects_rows"]
-    _law("item_features rows", counts["item_features_rows"], expected)
-
-
 def _simscore(
-    input_rows: int,
-    counts: Mapping[str, int],
-    settings: Settings,
-    clusters: Mapping[str, Mapping[str, Any]],
+    counts: Mapping[str, int], settings: Settings, clusters: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    _law("user_simscores rows", counts["user_simscores_rows"], input_rows)
     _share(
         "impressions are of items that the catalogue lacks",
         counts["unknown_items"], counts["impressions"],
@@ -134,11 +156,6 @@ def _most_left(found: Mapping[str, Any]) -> str:
     return f"Clusters that most items left: {', '.join(left)}"
 
 
-def _training_rows(input_rows: int, counts: Mapping[str, int], settings: Settings) -> None:
-    reached = counts["impressions"] + counts["out_of_scope_impressions"]
-    _law("impressions that reached TRAINING-ROWS", reached, input_rows)
-
-
 def _reasons(counts: Mapping[str, int]) -> str:
     found = {k.removeprefix("rejected_"): v for k, v in counts.items() if k.startswith("rejected_")}
     return ", ".join(f"{reason} {n:,}" for reason, n in sorted(found.items(), key=lambda x: -x[1]))
@@ -150,13 +167,4 @@ def _share(what: str, found: int, total: int, limit: float, setting: str, remark
             f"{found:,} of {total:,} {what} ({found / total:.1%}), above the limit of {limit:.1%}. "
             f"{remark}. Nothing was published, and what was published before stands. Mend the "
             f"input and run the command again, or raise gates.{setting} in the settings."
-        )
-
-
-def _law(what: str, found: int, expected: int) -> None:
-    if found != expected:
-        raise GateRefused(
-            f"{what}: found {found:,}, expected {expected:,}. Rows were lost or doubled; nothing "
-            "was published. This is a fault of COURIER or of the disk; run the command again, and "
-            "report it if it stays."
         )

@@ -4,11 +4,14 @@ import datetime as dt
 import itertools
 import os
 from pathlib import Path
+from types import ModuleType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from feature_jobs.impressions import simscore
+from feature_jobs.items import embed
 from pipelines.cli import main
 from tests.conftest import Artefacts, pinned
 from tests.support.commands import (
@@ -72,6 +75,25 @@ def test_a_catalogue_without_one_readable_image_is_refused(world: World, capsys:
     assert "Not one of the 12 catalogue images can be read (missing 12)" in message
     assert "image_roots" in message
     assert published(world) == {}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "told"),
+    [
+        (embed, "assemble_rejects", "item_rejects: found 11, expected 12"),
+        (simscore, "sort_impressions", "user_simscores rows: found 148, expected 152"),
+    ],
+)
+def test_tables_that_do_not_add_up_publish_nothing_and_are_made_again(
+    world: World, capsys: Capture, module: ModuleType, name: str, told: str
+) -> None:
+    make = getattr(module, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, lambda *given: make(*given).slice(1))  # a row of each shard
+        assert refresh(world, DAYS[0]) == 1
+    assert told in paragraph(capsys)
+    assert published(world) == {}
+    assert refresh(world, DAYS[0]) == 0
 
 
 @pytest.mark.first_night
