@@ -208,8 +208,8 @@ def _make_and_judge(
     """Makes one kind of stage of all days and asks the gates; returns the run_ids of what it made.
 
     What an earlier run had made and the gates refuse again is made once more, from its chunk
-    files: its inputs may have been mended since. Raises what the gates say; nothing that was made
-    is lost then.
+    files: its inputs may have been mended since. Raises what the gates say. What is above a limit
+    stays as it was made; what breaks a contract does not, as another command would read it.
     """
     made = making.make_missing(stages, options, say, held)
     refused = _refused(stages, reports, settings)
@@ -220,6 +220,10 @@ def _make_and_judge(
             making.reopen(stage)
         made |= making.make_missing(stages, options, say, held)
         refused = _refused(stages, reports, settings)
+    for stage, error in refused:
+        if isinstance(error, DataContractError):
+            held.check()
+            making.reopen(stage)
     for _, error in refused:
         raise error
     return made

@@ -96,6 +96,16 @@ def test_tables_that_do_not_add_up_publish_nothing_and_are_made_again(
     assert refresh(world, DAYS[0]) == 0
 
 
+def test_tables_that_do_not_add_up_are_read_by_no_other_command(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, day = embed.assemble_rejects, str(DAYS[0])
+    monkeypatch.setattr(embed, "assemble_rejects", lambda *given: make(*given).slice(1))
+    assert courier(world, "embed", "--ds", day) == 1
+    assert courier(world, "item-features", "--ds", day) == 4
+    assert published(world) == {}
+
+
 @pytest.mark.first_night
 def test_a_duplicate_item_is_refused_and_what_was_published_stays(
     world: World, capsys: Capture
