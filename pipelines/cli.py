@@ -28,9 +28,9 @@ from pipelines.options import (
     days_asked,
     days_options,
     ds_option,
+    embeddings_by_option,
     from_log_option,
     full_option,
-    join_option,
     json_option,
     night_options,
     out_option,
@@ -82,7 +82,7 @@ def _make(
 @night_options
 @full_option
 @churn_option
-@join_option
+@embeddings_by_option
 @from_log_option
 def refresh(ds: dt.date, **options: Any) -> None:
     """Make and publish the whole night of one day; resumes, and does nothing twice."""
@@ -124,7 +124,7 @@ def histories(
 @days_options
 @overlap_option
 @churn_option
-@join_option
+@embeddings_by_option
 @from_log_option
 def simscore(
     ds: dt.date | None, start_ds: dt.date | None, end_ds: dt.date | None, **options: Any

@@ -148,12 +148,13 @@ class ItemFeatures(_Section):
 class Simscore(_Section):
     """Tells how impressions are scored, and what is published with the scores.
 
-    `history_item_ids` adds the items that were scored as a column. The embeddings `join` the
-    impressions by a copy on every worker, up to `broadcast_limit_gb` of it, or by a shuffle.
+    `history_item_ids` adds the items that were scored as a column. `embeddings_by` says what brings
+    embeddings to impressions: a copy on every worker, up to `broadcast_limit_gb` of it, or a
+    shuffle.
     """
 
     history_item_ids: bool = False
-    join: Literal["auto", "broadcast", "shuffle"] = "auto"
+    embeddings_by: Literal["auto", "broadcast", "shuffle"] = "auto"
     broadcast_limit_gb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
 
 

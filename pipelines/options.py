@@ -58,8 +58,8 @@ out_option = click.option(
 full_option = click.option(
     "--full", is_flag=True, help="Read and embed every image again, whatever the day before had."
 )
-join_option = click.option(
-    "--join",
+embeddings_by_option = click.option(
+    "--embeddings-by",
     type=click.Choice(["auto", "broadcast", "shuffle"]),
     help="How embeddings reach impressions: a copy on each worker, or a shuffle. [default: the "
     "settings']",

@@ -90,7 +90,7 @@ class SimscoreJob:
     days: tuple[SimscoreDay, ...]
     histories: HistoriesJob | None
     history_len: int
-    join: str
+    embeddings_by: str
     staging: str
 
 
@@ -478,7 +478,7 @@ class ScoreShard(beam.DoFn):
         )  # fmt: skip
 
     def _items(self, day: SimscoreDay, answers: list[bytes]) -> ItemVectors:
-        if self._job.join == SHUFFLE:
+        if self._job.embeddings_by == SHUFFLE:
             nothing = no_answers(day.schema.field("item_id").type)
             return items_of_answers(arrays.from_ipc(answers, nothing))
         key = day.broadcast_key
@@ -529,7 +529,7 @@ def define_simscore(
             | "AddHistories" >> beam.ParDo(AddHistories(job, job.histories))
         )
     found = {"rows": parts | "RowsAndShards" >> beam.Flatten()}
-    if job.join == SHUFFLE:
+    if job.embeddings_by == SHUFFLE:
         found["items"] = (
             found["rows"]
             | "ForItems" >> beam.GroupByKey()

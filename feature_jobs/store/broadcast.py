@@ -40,8 +40,8 @@ def _check_room(key: str, size: int) -> None:
         raise CourierError(
             f"{folder_of(key)} needs {size / 1e9:,.1f} GB for a copy of the embeddings, but the "
             f"disk has {_free_bytes() / 1e9:,.1f} GB left. Half written, it would end the worker "
-            'without a word. Set [simscore] join = "shuffle", which needs no copy, or give the '
-            "workers larger disks."
+            'without a word. Set [simscore] embeddings_by = "shuffle", which needs no copy, or '
+            "give the workers larger disks."
         )
 
 

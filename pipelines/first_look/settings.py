@@ -88,7 +88,7 @@ $impressions_columns
 # history_item_ids = false
 # How embeddings reach impressions: as a copy on every worker ("broadcast"), or by a "shuffle";
 # "auto" is a copy as long as it is not larger than the limit.
-# join = "auto"
+# embeddings_by = "auto"
 # broadcast_limit_gb = 20.0
 
 [training]

@@ -39,14 +39,14 @@ class NightOptions:
     `allow_overlap` lets an encoder or codebook be used that was made from ds or later days,
     `allow_churn` publishes however many items changed their cluster, `full` embeds every image as
     if there had been no day before. `from_log` begins histories from the log of the window, and
-    `join` is how embeddings reach impressions, where the settings shall not decide.
+    `embeddings_by` is how embeddings reach impressions, where the settings shall not decide.
     """
 
     allow_overlap: bool = False
     allow_churn: bool = False
     full: bool = False
     from_log: bool = False
-    join: Literal["auto", "broadcast", "shuffle"] | None = None
+    embeddings_by: Literal["auto", "broadcast", "shuffle"] | None = None
 
 
 class DayPlan:

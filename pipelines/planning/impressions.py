@@ -136,12 +136,12 @@ def _check_shared(day: DayPlan) -> None:
 class ScoresOfDay(LogOfDay):
     """Holds what a SIMSCORE job of several days knows of one of them.
 
-    `has_history` tells that its impressions come with their histories, `join` how embeddings reach
-    them.
+    `has_history` tells that its impressions come with their histories, `embeddings_by` how
+    embeddings reach them.
     """
 
     has_history: bool
-    join: str
+    embeddings_by: str
     previous_features: partitions.Partition | None
     of_another_lineage: bool
     schema: pa.Schema
@@ -179,7 +179,8 @@ def plan_simscore(day: DayPlan, made: dict[str, Stage]) -> Stage:
     )
     part = ScoresOfDay(
         day.history_day(), impressions, ids, has_history,
-        _join(day, made["embed"].input_rows), day.previous_features, day.of_another_lineage, schema,
+        _embeddings_by(day, made["embed"].input_rows), day.previous_features,
+        day.of_another_lineage, schema,
     )  # fmt: skip
     return day.stage(
         "simscore",
@@ -221,12 +222,12 @@ def _ids(day: DayPlan, has_history: bool) -> tuple[pa.DataType, pa.DataType] | N
     return day.history_ids()
 
 
-def _join(day: DayPlan, items: int) -> str:
+def _embeddings_by(day: DayPlan, items: int) -> str:
     """Chooses how the embeddings of so many items reach the impressions.
 
     Of several days in one job each day has a copy of its own.
     """
-    asked = day.options.join or day.settings.simscore.join
+    asked = day.options.embeddings_by or day.settings.simscore.embeddings_by
     if asked != "auto":
         return asked
     fits = broadcast_bytes(items) * day.together <= day.settings.simscore.broadcast_limit_gb * 1e9
@@ -242,8 +243,8 @@ def _define_simscore(day: DayPlan, root: Any, stages: Sequence[Stage]) -> None:
     if not all(part.has_history or not part.log.rows for part in parts):
         histories = histories_job(day, parts, shards, staging)
         log = [*day.before.log, *(part.log for part in parts)]
-    join = SHUFFLE if SHUFFLE in {part.join for part in parts} else BROADCAST
-    job = SimscoreJob(days, histories, day.settings.history_len, join, staging)
+    by = SHUFFLE if SHUFFLE in {part.embeddings_by for part in parts} else BROADCAST
+    job = SimscoreJob(days, histories, day.settings.history_len, by, staging)
     define_simscore(root, [part.log for part in parts], log, job)
 
 

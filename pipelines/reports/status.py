@@ -204,7 +204,7 @@ def describe_plan(night: Night, beam_args: Sequence[str]) -> dict[str, Any]:
                 "input_rows": stage.input_rows,
                 "shards": stage.shards,
                 "identities": dict(stage.identities),
-                **({"join": stage.part.join} if stage.name == "simscore" else {}),
+                **({"embeddings_by": stage.part.embeddings_by} if stage.name == "simscore" else {}),
                 "action": _action(stage),
             }
             for stage in night.stages
@@ -229,7 +229,7 @@ def render_plan(plan: dict[str, Any]) -> str:
     lines = [f"ds {plan['ds']}{hold}"]
     for stage in plan["stages"]:
         rows = f", {stage['input_rows']:,} input rows" if stage["input_rows"] else ""
-        rows += f", join by {stage['join']}" if "join" in stage else ""
+        rows += f", embeddings by {stage['embeddings_by']}" if "embeddings_by" in stage else ""
         lines.append(
             f"  {stage['stage']:14} {stage['action']} (run {stage['run_id']}, {stage['shards']} "
             f"shards{rows})"

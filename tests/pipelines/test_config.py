@@ -56,7 +56,7 @@ vector = true
 second_distance = true
 [simscore]
 history_item_ids = true
-join = "shuffle"
+embeddings_by = "shuffle"
 broadcast_limit_gb = 1.5
 [training]
 categories = ["dress", "shirt"]
@@ -137,7 +137,7 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
         "item_features": {"vector": True, "second_distance": True},
         "simscore": {
             "history_item_ids": True,
-            "join": "shuffle",
+            "embeddings_by": "shuffle",
             "broadcast_limit_gb": 1.5,
         },
         "training": {"categories": ("dress", "shirt"), "request_gap_seconds": 30.0},
@@ -191,7 +191,7 @@ def test_what_is_left_out_has_a_default(folder: Path) -> None:
     assert (settings.history_len, settings.window_days) == (50, 30)
     assert (settings.history_lag_seconds, settings.keep_repeats) == (0, False)
     assert settings.history_start_ds is None
-    assert settings.simscore.join == "auto"
+    assert settings.simscore.embeddings_by == "auto"
     assert (settings.beam, settings.pins) == ({}, ())
     assert settings.impressions.input_timezone is None
     assert settings.impressions.click_delay_seconds == 0

@@ -430,7 +430,7 @@ def test_days_asked_for_in_no_way_that_makes_sense_exit_2(
 
 
 def test_both_joins_give_the_same_table(shop: World, after_nights: World, capsys: Capture) -> None:
-    assert courier(shop, "simscore", *RANGE, "--join", "shuffle") == 0
+    assert courier(shop, "simscore", *RANGE, "--embeddings-by", "shuffle") == 0
     for day in DAYS:
         found, other = (w.table("user_simscores", day) for w in (shop, after_nights))
         assert found == other
@@ -439,24 +439,24 @@ def test_both_joins_give_the_same_table(shop: World, after_nights: World, capsys
 
 
 @pytest.mark.parametrize(
-    ("settings", "args", "join"),
+    ("settings", "args", "by"),
     [
         ("", (), "broadcast"),
         ("broadcast_limit_gb = 0.000001", (), "shuffle"),
-        ('join = "shuffle"', (), "shuffle"),
-        ('join = "shuffle"', ("--join", "broadcast"), "broadcast"),
-        ("broadcast_limit_gb = 0.000001", ("--join", "auto"), "shuffle"),
+        ('embeddings_by = "shuffle"', (), "shuffle"),
+        ('embeddings_by = "shuffle"', ("--embeddings-by", "broadcast"), "broadcast"),
+        ("broadcast_limit_gb = 0.000001", ("--embeddings-by", "auto"), "shuffle"),
     ],
 )
-def test_the_join_follows_from_the_size_or_from_who_asks_and_the_plan_tells_it(
-    shop: World, capsys: Capture, settings: str, args: tuple[str, ...], join: str
+def test_how_embeddings_come_follows_from_the_size_or_from_who_asks_and_the_plan_tells_it(
+    shop: World, capsys: Capture, settings: str, args: tuple[str, ...], by: str
 ) -> None:
     shop.settings()
     text = shop.config.read_text().replace("[simscore]", f"[simscore]\n{settings}")
     shop.config.write_text(text)
     command = ["simscore", "--config", str(shop.config), "--ds", str(DAYS[0]), "--dry-run"]
     assert main([*command, *args]) == 0
-    assert f"join by {join}" in capsys.readouterr().out
+    assert f"embeddings by {by}" in capsys.readouterr().out
 
 
 def test_a_worker_without_room_for_a_copy_says_so_before_it_is_half_written(
@@ -466,11 +466,11 @@ def test_a_worker_without_room_for_a_copy_says_so_before_it_is_half_written(
     assert courier(shop, "simscore", "--ds", str(DAYS[0])) == 1
     message = paragraph(capsys)
     assert "has 0.0 GB left" in message
-    assert 'join = "shuffle"' in message
+    assert 'embeddings_by = "shuffle"' in message
 
 
 def test_how_the_join_was_made_is_no_part_of_what_was_made(nights: World, capsys: Capture) -> None:
-    assert courier(nights, "simscore", "--ds", str(DAYS[0]), "--join", "shuffle") == 0
+    assert courier(nights, "simscore", "--ds", str(DAYS[0]), "--embeddings-by", "shuffle") == 0
     assert "nothing to do" in capsys.readouterr().err
 
 
@@ -478,9 +478,9 @@ def test_days_together_need_room_for_a_copy_each(shop: World, capsys: Capture) -
     shop.settings()
     text = shop.config.read_text().replace("[simscore]", "[simscore]\nbroadcast_limit_gb = 2e-5")
     shop.config.write_text(text)
-    for days, join in ((("--ds", str(DAYS[0])), "broadcast"), (RANGE, "shuffle")):
+    for days, by in ((("--ds", str(DAYS[0])), "broadcast"), (RANGE, "shuffle")):
         assert main(["simscore", "--config", str(shop.config), *days, "--dry-run"]) == 0
-        assert f"join by {join}" in capsys.readouterr().out
+        assert f"embeddings by {by}" in capsys.readouterr().out
 
 
 # ---- Logged histories --------------------------------------------------------------------------
@@ -575,5 +575,5 @@ def test_rows_that_are_alike_are_kept_one_for_one(after_nights: World) -> None:
 
 
 def test_the_whole_night_takes_the_options_of_its_stages(shop: World) -> None:
-    assert refresh(shop, DAYS[3], "--from-log", "--join", "shuffle") == 0
+    assert refresh(shop, DAYS[3], "--from-log", "--embeddings-by", "shuffle") == 0
     assert len(shop.table("user_simscores", DAYS[3])) == 152

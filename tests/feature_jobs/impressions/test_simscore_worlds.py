@@ -138,14 +138,14 @@ def run(job: SimscoreJob, log: list[inputs.Source]) -> None:
         )
     )
     answers: dict[Any, list[Any]] = {}
-    if job.join == SHUFFLE:
+    if job.embeddings_by == SHUFFLE:
         ask, tell = simscore.AskForItems(job), simscore.AnswerForItems(job)
         asked = by_key(pair for element in rows.items() for pair in ask.process(element))
         answers = by_key(pair for element in asked.items() for pair in tell.process(element))
     for place, day in enumerate(job.days):
         for shard in range(day.shards):
             found = {"rows": rows.get((place, shard), [])}
-            if job.join == SHUFFLE:
+            if job.embeddings_by == SHUFFLE:
                 found["items"] = answers.get((place, shard), [])
             list(simscore.ScoreShard(job).process(((place, shard), found)))
     assert worker_notes.refused(job.staging) == []
