@@ -107,22 +107,33 @@ def is_marked_whole(template: str, ds: dt.date) -> bool:
     return bool(files.find(os.path.join(os.path.dirname(pattern_for(template, ds)), "_SUCCESS")))
 
 
-def find_files(table: str, template: str, ds: dt.date, require_success: bool) -> list[str]:
+def find_files(
+    table: str, template: str, ds: dt.date, require_success: bool, closed: bool = False
+) -> list[str]:
     """Returns the paths of the files of one ds; empty for an empty day.
 
-    An empty day has a `_SUCCESS` and no file.
+    An empty day has a `_SUCCESS` and no file, or is one on which the shop was `closed`.
 
-    Raises InputNotReady where there is no partition, or no `_SUCCESS` although it is required.
+    Raises InputNotReady where there is no partition, or no `_SUCCESS` although it is required, and
+    OperatorError for files of a day on which the shop was closed.
     """
     pattern = pattern_for(template, ds)
     paths = [file.path for file in files.glob(pattern)]
-    done = is_marked_whole(template, ds)
+    if closed and paths:
+        raise OperatorError(
+            f"closed_days in the settings names {ds}, but the {table} table has files of that day, "
+            f"such as {paths[0]}. To pass them over would lose what they hold. Take the day out of "
+            "closed_days, or the files away."
+        )
+    done = closed or is_marked_whole(template, ds)
     if not done and (require_success or not paths):
         missing = "no _SUCCESS" if paths else "no file and no _SUCCESS"
         raise InputNotReady(
             f"The {table} table has no partition for ds {ds} yet: {missing} at {pattern}. Without "
             "it the features of that day would be made from nothing. Run the command again when "
-            f"the partition is there, or correct [{table}] path in the settings."
+            f"the partition is there, or correct [{table}] path in the settings. If the shop was "
+            f'closed on that day, say so: closed_days = ["{ds}"] in the settings, or a _SUCCESS in '
+            "the empty folder."
         )
     others = [] if paths else files.glob(os.path.join(os.path.dirname(pattern), "*"))
     if others:
@@ -146,21 +157,23 @@ def open_source(
     input_timezone: str | None = None,
     require_success: bool = False,
     named: Iterable[str] = (),
+    closed: bool = False,
 ) -> Source:
     """Finds and checks one input partition by its footers alone.
 
-    `named` are optional columns that the settings name, and which therefore must be there.
+    `named` are optional columns that the settings name, and which therefore must be there. Of a day
+    on which the shop was `closed` there is nothing, and nothing is waited for.
 
     Raises InputNotReady (no partition; no row and no `_SUCCESS`), DataContractError (unreadable
     file, missing column, wrong type, files that differ) or OperatorError (naive times without
-    `input_timezone`).
+    `input_timezone`, files of a closed day).
     """
-    paths = find_files(table, template, ds, require_success)
+    paths = find_files(table, template, ds, require_success, closed)
     with ThreadPoolExecutor(_FOOTER_READERS) as pool:
         footers = list(pool.map(read_footer, paths))
         versions = tuple(pool.map(_version_of, paths))
     rows = sum(metadata.num_rows for metadata, _ in footers)
-    if not rows and not is_marked_whole(template, ds):
+    if not rows and not closed and not is_marked_whole(template, ds):
         raise InputNotReady(
             f"The {table} table of ds {ds} has files but no row, and no _SUCCESS to say that this "
             "is all. An empty day is published only when it is marked as whole: write the "

@@ -56,9 +56,12 @@ def cli() -> None:
 
 def _make(
     stages: Sequence[str], config: str, days: Sequence[dt.date], dry_run: bool, json: bool,
-    beam_args: Sequence[str], **asked: Any,
+    beam_args: Sequence[str], together: bool = True, **asked: Any,
 ) -> None:  # fmt: skip
-    """Makes the stages of all days, each in one job; the JSON of several days is a list."""
+    """Makes the stages of all days, each in one job; the JSON of several days is a list.
+
+    Days that are not made `together` have jobs and a result each. All are planned before the first.
+    """
     from pipelines import nightly
     from pipelines.config import load_settings
     from pipelines.nightly import NightOptions, plan_nights
@@ -67,15 +70,17 @@ def _make(
     settings = load_settings(config)
     if not dry_run:
         nightly.refuse_held(settings, days, stages)
-    nights = plan_nights(settings, days, stages, _say, NightOptions(**asked))
-    if dry_run:
-        found = [status.describe_plan(night, beam_args) for night in nights]
-    else:
-        found = nightly.run_nights(nights, beam_args, _say)
-    if json:
-        click.echo(dumps(found[0] if len(found) == 1 else found, indent=1))
-    else:
-        click.echo("\n".join(map(status.render_plan if dry_run else status.render_report, found)))
+    planned = plan_nights(settings, days, stages, _say, NightOptions(**asked))
+    for nights in [planned] if together else [[night] for night in planned]:
+        if dry_run:
+            found = [status.describe_plan(night, beam_args) for night in nights]
+        else:
+            found = nightly.run_nights(nights, beam_args, _say)
+        if json:
+            click.echo(dumps(found[0] if len(found) == 1 else found, indent=1))
+        else:
+            render = status.render_plan if dry_run else status.render_report
+            click.echo("\n".join(map(render, found)))
 
 
 @cli.command()
@@ -146,8 +151,7 @@ def training_rows(
 
     With --json, one document for each day.
     """
-    for day in days_asked(ds, start_ds, end_ds):
-        _make(("training-rows",), days=[day], **options)
+    _make(("training-rows",), days=days_asked(ds, start_ds, end_ds), together=False, **options)
 
 
 # ---- Artefacts -------------------------------------------------------------------------------

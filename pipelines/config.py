@@ -206,7 +206,8 @@ class Settings(_Section):
 
     A history knows a click `history_lag_seconds` after it, and an item clicked twice once, or with
     `keep_repeats` twice. Impressions that come more than `late_days` late have none. Before
-    `history_start_ds` there are no clicks.
+    `history_start_ds` there are no clicks, and on `closed_days` neither impressions nor, where
+    there is one catalogue a day, items.
     """
 
     root: Path
@@ -218,6 +219,7 @@ class Settings(_Section):
     keep_repeats: bool = False
     late_days: Annotated[int, Field(ge=0, le=30)] = 2
     history_start_ds: dt.date | None = None
+    closed_days: tuple[dt.date, ...] = ()
     rows_per_shard: Count = 131_072
     catalogue: Catalogue
     impressions: Impressions

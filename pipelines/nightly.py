@@ -17,7 +17,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from feature_jobs.schemas import CourierError, DataContractError, GateRefused
+from feature_jobs.inputs import Source
+from feature_jobs.schemas import CourierError, DataContractError, GateRefused, InputNotReady
 from pipelines.config import STAGES, Settings
 from pipelines.planning.day_plan import DayPlan, NightOptions
 from pipelines.planning.impressions import plan_histories, plan_simscore, plan_training_rows
@@ -92,9 +93,10 @@ def plan_nights(
     if options.allow_churn:
         settings = settings.allowing_churn()
     nights: list[Night] = []
+    found: dict[str, Source | InputNotReady] = {}
     for ds in days:
         earlier = nights[-1].stage("histories") if nights else None
-        day = DayPlan(settings, ds, say, options, earlier, len(days))
+        day = DayPlan(settings, ds, say, options, earlier, len(days), found)
         nights.append(plan_day(day, wanted, again))
     return nights
 
@@ -147,9 +149,10 @@ def _lock_folders(settings: Settings, days: Sequence[dt.date], stages: Sequence[
 
 def _up_to_date(nights: Sequence[Night], say: Callable[[str], None]) -> Sequence[Night]:
     """Returns the plans, made again where another run has published what they are built on."""
+    days = {night.ds for night in nights}
     while any(night.is_outdated() for night in nights):
         say("another run has published days that this one goes on from: planning again")
-        nights = nights[0].again()
+        nights = [night for night in nights[0].again() if night.ds in days]
     return nights
 
 

@@ -33,6 +33,8 @@ day_timezone = "UTC"
 # late_days = 2
 # Before this day there are no clicks: histories begin with it.
 # history_start_ds = "2026-01-01"
+# On these days the shop was closed: no log of them is waited for.
+# closed_days = ["2025-12-25"]
 # Tables are split into files of at most about so many rows.
 # rows_per_shard = 131072
 

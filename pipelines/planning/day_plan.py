@@ -11,11 +11,13 @@ import pyarrow as pa
 
 from feature_jobs import inputs
 from feature_jobs.impressions.histories import HistoryDay
+from feature_jobs.inputs import Source
 from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
     ITEM_FEATURES,
     ITEM_REJECTS,
     DataContractError,
+    InputNotReady,
     Table,
 )
 from feature_jobs.store import partitions
@@ -53,7 +55,7 @@ class DayPlan:
     """Holds the checked inputs and artefacts of one ds.
 
     `earlier` are the histories of the day before, where they are planned too, and `together` the
-    number of days that are.
+    number of days that are. `found` is what was opened of the shop's tables for other days.
     """
 
     def __init__(
@@ -64,9 +66,10 @@ class DayPlan:
         options: NightOptions,
         earlier: Stage | None = None,
         together: int = 1,
+        found: dict[str, Source | InputNotReady] | None = None,
     ):
         self.settings, self.ds, self.options = settings, ds, options
-        self.shop = ShopTables(settings, ds, say)
+        self.shop = ShopTables(settings, ds, say, found)
         self.pinned = PinnedArtefacts(settings, ds, options.allow_overlap)
         self._earlier, self.together = earlier, together
         self._finds: list[Callable[[], tuple[partitions.Partition, ...]]] = []

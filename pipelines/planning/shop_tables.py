@@ -20,10 +20,20 @@ _CLICK_DAYS = 2  # so long after the end of its log is a click looked for where 
 
 
 class ShopTables:
-    """Opens the catalogues and impressions that stages of `ds` read; `say` tells missing days."""
+    """Opens the catalogues and impressions that stages of `ds` read; `say` tells missing days.
 
-    def __init__(self, settings: Settings, ds: dt.date, say: Callable[[str], None]):
+    `found` are partitions that were opened for other days, to which those opened here are added.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        ds: dt.date,
+        say: Callable[[str], None],
+        found: dict[str, Source | InputNotReady] | None = None,
+    ):
         self._settings, self._ds, self._say = settings, ds, say
+        self._found = {} if found is None else found
         self._opened: dict[str, Source] = {}
 
     def catalogue(self, ds: dt.date) -> Source:
@@ -34,6 +44,7 @@ class ShopTables:
                 "catalogue", section.path, ds, section.columns.model_dump(),
                 require_success=section.require_success,
                 named=section.columns.model_fields_set,
+                closed=not self.has_one_catalogue and ds in self._settings.closed_days,
             ),
         )  # fmt: skip
 
@@ -49,6 +60,7 @@ class ShopTables:
             lambda: inputs.open_source(
                 "impressions", section.path, ds, section.columns.model_dump(), section.carry,
                 section.input_timezone, section.require_success, section.columns.model_fields_set,
+                ds in self._settings.closed_days,
             ),
         )  # fmt: skip
 
@@ -120,6 +132,13 @@ class ShopTables:
         return settings.window_days + settings.late_days + delay_days + _CLICK_DAYS
 
     def _once(self, key: str, open_it: Callable[[], Source]) -> Source:
-        if key not in self._opened:
-            self._opened[key] = open_it()
-        return self._opened[key]
+        if key not in self._found:
+            try:
+                self._found[key] = open_it()
+            except InputNotReady as missing:
+                self._found[key] = missing
+        found = self._found[key]
+        if isinstance(found, InputNotReady):
+            raise found
+        self._opened[key] = found
+        return found

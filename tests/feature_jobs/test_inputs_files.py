@@ -95,6 +95,19 @@ def test_no_row_is_an_empty_day_only_with_success(tmp_path: Path, files: int) ->
     assert [len(inputs.read_rows(group, WANTED)) for group in source.groups()] == [0] * files
 
 
+def test_a_closed_day_is_an_empty_one_and_has_no_files(tmp_path: Path) -> None:
+    template = write(tmp_path)
+    message = refusal(InputNotReady, lambda: open_impressions(template), f'closed_days = ["{DS}"]')
+    assert "a _SUCCESS in the empty folder" in message
+    closed = open_impressions(template, require_success=True, closed=True)
+    assert (closed.rows, closed.groups()) == (0, [])
+    (tmp_path / f"ds={DS}").mkdir(exist_ok=True)
+    (tmp_path / f"ds={DS}" / "_SUCCESS").touch()
+    assert open_impressions(template).identity() == closed.identity()
+    write(tmp_path, impressions())
+    refusal(OperatorError, lambda: open_impressions(template, closed=True), "closed_days", str(DS))
+
+
 def test_an_identity_changes_with_files_and_settings_and_with_nothing_else(tmp_path: Path) -> None:
     template = write(tmp_path, impressions(score=[1, 2, 3]))
     seen = [open_impressions(template).identity()]

@@ -283,6 +283,22 @@ def test_an_empty_day_publishes_empty_tables(world: World) -> None:
     assert len(world.table("user_histories", DAYS[1])) == 5
 
 
+@pytest.mark.first_night
+def test_a_day_on_which_the_shop_was_closed_publishes_empty_tables(
+    world: World, capsys: Capture
+) -> None:
+    for table in ("catalogue", "impressions"):
+        files.delete_tree(str(world.folder / table / f"ds={DAYS[1]}"))
+    assert refresh(world, DAYS[1]) == 4
+    assert f'closed_days = ["{DAYS[1]}"]' in paragraph(capsys)
+    world.extra_settings = f'closed_days = ["{DAYS[1]}"]'
+    assert refresh(world, DAYS[1]) == 0
+    assert len(world.table("user_simscores", DAYS[1])) == 0
+    assert not any(world.table("item_features", DAYS[1])["in_catalogue"].to_pylist())
+    assert refresh(world, DAYS[2]) == 0
+    assert any(world.table("item_features", DAYS[2])["in_catalogue"].to_pylist())
+
+
 def test_the_first_day_of_all_may_be_empty(world: World) -> None:
     for table in ("catalogue", "impressions"):
         world.write(table, DAYS[0], [], rows_to_group=1)

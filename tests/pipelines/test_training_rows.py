@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from feature_jobs import inputs
 from feature_jobs.store import files
 from tests.support import oracles
 from tests.support.commands import (
@@ -271,14 +272,36 @@ def test_an_unknown_category_exits_2_and_names_the_nearest(shop: World, capsys: 
     assert not shop.root.exists()
 
 
-def test_a_day_that_is_not_there_yet_exits_4_and_the_earlier_ones_stay(
-    shop: World, capsys: Capture
-) -> None:
+def test_a_day_that_is_not_there_exits_4_before_any_is_made(shop: World, capsys: Capture) -> None:
     tomorrow = DAYS[3] + dt.timedelta(days=1)
     assert make(shop, "--start-ds", str(DAYS[2]), "--end-ds", str(tomorrow)) == 4
-    assert f"no partition for ds {tomorrow}" in paragraph(capsys)
-    assert made(shop, DAYS[2])
-    assert made(shop, DAYS[3])
+    told = paragraph(capsys)
+    assert f"no partition for ds {tomorrow}" in told
+    assert f'closed_days = ["{tomorrow}"]' in told
+    assert not shop.root.exists()
+
+
+def test_a_day_on_which_the_shop_was_closed_is_that_of_an_empty_folder(shop: World) -> None:
+    shop.write("impressions", DAYS[1], [], rows_to_group=1)
+    assert make(shop, *EVERY_DAY) == 0
+    marked = published(shop)
+    files.delete_tree(str(shop.root))
+    files.delete_tree(str(shop.folder / "impressions" / f"ds={DAYS[1]}"))
+    assert make(shop, *EVERY_DAY) == 4
+    shop.extra_settings = f'closed_days = ["{DAYS[1]}"]\n{training()}'
+    assert make(shop, *EVERY_DAY) == 0
+    assert published(shop) == marked
+    assert str(DAYS[1]) not in manifest(shop, DAYS[3])["notes"]["days_without_log"]
+
+
+def test_each_partition_is_opened_once_however_many_days_read_it(
+    shop: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.extra_settings = training("dress")
+    opened, read = [], inputs.read_footer
+    monkeypatch.setattr(inputs, "read_footer", lambda path: opened.append(path) or read(path))
+    assert make(shop, *EVERY_DAY, "--dry-run") == 0
+    assert len(opened) == len(set(opened)) == len(DAYS) * (3 + 2)
 
 
 def test_categories_need_the_catalogue_and_everything_does_not(
