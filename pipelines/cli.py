@@ -354,7 +354,7 @@ def status(config: str, json: bool) -> None:
 
 @cli.command()
 @config_option
-@ds_option
+@ds_option("The published day to look into.")
 @click.option(
     "--impressions", type=click.IntRange(1), default=100, help="How many to plant clicks around."
 )
@@ -383,7 +383,7 @@ def audit(config: str, ds: dt.date, impressions: int, from_log: bool, json: bool
 
 @cli.command()
 @config_option
-@ds_option
+@ds_option("The day whose night is brought back, or released.")
 @click.option("--reason", help="Why; whoever runs the day again is told. [default: rolled back]")
 @click.option(
     "--release", is_flag=True, help="Lift the hold instead, so that the day may be made again."

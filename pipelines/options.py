@@ -35,7 +35,6 @@ def _beam_args(
 config_option = click.option(
     "--config", default="courier.toml", show_default=True, metavar="FILE", help="The settings."
 )
-ds_option = click.option("--ds", type=Ds(), required=True, help="The day to make features of.")
 json_option = click.option("--json", is_flag=True, help="The result as JSON.")
 dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Only print what would be computed, reused and left alone."
@@ -74,9 +73,15 @@ beam_argument = click.argument(
 )
 
 
+def ds_option(help: str) -> Callable[[F], F]:
+    """Returns the option of a command for one day, with what the day is to that command."""
+    return click.option("--ds", type=Ds(), required=True, help=help)
+
+
 def night_options(command: F) -> F:
     """Gives `command` the options of every command that makes tables of one ds."""
-    options = (config_option, ds_option, dry_run_option, overlap_option, json_option, beam_argument)
+    ds = ds_option("The day to make.")
+    options = (config_option, ds, dry_run_option, overlap_option, json_option, beam_argument)
     return _with(options, command)
 
 
