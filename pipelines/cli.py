@@ -65,22 +65,23 @@ def _make(
     from pipelines import nightly
     from pipelines.config import load_settings
     from pipelines.nightly import NightOptions, plan_nights
-    from pipelines.reports import status
+    from pipelines.reports import night
 
     settings = load_settings(config)
     if not dry_run:
         nightly.refuse_held(settings, days, stages)
     planned = plan_nights(settings, days, stages, _say, NightOptions(**asked))
-    for nights in [planned] if together else [[night] for night in planned]:
+    for nights in [planned] if together else [[one] for one in planned]:
         if dry_run:
-            found = [status.describe_plan(night, beam_args) for night in nights]
+            found = [night.describe_plan(one, beam_args) for one in nights]
         else:
             found = nightly.run_nights(nights, beam_args, _say)
         if json:
             click.echo(dumps(found[0] if len(found) == 1 else found, indent=1))
         else:
-            render = status.render_plan if dry_run else status.render_report
-            click.echo("\n".join(map(render, found)))
+            render = night.render_plan if dry_run else night.render_report
+            for text in filter(None, map(render, found)):
+                click.echo(text)
 
 
 @cli.command()

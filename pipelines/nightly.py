@@ -127,7 +127,8 @@ def run_nights(
             nights = _up_to_date(nights, say)
             reports = _make_all(nights, options, made, say, held)
         for night, report in zip(nights, reports, strict=True):
-            if all(stage.is_published() for stage in night.stages):
+            report["idle"] = all(stage.is_published() for stage in night.stages)
+            if report["idle"]:
                 say(f"ds {night.ds}: already published from the same inputs, nothing to do")
             if made & {stage.run_id for stage in night.stages}:
                 held.check()
@@ -168,45 +169,36 @@ def _make_all(
     """
     settings, days = nights[0].settings, [night.ds for night in nights]
     reports: list[dict[str, Any]] = [
-        {
-            "ds": str(night.ds),
-            "run_id": night.run_id,
-            "counts": {},
-            "work": {},
-            "seconds": {},
-            "workers": {name: asdict(options[name].share) for name in options},
-        }
-        for night in nights
+        {"ds": str(night.ds), "run_id": night.run_id, "stages": {}} for night in nights
     ]
-    for night, report in zip(nights, reports, strict=True):
-        report["counts"] |= _upstream_counts(night)
+    for night in nights:
+        for stage in night.upstream:
+            making.counts_of(stage)  # which raises where it is not made
     for stages in zip(*(night.stages for night in nights), strict=True):
         name, before = stages[0].name, time.monotonic()
         taken = held.take(_lock_folders(settings, days, [name]))
         if taken and any(night.is_outdated() for night in nights):
             return None
-        made |= _make_and_judge(stages, reports, settings, options[name], say, held)
+        made |= _make_and_judge(stages, settings, options[name], say, held)
         seconds = round((time.monotonic() - before) / len(nights), 1)  # a day's share
-        for report in reports:
-            report["seconds"][name] = seconds
+        for stage, report in zip(stages, reports, strict=True):
+            report["stages"][name] = {
+                "seconds": seconds,
+                "counts": making.counts_of(stage),
+                "work": making.work_of(stage),
+                "workers": asdict(options[name].share),
+            }
     for report in reports:
-        report["warnings"] = quality.warnings(report["work"])
+        works = [stage["work"] for stage in report["stages"].values()]
+        report["warnings"] = [message for work in works for message in quality.warnings(work)]
         for message in report["warnings"]:
             say(f"WARNING: ds {report['ds']}: {message}")
     return reports
 
 
-def _upstream_counts(night: Night) -> dict[str, int]:
-    """Returns the counts of what the stages read; raises InputNotReady where it is not made."""
-    counts: dict[str, int] = {}
-    for stage in night.upstream:
-        counts |= making.counts_of(stage)
-    return counts
-
-
 def _make_and_judge(
-    stages: Sequence[Stage], reports: Sequence[dict[str, Any]], settings: Settings,
-    options: JobOptions, say: Callable[[str], None], held: Locks,
+    stages: Sequence[Stage], settings: Settings, options: JobOptions, say: Callable[[str], None],
+    held: Locks,
 ) -> set[str]:  # fmt: skip
     """Makes one kind of stage of all days and asks the gates; returns the run_ids of what it made.
 
@@ -215,14 +207,14 @@ def _make_and_judge(
     stays as it was made; what breaks a contract does not, as another command would read it.
     """
     made = making.make_missing(stages, options, say, held)
-    refused = _refused(stages, reports, settings)
+    refused = _refused(stages, settings)
     if old := [stage for stage, _ in refused if stage.run_id not in made]:
         for stage in old:
             say(f"{stage.name}: what an earlier run made of ds {stage.ds} is refused still")
             held.check()
             making.reopen(stage)
         made |= making.make_missing(stages, options, say, held)
-        refused = _refused(stages, reports, settings)
+        refused = _refused(stages, settings)
     for stage, error in refused:
         if isinstance(error, DataContractError):
             held.check()
@@ -232,19 +224,17 @@ def _make_and_judge(
     return made
 
 
-def _refused(
-    stages: Sequence[Stage], reports: Sequence[dict[str, Any]], settings: Settings
-) -> list[tuple[Stage, CourierError]]:
+def _refused(stages: Sequence[Stage], settings: Settings) -> list[tuple[Stage, CourierError]]:
     """Asks the gates about each stage that is not published; returns what they refuse, and why."""
     refused: list[tuple[Stage, CourierError]] = []
-    for stage, report in zip(stages, reports, strict=True):
-        report["counts"] |= making.counts_of(stage)
-        report["work"] |= making.work_of(stage)
+    for stage in stages:
         if stage.is_published():
             continue
-        clusters = making.clusters_of(*stage.upstream, stage)
+        together = (*stage.upstream, stage)
+        counts = {name: n for one in together for name, n in making.counts_of(one).items()}
+        clusters = making.clusters_of(*together)
         try:
-            quality.check(stage.name, stage.input_rows, report["counts"], settings, clusters)
+            quality.check(stage.name, stage.input_rows, counts, settings, clusters)
         except (GateRefused, DataContractError) as error:
             told = type(error)(f"ds {stage.ds}: {error}")
             told.__cause__ = error

@@ -1,8 +1,8 @@
-"""Tells people what lies on disk, what a night would do, and what it did."""
+"""Tells people what lies on disk, and what there is to do about it."""
 
 import datetime as dt
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
@@ -10,11 +10,8 @@ from feature_jobs.schemas import ITEM_FEATURES, MAIN, TABLES, TRAINING_ROWS, USE
 from feature_jobs.store import files, partitions
 from pipelines.config import Settings
 from pipelines.planning.yesterday import stale_days
-from pipelines.running import beam_options, layout, records
+from pipelines.running import layout, records
 from pipelines.running.layout import CHUNK_FOLDER
-from pipelines.running.stage import Night, Stage
-
-# ---- What lies on disk ---------------------------------------------------------------------
 
 
 def collect(settings: Settings) -> dict[str, Any]:
@@ -182,85 +179,3 @@ def _night_of(day: dict[str, Any]) -> str:
     if day["whole_night"]:
         return "whole"
     return "partial" if set(day["tables"]) - {TRAINING_ROWS.name} else "-"
-
-
-# ---- A night -------------------------------------------------------------------------------
-
-
-def describe_plan(night: Night, beam_args: Sequence[str]) -> dict[str, Any]:
-    """Returns what `run_nights` would do, stage by stage; checks the Beam options too."""
-    for stage in night.stages:
-        beam_options.job_options(night.settings, stage.name, beam_args)
-    held = records.read_hold(night.settings.root, night.settings.feature_set, night.ds)
-    return {
-        "ds": str(night.ds),
-        "run_id": night.run_id,
-        "held": held and {"since": held["since"], "reason": held["reason"]},
-        "stages": [
-            {
-                "stage": stage.name,
-                "run_id": stage.run_id,
-                "tables": [stage.folder(table) for table in stage.tables],
-                "input_rows": stage.input_rows,
-                "shards": stage.shards,
-                "identities": dict(stage.identities),
-                **({"embeddings_by": stage.part.embeddings_by} if stage.name == "simscore" else {}),
-                "action": _action(stage),
-            }
-            for stage in night.stages
-        ],
-    }
-
-
-def _action(stage: Stage) -> str:
-    if stage.forced and stage.is_published():
-        return "compute: everything again"
-    if stage.is_published():
-        return "leave alone: published from the same inputs"
-    if stage.is_staged():
-        return "publish, if the gates let it pass: made by an earlier run"
-    done = stage.shards_done()
-    return f"resume: {done} of {stage.shards} shards are made" if done else "compute"
-
-
-def render_plan(plan: dict[str, Any]) -> str:
-    held = plan["held"]
-    hold = f", on hold: rolled back at {held['since']} ({held['reason']})" if held else ""
-    lines = [f"ds {plan['ds']}{hold}"]
-    for stage in plan["stages"]:
-        rows = f", {stage['input_rows']:,} input rows" if stage["input_rows"] else ""
-        rows += f", embeddings by {stage['embeddings_by']}" if "embeddings_by" in stage else ""
-        lines.append(
-            f"  {stage['stage']:14} {stage['action']} (run {stage['run_id']}, {stage['shards']} "
-            f"shards{rows})"
-        )
-        lines += [f"  {'':14} -> {table}" for table in stage["tables"]]
-    return "\n".join(lines)
-
-
-def render_report(report: dict[str, Any]) -> str:
-    counts, seconds = report["counts"], report["seconds"]
-    rows = [f"{k.removesuffix('_rows')} {v:,}" for k, v in counts.items() if k.endswith("_rows")]
-    rest = [f"{k} {v:,}" for k, v in counts.items() if not k.endswith("_rows")]
-    times = ", ".join(f"{stage} {s:,.1f} s" for stage, s in seconds.items())
-    work = _work(report["work"])
-    return (
-        f"ds {report['ds']} published, run {report['run_id']} ({times})\n"
-        f"  rows: {', '.join(rows)}\n"
-        f"  {', '.join(rest)}" + (f"\n  {work}" if work else "")
-    )
-
-
-def _work(work: Mapping[str, float]) -> str:
-    """Returns what images, each thread's time by itself, and shuffles cost; empty for none."""
-    found = [
-        f"{name.removesuffix('_seconds')} {value:,.1f} s"
-        for name, value in work.items()
-        if name.endswith("_seconds")
-    ]
-    if work.get("bytes_read"):
-        found.insert(0, f"read {work['bytes_read'] / 1e6:,.1f} MB")
-    if work.get("shuffled_bytes"):
-        found.append(f"shuffled {work['shuffled_bytes'] / 1e6:,.1f} MB of items")
-    found += [f"{k.replace('_', ' ')} {v:,}" for k, v in work.items() if k.startswith("embedded_")]
-    return ", ".join(found)

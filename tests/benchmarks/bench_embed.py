@@ -257,7 +257,7 @@ def job_seconds(folder: Path, root: Path, uris: list[str], encoder: ImageEncoder
     settings = write_shop(top, uris, DAYS[:1], str(root), top / info.encoder_id)
     night = plan_night(load_settings(settings), DAYS[0], ["embed"])
     (report,) = run_nights([night], [], lambda _: None)
-    return float(report["seconds"]["embed"])
+    return float(report["stages"]["embed"]["seconds"])
 
 
 # ---- 2. What Beam costs ------------------------------------------------------------------------
@@ -417,8 +417,8 @@ def one_shop(count: int) -> None:
             with stubs(changed=night // 2):
                 planned = plan_night(load_settings(path), day, ["embed"])
                 (report,) = run_nights([planned], [], lambda _: None)
-            found["seconds"].append(report["seconds"]["embed"])
-            found["embedded"].append(report["counts"]["images_embedded"])
+            found["seconds"].append(report["stages"]["embed"]["seconds"])
+            found["embedded"].append(report["stages"]["embed"]["counts"]["images_embedded"])
             found["peak_mb"].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     print(json.dumps(found))
 

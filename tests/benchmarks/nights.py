@@ -90,7 +90,8 @@ def main() -> None:
     start = time.perf_counter()
     (report,) = run_nights([night], beam_args, lambda _: None)
     seconds = time.perf_counter() - start
-    counts = report["counts"] | report["work"]
+    made = report["stages"][stage]
+    counts = made["counts"] | made["work"]
     found = {"rows": night.stages[0].input_rows, "seconds": seconds, "counts": counts}
     print(json.dumps({**found, "peak_bytes": _peak_bytes()}))
 

@@ -437,7 +437,7 @@ def test_the_run_and_its_report_tell_what_the_images_cost_and_where_they_were_em
 ) -> None:
     assert embed(world, DAYS[0], "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    found = report["work"]
+    found = report["stages"]["embed"]["work"]
     device = f"embedded_on_{encoders.choose_device().type}"
     assert [n for name, n in found.items() if name.startswith(device)] == [9]  # in one precision
     readable = [i for i in catalogue_items(DAYS[0]) if i not in (MISSING, UNDECODABLE)]
@@ -446,12 +446,13 @@ def test_the_run_and_its_report_tell_what_the_images_cost_and_where_they_were_em
     for step in ("io", "decode", "forward"):
         assert 0 < found[f"{step}_seconds"] < 60
     (path,) = (world.root / "test/_runs").rglob("run.json")
-    assert json.loads(path.read_text())["work"] == found
+    assert json.loads(path.read_text())["stages"]["embed"]["work"] == found
 
     files.delete_tree(str(world.root))
     assert embed(world, DAYS[0]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert all(word in last for word in ("read 0.0 MB", "io ", "decode ", "forward ", " cpu "))
+    assert "12 items: 1 reused by bytes, 9 embedded on cpu " in last
+    assert "; 2 rejected: 1 missing, 1 not an image; read " in last
 
 
 def test_workers_compute_on_the_threads_of_the_settings_and_the_run_states_them(
@@ -462,14 +463,19 @@ def test_workers_compute_on_the_threads_of_the_settings_and_the_run_states_them(
     assert embed_with(world, DAYS[0], ("[embed]", "[workers]\nthreads = 3\n[embed]")) == 0
     assert limits == [3]
     (path,) = (world.root / "test/_runs").rglob("run.json")
-    assert json.loads(path.read_text())["workers"] == {"embed": {"threads": 3, "processes": 1}}
+    (stage,) = json.loads(path.read_text())["stages"].values()
+    assert stage["workers"] == {"threads": 3, "processes": 1}
 
 
 def test_a_night_that_is_published_already_tells_no_cost(world: World, capsys: Capture) -> None:
     reports = []
     for _ in range(2):
         assert embed(world, DAYS[0], "--json") == 0
-        reports.append(json.loads(capsys.readouterr().out))
+        reports.append(json.loads(capsys.readouterr().out)["stages"]["embed"])
     assert reports[0]["counts"] == reports[1]["counts"]
     assert reports[0]["work"]
     assert reports[1]["work"] == {}
+    assert embed(world, DAYS[0]) == 0
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.count("\n") == 1

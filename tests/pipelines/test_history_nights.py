@@ -435,7 +435,7 @@ def test_both_joins_give_the_same_table(shop: World, after_nights: World, capsys
         found, other = (w.table("user_simscores", day) for w in (shop, after_nights))
         assert found == other
     assert "sim_scores" in other.column_names
-    assert capsys.readouterr().out.count("MB of items") == len(DAYS)
+    assert capsys.readouterr().out.count("kB of items") == len(DAYS)
 
 
 @pytest.mark.parametrize(

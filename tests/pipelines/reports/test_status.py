@@ -1,9 +1,8 @@
-"""`courier status` tells what lies on disk, and a report what a night made and cost."""
+"""`courier status` tells what lies on disk."""
 
 import json
 
 from pipelines.cli import main
-from pipelines.reports import status
 from tests.conftest import Artefacts
 from tests.support.commands import Capture
 from tests.support.world import DAYS, World
@@ -40,22 +39,3 @@ def test_an_unfinished_run_is_listed(world: World, capsys: Capture, artefacts: A
     capsys.readouterr()
     assert main(["status", *config]) == 0
     assert f"unfinished: embed ds={DAYS[0]} run " in capsys.readouterr().out
-
-
-def test_a_reports_counts_and_what_they_cost_are_all_told() -> None:
-    report = {
-        "ds": "2026-01-01", "run_id": "r", "seconds": {"embed": 1.5},
-        "counts": {"item_embeddings_rows": 1234, "images_read": 7},
-        "work": {},
-    }  # fmt: skip
-    text = status.render_report(report)
-    assert "item_embeddings 1,234" in text
-    assert "images_read 7" in text
-    assert len(text.splitlines()) == 3
-    report["work"] = {
-        "bytes_read": 2_500_000, "decode_seconds": 3.25, "embedded_on_cpu_fp32": 1900,
-        "forward_seconds": 12.0, "io_seconds": 0.0,
-    }  # fmt: skip
-    last = status.render_report(report).splitlines()[-1]
-    expected = "read 2.5 MB, decode 3.2 s, forward 12.0 s, io 0.0 s, embedded on cpu fp32 1,900"
-    assert last.strip() == expected

@@ -1,0 +1,159 @@
+"""Tells people what a night would do, and what it did: a line for each stage."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pipelines.running import beam_options, records
+from pipelines.running.stage import Night, Stage
+
+Numbers = Mapping[str, float]
+
+# ---- What it would do --------------------------------------------------------------------------
+
+
+def describe_plan(night: Night, beam_args: Sequence[str]) -> dict[str, Any]:
+    """Returns what `run_nights` would do, stage by stage; checks the Beam options too."""
+    for stage in night.stages:
+        beam_options.job_options(night.settings, stage.name, beam_args)
+    held = records.read_hold(night.settings.root, night.settings.feature_set, night.ds)
+    return {
+        "ds": str(night.ds),
+        "run_id": night.run_id,
+        "held": held and {"since": held["since"], "reason": held["reason"]},
+        "stages": [
+            {
+                "stage": stage.name,
+                "run_id": stage.run_id,
+                "tables": [stage.folder(table) for table in stage.tables],
+                "input_rows": stage.input_rows,
+                "shards": stage.shards,
+                "identities": dict(stage.identities),
+                **({"embeddings_by": stage.part.embeddings_by} if stage.name == "simscore" else {}),
+                "action": _action(stage),
+            }
+            for stage in night.stages
+        ],
+    }
+
+
+def _action(stage: Stage) -> str:
+    if stage.forced and stage.is_published():
+        return "compute: everything again"
+    if stage.is_published():
+        return "leave alone: published from the same inputs"
+    if stage.is_staged():
+        return "publish, if the gates let it pass: made by an earlier run"
+    done = stage.shards_done()
+    return f"resume: {done} of {stage.shards} shards are made" if done else "compute"
+
+
+def render_plan(plan: dict[str, Any]) -> str:
+    held = plan["held"]
+    hold = f", on hold: rolled back at {held['since']} ({held['reason']})" if held else ""
+    lines = [f"ds {plan['ds']}{hold}"]
+    for stage in plan["stages"]:
+        rows = f", {stage['input_rows']:,} input rows" if stage["input_rows"] else ""
+        rows += f", embeddings by {stage['embeddings_by']}" if "embeddings_by" in stage else ""
+        lines.append(
+            f"  {stage['stage']:14} {stage['action']} (run {stage['run_id']}, {stage['shards']} "
+            f"shards{rows})"
+        )
+        lines += [f"  {'':14} -> {table}" for table in stage["tables"]]
+    return "\n".join(lines)
+
+
+# ---- What it did -------------------------------------------------------------------------------
+
+
+def render_report(report: dict[str, Any]) -> str:
+    """Returns what a run did, a line for each stage; empty where it had nothing to do."""
+    if report["idle"]:
+        return ""
+    lines = [f"ds {report['ds']} published, run {report['run_id']}"]
+    for name, stage in report["stages"].items():
+        told = _TOLD[name](Counter(stage["counts"]), stage["work"])  # what was not counted is 0
+        lines.append(f"  {name:14}{stage['seconds']:8,.1f} s  {told}")
+    return "\n".join(lines)
+
+
+def _embed(counts: Numbers, work: Numbers) -> str:
+    places = [
+        f"{n:,} embedded on {name.removeprefix('embedded_on_').replace('_', ' ')}"
+        for name, n in work.items()
+        if name.startswith("embedded_on_")
+    ]
+    done = _nonzero(
+        (counts["images_unchanged"], "as they were"),
+        (counts["images_reused"], "reused by bytes"),
+        (0 if places else counts["images_embedded"], "embedded"),
+    )
+    rejected = {k.removeprefix("rejected_"): n for k, n in counts.items() if "rejected_" in k}
+    reasons = _nonzero(*((n, reason.replace("_", " ")) for reason, n in rejected.items()))
+    items = f"{counts['catalogue_items']:,} items"
+    if counts["former_items"]:
+        items += f" and {counts['former_items']:,} former ones"
+    told = [_of(items, [*done, *places])]
+    if reasons:
+        told.append(f"{counts['item_rejects_rows']:,} rejected: {', '.join(reasons)}")
+    if read := work.get("bytes_read"):
+        told.append(f"read {_size(read)}")
+    return "; ".join(told)
+
+
+def _item_features(counts: Numbers, _: Numbers) -> str:
+    found = _nonzero(
+        (counts["items_with_cluster"], "with a cluster ID"),
+        (counts["items_out_of_scope"], "out of scope"),
+    )
+    return _of(f"{counts['items']:,} items", found)
+
+
+def _histories(counts: Numbers, _: Numbers) -> str:
+    return f"{counts['user_histories_rows']:,} users with a history"
+
+
+def _simscore(counts: Numbers, work: Numbers) -> str:
+    rows = counts["impressions"]
+    found = _nonzero(
+        (rows - counts["without_history"], "with a history"),
+        (counts["unknown_items"], "of items that the catalogue lacks"),
+        (counts["too_late_for_a_history"], "too late for a history"),
+        (counts["click_times_before_event"], "clicked before they were shown"),
+        (counts["moved_impressions"], "of items in another cluster than the day before"),
+    )
+    shuffled = work.get("shuffled_bytes")
+    return _of(f"{rows:,} impressions", found) + (
+        f"; shuffled {_size(shuffled)} of items" if shuffled else ""
+    )
+
+
+def _training_rows(counts: Numbers, _: Numbers) -> str:
+    found = _nonzero(
+        (counts["rows_with_history"], "with a history"),
+        (counts["requests"], "requests"),
+        (counts["out_of_scope_impressions"], "impressions out of scope"),
+        (counts["unclicked_left_out"], "impressions without a click left out"),
+    )
+    return _of(f"{counts['training_rows_rows']:,} rows", found)
+
+
+_TOLD: dict[str, Callable[[Numbers, Numbers], str]] = {
+    "embed": _embed,
+    "item-features": _item_features,
+    "histories": _histories,
+    "simscore": _simscore,
+    "training-rows": _training_rows,
+}
+
+
+def _nonzero(*found: tuple[float, str]) -> list[str]:
+    return [f"{n:,} {what}" for n, what in found if n]
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
+
+
+def _of(all_of_them: str, some: Sequence[str]) -> str:
+    return f"{all_of_them}: {', '.join(some)}" if some else all_of_them
