@@ -112,20 +112,23 @@ def find_files(
 ) -> list[str]:
     """Returns the paths of the files of one ds; empty for an empty day.
 
-    An empty day has a `_SUCCESS` and no file, or is one on which the shop was `closed`.
+    An empty day has a `_SUCCESS` and no file, or is one without a file on which the shop was
+    `closed`; a catalogue may have been written all the same.
 
     Raises InputNotReady where there is no partition, or no `_SUCCESS` although it is required, and
-    OperatorError for files of a day on which the shop was closed.
+    OperatorError for impressions of a day on which the shop was closed.
     """
     pattern = pattern_for(template, ds)
     paths = [file.path for file in files.glob(pattern)]
-    if closed and paths:
+    if closed and paths and table == "impressions":
         raise OperatorError(
             f"closed_days in the settings names {ds}, but the {table} table has files of that day, "
             f"such as {paths[0]}. To pass them over would lose what they hold. Take the day out of "
             "closed_days, or the files away."
         )
-    done = closed or is_marked_whole(template, ds)
+    if closed and not paths:
+        return []
+    done = is_marked_whole(template, ds)
     if not done and (require_success or not paths):
         missing = "no _SUCCESS" if paths else "no file and no _SUCCESS"
         raise InputNotReady(
@@ -162,18 +165,18 @@ def open_source(
     """Finds and checks one input partition by its footers alone.
 
     `named` are optional columns that the settings name, and which therefore must be there. Of a day
-    on which the shop was `closed` there is nothing, and nothing is waited for.
+    on which the shop was `closed` nothing is waited for.
 
     Raises InputNotReady (no partition; no row and no `_SUCCESS`), DataContractError (unreadable
     file, missing column, wrong type, files that differ) or OperatorError (naive times without
-    `input_timezone`, files of a closed day).
+    `input_timezone`, impressions of a closed day).
     """
     paths = find_files(table, template, ds, require_success, closed)
     with ThreadPoolExecutor(_FOOTER_READERS) as pool:
         footers = list(pool.map(read_footer, paths))
         versions = tuple(pool.map(_version_of, paths))
     rows = sum(metadata.num_rows for metadata, _ in footers)
-    if not rows and not closed and not is_marked_whole(template, ds):
+    if not rows and not (closed and not paths) and not is_marked_whole(template, ds):
         raise InputNotReady(
             f"The {table} table of ds {ds} has files but no row, and no _SUCCESS to say that this "
             "is all. An empty day is published only when it is marked as whole: write the "

@@ -70,7 +70,7 @@ def _make(
     settings = load_settings(config)
     if not dry_run:
         nightly.refuse_held(settings, days, stages)
-    planned = plan_nights(settings, days, stages, _say, NightOptions(**asked))
+    planned = plan_nights(settings, days, stages, _say, NightOptions(**asked), together)
     for nights in [planned] if together else [[one] for one in planned]:
         if dry_run:
             found = [night.describe_plan(one, beam_args) for one in nights]

@@ -206,8 +206,8 @@ class Settings(_Section):
 
     A history knows a click `history_lag_seconds` after it, and an item clicked twice once, or with
     `keep_repeats` twice. Impressions that come more than `late_days` late have none. Before
-    `history_start_ds` there are no clicks, and on `closed_days` neither impressions nor, where
-    there is one catalogue a day, items.
+    `history_start_ds` there are no clicks, and on `closed_days` no impressions, nor perhaps a
+    catalogue.
     """
 
     root: Path

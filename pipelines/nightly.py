@@ -87,17 +87,22 @@ def plan_nights(
     wanted: Sequence[str],
     say: Callable[[str], None] = lambda _: None,
     options: NightOptions = _NOTHING_ASKED,
+    together: bool = True,
 ) -> list[Night]:
-    """Plans the `wanted` stages of consecutive days, whose histories go on from each other."""
-    again = partial(plan_nights, settings, days, wanted, say, options)
+    """Plans the `wanted` stages of days.
+
+    Days that are made `together` are consecutive, and their histories go on from each other.
+    """
+    again = partial(plan_nights, settings, wanted=wanted, say=say, options=options)
     if options.allow_churn:
         settings = settings.allowing_churn()
     nights: list[Night] = []
     found: dict[str, Source | InputNotReady] = {}
     for ds in days:
-        earlier = nights[-1].stage("histories") if nights else None
-        day = DayPlan(settings, ds, say, options, earlier, len(days), found)
-        nights.append(plan_day(day, wanted, again))
+        group = days if together else [ds]
+        earlier = nights[-1].stage("histories") if nights and together else None
+        day = DayPlan(settings, ds, say, options, earlier, len(group), found)
+        nights.append(plan_day(day, wanted, partial(again, days=group)))
     return nights
 
 
@@ -150,10 +155,9 @@ def _lock_folders(settings: Settings, days: Sequence[dt.date], stages: Sequence[
 
 def _up_to_date(nights: Sequence[Night], say: Callable[[str], None]) -> Sequence[Night]:
     """Returns the plans, made again where another run has published what they are built on."""
-    days = {night.ds for night in nights}
     while any(night.is_outdated() for night in nights):
         say("another run has published days that this one goes on from: planning again")
-        nights = [night for night in nights[0].again() if night.ds in days]
+        nights = nights[0].again()
     return nights
 
 

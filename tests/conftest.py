@@ -32,9 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def warm_python() -> Iterator[str]:
     """Gives the path of a `python -m` that has torch and Beam imported already."""
-    with warm.python(tmp_path_factory.mktemp("warm")) as program:
+    with warm.python() as program:
         yield program
 
 

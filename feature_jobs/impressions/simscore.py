@@ -9,7 +9,7 @@ history of the impression's own moment; 0 and masked where either item is unknow
 embedding or is out of the encoder's scope.
 
 Flow: impressions meet the clicks of their users in user shards, get their histories, and go to the
-shards of their day's table. The embeddings reach those by one of two joins, which give the same
+shards of their day's table. The embeddings reach those in one of two ways, which give the same
 table: `broadcast`, as memory-mapped files, one copy per machine, shared by its processes; or
 `shuffle`, for catalogues larger than a worker's disk: each shard asks the item shards for what it
 needs, every item once. Rows travel by way of files (`pieces`): what is in Beam's hands is small.

@@ -139,6 +139,6 @@ class ShopTables:
                 self._found[key] = missing
         found = self._found[key]
         if isinstance(found, InputNotReady):
-            raise found
+            raise found.with_traceback(None)
         self._opened[key] = found
         return found

@@ -108,6 +108,19 @@ def test_a_closed_day_is_an_empty_one_and_has_no_files(tmp_path: Path) -> None:
     refusal(OperatorError, lambda: open_impressions(template, closed=True), "closed_days", str(DS))
 
 
+def test_files_of_other_days_in_one_folder_are_not_those_of_a_closed_day(tmp_path: Path) -> None:
+    pq.write_table(impressions(), tmp_path / "2000-01-01.parquet")
+    template = str(tmp_path / "{ds}.parquet")
+    assert open_impressions(template, closed=True).rows == 0
+
+
+def test_a_catalogue_of_a_closed_day_is_read(tmp_path: Path) -> None:
+    write(tmp_path, catalogue())
+    columns = {name: name for name in CATALOGUE_COLUMNS}
+    template = str(tmp_path / "ds={ds}")
+    assert inputs.open_source("catalogue", template, DS, columns, closed=True).rows == 2
+
+
 def test_an_identity_changes_with_files_and_settings_and_with_nothing_else(tmp_path: Path) -> None:
     template = write(tmp_path, impressions(score=[1, 2, 3]))
     seen = [open_impressions(template).identity()]

@@ -426,10 +426,12 @@ def test_days_asked_for_in_no_way_that_makes_sense_exit_2(
     assert courier(shop, command, *args) == 2
 
 
-# ---- Two joins ---------------------------------------------------------------------------------
+# ---- Embeddings come in two ways ---------------------------------------------------------------
 
 
-def test_both_joins_give_the_same_table(shop: World, after_nights: World, capsys: Capture) -> None:
+def test_embeddings_that_come_either_way_give_the_same_table(
+    shop: World, after_nights: World, capsys: Capture
+) -> None:
     assert courier(shop, "simscore", *RANGE, "--embeddings-by", "shuffle") == 0
     for day in DAYS:
         found, other = (w.table("user_simscores", day) for w in (shop, after_nights))
@@ -469,7 +471,7 @@ def test_a_worker_without_room_for_a_copy_says_so_before_it_is_half_written(
     assert 'embeddings_by = "shuffle"' in message
 
 
-def test_how_the_join_was_made_is_no_part_of_what_was_made(nights: World, capsys: Capture) -> None:
+def test_how_embeddings_came_is_no_part_of_what_was_made(nights: World, capsys: Capture) -> None:
     assert courier(nights, "simscore", "--ds", str(DAYS[0]), "--embeddings-by", "shuffle") == 0
     assert "nothing to do" in capsys.readouterr().err
 

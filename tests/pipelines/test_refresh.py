@@ -1,6 +1,7 @@
 """Tests a night repeated, killed, refused and mended: what was published before stays."""
 
 import datetime as dt
+import itertools
 import json
 import os
 import signal
@@ -223,11 +224,11 @@ def test_a_night_killed_with_signal_9_while_embedding_resumes_and_embeds_no_imag
 
 
 def test_a_terminated_night_exits_143_publishes_nothing_and_resumes(
-    refreshed_once: tuple[World, dict[str, bytes], int], warm_python: str
+    refreshed_once: tuple[World, dict[str, bytes], int],
 ) -> None:
     world, uninterrupted, _ = refreshed_once
     files.delete_tree(str(world.root))
-    process = start(warm_python, world, DAYS[0])
+    process = start(sys.executable, world, DAYS[0])
     wait_for(lambda: any(world.root.rglob("receipts/*.json")), process)
     process.terminate()
     _, errors = process.communicate(timeout=60)
@@ -308,9 +309,11 @@ def test_the_first_day_of_all_may_be_empty(world: World) -> None:
 
 
 def test_carried_columns_and_the_shops_own_impression_ids_pass_through(world: World) -> None:
+    number = itertools.count()
+
     def add(rows: pa.Table) -> pa.Table:
         n = len(rows)
-        ids = [f"{r['user_id']}-{k}" for k, r in enumerate(rows.to_pylist())]
+        ids = [f"{user}-{next(number)}" for user in rows["user_id"].to_pylist()]
         return rows.append_column("impression_id", pa.array(ids)).append_column(
             "price", pa.array([0.5 * k for k in range(n)])
         )

@@ -1,4 +1,4 @@
-"""In two hundred random shops each row is what plain loops make of it, whatever the join.
+"""In two hundred random shops each row is what plain loops make of it, either way embeddings come.
 
 The steps of the job are those of the pipeline, called one after the other without Beam: a run of
 Beam costs a second.
@@ -194,7 +194,7 @@ def test_rows_of_random_worlds_are_what_plain_loops_make_of_them(
         known = write_items(folder, items, shards[0])
         log = [write_log(folder, drawn, day) for day in range(2)]
         found = {}
-        for join in (BROADCAST, SHUFFLE):
+        for way in (BROADCAST, SHUFFLE):
             days = tuple(
                 SimscoreDay(
                     day,
@@ -205,20 +205,20 @@ def test_rows_of_random_worlds_are_what_plain_loops_make_of_them(
                     schema,
                     "e",
                     "c",
-                    str(folder / join / str(day.number)),
+                    str(folder / way / str(day.number)),
                 )
                 for day, n in zip(DAYS, shards, strict=True)
             )
             job = HistoriesJob(
                 law, tuple(DAYS), (), max(shards), pa.string(), pa.int64(), "UTC",
-                str(folder / join),
+                str(folder / way),
             )  # fmt: skip
-            run(SimscoreJob(days, job, LENGTH, join, str(folder / join)), log)
+            run(SimscoreJob(days, job, LENGTH, way, str(folder / way)), log)
             for day in days:
                 broadcast.discard(day.broadcast_key)
-            found[join] = [read_scores(day) for day in days]
+            found[way] = [read_scores(day) for day in days]
     for day in range(2):
-        one, other = (found[join][day] for join in (BROADCAST, SHUFFLE))
+        one, other = (found[way][day] for way in (BROADCAST, SHUFFLE))
         assert one == other
         expected = expected_rows(drawn, items, day, law)
         for rows in (one, other):

@@ -19,7 +19,7 @@ def connected(address: str) -> socket.socket:
         try:
             connection.connect(address)
             return connection
-        except OSError:
+        except (FileNotFoundError, ConnectionRefusedError):
             connection.close()
             if time.monotonic() > deadline:
                 raise

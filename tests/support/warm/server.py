@@ -3,6 +3,7 @@
 python -m tests.support.warm.server SOCKET
 """
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -13,6 +14,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import traceback
 import warnings
 from pathlib import Path
@@ -35,11 +37,12 @@ def serve(address: str) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen()
-        while True:
+        while server in select.select([server, sys.stdin], [], [])[0]:
             connection, _ = server.accept()
             with connection:
                 if not os.fork():
                     server.close()
+                    os.close(0)
                     _run_and_tell(connection)
 
 
@@ -52,7 +55,7 @@ def _run_and_tell(connection: socket.socket) -> None:
     if not number:
         connection.close()
         _become(asked, streams)
-    connection.sendall(b"%d\n" % number)
+    _tell(connection, number)
     status = None
     while status is None:
         ended, found = os.waitpid(number, os.WNOHANG)
@@ -60,9 +63,13 @@ def _run_and_tell(connection: socket.socket) -> None:
             status = os.waitstatus_to_exitcode(found)
         elif select.select([connection], [], [], 0.01)[0]:  # whoever asked has gone
             os.kill(number, signal.SIGKILL)
-    with contextlib.suppress(BrokenPipeError):
-        connection.sendall(b"%d\n" % status)
+    _tell(connection, status)
     os._exit(0)
+
+
+def _tell(connection: socket.socket, number: int) -> None:
+    with contextlib.suppress(BrokenPipeError):  # whoever asked may have gone
+        connection.sendall(b"%d\n" % number)
 
 
 def _become(asked: dict[str, Any], streams: list[int]) -> NoReturn:
@@ -78,13 +85,18 @@ def _become(asked: dict[str, Any], streams: list[int]) -> NoReturn:
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     except SystemExit as end:
-        status = int(end.code or 0)
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            sys.stderr.write(end.code + "\n")
     except BaseException:  # noqa: BLE001 - whoever asked gets it
         traceback.print_exc()
         status = 1
+    # All that an interpreter does at its end, but for taking down what it has imported: a second.
+    threading._shutdown()
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # to take down all that is imported takes a second
+    os._exit(status)
 
 
 if __name__ == "__main__":
