@@ -343,14 +343,29 @@ def fit_codebook(
 
 @cli.command()
 @config_option
+@click.option("--ds", type=Ds(), help="That day alone; ends with 0, 3 or 4, as said above.")
+@click.option("--start-ds", type=Ds(), help="First day. [default: the last 14 that there are]")
+@click.option("--end-ds", type=Ds(), help="Last day. [default: the last one]")
+@click.option("--tables", is_flag=True, help="A line for each day, with the rows of its tables.")
 @json_option
-def status(config: str, json: bool) -> None:
-    """Say what is published, what is unfinished, and which pins hold."""
+def status(
+    config: str, ds: dt.date | None, start_ds: dt.date | None, end_ds: dt.date | None,
+    tables: bool, json: bool,
+) -> None:  # fmt: skip
+    """Say how the last night went, what is next and unfinished, and which days and pins there are.
+
+    With --ds it ends with 0 where the night of that day is whole, with 3 where it was refused or is
+    on hold, and with 4 where it is not there.
+    """
     from pipelines.config import load_settings
     from pipelines.reports import status as statuses
 
-    found = statuses.collect(load_settings(config))
-    click.echo(dumps(found, indent=1) if json else statuses.render(found))
+    if ds and (start_ds or end_ds):
+        raise click.UsageError("Give one day as --ds, or several as --start-ds and --end-ds.")
+    found = statuses.collect(load_settings(config), ds or start_ds, ds or end_ds)
+    click.echo(dumps(found, indent=1) if json else statuses.render(found, tables))
+    if ds:
+        statuses.check_day(found, ds)
 
 
 @cli.command()

@@ -220,8 +220,9 @@ def _make_and_judge(
         made |= making.make_missing(stages, options, say, held)
         refused = _refused(stages, settings)
     for stage, error in refused:
+        held.check()
+        making.note_refusal(stage, error)
         if isinstance(error, DataContractError):
-            held.check()
             making.reopen(stage)
     for _, error in refused:
         raise error
@@ -239,6 +240,7 @@ def _refused(stages: Sequence[Stage], settings: Settings) -> list[tuple[Stage, C
         clusters = making.clusters_of(*together)
         try:
             quality.check(stage.name, stage.input_rows, counts, settings, clusters)
+            making.note_refusal(stage, None)
         except (GateRefused, DataContractError) as error:
             told = type(error)(f"ds {stage.ds}: {error}")
             told.__cause__ = error

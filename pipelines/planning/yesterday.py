@@ -6,7 +6,7 @@ its clicks would be missing from every history after it.
 """
 
 import datetime as dt
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,16 +210,17 @@ def _within_window(log_rows: dict[str, int], ds: dt.date, settings: Settings) ->
     return {day: rows for day, rows in log_rows.items() if day >= str(oldest)}
 
 
-def stale_days(settings: Settings) -> dict[str, dt.date]:
-    """Returns the stale days, each with the day that was made again without it.
+def stale_days(settings: Settings, days: Sequence[dt.date]) -> dict[str, dt.date]:
+    """Returns which of `days` are stale, each with the day that was made again without it.
 
     A day is stale whose histories or SimScores go on from other histories, or come from another
     log, than are published now.
     """
-    histories = _inputs_of(settings, USER_HISTORIES)
-    scores = _inputs_of(settings, USER_SIMSCORES)
+    looked_at = {*days, *(day - _ONE_DAY for day in days)}
+    histories = _inputs_of(settings, USER_HISTORIES, looked_at)
+    scores = _inputs_of(settings, USER_SIMSCORES, looked_at)
     stale: dict[str, dt.date] = {}
-    for ds in sorted(histories | scores):
+    for ds in sorted((histories | scores).keys() & set(days)):
         yesterday = ds - _ONE_DAY
         now, _ = histories.get(yesterday, (None, {}))
         for _, inputs in (found[ds] for found in (histories, scores) if ds in found):
@@ -235,11 +236,13 @@ def stale_days(settings: Settings) -> dict[str, dt.date]:
     return stale
 
 
-def _inputs_of(settings: Settings, table: Table) -> dict[dt.date, tuple[str, dict[str, Any]]]:
+def _inputs_of(
+    settings: Settings, table: Table, days: Collection[dt.date]
+) -> dict[dt.date, tuple[str, dict[str, Any]]]:
     """Returns by day the run_id and the inputs of what is published of a table."""
     found = {}
-    for ds in layout.published_days(settings.root, settings.feature_set, table):
+    for ds in days:
         folder = layout.table_folder(settings.root, settings.feature_set, table, ds)
-        manifest = partitions.open_published(folder).manifest
-        found[ds] = (manifest["run_id"], manifest["inputs"])
+        if partition := partitions.find_published(folder):
+            found[ds] = (partition.run_id, partition.manifest["inputs"])
     return found

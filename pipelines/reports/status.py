@@ -1,49 +1,71 @@
-"""Tells people what lies on disk, and what there is to do about it."""
+"""Tells people how the last night went, what is next and to be done, and which days are there.
+
+What it costs follows what it prints: of earlier days nothing is read but their names.
+"""
 
 import datetime as dt
 import os
+import re
+import textwrap
 from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
-from feature_jobs.schemas import ITEM_FEATURES, MAIN, TABLES, TRAINING_ROWS, USER_SIMSCORES
+from feature_jobs import inputs
+from feature_jobs.schemas import (
+    ITEM_EMBEDDINGS,
+    ITEM_FEATURES,
+    MAIN,
+    TABLES,
+    TRAINING_ROWS,
+    USER_HISTORIES,
+    USER_SIMSCORES,
+    GateRefused,
+    InputNotReady,
+)
 from feature_jobs.store import files, partitions
+from feature_jobs.store.documents import read_json
 from pipelines.config import Settings
 from pipelines.planning.yesterday import stale_days
-from pipelines.running import layout, records
+from pipelines.running import layout, making, records
 from pipelines.running.layout import CHUNK_FOLDER
 
+DAYS_SHOWN = 14
+_ONE_DAY = dt.timedelta(days=1)
+# What people call a table in a narrow column.
+_SHORT = {
+    "item_embeddings": "embeddings", "item_rejects": "rejects", "item_features": "features",
+    "user_histories": "histories", "recent_clicks": "recent", "user_simscores": "simscores",
+    "training_rows": "training",
+}  # fmt: skip
 
-def collect(settings: Settings) -> dict[str, Any]:
+
+# ---- Finding -----------------------------------------------------------------------------------
+
+
+def collect(
+    settings: Settings, start: dt.date | None = None, end: dt.date | None = None
+) -> dict[str, Any]:
     """Finds what lies below the root of the settings, and what there is to do about it.
 
-    Returns the pins; for each ds its tables and whether its night is whole; days on hold; days that
-    are stale, with the day that was made again before them; what is unfinished.
+    Returns the pins; the last night and the next; for each ds from `start` to `end`, of the last
+    fourteen where neither is given, its tables and whether its night is whole; days on hold; those
+    that are stale, with the day that was made again before them; what is unfinished.
     """
-    days: dict[str, dict[str, Any]] = {}
-    for table in TABLES.values():
-        for ds in layout.published_days(settings.root, settings.feature_set, table):
-            folder = layout.table_folder(settings.root, settings.feature_set, table, ds)
-            found = partitions.find_published(folder)
-            if found is None:
-                continue  # it is being replaced just now
-            manifest = found.manifest
-            entry = {k: manifest[k] for k in ("rows", "version", "run_id", "identities", "notes")}
-            entry |= {k: manifest[k] for k in ("clusters", "counts") if k in manifest}
-            days.setdefault(str(ds), {})[table.name] = {**entry, "path": folder}
+    known = _known_days(settings)
+    asked = [day for day in known if (start or day) <= day <= (end or day)]
+    shown = asked if start or end else asked[-DAYS_SHOWN:]
+    days = {str(day): _day(settings, day) for day in shown}
+    last = max((ds for ds, day in days.items() if _is_begun(day)), default=None)
     return {
         "root": settings.root,
         "feature_set": settings.feature_set,
         "pins": [pin.model_dump(mode="json") for pin in settings.pins],
-        "days": {
-            ds: {
-                "whole_night": records.is_whole_night(
-                    settings.root, settings.feature_set, dt.date.fromisoformat(ds)
-                ),
-                "tables": found,
-            }
-            for ds, found in sorted(days.items())
-        },
+        "asked": bool(start or end),
+        "last": last and {"ds": last, **_last_run(settings, last)},
+        "next": None if start or end else _next(settings, last),
+        "earlier_days": 0 if start or end else len(known) - len(shown),
+        "days": days,
         "held": {
             str(ds): {
                 "since": hold["since"],
@@ -54,7 +76,7 @@ def collect(settings: Settings) -> dict[str, Any]:
             }
             for ds, hold in records.held_days(settings.root, settings.feature_set).items()
         },
-        "stale": {ds: str(after) for ds, after in stale_days(settings).items()},
+        "stale": {ds: str(after) for ds, after in stale_days(settings, shown).items()},
         "staged": [
             run
             for top in (settings.feature_set, "shared")
@@ -63,51 +85,234 @@ def collect(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _staged(top: str) -> list[str]:
+def _known_days(settings: Settings) -> list[dt.date]:
+    root, feature_set = settings.root, settings.feature_set
+    begun = (layout.begun_days(root, feature_set, table) for table in TABLES.values())
+    return sorted({day for days in begun for day in days})
+
+
+def _day(settings: Settings, ds: dt.date) -> dict[str, Any]:
+    tables = {}
+    for table in TABLES.values():
+        folder = layout.table_folder(settings.root, settings.feature_set, table, ds)
+        found = partitions.find_published(folder)
+        if found is None:
+            continue  # it is not there, or is being replaced just now
+        manifest = found.manifest
+        entry = {k: manifest[k] for k in ("rows", "version", "run_id", "identities", "notes")}
+        entry |= {k: manifest[k] for k in ("clusters", "counts") if k in manifest}
+        tables[table.name] = {**entry, "path": folder}
+    return {
+        "whole_night": records.is_whole_night(settings.root, settings.feature_set, ds),
+        "has_codebook": _has_codebook(settings, ds),
+        "tables": tables,
+    }
+
+
+def _has_codebook(settings: Settings, ds: dt.date) -> bool:
+    """Returns whether a codebook is pinned for ds."""
+    pins = [pin for pin in settings.pins if pin.from_ds <= ds]
+    return bool(pins) and max(pins, key=lambda pin: pin.from_ds).codebook is not None
+
+
+def _is_begun(day: Mapping[str, Any]) -> bool:
+    """Returns whether anything of a night is there; training rows are made outside it."""
+    return bool(set(day["tables"]) - {TRAINING_ROWS.name})
+
+
+def _last_run(settings: Settings, ds: str) -> dict[str, Any]:
+    """Returns when the last run of ds ended and how long it took; empty where none is noted."""
+    top = os.path.join(settings.root, settings.feature_set, "_runs", f"ds={ds}")
+    paths = [os.path.join(top, run_id, "run.json") for run_id in files.list_names(top)]
+    runs = [read_json(path) for path in paths if files.exists(path)]
+    newest = max(runs, key=lambda run: run["ended"], default=None)
+    if newest is None:
+        return {}
+    ended = dt.datetime.fromtimestamp(newest["ended"], dt.UTC)
+    return {
+        "published": f"{ended:%Y-%m-%d %H:%M} UTC",
+        "seconds": round(newest["ended"] - newest["started"], 1),
+    }
+
+
+def _next(settings: Settings, last: str | None) -> dict[str, Any] | None:
+    """Returns the day after the last night, and which tables of the shop it waits for."""
+    if last is None:
+        return None
+    ds = dt.date.fromisoformat(last) + _ONE_DAY
+    waits = []
+    for name, section in (("catalogue", settings.catalogue), ("impressions", settings.impressions)):
+        closed = ds in settings.closed_days
+        try:
+            inputs.find_files(name, section.path, ds, section.require_success, closed)
+        except InputNotReady:
+            waits.append(name)
+    return {"ds": str(ds), "waits_for": waits}
+
+
+def _staged(top: str) -> list[dict[str, str]]:
     """Lists runs that were begun, or made and not published; the next one of ds resumes them.
 
     A fit of a codebook is none of them: it begins anew.
     """
-    return [
-        f"{stage} {ds} run {run_id}"
-        for stage in files.list_names(top)
-        if stage != "fit-codebook"
-        for ds in files.list_names(os.path.join(top, stage))
-        for run_id in files.list_names(os.path.join(top, stage, ds))
-        if not run_id.startswith(CHUNK_FOLDER)
-    ]
+    found = []
+    for stage in files.list_names(top):
+        if stage == "fit-codebook":
+            continue
+        for ds in files.list_names(os.path.join(top, stage)):
+            for run_id in files.list_names(os.path.join(top, stage, ds)):
+                if run_id.startswith(CHUNK_FOLDER):
+                    continue
+                refusal = making.refusal(os.path.join(top, stage, ds, run_id))
+                found.append(
+                    {
+                        "stage": stage,
+                        "ds": ds.removeprefix("ds="),
+                        "run_id": run_id,
+                        **({"refused": refusal} if refusal else {}),
+                    }
+                )
+    return found
 
 
-def render(found: dict[str, Any]) -> str:
-    """Returns a table for people: rows by ds and table, then what is to do, then the pins."""
-    names = [name for name in TABLES if any(name in d["tables"] for d in found["days"].values())]
-    widths = {name: max(len(name), 12) for name in names}
-    lines = [f"feature set {found['feature_set']!r} below {found['root']}", ""]
-    if not names:
-        lines.append("nothing is published yet")
-    else:
-        heads = "  ".join(name.rjust(widths[name]) for name in names)
-        lines.append(f"{'ds':10}  {'night':7}  {heads}")
-    for ds, day in found["days"].items():
-        rows = "  ".join(
-            (f"{day['tables'][n]['rows']:,}" if n in day["tables"] else "-").rjust(widths[n])
-            for n in names
-        )
-        lines.append(f"{ds:10}  {_night_of(day):7}  {rows}")
-    lines += _clusters(found["days"])
-    lines += [_hold(ds, hold) for ds, hold in found["held"].items()]
-    lines += _stale(found)
-    lines += [
-        f"unfinished: {run} (the same command resumes it)"
-        for run in found["staged"]
-        if not any(f" ds={ds} " in run for ds in found["held"])
+def check_day(found: Mapping[str, Any], ds: dt.date) -> None:
+    """Raises for a night of ds that is not whole, by what `collect` found of it.
+
+    Raises GateRefused where it is on hold or was refused, else InputNotReady.
+    """
+    if hold := found["held"].get(str(ds)):
+        raise GateRefused(f"ds {ds} is on hold: {hold['reason']}.")
+    day = found["days"].get(str(ds))
+    if day and day["whole_night"]:
+        return
+    refused = [run for run in found["staged"] if run["ds"] == str(ds) and "refused" in run]
+    if refused:
+        raise GateRefused(refused[-1]["refused"])
+    told = _night_of(day) if day and _is_begun(day) else "not there"
+    raise InputNotReady(f"The night of ds {ds} is {told}. `courier refresh --ds {ds}` makes it.")
+
+
+# ---- Telling -----------------------------------------------------------------------------------
+
+
+def render(found: Mapping[str, Any], tables: bool = False) -> str:
+    """Returns what people read: the last night, what is next and to do, days, then the pins.
+
+    With `tables` each day has a line, with the rows of its tables. No line has more than 100
+    columns, but for a command or a path that is longer.
+    """
+    days, last, following = found["days"], found["last"], found["next"]
+    told = [] if days else [f"nothing is published {'of that' if found['asked'] else 'yet'}"]
+    told += [_last(last, days[last["ds"]]), *_clusters(days)] if last else []
+    told += [_following(following)] if following else []
+    told += [_hold(ds, hold) for ds, hold in found["held"].items()]
+    told += _stale(found)
+    told += [_unfinished(run) for run in found["staged"] if run["ds"] not in found["held"]]
+    listed = _rows(days) if tables else _compact(days)
+    if found["earlier_days"]:
+        listed.append(f"{found['earlier_days']:,} earlier days: --start-ds shows them")
+    pins = [
+        f"pin from {pin['from_ds']}: encoder {os.path.basename(pin['encoder'])}, codebook "
+        f"{os.path.basename(pin['codebook']) if pin['codebook'] else 'none'}"
+        for pin in found["pins"]
     ]
-    for pin in found["pins"]:
-        lines.append(
-            f"pin from {pin['from_ds']}: encoder {os.path.basename(pin['encoder'])}, codebook "
-            f"{os.path.basename(pin['codebook']) if pin['codebook'] else 'none'}"
-        )
-    return "\n".join(lines)
+    blocks = [
+        [f"feature set {found['feature_set']!r} below {found['root']}"],
+        [_wrapped(text) for text in told],
+        listed if days else [],
+        [_wrapped(text) for text in pins],
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _wrapped(text: str) -> str:
+    """Breaks a text into lines, but no command in it."""
+    whole = re.sub("`[^`]*`", lambda command: command[0].replace(" ", "\0"), text)
+    lines = textwrap.wrap(
+        whole, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(lines).replace("\0", " ")
+
+
+def _last(last: Mapping[str, Any], day: Mapping[str, Any]) -> str:
+    """Returns how the last night went."""
+    tables = day["tables"]
+    told = [_night_of(day)]
+    if "published" in last:
+        told.append(f"published {last['published']}, in {last['seconds']:,.1f} s")
+    if features := tables.get(ITEM_FEATURES.name):
+        counts = features["counts"]
+        clustered = counts["items_with_cluster"]
+        told.append(f"{counts['items']:,} items, {clustered:,} of them clustered")
+    if scores := tables.get(USER_SIMSCORES.name):
+        counts = scores["counts"]
+        share = 1 - counts.get("without_history", 0) / max(1, counts["impressions"])
+        told.append(f"{counts['impressions']:,} impressions, {share:.1%} with a history")
+    return f"newest night: {last['ds']}, " + "; ".join(told)
+
+
+def _following(following: Mapping[str, Any]) -> str:
+    ds, waits = following["ds"], following["waits_for"]
+    if waits:
+        return f"next: {ds}, which waits for {' and '.join(waits)}"
+    return f"next: {ds}, whose inputs are there; `courier refresh --ds {ds}` makes it"
+
+
+def _unfinished(run: Mapping[str, str]) -> str:
+    named = f"{run['stage']} {run['ds']} run {run['run_id']}"
+    if "refused" in run:
+        return f"refused: {named}: {run['refused']}"
+    return f"unfinished: {named} (the same command resumes it)"
+
+
+def _compact(days: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each row of days that are alike."""
+    lines = []
+    for told, row in groupby(days, key=lambda ds: _told_of(days[ds])):
+        first, *_, last = [*row] * 2
+        lines.append(f"{first if first == last else f'{first} to {last}':24}  {told}")
+    return lines
+
+
+def _told_of(day: Mapping[str, Any]) -> str:
+    told = _night_of(day) if _is_begun(day) else ""
+    trained = "training rows" if TRAINING_ROWS.name in day["tables"] else ""
+    return ", ".join(filter(None, (told, trained))) or "nothing whole"
+
+
+def _night_of(day: Mapping[str, Any]) -> str:
+    """Returns how much of a night is there."""
+    if day["whole_night"]:
+        return "whole"
+    why = "" if day["has_codebook"] else " (no codebook is pinned for it)"
+    return f"not whole: {_stages(day)}{why}"
+
+
+def _stages(day: Mapping[str, Any]) -> str:
+    """Returns which stages of a night are there."""
+    made = {
+        "embeddings": ITEM_EMBEDDINGS, "item features": ITEM_FEATURES,
+        "histories": USER_HISTORIES, "SimScores": USER_SIMSCORES,
+    }  # fmt: skip
+    return ", ".join(name for name, table in made.items() if table.name in day["tables"])
+
+
+def _rows(days: Mapping[str, Any]) -> list[str]:
+    """Returns the rows of each table of each day, in at most 100 columns."""
+    heads = "".join(short.rjust(11) for short in _SHORT.values())
+    lines = [f"{'ds':10}  {'night':7}{heads}"]
+    for ds, day in days.items():
+        night = "whole" if day["whole_night"] else "partial" if _is_begun(day) else "-"
+        rows = "".join(_number(day["tables"].get(name)).rjust(11) for name in _SHORT)
+        lines.append(f"{ds:10}  {night:7}{rows}")
+    return lines
+
+
+def _number(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return "-"
+    rows = entry["rows"]
+    return f"{rows:,}" if rows < 10**8 else f"{rows / 1e6:,.1f} M"
 
 
 def _hold(ds: str, hold: Mapping[str, Any]) -> str:
@@ -172,10 +377,3 @@ def _clusters(days: Mapping[str, Any]) -> list[str]:
 
 def _moved(what: str, some: int, total: int) -> str:
     return f"; moved {some / total:.1%} of {total:,} {what}" if total else ""
-
-
-def _night_of(day: dict[str, Any]) -> str:
-    """Returns how much of a night is there; training rows are made outside it and begin none."""
-    if day["whole_night"]:
-        return "whole"
-    return "partial" if set(day["tables"]) - {TRAINING_ROWS.name} else "-"

@@ -17,6 +17,7 @@ from pipelines.running.beam_options import JobOptions
 from pipelines.running.locks import Locks
 from pipelines.running.stage import BEGUN, PACKAGE_VERSIONS, Night, Stage
 
+_REFUSED = "refused.json"
 _OF_RECEIPT = ("counts", "work")  # what no manifest says of a single file
 
 
@@ -209,6 +210,25 @@ def reopen(stage: Stage) -> None:
     """
     for table in stage.tables:
         files.delete_tree(stage.staged_folder(table))
+
+
+def note_refusal(stage: Stage, error: CourierError | None) -> None:
+    """Notes beside what was made why it may not be published, or that it may (`error` None)."""
+    path = os.path.join(stage.staging, _REFUSED)
+    if error is not None:
+        write_json(path, {"message": str(error)})
+    elif files.exists(path):
+        files.delete(path)
+
+
+def refusal(staging: str) -> str | None:
+    """Returns why what lies in a staging folder may not be published, None where nothing says so.
+
+    A later run may find that it may.
+    """
+    path = os.path.join(staging, _REFUSED)
+    found = files.read_if_there(path)
+    return None if found is None else str(parse_json(path, found)["message"])
 
 
 def write_run(night: Night, report: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from tests.support.commands import (
     paragraph,
     published,
     refresh,
+    status,
 )
 from tests.support.world import (
     DAYS,
@@ -243,11 +244,10 @@ def test_a_stale_day_on_hold_is_in_no_advice(rolled_back: World, capsys: Capture
     world = rolled_back
     world.write_impressions(DAYS[0], draw_impressions(DAYS[0], seed=9))
     assert courier(world, "histories", "--ds", str(DAYS[0])) == 0
-    capsys.readouterr()
-    assert courier(world, "status") == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stale: ")]
-    assert told
-    assert not any(str(DAYS[1]) in line.split("`")[1] for line in told)
+    _, told = status(world, capsys)
+    advice = [text.split("`")[1] for text in told.split("stale: ")[1:]]
+    assert advice
+    assert not any(str(DAYS[1]) in command for command in advice)
 
 
 def tables_of(world: World, day: dt.date) -> dict[str, bytes]:

@@ -24,6 +24,7 @@ from tests.support.commands import (
     published,
     refresh,
     rewrite,
+    status,
 )
 from tests.support.world import (
     DAY_US,
@@ -286,13 +287,11 @@ def test_days_after_one_that_was_made_again_are_stale_until_they_are_too(
     assert "stale" not in capsys.readouterr().out
     rewrite(nights, DAYS[1], lambda rows: rows.slice(0, 40))
     assert courier(nights, "simscore", "--ds", str(DAYS[1])) == 0
-    capsys.readouterr()
-    assert courier(nights, "status") == 0
-    out = capsys.readouterr().out
-    told = "courier simscore --start-ds 2026-03-03 --end-ds 2026-03-04"
+    _, told = status(nights, capsys)
+    command = "courier simscore --start-ds 2026-03-03 --end-ds 2026-03-04"
     assert (
-        f"stale: 2026-03-03, since histories of 2026-03-02 were made again after it; `{told}`"
-        in out
+        f"stale: 2026-03-03, since histories of 2026-03-02 were made again after it; `{command}`"
+        in told
     )
     assert courier(nights, "status", "--json") == 0
     assert json.loads(capsys.readouterr().out)["stale"] == {

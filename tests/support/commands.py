@@ -52,6 +52,13 @@ def manifest(world: World, table: str, day: dt.date) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def status(world: World, capsys: Capture, *args: str) -> tuple[int, str]:
+    """Runs `courier status`; returns its exit status, and what it told as if in one line."""
+    capsys.readouterr()
+    ended = courier(world, "status", *args)
+    return ended, " ".join(capsys.readouterr().out.split())
+
+
 def paragraph(capsys: Capture) -> str:
     """Returns the error that was told, once it is seen to be one paragraph and no traceback."""
     errors = capsys.readouterr().err

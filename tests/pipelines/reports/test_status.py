@@ -1,41 +1,105 @@
-"""`courier status` tells what lies on disk."""
+"""`courier status` tells how the last night went, what there is to do, and which days are there."""
 
+import datetime as dt
 import json
 
+import pytest
+
+from feature_jobs.store import partitions
 from pipelines.cli import main
-from tests.conftest import Artefacts
-from tests.support.commands import Capture
-from tests.support.world import DAYS, World
+from pipelines.reports import status as statuses
+from tests.support.commands import Capture, courier, paragraph, refresh, status
+from tests.support.world import DAYS, World, catalogue_items
+
+TOMORROW = DAYS[-1] + dt.timedelta(days=1)
 
 
 def test_status_tells_rows_by_day_and_table(refreshed: World, capsys: Capture) -> None:
-    config = ["--config", str(refreshed.config)]
-    assert main(["status", *config, "--json"]) == 0
+    assert main(["status", "--config", str(refreshed.config), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["days"]) == {str(day) for day in DAYS}
     for day, entry in found["days"].items():
         assert entry["whole_night"]
         assert entry["tables"]["user_simscores"]["rows"] == 152
         assert str(day) in entry["tables"]["item_features"]["path"]
-    assert main(["status", *config]) == 0
-    text = capsys.readouterr().out
-    assert text.count("whole") == len(DAYS)
-    assert "nothing is published yet" not in text
+    _, told = status(refreshed, capsys, "--tables")
+    assert f"{DAYS[3]} whole 10 2 12 5 5 152 - " in told
+
+
+def test_the_last_night_comes_first_and_then_what_is_next(
+    refreshed: World, capsys: Capture
+) -> None:
+    _, told = status(refreshed, capsys)
+    assert f"newest night: {DAYS[3]}, whole; published 20" in told
+    assert "12 items, 8 of them clustered; 152 impressions, " in told
+    assert f"next: {TOMORROW}, which waits for catalogue and impressions" in told
+    assert f"{DAYS[0]} to {DAYS[3]} whole" in told
+
+
+@pytest.mark.parametrize("args", [(), ("--tables",), ("--start-ds", str(DAYS[1]))])
+def test_no_line_is_longer_than_100_columns_and_no_command_is_broken(
+    refreshed: World, capsys: Capture, args: tuple[str, ...]
+) -> None:
+    capsys.readouterr()
+    assert courier(refreshed, "status", *args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 100 for line in lines if str(refreshed.root) not in line)
+    assert all(line.count("`") % 2 == 0 for line in lines)
+
+
+def test_of_days_that_are_not_shown_nothing_is_read(
+    refreshed: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statuses, "DAYS_SHOWN", 1)
+    read, seen = partitions.find_published, []
+    monkeypatch.setattr(
+        partitions, "find_published", lambda folder: seen.append(folder) or read(folder)
+    )
+    _, told = status(refreshed, capsys)
+    assert "3 earlier days: --start-ds shows them" in told
+    assert not any(f"ds={day}" in folder for folder in seen for day in DAYS[:2])
+    assert any(f"ds={DAYS[3]}" in folder for folder in seen)
+    _, told = status(refreshed, capsys, "--start-ds", str(DAYS[0]), "--end-ds", str(DAYS[1]))
+    assert f"{DAYS[0]} to {DAYS[1]} whole" in told
+    assert "earlier days" not in told
 
 
 def test_status_of_nothing_says_so(world: World, capsys: Capture) -> None:
-    world.settings()
-    assert main(["status", "--config", str(world.config)]) == 0
-    assert "nothing is published yet" in capsys.readouterr().out
+    assert "nothing is published yet" in status(world, capsys)[1]
+    assert courier(world, "status", "--ds", str(DAYS[0])) == 4
+    assert f"courier refresh --ds {DAYS[0]}" in paragraph(capsys)
 
 
-def test_an_unfinished_run_is_listed(world: World, capsys: Capture, artefacts: Artefacts) -> None:
-    world.extra_settings = ""
+@pytest.mark.first_night
+def test_one_day_ends_with_0_whole_4_missing_and_3_on_hold(world: World, capsys: Capture) -> None:
+    first, second = str(DAYS[0]), str(DAYS[1])
+    assert status(world, capsys, "--ds", first)[0] == 0
+    assert courier(world, "embed", "--ds", second) == 0
+    assert courier(world, "status", "--ds", second) == 4
+    assert "not whole: embeddings" in paragraph(capsys)
+    world.write_catalogue(DAYS[0], catalogue_items(DAYS[0])[1:])
+    assert refresh(world, DAYS[0]) == 0
+    assert courier(world, "rollback", "--ds", first, "--reason", "grey") == 0
+    assert courier(world, "status", "--ds", first) == 3
+    assert "is on hold: grey" in paragraph(capsys)
+
+
+def test_a_refused_day_ends_with_3_and_says_why_until_it_is_accepted(
+    world: World, capsys: Capture
+) -> None:
     world.settings()
-    text = world.config.read_text().replace("max_reject_share = 0.5", "max_reject_share = 0.0")
-    world.config.write_text(text)
-    config = ["--config", str(world.config)]
-    assert main(["embed", *config, "--ds", str(DAYS[0])]) == 3
-    capsys.readouterr()
-    assert main(["status", *config]) == 0
-    assert f"unfinished: embed ds={DAYS[0]} run " in capsys.readouterr().out
+    strict = world.config.read_text().replace("max_reject_share = 0.5", "max_reject_share = 0.0")
+    day = ["--config", str(world.config), "--ds", str(DAYS[0])]
+    world.config.write_text(strict)
+    assert main(["embed", *day]) == 3
+    _, told = status(world, capsys)
+    assert f"refused: embed {DAYS[0]} run " in told
+    assert courier(world, "status", "--ds", str(DAYS[0])) == 3
+    assert "gates.max_reject_share" in paragraph(capsys)
+    assert main(["embed", *day]) == 0
+    assert "refused: " not in status(world, capsys)[1]
+
+
+def test_one_day_and_several_are_not_asked_for_together(world: World, capsys: Capture) -> None:
+    assert courier(world, "status", "--ds", str(DAYS[0]), "--end-ds", str(DAYS[1])) == 2
+    assert "Give one day as --ds" in capsys.readouterr().err
