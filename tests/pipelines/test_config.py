@@ -27,6 +27,7 @@ history_lag_seconds = 90
 keep_repeats = true
 late_days = 3
 history_start_ds = 2025-12-01
+closed_days = ["2025-12-25", "2026-01-01"]
 rows_per_shard = 1000
 
 [catalogue]
@@ -132,6 +133,7 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
         "keep_repeats": True,
         "late_days": 3,
         "history_start_ds": dt.date(2025, 12, 1),
+        "closed_days": (dt.date(2025, 12, 25), dt.date(2026, 1, 1)),
         "rows_per_shard": 1000,
         "embed": {"device": "cpu", "precision": "fp32", "batch_size": 8, "chunk_items": 16},
         "item_features": {"vector": True, "second_distance": True},
