@@ -20,8 +20,10 @@ from feature_jobs.schemas import (
     TRAINING_ROWS,
     USER_HISTORIES,
     USER_SIMSCORES,
+    DataContractError,
     GateRefused,
     InputNotReady,
+    OperatorError,
 )
 from feature_jobs.store import files, partitions
 from feature_jobs.store.documents import read_json
@@ -147,6 +149,8 @@ def _next(settings: Settings, last: str | None) -> dict[str, Any] | None:
             inputs.find_files(name, section.path, ds, section.require_success, closed)
         except InputNotReady:
             waits.append(name)
+        except (DataContractError, OperatorError):  # which `courier refresh` will tell
+            waits.append(f"{name} (refused as they are)")
     return {"ds": str(ds), "waits_for": waits}
 
 

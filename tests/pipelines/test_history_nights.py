@@ -298,7 +298,7 @@ def test_days_after_one_that_was_made_again_are_stale_until_they_are_too(
         "2026-03-03": "2026-03-02",
         "2026-03-04": "2026-03-02",
     }
-    assert courier(nights, *told.split()[1:]) == 0
+    assert courier(nights, *command.split()[1:]) == 0
     capsys.readouterr()
     assert courier(nights, "status") == 0
     assert "stale" not in capsys.readouterr().out

@@ -36,6 +36,17 @@ def test_the_last_night_comes_first_and_then_what_is_next(
     assert f"{DAYS[0]} to {DAYS[3]} whole" in told
 
 
+@pytest.mark.first_night
+def test_a_next_day_whose_files_are_no_partition_hinders_nobody_from_looking(
+    world: World, capsys: Capture
+) -> None:
+    folder = world.folder / "impressions" / f"ds={DAYS[1]}"
+    for path in folder.glob("*.parquet"):
+        path.rename(path.with_suffix(".csv"))
+    ended, told = status(world, capsys)
+    assert (ended, "which waits for impressions (refused as they are)" in told) == (0, True)
+
+
 @pytest.mark.parametrize("args", [(), ("--tables",), ("--start-ds", str(DAYS[1]))])
 def test_no_line_is_longer_than_100_columns_and_no_command_is_broken(
     refreshed: World, capsys: Capture, args: tuple[str, ...]
