@@ -51,12 +51,12 @@ def collect(
     """Finds what lies below the root of the settings, and what there is to do about it.
 
     Returns the pins; the last night and the next; for each ds from `start` to `end`, of the last
-    fourteen where neither is given, its tables and whether its night is whole; days on hold; those
-    that are stale, with the day that was made again before them; what is unfinished.
+    fourteen where no `start` is given, its tables and whether its night is whole; days on hold;
+    those that are stale, with the day that was made again before them; what is unfinished.
     """
     known = _known_days(settings)
     asked = [day for day in known if (start or day) <= day <= (end or day)]
-    shown = asked if start or end else asked[-DAYS_SHOWN:]
+    shown = asked if start else asked[-DAYS_SHOWN:]
     days = {str(day): _day(settings, day) for day in shown}
     last = max((ds for ds, day in days.items() if _is_begun(day)), default=None)
     return {
@@ -66,7 +66,7 @@ def collect(
         "asked": bool(start or end),
         "last": last and {"ds": last, **_last_run(settings, last)},
         "next": None if start or end else _next(settings, last),
-        "earlier_days": 0 if start or end else len(known) - len(shown),
+        "earlier_days": 0 if start else len(asked) - len(shown),
         "days": days,
         "held": {
             str(ds): {

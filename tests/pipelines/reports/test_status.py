@@ -73,6 +73,8 @@ def test_of_days_that_are_not_shown_nothing_is_read(
     _, told = status(refreshed, capsys, "--start-ds", str(DAYS[0]), "--end-ds", str(DAYS[1]))
     assert f"{DAYS[0]} to {DAYS[1]} whole" in told
     assert "earlier days" not in told
+    _, told = status(refreshed, capsys, "--end-ds", str(DAYS[2]))
+    assert f"{DAYS[2]} whole 2 earlier days" in told
 
 
 def test_status_of_nothing_says_so(world: World, capsys: Capture) -> None:
