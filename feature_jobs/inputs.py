@@ -59,15 +59,14 @@ class RowGroup:
 class Source:
     """Describes the files of one input table of one ds, checked by their footers.
 
-    ID types are None where there is no file to tell. `versions` change whenever the files may
-    have changed.
+    ID types are None where there is no file to tell. `checksums` are those of the files' bytes.
     """
 
     form: Form
     paths: tuple[str, ...]
     row_groups: tuple[int, ...]
     rows: int
-    versions: tuple[tuple[int | None, ...], ...]
+    checksums: tuple[str, ...]
     item_id: pa.DataType | None
     user_id: pa.DataType | None
     impression_id: pa.DataType | None
@@ -82,12 +81,14 @@ class Source:
         ]
 
     def identity(self) -> dict[str, object]:
-        """Returns what changes the id of a run that reads these files; it fits into a manifest."""
-        form = self.form
+        """Returns what changes the id of a run that reads these files; it fits into a manifest.
+
+        Where they lie does not: a shop that has moved is the same.
+        """
+        form, count = self.form, len(self.paths)
         settings = [sorted(form.columns.items()), form.carry, form.input_timezone]
-        files = list(zip(self.paths, self.versions, strict=True))
-        digest = documents.digest([settings, files])
-        return {"ds": str(form.ds), "files": len(files), "rows": self.rows, "digest": digest[:16]}
+        digest = documents.digest([settings, sorted(self.checksums)])
+        return {"ds": str(form.ds), "files": count, "rows": self.rows, "digest": digest[:16]}
 
 
 # ---- Finding -------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def open_source(
     paths = find_files(table, template, ds, require_success, closed)
     with ThreadPoolExecutor(_FOOTER_READERS) as pool:
         footers = list(pool.map(read_footer, paths))
-        versions = tuple(pool.map(_version_of, paths))
+        checksums = tuple(pool.map(files.checksum, paths))
     rows = sum(metadata.num_rows for metadata, _ in footers)
     if not rows and not (closed and not paths) and not is_marked_whole(template, ds):
         raise InputNotReady(
@@ -196,17 +197,13 @@ def open_source(
         tuple(paths),
         tuple(metadata.num_row_groups for metadata, _ in footers),
         rows,
-        versions,
+        checksums,
         item_id=same_id_type("item_id", present, paths, footers),
         user_id=same_id_type("user_id", present, paths, footers),
         impression_id=same_id_type("impression_id", present, paths, footers),
         request_id=same_id_type("request_id", present, paths, footers),
         carried=tuple(pa.field(c, _decoded(first.field(c).type)) for c in carry) if first else (),
     )
-
-
-def _version_of(path: str) -> tuple[int | None, ...]:
-    return files.stat(path).version
 
 
 def _decoded(kind: pa.DataType) -> pa.DataType:

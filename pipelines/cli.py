@@ -20,22 +20,22 @@ import click
 
 from feature_jobs import __version__
 from feature_jobs.schemas import CourierError
+from pipelines import stages
 from pipelines.options import (
     Ds,
     beam_argument,
     churn_option,
     config_option,
-    days_asked,
     days_options,
     ds_option,
     embeddings_by_option,
     from_log_option,
     full_option,
     json_option,
-    night_options,
     out_option,
     overlap_option,
 )
+from pipelines.stages import Kind
 
 
 def _say(message: str) -> None:
@@ -55,75 +55,82 @@ def cli() -> None:
 
 
 def _make(
-    stages: Sequence[str], config: str, days: Sequence[dt.date], dry_run: bool, json: bool,
-    beam_args: Sequence[str], together: bool = True, **asked: Any,
+    kinds: Sequence[Kind], config: str, days: Sequence[dt.date], dry_run: bool, json: bool,
+    beam_args: Sequence[str], **asked: Any,
 ) -> None:  # fmt: skip
-    """Makes the stages of all days, each in one job; the JSON of several days is a list.
+    """Makes the stages of all days, each kind in one job; the JSON of several days is a list.
 
-    Days that are not made `together` have jobs and a result each. All are planned before the first.
+    What is refused of some days is told when the rest is done.
     """
     from pipelines import nightly
     from pipelines.config import load_settings
-    from pipelines.nightly import NightOptions, plan_nights
+    from pipelines.nightly import NightOptions
     from pipelines.reports import night
 
     settings = load_settings(config)
     if not dry_run:
-        nightly.refuse_held(settings, days, stages)
-    planned = plan_nights(settings, days, stages, _say, NightOptions(**asked), together)
-    for nights in [planned] if together else [[one] for one in planned]:
-        if dry_run:
-            found = [night.describe_plan(one, beam_args) for one in nights]
-        else:
-            found = nightly.run_nights(nights, beam_args, _say)
-        if json:
-            click.echo(dumps(found[0] if len(found) == 1 else found, indent=1))
-        else:
-            render = night.render_plan if dry_run else night.render_report
-            for text in filter(None, map(render, found)):
-                click.echo(text)
+        nightly.refuse_held(settings, days, kinds)
+    nights = nightly.plan_nights(settings, days, kinds, _say, NightOptions(**asked))
+    refused: list[CourierError] = []
+    if dry_run:
+        found = [night.describe_plan(one, beam_args) for one in nights]
+    else:
+        found, refused = nightly.make_nights(nights, beam_args, _say)
+    if json and found:
+        click.echo(dumps(found[0] if len(days) == 1 else found, indent=1))
+    elif not json:
+        render = night.render_plan if dry_run else night.render_report
+        for text in filter(None, map(render, found)):
+            click.echo(text)
+    for error in refused[1:]:
+        _say(f"Error: {error}")
+    if refused:
+        raise refused[0]
 
 
 @cli.command()
-@night_options
+@days_options
+@overlap_option
 @full_option
 @churn_option
 @embeddings_by_option
 @from_log_option
-def refresh(ds: dt.date, **options: Any) -> None:
-    """Make and publish the whole night of one day; resumes, and does nothing twice."""
-    from pipelines.config import STAGES
+def refresh(**options: Any) -> None:
+    """Make and publish whole nights, of one day or several; resumes, and does nothing twice.
 
-    _make(STAGES, days=[ds], **options)
+    Of several days each stage is one job, and the tables are those that night after night would
+    make. With --json, of several days a list.
+    """
+    _make(stages.NIGHT, **options)
 
 
 @cli.command()
-@night_options
+@days_options
+@overlap_option
 @full_option
-def embed(ds: dt.date, **options: Any) -> None:
-    """Embed the catalogue of one day: item_embeddings and item_rejects."""
-    _make(("embed",), days=[ds], **options)
+def embed(**options: Any) -> None:
+    """Embed the catalogue of one day or several: item_embeddings and item_rejects."""
+    _make([stages.EMBED], **options)
 
 
 @cli.command("item-features")
-@night_options
+@days_options
+@overlap_option
 @churn_option
-def item_features(ds: dt.date, **options: Any) -> None:
-    """Assign cluster IDs to the embedded items of one day: item_features."""
-    _make(("item-features",), days=[ds], **options)
+def item_features(**options: Any) -> None:
+    """Assign cluster IDs to the embedded items of one day or several: item_features."""
+    _make([stages.ITEM_FEATURES], **options)
 
 
 @cli.command()
 @days_options
 @from_log_option
-def histories(
-    ds: dt.date | None, start_ds: dt.date | None, end_ds: dt.date | None, **options: Any
-) -> None:
+def histories(**options: Any) -> None:
     """Make the click histories of one day or several: user_histories and recent_clicks.
 
-    They go on from those of the day before. The days are one job; with --json, of several a list.
+    They go on from those of the day before.
     """
-    _make(("histories",), days=days_asked(ds, start_ds, end_ds), **options)
+    _make([stages.HISTORIES], **options)
 
 
 @cli.command()
@@ -132,27 +139,19 @@ def histories(
 @churn_option
 @embeddings_by_option
 @from_log_option
-def simscore(
-    ds: dt.date | None, start_ds: dt.date | None, end_ds: dt.date | None, **options: Any
-) -> None:
+def simscore(**options: Any) -> None:
     """Score the impressions of one day or several: histories and user_simscores.
 
-    The days are one job, each impression with the history of its own moment; with --json, of
-    several a list.
+    Each impression is scored with the history of its own moment.
     """
-    _make(("histories", "simscore"), days=days_asked(ds, start_ds, end_ds), **options)
+    _make([stages.HISTORIES, stages.SIMSCORE], **options)
 
 
 @cli.command("training-rows")
 @days_options
-def training_rows(
-    ds: dt.date | None, start_ds: dt.date | None, end_ds: dt.date | None, **options: Any
-) -> None:
-    """Make what an encoder is trained on, for one day or several: training_rows.
-
-    With --json, one document for each day.
-    """
-    _make(("training-rows",), days=days_asked(ds, start_ds, end_ds), together=False, **options)
+def training_rows(**options: Any) -> None:
+    """Make what an encoder is trained on, for one day or several: training_rows."""
+    _make([stages.TRAINING_ROWS], **options)
 
 
 # ---- Artefacts -------------------------------------------------------------------------------

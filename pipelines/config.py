@@ -24,18 +24,31 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
+from pydantic_core import CoreSchema, core_schema
 
 from feature_jobs.schemas import TABLES, OperatorError
 from feature_jobs.store import files
+from pipelines.stages import KINDS
 
-STAGES = ("embed", "item-features", "histories", "simscore")  # of the night, in order
-BEAM_STAGES = (*STAGES, "training-rows", "fit-codebook")
+BEAM_STAGES = (*(kind.name for kind in KINDS), "fit-codebook")
 _NAME = r"^[a-z0-9][a-z0-9-]*$"
 
 
-def _path(path: str, info: ValidationInfo) -> str:
+class FullPath(str):
+    """Is a full path that knows how the settings spell it: `written` so, it bears to be moved."""
+
+    written: str
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _source: Any, _handler: Any) -> CoreSchema:
+        return core_schema.with_info_after_validator_function(_path, core_schema.str_schema())
+
+
+def _path(path: str, info: ValidationInfo) -> FullPath:
     files.check_supported(path)
-    return files.absolute(path, (info.context or {}).get("folder", "."))
+    full = FullPath(files.absolute(path, (info.context or {}).get("folder", ".")))
+    full.written = path
+    return full
 
 
 def _template(path: str, info: ValidationInfo) -> str:
@@ -60,7 +73,6 @@ def _timezone(name: str) -> str:
     return name
 
 
-Path = Annotated[str, AfterValidator(_path)]
 Template = Annotated[str, AfterValidator(_template)]
 Timezone = Annotated[str, AfterValidator(_timezone)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -100,7 +112,7 @@ class Catalogue(_Section):
     """
 
     path: Template
-    image_roots: Annotated[tuple[Path, ...], Field(min_length=1)]
+    image_roots: Annotated[tuple[FullPath, ...], Field(min_length=1)]
     require_success: bool = False
     columns: CatalogueColumns = CatalogueColumns()
 
@@ -197,8 +209,8 @@ class Pin(_Section):
     """A pin names the encoder and codebook (package folders) of features from `from_ds` on."""
 
     from_ds: dt.date
-    encoder: Path
-    codebook: Path | None = None
+    encoder: FullPath
+    codebook: FullPath | None = None
 
 
 class Settings(_Section):
@@ -210,7 +222,7 @@ class Settings(_Section):
     catalogue.
     """
 
-    root: Path
+    root: FullPath
     feature_set: Annotated[str, Field(pattern=_NAME)] = "production"
     day_timezone: Timezone = "UTC"
     history_len: Count = 50

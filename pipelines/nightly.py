@@ -1,43 +1,57 @@
-"""Makes a night: everything that is made for one ds, in order, published when all of it is good.
+"""Makes nights: everything that is made for one ds or for several, published when it is good.
 
     catalogue + images ── EMBED ──► item_embeddings, item_rejects ── ITEM-FEATURES ──► item_features
     impressions of ds, histories of the day before ─┬─ HISTORIES ──► user_histories         │
                                                     └─ SIMSCORE ◄───────────────────────────┘
                                                           └──► user_simscores
 
-Every stage is planned before the first one runs, so that a wrong setting or a missing input is
-found at once and `--dry-run` can tell what would happen. The encoder and the codebook are those of
-the pin that holds for ds; the night never fits either.
+Every stage of every day is planned before the first one runs, so that a wrong setting or a missing
+input is found at once and `--dry-run` can tell what would happen. Each kind of stage is one job for
+all days. The encoder and the codebook are those of the pin that holds for a day; the night never
+fits either.
 """
 
 import datetime as dt
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from feature_jobs.inputs import Source
-from feature_jobs.schemas import CourierError, DataContractError, GateRefused, InputNotReady
-from pipelines.config import STAGES, Settings
-from pipelines.planning.day_plan import DayPlan, NightOptions
+from feature_jobs.schemas import CourierError, DataContractError, GateRefused
+from pipelines.config import Settings
+from pipelines.planning.day_plan import DayPlan, NightOptions, Range
 from pipelines.planning.impressions import plan_histories, plan_simscore, plan_training_rows
 from pipelines.planning.items import plan_embed, plan_item_features
 from pipelines.running import beam_options, layout, locks, making, publishing, quality, records
+from pipelines.running import states as stage_states
 from pipelines.running.beam_options import JobOptions
 from pipelines.running.locks import Locks
-from pipelines.running.stage import Night, Stage
+from pipelines.running.stage import Planned, Stage
+from pipelines.running.states import PUBLISHED, Look, Night
+from pipelines.stages import EMBED, HISTORIES, ITEM_FEATURES, NIGHT, SIMSCORE, TRAINING_ROWS, Kind
 
-_PLANS: dict[str, Callable[[DayPlan, dict[str, Stage]], Stage]] = {
-    # in the order in which they are made
-    "embed": plan_embed,
-    "item-features": plan_item_features,
-    "histories": plan_histories,
-    "simscore": plan_simscore,
-    "training-rows": plan_training_rows,
-}
 _NOTHING_ASKED = NightOptions()
-_UPSTREAM = {"item-features": {"embed"}, "simscore": {"embed", "item-features"}}
+
+
+# ---- The night -----------------------------------------------------------------------------
+
+
+class Plan:
+    """Says what plans a kind of stage of a day, and which other stages it takes."""
+
+    def __init__(self, kind: Kind, function: Callable[..., Planned], *takes: "Plan"):
+        self.kind, self.function, self.takes = kind, function, takes
+
+
+def the_night() -> tuple[Plan, ...]:
+    """Returns the plans of all stages, in the order in which they are made: the drawing as code."""
+    embedded = Plan(EMBED, plan_embed)
+    features = Plan(ITEM_FEATURES, plan_item_features, embedded)
+    histories = Plan(HISTORIES, plan_histories)
+    scores = Plan(SIMSCORE, plan_simscore, embedded, features, histories)
+    rows = Plan(TRAINING_ROWS, plan_training_rows)
+    return embedded, features, histories, scores, rows
 
 
 # ---- Planning ------------------------------------------------------------------------------
@@ -46,7 +60,7 @@ _UPSTREAM = {"item-features": {"embed"}, "simscore": {"embed", "item-features"}}
 def plan_night(
     settings: Settings,
     ds: dt.date,
-    wanted: Sequence[str] = STAGES,
+    wanted: Collection[Kind] = NIGHT,
     say: Callable[[str], None] = lambda _: None,
     options: NightOptions = _NOTHING_ASKED,
 ) -> Night:
@@ -58,52 +72,48 @@ def plan_night(
     return night
 
 
-def plan_day(
-    day: DayPlan, wanted: Sequence[str], again: Callable[[], Sequence[Night]] = tuple
-) -> Night:
-    """Plans the `wanted` stages of a day whose inputs and artefacts `day` holds.
-
-    `again` plans anew all days that are planned together.
-    """
-    upstream = set().union(*(_UPSTREAM.get(name, set()) for name in wanted))
-    needed = [name for name in _PLANS if name in upstream | set(wanted)]
-    day.open_inputs(needed)
-    made: dict[str, Stage] = {}
-    for name in needed:
-        made[name] = _PLANS[name](day, made)
-    return Night(
-        day.settings,
-        day.ds,
-        stages=tuple(made[name] for name in needed if name in wanted),
-        upstream=tuple(made[name] for name in needed if name not in wanted),
-        is_outdated=day.is_outdated,
-        again=again,
-    )
-
-
 def plan_nights(
     settings: Settings,
     days: Sequence[dt.date],
-    wanted: Sequence[str],
+    wanted: Collection[Kind],
     say: Callable[[str], None] = lambda _: None,
     options: NightOptions = _NOTHING_ASKED,
-    together: bool = True,
 ) -> list[Night]:
-    """Plans the `wanted` stages of days.
-
-    Days that are made `together` are consecutive, and their histories go on from each other.
-    """
-    again = partial(plan_nights, settings, wanted=wanted, say=say, options=options)
+    """Plans the `wanted` stages of consecutive days, each of which goes on from the one before."""
+    again = partial(plan_nights, settings, days, wanted, say, options)
     if options.allow_churn:
         settings = settings.allowing_churn()
-    nights: list[Night] = []
-    found: dict[str, Source | InputNotReady] = {}
-    for ds in days:
-        group = days if together else [ds]
-        earlier = nights[-1].stage("histories") if nights and together else None
-        day = DayPlan(settings, ds, say, options, earlier, len(group), found)
-        nights.append(plan_day(day, wanted, partial(again, days=group)))
-    return nights
+    together = Range(settings, say, options, len(days))
+    return [plan_day(DayPlan(together, ds), wanted, again) for ds in days]
+
+
+def plan_day(
+    day: DayPlan, wanted: Collection[Kind], again: Callable[[], Sequence[Night]] = tuple
+) -> Night:
+    """Plans the `wanted` stages of a day, and those that they take.
+
+    `again` plans anew all days that are planned together.
+    """
+    needed: list[Plan] = []
+    for plan in reversed(the_night()):
+        if plan.kind in wanted or any(plan.kind is t.kind for one in needed for t in one.takes):
+            needed.insert(0, plan)
+    day.open_inputs([plan.kind for plan in needed])
+    planned: dict[Kind, Planned] = {}
+    for plan in needed:
+        planned[plan.kind] = plan.function(day, *(planned[taken.kind] for taken in plan.takes))
+    day.range.planned |= {(kind.name, day.ds): one for kind, one in planned.items()}
+    mine = tuple(one for kind, one in planned.items() if kind in wanted)
+    upstream = {stage.name: stage for one in mine for stage in one.stage.upstream}
+    return Night(
+        day.settings,
+        day.ds,
+        mine,
+        tuple(stage for stage in upstream.values() if stage.kind not in wanted),
+        day.range.look,
+        day.yesterdays.is_outdated,
+        again,
+    )
 
 
 # ---- Making --------------------------------------------------------------------------------
@@ -112,45 +122,76 @@ def plan_nights(
 def run_nights(
     nights: Sequence[Night], beam_args: Sequence[str], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Makes, checks and publishes the stages of consecutive days; returns what was made, by day.
-
-    Each kind of stage is one job for all days. Finds what an earlier run had done and does only
-    the rest. Raises a CourierError, with nothing published, where an input, a law or a gate
-    refuses, where a day is on hold, and where another run is at the same tables.
-    """
-    settings, days = nights[0].settings, [night.ds for night in nights]
-    names = [stage.name for stage in nights[0].stages]
-    options = {
-        name: beam_options.job_options(settings, name, beam_args) for name in names
-    }  # all are checked before the first stage runs
-    refuse_held(settings, days, names)
-    with locks.holding(_lock_folders(settings, days, names[:1]), say) as held:
-        refuse_held(settings, days, names)
-        made: set[str] = set()
-        started, reports = time.time(), None
-        while reports is None:
-            nights = _up_to_date(nights, say)
-            reports = _make_all(nights, options, made, say, held)
-        for night, report in zip(nights, reports, strict=True):
-            report["idle"] = all(stage.is_published() for stage in night.stages)
-            if report["idle"]:
-                say(f"ds {night.ds}: already published from the same inputs, nothing to do")
-            if made & {stage.run_id for stage in night.stages}:
-                held.check()
-                making.write_run(night, {**report, "started": started, "ended": time.time()})
-            publishing.publish_night(night, held)
+    """Makes nights as `make_nights` does; raises the first of what refuses a day."""
+    reports, refused = make_nights(nights, beam_args, say)
+    for error in refused:
+        raise error
     return reports
 
 
-def refuse_held(settings: Settings, days: Sequence[dt.date], stages: Sequence[str]) -> None:
-    """Raises GateRefused where one of the days, as far as `stages` publish it, is on hold."""
-    tables = layout.tables_of(stages)
-    records.refuse_held(settings.root, settings.feature_set, days, tables)
+def make_nights(
+    nights: Sequence[Night], beam_args: Sequence[str], say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], list[CourierError]]:
+    """Makes, checks and publishes the stages of consecutive days, each kind in one job.
+
+    Returns what was made, by day, and what was refused; a day that goes on from a refused one
+    waits for it. Finds what an earlier run had done and does only the rest. Raises a CourierError,
+    with nothing published, where an input refuses, where a day is on hold, and where another run is
+    at the same tables.
+    """
+    settings, days = nights[0].settings, [night.ds for night in nights]
+    kinds = [stage.kind for stage in nights[0].stages]
+    options = {
+        kind: beam_options.job_options(settings, kind.name, beam_args) for kind in kinds
+    }  # all are checked before the first stage runs
+    refuse_held(settings, days, kinds)
+    if all(map(_is_there, nights)):
+        return [_report(night, night.look, say) for night in nights], []
+    with locks.holding(_lock_folders(settings, days, kinds[:1]), say) as held:
+        refuse_held(settings, days, kinds)
+        making_them, started = _Making(options, say, held), time.time()
+        while not making_them.make_all(nights := _up_to_date(nights, say)):
+            pass
+        good = [night for night in nights if night.ds not in making_them.without]
+        reports = [making_them.report(night) for night in good]
+        for night, report in zip(good, reports, strict=True):
+            if not report["idle"]:
+                held.check()
+                making.write_run(night, {**report, "started": started, "ended": time.time()})
+            publishing.publish_night(night, held)
+        publishing.tidy_jobs(nights, held)
+    return reports, making_them.refused
 
 
-def _lock_folders(settings: Settings, days: Sequence[dt.date], stages: Sequence[str]) -> list[str]:
-    tables = layout.tables_of(stages)
-    return layout.lock_folders(settings.root, settings.feature_set, tables, days)
+def refuse_held(settings: Settings, days: Sequence[dt.date], kinds: Collection[Kind]) -> None:
+    """Raises GateRefused where one of the days, as far as `kinds` publish it, is on hold."""
+    records.refuse_held(settings.root, settings.feature_set, days, _tables_of(kinds))
+
+
+def _lock_folders(
+    settings: Settings, days: Sequence[dt.date], kinds: Collection[Kind]
+) -> list[str]:
+    return layout.lock_folders(settings.root, settings.feature_set, _tables_of(kinds), days)
+
+
+def _tables_of(kinds: Collection[Kind]) -> list[Any]:
+    return [table for kind in kinds for table in kind.tables]
+
+
+def _is_there(night: Night) -> bool:
+    """Returns whether a night is published as it is planned, and its record says so."""
+    look = night.look
+    if any(stage.forced or look.state(stage).name != PUBLISHED for stage in night.stages):
+        return False
+    record = records.read_night(night.settings.root, night.settings.feature_set, night.ds)
+    if record is None:
+        return not night.is_whole
+    recorded = {name: entry["version"] for name, entry in record["tables"].items()}
+    return all(
+        recorded.get(table.name) == partition.version
+        for stage in night.stages if stage.kind in NIGHT
+        for table, partition in zip(stage.tables, look.state(stage).tables, strict=True)
+    )  # fmt: skip
 
 
 def _up_to_date(nights: Sequence[Night], say: Callable[[str], None]) -> Sequence[Night]:
@@ -161,88 +202,138 @@ def _up_to_date(nights: Sequence[Night], say: Callable[[str], None]) -> Sequence
     return nights
 
 
-def _make_all(
-    nights: Sequence[Night], options: Mapping[str, JobOptions], made: set[str],
-    say: Callable[[str], None], held: Locks,
-) -> list[dict[str, Any]] | None:  # fmt: skip
-    """Makes all stages that are not made yet; returns a report for each day.
+class _Making:
+    """Makes the stages of nights, kind by kind, and keeps what came of it.
 
-    Locks are taken as stages come to need them: other feature sets, which share the histories, need
-    not wait for images. Adds the run_ids of what it made to `made`. None where a plan turned out to
-    be outdated by then: what is made so far stays.
+    `why` says of what was made, by run_id, why it was; `without` are the days that are refused, or
+    go on from one that is, and `refused` the errors.
     """
-    settings, days = nights[0].settings, [night.ds for night in nights]
-    reports: list[dict[str, Any]] = [
-        {"ds": str(night.ds), "run_id": night.run_id, "stages": {}} for night in nights
-    ]
-    for night in nights:
-        for stage in night.upstream:
-            making.counts_of(stage)  # which raises where it is not made
-    for stages in zip(*(night.stages for night in nights), strict=True):
-        name, before = stages[0].name, time.monotonic()
-        taken = held.take(_lock_folders(settings, days, [name]))
-        if taken and any(night.is_outdated() for night in nights):
-            return None
-        made |= _make_and_judge(stages, settings, options[name], say, held)
-        seconds = round((time.monotonic() - before) / len(nights), 1)  # a day's share
-        for stage, report in zip(stages, reports, strict=True):
-            report["stages"][name] = {
-                "seconds": seconds,
-                "counts": making.counts_of(stage),
-                "work": making.work_of(stage),
-                "workers": asdict(options[name].share),
-            }
-    for report in reports:
-        works = [stage["work"] for stage in report["stages"].values()]
-        report["warnings"] = [message for work in works for message in quality.warnings(work)]
-        for message in report["warnings"]:
-            say(f"WARNING: ds {report['ds']}: {message}")
-    return reports
+
+    def __init__(self, options: Mapping[Kind, JobOptions], say: Callable[[str], None], held: Locks):
+        self._options, self._say, self._held = options, say, held
+        self._seconds: dict[Kind, float] = {}
+        self.why: dict[str, tuple[str, ...]] = {}
+        self.without: set[dt.date] = set()
+        self.refused: list[CourierError] = []
+
+    def make_all(self, nights: Sequence[Night]) -> bool:
+        """Makes all stages that are not made yet.
+
+        Locks are taken as stages come to need them: other feature sets, which share the histories,
+        need not wait for images. False where a plan turned out to be outdated by then: what is made
+        so far stays.
+        """
+        look = Look()
+        for stage in (stage for night in nights for stage in night.upstream):
+            look.made(stage)  # which raises where it is not made
+        settings, days = nights[0].settings, [night.ds for night in nights]
+        for number, kind in enumerate(self._options):
+            taken = self._held.take(_lock_folders(settings, days, [kind]))
+            if taken and any(night.is_outdated() for night in nights):
+                return False
+            before = time.monotonic()
+            good = [night for night in nights if night.ds not in self.without]
+            if good:
+                self._make_and_judge([night.planned[number] for night in good], settings)
+                self._leave_out_later_days(good)
+            self._seconds[kind] = (time.monotonic() - before) / max(1, len(good))
+        return True
+
+    def _make_and_judge(self, planned: Sequence[Planned], settings: Settings) -> None:
+        """Makes one kind of stage of all days and asks the gates.
+
+        What an earlier run had made and the gates refuse again is made once more, from its chunk
+        files: its inputs may have been mended since. What is above a limit stays as it was made;
+        what breaks a contract does not, as another command would read it.
+        """
+        make = partial(
+            making.make_missing, options=self._options[planned[0].stage.kind], say=self._say,
+            locks=self._held,
+        )  # fmt: skip
+        made = make(planned)
+        refused = _refused(planned, settings)
+        if old := [one.stage for one, _ in refused if one.stage.run_id not in made]:
+            for stage in old:
+                say = f"{stage.name}: what an earlier run made of ds {stage.ds} is refused still"
+                self._say(say)
+                self._held.check()
+                making.reopen(stage)
+            made |= make(planned)
+            refused = _refused(planned, settings)
+        self.why |= made
+        for one, error in refused:
+            self._held.check()
+            stage_states.note_refusal(one.stage, error)
+            if isinstance(error, DataContractError):
+                making.reopen(one.stage)
+            self.without.add(one.stage.ds)
+            self.refused.append(error)
+
+    def _leave_out_later_days(self, nights: Sequence[Night]) -> None:
+        """Leaves out the days that go on from one that is left out."""
+        for night in nights:
+            before = {one.ds for stage in night.stages for one in stage.before}
+            if night.ds not in self.without and (blocked_by := before & self.without):
+                self._say(f"ds {night.ds} waits: it goes on from ds {max(blocked_by)}")
+                self.without.add(night.ds)
+
+    def report(self, night: Night) -> dict[str, Any]:
+        """Returns what was done for a night, and warns of what an operator should know of it."""
+        return _report(night, Look(), self._say, self.why, self._seconds, self._options)
 
 
-def _make_and_judge(
-    stages: Sequence[Stage], settings: Settings, options: JobOptions, say: Callable[[str], None],
-    held: Locks,
-) -> set[str]:  # fmt: skip
-    """Makes one kind of stage of all days and asks the gates; returns the run_ids of what it made.
+def _report(
+    night: Night,
+    look: Look,
+    say: Callable[[str], None],
+    why: Mapping[str, tuple[str, ...]] | None = None,
+    seconds: Mapping[Kind, float] | None = None,
+    options: Mapping[Kind, JobOptions] | None = None,
+) -> dict[str, Any]:
+    """Returns what there is of a night, stage by stage, and what making it took.
 
-    What an earlier run had made and the gates refuse again is made once more, from its chunk
-    files: its inputs may have been mended since. Raises what the gates say. What is above a limit
-    stays as it was made; what breaks a contract does not, as another command would read it.
+    A stage took its share of the `seconds` of a job for several days.
     """
-    made = making.make_missing(stages, options, say, held)
-    refused = _refused(stages, settings)
-    if old := [stage for stage, _ in refused if stage.run_id not in made]:
-        for stage in old:
-            say(f"{stage.name}: what an earlier run made of ds {stage.ds} is refused still")
-            held.check()
-            making.reopen(stage)
-        made |= making.make_missing(stages, options, say, held)
-        refused = _refused(stages, settings)
-    for stage, error in refused:
-        held.check()
-        making.note_refusal(stage, error)
-        if isinstance(error, DataContractError):
-            making.reopen(stage)
-    for _, error in refused:
-        raise error
-    return made
+    made = why or {}
+    report: dict[str, Any] = {"ds": str(night.ds), "run_id": night.run_id, "stages": {}}
+    for stage in night.stages:
+        report["stages"][stage.name] = {
+            "seconds": round((seconds or {}).get(stage.kind, 0.0), 1),
+            "why": list(made.get(stage.run_id, ())),
+            "counts": making.counts_of(stage, look),
+            "work": {} if look.state(stage).name == PUBLISHED else making.work_of(stage),
+            "workers": asdict(options[stage.kind].share) if options else None,
+        }
+    works = [stage["work"] for stage in report["stages"].values()]
+    report["warnings"] = [message for work in works for message in quality.warnings(work)]
+    report["idle"] = all(look.state(stage).name == PUBLISHED for stage in night.stages)
+    for message in report["warnings"]:
+        say(f"WARNING: ds {night.ds}: {message}")
+    if report["idle"]:
+        say(f"ds {night.ds}: already published from the same inputs, nothing to do")
+    return report
 
 
-def _refused(stages: Sequence[Stage], settings: Settings) -> list[tuple[Stage, CourierError]]:
+def _refused(planned: Sequence[Planned], settings: Settings) -> list[tuple[Planned, CourierError]]:
     """Asks the gates about each stage that is not published; returns what they refuse, and why."""
-    refused: list[tuple[Stage, CourierError]] = []
-    for stage in stages:
-        if stage.is_published():
+    refused: list[tuple[Planned, CourierError]] = []
+    look = Look()
+    for one in planned:
+        if look.state(one.stage).name == PUBLISHED:
             continue
-        together = (*stage.upstream, stage)
-        counts = {name: n for one in together for name, n in making.counts_of(one).items()}
-        clusters = making.clusters_of(*together)
         try:
-            quality.check(stage.name, stage.input_rows, counts, settings, clusters)
-            making.note_refusal(stage, None)
+            _judge(one.stage, settings, look)
+            stage_states.note_refusal(one.stage, None)
         except (GateRefused, DataContractError) as error:
-            told = type(error)(f"ds {stage.ds}: {error}")
+            told = type(error)(f"ds {one.stage.ds}: {error}")
             told.__cause__ = error
-            refused.append((stage, told))
+            refused.append((one, told))
     return refused
+
+
+def _judge(stage: Stage, settings: Settings, look: Look) -> None:
+    """Raises what the gates say of a stage that is made."""
+    together = (*stage.upstream, stage)
+    counts = {one.kind: making.counts_of(one, look) for one in together}
+    clusters = {k: v for one in together for k, v in making.clusters_of(one, look).items()}
+    quality.check(stage.kind, stage.input_rows, counts, settings, clusters)

@@ -1,8 +1,9 @@
 """Defines the options that several commands of `courier` take."""
 
 import datetime as dt
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -57,6 +58,9 @@ out_option = click.option(
 full_option = click.option(
     "--full", is_flag=True, help="Read and embed every image again, whatever the day before had."
 )
+remake_option = click.option(
+    "--remake", is_flag=True, help="Make again what is published from the same inputs, too."
+)
 embeddings_by_option = click.option(
     "--embeddings-by",
     type=click.Choice(["auto", "broadcast", "shuffle"]),
@@ -78,21 +82,25 @@ def ds_option(help: str) -> Callable[[F], F]:
     return click.option("--ds", type=Ds(), required=True, help=help)
 
 
-def night_options(command: F) -> F:
-    """Gives `command` the options of every command that makes tables of one ds."""
-    ds = ds_option("The day to make.")
-    options = (config_option, ds, dry_run_option, overlap_option, json_option, beam_argument)
-    return _with(options, command)
-
-
 def days_options(command: F) -> F:
-    """Gives `command` the options of every command that makes tables of one ds or several days."""
+    """Gives `command` the options of every command that makes tables of one ds or several days.
+
+    The command gets the days as `days`.
+    """
     days = (
         click.option("--ds", type=Ds(), help="The day to make."),
         click.option("--start-ds", type=Ds(), help="Or the first of several days."),
         click.option("--end-ds", type=Ds(), help="And the last of them."),
     )
-    return _with((config_option, *days, dry_run_option, json_option, beam_argument), command)
+    rest = (remake_option, dry_run_option, json_option, beam_argument)
+
+    @functools.wraps(command)
+    def with_days(
+        ds: dt.date | None, start_ds: dt.date | None, end_ds: dt.date | None, **given: Any
+    ) -> Any:
+        return command(days=days_asked(ds, start_ds, end_ds), **given)
+
+    return _with((config_option, *days, *rest), cast(F, with_days))
 
 
 def _with(options: Sequence[Callable[[F], F]], command: F) -> F:

@@ -117,6 +117,14 @@ def sha256(path: str) -> str:
     return store_of(path).sha256(path)
 
 
+def checksum(path: str) -> str:
+    """Returns what tells a file's bytes, wherever they lie: what a bucket keeps, else a digest.
+
+    Raises FileNotFoundError where there is no file.
+    """
+    return store_of(path).checksum(path)
+
+
 # ---- Writing ---------------------------------------------------------------------------------
 
 

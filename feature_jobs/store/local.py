@@ -121,6 +121,9 @@ class LocalStore:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    def checksum(self, path: str) -> str:
+        return self.sha256(path)
+
     # -- Writing --
 
     @contextlib.contextmanager

@@ -158,6 +158,10 @@ class Partition:
 
         return patiently(path, read)
 
+    @property
+    def version(self) -> str:
+        return version_of(self.manifest)
+
     def slim(self) -> "Partition":
         """Returns the partition with what a worker needs of it: names and rows of files.
 
@@ -190,6 +194,12 @@ def read_parquet(path: str, columns: Sequence[str] | None = None) -> pa.Table:
             return plain(file.read(columns=None if columns is None else list(columns)))
 
     return patiently(path, read)
+
+
+def to_be_made(folder: str, shards: int) -> Partition:
+    """Returns the partition that a job will have made in `folder`: all that is known are names."""
+    names = [part_name(shard, shards) + ".parquet" for shard in range(shards)]
+    return Partition(folder, {"files": [{"name": name} for name in names]})
 
 
 def find_staged(folder: str) -> Partition | None:
@@ -239,9 +249,13 @@ def open_published(folder: str) -> Partition:
 def version_of(manifest: Mapping[str, Any]) -> str:
     """Returns the version of a partition, published or yet to be.
 
-    It is a digest of all that a manifest says.
+    It is a digest of what readers get, all rows and whose they are: what was made again from other
+    inputs and came out the same has the same version.
     """
-    return str(manifest.get("version") or digest(dict(manifest))[:12])
+    if "version" in manifest:
+        return str(manifest["version"])
+    who = [manifest.get(key) for key in ("table", "ds", "feature_set", "identities")]
+    return digest([who, [[file["rows"], file["sha256"]] for file in manifest["files"]]])[:12]
 
 
 def cluster_numbers(

@@ -83,6 +83,9 @@ class Store(Protocol):
     def sha256(self, path: str) -> str:
         """Returns the digest of a file's bytes, hex."""
 
+    def checksum(self, path: str) -> str:
+        """Returns what tells a file's bytes, without reading them where the store knows it."""
+
     # -- Writing --
 
     def atomic_writer(self, path: str) -> AbstractContextManager[IO[Any]]:

@@ -182,7 +182,7 @@ def open_table(place: Place, ds: dt.date) -> Table:
         tuple(paths),
         tuple(metadata.num_row_groups for metadata, _ in footers),
         sum(metadata.num_rows for metadata, _ in footers),
-        versions=(),
+        checksums=(),
         item_id=inputs.same_id_type("item_id", usable, paths, footers),
         user_id=None,
         impression_id=None,

@@ -2,9 +2,8 @@
 
 import datetime as dt
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -12,26 +11,16 @@ import pyarrow as pa
 from feature_jobs import inputs
 from feature_jobs.impressions.histories import HistoryDay
 from feature_jobs.inputs import Source
-from feature_jobs.schemas import (
-    ITEM_EMBEDDINGS,
-    ITEM_FEATURES,
-    ITEM_REJECTS,
-    DataContractError,
-    InputNotReady,
-    Table,
-)
-from feature_jobs.store import partitions
+from feature_jobs.schemas import DataContractError, InputNotReady
 from pipelines.config import Settings
-from pipelines.planning import yesterday
 from pipelines.planning.pinned import PinnedArtefacts
 from pipelines.planning.shop_tables import ShopTables
-from pipelines.planning.yesterday import Before
-from pipelines.running import layout
-from pipelines.running.stage import Stage
+from pipelines.planning.yesterday import Before, Earlier, Yesterdays, find_before
+from pipelines.running.stage import Planned, Stage
+from pipelines.running.states import Look
+from pipelines.stages import EMBED, ITEM_FEATURES, Kind
 
-_WITHOUT_PIN = {"histories", "training-rows"}
 NO_IDS = (pa.int64(), pa.int64())  # user_id and item_id, where no file tells their types
-_OF_IMPRESSIONS = {"histories", "simscore", "training-rows"}
 
 
 @dataclass(frozen=True)
@@ -40,8 +29,9 @@ class NightOptions:
 
     `allow_overlap` lets an encoder or codebook be used that was made from ds or later days,
     `allow_churn` publishes however many items changed their cluster, `full` embeds every image as
-    if there had been no day before. `from_log` begins histories from the log of the window, and
-    `embeddings_by` is how embeddings reach impressions, where the settings shall not decide.
+    if there had been no day before, `remake` makes again what is published. `from_log` begins
+    histories from the log of the window, and `embeddings_by` is how embeddings reach impressions,
+    where the settings shall not decide.
     """
 
     allow_overlap: bool = False
@@ -49,84 +39,75 @@ class NightOptions:
     full: bool = False
     from_log: bool = False
     embeddings_by: Literal["auto", "broadcast", "shuffle"] | None = None
+    remake: bool = False
+
+    @property
+    def forced_by(self) -> str:
+        """Returns why a stage is made again that is published; empty where none is."""
+        return "asked for (--remake)" if self.remake else ""
+
+
+@dataclass
+class Range:
+    """Holds what the plans of days share that are planned together, of which there are `days`.
+
+    `sources` are what was opened of the shop's tables.
+    """
+
+    settings: Settings
+    say: Callable[[str], None]
+    options: NightOptions
+    days: int = 1
+    sources: dict[str, Source | InputNotReady] = field(default_factory=dict)
+    planned: dict[tuple[str, dt.date], Planned] = field(default_factory=dict)
+    look: Look = field(default_factory=Look)
+
+    def yesterdays(self) -> Yesterdays:
+        """Returns what finds for one of the days what it goes on from."""
+        settings = self.settings
+        return Yesterdays(settings.root, settings.feature_set, self.look, self.planned)
 
 
 class DayPlan:
-    """Holds the checked inputs and artefacts of one ds.
+    """Holds the checked inputs and artefacts of one ds, in a range of days that share some."""
 
-    `earlier` are the histories of the day before, where they are planned too, and `together` the
-    number of days that are. `found` is what was opened of the shop's tables for other days.
-    """
+    def __init__(self, of: Range, ds: dt.date):
+        self.settings, self.options, self.ds = of.settings, of.options, ds
+        self.range = of
+        self.shop = ShopTables(self.settings, ds, of.say, of.sources)
+        self.pinned = PinnedArtefacts(self.settings, ds, self.options.allow_overlap)
+        self.yesterdays = of.yesterdays()
 
-    def __init__(
-        self,
-        settings: Settings,
-        ds: dt.date,
-        say: Callable[[str], None],
-        options: NightOptions,
-        earlier: Stage | None = None,
-        together: int = 1,
-        found: dict[str, Source | InputNotReady] | None = None,
-    ):
-        self.settings, self.ds, self.options = settings, ds, options
-        self.shop = ShopTables(settings, ds, say, found)
-        self.pinned = PinnedArtefacts(settings, ds, options.allow_overlap)
-        self._earlier, self.together = earlier, together
-        self._finds: list[Callable[[], tuple[partitions.Partition, ...]]] = []
-        self._seen: list[partitions.Partition] = []
-
-    # -- What it goes on from --
-
-    def _look(
-        self, find: Callable[[], tuple[partitions.Partition, ...]]
-    ) -> tuple[partitions.Partition, ...]:
-        """Returns what `find` does, and remembers it as what plans are built on."""
-        found = find()
-        self._finds.append(find)
-        self._seen += found
-        return found
-
-    def is_outdated(self) -> bool:
-        """Returns whether what was looked at has been published anew or overtaken since."""
-        now = [partition for find in self._finds for partition in find()]
-        return _versions(now) != _versions(self._seen)
-
-    def open_inputs(self, needed: Sequence[str]) -> None:
+    def open_inputs(self, needed: Collection[Kind]) -> None:
         """Opens pin and tables of ds; raises DataContractError where IDs are of two types."""
-        if set(needed) - _WITHOUT_PIN:
+        uses = set[str]().union(*(kind.uses for kind in needed))
+        if "pin" in uses:
             # a pin that does not hold is told before an input that is missing
             _ = self.pinned.encoder
-        if "embed" in needed:
+        if "catalogue" in uses:
             self.shop.catalogue(self.ds)
-        if _OF_IMPRESSIONS & set(needed):
+        if "impressions" in uses:
             self.shop.impressions(self.ds)
             self.shop.user_id_type(pa.int64())
         self.item_id_type()
 
-    def stage(
-        self, name: str, define: Callable[[Any, Sequence[Stage]], None], **fields: Any
-    ) -> Stage:
-        settings = self.settings
-        return Stage(name, self.ds, settings.root, settings.feature_set, define=define, **fields)
+    def stage(self, kind: Kind, forced_by: str = "", **fields: Any) -> Stage:
+        settings, forced_by = self.settings, forced_by or self.options.forced_by
+        return Stage(
+            kind, self.ds, settings.root, settings.feature_set, forced_by=forced_by, **fields
+        )
 
     # -- Items --
 
     @functools.cached_property
-    def day_before(self) -> tuple[partitions.Partition, ...]:
-        """Returns embeddings and rejects of the newest day before ds with both; empty for none."""
-        return self._look(partial(self._latest_before, ITEM_EMBEDDINGS, ITEM_REJECTS))
+    def embedded_before(self) -> Earlier | None:
+        """Returns the embeddings and rejects of the newest day before ds; None for none."""
+        return self.yesterdays.before(EMBED, self.ds)
 
     @functools.cached_property
-    def previous_features(self) -> partitions.Partition | None:
-        """Returns `item_features` of the newest day before ds that has them; None for none.
-
-        Cluster IDs are compared with theirs.
-        """
-        found = self._look(partial(self._latest_before, ITEM_FEATURES))
-        return found[0] if found else None
-
-    def _latest_before(self, *wanted: Table) -> tuple[partitions.Partition, ...]:
-        return layout.latest_before(self.settings.root, self.settings.feature_set, wanted, self.ds)
+    def features_before(self) -> Earlier | None:
+        """Returns `item_features` of the newest day before ds, whose cluster IDs are compared."""
+        return self.yesterdays.before(ITEM_FEATURES, self.ds)
 
     @property
     def of_another_lineage(self) -> bool:
@@ -134,13 +115,13 @@ class DayPlan:
 
         Then even equal numbers mean nothing to each other.
         """
-        if self.previous_features is None:
+        if self.features_before is None:
             return False
-        manifest, codebook = self.previous_features.manifest, self.pinned.codebook
-        before = manifest["identities"]["codebook_id"]
+        codebook = self.pinned.codebook
+        before = self.features_before.identities["codebook_id"]
         return not (
             before in (codebook.codebook_id, *codebook.ancestors)
-            or codebook.codebook_id in manifest["settings"].get("ancestors", ())
+            or codebook.codebook_id in self.features_before.settings.get("ancestors", ())
         )
 
     def item_id_type(self) -> pa.DataType:
@@ -148,21 +129,25 @@ class DayPlan:
 
         On days without any file it is that of the day before, so that tables still fit.
         """
-        before, _ = self.day_before or (None, None)
-        otherwise = before.schema.field("item_id").type if before else pa.int64()
-        return self.shop.item_id_type(otherwise)
+        before = self.item_id_before
+        return self.shop.item_id_type(pa.int64() if before is None else before)
+
+    @functools.cached_property
+    def item_id_before(self) -> pa.DataType | None:
+        """Returns the type of the item IDs in the embeddings of the day before; None for none."""
+        before = self.embedded_before
+        if before is None:
+            return None
+        known = before.planned.id_types if before.planned else None
+        return known[0] if known else before.published[0].schema.field("item_id").type
 
     # -- Impressions --
 
     @functools.cached_property
     def before(self) -> Before:
         """Returns what histories of ds begin from."""
-        if self._earlier:
-            return yesterday.made_before(self._earlier, self.settings)
-        newest = partial(self._look, partial(yesterday.newest_before, self.settings, self.ds))
-        return yesterday.find_before(
-            self.settings, self.ds, self.shop, self.options.from_log, newest
-        )
+        from_log = self.options.from_log
+        return find_before(self.settings, self.ds, self.shop, from_log, self.yesterdays)
 
     def history_ids(self) -> tuple[pa.DataType, pa.DataType] | None:
         """Returns the types of user_id and item_id in the clicks of ds and of the days before.
@@ -188,8 +173,3 @@ class DayPlan:
         timezone = self.settings.day_timezone
         start = inputs.day_end(self.ds - dt.timedelta(days=1), timezone)
         return HistoryDay(self.ds.toordinal(), start, inputs.day_end(self.ds, timezone))
-
-
-def _versions(found: Sequence[partitions.Partition]) -> dict[str, str]:
-    """Returns the versions of partitions by their folders."""
-    return {partition.folder: partition.manifest["version"] for partition in found}

@@ -1,12 +1,8 @@
-"""Plans HISTORIES, SIMSCORE and TRAINING-ROWS: what is made of the impressions of ds.
+"""Plans HISTORIES, SIMSCORE and TRAINING-ROWS: what is made of the impressions of ds."""
 
-Histories and SimScores of several days in a row are one job: the stage of the first day defines it
-for all, and each stage's `part` says what is its own.
-"""
-
+import datetime as dt
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -19,33 +15,38 @@ from feature_jobs.impressions.simscore import (
     SimscoreJob,
     define_simscore,
 )
-from feature_jobs.impressions.training_rows import TrainingRowsJob, define_training_rows
+from feature_jobs.impressions.training_rows import (
+    TrainingRowsDay,
+    TrainingRowsJob,
+    define_training_rows,
+)
 from feature_jobs.inputs import IMPRESSION_COLUMNS, Source
 from feature_jobs.items.item_vectors import ItemTables, broadcast_bytes
-from feature_jobs.schemas import (
-    ITEM_EMBEDDINGS,
-    ITEM_FEATURES,
-    ROW_CLICKS,
-    TRAINING_ROWS,
-    USER_HISTORIES,
-    USER_SIMSCORES,
-    OperatorError,
-)
-from feature_jobs.store import broadcast, documents, hashing, partitions
+from feature_jobs.schemas import ITEM_EMBEDDINGS, ROW_CLICKS, USER_HISTORIES, OperatorError
+from feature_jobs.schemas import ITEM_FEATURES as FEATURES_TABLE
+from feature_jobs.schemas import TRAINING_ROWS as ROWS_TABLE
+from feature_jobs.schemas import USER_SIMSCORES as SCORES_TABLE
+from feature_jobs.store import broadcast, documents, hashing
+from pipelines.config import Settings
 from pipelines.planning.day_plan import NO_IDS, DayPlan
 from pipelines.planning.items import churn_note
 from pipelines.planning.yesterday import (
     IMPRESSIONS_PER_CLICK,
-    STATE,
+    Before,
+    Earlier,
     click_settings,
     history_law,
     history_settings,
     shards_of_log,
 )
 from pipelines.running import layout, records
-from pipelines.running.stage import Stage
+from pipelines.running.stage import Planned, Stage
+from pipelines.running.states import Look
+from pipelines.stages import HISTORIES, SIMSCORE, TRAINING_ROWS
 
 _USUAL_LENGTH = 50  # of a history; shards of much longer ones have fewer rows
+
+Ids = tuple[pa.DataType, pa.DataType]
 
 
 # ---- HISTORIES -------------------------------------------------------------------------------
@@ -53,52 +54,64 @@ _USUAL_LENGTH = 50  # of a history; shards of much longer ones have fewer rows
 
 @dataclass(frozen=True)
 class LogOfDay:
-    """Holds what a job of several days knows of one of them.
+    """Holds what a job that walks through the log of days knows of one of them.
 
     `ids` are the types of user_id and item_id, None while no file has told them.
     """
 
+    settings: Settings
     day: HistoryDay
     log: Source
-    ids: tuple[pa.DataType, pa.DataType] | None
+    before: Before
+    ids: Ids | None
 
 
-def plan_histories(day: DayPlan, made: dict[str, Stage]) -> Stage:
+@dataclass(frozen=True)
+class PlannedHistories(Planned):
+    """Holds what HISTORIES must know of a day."""
+
+    stage: Stage
+    log: LogOfDay
+
+    @property
+    def id_types(self) -> Ids | None:
+        return self.log.ids
+
+    @classmethod
+    def wire(cls, root: Any, days: Sequence["PlannedHistories"], folder: str) -> None:
+        shards = [day.stage.shards for day in days]
+        logs = [*days[0].log.before.log, *(day.log.log for day in days)]
+        job = histories_job([day.log for day in days], shards, folder)
+        define_histories(root, logs, job, shards, [day.stage.staging for day in days])
+
+
+def plan_histories(day: DayPlan) -> PlannedHistories:
     settings, before = day.settings, day.before
     log = day.shop.impressions(day.ds)
     log_rows = {**before.log_rows, str(day.ds): log.rows}
     _check_shared(day)
-
-    def define(root: Any, stages: Sequence[Stage]) -> None:
-        shards = [stage.shards for stage in stages]
-        logs = [*before.log, *(stage.part.log for stage in stages)]
-        job = histories_job(day, [stage.part for stage in stages], shards, stages[0].staging)
-        define_histories(root, logs, job, shards, [stage.staging for stage in stages])
-
-    return day.stage(
-        "histories",
-        define,
-        tables=STATE,
+    stage = day.stage(
+        HISTORIES,
         shards=shards_of_log(log_rows, settings.rows_per_shard),
         inputs={"impressions": log.identity(), **before.inputs(), "log_rows": log_rows},
         identities={},
         settings=history_settings(settings),
+        before=before.tables,
         input_rows=log.rows,
         notes={"days_without_log": list(before.missing)},
-        part=LogOfDay(day.history_day(), log, day.history_ids()),
     )
+    known = LogOfDay(settings, day.history_day(), log, before, day.history_ids())
+    return PlannedHistories(stage, known)
 
 
-def histories_job(
-    day: DayPlan, parts: Sequence[LogOfDay], shards: Sequence[int], staging: str
-) -> HistoriesJob:
-    """Returns the job that makes histories of the days of `parts`, of which `day` is the first."""
-    settings, before = day.settings, day.before
-    user_id, item_id = parts[-1].ids or NO_IDS  # the last day knows most
+def histories_job(days: Sequence[LogOfDay], shards: Sequence[int], staging: str) -> HistoriesJob:
+    """Returns the job that makes histories of consecutive days, or walks through them."""
+    settings, before = days[0].settings, days[0].before
+    user_id, item_id = days[-1].ids or NO_IDS  # the last day knows most
     state = tuple(partition.slim() for partition in before.partitions())
     return HistoriesJob(
         history_law(settings),
-        tuple(part.day for part in parts),
+        tuple(day.day for day in days),
         state,
         max(*shards, before.shards(state, settings.rows_per_shard)),
         user_id,
@@ -110,22 +123,23 @@ def histories_job(
 
 def _check_shared(day: DayPlan) -> None:
     """Refuses to replace histories that another feature set made under another law."""
-    settings = day.settings
+    settings, look = day.settings, day.range.look
     for other in layout.feature_sets(settings.root):
+        if other == settings.feature_set:
+            continue
         record = records.read_night(settings.root, other, day.ds) or {"tables": {}}
         entry = record["tables"].get(USER_HISTORIES.name)
         folder = layout.table_folder(settings.root, other, USER_HISTORIES, day.ds)
-        if other == settings.feature_set or not entry or not partitions.is_published(folder):
+        theirs = entry and look.published(folder)
+        if not theirs or theirs.manifest["version"] != entry["version"]:
             continue
-        theirs = partitions.open_published(folder).manifest
-        if theirs["version"] == entry["version"] and theirs["settings"] != history_settings(
-            settings
-        ):
+        made_with = theirs.manifest["settings"]
+        if made_with != history_settings(settings):
             raise OperatorError(
                 f"The feature set {other!r} below {settings.root} made user_histories of ds "
-                f"{day.ds} with {theirs['settings']}, which differs from these settings. The "
-                "table is shared, so that each set would undo the other's night. Use the same "
-                "settings, or another root."
+                f"{day.ds} with {made_with}, which differs from these settings. The table is "
+                "shared, so that each set would undo the other's night. Use the same settings, or "
+                "another root."
             )
 
 
@@ -133,16 +147,18 @@ def _check_shared(day: DayPlan) -> None:
 
 
 @dataclass(frozen=True)
-class ScoresOfDay(LogOfDay):
-    """Holds what a SIMSCORE job of several days knows of one of them.
+class PlannedScores(Planned):
+    """Holds what SIMSCORE must know of a day.
 
     `has_history` tells that its impressions come with their histories, `embeddings_by` how
     embeddings reach them.
     """
 
+    stage: Stage
+    log: LogOfDay
     has_history: bool
     embeddings_by: str
-    previous_features: partitions.Partition | None
+    features_before: Earlier | None
     of_another_lineage: bool
     schema: pa.Schema
 
@@ -151,75 +167,84 @@ class ScoresOfDay(LogOfDay):
         """Returns the impressions of a log without a file: an empty table."""
         return self.schema.empty_table().select(IMPRESSION_COLUMNS)
 
-    def of(self, stage: Stage) -> SimscoreDay:
+    def as_worker_knows_it(self, look: Look) -> SimscoreDay:
         """Returns the day as the workers know it, once everything upstream is made."""
-        embedded, features = stage.upstream
-        found = features.partition(ITEM_FEATURES), embedded.partition(ITEM_EMBEDDINGS)
-        key = documents.digest([[p.manifest for p in found], stage.staging])[:16]
-        previous = self.previous_features and self.previous_features.slim()
-        items = ItemTables(found[0].slim(), found[1].slim(), previous, self.of_another_lineage)
+        stage, (embedded, features) = self.stage, self.stage.upstream
+        found = look.table(features, FEATURES_TABLE), look.table(embedded, ITEM_EMBEDDINGS)
+        earlier = self.features_before
+        before = look.open(earlier.tables[0]).slim() if earlier else None
+        items = ItemTables(found[0].slim(), found[1].slim(), before, self.of_another_lineage)
         return SimscoreDay(
-            self.day, self.has_history, items, key, stage.shards, self.schema, **stage.identities,
-            staging=stage.staging,
+            self.log.day, self.has_history, items, self._broadcast_key(look), stage.shards,
+            self.schema, **stage.identities, staging=stage.staging,
         )  # fmt: skip
 
+    def _broadcast_key(self, look: Look) -> str:
+        """Names the machine's copy of the items that the job makes."""
+        found = [p.manifest for one in self.stage.upstream for p in look.made(one)]
+        return documents.digest([found, self.stage.staging])[:16]
 
-def plan_simscore(day: DayPlan, made: dict[str, Stage]) -> Stage:
-    settings, impressions = day.settings, day.shop.impressions(day.ds)
-    has_history = "history" in impressions.form.columns
+    @classmethod
+    def wire(cls, root: Any, days: Sequence["PlannedScores"], folder: str) -> None:
+        look, logs, log = Look(), [day.log for day in days], list[Source]()
+        histories = None
+        if not all(day.has_history or not day.log.log.rows for day in days):
+            histories = histories_job(logs, [day.stage.shards for day in days], folder)
+            log = [*logs[0].before.log, *(one.log for one in logs)]
+        known = tuple(day.as_worker_knows_it(look) for day in days)
+        by = SHUFFLE if SHUFFLE in {day.embeddings_by for day in days} else BROADCAST
+        job = SimscoreJob(known, histories, logs[0].settings.history_len, by, folder)
+        define_simscore(root, [one.log for one in logs], log, job)
+
+    def clean(self) -> None:
+        broadcast.discard(self._broadcast_key(Look()))
+
+
+def plan_simscore(
+    day: DayPlan, embedded: Planned, features: Planned, histories: PlannedHistories
+) -> PlannedScores:
+    settings, log = day.settings, histories.log
+    has_history = "history" in log.log.form.columns
+    if has_history:
+        log = replace(log, ids=(day.shop.user_id_type(NO_IDS[0]), day.item_id_type()))
+    user_id, item_id = log.ids or NO_IDS
     optional = [] if settings.simscore.history_item_ids else ["history_item_ids"]
-    ids = _ids(day, has_history)
-    user_id, item_id = ids or NO_IDS
-    schema = USER_SIMSCORES.schema(
+    schema = SCORES_TABLE.schema(
         item_id,
         user_id,
-        impressions.impression_id or pa.string(),
-        extra=impressions.carried,
+        log.log.impression_id or pa.string(),
+        extra=log.log.carried,
         without=optional,
     )
-    part = ScoresOfDay(
-        day.history_day(), impressions, ids, has_history,
-        _embeddings_by(day, made["embed"].input_rows), day.previous_features,
-        day.of_another_lineage, schema,
-    )  # fmt: skip
-    return day.stage(
-        "simscore",
-        partial(_define_simscore, day),
-        tables=(USER_SIMSCORES,),
+    stage = day.stage(
+        SIMSCORE,
         shards=hashing.num_shards(
-            impressions.rows * max(1, settings.history_len // _USUAL_LENGTH),
+            log.log.rows * max(1, settings.history_len // _USUAL_LENGTH),
             settings.rows_per_shard,
         ),
         inputs={
-            "impressions": impressions.identity(),
-            **({} if has_history else day.before.inputs()),
-            "item_features": made["item-features"].run_id,
+            "impressions": log.log.identity(),
+            **({} if has_history else log.before.inputs()),
+            "item_features": features.stage.run_id,
         },
-        upstream=(made["embed"], made["item-features"]),
+        upstream=(embedded.stage, features.stage),
+        before=() if has_history else log.before.tables,
         identities=day.pinned.identities(),
         settings={
             **history_settings(settings),
             "history_item_ids": settings.simscore.history_item_ids,
         },
-        input_rows=impressions.rows,
+        input_rows=log.log.rows,
         notes={
             "logged_histories": has_history,
-            "days_without_log": [] if has_history else list(day.before.missing),
+            "days_without_log": [] if has_history else list(log.before.missing),
             **churn_note(day),
         },
-        clean=lambda stage: broadcast.discard(stage.part.of(stage).broadcast_key),
-        part=part,
     )
-
-
-def _ids(day: DayPlan, has_history: bool) -> tuple[pa.DataType, pa.DataType] | None:
-    """Returns the types of user_id and item_id, None while no file has told them.
-
-    The state of the day before has a say where it is read.
-    """
-    if has_history:
-        return day.shop.user_id_type(NO_IDS[0]), day.item_id_type()
-    return day.history_ids()
+    return PlannedScores(
+        stage, log, has_history, _embeddings_by(day, embedded.stage.input_rows),
+        day.features_before, day.of_another_lineage, schema,
+    )  # fmt: skip
 
 
 def _embeddings_by(day: DayPlan, items: int) -> str:
@@ -230,31 +255,64 @@ def _embeddings_by(day: DayPlan, items: int) -> str:
     asked = day.options.embeddings_by or day.settings.simscore.embeddings_by
     if asked != "auto":
         return asked
-    fits = broadcast_bytes(items) * day.together <= day.settings.simscore.broadcast_limit_gb * 1e9
-    return BROADCAST if fits else SHUFFLE
-
-
-def _define_simscore(day: DayPlan, root: Any, stages: Sequence[Stage]) -> None:
-    """Defines the job that scores the days of `stages`, of which `day` is the first."""
-    parts = [stage.part for stage in stages]
-    days = tuple(part.of(stage) for part, stage in zip(parts, stages, strict=True))
-    staging, shards = stages[0].staging, [stage.shards for stage in stages]
-    histories, log = None, []
-    if not all(part.has_history or not part.log.rows for part in parts):
-        histories = histories_job(day, parts, shards, staging)
-        log = [*day.before.log, *(part.log for part in parts)]
-    by = SHUFFLE if SHUFFLE in {part.embeddings_by for part in parts} else BROADCAST
-    job = SimscoreJob(days, histories, day.settings.history_len, by, staging)
-    define_simscore(root, [part.log for part in parts], log, job)
+    limit = day.settings.simscore.broadcast_limit_gb * 1e9
+    return BROADCAST if broadcast_bytes(items) * day.range.days <= limit else SHUFFLE
 
 
 # ---- TRAINING-ROWS ---------------------------------------------------------------------------
 
 
-def plan_training_rows(day: DayPlan, made: dict[str, Stage]) -> Stage:
+@dataclass(frozen=True)
+class PlannedRows(Planned):
+    """Holds what TRAINING-ROWS must know of a day: its log, and the catalogues of the same days."""
+
+    stage: Stage
+    settings: Settings
+    day: HistoryDay
+    log: tuple[Source, ...]
+    catalogues: tuple[Source, ...]
+    schema: pa.Schema
+
+    @classmethod
+    def wire(cls, root: Any, days: Sequence["PlannedRows"], folder: str) -> None:
+        settings = days[0].settings
+        job = TrainingRowsJob(
+            law=replace(history_law(settings), history_len=ROW_CLICKS, keep_repeats=False),
+            gap_us=round(settings.training.request_gap_seconds * 1_000_000),
+            day_timezone=settings.day_timezone,
+            categories=_scope(settings),
+            days=tuple(day._as_worker_knows_it() for day in days),
+            staging=folder,
+        )
+        logs = {source.form.ds: source for day in days for source in day.log}
+        catalogues = {source.form.ds: source for day in days for source in day.catalogues}
+        define_training_rows(root, list(logs.values()), list(catalogues.values()), job)
+
+    def _as_worker_knows_it(self) -> TrainingRowsDay:
+        return TrainingRowsDay(
+            self.stage.ds,
+            self.day.end_us,
+            self.stage.shards,
+            self.schema,
+            log=_days_of(self.log),
+            catalogues=_days_of(self.catalogues),
+            staging=self.stage.staging,
+        )
+
+
+def _days_of(sources: Sequence[Source]) -> tuple[dt.date, ...]:
+    return tuple(source.form.ds for source in sources)
+
+
+def _scope(settings: Settings) -> tuple[str, ...] | None:
+    """Returns the categories in scope, None for all."""
+    return tuple(sorted(set(settings.training.categories))) or None
+
+
+def plan_training_rows(day: DayPlan) -> PlannedRows:
     settings, impressions = day.settings, day.shop.impressions(day.ds)
     log, missing = day.shop.log
-    categories = tuple(sorted(set(settings.training.categories))) or None
+    categories = _scope(settings)
     if categories:
         day.shop.check_categories(categories)
     catalogues = day.shop.catalogues() if categories else []
@@ -264,32 +322,14 @@ def plan_training_rows(day: DayPlan, made: dict[str, Stage]) -> Stage:
         sum(source.rows for source in log) // IMPRESSIONS_PER_CLICK,
         sum(source.rows for source in catalogues),
     )
-    shards = hashing.num_shards(rows, settings.rows_per_shard)
-    schema = TRAINING_ROWS.schema(
+    schema = ROWS_TABLE.schema(
         day.item_id_type(),
         day.shop.user_id_type(pa.int64()),
         request_id=impressions.request_id or pa.string(),
     )
-    job = partial(
-        TrainingRowsJob,
-        law=replace(history_law(settings), history_len=ROW_CLICKS, keep_repeats=False),
-        gap_us=round(settings.training.request_gap_seconds * 1_000_000),
-        end_us=day.history_day().end_us,
-        day_timezone=settings.day_timezone,
-        categories=categories,
-        shards=shards,
-        schema=schema,
-    )
-
-    def define(root: Any, stages: Sequence[Stage]) -> None:
-        (stage,) = stages
-        define_training_rows(root, impressions, log, catalogues, job(staging=stage.staging))
-
-    return day.stage(
-        "training-rows",
-        define,
-        tables=(TRAINING_ROWS,),
-        shards=shards,
+    stage = day.stage(
+        TRAINING_ROWS,
+        shards=hashing.num_shards(rows, settings.rows_per_shard),
         inputs={
             "log": [source.identity() for source in log],
             "catalogues": [source.identity() for source in catalogues],
@@ -306,3 +346,4 @@ def plan_training_rows(day: DayPlan, made: dict[str, Stage]) -> Stage:
             "one_snapshot_for_all_days": bool(catalogues) and day.shop.has_one_catalogue,
         },
     )
+    return PlannedRows(stage, settings, day.history_day(), tuple(log), tuple(catalogues), schema)

@@ -5,90 +5,139 @@ them, and not by who only reads what they made.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from feature_jobs.codebooks import codebook as codebooks
+from feature_jobs.inputs import Source
 from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
-    ITEM_FEATURES,
     ITEM_REJECTS,
     MAIN,
     DataContractError,
     cluster_field,
 )
+from feature_jobs.schemas import ITEM_FEATURES as FEATURES_TABLE
 from feature_jobs.store import documents, hashing, partitions
 from pipelines.config import Settings
 from pipelines.planning.day_plan import DayPlan
-from pipelines.running.layout import CHUNK_FOLDER
-from pipelines.running.stage import PACKAGE_VERSIONS, Stage
+from pipelines.planning.pinned import PinnedArtefacts
+from pipelines.planning.yesterday import Earlier
+from pipelines.running import layout
+from pipelines.running.stage import PACKAGE_VERSIONS, Planned, Stage
+from pipelines.running.states import Look
+from pipelines.stages import EMBED, ITEM_FEATURES
 
 # ---- EMBED -----------------------------------------------------------------------------------
 
 
-def plan_embed(day: DayPlan, made: dict[str, Stage]) -> Stage:
-    settings, catalogue = day.settings, day.shop.catalogue(day.ds)
-    before, rejects = day.day_before or (None, None)
-    item_id = _same_item_id_type(day, before)
-    made_by = before.manifest["identities"]["encoder_id"] if before else None
-    roots = list(settings.catalogue.image_roots)
-    shards = hashing.num_shards(catalogue.rows, settings.rows_per_shard)
-    chunks = _chunk_folder(day, item_id, shards)
+@dataclass(frozen=True)
+class PlannedEmbed(Planned):
+    """Holds what EMBED must know of a day; days with one encoder are one job."""
 
-    def define(root: Any, stages: Sequence[Stage]) -> None:
+    stage: Stage
+    settings: Settings
+    pinned: PinnedArtefacts
+    catalogue: Source
+    item_id: pa.DataType
+    before: Earlier | None
+    full: bool
+
+    @property
+    def id_types(self) -> tuple[pa.DataType, ...]:
+        return (self.item_id,)
+
+    @property
+    def alike(self) -> Hashable:
+        return self.stage.identities["encoder_id"], str(self.item_id)
+
+    @classmethod
+    def wire(cls, root: Any, days: Sequence["PlannedEmbed"], folder: str) -> None:
         from courier_model.images import Preprocessing
         from feature_jobs.items import embed
 
-        (stage,) = stages
+        first, shards = days[0], [day.stage.shards for day in days]
+        settings, encoder, before = first.settings, first.pinned.encoder, first.before
+        look = Look()
+        embeddings, rejects = map(look.open, before.tables) if before else (None, None)
         job = embed.EmbedJob(
-            ds=day.ds,
-            shards=shards,
-            embeddings_schema=ITEM_EMBEDDINGS.schema(item_id),
-            rejects_schema=ITEM_REJECTS.schema(item_id),
-            encoder_folder=day.pinned.pin.encoder,
-            preprocessing=Preprocessing.from_dict(day.pinned.encoder.preprocessing),
+            days=tuple(
+                embed.EmbedDay(day.stage.ds, day.catalogue, day.stage.shards, day.stage.staging)
+                for day in days
+            ),
+            embeddings_schema=ITEM_EMBEDDINGS.schema(first.item_id),
+            rejects_schema=ITEM_REJECTS.schema(first.item_id),
+            encoder_folder=first.pinned.pin.encoder,
+            preprocessing=Preprocessing.from_dict(encoder.preprocessing),
             device=settings.embed.device,
             precision=settings.embed.precision,
             image_roots=settings.catalogue.image_roots,
             batch_size=settings.embed.batch_size,
             chunk_items=settings.embed.chunk_items,
             window_days=settings.window_days,
-            previous_embeddings=before,
+            previous_embeddings=embeddings,
             previous_rejects=rejects,
-            reuse=made_by == day.pinned.encoder.encoder_id and _is_of_precision(before, settings),
-            full=day.options.full,
-            same_roots=before is not None and before.manifest["settings"]["image_roots"] == roots,
-            staging=stage.staging,
-            chunks=os.path.join(os.path.dirname(stage.staging), chunks),
+            reuse=first.is_reusable,
+            full=first.full,
+            same_roots=before is not None
+            and before.settings["image_roots"] == first.stage.settings["image_roots"],
+            staging=folder,
+            chunks=os.path.join(os.path.dirname(folder), first._chunk_folder(max(shards))),
         )
-        embed.define_embed(root, catalogue, job)
+        embed.define_embed(root, job)
 
-    return day.stage(
-        "embed",
-        define,
-        tables=(ITEM_EMBEDDINGS, ITEM_REJECTS),
-        shards=shards,
+    @property
+    def is_reusable(self) -> bool:
+        """Returns whether the embeddings of the day before are those that would be made now."""
+        if self.before is None:
+            return False
+        wanted, made = _precision(self.settings), self.before.settings
+        same = self.before.identities["encoder_id"] == self.pinned.encoder.encoder_id
+        return same and wanted.items() <= made.items()
+
+    def _chunk_folder(self, shards: int) -> str:
+        """Names the folder of chunk files, shared by all runs that would embed alike."""
+        settings = self.settings
+        embedding = [
+            self.pinned.encoder.encoder_id,
+            settings.embed.batch_size,
+            PACKAGE_VERSIONS,
+            *_precision(settings).values(),
+        ]
+        shape = [str(self.item_id), shards, list(settings.catalogue.image_roots), self.full]
+        return layout.CHUNK_FOLDER + documents.digest([embedding, shape])[:12]
+
+
+def plan_embed(day: DayPlan) -> PlannedEmbed:
+    settings, catalogue, pinned = day.settings, day.shop.catalogue(day.ds), day.pinned
+    before, item_id = day.embedded_before, _same_item_id_type(day)
+    stage = day.stage(
+        EMBED,
+        "asked for (--full)" if day.options.full else "",
+        shards=hashing.num_shards(catalogue.rows, settings.rows_per_shard),
         inputs={
             "catalogue": catalogue.identity(),
-            "previous": [p.manifest["version"] for p in (before, rejects) if p],
+            "previous": before.as_input() if before else None,
         },
-        identities={"encoder_id": day.pinned.encoder.encoder_id},
+        identities={"encoder_id": pinned.encoder.encoder_id},
         settings={
-            "image_roots": roots,
+            "image_roots": [root.written for root in settings.catalogue.image_roots],
             "batch_size": settings.embed.batch_size,
             "window_days": settings.window_days,
             **_precision(settings),
         },
+        before=before.tables if before else (),
         input_rows=catalogue.rows,
-        forced=day.options.full,
         notes={
             **({"full": True} if day.options.full else {}),
             "one_snapshot_for_all_days": day.shop.has_one_catalogue,
-            **day.pinned.overlap("encoder", day.pinned.encoder.data_end_ds),
+            **pinned.overlap("encoder", pinned.encoder.data_end_ds),
         },
     )
+    return PlannedEmbed(stage, settings, pinned, catalogue, item_id, before, day.options.full)
 
 
 def _precision(settings: Settings) -> dict[str, str]:
@@ -97,81 +146,90 @@ def _precision(settings: Settings) -> dict[str, str]:
     return {} if wanted == "auto" else {"precision": wanted}
 
 
-def _is_of_precision(before: partitions.Partition | None, settings: Settings) -> bool:
-    """Returns whether all embeddings of `before` were made in the precision that is asked for."""
-    return (
-        before is not None and _precision(settings).items() <= before.manifest["settings"].items()
-    )
-
-
-def _same_item_id_type(day: DayPlan, before: partitions.Partition | None) -> pa.DataType:
-    """Returns today's type of item_id; raises DataContractError where `before` had another one."""
-    item_id = day.item_id_type()
-    if before and before.schema.field("item_id").type != item_id:
+def _same_item_id_type(day: DayPlan) -> pa.DataType:
+    """Returns today's type of item_id; raises DataContractError where it was another before."""
+    item_id, before = day.item_id_type(), day.item_id_before
+    if day.embedded_before and before is not None and before != item_id:
         raise DataContractError(
-            f"item_id is {item_id} in the tables of ds {day.ds} but was "
-            f"{before.schema.field('item_id').type} in {before.folder}. No item would be found "
-            "again. Cast item_id back where it is written, or start a new feature_set."
+            f"item_id is {item_id} in the tables of ds {day.ds} but was {before} in "
+            f"{day.embedded_before.tables[0].folder}. No item would be found again. Cast item_id "
+            "back where it is written, or start a new feature_set."
         )
     return item_id
-
-
-def _chunk_folder(day: DayPlan, item_id: pa.DataType, shards: int) -> str:
-    """Names the folder of chunk files, shared by all runs of ds that would embed alike."""
-    settings = day.settings
-    embedding = [
-        day.pinned.encoder.encoder_id,
-        settings.embed.batch_size,
-        PACKAGE_VERSIONS,
-        *_precision(settings).values(),
-    ]
-    layout = [str(item_id), shards, list(settings.catalogue.image_roots), day.options.full]
-    return CHUNK_FOLDER + documents.digest([embedding, layout])[:12]
 
 
 # ---- ITEM-FEATURES ---------------------------------------------------------------------------
 
 
-def plan_item_features(day: DayPlan, made: dict[str, Stage]) -> Stage:
-    settings, upstream, codebook = day.settings, made["embed"], day.pinned.codebook
+@dataclass(frozen=True)
+class PlannedFeatures(Planned):
+    """Holds what ITEM-FEATURES must know of a day."""
+
+    stage: Stage
+    pinned: PinnedArtefacts
+    schema: pa.Schema
+    of_another_lineage: bool
+
+    @property
+    def folder(self) -> str:
+        """Returns the folder of the codebook's package."""
+        return str(self.pinned.pin.codebook)
+
+    @classmethod
+    def wire(cls, root: Any, days: Sequence["PlannedFeatures"], folder: str) -> None:
+        from feature_jobs.items.item_features import FeaturesJob, define_item_features
+
+        look = Look()
+        made_here = {day.stage.run_id: day.stage for day in days}
+
+        def features_before(day: "PlannedFeatures") -> partitions.Partition | None:
+            """Returns the features to compare with, which this very job may be about to make."""
+            if not day.stage.before:
+                return None
+            (reference,) = day.stage.before
+            if earlier := made_here.get(reference.run_id):
+                return partitions.to_be_made(reference.staged, earlier.shards)
+            return look.open(reference)
+
+        jobs = [
+            FeaturesJob(
+                *look.made(day.stage.upstream[0]), day.folder, day.pinned.encoder.categories,
+                day.schema, features_before(day), day.of_another_lineage, day.stage.staging,
+            )
+            for day in days
+        ]  # fmt: skip
+        define_item_features(root, jobs, folder)
+
+    def clean(self) -> None:
+        codebooks.discard_copy(self.pinned.codebook.codebook_id)
+
+    def summarise(self) -> dict[str, Any]:
+        from feature_jobs.items.item_features import read_clusters
+
+        return {"clusters": read_clusters(self.stage.staging, self.stage.shards, self.folder)}
+
+
+def plan_item_features(day: DayPlan, embedded: Planned) -> PlannedFeatures:
+    settings, codebook, before = day.settings, day.pinned.codebook, day.features_before
     labels = [label for label in codebook.labels if label != MAIN]
     wanted = {
         "embedding": settings.item_features.vector,
         "second_distance": settings.item_features.second_distance,
     }
-    schema = ITEM_FEATURES.schema(
+    schema = FEATURES_TABLE.schema(
         day.item_id_type(),
         extra=[cluster_field(label) for label in labels],
         without=[name for name, asked in wanted.items() if not asked],
     )
-    folder = str(day.pinned.pin.codebook)
-    before = day.previous_features
-
-    def define(root: Any, stages: Sequence[Stage]) -> None:
-        from feature_jobs.items.item_features import FeaturesJob, define_item_features
-
-        (stage,) = stages
-        job = FeaturesJob(
-            upstream.partition(ITEM_EMBEDDINGS), upstream.partition(ITEM_REJECTS), folder,
-            day.pinned.encoder.categories, schema, before, day.of_another_lineage, stage.staging,
-        )  # fmt: skip
-        define_item_features(root, job)
-
-    def summarise(staging: str) -> dict[str, Any]:
-        from feature_jobs.items.item_features import read_clusters
-
-        return {"clusters": read_clusters(staging, upstream.shards, folder)}
-
-    return day.stage(
-        "item-features",
-        define,
-        tables=(ITEM_FEATURES,),
-        shards=upstream.shards,
+    stage = day.stage(
+        ITEM_FEATURES,
+        shards=embedded.stage.shards,
         inputs={
-            "embed": upstream.run_id,
-            "previous": before.manifest["version"] if before else None,
+            "embed": embedded.stage.run_id,
+            "previous": before.as_input() if before else None,
         },
-        upstream=(upstream,),
+        upstream=(embedded.stage,),
+        before=before.tables if before else (),
         identities=day.pinned.identities(),
         settings={
             **wanted,
@@ -183,9 +241,8 @@ def plan_item_features(day: DayPlan, made: dict[str, Stage]) -> Stage:
             **day.pinned.overlap("codebook", codebook.data_end_ds),
             **churn_note(day),
         },
-        clean=lambda _: codebooks.discard_copy(codebook.codebook_id),
-        summarise=summarise,
     )
+    return PlannedFeatures(stage, day.pinned, schema, day.of_another_lineage)
 
 
 def churn_note(day: DayPlan) -> dict[str, bool]:

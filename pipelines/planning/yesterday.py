@@ -1,13 +1,18 @@
-"""Finds what a day's histories begin from: those of the day before, or the log where they start.
+"""Finds what a day goes on from: the newest day before it, planned with it or published.
 
 A night reads one day of the log, since `user_histories` and `recent_clicks` of the day before hold
-all that the earlier days have to say. A day between them that was never made is told, not bridged:
-its clicks would be missing from every history after it.
+all that the earlier days have to say; and images only that may have changed since the newest
+embeddings. What a published day goes on from, by the run that it names, stays so while that run
+stands: filling a hole between the two changes no later day.
+
+Histories know no holes. A day between them that was never made is told, not bridged: its clicks
+would be missing from every history after it.
 """
 
 import datetime as dt
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -16,37 +21,164 @@ from feature_jobs.impressions.clicks import HistoryLaw
 from feature_jobs.impressions.histories import DAY_US
 from feature_jobs.inputs import Source
 from feature_jobs.schemas import (
-    RECENT_CLICKS,
     USER_HISTORIES,
     USER_SIMSCORES,
     InputNotReady,
     OperatorError,
     Table,
 )
-from feature_jobs.store import hashing, partitions
-from feature_jobs.store.partitions import Partition
+from feature_jobs.store import files, hashing
+from feature_jobs.store.partitions import MANIFEST, Partition
 from pipelines.config import Settings
 from pipelines.planning.shop_tables import ShopTables
 from pipelines.running import layout
-from pipelines.running.stage import Stage
+from pipelines.running.stage import Planned, Reference
+from pipelines.running.states import Look
+from pipelines.stages import HISTORIES, Kind
 
-STATE = (USER_HISTORIES, RECENT_CLICKS)
 IMPRESSIONS_PER_CLICK = 8  # at least, as a rule: it only sizes the shards
 _ONE_DAY = dt.timedelta(days=1)
+
+
+# ---- The newest day before ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """Holds what a day goes on from: a stage of an earlier day, planned with it or published.
+
+    `inputs`, `identities` and `settings` are the stage's; `tables` name what it makes.
+    """
+
+    ds: dt.date
+    run_id: str
+    inputs: Mapping[str, Any]
+    identities: Mapping[str, str]
+    settings: Mapping[str, Any]
+    tables: tuple[Reference, ...]
+    planned: Planned | None
+    published: tuple[Partition, ...] = ()
+
+    def as_input(self) -> dict[str, str]:
+        """Returns what the id of a run changes with that goes on from here."""
+        return {"ds": str(self.ds), "run_id": self.run_id}
+
+
+def _of_planned(planned: Planned) -> Earlier:
+    stage = planned.stage
+    return Earlier(
+        stage.ds, stage.run_id, stage.inputs, stage.identities, stage.settings, stage.references(),
+        planned,
+    )  # fmt: skip
+
+
+def _of_published(kind: Kind, ds: dt.date, found: tuple[Partition, ...]) -> Earlier:
+    manifest = found[0].manifest
+    tables = tuple(
+        Reference(table, ds, partition.run_id, partition.folder, "")
+        for table, partition in zip(kind.tables, found, strict=True)
+    )
+    return Earlier(
+        ds, found[0].run_id, manifest["inputs"], manifest["identities"], manifest["settings"],
+        tables, None, found,
+    )  # fmt: skip
+
+
+@dataclass
+class Yesterdays:
+    """Finds for days that are planned together what each goes on from; `look` reads manifests.
+
+    `planned` are the stages of the days that are planned already. What was found is remembered.
+    """
+
+    root: str
+    feature_set: str
+    look: Look
+    planned: dict[tuple[str, dt.date], Planned]
+    found: dict[tuple[Kind, dt.date, dt.date], str | None] = field(default_factory=dict)
+
+    def is_outdated(self) -> bool:
+        """Returns whether what was found has been published anew or overtaken since."""
+        now = replace(self, look=Look(), found={})
+        for kind, ds, start in self.found:
+            now.before(kind, ds, start)
+        return now.found != self.found
+
+    def before(self, kind: Kind, ds: dt.date, start: dt.date = dt.date.min) -> Earlier | None:
+        """Returns what the stage of ds goes on from: not before `start`; None for nothing.
+
+        Raises InputNotReady where the newest day is being published anew just now: an older one
+        would be taken in its place.
+        """
+        earlier = self._before(kind, ds, start)
+        self.found[kind, ds, start] = earlier.run_id if earlier else None
+        return earlier
+
+    def _before(self, kind: Kind, ds: dt.date, start: dt.date) -> Earlier | None:
+        if (named := self._named(kind, ds)) and start <= named.ds < ds:
+            return named
+        days = (day for name, day in self.planned if name == kind.name and start <= day < ds)
+        newest = max(days, default=None)
+        if newest == ds - _ONE_DAY:
+            return _of_planned(self.planned[kind.name, newest])
+        published = self._newest_published(kind, ds, newest or start)
+        if newest is None or (published and published.ds > newest):
+            return published
+        return _of_planned(self.planned[kind.name, newest])
+
+    def at(self, kind: Kind, ds: dt.date) -> Earlier | None:
+        """Returns the stage of a day, planned or published, None for neither."""
+        if planned := self.planned.get((kind.name, ds)):
+            return _of_planned(planned)
+        found = self.published(kind, ds)
+        return _of_published(kind, ds, found) if found else None
+
+    def published(self, kind: Kind, ds: dt.date) -> tuple[Partition, ...]:
+        """Returns the published tables of a day, of one run; empty while they are not."""
+        found = [p for p in map(self.look.published, self._folders(kind, ds)) if p]
+        whole = len(found) == len(kind.tables) and len({one.run_id for one in found}) == 1
+        return tuple(found) if whole else ()
+
+    def _folders(self, kind: Kind, ds: dt.date) -> list[str]:
+        return [layout.table_folder(self.root, self.feature_set, t, ds) for t in kind.tables]
+
+    def _named(self, kind: Kind, ds: dt.date) -> Earlier | None:
+        """Returns what the published stage of ds says it went on from, while that stands."""
+        own = self.published(kind, ds)
+        named = own[0].manifest["inputs"].get("previous") if own else None
+        if not isinstance(named, dict):
+            return None
+        found = self.at(kind, dt.date.fromisoformat(named["ds"]))
+        return found if found and found.run_id == named["run_id"] else None
+
+    def _newest_published(self, kind: Kind, ds: dt.date, start: dt.date) -> Earlier | None:
+        days = layout.begun_days(self.root, self.feature_set, kind.tables[0])
+        for day in reversed([day for day in days if start <= day < ds]):
+            if found := self.published(kind, day):
+                return _of_published(kind, day, found)
+            if all(files.exists(os.path.join(f, MANIFEST)) for f in self._folders(kind, day)):
+                raise InputNotReady(
+                    f"ds {ds} goes on from ds {day}, whose {kind.tables[0].name} are being "
+                    "published anew just now, or were when a run of that day died. Run this "
+                    f"command again when that has ended, or `courier refresh --ds {day}` to end it."
+                )
+        return None
+
+
+# ---- Histories ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Before:
     """Holds what is known before ds: histories of the day before, or the log of earlier days.
 
-    The histories are told by their `run_id`, and `partitions` opens them once they are made; of the
-    days of the `log` some are `missing`. `log_rows` are the rows of the log by day, as far as the
-    window reaches, `ids` the types of user_id and item_id in the histories, None where there are
-    none.
+    Of the days of the `log` some are `missing`. `log_rows` are the rows of the log by day, as far
+    as the window reaches, `ids` the types of user_id and item_id in the histories, None where no
+    file tells them.
     """
 
     run_id: str | None
-    partitions: Callable[[], tuple[Partition, ...]]
+    tables: tuple[Reference, ...]
     log: tuple[Source, ...]
     missing: tuple[str, ...]
     log_rows: dict[str, int]
@@ -56,6 +188,12 @@ class Before:
         """Returns what the id of a run changes with that begins from here."""
         earlier = {"earlier_log": [source.identity() for source in self.log]} if self.log else {}
         return {"histories_before": self.run_id, **earlier}
+
+    def partitions(self) -> tuple[Partition, ...]:
+        """Returns the histories, as they are made by now."""
+        look = Look()
+        found = tuple(look.open(table) for table in self.tables)
+        return found if any(partition.rows for partition in found) else ()
 
     def shards(self, files: Sequence[Partition], rows_per_shard: int) -> int:
         """Returns how many shards the clicks from before ds fill."""
@@ -100,28 +238,10 @@ def click_settings(settings: Settings) -> dict[str, Any]:
     }
 
 
-def made_before(stage: Stage, settings: Settings) -> Before:
-    """Returns what a day begins from whose day before is planned with it."""
-    return Before(
-        stage.run_id,
-        lambda: tuple(stage.partition(table) for table in STATE),
-        log=(),
-        missing=(),
-        log_rows=_within_window(stage.inputs["log_rows"], stage.ds, settings),
-        ids=stage.part.ids,
-    )
-
-
 def find_before(
-    settings: Settings,
-    ds: dt.date,
-    shop: ShopTables,
-    from_log: bool,
-    newest: Callable[[], tuple[Partition, ...]],
+    settings: Settings, ds: dt.date, shop: ShopTables, from_log: bool, yesterdays: Yesterdays
 ) -> Before:
-    """Finds what histories of ds begin from; `from_log` passes over the day before.
-
-    `newest` finds the histories of the newest day before ds (`newest_before`).
+    """Finds what histories of ds begin from; `from_log` passes over what is published before it.
 
     Raises InputNotReady for a gap between ds and the newest histories before it, and OperatorError
     for a day before `history_start_ds`, or histories that were made by another law.
@@ -133,75 +253,56 @@ def find_before(
             "there are clicks. All its histories would be empty. Ask for a later day, or correct "
             "history_start_ds."
         )
-    if from_log or ds == start:
+    is_planned = (HISTORIES.name, ds - _ONE_DAY) in yesterdays.planned
+    if ds == start or (from_log and not is_planned):
         return _from_log(shop)
-    found = newest()
-    if not found:
+    earlier = yesterdays.before(HISTORIES, ds, start or dt.date.min)
+    if earlier is None:
         return _from_log(shop)
-    last = dt.date.fromisoformat(found[0].manifest["ds"])
-    if last == ds - _ONE_DAY:
-        return _day_before(settings, ds, found)
-    if _began_from_log(settings, ds):
-        return _from_log(shop)
+    if earlier.ds == ds - _ONE_DAY:
+        return _day_before(settings, ds, earlier)
+    own = yesterdays.published(HISTORIES, ds)
+    if own and own[0].manifest["inputs"]["histories_before"] is None:
+        return _from_log(shop)  # as it began; so the same command finds nothing to do
     raise InputNotReady(
         f"Histories of ds {ds} go on from those of the day before, but the newest ones are of "
-        f"ds {last}: the clicks from {last + _ONE_DAY} to {ds - _ONE_DAY} would be missing "
-        f"from every history. Run `courier histories --start-ds {last + _ONE_DAY} --end-ds "
-        f"{ds - _ONE_DAY}` first. Or begin anew: --from-log reads the log of the window once, "
-        "and history_start_ds in the settings says that no earlier clicks count."
+        f"ds {earlier.ds}: the clicks from {earlier.ds + _ONE_DAY} to {ds - _ONE_DAY} would be "
+        f"missing from every history. Run `courier histories --start-ds {earlier.ds + _ONE_DAY} "
+        f"--end-ds {ds - _ONE_DAY}` first. Or begin anew: --from-log reads the log of the window "
+        "once, and history_start_ds in the settings says that no earlier clicks count."
     )
 
 
 def _from_log(shop: ShopTables) -> Before:
     (_, *earlier), missing = shop.log
     rows = {str(source.form.ds): source.rows for source in earlier}
-    return Before(None, lambda: (), tuple(earlier), tuple(missing), rows)
+    return Before(None, (), tuple(earlier), tuple(missing), rows)
 
 
-def newest_before(settings: Settings, ds: dt.date) -> tuple[Partition, ...]:
-    """Returns the histories of the newest day before ds; empty for none.
-
-    Histories from before `history_start_ds`, when the world began, do not count.
-    """
-    start = settings.history_start_ds or dt.date.min
-    days = layout.begun_days(settings.root, settings.feature_set, USER_HISTORIES)
-    found = (_state_of(settings, day) for day in reversed(days) if start <= day < ds)
-    return next(filter(None, found), ())
-
-
-def _state_of(settings: Settings, ds: dt.date) -> tuple[Partition, ...]:
-    """Returns both tables of histories of ds, of one run; empty while they are not."""
-    folders = [layout.table_folder(settings.root, settings.feature_set, t, ds) for t in STATE]
-    found = [p for p in map(partitions.find_published, folders) if p]
-    whole = len(found) == len(STATE) and len({partition.run_id for partition in found}) == 1
-    return tuple(found) if whole else ()
-
-
-def _began_from_log(settings: Settings, ds: dt.date) -> bool:
-    """Returns whether the published histories of ds began from the log.
-
-    Where they did, the same command finds nothing to do.
-    """
-    found = _state_of(settings, ds)
-    return bool(found) and found[0].manifest["inputs"]["histories_before"] is None
-
-
-def _day_before(settings: Settings, ds: dt.date, found: tuple[Partition, ...]) -> Before:
-    manifest, mine = found[0].manifest, history_settings(settings)
-    if manifest["settings"] != mine:
-        theirs = {k: v for k, v in manifest["settings"].items() if mine.get(k) != v}
+def _day_before(settings: Settings, ds: dt.date, earlier: Earlier) -> Before:
+    mine = history_settings(settings)
+    if earlier.settings != mine:
+        theirs = {k: v for k, v in earlier.settings.items() if mine.get(k) != v}
         raise OperatorError(
             f"Histories of ds {ds - _ONE_DAY} were made with {theirs}, which differs from these "
             f"settings. Those of ds {ds} cannot go on from them: what is kept follows from the "
             "settings. Put the settings back, or begin anew from the log of the window with "
             "--from-log."
         )
-    rows = _within_window(manifest["inputs"]["log_rows"], ds - _ONE_DAY, settings)
-    if not any(partition.rows for partition in found):  # which says nothing of types either
-        return Before(manifest["run_id"], lambda: (), (), (), rows)
-    schema = found[0].schema
-    ids = schema.field("user_id").type, schema.field("item_ids").type.value_type
-    return Before(manifest["run_id"], lambda: found, (), (), rows, ids)
+    rows = _within_window(earlier.inputs["log_rows"], ds - _ONE_DAY, settings)
+    if not earlier.planned and not any(partition.rows for partition in earlier.published):
+        # Empty ones say nothing of types either.
+        return Before(earlier.run_id, earlier.tables, (), (), rows)
+    return Before(earlier.run_id, earlier.tables, (), (), rows, _ids_of(earlier))
+
+
+def _ids_of(earlier: Earlier) -> tuple[pa.DataType, pa.DataType] | None:
+    """Returns the types of user_id and item_id in histories, None where no file has told them."""
+    if earlier.planned:
+        known = earlier.planned.id_types
+        return known and (known[0], known[1])
+    schema = earlier.published[0].schema
+    return schema.field("user_id").type, schema.field("item_ids").type.value_type
 
 
 def _within_window(log_rows: dict[str, int], ds: dt.date, settings: Settings) -> dict[str, int]:
@@ -210,15 +311,18 @@ def _within_window(log_rows: dict[str, int], ds: dt.date, settings: Settings) ->
     return {day: rows for day, rows in log_rows.items() if day >= str(oldest)}
 
 
-def stale_days(settings: Settings, days: Sequence[dt.date]) -> dict[str, dt.date]:
+# ---- Days that are stale -----------------------------------------------------------------------
+
+
+def stale_days(settings: Settings, days: Sequence[dt.date], look: Look) -> dict[str, dt.date]:
     """Returns which of `days` are stale, each with the day that was made again without it.
 
     A day is stale whose histories or SimScores go on from other histories, or come from another
     log, than are published now.
     """
     looked_at = {*days, *(day - _ONE_DAY for day in days)}
-    histories = _inputs_of(settings, USER_HISTORIES, looked_at)
-    scores = _inputs_of(settings, USER_SIMSCORES, looked_at)
+    histories = _inputs_of(settings, USER_HISTORIES, looked_at, look)
+    scores = _inputs_of(settings, USER_SIMSCORES, looked_at, look)
     stale: dict[str, dt.date] = {}
     for ds in sorted((histories | scores).keys() & set(days)):
         yesterday = ds - _ONE_DAY
@@ -237,12 +341,12 @@ def stale_days(settings: Settings, days: Sequence[dt.date]) -> dict[str, dt.date
 
 
 def _inputs_of(
-    settings: Settings, table: Table, days: Collection[dt.date]
+    settings: Settings, table: Table, days: Collection[dt.date], look: Look
 ) -> dict[dt.date, tuple[str, dict[str, Any]]]:
     """Returns by day the run_id and the inputs of what is published of a table."""
     found = {}
     for ds in days:
         folder = layout.table_folder(settings.root, settings.feature_set, table, ds)
-        if partition := partitions.find_published(folder):
+        if partition := look.published(folder):
             found[ds] = (partition.run_id, partition.manifest["inputs"])
     return found

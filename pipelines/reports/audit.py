@@ -27,9 +27,10 @@ from feature_jobs.store import arrays, hashing, partitions
 from feature_jobs.store.arrays import differ_from_before
 from pipelines.config import Settings
 from pipelines.nightly import plan_day
-from pipelines.planning.day_plan import DayPlan, NightOptions
-from pipelines.planning.impressions import ScoresOfDay, histories_job
-from pipelines.running.stage import Stage
+from pipelines.planning.day_plan import DayPlan, NightOptions, Range
+from pipelines.planning.impressions import PlannedScores, histories_job
+from pipelines.running.states import PUBLISHED, Look
+from pipelines.stages import SIMSCORE
 
 _BUCKET_ROWS = 20_000
 _READERS = 4
@@ -114,20 +115,21 @@ def audit(
 
     Raises OperatorError, DataContractError or InputNotReady where its features could not be made.
     """
-    day = DayPlan(settings, ds, say, NightOptions(allow_overlap=True, from_log=from_log))
-    (stage,) = plan_day(day, ["simscore"]).stages
-    part: ScoresOfDay = stage.part
-    buckets = hashing.num_shards(part.log.rows, _BUCKET_ROWS)
+    options = NightOptions(allow_overlap=True, from_log=from_log)
+    day = DayPlan(Range(settings, say, options), ds)
+    night = plan_day(day, [SIMSCORE])
+    (scores,) = (one for one in night.planned if isinstance(one, PlannedScores))
+    buckets = hashing.num_shards(scores.log.log.rows, _BUCKET_ROWS)
     bucket = ds.toordinal() % buckets
-    rows = _rows_of_bucket(part.log, bucket, buckets, part, settings.history_len)
+    rows = _rows_of_bucket(scores.log.log, bucket, buckets, scores, settings.history_len)
     users = pc.count_distinct(rows["user_id"]).as_py()
     report = Report(str(ds), bucket, buckets, len(rows), users)
     if len(rows):
-        _audit_features(_Bucket(day, stage, rows, bucket, buckets), sample, report)
+        _audit_features(_Bucket(scores, night.look, rows, bucket, buckets), sample, report)
     else:
         report.tell(UNVERIFIED, f"ds {ds} has no impressions in this bucket: nothing to look at")
-    _audit_clicks(rows, part.has_history, report)
-    _audit_artefacts(day, stage, report)
+    _audit_clicks(rows, scores.has_history, report)
+    _audit_artefacts(day, scores, night.look, report)
     return report
 
 
@@ -137,22 +139,24 @@ def audit(
 class _Bucket:
     """Holds the impressions of a bucket of users on one day, and what makes their features."""
 
-    def __init__(self, day: DayPlan, stage: Stage, rows: pa.Table, bucket: int, buckets: int):
-        self.stage, self.rows, self.bucket, self.buckets = stage, rows, bucket, buckets
-        self.part: ScoresOfDay = stage.part
-        self.length = day.settings.history_len
+    def __init__(
+        self, scores: PlannedScores, look: Look, rows: pa.Table, bucket: int, buckets: int
+    ):
+        self.scores, self.look = scores, look
+        self.rows, self.bucket, self.buckets = rows, bucket, buckets
+        self.length = scores.log.settings.history_len
         self.job: HistoriesJob | None = None
         self._earlier: list[bytes] = []
-        if not self.part.has_history:
-            job = histories_job(day, [self.part], [buckets], stage.staging)
+        if not scores.has_history:
+            job = histories_job([scores.log], [buckets], scores.stage.staging)
             self.job = replace(job, shards=buckets)
-            self._earlier = [arrays.to_ipc(self._clicks(log)) for log in day.before.log]
+            self._earlier = [arrays.to_ipc(self._clicks(log)) for log in scores.log.before.log]
         self.items = self._ask_for_items()
 
     def _clicks(self, log: Source) -> pa.Table:
         """Returns the bucket's clicks in the log of an earlier day."""
         assert self.job is not None
-        rows = _rows_of_bucket(log, self.bucket, self.buckets, self.part, self.length)
+        rows = _rows_of_bucket(log, self.bucket, self.buckets, self.scores, self.length)
         end_us = day_end(log.form.ds, self.job.day_timezone)
         return clicks_of(rows, log.form.ds.toordinal(), end_us, self.job.law)
 
@@ -164,7 +168,7 @@ class _Bucket:
             (known,) = self.job.known(self.bucket, self._chunks(self.rows.slice(0, 0)))
             ids.append(known.item_ids)
         self.ids = pc.unique(pa.concat_arrays(ids))
-        return ask_all(self.part.of(self.stage).items, self.ids)
+        return ask_all(self.scores.as_worker_knows_it(self.look).items, self.ids)
 
     @property
     def probes(self) -> tuple[pa.Scalar, pa.Scalar]:
@@ -174,7 +178,7 @@ class _Bucket:
     def _chunks(self, planted: pa.Table) -> list[bytes]:
         """Returns all clicks of the day and of logs before it, with the planted ones."""
         assert self.job is not None
-        day, law = self.part.day, self.job.law
+        day, law = self.scores.log.day, self.job.law
         own = [clicks_of(rows, day.number, day.end_us, law) for rows in (self.rows, planted)]
         return [*self._earlier, *map(arrays.to_ipc, own)]
 
@@ -189,21 +193,21 @@ class _Bucket:
 
 
 def _rows_of_bucket(
-    source: Source, bucket: int, buckets: int, part: ScoresOfDay, history_len: int
+    source: Source, bucket: int, buckets: int, scores: PlannedScores, history_len: int
 ) -> pa.Table:
     """Returns the impressions of one bucket of users in one log; reads all of it.
 
-    `source` is the log of the day of `part`, or of one before it.
+    `source` is the log of the day of `scores`, or of one before it.
     """
 
     def read(group: RowGroup) -> pa.Table:
-        rows = read_impressions(group, part.day.end_us, history_len)
+        rows = read_impressions(group, scores.log.day.end_us, history_len)
         mine = hashing.shard_of(hashing.hash_ids(rows["user_id"]), buckets) == bucket
         return rows.filter(pa.array(mine))
 
     with ThreadPoolExecutor(_READERS) as pool:
         found = list(pool.map(read, source.groups()))
-    return pa.concat_tables(found) if found else part.no_rows
+    return pa.concat_tables(found) if found else scores.no_rows
 
 
 # ---- Planting ----------------------------------------------------------------------------------
@@ -219,7 +223,7 @@ def _audit_features(bucket: _Bucket, sample: int, report: Report) -> None:
             "knew of clicks too early cannot be seen from here",
         )
         return
-    sampled = _sample(before, bucket.part.day.known_from_us(bucket.job.law), sample)
+    sampled = _sample(before, bucket.scores.log.day.known_from_us(bucket.job.law), sample)
     if bucket.probes[0] == bucket.probes[1]:
         sampled = sampled[:0]
     if not len(sampled):
@@ -343,14 +347,14 @@ def _judge(moved: Moved, report: Report) -> None:
 
 def _audit_published(bucket: _Bucket, made: pa.Table, report: Report) -> None:
     """Tells whether the published `user_simscores` of the bucket are those that were made here."""
-    stage = bucket.stage
-    if not stage.is_published():
-        folder = stage.folder(USER_SIMSCORES)
-        other = partitions.is_published(folder)
+    stage, look = bucket.scores.stage, bucket.look
+    state = look.state(stage)
+    if state.name != PUBLISHED:
+        other = look.published(stage.folder(USER_SIMSCORES))
         why = "are of other inputs or settings than the present ones" if other else "are not there"
         report.tell(UNVERIFIED, f"the published user_simscores of ds {stage.ds} {why}")
         return
-    partition = partitions.open_published(stage.folder(USER_SIMSCORES))
+    (partition,) = state.tables
     found = partition.read_shard(bucket.bucket, bucket.buckets, "user_id")
     found = arrays.in_order(found, ["impression_id", "user_id", "event_time", "item_id"])
     made = arrays.in_order(made, ["impression_id", "user_id", "event_time", "item_id"])
@@ -390,7 +394,7 @@ def _audit_clicks(rows: pa.Table, has_history: bool, report: Report) -> None:
         report.tell(OK, f"all {len(clicks):,} clicks have a click_time")
 
 
-def _audit_artefacts(day: DayPlan, stage: Stage, report: Report) -> None:
+def _audit_artefacts(day: DayPlan, scores: PlannedScores, look: Look, report: Report) -> None:
     pinned, ds = day.pinned, day.ds
     for what, name, end in (
         ("encoder", pinned.encoder.encoder_id, pinned.encoder.data_end_ds),
@@ -403,8 +407,8 @@ def _audit_artefacts(day: DayPlan, stage: Stage, report: Report) -> None:
             report.tell(OK, f"{made}, before ds")
         else:
             report.tell(LEAK, f"{made}, which is not before ds {ds}")
-    embedded, _ = stage.upstream
-    _audit_embeddings(embedded.partition(ITEM_EMBEDDINGS), stage.part.day.end_us, report)
+    embedded, _ = scores.stage.upstream
+    _audit_embeddings(look.table(embedded, ITEM_EMBEDDINGS), scores.log.day.end_us, report)
 
 
 def _audit_embeddings(embeddings: partitions.Partition, end_us: int, report: Report) -> None:

@@ -4,8 +4,20 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pipelines import stages
+from pipelines.planning.impressions import PlannedScores
 from pipelines.running import beam_options, records
-from pipelines.running.stage import Night, Stage
+from pipelines.running.stage import Planned, Stage
+from pipelines.running.states import (
+    BEGUN,
+    NEVER_MADE,
+    PUBLISHED,
+    REFUSED,
+    STAGED,
+    Look,
+    Night,
+    State,
+)
 
 Numbers = Mapping[str, float]
 
@@ -13,7 +25,7 @@ Numbers = Mapping[str, float]
 
 
 def describe_plan(night: Night, beam_args: Sequence[str]) -> dict[str, Any]:
-    """Returns what `run_nights` would do, stage by stage; checks the Beam options too."""
+    """Returns what `make_nights` would do, stage by stage; checks the Beam options too."""
     for stage in night.stages:
         beam_options.job_options(night.settings, stage.name, beam_args)
     held = records.read_hold(night.settings.root, night.settings.feature_set, night.ds)
@@ -21,31 +33,26 @@ def describe_plan(night: Night, beam_args: Sequence[str]) -> dict[str, Any]:
         "ds": str(night.ds),
         "run_id": night.run_id,
         "held": held and {"since": held["since"], "reason": held["reason"]},
-        "stages": [
-            {
-                "stage": stage.name,
-                "run_id": stage.run_id,
-                "tables": [stage.folder(table) for table in stage.tables],
-                "input_rows": stage.input_rows,
-                "shards": stage.shards,
-                "identities": dict(stage.identities),
-                **({"embeddings_by": stage.part.embeddings_by} if stage.name == "simscore" else {}),
-                "action": _action(stage),
-            }
-            for stage in night.stages
-        ],
+        "stages": [_describe(one, night.look) for one in night.planned],
     }
 
 
-def _action(stage: Stage) -> str:
-    if stage.forced and stage.is_published():
-        return "compute: everything again"
-    if stage.is_published():
-        return "leave alone: published from the same inputs"
-    if stage.is_staged():
+def _describe(one: Planned, look: Look) -> dict[str, Any]:
+    state = look.state(one.stage)
+    by = {"embeddings_by": one.embeddings_by} if isinstance(one, PlannedScores) else {}
+    why = [one.stage.forced_by] if one.stage.forced and not state.why else list(state.why)
+    action = _action(one.stage, state)
+    return {**one.stage.as_json(), **by, "state": state.name, "why": why, "action": action}
+
+
+def _action(stage: Stage, state: State) -> str:
+    if state.name == PUBLISHED:
+        return "compute" if stage.forced else "leave alone: published from the same inputs"
+    if state.name in (STAGED, REFUSED):
         return "publish, if the gates let it pass: made by an earlier run"
-    done = stage.shards_done()
-    return f"resume: {done} of {stage.shards} shards are made" if done else "compute"
+    if state.name == BEGUN:
+        return f"resume: {state.shards_done} of {stage.shards} shards are made"
+    return "compute"
 
 
 def render_plan(plan: dict[str, Any]) -> str:
@@ -55,9 +62,10 @@ def render_plan(plan: dict[str, Any]) -> str:
     for stage in plan["stages"]:
         rows = f", {stage['input_rows']:,} input rows" if stage["input_rows"] else ""
         rows += f", embeddings by {stage['embeddings_by']}" if "embeddings_by" in stage else ""
+        why = f": {'; '.join(stage['why'])}" if stage["why"] else ""
         lines.append(
-            f"  {stage['stage']:14} {stage['action']} (run {stage['run_id']}, {stage['shards']} "
-            f"shards{rows})"
+            f"  {stage['stage']:14} {stage['action']}{why} (run {stage['run_id']}, "
+            f"{stage['shards']} shards{rows})"
         )
         lines += [f"  {'':14} -> {table}" for table in stage["tables"]]
     return "\n".join(lines)
@@ -72,7 +80,10 @@ def render_report(report: dict[str, Any]) -> str:
         return ""
     lines = [f"ds {report['ds']} published, run {report['run_id']}"]
     for name, stage in report["stages"].items():
-        told = _TOLD[name](Counter(stage["counts"]), stage["work"])  # what was not counted is 0
+        counts = Counter(stage["counts"])  # what was not counted is 0
+        told = _TOLD.get(name, _rows)(counts, stage["work"])
+        why = [reason for reason in stage["why"] if reason != NEVER_MADE]
+        told += f" ({'; '.join(why)})" if why else ""
         lines.append(f"  {name:14}{stage['seconds']:8,.1f} s  {told}")
     return "\n".join(lines)
 
@@ -139,12 +150,18 @@ def _training_rows(counts: Numbers, _: Numbers) -> str:
 
 
 _TOLD: dict[str, Callable[[Numbers, Numbers], str]] = {
-    "embed": _embed,
-    "item-features": _item_features,
-    "histories": _histories,
-    "simscore": _simscore,
-    "training-rows": _training_rows,
+    stages.EMBED.name: _embed,
+    stages.ITEM_FEATURES.name: _item_features,
+    stages.HISTORIES.name: _histories,
+    stages.SIMSCORE.name: _simscore,
+    stages.TRAINING_ROWS.name: _training_rows,
 }
+
+
+def _rows(counts: Numbers, _: Numbers) -> str:
+    """Returns what is said of a stage that has no words of its own: the rows of its tables."""
+    rows = {name: n for name, n in counts.items() if name.endswith("_rows")}
+    return ", ".join(f"{n:,} rows of {name.removesuffix('_rows')}" for name, n in rows.items())
 
 
 def _nonzero(*found: tuple[float, str]) -> list[str]:

@@ -25,12 +25,13 @@ from feature_jobs.schemas import (
     InputNotReady,
     OperatorError,
 )
-from feature_jobs.store import files, partitions
+from feature_jobs.store import files
 from feature_jobs.store.documents import read_json
 from pipelines.config import Settings
 from pipelines.planning.yesterday import stale_days
-from pipelines.running import layout, making, records
-from pipelines.running.layout import CHUNK_FOLDER
+from pipelines.running import layout, records, states
+from pipelines.running.states import NEVER_MADE, Look
+from pipelines.stages import KINDS
 
 DAYS_SHOWN = 14
 _ONE_DAY = dt.timedelta(days=1)
@@ -57,7 +58,8 @@ def collect(
     known = _known_days(settings)
     asked = [day for day in known if (start or day) <= day <= (end or day)]
     shown = asked if start else asked[-DAYS_SHOWN:]
-    days = {str(day): _day(settings, day) for day in shown}
+    look = Look()
+    days = {str(day): _day(settings, day, look) for day in shown}
     last = max((ds for ds, day in days.items() if _is_begun(day)), default=None)
     return {
         "root": settings.root,
@@ -78,7 +80,7 @@ def collect(
             }
             for ds, hold in records.held_days(settings.root, settings.feature_set).items()
         },
-        "stale": {ds: str(after) for ds, after in stale_days(settings, shown).items()},
+        "stale": {ds: str(after) for ds, after in stale_days(settings, shown, look).items()},
         "staged": [
             run
             for top in (settings.feature_set, "shared")
@@ -93,19 +95,21 @@ def _known_days(settings: Settings) -> list[dt.date]:
     return sorted({day for days in begun for day in days})
 
 
-def _day(settings: Settings, ds: dt.date) -> dict[str, Any]:
+def _day(settings: Settings, ds: dt.date, look: Look) -> dict[str, Any]:
     tables = {}
     for table in TABLES.values():
         folder = layout.table_folder(settings.root, settings.feature_set, table, ds)
-        found = partitions.find_published(folder)
+        found = look.published(folder)
         if found is None:
             continue  # it is not there, or is being replaced just now
         manifest = found.manifest
         entry = {k: manifest[k] for k in ("rows", "version", "run_id", "identities", "notes")}
         entry |= {k: manifest[k] for k in ("clusters", "counts") if k in manifest}
         tables[table.name] = {**entry, "path": folder}
+    record = records.read_night(settings.root, settings.feature_set, ds)
+    whole = record is not None and records.is_whole(record, settings.root, look.published)
     return {
-        "whole_night": records.is_whole_night(settings.root, settings.feature_set, ds),
+        "whole_night": whole,
         "has_codebook": _has_codebook(settings, ds),
         "tables": tables,
     }
@@ -123,7 +127,10 @@ def _is_begun(day: Mapping[str, Any]) -> bool:
 
 
 def _last_run(settings: Settings, ds: str) -> dict[str, Any]:
-    """Returns when the last run of ds ended and how long it took; empty where none is noted."""
+    """Returns when the last run of ds ended, how long it took, and why it made anything again.
+
+    Empty where no run is noted.
+    """
     top = os.path.join(settings.root, settings.feature_set, "_runs", f"ds={ds}")
     paths = [os.path.join(top, run_id, "run.json") for run_id in files.list_names(top)]
     runs = [read_json(path) for path in paths if files.exists(path)]
@@ -131,9 +138,12 @@ def _last_run(settings: Settings, ds: str) -> dict[str, Any]:
     if newest is None:
         return {}
     ended = dt.datetime.fromtimestamp(newest["ended"], dt.UTC)
+    why = {name: stage.get("why", ()) for name, stage in newest["stages"].items()}
+    again = {name: list(told) for name, told in why.items() if told and NEVER_MADE not in told}
     return {
         "published": f"{ended:%Y-%m-%d %H:%M} UTC",
         "seconds": round(newest["ended"] - newest["started"], 1),
+        "made_again": again,
     }
 
 
@@ -154,28 +164,22 @@ def _next(settings: Settings, last: str | None) -> dict[str, Any] | None:
     return {"ds": str(ds), "waits_for": waits}
 
 
-def _staged(top: str) -> list[dict[str, str]]:
+def _staged(top: str) -> list[dict[str, Any]]:
     """Lists runs that were begun, or made and not published; the next one of ds resumes them.
 
     A fit of a codebook is none of them: it begins anew.
     """
     found = []
-    for stage in files.list_names(top):
-        if stage == "fit-codebook":
-            continue
-        for ds in files.list_names(os.path.join(top, stage)):
-            for run_id in files.list_names(os.path.join(top, stage, ds)):
-                if run_id.startswith(CHUNK_FOLDER):
-                    continue
-                refusal = making.refusal(os.path.join(top, stage, ds, run_id))
-                found.append(
-                    {
-                        "stage": stage,
-                        "ds": ds.removeprefix("ds="),
-                        "run_id": run_id,
-                        **({"refused": refusal} if refusal else {}),
-                    }
-                )
+    for kind in KINDS:
+        for name in files.list_names(os.path.join(top, kind.name)):
+            if not (ds := name.startswith("ds=") and layout.date_of(name)):
+                continue  # what jobs share
+            for run_id in files.list_names(os.path.join(top, kind.name, name)):
+                staging = os.path.join(top, kind.name, name, run_id)
+                run = {"stage": kind.name, "ds": str(ds), "run_id": run_id}
+                if refusal := states.refusal(staging):
+                    run["refused"] = refusal
+                found.append({**run, "why": states.reasons(staging)})
     return found
 
 
@@ -244,6 +248,7 @@ def _last(last: Mapping[str, Any], day: Mapping[str, Any]) -> str:
     told = [_night_of(day)]
     if "published" in last:
         told.append(f"published {last['published']}, in {last['seconds']:,.1f} s")
+        told += [f"{k} made again: {', '.join(why)}" for k, why in last["made_again"].items()]
     if features := tables.get(ITEM_FEATURES.name):
         counts = features["counts"]
         clustered = counts["items_with_cluster"]
@@ -262,8 +267,9 @@ def _following(following: Mapping[str, Any]) -> str:
     return f"next: {ds}, whose inputs are there; `courier refresh --ds {ds}` makes it"
 
 
-def _unfinished(run: Mapping[str, str]) -> str:
-    named = f"{run['stage']} {run['ds']} run {run['run_id']}"
+def _unfinished(run: Mapping[str, Any]) -> str:
+    why = f" ({'; '.join(run['why'])})" if run["why"] else ""
+    named = f"{run['stage']} {run['ds']} run {run['run_id']}{why}"
     if "refused" in run:
         return f"refused: {named}: {run['refused']}"
     return f"unfinished: {named} (the same command resumes it)"

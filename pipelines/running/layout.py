@@ -2,41 +2,16 @@
 
 import datetime as dt
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from feature_jobs.schemas import (
-    ITEM_EMBEDDINGS,
-    ITEM_FEATURES,
-    ITEM_REJECTS,
-    RECENT_CLICKS,
-    TABLES,
-    TRAINING_ROWS,
-    USER_HISTORIES,
-    USER_SIMSCORES,
-    InputNotReady,
-    Table,
-)
-from feature_jobs.store import files, partitions
-from feature_jobs.store.partitions import MANIFEST, Partition
+from feature_jobs.schemas import Table
+from feature_jobs.store import documents, files, partitions
+from pipelines.stages import KINDS, Kind, kind_of
 
-# The stages that make each table, by families of tables that are locked together, in the order in
-# which their locks are taken.
-_FAMILIES = {
-    "items": {
-        ITEM_EMBEDDINGS.name: "embed",
-        ITEM_REJECTS.name: "embed",
-        ITEM_FEATURES.name: "item-features",
-    },
-    "impressions": {
-        USER_HISTORIES.name: "histories",
-        RECENT_CLICKS.name: "histories",
-        USER_SIMSCORES.name: "simscore",
-    },
-    "training": {TRAINING_ROWS.name: "training-rows"},
-}
-
-CHUNK_FOLDER = "chunks-"  # + digest: beside the folders of runs, the chunk files that they share
+CHUNK_FOLDER = "chunks-"  # + digest: beside the folders of days, the chunk files that runs share
+JOB_FOLDER = "job-"  # + its days and a digest: what one job for one day or many writes of its own
 
 
 @dataclass(frozen=True)
@@ -59,10 +34,28 @@ def staging_folder(root: str, feature_set: str, name: str, ds: dt.date, run_id: 
     return os.path.join(root, "_staging", feature_set, name, f"ds={ds}", run_id)
 
 
-def staging_of(root: str, feature_set: str, table: Table, ds: dt.date, run_id: str) -> str:
-    """Returns the staging folder of a run of the stage that makes `table`."""
-    (stage,) = (members[table.name] for members in _FAMILIES.values() if table.name in members)
-    return staging_folder(root, _top(feature_set, table), stage, ds, run_id)
+def staging_of(root: str, feature_set: str, kind: Kind, ds: dt.date, run_id: str) -> str:
+    """Returns the staging folder of a run of a stage."""
+    return staging_folder(root, _top(feature_set, kind.tables[0]), kind.name, ds, run_id)
+
+
+def kind_folder(root: str, feature_set: str, kind: Kind) -> str:
+    """Returns the folder below which all runs of a kind of stage write, by days and by jobs."""
+    return os.path.join(root, "_staging", _top(feature_set, kind.tables[0]), kind.name)
+
+
+def job_folder(
+    root: str, feature_set: str, kind: Kind, days: Sequence[dt.date], run_ids: Sequence[str]
+) -> str:
+    """Returns the folder of one job for consecutive days; the same job has the same one."""
+    name = f"{JOB_FOLDER}{days[0]}-{days[-1]}-{documents.digest(list(run_ids))[:12]}"
+    return os.path.join(kind_folder(root, feature_set, kind), name)
+
+
+def days_of_job(name: str) -> tuple[dt.date, dt.date] | None:
+    """Returns the first and the last day of a job by its folder's name; None for no such name."""
+    found = re.fullmatch(JOB_FOLDER + r"(\d{4}-\d\d-\d\d)-(\d{4}-\d\d-\d\d)-[0-9a-f]+", name)
+    return found and (dt.date.fromisoformat(found[1]), dt.date.fromisoformat(found[2]))
 
 
 def place_of(root: str, feature_set: str, table: Table, ds: dt.date) -> Place:
@@ -90,9 +83,9 @@ def lock_folders(
     """
     return [
         os.path.join(root, top, "_locks", family, f"ds={ds}")
-        for family, members in _FAMILIES.items()
+        for family in dict.fromkeys(kind.family for kind in KINDS)
         for ds in sorted(days)
-        for top in sorted({_top(feature_set, t) for t in tables if t.name in members})
+        for top in sorted({_top(feature_set, t) for t in tables if kind_of(t).family == family})
     ]
 
 
@@ -100,12 +93,6 @@ def is_shared(folder: str) -> bool:
     """Returns whether a folder of `lock_folders` is that of tables other feature sets share."""
     top = os.path.dirname(os.path.dirname(os.path.dirname(folder)))
     return os.path.basename(top) == "shared"
-
-
-def tables_of(stages: Sequence[str]) -> list[Table]:
-    """Returns the tables that these stages make."""
-    made_by = {name: stage for members in _FAMILIES.values() for name, stage in members.items()}
-    return [TABLES[name] for name, stage in made_by.items() if stage in stages]
 
 
 def night_path(root: str, feature_set: str, ds: dt.date) -> str:
@@ -146,29 +133,3 @@ def published_days(root: str, feature_set: str, table: Table) -> list[dt.date]:
     """Returns the ds of all published partitions of a table, ascending."""
     days = begun_days(root, feature_set, table)
     return [d for d in days if partitions.is_published(table_folder(root, feature_set, table, d))]
-
-
-def latest_before(
-    root: str, feature_set: str, wanted: Sequence[Table], ds: dt.date
-) -> tuple[Partition, ...]:
-    """Returns the partitions of the newest day before ds that has all of the `wanted` tables.
-
-    Those of several days do not go together. Empty where the world begins. Raises InputNotReady
-    where that day is being published anew just now: an older one would be taken in its place.
-    """
-    for day in reversed(begun_days(root, feature_set, wanted[0])):
-        folders = [table_folder(root, feature_set, table, day) for table in wanted]
-        if day >= ds:
-            continue
-        found = [
-            partition for folder in folders if (partition := partitions.find_published(folder))
-        ]
-        if len(found) == len(wanted):
-            return tuple(found)
-        if all(files.exists(os.path.join(folder, MANIFEST)) for folder in folders):
-            raise InputNotReady(
-                f"ds {ds} goes on from ds {day}, whose {wanted[0].name} are being published anew "
-                "just now, or were when a run of that day died. Run this command again when that "
-                f"has ended, or `courier refresh --ds {day}` to end it."
-            )
-    return ()

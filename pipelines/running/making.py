@@ -10,69 +10,82 @@ from typing import Any
 
 from feature_jobs.schemas import CourierError, Table
 from feature_jobs.store import files, partitions, threads, worker_notes
-from feature_jobs.store.documents import parse_json, read_json, write_json
+from feature_jobs.store.documents import write_json
 from feature_jobs.store.partitions import STAGED
-from pipelines.running import beam_options, progress
+from pipelines.running import beam_options, layout, progress, states
 from pipelines.running.beam_options import JobOptions
 from pipelines.running.locks import Locks
-from pipelines.running.stage import BEGUN, PACKAGE_VERSIONS, Night, Stage
+from pipelines.running.stage import PACKAGE_VERSIONS, Planned, Stage
+from pipelines.running.states import PUBLISHED, Look, Night
 
-_REFUSED = "refused.json"
 _OF_RECEIPT = ("counts", "work")  # what no manifest says of a single file
 
 
 def make_missing(
-    stages: Sequence[Stage], options: JobOptions, say: Callable[[str], None], locks: Locks
-) -> set[str]:
-    """Makes the stages that are not made yet, and returns their run_ids.
+    planned: Sequence[Planned], options: JobOptions, say: Callable[[str], None], locks: Locks
+) -> dict[str, tuple[str, ...]]:
+    """Makes the stages of one kind that are not made yet; returns why, by their run_ids.
 
     Each row of consecutive days is one job.
     """
     locks.check()
-    for stage in stages:
-        if stage.forced:
-            force(stage)
-    missing = [stage for stage in stages if not stage.is_made()]
+    look = Look()
+    why = {one.stage.run_id: look.state(one.stage).why for one in planned}
+    for one in planned:
+        if one.stage.forced:
+            states.begin(one.stage)
+    look = Look()
+    missing = [one for one in planned if not look.state(one.stage).is_made]
     for together in _consecutive(missing):
         _make(together, options, say, locks)
-    for stage in stages:
-        if stage not in missing and not stage.is_published():
-            _bring_notes_up_to_date(stage, locks)
-    return {stage.run_id for stage in missing}
+    for one in planned:
+        if one not in missing and look.state(one.stage).name != PUBLISHED:
+            _bring_notes_up_to_date(one, look, locks)
+    return {one.stage.run_id: why[one.stage.run_id] for one in missing}
 
 
-def _bring_notes_up_to_date(stage: Stage, locks: Locks) -> None:
+def _bring_notes_up_to_date(one: Planned, look: Look, locks: Locks) -> None:
     """Seals what an earlier run made again where this one notes more, as what it was allowed."""
-    for table in stage.tables:
-        if stage.partition(table).manifest["notes"] != dict(stage.notes):
+    for table, found in zip(one.stage.tables, look.made(one.stage), strict=True):
+        if found.manifest["notes"] != dict(one.stage.notes):
             locks.check()
-            seal(stage, table)
+            seal(one, table)
 
 
-def _consecutive(stages: Sequence[Stage]) -> list[list[Stage]]:
-    found: list[list[Stage]] = []
-    for stage in stages:
-        if found and found[-1][-1].ds + dt.timedelta(days=1) == stage.ds:
-            found[-1].append(stage)
+def _consecutive(planned: Sequence[Planned]) -> list[list[Planned]]:
+    """Returns days in a row, cut where they cannot be one job."""
+    found: list[list[Planned]] = []
+    for one in planned:
+        last = found[-1][-1] if found else None
+        follows = last and last.stage.ds + dt.timedelta(days=1) == one.stage.ds
+        if last and follows and last.alike == one.alike:
+            found[-1].append(one)
         else:
-            found.append([stage])
+            found.append([one])
     return found
 
 
 def _make(
-    stages: Sequence[Stage], options: JobOptions, say: Callable[[str], None], locks: Locks
+    planned: Sequence[Planned], options: JobOptions, say: Callable[[str], None], locks: Locks
 ) -> None:
-    first, last = stages[0], stages[-1]
+    first, last = planned[0].stage, planned[-1].stage
     names = ", ".join(table.name for table in first.tables)
     days = f"ds {first.ds}" if first is last else f"ds {first.ds} to {last.ds}"
     say(f"{first.name}: making {names} of {days} (run {first.run_id})")
-    with progress.watch(stages):
+    with progress.watch([one.stage for one in planned], job_folder(planned)):
         run_pipeline = partial(beam_options.run_pipeline, options=options.beam)
-        make(stages, run_pipeline, options.share, locks)
+        make(planned, run_pipeline, options.share, locks)
+
+
+def job_folder(planned: Sequence[Planned]) -> str:
+    """Returns the folder of the one job of `planned`, which lies in no day's staging."""
+    first, stages = planned[0].stage, [one.stage for one in planned]
+    days, run_ids = [one.ds for one in stages], [one.run_id for one in stages]
+    return layout.job_folder(first.root, first.feature_set, first.kind, days, run_ids)
 
 
 def make(
-    stages: Sequence[Stage],
+    planned: Sequence[Planned],
     run_pipeline: Callable[[Callable[[Any], None]], None],
     share: threads.Share,
     locks: Locks,
@@ -81,18 +94,19 @@ def make(
 
     Raises a worker's CourierError word for word; nothing is published in any case.
     """
-    for stage in stages:
-        _forget_other_content(stage)
-    first = stages[0]
+    for one in planned:
+        states.begin(one.stage)
+    folder, kind = job_folder(planned), type(planned[0])
     try:
-        run_job(lambda root: first.define(root, stages), first.staging, run_pipeline, share)
+        run_job(lambda root: kind.wire(root, planned, folder), folder, run_pipeline, share)
     finally:
-        for stage in stages:
-            stage.clean(stage)
+        for one in planned:
+            one.clean()
     locks.check()
-    for stage in stages:
-        for table in stage.tables:
-            seal(stage, table)
+    for one in planned:
+        for table in one.stage.tables:
+            seal(one, table)
+    files.delete_tree(folder)
 
 
 def run_job(
@@ -130,30 +144,13 @@ def _told(staging: str, error: Exception) -> CourierError | None:
     return None
 
 
-def force(stage: Stage) -> None:
-    """Makes the stage count as unpublished, by the first file of its staging folder.
-
-    What a forced run that was killed had done stays.
-    """
-    _forget_other_content(stage)
-
-
-def _forget_other_content(stage: Stage) -> None:
-    """Deletes what was begun from another content of the tables upstream."""
-    path = os.path.join(stage.staging, BEGUN)
-    now = stage.made_from()
-    begun = files.read_if_there(path)
-    if begun is None or parse_json(path, begun) != now:
-        files.delete_tree(stage.staging)
-        write_json(path, now)
-
-
-def seal(stage: Stage, table: Table) -> None:
+def seal(one: Planned, table: Table) -> None:
     """Writes what a manifest will say beside the parts, after every shard has its receipt.
 
     What is upstream is what it was when the job began: should it have been published anew since,
     the stage counts as not made, and is made again.
     """
+    stage = one.stage
     folder = stage.staged_folder(table)
     parts = partitions.receipts(folder)
     if len(parts) != stage.shards:
@@ -172,29 +169,27 @@ def seal(stage: Stage, table: Table) -> None:
         "counts": partitions.sum_counts(parts),
         "identities": dict(stage.identities),
         "inputs": dict(stage.inputs),
-        "made_from": read_json(os.path.join(stage.staging, BEGUN)),
+        "made_from": states.sources(stage, Look()),
         "settings": dict(stage.settings),
         "notes": dict(stage.notes),
         "versions": PACKAGE_VERSIONS,
-        **stage.summarise(stage.staging),
+        **one.summarise(),
     }
     write_json(os.path.join(folder, STAGED), manifest)
 
 
-def counts_of(stage: Stage) -> dict[str, int]:
+def counts_of(stage: Stage, look: Look) -> dict[str, int]:
     """Returns counts and rows of all tables that the stage made."""
-    manifests = {table.name: stage.partition(table).manifest for table in stage.tables}
-    counts = {f"{name}_rows": m["rows"] for name, m in manifests.items()}
-    for manifest in manifests.values():
-        counts.update(manifest["counts"])
+    counts: dict[str, int] = {}
+    for table, partition in zip(stage.tables, look.made(stage), strict=True):
+        counts |= {f"{table.name}_rows": partition.manifest["rows"], **partition.manifest["counts"]}
     return counts
 
 
-def clusters_of(*stages: Stage) -> dict[str, Any]:
-    """Returns how items spread over clusters, by resolution; empty where no stage assigns any."""
-    manifests = [stage.partition(table).manifest for stage in stages for table in stage.tables]
-    found = [manifest.get("clusters", {}) for manifest in manifests]
-    return {label: entry for clusters in found for label, entry in clusters.items()}
+def clusters_of(stage: Stage, look: Look) -> dict[str, Any]:
+    """Returns how items spread over clusters, by resolution; empty where it assigns none."""
+    found: dict[str, Any] = look.made(stage)[0].manifest.get("clusters", {})
+    return found
 
 
 def work_of(stage: Stage) -> dict[str, float]:
@@ -210,25 +205,6 @@ def reopen(stage: Stage) -> None:
     """
     for table in stage.tables:
         files.delete_tree(stage.staged_folder(table))
-
-
-def note_refusal(stage: Stage, error: CourierError | None) -> None:
-    """Notes beside what was made why it may not be published, or that it may (`error` None)."""
-    path = os.path.join(stage.staging, _REFUSED)
-    if error is not None:
-        write_json(path, {"message": str(error)})
-    elif files.exists(path):
-        files.delete(path)
-
-
-def refusal(staging: str) -> str | None:
-    """Returns why what lies in a staging folder may not be published, None where nothing says so.
-
-    A later run may find that it may.
-    """
-    path = os.path.join(staging, _REFUSED)
-    found = files.read_if_there(path)
-    return None if found is None else str(parse_json(path, found)["message"])
 
 
 def write_run(night: Night, report: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from feature_jobs.schemas import CourierError
 from feature_jobs.store import documents, files, worker_notes
 from pipelines.running.stage import Stage
+from pipelines.running.states import shards_done
 
 if TYPE_CHECKING:
     from courier_model.training.progress import Progress  # which nights do not need
@@ -30,15 +31,16 @@ _ELSEWHERE = "{desc} [{bar:24}] {unit}{n:,}/{total:,}{postfix}"
 
 
 @contextlib.contextmanager
-def watch(stages: Sequence[Stage]) -> Iterator[None]:
+def watch(stages: Sequence[Stage], job: str) -> Iterator[None]:
     """Shows, during the block, how far the one job is that makes all of `stages`.
 
-    It shows a bar on a terminal's stderr, or a line now and then elsewhere.
+    It shows a bar on a terminal's stderr, or a line now and then elsewhere. `job` is the job's own
+    folder.
     """
     for folder in ("progress", "warnings"):  # of an earlier run
-        files.delete_tree(os.path.join(stages[0].staging, folder))
+        files.delete_tree(os.path.join(job, folder))
     ended = threading.Event()
-    thread = threading.Thread(target=_watch, args=(stages, ended), daemon=True)
+    thread = threading.Thread(target=_watch, args=(stages, job, ended), daemon=True)
     thread.start()
     try:
         yield
@@ -47,28 +49,28 @@ def watch(stages: Sequence[Stage]) -> Iterator[None]:
         thread.join()
 
 
-def _watch(stages: Sequence[Stage], ended: threading.Event) -> None:
+def _watch(stages: Sequence[Stage], job: str, ended: threading.Event) -> None:
     started, told, over = time.monotonic(), set[str](), False
     with _bar(stages[0].name) as bar:
         while not over:
             over = ended.wait(_pause(bar))
             # What cannot be read now may be next time, and the job tells what ails the store.
             with contextlib.suppress(OSError, CourierError):
-                _warn(stages[0], told)
+                _warn(job, told)
                 if not (over and bar.disable):
-                    _show(bar, stages, time.monotonic() - started)
+                    _show(bar, stages, job, time.monotonic() - started)
 
 
-def _warn(stage: Stage, told: set[str]) -> None:
+def _warn(job: str, told: set[str]) -> None:
     """Tells what workers warn of, as soon as it is there and once."""
-    for message in worker_notes.warnings(stage.staging):
+    for message in worker_notes.warnings(job):
         if message not in told:
             tqdm.write(f"WARNING: {message}", file=sys.stderr)  # above the bar
             told.add(message)
 
 
-def _show(bar: tqdm, stages: Sequence[Stage], seconds: float) -> None:
-    counts = measure(stages)
+def _show(bar: tqdm, stages: Sequence[Stage], job: str, seconds: float) -> None:
+    counts = measure(stages, job)
     done, total, facts = counts["done"], counts["total"], describe(counts, seconds)
     if bar.disable:
         tqdm.write(line(stages[0].name, done, total, facts), file=sys.stderr)
@@ -76,15 +78,15 @@ def _show(bar: tqdm, stages: Sequence[Stage], seconds: float) -> None:
         _move(bar, done, total, facts)
 
 
-def measure(stages: Sequence[Stage]) -> Counter[str]:
+def measure(stages: Sequence[Stage], job: str) -> Counter[str]:
     """Returns done and total, and what else the workers tell: images where they do, else shards."""
-    folder = os.path.join(stages[0].staging, "progress")
+    folder = os.path.join(job, "progress")
     found: Counter[str] = Counter()
     for name in files.list_names(folder):
         found.update(documents.read_json(os.path.join(folder, name)))
     if found["total"]:
         return found
-    done, total = (sum(s.shards_done() for s in stages), sum(s.shards for s in stages))
+    done, total = (sum(map(shards_done, stages)), sum(s.shards for s in stages))
     return Counter(done=done, total=total)
 
 

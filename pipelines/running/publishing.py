@@ -39,15 +39,18 @@ from feature_jobs.store import files, partitions
 from feature_jobs.store.documents import parse_json, to_json
 from feature_jobs.store.files import FileInfo
 from feature_jobs.store.partitions import MANIFEST, STAGED, SUCCESS, Partition, version_of
-from pipelines.running import layout, records
-from pipelines.running.layout import Place
+from pipelines import stages
+from pipelines.running import layout, records, states
+from pipelines.running.layout import Place, days_of_job
 from pipelines.running.locks import Locks
-from pipelines.running.stage import Night, Stage
+from pipelines.running.stage import Stage
+from pipelines.running.states import PUBLISHED, Look, Night
 
 T = TypeVar("T")
 
 _AT_ONCE = 64  # files that one step brings in or puts away
 _TRIES = 5
+_OF_PUBLISHING = {"parent_version", "publication"}  # what a manifest says of itself
 _PART = r"part-\d+-of-\d+-([0-9a-f]+)\.parquet"
 
 
@@ -62,7 +65,8 @@ def publish_night(night: Night, locks: Locks) -> None:
     """
     root, feature_set = night.settings.root, night.settings.feature_set
     path = layout.night_path(root, feature_set, night.ds)
-    waiting = [(stage, publications(stage, locks)) for stage in night.stages]
+    look = Look()
+    waiting = [(stage, publications(stage, look, locks)) for stage in night.stages]
     found = files.read_if_there(path)
     before = parse_json(path, found) if found else None
     for stage, tables in waiting:
@@ -94,6 +98,24 @@ def _tidy_up(stage: Stage, has_published: bool, locks: Locks) -> None:
         files.delete_tree(top)
 
 
+def tidy_jobs(nights: Sequence[Night], locks: Locks) -> None:
+    """Deletes what jobs for days of `nights` alone left, and chunk files that nobody needs now.
+
+    Whoever holds the locks of all days of a job knows that nobody is at it. Chunk files go where
+    no other run of the stage is unfinished: one that begins just now finds none, and needs none.
+    """
+    days = {night.ds for night in nights}
+    for stage in nights[0].stages:
+        top = layout.kind_folder(stage.root, stage.feature_set, stage.kind)
+        names = files.list_names(top)
+        jobs = {name: days_of_job(name) for name in names}
+        dead = [name for name, ends in jobs.items() if ends and days.issuperset(ends)]
+        chunks = [name for name in names if name.startswith(layout.CHUNK_FOLDER)]
+        locks.check()
+        for name in dead if set(names) - set(dead) - set(chunks) else names:
+            files.delete_tree(os.path.join(top, name))
+
+
 def _still_published(folder: str) -> Partition:
     found = partitions.find_published(folder)
     if found is None:
@@ -113,7 +135,8 @@ def write_record(path: str, record: bytes, found: bytes | None, locks: Locks) ->
 def _goes_into(night: Night, record: dict[str, Any]) -> bool:
     """Returns whether the stages of `night` take the place of those in a whole night's record.
 
-    They do where nothing of the same ds reads what they make, and the rest is as it was.
+    They do where they are of the night, nothing else of the same ds reads what they make, and the
+    rest is as it was.
     """
     made = {table.name for stage in night.stages for table in stage.tables}
     folders = {
@@ -121,7 +144,8 @@ def _goes_into(night: Night, record: dict[str, Any]) -> bool:
         for name, entry in record["tables"].items()
         if name not in made
     }
-    return {stage.name for stage in night.stages} <= {"histories", "simscore"} and all(
+    last = {stages.HISTORIES, stages.SIMSCORE}
+    return {stage.kind for stage in night.stages} <= last and all(
         partitions.published_version(folder) == version for folder, version in folders.items()
     )
 
@@ -129,12 +153,12 @@ def _goes_into(night: Night, record: dict[str, Any]) -> bool:
 # ---- A partition -------------------------------------------------------------------------------
 
 
-def publications(stage: Stage, locks: Locks) -> list["Publication"]:
+def publications(stage: Stage, look: Look, locks: Locks) -> list["Publication"]:
     """Returns what is to be done to publish the tables of a staged stage; nothing if they are."""
-    if stage.is_published():
+    if look.state(stage).name == PUBLISHED:
         return []
     if stage.forced:
-        stage.note_publishing()
+        states.note_publishing(stage)
     found = []
     for table in stage.tables:
         place = stage.place(table)
@@ -191,7 +215,7 @@ class Publication:
         """
         if self._version_in(self.replaces) != self.manifest["version"]:
             data = self._replace()
-        elif partitions.is_published(self.place.folder):
+        elif self._says_the_same() and partitions.is_published(self.place.folder):
             return
         else:
             data = self._renew()
@@ -273,17 +297,30 @@ class Publication:
             self._swap(self._manifest_path, claimed, self.replaces)
         return claimed
 
-    def _renew(self) -> bytes:
-        """Returns the manifest that names this version already, though it is not announced.
+    def _says_the_same(self) -> bool:
+        """Returns whether the manifest that stands says all that this one does."""
+        both = self._parsed(self.replaces or b"{}"), self.manifest
+        one, other = ({k: v for k, v in m.items() if k not in _OF_PUBLISHING} for m in both)
+        return one == other
 
-        It changes where another writer had begun to replace it: the same `_SUCCESS` must never come
-        twice, or a reader that saw it before and after would trust what came in between.
+    def _renew(self) -> bytes:
+        """Returns the manifest of a version whose files are there already.
+
+        It is that of this run where another one says otherwise from what the same rows were made.
+        It changes too where it is not announced and another writer had begun to replace it: the
+        same `_SUCCESS` must never come twice, or a reader that saw it before and after would trust
+        what came in between.
         """
         found = self.replaces or b""
-        manifest, times = self._parsed(found), self._times_replaced(self.manifest["version"])
-        if manifest.get("publication", 1) > times:
-            return found
-        data = _manifest_bytes({**manifest, "publication": times + 1})
+        there, times = self._parsed(found), self._times_replaced(self.manifest["version"])
+        if self._says_the_same():
+            if there.get("publication", 1) > times:
+                return found
+            data = _manifest_bytes({**there, "publication": times + 1})
+        else:
+            times = max(times, there.get("publication", 1))
+            mine = {**self.manifest, "parent_version": there.get("parent_version")}
+            data = _manifest_bytes({**mine, "publication": times + 1})
         with self._step(found):
             self._swap(self._manifest_path, data, found)
         return data

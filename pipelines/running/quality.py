@@ -5,12 +5,14 @@ manifests: one that does not hold is our own fault or the disk's. The laws of ro
 they were written. Whatever is refused, nothing is published, and what was published before stays.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from feature_jobs.schemas import MAIN, DataContractError, GateRefused
 from pipelines.config import Gates, Settings
+from pipelines.stages import EMBED, ITEM_FEATURES, SIMSCORE, TRAINING_ROWS, Kind
+
+Counts = Mapping[Kind, Mapping[str, int]]
 
 _CHURN = (
     "The CTR model's embedding rows would stand for other items. If a new codebook was pinned on "
@@ -20,35 +22,33 @@ _CHURN = (
 
 
 def check(
-    stage: str,
+    kind: Kind,
     input_rows: int,
-    counts: Mapping[str, int],
+    counts: Counts,
     settings: Settings,
     clusters: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Raises GateRefused where a share forbids publishing what a stage made.
 
     Raises DataContractError where a law does, and for a catalogue without one readable image.
-    `input_rows` are those of the stage's input, `counts` its own and those of the ones before it,
+    `input_rows` are those of the stage's input, `counts` its own and those of the stages upstream,
     `clusters` what is said of the clusters of each resolution.
     """
-    check_laws(stage, input_rows, counts)
+    check_laws(kind, input_rows, counts)
     for label, found in clusters.items():
         _clusters(label, found, settings.gates)
-    gates: dict[str, Callable[..., None]] = {
-        "embed": _embed,
-        "simscore": partial(_simscore, clusters=clusters),
-    }
-    if stage in gates:
-        gates[stage](counts, settings)
+    if kind is EMBED:
+        _embed(counts[EMBED], settings)
+    elif kind is SIMSCORE:
+        _simscore(counts[SIMSCORE], settings, clusters)
 
 
-def check_laws(stage: str, input_rows: int, counts: Mapping[str, int]) -> None:
+def check_laws(kind: Kind, input_rows: int, counts: Counts) -> None:
     """Raises DataContractError where what a stage made has not as many rows as it was made from.
 
     The arguments are those of `check`.
     """
-    for what, found, expected in _laws(stage, input_rows, counts):
+    for what, found, expected in _laws(kind, input_rows, counts):
         if found != expected:
             raise DataContractError(
                 f"{what}: found {found:,}, expected {expected:,}. Rows were lost or doubled; "
@@ -57,24 +57,25 @@ def check_laws(stage: str, input_rows: int, counts: Mapping[str, int]) -> None:
             )
 
 
-def _laws(stage: str, input_rows: int, counts: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
+def _laws(kind: Kind, input_rows: int, counts: Counts) -> Iterator[tuple[str, int, int]]:
     """Yields what must be equal of a stage: what it is, how many there are, how many there must be.
 
     Nothing that is counted says how many users have a history.
     """
-    if stage == "embed":
-        catalogue = counts["catalogue_items"]
-        embedded = counts["item_embeddings_rows"] - counts["former_items"]
+    mine = counts[kind]
+    if kind is EMBED:
+        catalogue = mine["catalogue_items"]
+        embedded = mine["item_embeddings_rows"] - mine["former_items"]
         yield "catalogue rows that reached EMBED", catalogue, input_rows
-        sides = embedded + counts["item_rejects_rows"]
+        sides = embedded + mine["item_rejects_rows"]
         yield "item_embeddings in the catalogue + item_rejects", sides, catalogue
-    elif stage == "item-features":
-        items = counts["item_embeddings_rows"] + counts["item_rejects_rows"]
-        yield "item_features rows", counts["item_features_rows"], items
-    elif stage == "simscore":
-        yield "user_simscores rows", counts["user_simscores_rows"], input_rows
-    elif stage == "training-rows":
-        reached = counts["impressions"] + counts["out_of_scope_impressions"]
+    elif kind is ITEM_FEATURES:
+        items = counts[EMBED]["item_embeddings_rows"] + counts[EMBED]["item_rejects_rows"]
+        yield "item_features rows", mine["item_features_rows"], items
+    elif kind is SIMSCORE:
+        yield "user_simscores rows", mine["user_simscores_rows"], input_rows
+    elif kind is TRAINING_ROWS:
+        reached = mine["impressions"] + mine["out_of_scope_impressions"]
         yield "impressions that reached TRAINING-ROWS", reached, input_rows
 
 

@@ -2,7 +2,7 @@
 
 import datetime as dt
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from feature_jobs.schemas import TABLES, GateRefused, Table
@@ -53,10 +53,17 @@ def is_whole_night(root: str, feature_set: str, ds: dt.date) -> bool:
     return record is not None and is_whole(record, root)
 
 
-def is_whole(record: Mapping[str, Any], root: str) -> bool:
-    """Returns whether every table that a night's record names is published in that version."""
+def is_whole(
+    record: Mapping[str, Any],
+    root: str,
+    find: Callable[[str], Partition | None] = partitions.find_published,
+) -> bool:
+    """Returns whether every table that a night's record names is published in that version.
+
+    `find` finds what is published in a folder.
+    """
     return all(
-        partitions.published_version(os.path.join(root, entry["path"])) == entry["version"]
+        (found := find(os.path.join(root, entry["path"]))) and found.version == entry["version"]
         for entry in record["tables"].values()
     )
 

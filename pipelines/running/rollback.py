@@ -20,9 +20,10 @@ from feature_jobs.store.documents import parse_json, to_json, write_json
 from feature_jobs.store.partitions import MANIFEST, STAGED
 from pipelines.config import Settings
 from pipelines.running import layout, locks, records
-from pipelines.running.layout import CHUNK_FOLDER, Place
+from pipelines.running.layout import Place
 from pipelines.running.locks import Locks
 from pipelines.running.publishing import publication, superseded, write_record
+from pipelines.stages import kind_of
 
 _AT_ONCE = 16
 
@@ -206,13 +207,12 @@ def carry_out(plan: Rollback, held: Locks, now: dt.datetime) -> None:
 
 def _bring_back(settings: Settings, ds: dt.date, version: Version, held: Locks) -> None:
     """Publishes a version again, from copies of its files; then deletes what runs of ds staged."""
-    run = layout.staging_of(
-        settings.root, settings.feature_set, version.table, ds, f"rollback-{version.name}"
-    )
+    kind, name = kind_of(version.table), f"rollback-{version.name}"
+    run = layout.staging_of(settings.root, settings.feature_set, kind, ds, name)
     if partitions.published_version(version.place.folder) != version.name:
         _publish_copy(version, os.path.join(run, version.table.name), held)
     top = os.path.dirname(run)
-    left = [name for name in files.list_names(top) if not name.startswith(CHUNK_FOLDER)]
+    left = files.list_names(top)
     held.check()
     for name in left:
         files.delete_tree(os.path.join(top, name))

@@ -55,6 +55,7 @@ from pipelines.config import load_settings
 from pipelines.nightly import plan_night, run_nights
 from pipelines.running import beam_options, making
 from pipelines.running.stage import Stage
+from pipelines.stages import EMBED, ITEM_FEATURES
 
 DAY_BEFORE, DAY = dt.date(2026, 1, 5), dt.date(2026, 1, 6)
 NOON_US = int(dt.datetime.combine(DAY, dt.time(12), dt.UTC).timestamp()) * 1_000_000
@@ -165,7 +166,7 @@ def book_by_hand(centres: np.ndarray, encoder_id: str) -> Codebook:
 
 def publish_items(shop: Shop, day: dt.date, vectors: np.ndarray) -> None:
     """Runs the item stages with an embedding stage that took `vectors` instead of images."""
-    night = plan_night(load_settings(str(shop.settings)), day, ["embed", "item-features"])
+    night = plan_night(load_settings(str(shop.settings)), day, [EMBED, ITEM_FEATURES])
     stage, parts = night.stages[0], shop.top / "parts"
     if not parts.exists():  # of the first day: those of the others are links to them
         of = hashing.shard_of(hashing.hash_ids(pa.array(np.arange(len(vectors)))), stage.shards)

@@ -20,6 +20,7 @@ from typing import Any
 from feature_jobs.store import threads
 from pipelines.config import load_settings
 from pipelines.nightly import plan_night, run_nights
+from pipelines.stages import KINDS
 
 WORKERS = 2
 MODES = ("in_memory", "multi_threading", "multi_processing")
@@ -86,7 +87,11 @@ def main() -> None:
     """Runs one stage for `run_stage`, in the process of its own, and prints the figures as JSON."""
     logging.disable(logging.WARNING)
     settings, day, stage, *beam_args = sys.argv[1:]
-    night = plan_night(load_settings(settings), dt.date.fromisoformat(day), [stage])
+    night = plan_night(
+        load_settings(settings),
+        dt.date.fromisoformat(day),
+        [kind for kind in KINDS if kind.name == stage],
+    )
     start = time.perf_counter()
     (report,) = run_nights([night], beam_args, lambda _: None)
     seconds = time.perf_counter() - start

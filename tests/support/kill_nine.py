@@ -30,6 +30,7 @@ from feature_jobs.store.pieces import read_all
 from pipelines import cli
 from pipelines.config import load_settings
 from pipelines.nightly import plan_night
+from pipelines.stages import EMBED
 from tests.support import quick_beam
 from tests.support.commands import published_below
 
@@ -56,8 +57,8 @@ class Runs:
     def wire(self) -> None:
         """Has Beam look at all that the job consists of, so that no run has to (`quick_beam`)."""
         *_, config, _, ds = self._command
-        (stage,) = plan_night(load_settings(config), dt.date.fromisoformat(ds), ["embed"]).stages
-        stage.define(beam.Pipeline(), [stage])
+        night = plan_night(load_settings(config), dt.date.fromisoformat(ds), [EMBED])
+        type(night.planned[0]).wire(beam.Pipeline(), night.planned, str(self._told) + "-wired")
 
     def start(self) -> int:
         """Starts a process that runs the command; returns its number."""
@@ -94,7 +95,7 @@ class Runs:
 
         They are found by `glob`, which bears that folders go meanwhile.
         """
-        return glob(f"{self.root}/_staging/*/embed/*/chunks-*/0*.arrow")
+        return glob(f"{self.root}/_staging/*/embed/chunks-*/0*.arrow")
 
 
 def _watch_chunks() -> list[int]:

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +21,14 @@ from feature_jobs.store import files, partitions
 from feature_jobs.store.documents import write_json
 from feature_jobs.store.files import FileInfo
 from feature_jobs.store.partitions import MANIFEST, STAGED, SUCCESS, Partition
+from pipelines import stages
 from pipelines.running import layout, records
 from pipelines.running.layout import Place
 from pipelines.running.locks import Locks
 from pipelines.running.publishing import publish_night
 from pipelines.running.rollback import carry_out, plan_rollback
-from pipelines.running.stage import Night, Stage
+from pipelines.running.stage import Planned, Stage
+from pipelines.running.states import Look, Night
 
 DS = dt.date(2026, 3, 1)
 NOW = dt.datetime(2026, 3, 2, tzinfo=dt.UTC)
@@ -42,7 +45,8 @@ def stage_partition(folder: str, values: Values, shards: int = 2, run_id: str = 
         listed.append({"name": name, "rows": len(rows), "bytes": size, "sha256": sha256})
     manifest = {
         "table": ITEM_FEATURES.name, "run_id": run_id, "files": listed, "rows": len(values),
-        "counts": {}, "made_from": {}, "notes": {}, "values": values,
+        "counts": {}, "made_from": {}, "notes": {}, "identities": {}, "settings": {}, "inputs": {},
+        "values": values,
     }  # fmt: skip
     write_json(os.path.join(folder, STAGED), manifest)
     staged = partitions.find_staged(folder)
@@ -74,16 +78,16 @@ class Shop:
     def night(self, values: Values) -> Night:
         """Plans the night that publishes `values`."""
         stage = Stage(
-            "item-features", DS, self.settings.root, "test", tables=(ITEM_FEATURES,), shards=2,
-            inputs={"values": values}, identities={}, settings={}, define=lambda *_: None,
+            stages.ITEM_FEATURES, DS, self.settings.root, "test", shards=2,
+            inputs={"values": values}, identities={}, settings={},
         )  # fmt: skip
-        return _WholeNight(self.settings, DS, (stage,), ())
+        return _WholeNight(self.settings, DS, (JustAStage(stage),), (), Look())
 
     def make(self, values: Values) -> Night:
         """Makes what the night publishes, unless that is there already."""
         night = self.night(values)
         (stage,) = night.stages
-        if not stage.is_made():
+        if not Look().state(stage).is_made:
             folder = os.path.join(stage.staging, ITEM_FEATURES.name)
             stage_partition(folder, values, run_id=stage.run_id)
         return night
@@ -166,6 +170,17 @@ def shop_of(contents: dict[str, bytes], root: str) -> Shop:
     for path, data in contents.items():
         files.write_bytes(root + path, data)
     return Shop(root)
+
+
+@dataclass(frozen=True)
+class JustAStage(Planned):
+    """Is a stage whose job makes nothing."""
+
+    stage: Stage
+
+    @classmethod
+    def wire(cls, root: Any, days: Sequence["JustAStage"], folder: str) -> None:
+        pass
 
 
 class _WholeNight(Night):

@@ -6,20 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from feature_jobs.schemas import ITEM_EMBEDDINGS, DataContractError, StorageUnavailable
+from feature_jobs.schemas import DataContractError, StorageUnavailable
 from feature_jobs.store import documents, worker_notes
 from feature_jobs.store.threads import Share
 from pipelines.running import making
 from pipelines.running.locks import Locks
 from pipelines.running.stage import Stage
+from pipelines.stages import EMBED
+from tests.support.small_nights import JustAStage
 
 
-def stage_of(root: Path) -> Stage:
-    return Stage(
-        name="embed", ds=dt.date(2026, 3, 1), root=str(root), feature_set="test",
-        tables=(ITEM_EMBEDDINGS,), shards=1, inputs={}, identities={}, settings={},
-        define=lambda *_: None,
+def stage_of(root: Path) -> JustAStage:
+    stage = Stage(
+        EMBED, dt.date(2026, 3, 1), str(root), "test", shards=1, inputs={}, identities={},
+        settings={},
     )  # fmt: skip
+    return JustAStage(stage)
 
 
 AWAY = "gs://b/x could not be reached. Try again."
@@ -53,15 +55,15 @@ def test_of_a_job_that_fails_the_error_that_led_to_it_is_told(tmp_path: Path, ho
 
 
 def test_of_a_job_that_fails_what_was_left_before_is_told(tmp_path: Path) -> None:
-    stage = stage_of(tmp_path)
+    planned = [stage_of(tmp_path)]
 
     def leave(_: Callable) -> None:
         left = {"kind": "DataContractError", "message": "two rows of item 3"}
-        documents.write_json(f"{stage.staging}/errors/x.json", left)
+        documents.write_json(f"{making.job_folder(planned)}/errors/x.json", left)
         raise RuntimeError("Beam failed")
 
     with pytest.raises(DataContractError, match="two rows of item 3"):
-        making.make([stage], leave, Share(), Locks())
+        making.make(planned, leave, Share(), Locks())
 
 
 def test_a_job_that_fails_for_another_reason_fails_with_that(

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from courier_model.training.progress import Progress
-from feature_jobs.schemas import ITEM_EMBEDDINGS, ITEM_REJECTS, StorageUnavailable
+from feature_jobs.schemas import StorageUnavailable
 from feature_jobs.store import files, worker_notes
 from pipelines.cli import main
 from pipelines.running import progress
 from pipelines.running.progress import StepBar
 from pipelines.running.stage import Stage
+from pipelines.stages import EMBED
 from tests.support.commands import Capture
 from tests.support.world import DAYS, World
 
@@ -56,12 +57,16 @@ def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def stage(folder: Path) -> Stage:
     """Returns a stage of four shards of two tables, of which nothing is made."""
-    tables = (ITEM_EMBEDDINGS, ITEM_REJECTS)
-    return Stage("embed", DAYS[0], str(folder), "test", tables, 4, {}, {}, {}, lambda *_: None)
+    return Stage(EMBED, DAYS[0], str(folder), "test", 4, {}, {}, {})
+
+
+def job_of(one: Stage) -> str:
+    """Returns the folder of its job."""
+    return f"{one.root}/job"
 
 
 def tell(at: Stage, **counts: float) -> None:
-    worker_notes.Heartbeat(at.staging).add(**counts)
+    worker_notes.Heartbeat(job_of(at)).add(**counts)
 
 
 def wait_for(what: Callable[[], bool]) -> None:
@@ -79,17 +84,17 @@ def test_what_workers_tell_is_added_up(tmp_path: Path) -> None:
     tell(one, done=3, total=8, rejected_missing=1)
     tell(one, done=1, total=4, bytes=1000)
     expected = {"done": 4, "total": 12, "rejected_missing": 1, "bytes": 1000}
-    assert progress.measure([one]) == Counter(expected)
+    assert progress.measure([one], job_of(one)) == Counter(expected)
 
 
 def test_shards_that_all_tables_have_are_counted_where_workers_tell_nothing(tmp_path: Path) -> None:
     days = [stage(tmp_path / name) for name in ("first", "second")]
-    assert progress.measure(days) == Counter(done=0, total=8)
+    assert progress.measure(days, str(tmp_path)) == Counter(done=0, total=8)
     for table, shards in zip(days[1].tables, (3, 2), strict=True):
         for shard in range(shards):
             path = f"{days[1].staging}/{table.name}/receipts/{shard}.json"
             files.write_bytes(path, b"{}")
-    assert progress.measure(days) == Counter(done=2, total=8)
+    assert progress.measure(days, str(tmp_path)) == Counter(done=2, total=8)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +139,7 @@ def test_on_a_terminal_a_stage_is_a_bar_that_ends_at_100_percent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, terminal = stage(tmp_path), at_a_terminal(monkeypatch)
-    with progress.watch([one]):
+    with progress.watch([one], job_of(one)):
         tell(one, done=4, total=8)
         wait_for(lambda: "4/8" in terminal.getvalue())
         tell(one, **(IMAGES | {"done": 4, "total": 0}))
@@ -151,7 +156,7 @@ def test_without_a_terminal_a_stage_is_lines(
 ) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     one = stage(tmp_path)
-    with progress.watch([one]):
+    with progress.watch([one], job_of(one)):
         tell(one, done=4, total=8)
         wait_for(lambda: sys.stderr.getvalue().count("4/8") > 2)
     lines = sys.stderr.getvalue().splitlines()
@@ -166,10 +171,10 @@ def test_a_warning_is_told_once_on_a_line_of_its_own(
 ) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal() if live else io.StringIO())
     one = stage(tmp_path)
-    worker_notes.warn(one.staging, "of an earlier run")
-    with progress.watch([one]):
+    worker_notes.warn(job_of(one), "of an earlier run")
+    with progress.watch([one], job_of(one)):
         for message in ("no CUDA", "another", "no CUDA"):
-            worker_notes.warn(one.staging, message)
+            worker_notes.warn(job_of(one), message)
             wait_for(lambda said=message: f"WARNING: {said}\n" in sys.stderr.getvalue())
         time.sleep(0.05)
     lines = sys.stderr.lines() if live else sys.stderr.getvalue().splitlines()
@@ -196,14 +201,14 @@ def test_a_listing_that_failed_is_tried_again(
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     measure, failed = progress.measure, []
 
-    def fail_at_first(stages: Sequence[Stage]) -> Counter[str]:
+    def fail_at_first(stages: Sequence[Stage], job: str) -> Counter[str]:
         if len(failed) < 3:
             failed.append(stages)
             raise error
-        return measure(stages)
+        return measure(stages, job)
 
     monkeypatch.setattr(progress, "measure", fail_at_first)
-    with progress.watch([stage(tmp_path)]):
+    with progress.watch([stage(tmp_path)], str(tmp_path)):
         wait_for(lambda: sys.stderr.getvalue().startswith("embed ["))
     assert len(failed) == 3
 

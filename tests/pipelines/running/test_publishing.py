@@ -7,12 +7,14 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from feature_jobs.schemas import ITEM_FEATURES, USER_HISTORIES, CourierError, InputNotReady
+from feature_jobs.schemas import CourierError, InputNotReady
 from feature_jobs.store import files, partitions
 from feature_jobs.store.documents import read_json
 from feature_jobs.store.partitions import MANIFEST, SUCCESS
 from pipelines.running import layout, publishing
 from pipelines.running.locks import Locks
+from pipelines.running.states import PUBLISHED, STAGED, Look
+from pipelines.stages import HISTORIES, ITEM_FEATURES
 from tests.support.ill_disk import watch_disk
 from tests.support.schedules import CHANGING
 from tests.support.small_nights import DS, Readers, Shop
@@ -131,7 +133,7 @@ def test_a_night_is_not_published_before_the_old_files_are_away(shop: Shop) -> N
     manifest = os.path.join(shop.place.folder, MANIFEST)
     killed_while(shop, NEW, lambda: read_json(manifest)["values"] != NEW)
     assert shop.look().globbed != NEW
-    assert not shop.night(NEW).stages[0].is_published()
+    assert Look().state(shop.night(NEW).stages[0]).name != PUBLISHED
     shop.publish(NEW)
     assert shop.look().globbed == NEW
     assert shop.kept() == [OLD]
@@ -175,14 +177,14 @@ def test_a_run_that_finds_nothing_to_do_leaves_what_another_has_staged(shop: Sho
     shop.publish(OLD)
     (refused,) = shop.make(NEW).stages
     shop.publish(OLD)
-    assert refused.is_staged()
+    assert Look().state(refused).name == STAGED
     shop.publish(NEW)
     assert shop.published() == NEW
 
 
 def test_feature_sets_stage_the_tables_that_they_share_in_one_place() -> None:
     """A writer that was overtaken must find none of its files there, whichever set it is of."""
-    one, other = (layout.staging_of("/r", name, USER_HISTORIES, DS, "run") for name in "ab")
+    one, other = (layout.staging_of("/r", name, HISTORIES, DS, "run") for name in "ab")
     assert one == other
     one, other = (layout.staging_of("/r", name, ITEM_FEATURES, DS, "run") for name in "ab")
     assert one != other
@@ -208,7 +210,7 @@ def test_a_run_that_lost_its_lock_stops_before_its_next_write(shop: Shop) -> Non
         publishing.publish_night(night, Locks(_held={"x": Lost()}))
     assert files_of(shop) == before
     assert shop.published() == OLD
-    assert night.stages[0].is_staged()
+    assert Look().state(night.stages[0]).name == STAGED
 
 
 def test_the_record_names_what_was_published(shop: Shop) -> None:

@@ -1,0 +1,350 @@
+"""Finds what of a stage is done already, and why the rest is to be made.
+
+A stage is *published*, or *staged* (made, and not before readers yet), or *begun*, or *absent*;
+*published from something else* where its tables are there by another run, *refused* where it is
+staged and may not be published, *held* where its day was rolled back on purpose.
+"""
+
+import datetime as dt
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from feature_jobs.schemas import InputNotReady, Table
+from feature_jobs.store import documents, files, partitions
+from feature_jobs.store.documents import parse_json, write_json
+from feature_jobs.store.partitions import Partition, version_of
+from pipelines.config import Settings
+from pipelines.running import records
+from pipelines.running.stage import PACKAGE_VERSIONS, Planned, Reference, Stage
+from pipelines.stages import NIGHT
+
+ABSENT, BEGUN, STAGED, PUBLISHED = "absent", "begun", "staged", "published"
+OTHER, REFUSED, HELD = "published from something else", "refused", "held"
+NEVER_MADE = "never made"
+
+_BEGUN = "begun.json"  # what it is made from; the first file of a staging folder
+_PUBLISHING = "publishing.json"  # of a forced stage: its tables may be partly published
+_REFUSED = "refused.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """Tells what of a stage is done: its name, as above.
+
+    `tables` are its partitions where they are made, `why` says for what reasons it is not simply
+    published, `shards_done` how many shards a run that ended early has written whole.
+    """
+
+    name: str
+    tables: tuple[Partition, ...] = ()
+    why: tuple[str, ...] = ()
+    shards_done: int = 0
+
+    @property
+    def is_made(self) -> bool:
+        return bool(self.tables)
+
+
+class Look:
+    """Looks at what lies below a root at one moment: each manifest is read once."""
+
+    def __init__(self) -> None:
+        self._published: dict[str, Partition | None] = {}
+        self._staged: dict[str, Partition | None] = {}
+        self._states: dict[tuple[str, str], State] = {}
+        self._held: dict[tuple[str, str], bool] = {}
+
+    def published(self, folder: str) -> Partition | None:
+        """Returns what is published in a folder, None for nothing."""
+        if folder not in self._published:
+            self._published[folder] = partitions.find_published(folder)
+        return self._published[folder]
+
+    def staged(self, folder: str) -> Partition | None:
+        """Returns what is made in a folder and not published yet, None for nothing."""
+        if folder not in self._staged:
+            self._staged[folder] = partitions.find_staged(folder)
+        return self._staged[folder]
+
+    def state(self, stage: Stage) -> State:
+        """Finds the state of a stage: all that is known of it is found here."""
+        key = stage.name, stage.staging
+        if key not in self._states:
+            self._states[key] = self._find(stage)
+        return self._states[key]
+
+    def _find(self, stage: Stage) -> State:
+        made_from = self.made_from(stage)
+        found = [self.published(stage.folder(table)) for table in stage.tables]
+        mine = [p for p in found if p and _is_mine(p, stage, made_from)]
+        if len(mine) == len(found) and not _is_forced_now(stage):
+            return State(PUBLISHED, tuple(mine))
+        why = tuple(self._why(stage, found, made_from))
+        if self._is_held(stage):
+            return State(HELD, why=why)
+        staged = [self.staged(stage.staged_folder(table)) for table in stage.tables]
+        mine = [p for p in staged if p and _is_mine(p, stage, made_from)]
+        if len(mine) == len(staged):
+            return State(REFUSED if refusal(stage.staging) else STAGED, tuple(mine), why)
+        if done := shards_done(stage):
+            return State(BEGUN, (), why, done)
+        return State(OTHER if any(found) else ABSENT, (), why)
+
+    def _is_held(self, stage: Stage) -> bool:
+        """Returns whether the day is on hold; tables that other feature sets share never are."""
+        if stage.kind.is_shared:
+            return False
+        day = stage.feature_set, str(stage.ds)
+        if day not in self._held:
+            hold = records.read_hold(stage.root, stage.feature_set, stage.ds)
+            self._held[day] = hold is not None
+        return self._held[day]
+
+    def made_from(self, stage: Stage) -> dict[str, str] | None:
+        """Returns the versions of all tables upstream; None where one is not made."""
+        states = [(one, self.state(one)) for one in stage.upstream]
+        if not all(state.is_made for _, state in states):
+            return None
+        return {
+            table.name: version_of(partition.manifest)
+            for one, state in states
+            for table, partition in zip(one.tables, state.tables, strict=True)
+        }
+
+    # -- What is made --
+
+    def made(self, stage: Stage) -> tuple[Partition, ...]:
+        """Returns a stage's tables, published or staged; raises InputNotReady where they aren't."""
+        if found := self.state(stage).tables:
+            return found
+        names = " and ".join(table.name for table in stage.tables)
+        raise InputNotReady(
+            f"{names} of ds {stage.ds} {'has' if len(stage.tables) == 1 else 'have'} not been made "
+            f"from the present inputs and settings (run {stage.run_id}). Run `courier {stage.name} "
+            f"--ds {stage.ds}`, or `courier refresh --ds {stage.ds}` for the whole night."
+        )
+
+    def table(self, stage: Stage, table: Table) -> Partition:
+        """Returns one of a stage's tables; raises InputNotReady where they are not made."""
+        return self.made(stage)[stage.tables.index(table)]
+
+    def find(self, reference: Reference) -> Partition | None:
+        """Returns the table that a reference names, published or staged; None for neither."""
+        looks = [(self.published, reference.folder), (self.staged, reference.staged)]
+        for look, folder in reversed(looks) if reference.forced else looks:
+            found = look(folder) if folder else None
+            if found and found.run_id == reference.run_id:
+                return found
+        return None
+
+    def open(self, reference: Reference) -> Partition:
+        """Returns the table that a reference names; raises InputNotReady where it is not there."""
+        if found := self.find(reference):
+            return found
+        raise InputNotReady(
+            f"{reference.table.name} of ds {reference.ds} is not there any more as run "
+            f"{reference.run_id} made it, from which later days go on. Run this command again."
+        )
+
+    # -- Why --
+
+    def _why(
+        self, stage: Stage, found: Sequence[Partition | None], made_from: Mapping[str, str] | None
+    ) -> Iterator[str]:
+        """Yields for what reasons a stage is not simply there."""
+        if stage.forced:
+            yield stage.forced_by
+        old = next(filter(None, found), None)
+        if old is None:
+            yield NEVER_MADE
+            return
+        if not all(found):
+            missing = (t.name for t, p in zip(stage.tables, found, strict=True) if p is None)
+            yield f"{', '.join(missing)} not published"
+        changes = list(_changes(old, stage))
+        again = [one.name for one in stage.upstream if _was_made_again(one, old, made_from)]
+        yield from changes
+        if not changes:
+            yield from (f"upstream {name} made again" for name in again)
+
+
+def _was_made_again(upstream: Stage, old: Partition, made_from: Mapping[str, str] | None) -> bool:
+    then = old.manifest["made_from"]
+    return made_from is None or any(
+        then.get(table.name) != made_from.get(table.name) for table in upstream.tables
+    )
+
+
+def _changes(old: Partition, stage: Stage) -> Iterator[str]:
+    """Yields in words what was otherwise when the partition `old` was made."""
+    for what in ("identities", "settings"):
+        then, now = old.manifest[what], _as_json(getattr(stage, what))
+        for name in dict.fromkeys([*then, *now]):
+            if then.get(name) != now.get(name):
+                yield f"{name} was {_told(then.get(name))}, is {_told(now.get(name))}"
+    then, now = old.manifest["inputs"], _as_json(stage.inputs)
+    upstream = {one.run_id: one.name for one in stage.upstream}
+    for name in dict.fromkeys([*then, *now]):
+        if then.get(name) != now.get(name):
+            yield _input_changed(name, then.get(name), now.get(name), upstream)
+    shards = len(old.manifest["files"])
+    if shards != stage.shards and old.manifest["inputs"] == now:
+        yield f"it had {shards} shards, has {stage.shards}"
+
+
+def _input_changed(name: str, then: Any, now: Any, upstream: Mapping[str, str]) -> str:
+    if isinstance(now, str) and now in upstream:
+        return f"upstream {upstream[now]} made again"
+    what = name.replace("_", " ")
+    if isinstance(then, dict) and isinstance(now, dict) and then.get("ds") != now.get("ds"):
+        return f"{what} was ds {then.get('ds')}, is ds {now.get('ds')}"
+    if then is None or now is None:
+        return f"{what} {'is new' if then is None else 'is gone'}"
+    if isinstance(now, dict) and "digest" in now:
+        return f"{what} rewritten"
+    if isinstance(then, list) and isinstance(now, list):
+        days = [str(one["ds"]) for one in now if one not in then]
+        gone = [str(one["ds"]) for one in then if one["ds"] not in {n["ds"] for n in now}]
+        return f"{what} changed: {_few([*days, *gone])}"
+    return f"{what} made again"
+
+
+def _few(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
+
+
+def _told(value: Any) -> str:
+    if value is None:
+        return "none"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a manifest holds of it: lists for tuples."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
+
+
+def _is_mine(partition: Partition, stage: Stage, made_from: Mapping[str, str] | None) -> bool:
+    """Returns whether a partition was made by this run, from what is upstream now.
+
+    Images are in no run_id, so a stage that was made again may hold other content under the same
+    one.
+    """
+    if partition.run_id != stage.run_id or made_from is None:
+        return False
+    then = partition.manifest["made_from"]
+    return {name: then.get(name) for name in made_from} == made_from
+
+
+def _is_forced_now(stage: Stage) -> bool:
+    """Returns whether a forced run is at the stage, so that what is published counts for nothing.
+
+    A forced stage is not published until it has been made and published anew; nor is any while a
+    forced run may have published one of two tables that belong together.
+    """
+    mark = _BEGUN if stage.forced else _PUBLISHING
+    return files.exists(os.path.join(stage.forced_staging, mark))
+
+
+# ---- A night -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Night:
+    """Holds the stages of one ds that were asked for, in order, and those they read from.
+
+    `look` is what planning saw; `is_outdated` looks whether what is published of other days has
+    changed since the plan was built on it; `again` plans all days anew that were planned together.
+    """
+
+    settings: Settings
+    ds: dt.date
+    planned: tuple[Planned, ...]
+    upstream: tuple[Stage, ...]
+    look: Look
+    is_outdated: Callable[[], bool] = lambda: False
+    again: Callable[[], Sequence["Night"]] = tuple
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return tuple(one.stage for one in self.planned)
+
+    @property
+    def is_whole(self) -> bool:
+        """Returns whether it consists of all stages of a night."""
+        return {stage.kind for stage in self.stages} == set(NIGHT)
+
+    @property
+    def run_id(self) -> str:
+        """Returns the id of all its stages together, twelve hex digits."""
+        return documents.digest([stage.run_id for stage in self.stages])[:12]
+
+
+# ---- What a staging folder says ----------------------------------------------------------------
+
+
+def shards_done(stage: Stage) -> int:
+    """Returns how many shards are written whole, of all its tables."""
+    return min(
+        len(files.list_names(os.path.join(stage.staged_folder(table), "receipts")))
+        for table in stage.tables
+    )
+
+
+def begin(stage: Stage) -> None:
+    """Notes in the staging folder what the stage is made from, and of a forced one that it is.
+
+    Deletes what was begun from another content, or by other versions of packages: no table is a
+    mixture of two. What a run that was killed had done of the same stays.
+    """
+    look = Look()
+    for one in stage.upstream:
+        look.made(one)  # which raises where it is not made
+    path = os.path.join(stage.staging, _BEGUN)
+    found = files.read_if_there(path)
+    begun = parse_json(path, found) if found else {}
+    now = {"made_from": sources(stage, look), "versions": PACKAGE_VERSIONS}
+    if {name: begun.get(name) for name in now} != now:
+        files.delete_tree(stage.staging)
+        write_json(path, {**now, "why": list(look.state(stage).why)})
+
+
+def sources(stage: Stage, look: Look) -> dict[str, Any]:
+    """Returns the versions of all that a stage is made from; None for what is not made yet."""
+    before = {one.table.name: look.find(one) for one in stage.before}
+    found = {name: p and version_of(p.manifest) for name, p in before.items()}
+    return {**(look.made_from(stage) or {}), **({"before": found} if found else {})}
+
+
+def note_publishing(stage: Stage) -> None:
+    """Notes that the tables of a forced stage begin to be published."""
+    write_json(os.path.join(stage.staging, _PUBLISHING), {})
+
+
+def note_refusal(stage: Stage, error: Exception | None) -> None:
+    """Notes beside what was made why it may not be published, or that it may (`error` None)."""
+    path = os.path.join(stage.staging, _REFUSED)
+    if error is not None:
+        write_json(path, {"message": str(error)})
+    elif files.exists(path):
+        files.delete(path)
+
+
+def refusal(staging: str) -> str | None:
+    """Returns why what lies in a staging folder may not be published, None where nothing says so.
+
+    A later run may find that it may.
+    """
+    path = os.path.join(staging, _REFUSED)
+    found = files.read_if_there(path)
+    return None if found is None else str(parse_json(path, found)["message"])
+
+
+def reasons(staging: str) -> list[str]:
+    """Returns why the stage of a staging folder was begun; empty where nothing says so."""
+    path = os.path.join(staging, _BEGUN)
+    found = files.read_if_there(path)
+    return [] if found is None else list(parse_json(path, found).get("why", ()))

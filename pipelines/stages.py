@@ -1,0 +1,57 @@
+"""Names the kinds of stages, once. What depends on the kind of a stage asks for it by these.
+
+A kind's name is that of its command, of its section `[beam.<name>]` and of its folder below
+`_staging`.
+"""
+
+from dataclasses import dataclass
+
+from feature_jobs import schemas
+from feature_jobs.schemas import Table
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Names a kind of stage and the tables that it makes.
+
+    Tables of one `family` are locked together; locks are taken in the order of `KINDS`. It `uses`
+    the shop's catalogue or impressions, and the encoder or codebook of the pin.
+    """
+
+    name: str
+    family: str
+    tables: tuple[Table, ...]
+    uses: frozenset[str]
+
+    @property
+    def is_shared(self) -> bool:
+        """Returns whether its tables are those of all feature sets."""
+        return all(table.shared for table in self.tables)
+
+
+EMBED = Kind(
+    "embed", "items", (schemas.ITEM_EMBEDDINGS, schemas.ITEM_REJECTS),
+    uses=frozenset(["catalogue", "pin"]),
+)  # fmt: skip
+ITEM_FEATURES = Kind(
+    "item-features", "items", (schemas.ITEM_FEATURES,), uses=frozenset(["pin"])
+)  # fmt: skip
+HISTORIES = Kind(
+    "histories", "impressions", (schemas.USER_HISTORIES, schemas.RECENT_CLICKS),
+    uses=frozenset(["impressions"]),
+)  # fmt: skip
+SIMSCORE = Kind(
+    "simscore", "impressions", (schemas.USER_SIMSCORES,), uses=frozenset(["impressions", "pin"])
+)  # fmt: skip
+TRAINING_ROWS = Kind(
+    "training-rows", "training", (schemas.TRAINING_ROWS,), uses=frozenset(["impressions"])
+)  # fmt: skip
+
+NIGHT = (EMBED, ITEM_FEATURES, HISTORIES, SIMSCORE)  # in the order in which they are made
+KINDS = (*NIGHT, TRAINING_ROWS)
+
+
+def kind_of(table: Table) -> Kind:
+    """Returns the kind of stage that makes a table."""
+    (kind,) = (kind for kind in KINDS if table in kind.tables)
+    return kind
