@@ -144,7 +144,6 @@ def make_nights(
     options = {
         kind: beam_options.job_options(settings, kind.name, beam_args) for kind in kinds
     }  # all are checked before the first stage runs
-    refuse_held(settings, days, kinds)
     if all(map(_is_there, nights)):
         return [_report(night, night.look, say) for night in nights], []
     with locks.holding(_lock_folders(settings, days, kinds[:1]), say) as held:

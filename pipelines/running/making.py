@@ -75,6 +75,7 @@ def _make(
     with progress.watch([one.stage for one in planned], job_folder(planned)):
         run_pipeline = partial(beam_options.run_pipeline, options=options.beam)
         make(planned, run_pipeline, options.share, locks)
+    files.delete_tree(job_folder(planned))
 
 
 def job_folder(planned: Sequence[Planned]) -> str:
@@ -106,7 +107,6 @@ def make(
     for one in planned:
         for table in one.stage.tables:
             seal(one, table)
-    files.delete_tree(folder)
 
 
 def run_job(

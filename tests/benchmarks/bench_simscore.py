@@ -53,7 +53,7 @@ from feature_jobs.schemas import ITEM_EMBEDDINGS, SIM_TIERS, TIMESTAMP, USER_SIM
 from feature_jobs.store import arrays, hashing, partitions
 from pipelines.config import load_settings
 from pipelines.nightly import plan_night, run_nights
-from pipelines.running import beam_options, making
+from pipelines.running import beam_options, making, states
 from pipelines.running.stage import Stage
 from pipelines.stages import EMBED, ITEM_FEATURES
 
@@ -172,10 +172,10 @@ def publish_items(shop: Shop, day: dt.date, vectors: np.ndarray) -> None:
         of = hashing.shard_of(hashing.hash_ids(pa.array(np.arange(len(vectors)))), stage.shards)
         for shard in range(stage.shards):
             write_shard(parts, vectors, np.flatnonzero(of == shard), shard, stage)
-    making.force(stage)  # begins the staging folder, which is sealed below
+    states.begin(stage)  # begins the staging folder, which is sealed below
     shutil.copytree(parts, stage.staging, copy_function=os.link, dirs_exist_ok=True)
     for table in stage.tables:
-        making.seal(stage, table)
+        making.seal(night.planned[0], table)
     run_nights([night], [], lambda _: None)
 
 

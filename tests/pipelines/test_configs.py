@@ -11,8 +11,9 @@ from apache_beam.options.pipeline_options import (
 )
 
 import pipelines
-from pipelines.config import STAGES, Embed, load_settings
+from pipelines.config import Embed, load_settings
 from pipelines.running.beam_options import pipeline_options
+from pipelines.stages import NIGHT
 
 CONFIGS = Path(pipelines.__file__).parent / "configs"
 
@@ -43,7 +44,7 @@ def test_the_nightly_settings_load_and_depend_on_no_folder() -> None:
     )
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [kind.name for kind in NIGHT])
 def test_beam_knows_every_option_of_the_nightly_settings(stage: str) -> None:
     settings = load_settings(str(CONFIGS / "nightly.toml"))
     options = pipeline_options(settings.beam, stage, [])

@@ -398,15 +398,26 @@ def test_many_days_that_died_at_any_write_end_as_if_they_had_not(
     assert published(shop) == published(after_nights)
 
 
-def test_a_gate_that_refuses_one_of_many_days_names_it_and_nothing_is_published(
-    shop: World, capsys: Capture
+def test_a_gate_that_refuses_one_of_many_days_stops_it_and_those_that_go_on_from_it(
+    shop: World, after_nights: World, capsys: Capture
 ) -> None:
-    unknown = [{**row, "item": 99} for row in draw_impressions(DAYS[2], seed=2)]
-    shop.write_impressions(DAYS[2], unknown)
-    before = published(shop)
+    """The days before are published, and once the day is mended the same command does the rest."""
+    asked = [{**row, "item": 99} for row in draw_impressions(DAYS[2], seed=2)]
+    shop.write_impressions(DAYS[2], asked)
     assert courier(shop, "simscore", *RANGE) == 3
-    assert "ds 2026-03-03: 152 of 152 impressions" in paragraph(capsys)
-    assert published(shop) == before
+    said = capsys.readouterr()
+    assert "Error: ds 2026-03-03: 152 of 152 impressions" in said.err
+    assert "ds 2026-03-04 waits: it goes on from ds 2026-03-03" in said.err
+    assert [line[:24] for line in said.out.splitlines() if line.startswith("ds")] == [
+        f"ds {day} published" for day in DAYS[:2]
+    ]
+    there, rest = published(shop), {f"/ds={day}/" for day in DAYS[2:]}
+    scored = {path for path in there if "user_simscores" in path or "user_histories" in path}
+    assert scored
+    assert not any(day in path for path in scored for day in rest)
+    shop.write_impressions(DAYS[2], draw_impressions(DAYS[2], seed=2))
+    assert courier(shop, "simscore", *RANGE) == 0
+    assert published(shop) == published(after_nights)
 
 
 @pytest.mark.parametrize(
@@ -539,7 +550,7 @@ def test_embeddings_of_another_encoder_are_not_scored(
     nights.pins[-1:] = []
     nights.pin(DAYS[3], other, make_codebook(tmp_path / "other", other))
     assert courier(nights, "simscore", "--ds", str(DAYS[3])) == 4
-    assert "has not been made from the present inputs and settings" in paragraph(capsys)
+    assert "not been made from the present inputs and settings" in paragraph(capsys)
     assert published(nights) == before
 
 

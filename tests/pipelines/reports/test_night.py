@@ -21,7 +21,7 @@ def report(idle: bool = False, **stages: tuple[dict[str, int], dict[str, float]]
         "run_id": "r",
         "idle": idle,
         "stages": {
-            name.replace("_", "-"): {"seconds": 6.1, "counts": counts, "work": work}
+            name.replace("_", "-"): {"seconds": 6.1, "counts": counts, "work": work, "why": []}
             for name, (counts, work) in stages.items()
         },
     }

@@ -1,0 +1,116 @@
+"""What of a stage is done is found once, whatever an earlier run, a rollback or a gate has left."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from feature_jobs.schemas import GateRefused, InputNotReady
+from feature_jobs.store import files
+from pipelines.running import states
+from pipelines.running.locks import Locks
+from pipelines.running.publishing import publish_night
+from pipelines.running.stage import Stage
+from pipelines.running.states import Look
+from tests.support.small_nights import Shop
+
+OLD, NEW = [1, 2, 3, 4], [5, 6, 7]
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Shop:
+    return Shop(str(tmp_path))
+
+
+def stage_of(shop: Shop, values: list[int]) -> Stage:
+    (stage,) = shop.night(values).stages
+    return stage
+
+
+def test_a_stage_goes_from_absent_to_published(shop: Shop) -> None:
+    new = stage_of(shop, NEW)
+    assert Look().state(new) == states.State("absent", why=("never made",))
+    files.write_bytes(os.path.join(new.staged_folder(new.tables[0]), "receipts", "0"), b"{}")
+    begun = Look().state(new)
+    assert (begun.name, begun.shards_done, begun.is_made) == ("begun", 1, False)
+    night = shop.make(NEW)
+    staged = Look().state(new)
+    assert (staged.name, staged.is_made) == ("staged", True)
+    publish_night(night, Locks())
+    published = Look().state(new)
+    assert (published.name, published.why) == ("published", ())
+    assert published.tables[0].rows == len(NEW)
+
+
+def test_what_another_run_published_is_something_else(shop: Shop) -> None:
+    shop.publish(OLD)
+    state = Look().state(stage_of(shop, NEW))
+    assert (state.name, state.tables) == ("published from something else", ())
+    assert state.why == ("values is new",)
+
+
+def test_what_a_gate_refused_is_refused_until_it_is_not(shop: Shop) -> None:
+    (stage,) = shop.make(NEW).stages
+    states.note_refusal(stage, GateRefused("too many"))
+    assert Look().state(stage).name == "refused"
+    assert Look().state(stage).is_made  # and is judged again
+    assert states.refusal(stage.staging) == "too many"
+    states.note_refusal(stage, None)
+    assert Look().state(stage).name == "staged"
+
+
+def test_a_day_on_hold_is_held_unless_it_is_there(shop: Shop) -> None:
+    shop.publish(OLD)
+    shop.publish(NEW)
+    shop.roll_back()
+    assert Look().state(stage_of(shop, NEW)).name == "held"
+    assert Look().state(stage_of(shop, OLD)).name == "published"
+
+
+def test_a_look_reads_each_manifest_once(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.publish(OLD)
+    look, stage = Look(), stage_of(shop, OLD)
+    look.state(stage)
+    monkeypatch.setattr(files, "read_bytes", lambda path: pytest.fail(f"{path} is read again"))
+    assert look.state(stage).name == "published"
+    assert look.made(stage)
+    assert look.find(stage.references()[0]) == look.published(shop.place.folder)
+
+
+def test_a_table_that_is_not_made_is_not_ready(shop: Shop) -> None:
+    stage = stage_of(shop, NEW)
+    with pytest.raises(InputNotReady, match="Run `courier item-features --ds 2026-03-01`"):
+        Look().made(stage)
+    with pytest.raises(InputNotReady, match="from which later days go on"):
+        Look().open(stage.references()[0])
+
+
+def test_what_was_begun_by_other_versions_or_from_another_content_is_begun_anew(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = stage_of(shop, NEW)
+    left = os.path.join(stage.staging, "left")
+    for change in (lambda: None, lambda: newer(monkeypatch)):
+        states.begin(stage)
+        files.write_bytes(left, b"x")
+        states.begin(stage)
+        assert files.exists(left)  # it is the same
+        change()
+    states.begin(stage)
+    assert not files.exists(left)
+    assert states.reasons(stage.staging) == ["never made"]
+
+
+def newer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "PACKAGE_VERSIONS", states.PACKAGE_VERSIONS | {"numpy": "99"})
+
+
+def test_a_stage_is_data(shop: Shop) -> None:
+    one, same, other = (stage_of(shop, values) for values in (OLD, OLD, NEW))
+    assert one == same != other
+    assert json.loads(json.dumps(one.as_json()))["inputs"] == {"values": OLD}
+    forced = dataclasses.replace(one, forced_by="asked for")
+    assert forced.run_id == one.run_id
+    assert forced.staging != one.staging
