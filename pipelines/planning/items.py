@@ -155,7 +155,7 @@ def plan_item_features(day: DayPlan, made: dict[str, Stage]) -> Stage:
             upstream.partition(ITEM_EMBEDDINGS), upstream.partition(ITEM_REJECTS), folder,
             day.pinned.encoder.categories, schema, before, day.of_another_lineage, stage.staging,
         )  # fmt: skip
-        define_item_features(root, job)
+        define_item_features(root, [job], stage.staging)
 
     def summarise(staging: str) -> dict[str, Any]:
         from feature_jobs.items.item_features import read_clusters
