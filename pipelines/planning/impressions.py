@@ -19,7 +19,11 @@ from feature_jobs.impressions.simscore import (
     SimscoreJob,
     define_simscore,
 )
-from feature_jobs.impressions.training_rows import TrainingRowsJob, define_training_rows
+from feature_jobs.impressions.training_rows import (
+    TrainingRowsDay,
+    TrainingRowsJob,
+    define_training_rows,
+)
 from feature_jobs.inputs import IMPRESSION_COLUMNS, Source
 from feature_jobs.items.item_vectors import ItemTables, broadcast_bytes
 from feature_jobs.schemas import (
@@ -270,20 +274,18 @@ def plan_training_rows(day: DayPlan, made: dict[str, Stage]) -> Stage:
         day.shop.user_id_type(pa.int64()),
         request_id=impressions.request_id or pa.string(),
     )
-    job = partial(
-        TrainingRowsJob,
-        law=replace(history_law(settings), history_len=ROW_CLICKS, keep_repeats=False),
-        gap_us=round(settings.training.request_gap_seconds * 1_000_000),
-        end_us=day.history_day().end_us,
-        day_timezone=settings.day_timezone,
-        categories=categories,
-        shards=shards,
-        schema=schema,
-    )
 
     def define(root: Any, stages: Sequence[Stage]) -> None:
         (stage,) = stages
-        define_training_rows(root, impressions, log, catalogues, job(staging=stage.staging))
+        one = TrainingRowsDay(
+            day.ds, day.history_day().end_us, shards, schema,
+            tuple(source.form.ds for source in log),
+            tuple(source.form.ds for source in catalogues), stage.staging,
+        )  # fmt: skip
+        law = replace(history_law(settings), history_len=ROW_CLICKS, keep_repeats=False)
+        gap_us = round(settings.training.request_gap_seconds * 1_000_000)
+        job = TrainingRowsJob(law, gap_us, settings.day_timezone, categories, (one,), stage.staging)
+        define_training_rows(root, log, catalogues, job)
 
     return day.stage(
         "training-rows",
