@@ -331,9 +331,11 @@ def find_runs(
     first to the second of the day's window. `catalogues` (item_id, in_scope) ascend, and so do the
     windows. One catalogue is held at a time. `kind` is the type of the IDs.
     """
+    # Of each item so far: what lists it last, what that says, and where its open run began.
     items = pa.array([], kind)
-    listed, since = np.empty(0, np.int32), np.empty(0, np.int32)  # -1 = not in scope
-    inside, runs = np.empty(0, bool), [np.empty((3, 0), np.int64)]
+    listed, since = np.empty(0, np.int32), np.empty(0, np.int32)  # -1 = nowhere
+    inside = np.empty(0, bool)
+    runs: list[np.ndarray] = []  # each [3, ended runs]: item, first, last
     coming = iter(catalogues)
     comes = next(coming, None)
     for place, (oldest, newest) in enumerate(windows):
@@ -419,12 +421,14 @@ def walk_log(
             else _clicks_logged(rows if n == today else read_pieces(pieces[n], day.no_rows), n, job)
             for n in numbers
         }  # fmt: skip
-        clicks = pa.concat_tables(known.values()) if known else day.no_clicks
+        if not len(rows):
+            yield rows, day.no_clicks
+            continue
+        clicks = pa.concat_tables(known.values())
         # Most users of the window are not here today, and sorting their clicks would be in vain.
         counts = pc.is_in(clicks["user_id"], value_set=pc.unique(rows["user_id"]))
-        if _RUN[0] in clicks.column_names:
-            counts = pc.and_(counts, are_in_scope(clicks, place))
         if _RUN[0] in rows.column_names:
+            counts = pc.and_(counts, are_in_scope(clicks, place))
             rows = rows.filter(are_in_scope(rows, place)).drop_columns(list(_RUN))
         yield rows, clicks.filter(counts)
 
@@ -522,9 +526,8 @@ class KeepInScope(beam.DoFn):
     """
 
     def __init__(self, job: TrainingRowsJob, windows: Sequence[tuple[int, int]]):
-        self._windows, self._shards, self.staging = windows, job.shards, job.staging
+        self._job, self._windows, self.staging = job, windows, job.staging
         self._places = {day.ds.toordinal(): place for place, day in enumerate(job.days)}
-        self._parts = [day.shards for day in job.days]
         self._known: dict[int, tuple[int, int]] = {}  # by day: who knows its clicks, from and to
         for place, day in enumerate(job.days):
             for number in map(dt.date.toordinal, day.log):
@@ -534,7 +537,7 @@ class KeepInScope(beam.DoFn):
     def process(
         self, element: tuple[tuple[int, str], dict[str, Iterable[tuple[int, Piece]]]]
     ) -> Iterator[Any]:
-        (shard, kind), found = element
+        job, ((shard, kind), found) = self._job, element
         catalogues = (
             (number, read_pieces(pieces, pa.table({})))
             for number, pieces in by_day(found["catalogues"]).items()
@@ -545,12 +548,11 @@ class KeepInScope(beam.DoFn):
             place = self._places.get(number, -1)
             kept = add_runs(rows, runs, place, self._known[number])
             path = _pieces(self.staging, "scope", number, kind, f"{shard:05d}")
-            for user_shard, piece in split_into_pieces(path, kept, "user_id", self._shards):
+            for user_shard, piece in split_into_pieces(path, kept, "user_id", job.shards):
                 yield user_shard, (number, piece)
             if place >= 0:
                 left_out = len(rows) - (pc.sum(are_in_scope(kept, place)).as_py() or 0)
-                part = place, shard * self._parts[place] // self._shards
-                counts = {"out_of_scope_impressions": left_out}
+                part, counts = job.part_of(place, shard), {"out_of_scope_impressions": left_out}
                 yield beam.pvalue.TaggedOutput("out_of_scope", (part, ([], counts)))
 
 
@@ -601,24 +603,40 @@ class WriteTrainingRows(beam.DoFn):
 
 
 def keep_in_scope(
-    root: beam.Pipeline, log: beam.PCollection, catalogues: Sequence[Source], job: TrainingRowsJob
+    root: beam.Pipeline,
+    log: beam.PCollection,
+    catalogues: Sequence[Source],
+    windows: Sequence[tuple[int, int]],
+    job: TrainingRowsJob,
 ) -> tuple[beam.PCollection, beam.PCollection]:
-    """Returns what of the log by item shard is in scope, by user shard, and what was left out."""
+    """Returns what of the log by item shard is in scope, by user shard, and what was left out.
+
+    `windows` are those of `catalogue_windows`.
+    """
     items = (
         root
         | "CatalogueGroups" >> beam.Create([group for day in catalogues for group in day.groups()])
         | "ReadCatalogue" >> beam.ParDo(ReadCatalogue(job))
     )
-    keep = KeepInScope(job, catalogue_windows(job.days, catalogues))
     kept = (
         {"log": log, "catalogues": items}
         | "ByItemShard" >> beam.CoGroupByKey()
-        | "KeepInScope" >> beam.ParDo(keep).with_outputs("out_of_scope", main="kept")
+        | "KeepInScope"
+        >> beam.ParDo(KeepInScope(job, windows)).with_outputs("out_of_scope", main="kept")
     )
     return kept.kept, kept.out_of_scope
 
 
 # ---- The job -------------------------------------------------------------------------------
+
+
+def check_days(days: Sequence[TrainingRowsDay], log: Sequence[Source]) -> None:
+    """Raises ValueError where the days do not ascend, or `log` is not what they need, each once."""
+    needed = sorted({day for one in days for day in one.log})
+    given, dates = sorted(source.form.ds for source in log), [day.ds for day in days]
+    knows_itself = all(day.ds in day.log for day in days)
+    if given != needed or dates != sorted(set(dates)) or not knows_itself:
+        raise ValueError(f"the days {dates} need the logs of {needed}, given are {given}")
 
 
 def catalogue_windows(
@@ -650,7 +668,9 @@ def define_training_rows(
     the job among them, and `catalogues` all that tell categories, empty where everything is in
     scope; each of them once.
     """
-    slim = replace(job, days=_with_equal_values_shared(job.days))
+    check_days(job.days, log)
+    windows = catalogue_windows(job.days, catalogues) if job.categories is not None else []
+    job = replace(job, days=_with_equal_values_shared(job.days))
     rows = (
         root
         | "LogGroups" >> beam.Create([group for day in log for group in day.groups()])
@@ -658,18 +678,18 @@ def define_training_rows(
     )
     parts = [every_shard_of_days(root, [day.shards for day in job.days])]
     if job.categories is not None:
-        rows, left_out = keep_in_scope(root, rows, catalogues, job)
+        rows, left_out = keep_in_scope(root, rows, catalogues, windows, job)
         parts.append(left_out)
     made = (
         rows
         | "ByUserShard" >> beam.GroupByKey()
-        | "MakeTrainingRows" >> beam.ParDo(MakeTrainingRows(slim))
+        | "MakeTrainingRows" >> beam.ParDo(MakeTrainingRows(job))
     )
     _ = (
         (made, *parts)
         | "RowsAndShards" >> beam.Flatten()
         | "ByDayAndShard" >> beam.GroupByKey()
-        | "WriteTrainingRows" >> beam.ParDo(WriteTrainingRows(slim))
+        | "WriteTrainingRows" >> beam.ParDo(WriteTrainingRows(job))
     )
 
 
@@ -690,7 +710,7 @@ def _with_equal_values_shared(days: Sequence[TrainingRowsDay]) -> tuple[Training
             ds=shared(day.ds),
             schema=shared(day.schema),
             log=tuple(map(shared, day.log)),
-            catalogues=(),  # who needs them has their windows
+            catalogues=(),  # their windows say what is needed
         )
         for day in days
     )

@@ -26,6 +26,7 @@ from feature_jobs.impressions.training_rows import (
     TrainingRowsDay,
     TrainingRowsJob,
     catalogue_windows,
+    check_days,
     define_training_rows,
     find_runs,
 )
@@ -398,6 +399,20 @@ def test_runs_are_the_days_on_which_the_newest_catalogue_of_the_window_has_the_i
     }
     assert told == expected
     assert (np.diff(runs.starts) >= 0).all()
+
+
+def test_a_log_that_is_not_what_the_days_need_is_refused(tmp_path: Path) -> None:
+    shop = draw_shop(tmp_path, 1, "int")
+    job = job_of(shop, [2, 3], tmp_path, scoped=False)
+    log, _ = sources_of(shop, [2, 3])
+    check_days(job.days, log)
+    no_log_of_its_own = (job.days[0], replace(job.days[1], log=job.days[0].log))
+    for days, logs in (
+        (job.days, log[1:]), (job.days, [*log, log[0]]), (job.days, [*log, shop.log[4]]),
+        (job.days[::-1], log), (no_log_of_its_own, log[:-1]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="need the logs of"):
+            check_days(days, logs)
 
 
 def test_a_day_without_a_catalogue_in_between_is_refused(tmp_path: Path) -> None:
