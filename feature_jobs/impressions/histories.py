@@ -72,12 +72,14 @@ def click_moments(rows: pa.Table, click_delay_us: int) -> tuple[np.ndarray, int]
     return np.maximum(moment, event), int((moment < event).sum())
 
 
-def clicks_of(rows: pa.Table, day: int, end_us: int, law: HistoryLaw) -> pa.Table:
+def clicks_of(
+    rows: pa.Table, day: int, end_us: int, law: HistoryLaw, carry: Sequence[str] = ()
+) -> pa.Table:
     """Returns the clicks of some impressions (user_id, item_id, click_time, day).
 
     `day` is the ordinal of the partition that logged them and `end_us` its end. Clicks dated a
     whole window after that are left out: a time in a wrong unit looks like this, and would be kept
-    for ever.
+    for ever. Columns to `carry` come with the others.
     """
     rows = rows.filter(rows["clicked"])
     moments, _ = click_moments(rows, law.click_delay_us)
@@ -89,6 +91,7 @@ def clicks_of(rows: pa.Table, day: int, end_us: int, law: HistoryLaw) -> pa.Tabl
             "item_id": rows["item_id"],
             "click_time": pa.array(moments).cast(TIMESTAMP),
             "day": np.full(len(rows), day, np.int32),
+            **{name: rows[name] for name in carry},
         }
     )
 
@@ -265,29 +268,39 @@ class HistoriesJob:
         return walk_days(pa.concat_tables(clicks), self.days, self.law)
 
 
-class ReadClicks(beam.DoFn):
-    """Turns a row group of impressions into its clicks by shard of `key`."""
+def checked_clicks(
+    group: RowGroup, rows: pa.Table, law: HistoryLaw, day_timezone: str, staging: str
+) -> pa.Table:
+    """Returns the clicks of the rows of a row group, and warns of those that are left out.
 
-    def __init__(self, law: HistoryLaw, day_timezone: str, shards: int, staging: str, key: str):
+    Raises DataContractError where an event lies after the day of its partition.
+    """
+    end_us = inputs.day_end(group.form.ds, day_timezone)
+    check_day(group, rows, end_us)
+    clicks = clicks_of(rows, group.form.ds.toordinal(), end_us, law)
+    if len(clicks) < (pc.sum(rows["clicked"]).as_py() or 0):
+        worker_notes.warn(
+            staging,
+            f"Clicks of ds {group.form.ds} are dated more than window_days after its end and "
+            "are left out of histories. Look at click_time: a wrong unit looks like this.",
+        )
+    return clicks
+
+
+class ReadClicks(beam.DoFn):
+    """Turns a row group of impressions into its clicks by shard of users."""
+
+    def __init__(self, law: HistoryLaw, day_timezone: str, shards: int, staging: str):
         self._law = law
         self._day_timezone = day_timezone
         self._shards = shards
-        self._key = key
         self.staging = staging
 
     @worker_notes.refusing
     def process(self, group: RowGroup) -> Iterator[tuple[int, bytes]]:
         rows = read_rows(group, ["user_id", "item_id", "event_time", "clicked", "click_time"])
-        end_us = inputs.day_end(group.form.ds, self._day_timezone)
-        check_day(group, rows, end_us)
-        clicks = clicks_of(rows, group.form.ds.toordinal(), end_us, self._law)
-        if len(clicks) < (pc.sum(rows["clicked"]).as_py() or 0):
-            worker_notes.warn(
-                self.staging,
-                f"Clicks of ds {group.form.ds} are dated more than window_days after its end and "
-                "are left out of histories. Look at click_time: a wrong unit looks like this.",
-            )
-        yield from hashing.split_by_shard(clicks, self._key, self._shards)
+        clicks = checked_clicks(group, rows, self._law, self._day_timezone, self.staging)
+        yield from hashing.split_by_shard(clicks, "user_id", self._shards)
 
 
 class AdvanceHistories(beam.DoFn):
@@ -338,29 +351,16 @@ class WriteHistories(beam.DoFn):
             partitions.write_part(folder, table, schema, rows, shard, shards, limits=limits)
 
 
-def read_clicks(
-    root: beam.Pipeline,
-    log: Sequence[Source],
-    law: HistoryLaw,
-    day_timezone: str,
-    shards: int,
-    staging: str,
-    key: str = "user_id",
-) -> beam.PCollection:
-    """Returns the clicks of all days of `log`, as (shard of their `key`, IPC bytes)."""
-    read = ReadClicks(law, day_timezone, shards, staging, key)
-    return (
-        root
-        | "ClickGroups" >> beam.Create([group for day in log for group in day.groups()])
-        | "ReadClicks" >> beam.ParDo(read)
-    )
-
-
 def clicks_by_user(
     root: beam.Pipeline, log: Sequence[Source], job: HistoriesJob
 ) -> beam.PCollection:
     """Returns the clicks of `log` by the job's shards of users, every shard among them."""
-    clicks = read_clicks(root, log, job.law, job.day_timezone, job.shards, job.staging)
+    read = ReadClicks(job.law, job.day_timezone, job.shards, job.staging)
+    clicks = (
+        root
+        | "ClickGroups" >> beam.Create([group for day in log for group in day.groups()])
+        | "ReadClicks" >> beam.ParDo(read)
+    )
     return (clicks, every_shard(root, job.shards)) | "ClicksAndShards" >> beam.Flatten()
 
 

@@ -1,7 +1,8 @@
 """TRAINING-ROWS tells what a user was shown at one moment, and what the user had clicked before.
 
-In: the impressions of ds, the clicks of `window_days`, and, where the scope is a set of categories,
-the catalogue of the same days. Out: `training_rows`, from which an encoder is trained.
+In: the impressions of one day or of several, the clicks of `window_days`, and, where the scope is a
+set of categories, the catalogues of the same days. Out: `training_rows` of each day, from which an
+encoder is trained.
 
 The law: one row is one request of one user, with up to 5 of the items shown (PVs), their labels,
 and up to 5 latest distinct clicks strictly before the row's moment, which is that of the request's
@@ -12,18 +13,23 @@ max(1, ceil(clicked / 5)) rows: clicked PVs first, then as many of the others as
 in the order of a seeded hash. So every click of ds is a label exactly once.
 
 A click after the end of ds leaves out its PV: an encoder that is used from the next day on must not
-know it, and as unclicked the PV would be a false negative.
+know it, and as unclicked the PV would be a false negative. What the logs of later days hold never
+counts, however early it is dated.
 
 Items whose category is out of scope are neither PV nor click, nor do they count for moments and
-gaps. An item's category is that of the newest catalogue that has it; without one it is out.
+gaps. An item's category on ds is that of the newest catalogue till then that has it; without one it
+is out. So a click may count for one ds and not for another.
 
-Flow: where there is a scope, impressions and clicks first meet the catalogue in item shards; then
-they meet each other in user shards.
+Flow: each file of the log is read once. Where there is a scope, its rows first meet the catalogues
+in item shards, which tell the days on which each row counts. Then each user shard walks through the
+log day by day, holding the clicks of the window; what it makes of a day goes to that day's parts.
 """
 
+import datetime as dt
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import apache_beam as beam
@@ -32,29 +38,37 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_jobs.impressions.clicks import HistoryLaw, histories_at, sort_clicks
-from feature_jobs.impressions.histories import click_moments, codes_of, no_clicks, read_clicks
-from feature_jobs.inputs import IMPRESSION_COLUMNS, RowGroup, Source, check_day, read_rows
+from feature_jobs.impressions.histories import (
+    checked_clicks,
+    click_moments,
+    clicks_of,
+    codes_of,
+    no_clicks,
+)
+from feature_jobs.inputs import IMPRESSION_COLUMNS, RowGroup, Source, day_end, read_rows
 from feature_jobs.schemas import ROW_PVS, TIMESTAMP, TRAINING_ROWS
-from feature_jobs.store import arrays, encoder_info, hashing, partitions, worker_notes
+from feature_jobs.store import arrays, documents, encoder_info, hashing, partitions, worker_notes
 from feature_jobs.store.arrays import list_array
-from feature_jobs.store.every_shard import every_shard
+from feature_jobs.store.every_shard import every_shard_of_days
+from feature_jobs.store.pieces import Piece, read_pieces, write_pieces
+
+_RUN = ("first", "last")  # of the days on which a row is in scope: places among the job's days
 
 
 @dataclass(frozen=True)
-class TrainingRowsJob:
-    """Holds all that the workers of TRAINING-ROWS need to know.
+class TrainingRowsDay:
+    """Describes a day whose training rows are made, in so many `shards`.
 
-    `end_us` is the first moment after ds, `gap_us` what parts two requests without request_id, and
-    `categories` the scope, None for everything.
+    `end_us` is the first moment after ds. `log` are the days whose logs tell its clicks, ds among
+    them, and `catalogues` those that tell its items' categories, empty where all are in scope.
     """
 
-    law: HistoryLaw
-    gap_us: int
+    ds: dt.date
     end_us: int
-    day_timezone: str
-    categories: tuple[str, ...] | None
     shards: int
     schema: pa.Schema
+    log: tuple[dt.date, ...]
+    catalogues: tuple[dt.date, ...]
     staging: str
 
     @property
@@ -67,6 +81,35 @@ class TrainingRowsJob:
     @property
     def no_clicks(self) -> pa.Table:
         return no_clicks(self.no_rows["user_id"].type, self.no_rows["item_id"].type)
+
+    @property
+    def folder(self) -> str:
+        return os.path.join(self.staging, TRAINING_ROWS.name)
+
+
+@dataclass(frozen=True)
+class TrainingRowsJob:
+    """Holds what the workers of TRAINING-ROWS need to know beside the `days`, which ascend.
+
+    `gap_us` is what parts two requests without request_id, and `categories` the scope, None for
+    everything.
+    """
+
+    law: HistoryLaw
+    gap_us: int
+    day_timezone: str
+    categories: tuple[str, ...] | None
+    days: tuple[TrainingRowsDay, ...]
+    staging: str
+
+    @property
+    def shards(self) -> int:
+        """Returns how many shards of users, and of items, the log is walked through in."""
+        return max(day.shards for day in self.days)
+
+    def part_of(self, place: int, shard: int) -> tuple[int, int]:
+        """Returns where a shard's rows of a day go: the day's place and the shard of its table."""
+        return place, shard * self.days[place].shards // self.shards
 
 
 # ---- Pure functions: requests ----------------------------------------------------------------
@@ -202,22 +245,28 @@ def sample_hashes(users: np.ndarray, requests: np.ndarray, items: np.ndarray) ->
 # ---- Pure functions: a user shard ------------------------------------------------------------
 
 
+_COUNTS = (
+    "impressions", "requests", "clicks", "rows_with_history", "unclicked_left_out",
+    "clicks_after_the_day", "out_of_scope_impressions",
+)  # fmt: skip
+
+
 def training_rows(
-    rows: pa.Table, clicks: pa.Table, job: TrainingRowsJob
+    rows: pa.Table, clicks: pa.Table, job: TrainingRowsJob, day: TrainingRowsDay
 ) -> tuple[pa.Table, dict[str, int]]:
-    """Returns `training_rows` of a shard's impressions, all of them in scope, and what was counted.
+    """Returns `training_rows` of a day's impressions, all of them in scope, and what was counted.
 
     `clicks` (user_id, item_id, click_time) hold all clicks in scope of the users of `rows`.
     """
     user_ids, (users, clickers) = codes_of([rows["user_id"], clicks["user_id"]])
     item_ids, (items, clicked_items) = codes_of([rows["item_id"], clicks["item_id"]])
-    given, codes = given_requests(rows, job.schema.field("request_id").type)
+    given, codes = given_requests(rows, day.schema.field("request_id").type)
     times = rows["event_time"].cast(pa.int64()).to_numpy()
     requests = find_requests(users, codes, times, job.gap_us)
     request_ids = name_requests(requests, given)
 
     clicked = rows["clicked"].to_numpy()
-    in_time = click_moments(rows, job.law.click_delay_us)[0] < job.end_us
+    in_time = click_moments(rows, job.law.click_delay_us)[0] < day.end_us
     shown, too_late = label_items(requests.of_row, items, clicked & in_time, clicked & ~in_time)
     hashes = sample_hashes(
         hashing.hash_ids(user_ids)[requests.users[shown.requests]],
@@ -254,148 +303,414 @@ def training_rows(
     }
 
 
-def are_in_scope(item_ids: pa.ChunkedArray, catalogues: pa.Table) -> np.ndarray:
-    """Tells which items are in scope, bool [n].
+# ---- Pure functions: the scope ---------------------------------------------------------------
 
-    It is what the newest row of `catalogues` (item_id, day, in_scope) says of each, and false for
-    an item without a row.
+
+@dataclass(frozen=True)
+class ScopeRuns:
+    """Holds the runs of days on which items are in scope.
+
+    The item at place i of the distinct `items` has the runs `starts[i]:starts[i + 1]`, int64
+    [items + 1]; of each run, `first` and `last` are the places of its days, int32 [runs].
     """
-    distinct, (asked, listed) = codes_of([item_ids, catalogues["item_id"]])
-    inside = catalogues["in_scope"].to_numpy()
-    order = np.lexsort((inside, catalogues["day"].to_numpy(), listed))
-    newest = order[np.flatnonzero(np.diff(listed[order], append=-1))]
-    scope = np.zeros(len(distinct), bool)
-    scope[listed[newest]] = inside[newest]
-    return scope[asked]
+
+    items: pa.Array
+    starts: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+
+
+def find_runs(
+    catalogues: Iterable[tuple[int, pa.Table]],
+    windows: Sequence[tuple[int, int]],
+    kind: pa.DataType,
+) -> ScopeRuns:
+    """Finds the runs of days on which each item is in scope.
+
+    On a day it is what the newest catalogue that has the item says, of those with numbers from the
+    first to the second of the day's window. `catalogues` (item_id, in_scope) ascend, and so do the
+    windows. One catalogue is held at a time. `kind` is the type of the IDs.
+    """
+    # Of each item so far: what lists it last, what that says, and where its open run began.
+    items = pa.array([], kind)
+    listed, since = np.empty(0, np.int32), np.empty(0, np.int32)  # -1 = nowhere
+    inside = np.empty(0, bool)
+    runs: list[np.ndarray] = []  # each [3, ended runs]: item, first, last
+    coming = iter(catalogues)
+    comes = next(coming, None)
+    for place, (oldest, newest) in enumerate(windows):
+        while comes is not None and comes[0] <= newest:
+            number, table = comes
+            items, at = _codes_among(items, table["item_id"])
+            listed, since, inside = (
+                np.pad(column, (0, len(items) - len(column)), constant_values=missing)
+                for column, missing in ((listed, -1), (since, -1), (inside, False))
+            )
+            says = table["in_scope"].to_numpy()
+            listed[at], inside[at] = number, False
+            inside[at[says]] = True  # of an item that it has twice, either may say so
+            comes = next(coming, None)
+        now = inside & (listed >= oldest)
+        ended = np.flatnonzero(~now & (since >= 0))
+        runs.append(np.stack([ended, since[ended], np.full(len(ended), place - 1)]))
+        since[ended] = -1
+        since[now & (since < 0)] = place
+    rest = np.flatnonzero(since >= 0)
+    runs.append(np.stack([rest, since[rest], np.full(len(rest), len(windows) - 1)]))
+    item, first, last = np.concatenate(runs, axis=1)
+    order = np.argsort(item, kind="stable")
+    starts = np.searchsorted(item[order], np.arange(len(items) + 1))
+    return ScopeRuns(items, starts, first[order].astype(np.int32), last[order].astype(np.int32))
+
+
+def _codes_among(items: pa.Array, ids: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
+    """Returns the distinct `items` with those of `ids` that they lack, and the places of `ids`."""
+    at = pc.index_in(ids, value_set=items)
+    if at.null_count:
+        new = pc.unique(ids.filter(pc.is_null(at)))
+        items = pa.concat_arrays([items, new])
+        at = pc.index_in(ids, value_set=items)
+    return items, at.to_numpy().astype(np.int64)
+
+
+def add_runs(rows: pa.Table, runs: ScopeRuns, own: int, known: tuple[int, int]) -> pa.Table:
+    """Returns the rows of a day's log with the `first` and `last` of the days they are in scope on.
+
+    `own` is the place of that day, -1 where it is none of the job's, and `known` the first and last
+    place of the days that know its clicks. A click stands there once for each run that meets these;
+    another row only where it is in scope on its own day.
+    """
+    code = pc.fill_null(pc.index_in(rows["item_id"], value_set=runs.items), -1).to_numpy()
+    starts = np.append(runs.starts, runs.starts[-1])  # at -1: no run
+    sizes = np.where(code < 0, 0, starts[code + 1] - starts[code])
+    row = np.arange(len(rows)).repeat(sizes)
+    run = np.arange(len(row)) - (np.cumsum(sizes) - sizes - starts[code]).repeat(sizes)
+    first, last = runs.first[run], runs.last[run]
+    clicked = rows["clicked"].to_numpy()[row]
+    kept = (first <= own) & (own <= last) | clicked & (first <= known[1]) & (last >= known[0])
+    found = rows.take(pa.array(row[kept]))
+    for name, values in zip(_RUN, (first[kept], last[kept]), strict=True):
+        found = found.append_column(name, pa.array(values))
+    return found
+
+
+def are_in_scope(rows: pa.Table, place: int) -> pa.ChunkedArray:
+    """Tells which of `rows`, to which runs were added, are in scope on the day at `place`."""
+    first, last = (rows[name] for name in _RUN)
+    return pc.and_(pc.less_equal(first, place), pc.greater_equal(last, place))
+
+
+# ---- Pure functions: the walk ----------------------------------------------------------------
+
+
+def walk_log(
+    pieces: Mapping[int, Sequence[Piece]], job: TrainingRowsJob
+) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Yields, for each day of the job, its impressions in scope and the clicks of their users.
+
+    `pieces` are those of some users, by the ordinal of the day that logged their rows. No more is
+    held than the clicks that a day knows, and its own rows.
+    """
+    known: dict[int, pa.Table] = {}
+    for place, day in enumerate(job.days):
+        today = day.ds.toordinal()
+        rows = read_pieces(pieces.get(today, ()), day.no_rows)
+        numbers = [number for number in map(dt.date.toordinal, day.log) if number in pieces]
+        known = {
+            n: known[n] if n in known
+            else _clicks_logged(rows if n == today else read_pieces(pieces[n], day.no_rows), n, job)
+            for n in numbers
+        }  # fmt: skip
+        if not len(rows):
+            yield rows, day.no_clicks
+            continue
+        clicks = pa.concat_tables(known.values())
+        # Most users of the window are not here today, and sorting their clicks would be in vain.
+        counts = pc.is_in(clicks["user_id"], value_set=pc.unique(rows["user_id"]))
+        if _RUN[0] in rows.column_names:
+            counts = pc.and_(counts, are_in_scope(clicks, place))
+            rows = rows.filter(are_in_scope(rows, place)).drop_columns(list(_RUN))
+        yield rows, clicks.filter(counts)
+
+
+def _clicks_logged(rows: pa.Table, number: int, job: TrainingRowsJob) -> pa.Table:
+    """Returns the clicks of some rows of the log of the day with this ordinal."""
+    end_us = day_end(dt.date.fromordinal(number), job.day_timezone)
+    carry = [name for name in _RUN if name in rows.column_names]
+    return clicks_of(rows, number, end_us, job.law, carry)
+
+
+def by_day(found: Iterable[tuple[int, Piece]]) -> dict[int, list[Piece]]:
+    """Groups pieces by the ordinal of their day, ascending."""
+    pieces: dict[int, list[Piece]] = {}
+    for number, piece in sorted(found):
+        pieces.setdefault(number, []).append(piece)
+    return pieces
 
 
 # ---- Transforms ----------------------------------------------------------------------------
 
 
-class ReadImpressions(beam.DoFn):
-    """Turns a row group of the impressions of ds into its rows by shard of `key`."""
+def _pieces(staging: str, *name: object) -> str:
+    """Returns where pieces go; what follows in the name is up to `write_pieces`."""
+    return os.path.join(staging, "pieces", "-".join(map(str, name)))
 
-    def __init__(self, job: TrainingRowsJob, key: str):
-        self._job, self.staging = job, job.staging
-        self._key = key
+
+class ReadLog(beam.DoFn):
+    """Turns a row group of the log into pieces of its rows: (shard, (ordinal of its day, piece)).
+
+    Of days that are none of the job's only the clicks are kept. Where there is a scope, the shards
+    are of items, as (shard, type of the IDs): those of two types never meet.
+    """
+
+    def __init__(self, job: TrainingRowsJob):
+        self._law, self._day_timezone, self._shards = job.law, job.day_timezone, job.shards
+        self._by_item = job.categories is not None
+        self._days = {day.ds.toordinal() for day in job.days}
+        self.staging = job.staging
 
     @worker_notes.refusing
-    def process(self, group: RowGroup) -> Iterator[tuple[int, bytes]]:
-        rows = read_rows(group, [*IMPRESSION_COLUMNS, "click_time", "request_id"])
-        check_day(group, rows, self._job.end_us)
-        return hashing.split_by_shard(rows, self._key, self._job.shards)
+    def process(self, group: RowGroup) -> Iterator[tuple[Any, tuple[int, Piece]]]:
+        number = group.form.ds.toordinal()
+        wanted = [*IMPRESSION_COLUMNS, "click_time"]
+        if number in self._days:
+            wanted.append("request_id")
+        rows = read_rows(group, wanted)
+        checked_clicks(group, rows, self._law, self._day_timezone, self.staging)
+        if number not in self._days:
+            rows = rows.filter(rows["clicked"])
+        path = _pieces(self.staging, "log", documents.digest([group.path, group.index])[:16])
+        key = "item_id" if self._by_item else "user_id"
+        for shard, piece in split_into_pieces(path, rows, key, self._shards):
+            yield item_key(shard, rows) if self._by_item else shard, (number, piece)
 
 
 class ReadCatalogue(beam.DoFn):
-    """Turns a row group of a catalogue into its items (item_id, day, in_scope) by item shard."""
+    """Turns a row group of a catalogue into pieces of its items (item_id, in_scope).
+
+    They come as ((item shard, type of the IDs), (ordinal of its day, piece)).
+    """
 
     def __init__(self, job: TrainingRowsJob):
-        self._job, self.staging = job, job.staging
+        self._categories, self._shards, self.staging = job.categories, job.shards, job.staging
 
     @worker_notes.refusing
-    def process(self, group: RowGroup) -> Iterator[tuple[int, bytes]]:
+    def process(self, group: RowGroup) -> Iterator[tuple[tuple[int, str], tuple[int, Piece]]]:
         rows = read_rows(group, ["item_id", "category"])
-        inside = encoder_info.in_scope(rows["category"], self._job.categories)
-        day = np.full(len(rows), group.form.ds.toordinal(), np.int32)
-        items = pa.table({"item_id": rows["item_id"], "day": day, "in_scope": inside})
-        return hashing.split_by_shard(items, "item_id", self._job.shards)
+        inside = encoder_info.in_scope(rows["category"], self._categories)
+        items = pa.table({"item_id": rows["item_id"], "in_scope": inside})
+        path = _pieces(self.staging, "items", documents.digest([group.path, group.index])[:16])
+        for shard, piece in split_into_pieces(path, items, "item_id", self._shards):
+            yield item_key(shard, items), (group.form.ds.toordinal(), piece)
+
+
+def split_into_pieces(
+    path: str, rows: pa.Table, key: str, shards: int
+) -> Iterator[tuple[int, Piece]]:
+    """Writes `rows` in a piece for each shard of their `key`; yields the shards with the pieces."""
+    if len(rows):
+        yield from write_pieces(path, rows, hashing.shard_of(hashing.hash_ids(rows[key]), shards))
+
+
+def item_key(shard: int, rows: pa.Table) -> tuple[int, str]:
+    """Returns the key of an item shard, for rows whose item IDs are of one type."""
+    return shard, str(rows["item_id"].type)
 
 
 class KeepInScope(beam.DoFn):
-    """Keeps what is in scope of the impressions and clicks of an item shard.
+    """Keeps what is in scope on some day of the log's rows of an item shard.
 
-    Impressions, clicks and catalogue rows come in; what is in scope goes out by user shard, and
-    under `out_of_scope` the number of impressions that are not. That number goes to the user shard
-    of the same number, since it is only ever added up.
+    Pieces of the log and of catalogues come in. What is in scope goes out by user shard, with the
+    days on which it is, as (shard, (ordinal of its day, piece)); and under `out_of_scope` how many
+    impressions of a day are not, as what `MakeTrainingRows` tells of it.
+    """
+
+    def __init__(self, job: TrainingRowsJob, windows: Sequence[tuple[int, int]]):
+        self._job, self._windows, self.staging = job, windows, job.staging
+        self._places = {day.ds.toordinal(): place for place, day in enumerate(job.days)}
+        self._known: dict[int, tuple[int, int]] = {}  # by day: who knows its clicks, from and to
+        for place, day in enumerate(job.days):
+            for number in map(dt.date.toordinal, day.log):
+                self._known[number] = (self._known.get(number, (place,))[0], place)
+
+    @worker_notes.refusing
+    def process(
+        self, element: tuple[tuple[int, str], dict[str, Iterable[tuple[int, Piece]]]]
+    ) -> Iterator[Any]:
+        job, ((shard, kind), found) = self._job, element
+        catalogues = (
+            (number, read_pieces(pieces, pa.table({})))
+            for number, pieces in by_day(found["catalogues"]).items()
+        )
+        runs = find_runs(catalogues, self._windows, pa.type_for_alias(kind))
+        for number, pieces in by_day(found["log"]).items():
+            rows = read_pieces(pieces, pa.table({}))
+            place = self._places.get(number, -1)
+            kept = add_runs(rows, runs, place, self._known[number])
+            path = _pieces(self.staging, "scope", number, kind, f"{shard:05d}")
+            for user_shard, piece in split_into_pieces(path, kept, "user_id", job.shards):
+                yield user_shard, (number, piece)
+            if place >= 0:
+                left_out = len(rows) - (pc.sum(are_in_scope(kept, place)).as_py() or 0)
+                part, counts = job.part_of(place, shard), {"out_of_scope_impressions": left_out}
+                yield beam.pvalue.TaggedOutput("out_of_scope", (part, ([], counts)))
+
+
+class MakeTrainingRows(beam.DoFn):
+    """Turns the log of a user shard into pieces of the training rows of every day.
+
+    What comes out is ((day, shard), (pieces, what was counted)).
     """
 
     def __init__(self, job: TrainingRowsJob):
         self._job, self.staging = job, job.staging
-        no_items = {"item_id": job.no_rows["item_id"].type, "day": pa.int32()}
-        self._no_items = pa.schema([*no_items.items(), ("in_scope", pa.bool_())]).empty_table()
 
     @worker_notes.refusing
-    def process(self, element: tuple[int, dict[str, Iterable[bytes]]]) -> Iterator[Any]:
-        job, (shard, chunks) = self._job, element
-        catalogues = arrays.from_ipc(chunks["catalogues"], self._no_items)
-        rows = arrays.from_ipc(chunks["impressions"], job.no_rows)
-        clicks = arrays.from_ipc(chunks["clicks"], job.no_clicks)
-        kept = rows.filter(pa.array(are_in_scope(rows["item_id"], catalogues)))
-        clicks = clicks.filter(pa.array(are_in_scope(clicks["item_id"], catalogues)))
-        for name, found in (("impressions", kept), ("clicks", clicks)):
-            for part in hashing.split_by_shard(found, "user_id", job.shards):
-                yield beam.pvalue.TaggedOutput(name, part)
-        yield beam.pvalue.TaggedOutput("out_of_scope", (shard, len(rows) - len(kept)))
+    def process(
+        self, element: tuple[int, Iterable[tuple[int, Piece]]]
+    ) -> Iterator[tuple[tuple[int, int], tuple[list[Piece], dict[str, int]]]]:
+        job, (shard, found) = self._job, element
+        for place, (rows, clicks) in enumerate(walk_log(by_day(found), job)):
+            day, part = job.days[place], job.part_of(place, shard)
+            if not len(rows) or partitions.has_part(day.folder, part[1], day.shards):
+                continue
+            made, counts = training_rows(rows, clicks, job, day)
+            path = _pieces(job.staging, "rows", place, f"{shard:05d}")
+            pieces = write_pieces(path, made, np.zeros(len(made), np.int64))
+            yield part, ([piece for _, piece in pieces], counts)
 
 
 class WriteTrainingRows(beam.DoFn):
-    """Turns the impressions and the clicks of a user shard into one part of `training_rows`."""
+    """Turns a day's pieces of a shard into one part of `training_rows`."""
 
     def __init__(self, job: TrainingRowsJob):
         self._job, self.staging = job, job.staging
 
     @worker_notes.refusing
-    def process(self, element: tuple[int, dict[str, Iterable]]) -> None:
-        job, (shard, chunks) = self._job, element
-        folder = os.path.join(job.staging, TRAINING_ROWS.name)
-        if partitions.has_part(folder, shard, job.shards):
+    def process(self, element: tuple[tuple[int, int], Iterable]) -> None:
+        (place, shard), found = element
+        day = self._job.days[place]
+        if partitions.has_part(day.folder, shard, day.shards):
             return
-        rows = arrays.from_ipc(chunks["impressions"], job.no_rows)
-        clicks = arrays.from_ipc(chunks["clicks"], job.no_clicks)
-        made, counts = training_rows(rows, clicks, job)
-        counts["out_of_scope_impressions"] = sum(chunks.get("out_of_scope", ()))
-        partitions.write_part(folder, TRAINING_ROWS, job.schema, made, shard, job.shards, counts)
+        pieces, counts = [], Counter(dict.fromkeys(_COUNTS, 0))
+        for made, counted in filter(None, found):
+            pieces += made
+            counts.update(counted)
+        rows = read_pieces(pieces, arrays.empty_rows(day.schema)).combine_chunks()
+        partitions.write_part(
+            day.folder, TRAINING_ROWS, day.schema, rows, shard, day.shards, dict(counts)
+        )
 
 
 def keep_in_scope(
     root: beam.Pipeline,
-    by_item: dict[str, beam.PCollection],
+    log: beam.PCollection,
     catalogues: Sequence[Source],
+    windows: Sequence[tuple[int, int]],
     job: TrainingRowsJob,
-) -> dict[str, beam.PCollection]:
-    """Returns what of `impressions` and `clicks` by item shard is in scope, by user shard."""
+) -> tuple[beam.PCollection, beam.PCollection]:
+    """Returns what of the log by item shard is in scope, by user shard, and what was left out.
+
+    `windows` are those of `catalogue_windows`.
+    """
     items = (
         root
         | "CatalogueGroups" >> beam.Create([group for day in catalogues for group in day.groups()])
         | "ReadCatalogue" >> beam.ParDo(ReadCatalogue(job))
     )
     kept = (
-        {**by_item, "catalogues": items}
+        {"log": log, "catalogues": items}
         | "ByItemShard" >> beam.CoGroupByKey()
         | "KeepInScope"
-        >> beam.ParDo(KeepInScope(job)).with_outputs("impressions", "clicks", "out_of_scope")
+        >> beam.ParDo(KeepInScope(job, windows)).with_outputs("out_of_scope", main="kept")
     )
-    return {name: kept[name] for name in ("impressions", "clicks", "out_of_scope")}
+    return kept.kept, kept.out_of_scope
 
 
 # ---- The job -------------------------------------------------------------------------------
 
 
-def define_training_rows(
-    root: beam.Pipeline,
-    impressions: Source,
-    log: Sequence[Source],
-    catalogues: Sequence[Source],
-    job: TrainingRowsJob,
-) -> None:
-    """Writes `training_rows` below `job.staging`, one part per user shard.
+def check_days(days: Sequence[TrainingRowsDay], log: Sequence[Source]) -> None:
+    """Raises ValueError where the days do not ascend, or `log` is not what they need, each once."""
+    needed = sorted({day for one in days for day in one.log})
+    given, dates = sorted(source.form.ds for source in log), [day.ds for day in days]
+    knows_itself = all(day.ds in day.log for day in days)
+    if given != needed or dates != sorted(set(dates)) or not knows_itself:
+        raise ValueError(f"the days {dates} need the logs of {needed}, given are {given}")
 
-    `log` are the days that clicks come from, ds among them; `catalogues` those that tell an item's
-    category, empty where everything is in scope.
+
+def catalogue_windows(
+    days: Sequence[TrainingRowsDay], catalogues: Sequence[Source]
+) -> list[tuple[int, int]]:
+    """Returns the ordinals of the oldest and the newest catalogue of each day.
+
+    A catalogue that is alone is one snapshot for all days, whichever day it was opened for. Raises
+    ValueError where a day lacks one of the catalogues in between: it would be told by that too.
     """
-    key = "user_id" if job.categories is None else "item_id"
-    found = {
-        "impressions": root
-        | "ImpressionGroups" >> beam.Create(impressions.groups())
-        | "ReadImpressions" >> beam.ParDo(ReadImpressions(job, key)),
-        "clicks": read_clicks(root, log, job.law, job.day_timezone, job.shards, job.staging, key),
-    }
+    numbers = sorted(source.form.ds.toordinal() for source in catalogues)
+    if len(numbers) == 1:
+        return [(numbers[0], numbers[0])] * len(days)
+    windows = []
+    for day in days:
+        mine = sorted(map(dt.date.toordinal, day.catalogues))
+        if mine != [n for n in numbers if mine and mine[0] <= n <= mine[-1]] or not mine:
+            raise ValueError(f"{day.ds} has the catalogues {day.catalogues}, with gaps")
+        windows.append((mine[0], mine[-1]))
+    return windows
+
+
+def define_training_rows(
+    root: beam.Pipeline, log: Sequence[Source], catalogues: Sequence[Source], job: TrainingRowsJob
+) -> None:
+    """Writes `training_rows` of each day of `job` below the staging folder of that day.
+
+    There is one part per user shard. `log` are all days that some day's clicks come from, those of
+    the job among them, and `catalogues` all that tell categories, empty where everything is in
+    scope; each of them once.
+    """
+    check_days(job.days, log)
+    windows = catalogue_windows(job.days, catalogues) if job.categories is not None else []
+    job = replace(job, days=_with_equal_values_shared(job.days))
+    rows = (
+        root
+        | "LogGroups" >> beam.Create([group for day in log for group in day.groups()])
+        | "ReadLog" >> beam.ParDo(ReadLog(job))
+    )
+    parts = [every_shard_of_days(root, [day.shards for day in job.days])]
     if job.categories is not None:
-        found = keep_in_scope(root, found, catalogues, job)
-    every = every_shard(root, job.shards)
-    found["impressions"] = (found["impressions"], every) | "AndEveryShard" >> beam.Flatten()
+        rows, left_out = keep_in_scope(root, rows, catalogues, windows, job)
+        parts.append(left_out)
+    made = (
+        rows
+        | "ByUserShard" >> beam.GroupByKey()
+        | "MakeTrainingRows" >> beam.ParDo(MakeTrainingRows(job))
+    )
     _ = (
-        found
-        | "ByUserShard" >> beam.CoGroupByKey()
+        (made, *parts)
+        | "RowsAndShards" >> beam.Flatten()
+        | "ByDayAndShard" >> beam.GroupByKey()
         | "WriteTrainingRows" >> beam.ParDo(WriteTrainingRows(job))
+    )
+
+
+def _with_equal_values_shared(days: Sequence[TrainingRowsDay]) -> tuple[TrainingRowsDay, ...]:
+    """Returns the days with one object for all equal dates, and for all equal schemas.
+
+    Pickled with a DoFn, an object of its own for each would make a job of many days too large to be
+    submitted.
+    """
+    seen: dict[Any, Any] = {}
+
+    def shared(value: Any) -> Any:
+        return seen.setdefault(value, value)
+
+    return tuple(
+        replace(
+            day,
+            ds=shared(day.ds),
+            schema=shared(day.schema),
+            log=tuple(map(shared, day.log)),
+            catalogues=(),  # their windows say what is needed
+        )
+        for day in days
     )

@@ -1,15 +1,19 @@
 """ITEM-FEATURES gives every item the cluster IDs and the flags that the CTR model reads.
 
 In: `item_embeddings` and `item_rejects` of ds, a codebook of the same encoder, `item_features` of
-the day before. Out: `item_features`, one row for every catalogue item and every kept former item;
-beside each part, how many items each cluster has and how many left it since the day before.
+the day before; or those of several days. Out: `item_features`, one row for every catalogue item and
+every kept former item; beside each part, how many items each cluster has and how many left it since
+the day before.
 
 The law: an item whose category is out of the encoder's scope, or that has no embedding, has
 cluster_id 0 (COURIER appendix §7); any other has the number of its exactly nearest centre.
+
+Flow: the parts of all days are written first, since the day before may be one of them; then the
+clusters are counted.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +27,7 @@ from feature_jobs import laws
 from feature_jobs.codebooks.codebook import CodebookInfo, health_of, read_codebook_info
 from feature_jobs.codebooks.nearest import CodebookSearch, shared_search
 from feature_jobs.schemas import ITEM_FEATURES, MAIN, cluster_column
-from feature_jobs.store import arrays, encoder_info, partitions, worker_notes
+from feature_jobs.store import arrays, encoder_info, files, partitions, worker_notes
 
 _CLUSTERS = "clusters"  # folder of the counts beside the parts
 _COUNTS = ("items", "compared", "moved")
@@ -32,10 +36,11 @@ _NAMED = 5  # clusters that most items left, by name
 
 @dataclass(frozen=True)
 class FeaturesJob:
-    """Holds all that the workers of ITEM-FEATURES need to know.
+    """Holds all that the workers of ITEM-FEATURES need to know of one day.
 
     One part is made for each part of `embeddings`. `previous` are the features of the day before,
-    None for none. Where they are `of_another_lineage`, every number has changed its meaning.
+    None for none; they may be made by the same job. Where they are `of_another_lineage`, every
+    number has changed its meaning.
     """
 
     embeddings: partitions.Partition
@@ -194,55 +199,98 @@ def summarise_clusters(counts: pa.Table, codebook: CodebookInfo) -> dict[str, di
 
 
 class AssignShard(beam.DoFn):
-    """Turns a shard number into one part of `item_features`, and its counts of clusters."""
+    """Turns the number of a (day, shard) into one part of `item_features`, and tells that it is."""
 
-    _loaded = Shared()
-
-    def __init__(self, job: FeaturesJob):
-        self._job, self.staging = job, job.staging
-        self._second = "second_distance" in job.schema.names
-        self._there = job.previous.schema.names if job.previous else []
+    def __init__(self, jobs: Sequence[FeaturesJob], staging: str):
+        self._jobs, self.staging = jobs, staging
+        # One each, and held: a Shared alone would load anew whenever two days take turns.
+        self._loaded = {job.codebook_folder: Shared() for job in jobs}
+        self._held: dict[str, CodebookSearch] = {}
 
     @worker_notes.refusing
-    def process(self, shard: int) -> None:
-        job = self._job
-        folder = os.path.join(job.staging, ITEM_FEATURES.name)
-        if partitions.has_part(folder, shard, job.shards):
-            return
+    def process(self, element: tuple[int, int]) -> Iterator[tuple[tuple[int, int], bytes]]:
+        day, shard = element
+        job = self._jobs[day]
+        if not partitions.has_part(_parts(job), shard, job.shards):
+            self._write(job, shard)
+        yield element, b""
+
+    def _write(self, job: FeaturesJob, shard: int) -> None:
         embedded = job.embeddings.read_shard(
             shard, job.shards, "item_id", ["item_id", "embedding", "category", "in_catalogue"]
         )
         rejected = job.rejects.read_shard(shard, job.shards, "item_id", ["item_id", "category"])
-        search = shared_search(self._loaded, job.codebook_folder)
-        rows = features_of(embedded, rejected, search, job.categories, self._second)
-        previous = job.previous and job.previous.read_shard(
-            shard, job.shards, "item_id", self._compared_columns(search.codebook.info.labels)
-        )
-        labels = search.codebook.info.labels
-        counts = count_clusters(rows, previous, labels, job.of_another_lineage)
-        partitions.write_parquet(_counts_path(job.staging, shard), counts)
+        folder, second = job.codebook_folder, "second_distance" in job.schema.names
+        search = self._held[folder] = shared_search(self._loaded[folder], folder)
+        rows = features_of(embedded, rejected, search, job.categories, second)
         found = search.codebook.info.resolutions
         partitions.write_part(
-            folder, ITEM_FEATURES, job.schema, rows, shard, job.shards, count_features(rows),
+            _parts(job), ITEM_FEATURES, job.schema, rows, shard, job.shards, count_features(rows),
             limits={cluster_column(one.label): one.max_id for one in found},
         )  # fmt: skip
 
-    def _compared_columns(self, labels: Sequence[str]) -> list[str]:
-        """Returns the columns to compare: those that the day before has too."""
+
+class CountClusters(beam.DoFn):
+    """Turns the number of a (day, shard), once all parts are there, into its counts of clusters."""
+
+    def __init__(self, jobs: Sequence[FeaturesJob], staging: str):
+        self._jobs, self.staging = jobs, staging
+        self._labels: dict[str, tuple[str, ...]] = {}
+        self._there: dict[int, list[str]] = {}
+
+    @worker_notes.refusing
+    def process(self, element: tuple[tuple[int, int], Iterable[bytes]]) -> None:
+        (day, shard), _ = element
+        job = self._jobs[day]
+        path = _counts_path(job.staging, shard)
+        if files.exists(path):
+            return
+        labels = self._labels_of(job.codebook_folder)
+        part = os.path.join(_parts(job), partitions.part_name(shard, job.shards) + ".parquet")
+        rows = partitions.read_parquet(part, ["item_id", *map(cluster_column, labels)])
+        previous = job.previous and job.previous.read_shard(
+            shard, job.shards, "item_id", self._compared_columns(day, labels)
+        )
+        counts = count_clusters(rows, previous, labels, job.of_another_lineage)
+        partitions.write_parquet(path, counts)
+
+    def _labels_of(self, codebook_folder: str) -> tuple[str, ...]:
+        if codebook_folder not in self._labels:
+            self._labels[codebook_folder] = read_codebook_info(codebook_folder).labels
+        return self._labels[codebook_folder]
+
+    def _compared_columns(self, day: int, labels: Sequence[str]) -> list[str]:
+        """Returns the columns to compare: those that the day before has too.
+
+        Its parts may be of this job: who wires it could not look yet.
+        """
+        previous = self._jobs[day].previous
+        if day not in self._there:
+            self._there[day] = previous.schema.names if previous else []
         mine = map(cluster_column, labels)
-        return ["item_id", *(column for column in mine if column in self._there)]
+        return ["item_id", *(column for column in mine if column in self._there[day])]
 
 
 # ---- The job -------------------------------------------------------------------------------
 
 
-def define_item_features(root: beam.Pipeline, job: FeaturesJob) -> None:
-    """Writes `item_features` below `job.staging`, one part per item shard."""
+def define_item_features(root: beam.Pipeline, jobs: Sequence[FeaturesJob], staging: str) -> None:
+    """Writes `item_features` of each day of `jobs` below its staging folder.
+
+    There is one part per item shard. What workers tell of the job lies below `staging`.
+    """
+    keys = [(day, shard) for day, job in enumerate(jobs) for shard in range(job.shards)]
     _ = (
         root
-        | "Shards" >> beam.Create(range(job.shards))
-        | "AssignShard" >> beam.ParDo(AssignShard(job))
+        | "Shards" >> beam.Create(keys)
+        | "AssignShard" >> beam.ParDo(AssignShard(jobs, staging))
+        | "AfterAllParts" >> beam.GroupByKey()
+        | "CountClusters" >> beam.ParDo(CountClusters(jobs, staging))
     )
+
+
+def _parts(job: FeaturesJob) -> str:
+    return os.path.join(job.staging, ITEM_FEATURES.name)
 
 
 def _counts_path(staging: str, shard: int) -> str:

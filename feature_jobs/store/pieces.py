@@ -63,6 +63,8 @@ def read_pieces(pieces: Iterable[Piece | bytes], otherwise: pa.Table) -> pa.Tabl
     ]
     if not files:
         return otherwise
+    if len(files) == 1:  # for a small day threads would take longer than its file
+        return _read_batches(*files[0])
     with ThreadPoolExecutor(_READERS) as pool:
         return pa.concat_tables(pool.map(lambda file: _read_batches(*file), files))
 

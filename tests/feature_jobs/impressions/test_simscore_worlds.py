@@ -123,7 +123,7 @@ def run(job: SimscoreJob, log: list[inputs.Source]) -> None:
     """Runs the pipeline of `define_simscore` by hand."""
     histories = job.histories
     assert histories is not None
-    clicks = ReadClicks(histories.law, "UTC", histories.shards, job.staging, "user_id")
+    clicks = ReadClicks(histories.law, "UTC", histories.shards, job.staging)
     groups = [group for day in log for group in day.groups()]
     told = [found for group in groups for found in clicks.process(group)]
     read = [found for g in groups for found in simscore.ReadImpressions(job).process(g)]

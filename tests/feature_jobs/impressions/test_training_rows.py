@@ -1,5 +1,6 @@
 """Training rows equal the loop over requests in every random world, and know no future."""
 
+import datetime as dt
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feature_jobs.impressions.clicks import HistoryLaw
-from feature_jobs.impressions.training_rows import TrainingRowsJob, are_in_scope, training_rows
+from feature_jobs.impressions.training_rows import (
+    TrainingRowsDay,
+    TrainingRowsJob,
+    training_rows,
+)
 from feature_jobs.schemas import ROW_CLICKS, TIMESTAMP, TRAINING_ROWS
 from tests.support import oracles
 
@@ -75,9 +80,8 @@ def found_rows(
     kind = ID_TYPES[ids]
     request_id = ID_TYPES.get(requests, pa.string())
     schema = TRAINING_ROWS.schema(kind, kind, request_id=request_id)
-    job = TrainingRowsJob(
-        HistoryLaw(ROW_CLICKS, WINDOW, DELAY, lag), GAP, END, "UTC", None, 1, schema, ""
-    )
+    day = TrainingRowsDay(dt.date(1970, 1, 1), END, 1, schema, (), (), "")
+    job = TrainingRowsJob(HistoryLaw(ROW_CLICKS, WINDOW, DELAY, lag), GAP, "UTC", None, (day,), "")
     users, items, times = (list(c) for c in zip(*clicks, strict=True)) if clicks else ([],) * 3
     log = pa.table(
         {
@@ -86,7 +90,7 @@ def found_rows(
             "click_time": pa.array(times, pa.int64()).cast(TIMESTAMP),
         }
     )
-    made, counts = training_rows(shard_of(rows, ids, requests), log, job)
+    made, counts = training_rows(shard_of(rows, ids, requests), log, job, day)
     made = made.select(schema.names).cast(schema)
     moments = made["event_time"].cast(pa.int64())
     made = made.set_column(made.schema.get_field_index("event_time"), "event_time", moments)
@@ -222,17 +226,3 @@ def test_a_shard_without_an_impression_makes_no_row(kind: str) -> None:
         found, counts = found_rows([], clicks, kind, kind)
         assert found == []
         assert set(counts.values()) == {0}
-
-
-def test_an_item_is_in_scope_if_the_newest_catalogue_that_has_it_says_so() -> None:
-    listed = [
-        *[("a", 1, False), ("a", 3, True), ("a", 2, False)],
-        *[("b", 3, False), ("b", 1, True)],
-        *[("c", 1, True)],
-    ]
-    items, days, inside = (list(column) for column in zip(*listed, strict=True))
-    catalogues = pa.table({"item_id": items, "day": pa.array(days, pa.int32()), "in_scope": inside})
-    asked = pa.chunked_array([["c", "b"], ["unknown", "a"]])
-    assert are_in_scope(asked, catalogues).tolist() == [True, False, False, True]
-    assert not are_in_scope(asked, catalogues.slice(0, 0)).any()
-    assert len(are_in_scope(asked.slice(0, 0), catalogues)) == 0

@@ -1,14 +1,39 @@
-"""Tests the cluster IDs of a shard's items, and what a night tells of its clusters."""
+"""Tests the cluster IDs of a shard's items, and what a night tells of its clusters.
+
+Days that are made together have the bytes of days made one by one.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from feature_jobs.codebooks.codebook import Codebook
+from feature_jobs.codebooks.codebook import Codebook, save_codebook
 from feature_jobs.codebooks.nearest import CodebookSearch
-from feature_jobs.items.item_features import count_clusters, features_of, summarise_clusters
-from feature_jobs.schemas import DataContractError
-from feature_jobs.store import arrays
+from feature_jobs.items.item_features import (
+    FeaturesJob,
+    count_clusters,
+    define_item_features,
+    features_of,
+    read_clusters,
+    summarise_clusters,
+)
+from feature_jobs.schemas import (
+    ITEM_EMBEDDINGS,
+    ITEM_FEATURES,
+    ITEM_REJECTS,
+    MAIN,
+    DataContractError,
+    Table,
+    cluster_field,
+)
+from feature_jobs.store import arrays, files, hashing, partitions
+from feature_jobs.store.partitions import Partition, part_name
+from pipelines.running.beam_options import pipeline_options, run_pipeline
+from tests.support import embed_rows
 from tests.support.codebooks import by_hand, unit_rows
 
 POINTS = unit_rows(12)
@@ -98,3 +123,113 @@ def test_clusters_without_items_are_dead_and_shards_add_up() -> None:
     parts = [count_clusters(part, None, LABELS, False) for part in (rows[:1], rows[1:])]
     found = summarise_clusters(pa.concat_tables(parts), book().info)["main"]
     assert (found["items"], found["used"], found["dead"]) == (2, 2, 2)
+
+
+# ---- Days that are made together ---------------------------------------------------------------
+
+ITEMS = 40
+SHARDS = (2, 2, 4, 4, 2)  # of each day: the catalogue grows and shrinks
+CODEBOOK = (0, 0, 1, 1, 1)  # of each day: on the third one of another lineage begins
+CATEGORIES = ("dress",)
+
+
+def write_table(folder: Path, table: Table, schema: pa.Schema, rows: pa.Table, n: int) -> Partition:
+    """Writes a table of items in `n` parts; returns it as a partition."""
+    of = hashing.shard_of(hashing.hash_ids(rows["item_id"]), n)
+    for shard in range(n):
+        part = rows.filter(pa.array(of == shard))
+        partitions.write_part(str(folder), table, schema, part, shard, n)
+    return Partition(str(folder), {"files": partitions.receipts(str(folder))})
+
+
+def write_codebooks(root: Path) -> list[str]:
+    """Writes two codebooks of which neither is an ancestor of the other; returns their folders."""
+    first = by_hand({MAIN: POINTS[:4]}, {MAIN: NUMBERS}, "tiny-000000000000")
+    both = {MAIN: POINTS[4:9], "coarse": POINTS[4:6]}
+    second = by_hand(both, {MAIN: np.arange(1, 6), "coarse": np.array([7, 8])}, "tiny-1")
+    return [save_codebook(str(root), codebook) for codebook in (first, second)]
+
+
+def write_items(root: Path, day: int) -> tuple[Partition, Partition]:
+    """Writes what EMBED made of a day: embeddings that change, out of scope, rejected, gone."""
+    rng = np.random.default_rng(day)
+    points = unit_rows(ITEMS, seed=0)
+    changed = rng.random(ITEMS) < 0.3
+    points[changed] = unit_rows(ITEMS, seed=day)[changed]
+    kept = [n for n in range(ITEMS) if n % 7 != day and n % 9]
+    rows = embed_rows.embeddings(
+        *({"item_id": n, "embedding": points[n].tolist(),
+           "category": "boat" if n % 5 == 0 else "dress"} for n in kept)
+    )  # fmt: skip
+    rejected = embed_rows.rejects(*({"item_id": n} for n in range(0, ITEMS, 9)))
+    tables = ((ITEM_EMBEDDINGS, embed_rows.EMBEDDINGS, rows),
+              (ITEM_REJECTS, embed_rows.REJECTS, rejected))  # fmt: skip
+    made = [
+        write_table(root / t.name / str(day), t, schema, r, SHARDS[day]) for t, schema, r in tables
+    ]
+    return made[0], made[1]
+
+
+def jobs_below(
+    top: Path, items: Sequence[tuple[Partition, Partition]], codebooks: Sequence[str]
+) -> list[FeaturesJob]:
+    """Returns the job of each day; what is before it is known by the names of its parts."""
+    found: list[FeaturesJob] = []
+    for day, book in enumerate(CODEBOOK):
+        extra = [cluster_field("coarse")] if book else []
+        schema = ITEM_FEATURES.schema(pa.int64(), extra=extra, without=["embedding"])
+        previous = None
+        if day:
+            names = [
+                {"name": f"{part_name(k, SHARDS[day - 1])}.parquet"} for k in range(SHARDS[day - 1])
+            ]
+            previous = Partition(str(top / str(day - 1) / ITEM_FEATURES.name), {"files": names})
+        found.append(
+            FeaturesJob(
+                *items[day], codebooks[book], CATEGORIES, schema, previous,
+                day > 0 and CODEBOOK[day - 1] != book, str(top / str(day)),
+            )
+        )  # fmt: skip
+    return found
+
+
+def run(jobs: Sequence[FeaturesJob]) -> None:
+    options = pipeline_options({}, "item-features", [])
+    run_pipeline(lambda root: define_item_features(root, jobs, jobs[0].staging), options)
+
+
+def made_below(top: Path) -> dict[str, bytes]:
+    """Returns all parts, receipts and counts below `top`."""
+    paths = [path for path in top.rglob("*") if path.is_file()]
+    return {str(path.relative_to(top)): path.read_bytes() for path in paths}
+
+
+def test_days_made_together_have_the_bytes_of_days_made_one_by_one(tmp_path: Path) -> None:
+    codebooks = write_codebooks(tmp_path / "codebooks")
+    items = [write_items(tmp_path, day) for day in range(len(SHARDS))]
+    one_by_one = jobs_below(tmp_path / "alone", items, codebooks)
+    for job in one_by_one:
+        run([job])
+    run(jobs_below(tmp_path / "together", items, codebooks))
+    expected = made_below(tmp_path / "alone")
+    assert made_below(tmp_path / "together") == expected
+    assert len(expected) == 3 * sum(SHARDS)  # a part, its receipt and its counts
+
+    clusters = [
+        read_clusters(job.staging, job.shards, job.codebook_folder)[MAIN] for job in one_by_one
+    ]
+    assert [found["compared_items"] > 10 for found in clusters] == [False, True, True, True, True]
+    moved = [found["moved_items"] for found in clusters]
+    assert 0 < moved[1] < clusters[1]["compared_items"]
+    assert moved[2] == clusters[2]["compared_items"]  # of another lineage
+
+    # What was made before a job died is not made again, and what lacks is.
+    again = jobs_below(tmp_path / "together", items, codebooks)
+    kept = Path(again[0].staging, "clusters", "00000.parquet")
+    lost = Path(again[3].staging, "clusters", "00002.parquet")
+    before = kept.stat().st_mtime_ns
+    files.delete(str(lost))
+    os.unlink(Path(again[4].staging, ITEM_FEATURES.name, "receipts", f"{part_name(1, 2)}.json"))
+    run(again)
+    assert made_below(tmp_path / "together") == expected
+    assert kept.stat().st_mtime_ns == before
