@@ -43,8 +43,7 @@ def plan_embed(day: DayPlan, made: dict[str, Stage]) -> Stage:
 
         (stage,) = stages
         job = embed.EmbedJob(
-            ds=day.ds,
-            shards=shards,
+            days=(embed.EmbedDay(day.ds, catalogue, shards, stage.staging),),
             embeddings_schema=ITEM_EMBEDDINGS.schema(item_id),
             rejects_schema=ITEM_REJECTS.schema(item_id),
             encoder_folder=day.pinned.pin.encoder,
@@ -63,7 +62,7 @@ def plan_embed(day: DayPlan, made: dict[str, Stage]) -> Stage:
             staging=stage.staging,
             chunks=os.path.join(os.path.dirname(stage.staging), chunks),
         )
-        embed.define_embed(root, catalogue, job)
+        embed.define_embed(root, job)
 
     return day.stage(
         "embed",
