@@ -273,7 +273,7 @@ def catalogue(
     return inputs.open_source("catalogue", str(folder / "catalogue" / name), ds, columns)
 
 
-def random_shop(folder: Path, seed: int, days: int = 5) -> Shop:
+def random_shop(folder: Path, seed: int, days: int = 4) -> Shop:
     """Makes a shop in which much happens: items, addresses and images come and go."""
     rng = np.random.default_rng(seed)
     old = int(rng.integers(0, 4))
