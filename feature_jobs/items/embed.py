@@ -9,7 +9,8 @@ once. An image is read only when its file, the image roots or the encoder may ha
 previous partition, and embedded only when its bytes or the encoder did; the same bytes under
 several items are embedded once. A reject is tried again after 1, 2, 4, 8 and 16 days, then every
 30. An item that left the catalogue keeps its embedding for `window_days`, since histories still
-hold it. A job looks at an image once, and reads and embeds it once, whatever days ask for it.
+hold it. Whatever days ask for an image, a job looks at it once, from each shard with such an item,
+and reads and embeds it once.
 
 Flow: catalogue rows → item shards → a walk through the days (what is unchanged, what must be read)
 → images by size, so that equal bytes meet → chunks → results, in chunk files → back to the item

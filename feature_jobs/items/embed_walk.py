@@ -6,12 +6,10 @@ a row says where its vector lies.
 
 A shard is walked twice. Before anything is read the walk *hopes* that all images turn out good; the
 images that it asks for are read; then the same walk goes by what became of them. Both ask for the
-same images, and for each on the same day first: for as long as no image of an item was read, its
-rows are the same in both walks. Once one was, the walks may differ in whether the item has an
-embedding. Where the second walk has none it tries an address again, or a new one. An address tried
-again was read already. A new one the first walk asks for too, since it differs from that of the
-embedding that it hopes for. Nor does an item wait in one walk alone for an address that was not
-read: it waits since the day before the first one, or since nothing was seen there, in both.
+same images, and for each on the same day first: until an image of an item was asked for, the item's
+rows are the same in both walks, and so is what is asked. From then on its rows name addresses that
+were asked for, or at which nothing was seen, in either walk; any other address is new to both, and
+both ask for it. So all that the second walk asks for was read.
 """
 
 import datetime as dt

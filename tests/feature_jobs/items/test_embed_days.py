@@ -6,10 +6,13 @@ Shops are random: see `random_shop`. Images do not change during the days that a
 import datetime as dt
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from feature_jobs.items import embed
 from feature_jobs.schemas import DataContractError
 from feature_jobs.store.pieces import read_all
 from tests.support.commands import Killed, die_at_write
@@ -117,6 +120,22 @@ def test_the_pipeline_makes_what_its_steps_make(tmp_path: Path) -> None:
     expected = shop.parts(tmp_path / "steps")
     assert len(expected) > 10
     assert shop.parts(tmp_path / "beam") == expected
+
+
+def test_the_second_walk_looks_at_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop = random_shop(tmp_path, BUSY)
+    old, looks = shop.make_old_days(), []
+    real = embed.WalkShard.process
+
+    def process(step: embed.WalkShard, element: Any) -> Iterator[Any]:
+        before = len(shop.stubs.looked_at)
+        yield from real(step, element)
+        looks.append((before, len(shop.stubs.looked_at) - before))
+
+    monkeypatch.setattr(embed.WalkShard, "process", process)
+    shop.make(tmp_path / "one", range_of(shop), old)
+    assert all(before > 0 and then == 0 for before, then in looks)
+    assert len(looks) == max(shop.shards[day] for day in range_of(shop))
 
 
 def test_one_snapshot_for_all_days_is_read_once(tmp_path: Path) -> None:
