@@ -182,6 +182,22 @@ def test_every_reject_counts_the_days_on_which_it_was_tried_and_one_that_waits_s
         assert row["next_ds"] == day(8 if before else 1)
 
 
+def test_what_became_of_an_image_for_another_day_changes_nothing() -> None:
+    shard = Shard(EVERY_KIND)
+    expected, asked = shard.tables(), len(shard.walked().result_rows)
+    of_other_days = {UNCHANGED: BROKEN, WAITING: EMBEDDED}
+    others = [
+        row
+        for item, kind in shard.kinds.items()
+        if kind in of_other_days
+        for row in result_of(item, of_other_days[kind])
+    ]
+    shard.results = pa.concat_tables([results(*others), shard.results])
+    assert len(others) == 3
+    assert shard.tables() == expected
+    assert len(shard.walked().result_rows) == asked
+
+
 def test_a_former_item_without_a_usable_image_is_in_neither_table() -> None:
     found, refused = Shard([(REJECTED, False), (BROKEN, False)]).tables()
     assert len(found) == len(refused) == 0
