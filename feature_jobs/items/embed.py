@@ -1,26 +1,29 @@
 """EMBED makes one embedding, or one reject, for every item of the catalogue.
 
 In: the catalogue of ds, the images, an encoder package, and the previous partition of our own
-tables. Out: `item_embeddings` and `item_rejects`.
+tables. Out: `item_embeddings` and `item_rejects`. Several days in a row are one job, whose tables
+are those that a job a day would make, as long as no image changes between them.
 
 The law: in-catalogue rows of `item_embeddings` + rows of `item_rejects` = the catalogue, each item
 once. An image is read only when its file, the image roots or the encoder may have changed since the
 previous partition, and embedded only when its bytes or the encoder did; the same bytes under
 several items are embedded once. A reject is tried again after 1, 2, 4, 8 and 16 days, then every
 30. An item that left the catalogue keeps its embedding for `window_days`, since histories still
-hold it.
+hold it. Whatever days ask for an image, a job looks at it once, from each shard with such an item,
+and reads and embeds it once.
 
-Flow: catalogue rows → item shards → plan (what is unchanged, what must be read) → images by size,
-so that equal bytes meet → chunks → results, in chunk files → back to the item shards, each put
-together from its plan, the previous partition and the results. All rows travel as pieces of files;
+Flow: catalogue rows → item shards → a walk through the days (what is unchanged, what must be read)
+→ images by size, so that equal bytes meet → chunks → results, in chunk files → back to the item
+shards, walked again by what became of the images → each day's rows, by the day's shards → vectors
+put in, from the partition before the first day and the results. All rows travel as pieces of files;
 chunk files also are what a killed run does not do again.
 """
 
 import datetime as dt
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
@@ -32,30 +35,45 @@ from courier_model.encoder import choose_device
 from courier_model.images import Preprocessing
 from courier_model.inference import Embedder, embed_images, results_schema
 from feature_jobs.inputs import CATALOGUE_COLUMNS, RowGroup, Source, read_rows
-from feature_jobs.items import embed_plan
-from feature_jobs.items.embed_plan import VERSION_COLUMNS
-from feature_jobs.schemas import ITEM_EMBEDDINGS, ITEM_REJECTS
+from feature_jobs.items import embed_plan, embed_walk
+from feature_jobs.items.embed_plan import VERSION_COLUMNS, Sightings
+from feature_jobs.items.embed_walk import RESULT_ROW, Day, Tables, WalkedDay
+from feature_jobs.schemas import ITEM_EMBEDDINGS, ITEM_REJECTS, Table
 from feature_jobs.store import arrays, documents, files, hashing, partitions, worker_notes
-from feature_jobs.store.every_shard import every_shard
+from feature_jobs.store.every_shard import every_shard, every_shard_of_days
 from feature_jobs.store.pieces import Piece, read_all, read_pieces, write_pieces
 
-Keyed = tuple[int, Iterable[Piece | bytes]]  # b"" stands for a shard without any rows
-_KEPT = "kept"
-_SECONDS = ("io_seconds", "decode_seconds", "forward_seconds")
+_IMAGES, _KEPT = "images", "kept"
+_CATALOGUE, _SEEN, _RESULTS = "catalogue", "seen", "results"
+
+# A piece of a catalogue with the catalogue's number; b"" stands for a shard without any rows.
+CataloguePiece = tuple[int, Piece] | bytes
+
+
+@dataclass(frozen=True)
+class EmbedDay:
+    """Describes a day of a job; `shards` are those of its tables, a power of two.
+
+    Below its `staging` lie the parts and receipts of its tables and nothing else of the job.
+    """
+
+    ds: dt.date
+    catalogue: Source
+    shards: int
+    staging: str
 
 
 @dataclass(frozen=True)
 class EmbedJob:
     """Holds all that the workers of EMBED need to know.
 
-    `previous_*` is the latest partition before ds, if any. `reuse` says whether the previous
-    embeddings are those that would be made now, `same_roots` whether an address meant the same file
-    then, `full` that all images are to be embedded again. `chunks` is the folder of chunk files,
-    which other runs with the same encoder share.
+    `days` are in a row. `previous_*` is the latest partition before the first, if any. `reuse` says
+    whether the embeddings there are those that would be made now, `same_roots` whether an address
+    meant the same file then, `full` that all images are to be embedded again. `chunks` is the
+    folder of chunk files, which other runs with the same encoder share.
     """
 
-    ds: dt.date
-    shards: int
+    days: tuple[EmbedDay, ...]
     embeddings_schema: pa.Schema
     rejects_schema: pa.Schema
     encoder_folder: str
@@ -74,30 +92,82 @@ class EmbedJob:
     staging: str
     chunks: str
 
+    @property
+    def shards(self) -> int:
+        """Returns how many shards of items are walked through the days: none spans two of a day."""
+        return max(day.shards for day in self.days)
+
+    @property
+    def catalogues(self) -> list[int]:
+        """Returns the number of each day's catalogue: that of the first day with the same files."""
+        files = [replace(day.catalogue.form, ds=dt.date.min) for day in self.days]
+        keys = [
+            (form.columns, form.carry, day.catalogue.paths, day.catalogue.checksums)
+            for form, day in zip(files, self.days, strict=True)
+        ]
+        return [keys.index(key) for key in keys]
+
+    def slim(self) -> "EmbedJob":
+        """Returns the job without the names of the files of the catalogues, for workers.
+
+        With those of many days it would be too large to be submitted.
+        """
+        days = (
+            replace(d, catalogue=replace(d.catalogue, paths=(), checksums=(), row_groups=()))
+            for d in self.days
+        )
+        before = (p and p.slim() for p in (self.previous_embeddings, self.previous_rejects))
+        embeddings, rejects = before
+        return replace(
+            self, days=tuple(days), previous_embeddings=embeddings, previous_rejects=rejects
+        )
+
     def path(self, step: str, name: str) -> str:
         return os.path.join(self.staging, step, name)
 
+    def shard_of_day(self, day: int, shard: int) -> int:
+        """Returns the shard of a day's tables that holds the items of a shard of the walk."""
+        return shard * self.days[day].shards // self.shards
+
+    def has_part(self, day: int, table: Table, shard: int) -> bool:
+        of_day = self.days[day]
+        folder = os.path.join(of_day.staging, table.name)
+        return partitions.has_part(folder, shard, of_day.shards)
+
     def is_done(self, shard: int) -> bool:
-        names = (ITEM_EMBEDDINGS.name, ITEM_REJECTS.name)
+        """Tells whether all parts are made that hold items of a shard of the walk."""
         return all(
-            partitions.has_part(os.path.join(self.staging, name), shard, self.shards)
-            for name in names
+            self.has_part(day, table, self.shard_of_day(day, shard))
+            for day in range(len(self.days))
+            for table in (ITEM_EMBEDDINGS, ITEM_REJECTS)
         )
 
-    def previous_embeddings_of(self, shard: int, without: Sequence[str] = ()) -> pa.Table:
-        """Returns the previous embeddings of a shard's hash range; empty where there were none."""
-        columns = [name for name in self.embeddings_schema.names if name not in without]
-        return _shard_of(
+    def before(self, shard: int) -> Tables:
+        """Returns the tables before the first day of a shard of the walk, empty without any."""
+        columns = [name for name in self.embeddings_schema.names if name != "embedding"]
+        embeddings = _shard_of(
             self.previous_embeddings, self.embeddings_schema, shard, self.shards, columns
         )
+        rejects = _shard_of(
+            self.previous_rejects, self.rejects_schema, shard, self.shards,
+            self.rejects_schema.names,
+        )  # fmt: skip
+        return Tables.before_the_first_day(embeddings, rejects)
 
-    def previous_rejects_of(self, shard: int) -> pa.Table:
-        """Returns the previous rejects of a shard's hash range; empty where there were none."""
-        names = self.rejects_schema.names
-        return _shard_of(self.previous_rejects, self.rejects_schema, shard, self.shards, names)
+    def vectors_before(self, shard: int, shards: int) -> pa.Table:
+        """Returns item_id and embedding of a hash range before the first day.
 
-    def plan_path(self, shard: int) -> str:
-        return self.path("plan", partitions.part_name(shard, self.shards) + ".parquet")
+        It is empty where none of them can be taken over.
+        """
+        partition = self.previous_embeddings if self.reuse else None
+        return _shard_of(partition, self.embeddings_schema, shard, shards, ["item_id", "embedding"])
+
+    def no_results(self) -> pa.Table:
+        """Returns an empty table of results, as `EmbedChunk` writes them."""
+        schema = self.embeddings_schema
+        added = [pa.field(name, schema.field(name).type) for name in VERSION_COLUMNS]
+        found = [*results_schema(schema.field("item_id").type), pa.field("device", pa.string())]
+        return pa.schema([*found, *added]).empty_table()
 
 
 def _shard_of(
@@ -115,157 +185,103 @@ def _shard_of(
 # ---- Pure functions ------------------------------------------------------------------------
 
 
+def all_to_read(days: Iterable[WalkedDay], before: Tables, shard: int, reuse: bool) -> pa.Table:
+    """Returns the images that the plans of some days ask for, each item with an address once.
+
+    They are in the columns of `embed_plan.images_to_read`.
+    """
+    found: list[pa.Table] = []
+    for day in days:
+        images = embed_plan.images_to_read(day.plan, before.embeddings, shard, reuse)
+        if found and len(images):
+            known = pa.concat_tables(found).combine_chunks()
+            images = images.filter(pc.is_null(embed_plan.row_of_image(images, known)))
+        found.append(images)
+    return pa.concat_tables(found)
+
+
 def still_valid(results: pa.Table, images: pa.Table) -> pa.Table:
     """Returns the `results` of an earlier run that `embed_images` would make of `images` again.
 
     Item, address and version are unchanged. A row without an embedding, since its bytes were known,
     counts only while those bytes are still the known ones. Rejects never count: they are tried
-    again, since someone may have mended the file.
+    again, since someone may have mended the file. The shard is that to which they return now.
     """
-    results = results.filter(pc.is_null(results["reason"]))
-    now = images.take(embed_plan.row_of(results, images))
-    same = pc.fill_null(pc.equal(results["image_uri"], now["image_uri"]), False).to_numpy()
-    same = same & embed_plan.same_version(results, now)
+    rows = embed_plan.row_of_image(results, images)
+    good = pc.and_(pc.is_valid(rows), pc.is_null(results["reason"]))
+    results, now = results.filter(good), images.take(rows.filter(good))
+    same = embed_plan.same_version(results, now)
     known = pc.fill_null(pc.equal(results["image_sha256"], now["known_sha256"]), False)
-    return results.filter(pa.array(same & pc.or_(pc.is_valid(results["embedding"]), known)))
-
-
-def assemble_embeddings(plan: pa.Table, previous: pa.Table, results: pa.Table) -> pa.Table:
-    """Makes `item_embeddings` of a shard: planned items with an embedding, old or new.
-
-    `plan` has the columns of `embed_plan.plan`; `results` those of `embed_images`, one row for each
-    item to read.
-    """
-    before = previous.take(plan["previous_row"])
-    after = results.take(embed_plan.row_of(plan, results))
-    is_same = pc.equal(plan["state"], embed_plan.UNCHANGED)
-    is_good = pc.and_(pc.is_valid(after["image_sha256"]), pc.is_null(after["reason"]))
-    columns = {
-        name: plan[name] for name in (*CATALOGUE_COLUMNS, "in_catalogue", "left_catalogue_ds")
-    }
-    for name in VERSION_COLUMNS:
-        columns[name] = pc.if_else(is_same, before[name], after[name])  # as it was when read
-    columns["image_sha256"] = pc.if_else(is_same, before["image_sha256"], after["image_sha256"])
-    # An embedding is taken over when the file is unchanged, or was read and held the known bytes.
-    columns["embedding"] = pa.chunked_array(
-        [pc.coalesce(after["embedding"].combine_chunks(), before["embedding"].combine_chunks())]
-    )
-    return pa.table(columns).filter(pc.or_(is_same, is_good))
-
-
-def assemble_rejects(
-    plan: pa.Table, previous: pa.Table, results: pa.Table, ds: dt.date
-) -> pa.Table:
-    """Makes `item_rejects` of a shard: the catalogue items without an embedding, with their past.
-
-    An item that was not tried stays as it was in `previous`.
-    """
-    after = results.take(embed_plan.row_of(plan, results))
-    reason = {n: pc.coalesce(plan[n], after[n]) for n in ("stage", "reason", "message")}
-    waits = pc.equal(plan["state"], embed_plan.WAITING)
-    rejected = pc.and_(pc.or_(waits, pc.is_valid(reason["reason"])), plan["in_catalogue"])
-    plan, waits = plan.filter(rejected), waits.filter(rejected)
-    before = previous.take(embed_plan.row_of(plan, previous))
-    attempts = pc.cast(pc.add(pc.fill_null(before["attempts"], 0), 1), pa.int32())
-    today = pa.scalar(ds, pa.date32())
-    now = {
-        **{name: column.filter(rejected) for name, column in reason.items()},
-        "attempts": attempts,
-        "first_ds": pc.fill_null(before["first_ds"], today),
-        "last_ds": pa.chunked_array([pa.repeat(today, len(plan))]),
-        "next_ds": pa.chunked_array([embed_plan.next_ds(ds, attempts.to_numpy())]),
-    }
-    rows = {name: pc.if_else(waits, before[name], column) for name, column in now.items()}
-    return pa.table({**{name: plan[name] for name in CATALOGUE_COLUMNS}, **rows})
-
-
-def count_shard(
-    plan: pa.Table, results: pa.Table, embeddings: pa.Table, rejects: pa.Table
-) -> dict[str, int]:
-    """Counts what became of the items of a shard."""
-    state = {s["values"].as_py(): s["counts"].as_py() for s in pc.value_counts(plan["state"])}
-    embedded = pc.sum(results["is_embedded"]).as_py() or 0
-    valid = results["reason"].null_count
-    return {
-        "catalogue_items": pc.sum(plan["in_catalogue"]).as_py() or 0,
-        "former_items": len(embeddings) - (pc.sum(embeddings["in_catalogue"]).as_py() or 0),
-        "images_unchanged": state.get(embed_plan.UNCHANGED, 0),
-        "images_read": pc.sum(results["is_read"]).as_py() or 0,
-        "images_embedded": embedded,
-        "images_reused": valid - embedded,
-        "rejects_waiting": state.get(embed_plan.WAITING, 0),
-        **_rejected(rejects["reason"]),
-    }
-
-
-def _rejected(reasons: pa.ChunkedArray) -> dict[str, int]:
-    found = pc.value_counts(reasons.drop_null())
-    return {f"rejected_{reason['values']}": reason["counts"].as_py() for reason in found}
-
-
-def work_of(results: pa.Table) -> dict[str, float]:
-    """Tells what the results of a shard cost, and on which devices and in which precisions."""
-    embedded = results.filter(results["is_embedded"])
-    devices = pc.value_counts(embedded["device"])
-    return {
-        "bytes_read": pc.sum(results["bytes_read"]).as_py() or 0,
-        **{name: pc.sum(results[name]).as_py() or 0.0 for name in _SECONDS},
-        **{f"embedded_on_{d['values']}": d["counts"].as_py() for d in devices},
-    }
+    holds = pa.array(same & pc.or_(pc.is_valid(results["embedding"]), known).to_numpy())
+    shard = now["shard"].filter(holds)
+    return results.filter(holds).set_column(results.column_names.index("shard"), "shard", shard)
 
 
 # ---- Transforms ----------------------------------------------------------------------------
 
 
 class ReadCatalogue(beam.DoFn):
-    """Turns a row group of the catalogue into its rows by item shard."""
+    """Turns a row group of a catalogue into its rows by item shard, with the catalogue's number."""
 
     def __init__(self, job: EmbedJob):
         self._job, self.staging = job, job.staging
 
     @worker_notes.refusing
-    def process(self, group: RowGroup) -> Iterator[tuple[int, Piece]]:
+    def process(self, element: tuple[int, RowGroup]) -> Iterator[tuple[int, CataloguePiece]]:
+        number, group = element
         rows = read_rows(group, CATALOGUE_COLUMNS)
         shard = hashing.shard_of(hashing.hash_ids(rows["item_id"]), self._job.shards)
         name = documents.digest([group.path, group.index])[:16]
-        return write_pieces(self._job.path("catalogue", name), rows, shard)
+        for into, piece in write_pieces(self._job.path("catalogue", name), rows, shard):
+            yield into, (number, piece)
 
 
-class PlanShard(beam.DoFn):
-    """Turns the catalogue rows of a shard into its plan and the images to read.
+class _Walk(beam.DoFn):
+    """Walks the items of a shard through the days."""
 
-    The plan is a file; the images go by size.
+    def __init__(self, job: EmbedJob, catalogues: Sequence[int]):
+        self._job, self._catalogues, self.staging = job, catalogues, job.staging
+
+    def days(self, pieces: Iterable[CataloguePiece]) -> Iterator[Day]:
+        """Yields the days of a shard with their catalogues, each read when its day comes."""
+        job, found = self._job, [piece for piece in pieces if isinstance(piece, tuple)]
+        nothing = arrays.empty_rows(job.embeddings_schema).select(CATALOGUE_COLUMNS)
+        read = None
+        for place, (day, number) in enumerate(zip(job.days, self._catalogues, strict=True)):
+            if read != number:
+                rows = read_pieces((piece for n, piece in found if n == number), nothing)
+                read, rows = number, arrays.in_order(rows, ["item_id"])
+            later = place > 0  # the day before is then made by this very job
+            yield Day(day.ds, rows, later or job.reuse, (later or job.same_roots) and not job.full)
+
+
+class PlanShard(_Walk):
+    """Turns the catalogues of a shard into the images to read, by size, hoping that all are good.
+
+    What was seen of images goes to the second walk, as output `seen`.
     """
 
-    def __init__(self, job: EmbedJob):
-        self._job, self.staging = job, job.staging
+    def __init__(self, job: EmbedJob, catalogues: Sequence[int]):
+        super().__init__(job, catalogues)
         self._heartbeat = worker_notes.Heartbeat(job.staging)
 
     @worker_notes.refusing
-    def process(self, element: Keyed) -> Iterator[tuple[int, Piece]]:
+    def process(self, element: tuple[int, Iterable[CataloguePiece]]) -> Iterator[Any]:
         job, (shard, pieces) = self._job, element
         if job.is_done(shard):
             return
-        nothing = arrays.empty_rows(job.embeddings_schema).select(CATALOGUE_COLUMNS)
-        catalogue = read_pieces(pieces, nothing)
-        previous = job.previous_embeddings_of(shard, without=["embedding"])
-        items = embed_plan.items_of_shard(catalogue, previous, job.ds, job.window_days)
-        plan = embed_plan.plan(
-            items,
-            previous,
-            job.previous_rejects_of(shard),
-            job.image_roots,
-            job.ds,
-            job.reuse,
-            job.same_roots and not job.full,
-        )
-        partitions.write_parquet(job.plan_path(shard), plan)
-        images = embed_plan.images_to_read(plan, previous, shard, job.reuse and not job.full)
-        self._heartbeat.add(total=len(images), **_rejected(plan["reason"]))
+        before, sightings = job.before(shard), Sightings(job.image_roots)
+        walked = embed_walk.walk(self.days(pieces), before, sightings, job.window_days)
+        images = all_to_read(walked, before, shard, job.reuse and not job.full)
+        reasons = embed_walk.count_reasons(sightings.seen["reason"])
+        self._heartbeat.add(total=len(images), **reasons)
         self._heartbeat.write()
-        yield from write_pieces(
-            job.path("to_read", f"{shard:05d}"), images, embed_plan.bucket_of(images, job.shards)
-        )
+        name = f"{shard:05d}"
+        seen = _write_piece(job.path("seen", name), sightings.seen)
+        if seen is not None:
+            yield beam.pvalue.TaggedOutput(_SEEN, (shard, seen))
+        bucket = embed_plan.bucket_of(images, job.shards)
+        yield from write_pieces(job.path("to_read", name), images, bucket)
 
 
 class CutBucket(beam.DoFn):
@@ -279,15 +295,14 @@ class CutBucket(beam.DoFn):
         self._heartbeat = worker_notes.Heartbeat(job.staging)
 
     @worker_notes.refusing
-    def process(self, element: Keyed) -> Iterator[Any]:
+    def process(self, element: tuple[int, Iterable[Piece]]) -> Iterator[Any]:
         job, (bucket, pieces) = self._job, element
         images = read_pieces(pieces, pa.table({}))
         name = f"{bucket:05d}"
         kept = self._kept(bucket, images)
         if kept is not None:
             self._heartbeat.add(done=len(kept))
-            done = pc.is_in(images["item_id"], value_set=kept["item_id"].combine_chunks())
-            images = images.filter(pc.invert(done))
+            images = images.filter(pc.is_null(embed_plan.row_of_image(images, kept)))
             for found in write_pieces(job.path("kept", name), kept, kept["shard"].to_numpy()):
                 yield beam.pvalue.TaggedOutput(_KEPT, found)
         images, chunk = embed_plan.cut(images, job.chunk_items)
@@ -295,13 +310,12 @@ class CutBucket(beam.DoFn):
             yield bucket, piece
 
     def _kept(self, bucket: int, images: pa.Table) -> pa.Table | None:
-        """Returns what earlier runs made of `images` and still holds, each item once, or None."""
+        """Returns what earlier runs made of `images` and still holds, each once, or None."""
         paths = files.find(os.path.join(self._job.chunks, f"{bucket:05d}-*.arrow"))
         if not paths:
             return None
         results = pa.concat_tables(still_valid(read_all(path), images) for path in paths)
-        codes = results["item_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-        _, first = np.unique(codes, return_index=True)
+        _, first = np.unique(embed_plan.row_of_image(results, images), return_index=True)
         return results.take(pa.array(first))
 
 
@@ -357,55 +371,142 @@ class EmbedChunk(ModelHandler[tuple[int, Piece], tuple[int, Piece], Embedder]):
         yield from write_pieces(path, results, images["shard"].to_numpy())
 
 
-class AssembleShard(beam.DoFn):
-    """Turns the results of a shard into its parts of `item_embeddings` and `item_rejects`."""
+class DayRows(NamedTuple):
+    """Holds what a walk makes of a day: the rows of its tables, as pieces, and what is told of it.
+
+    `embeddings` have no vectors; their `result_row` points into the results that the piece
+    `results` lists.
+    """
+
+    embeddings: Piece | None
+    rejects: Piece | None
+    results: Piece | None
+    counts: dict[str, int]
+    work: dict[str, float]
+
+
+class WalkShard(_Walk):
+    """Turns the results of a shard into the rows of each day, by day and shard of its tables."""
+
+    @worker_notes.refusing
+    def process(
+        self, element: tuple[int, Mapping[str, Iterable[Any]]]
+    ) -> Iterator[tuple[tuple[int, int], DayRows]]:
+        job, (shard, given) = self._job, element
+        if job.is_done(shard):
+            return
+        results, listed = self._results(shard, list(given[_RESULTS]))
+        nothing = Sightings(job.image_roots)
+        sightings = Sightings(job.image_roots, read_pieces(given[_SEEN], nothing.seen))
+        days = embed_walk.walk(
+            self.days(given[_CATALOGUE]), job.before(shard), sightings, job.window_days, results
+        )
+        told = np.zeros(len(results), bool)  # of which results an earlier day has told the cost
+        for day, walked in enumerate(days):
+            tables, rows = walked.tables, walked.result_rows
+            first = results.take(pa.array(rows[~told[rows]]))
+            told[rows] = True
+            path = job.path("days", f"{walked.ds}-{shard:05d}")
+            yield (
+                (day, job.shard_of_day(day, shard)),
+                DayRows(
+                    _write_piece(path + "-embeddings", tables.embeddings),
+                    _write_piece(path + "-rejects", tables.rejects),
+                    listed
+                    if tables.embeddings[RESULT_ROW].null_count < len(tables.embeddings)
+                    else None,
+                    embed_walk.count(walked),
+                    embed_walk.work_of(tables.embeddings, first),
+                ),
+            )
+
+    def _results(self, shard: int, pieces: list[Piece]) -> tuple[pa.Table, Piece | None]:
+        """Returns the results without vectors, and the piece that lists where they lie."""
+        nothing = self._job.no_results().drop_columns("embedding")
+        results = read_pieces(pieces, nothing, nothing.column_names)
+        columns = zip(*sorted(pieces), strict=True) if pieces else ((), ())
+        places = dict(zip(Piece._fields, map(list, columns), strict=True))
+        return results, _write_piece(self._job.path("results", f"{shard:05d}"), pa.table(places))
+
+
+def _write_piece(path: str, rows: pa.Table) -> Piece | None:
+    """Writes all rows as one piece; returns None where there are none."""
+    pieces = write_pieces(path, rows, np.zeros(len(rows), np.int64))
+    return next((piece for _, piece in pieces), None)
+
+
+class WriteDay(beam.DoFn):
+    """Turns the rows of a day's shard into its parts of `item_embeddings` and `item_rejects`."""
 
     def __init__(self, job: EmbedJob):
         self._job, self.staging = job, job.staging
 
     @worker_notes.refusing
-    def process(self, element: Keyed) -> None:
-        job, (shard, pieces) = self._job, element
-        if job.is_done(shard):
-            return
-        plan = partitions.read_parquet(job.plan_path(shard))
-        results = read_pieces(pieces, self._no_results())
-        embeddings = assemble_embeddings(plan, job.previous_embeddings_of(shard), results)
-        rejects = assemble_rejects(plan, job.previous_rejects_of(shard), results, job.ds)
-        partitions.write_part(
-            os.path.join(job.staging, ITEM_EMBEDDINGS.name), ITEM_EMBEDDINGS, job.embeddings_schema,
-            embeddings, shard, job.shards,
-            count_shard(plan, results, embeddings, rejects), work_of(results),
-        )  # fmt: skip
-        partitions.write_part(
-            os.path.join(job.staging, ITEM_REJECTS.name), ITEM_REJECTS, job.rejects_schema,
-            rejects, shard, job.shards,
-        )  # fmt: skip
+    def process(self, element: tuple[tuple[int, int], Iterable[DayRows | bytes]]) -> None:
+        (day, shard), given = element
+        found = [of_walk for of_walk in given if isinstance(of_walk, DayRows)]
+        if not self._job.has_part(day, ITEM_EMBEDDINGS, shard):
+            told = [of_walk._asdict() for of_walk in found]
+            counts, work = (partitions.sum_counts(told, what) for what in ("counts", "work"))
+            rows = self._embeddings(day, shard, found)
+            self._write(day, ITEM_EMBEDDINGS, shard, rows, counts, work)
+        if not self._job.has_part(day, ITEM_REJECTS, shard):
+            nothing = arrays.empty_rows(self._job.rejects_schema)
+            pieces = [of_walk.rejects for of_walk in found if of_walk.rejects]
+            self._write(day, ITEM_REJECTS, shard, read_pieces(pieces, nothing).combine_chunks())
 
-    def _no_results(self) -> pa.Table:
-        """Returns an empty table of results, as `EmbedChunk` writes them."""
-        schema = self._job.embeddings_schema
-        added = [pa.field(name, schema.field(name).type) for name in VERSION_COLUMNS]
-        found = [*results_schema(schema.field("item_id").type), pa.field("device", pa.string())]
-        return pa.schema([*found, *added]).empty_table()
+    def _embeddings(self, day: int, shard: int, found: Sequence[DayRows]) -> pa.Table:
+        job, parts, results = self._job, [], [self._job.no_results().select(["embedding"])]
+        for of_walk in found:
+            if of_walk.embeddings is None:
+                continue
+            rows = read_pieces([of_walk.embeddings], pa.table({}))
+            place = rows.column_names.index(RESULT_ROW)
+            offset = pa.scalar(sum(map(len, results)), pa.int64())
+            parts.append(rows.set_column(place, RESULT_ROW, pc.add(rows[RESULT_ROW], offset)))
+            if of_walk.results is not None:
+                listed = read_pieces([of_walk.results], pa.table({})).to_pylist()
+                results.append(read_pieces([Piece(**x) for x in listed], results[0], ["embedding"]))
+        if not parts:
+            return arrays.empty_rows(job.embeddings_schema)
+        before = job.vectors_before(shard, job.days[day].shards)
+        return embed_walk.with_vectors(pa.concat_tables(parts), pa.concat_tables(results), before)
+
+    def _write(
+        self, day: int, table: Table, shard: int, rows: pa.Table,
+        counts: dict[str, int] | None = None, work: dict[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        job, of_day = self._job, self._job.days[day]
+        schema = job.embeddings_schema if table is ITEM_EMBEDDINGS else job.rejects_schema
+        folder = os.path.join(of_day.staging, table.name)
+        partitions.write_part(folder, table, schema, rows, shard, of_day.shards, counts, work)
 
 
 # ---- The job -------------------------------------------------------------------------------
 
 
-def define_embed(root: beam.Pipeline, catalogue: Source, job: EmbedJob) -> None:
-    """Writes `item_embeddings` and `item_rejects` below `job.staging`, one part per item shard."""
-    shards = every_shard(root, job.shards)
-    cut = (
-        (
-            root
-            | "CatalogueGroups" >> beam.Create(catalogue.groups())
-            | "ReadCatalogue" >> beam.ParDo(ReadCatalogue(job)),
-            shards,
-        )
-        | "CatalogueAndShards" >> beam.Flatten()
+def define_embed(root: beam.Pipeline, job: EmbedJob) -> None:
+    """Writes `item_embeddings` and `item_rejects` of each day below that day's staging folder."""
+    catalogues = job.catalogues
+    groups = [
+        (number, group)
+        for number in sorted(set(catalogues))
+        for group in job.days[number].catalogue.groups()
+    ]
+    job = job.slim()
+    catalogue = (
+        root
+        | "CatalogueGroups" >> beam.Create(groups)
+        | "ReadCatalogue" >> beam.ParDo(ReadCatalogue(job)),
+        every_shard(root, job.shards),
+    ) | "CatalogueAndShards" >> beam.Flatten()
+    planned = (
+        catalogue
         | "CatalogueByShard" >> beam.GroupByKey()
-        | "PlanShard" >> beam.ParDo(PlanShard(job))
+        | "PlanShard" >> beam.ParDo(PlanShard(job, catalogues)).with_outputs(_SEEN, main=_IMAGES)
+    )
+    cut = (
+        planned[_IMAGES]
         | "ImagesBySize" >> beam.GroupByKey()
         | "CutBucket" >> beam.ParDo(CutBucket(job)).with_outputs(_KEPT, main="to_do")
     )
@@ -414,9 +515,15 @@ def define_embed(root: beam.Pipeline, catalogue: Source, job: EmbedJob) -> None:
         | "SpreadChunks" >> beam.Reshuffle()
         | "EmbedChunk" >> RunInference(EmbedChunk(job))
     )
+    results = (embedded, cut.kept) | "Results" >> beam.Flatten()
+    rows = (
+        {_CATALOGUE: catalogue, _SEEN: planned[_SEEN], _RESULTS: results}
+        | "ResultsByShard" >> beam.CoGroupByKey()
+        | "WalkShard" >> beam.ParDo(WalkShard(job, catalogues))
+    )
     _ = (
-        (embedded, cut.kept, shards)
-        | "ResultsAndShards" >> beam.Flatten()
-        | "ResultsByShard" >> beam.GroupByKey()
-        | "AssembleShard" >> beam.ParDo(AssembleShard(job))
+        (rows, every_shard_of_days(root, [day.shards for day in job.days]))
+        | "RowsAndShards" >> beam.Flatten()
+        | "ByDayAndShard" >> beam.GroupByKey()
+        | "WriteDay" >> beam.ParDo(WriteDay(job))
     )

@@ -1,7 +1,8 @@
 """Plans EMBED: which items of a shard are as they were, and which images must be read.
 
 Whether an image may have changed is asked of the store (generation, or size and time), which reads
-nothing. A reject is tried again on its `next_ds`, at once under another address.
+nothing, and once for all days of a job. A reject is tried again on its `next_ds`, at once under
+another address.
 """
 
 import datetime as dt
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 from courier_model.image_files import Rejected, find_image
 from feature_jobs.inputs import CATALOGUE_COLUMNS, check_unique
 from feature_jobs.schemas import TIMESTAMP
-from feature_jobs.store import hashing
+from feature_jobs.store import arrays, hashing
 from feature_jobs.store.files import FileInfo
 
 UNCHANGED = "unchanged"  # its embedding is taken over
@@ -54,7 +55,7 @@ def items_of_shard(
     Columns of the catalogue, `in_catalogue`, `left_catalogue_ds` and `previous_row`, the item's row
     in `previous` (null without one). Raises DataContractError for a duplicate item.
     """
-    catalogue = catalogue.sort_by("item_id")
+    catalogue = arrays.in_order(catalogue, ["item_id"])
     check_unique(catalogue["item_id"], ds)
     former = former_items(previous, catalogue["item_id"], ds, window_days)
     columns = list(CATALOGUE_COLUMNS)
@@ -75,11 +76,26 @@ def row_of(items: pa.Table, rows: pa.Table) -> pa.ChunkedArray:
     return pc.index_in(items["item_id"], value_set=rows["item_id"].combine_chunks())
 
 
+def row_of_image(images: pa.Table, rows: pa.Table) -> pa.ChunkedArray:
+    """Tells where each item with its address stands in `rows`, null for one that does not.
+
+    An item can stand there more than once, each time under another address.
+    """
+    items, uris = (pc.unique(rows[name]) for name in ("item_id", "image_uri"))
+
+    def code(table: pa.Table) -> pa.ChunkedArray:  # one number for both; null for what is not there
+        item = pc.index_in(table["item_id"], value_set=items).cast(pa.int64())
+        uri = pc.index_in(table["image_uri"], value_set=uris).cast(pa.int64())
+        return pc.add(pc.multiply(item, len(uris)), uri)
+
+    return pc.index_in(code(images), value_set=code(rows).combine_chunks())
+
+
 def plan(
     items: pa.Table,
     previous: pa.Table,
     rejects: pa.Table,
-    roots: Sequence[str],
+    sightings: "Sightings",
     ds: dt.date,
     reuse: bool,
     same_roots: bool,
@@ -96,8 +112,10 @@ def plan(
     # A former item's file is often deleted with it: its embedding stays, unlooked at.
     stays = ~inside & reuse
     rows = np.flatnonzero(~(waits | stays))
-    found = _find(items["image_uri"].take(pa.array(rows)).to_pylist(), roots)
-    images = _as_table(found, rows, len(items))
+    place = np.full(len(items), -1)
+    place[rows] = np.arange(len(rows))
+    found = sightings.of(items["image_uri"].take(pa.array(rows)))
+    images = found.take(pa.array(place, mask=place < 0))
     same = is_unchanged(items, images, previous) & reuse & same_roots
     state = np.full(len(items), TO_READ, object)
     state[pc.is_valid(images["reason"]).to_numpy()] = REJECTED
@@ -143,6 +161,37 @@ def same_version(some: pa.Table, others: pa.Table) -> np.ndarray:
     return same
 
 
+# ---- What is there ---------------------------------------------------------------------------
+
+
+class Sightings:
+    """Looks at images, at each address once, and keeps what it saw.
+
+    `seen` has a row for each address: image_uri (nullable), VERSION_COLUMNS and, where nothing is
+    there that could be read, stage, reason and message.
+    """
+
+    def __init__(self, roots: Sequence[str], seen: pa.Table | None = None):
+        self._roots = roots
+        self.seen = _as_table(pa.array([], pa.string()), []) if seen is None else seen
+
+    def of(self, uris: pa.ChunkedArray) -> pa.Table:
+        """Returns the row of each address without the address, looking where it has not yet.
+
+        Raises faults of the store other than a missing or forbidden file.
+        """
+        distinct = pc.unique(uris)
+        known = pc.is_in(distinct, value_set=self.seen["image_uri"].combine_chunks())
+        new = distinct.filter(pc.invert(known))
+        if len(new):
+            seen = pa.concat_tables(
+                [self.seen, _as_table(new, _find(new.to_pylist(), self._roots))]
+            )
+            self.seen = seen.combine_chunks()
+        place = pc.index_in(uris, value_set=self.seen["image_uri"].combine_chunks())
+        return self.seen.drop_columns("image_uri").take(place)
+
+
 def _find(uris: Sequence[str | None], roots: Sequence[str]) -> list[FileInfo | Rejected]:
     blocks = [uris[at : at + _BLOCK] for at in range(0, len(uris), _BLOCK)]
     with ThreadPoolExecutor(_FINDERS) as pool:
@@ -150,8 +199,8 @@ def _find(uris: Sequence[str | None], roots: Sequence[str]) -> list[FileInfo | R
         return list(chain.from_iterable(found))
 
 
-def _as_table(found: Sequence[FileInfo | Rejected], rows: np.ndarray, size: int) -> pa.Table:
-    """Returns what was found of `rows` as a table of `size` rows; null for all others."""
+def _as_table(uris: pa.Array, found: Sequence[FileInfo | Rejected]) -> pa.Table:
+    """Returns what was found at some addresses as a table."""
     columns = {
         "image_generation": ("generation", pa.int64()),
         "image_size": ("size", pa.int64()),
@@ -160,13 +209,13 @@ def _as_table(found: Sequence[FileInfo | Rejected], rows: np.ndarray, size: int)
         "reason": ("reason", pa.string()),
         "message": ("message", pa.string()),
     }
-    place = np.full(size, -1)
-    place[rows] = np.arange(len(rows))
-    places = pa.array(place, mask=place < 0)
     table = pa.table(
         {
-            name: pa.array([getattr(one, field, None) for one in found], kind).take(places)
-            for name, (field, kind) in columns.items()
+            "image_uri": uris,
+            **{
+                name: pa.array([getattr(one, field, None) for one in found], kind)
+                for name, (field, kind) in columns.items()
+            },
         }
     )
     times = table["image_mtime"].cast(TIMESTAMP)
@@ -176,14 +225,20 @@ def _as_table(found: Sequence[FileInfo | Rejected], rows: np.ndarray, size: int)
 # ---- What is to be read ----------------------------------------------------------------------
 
 
-def images_to_read(planned: pa.Table, previous: pa.Table, shard: int, reuse: bool) -> pa.Table:
-    """Returns the rows that `embed_images` takes, with the shard to which they return."""
+def images_to_read(planned: pa.Table, before: pa.Table, shard: int, reuse: bool) -> pa.Table:
+    """Returns the rows that `embed_images` takes, with the shard to which they return.
+
+    `before` are the embeddings before the first day of the job. With `reuse` the bytes that they
+    were made of are known.
+    """
     planned = planned.filter(pc.equal(planned["state"], TO_READ))
     rows = planned.select(["item_id", "image_uri", *VERSION_COLUMNS])
-    known = previous["image_sha256"].take(planned["previous_row"])
-    return rows.append_column(
-        "known_sha256", known if reuse else pa.nulls(len(rows), pa.string())
-    ).append_column("shard", pa.array(np.full(len(rows), shard)))
+    known = pa.nulls(len(rows), pa.string())
+    if reuse:
+        known = before["image_sha256"].take(row_of(rows, before))
+    return rows.append_column("known_sha256", known).append_column(
+        "shard", pa.array(np.full(len(rows), shard))
+    )
 
 
 def bucket_of(images: pa.Table, buckets: int) -> np.ndarray:

@@ -5,10 +5,10 @@ staging folder. Local engines keep shuffles in memory, and bulk does not belong 
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -51,10 +51,13 @@ def write_pieces(path: str, rows: pa.Table, keys: np.ndarray) -> Iterator[tuple[
         yield int(keys[start]), Piece(name, number)
 
 
-def read_pieces(pieces: Iterable[Piece | bytes], otherwise: pa.Table) -> pa.Table:
+def read_pieces(
+    pieces: Iterable[Piece | bytes], otherwise: pa.Table, columns: Sequence[str] | None = None
+) -> pa.Table:
     """Reads the rows of all pieces, in an order that does not depend on theirs.
 
-    b"" has no rows; where there is no piece, the rows are `otherwise`.
+    b"" has no rows; where there is no piece, the rows are `otherwise`. Only `columns` are read, in
+    the order that they have there; None means all.
     """
     found = sorted(piece for piece in pieces if isinstance(piece, Piece))
     files = [
@@ -66,12 +69,23 @@ def read_pieces(pieces: Iterable[Piece | bytes], otherwise: pa.Table) -> pa.Tabl
     if len(files) == 1:  # for a small day threads would take longer than its file
         return _read_batches(*files[0])
     with ThreadPoolExecutor(_READERS) as pool:
-        return pa.concat_tables(pool.map(lambda file: _read_batches(*file), files))
+        return pa.concat_tables(
+            pool.map(lambda file: _read_batches(file[0], file[1], columns), files)
+        )
 
 
-def _read_batches(path: str, numbers: list[int]) -> pa.Table:
-    with files.open_input(path) as file, pa.ipc.open_file(file) as reader:
-        return plain(pa.Table.from_batches([reader.get_batch(n) for n in numbers]))
+def _read_batches(path: str, numbers: list[int], columns: Sequence[str] | None) -> pa.Table:
+    with files.open_input(path) as file:
+        wanted = None if columns is None else _places(file, columns)
+        options = pa.ipc.IpcReadOptions(included_fields=wanted)
+        with pa.ipc.open_file(file, options=options) as reader:
+            return plain(pa.Table.from_batches([reader.get_batch(n) for n in numbers]))
+
+
+def _places(file: IO[bytes], columns: Sequence[str]) -> list[int]:
+    """Returns the places of some columns in a file of pieces."""
+    names = pa.ipc.open_file(file).schema.names
+    return [names.index(name) for name in columns]
 
 
 def read_all(path: str) -> pa.Table:

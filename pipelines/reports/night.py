@@ -95,9 +95,8 @@ def _embed(counts: Numbers, work: Numbers) -> str:
         if name.startswith("embedded_on_")
     ]
     done = _nonzero(
-        (counts["images_unchanged"], "as they were"),
-        (counts["images_reused"], "reused by bytes"),
-        (0 if places else counts["images_embedded"], "embedded"),
+        (work.get("images_unchanged", 0), "as they were"),
+        (work.get("images_reused", 0), "reused by bytes"),
     )
     rejected = {k.removeprefix("rejected_"): n for k, n in counts.items() if "rejected_" in k}
     reasons = _nonzero(*((n, reason.replace("_", " ")) for reason, n in rejected.items()))

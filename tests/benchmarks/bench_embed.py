@@ -344,7 +344,7 @@ def stub_images(count: int) -> pa.Table:
 def stub_job(top: Path) -> embed.EmbedJob:
     kind = pa.int64()
     return embed.EmbedJob(
-        ds=DAYS[0], shards=1, embeddings_schema=ITEM_EMBEDDINGS.schema(kind),
+        days=(), embeddings_schema=ITEM_EMBEDDINGS.schema(kind),
         rejects_schema=ITEM_REJECTS.schema(kind), encoder_folder="", preprocessing=PREPROCESSING,
         image_roots=("/",), device="cpu", precision="auto", batch_size=256,
         chunk_items=CHUNK, window_days=30,
@@ -419,7 +419,7 @@ def one_shop(count: int) -> None:
                 planned = plan_night(load_settings(path), day, [EMBED])
                 (report,) = run_nights([planned], [], lambda _: None)
             found["seconds"].append(report["stages"]["embed"]["seconds"])
-            found["embedded"].append(report["stages"]["embed"]["counts"]["images_embedded"])
+            found["embedded"].append(report["stages"]["embed"]["work"]["images_embedded"])
             found["peak_mb"].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     print(json.dumps(found))
 

@@ -24,8 +24,8 @@ from pipelines.cli import main
 from tests.conftest import Artefacts, pinned
 from tests.support.commands import (
     Capture,
-    counts,
     courier,
+    embed_work,
     given_to_the_encoder,
     manifest,
     paragraph,
@@ -85,7 +85,7 @@ def addresses(*items: int) -> dict[int, str]:
 
 
 def work(world: World, day: dt.date) -> list[int]:
-    found = counts(world, "item_embeddings", day)
+    found = embed_work(world, day)
     return [found[name] for name in WORK]
 
 

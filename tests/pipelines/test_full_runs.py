@@ -4,7 +4,7 @@ import pytest
 
 from feature_jobs.store import files
 from pipelines.running import publishing
-from tests.support.commands import Capture, Killed, counts, courier, die_at_write, published
+from tests.support.commands import Capture, Killed, courier, die_at_write, embed_work, published
 from tests.support.world import (
     DAYS,
     LEAVES_ON_DAY_2,
@@ -31,7 +31,7 @@ def embed(world: World, *args: str) -> int:
 
 
 def work(world: World) -> list[int]:
-    found = counts(world, "item_embeddings", DAYS[1])
+    found = embed_work(world, DAYS[1])
     return [found[name] for name in WORK]
 
 

@@ -23,9 +23,9 @@ from tests.conftest import Artefacts, pinned
 from tests.support.commands import (
     Capture,
     Killed,
-    counts,
     courier,
     die_at_write,
+    embed_work,
     given_to_the_encoder,
     manifest,
     paragraph,
@@ -107,7 +107,7 @@ def test_stages_one_by_one_make_what_the_whole_night_makes(world: World, capsys:
 def test_an_image_is_read_only_when_its_file_and_embedded_only_when_its_bytes_changed(
     world: World,
 ) -> None:
-    first = counts(world, "item_embeddings", DAYS[0])
+    first = embed_work(world, DAYS[0])
     # One is not there, another is no image, and two of the eleven files that are have equal bytes.
     work = ("images_read", "images_embedded", "images_reused", "images_unchanged")
     assert [first[name] for name in work] == [11, 9, 1, 0]
@@ -117,7 +117,7 @@ def test_an_image_is_read_only_when_its_file_and_embedded_only_when_its_bytes_ch
     items = [i for i in catalogue_items(DAYS[0]) if i != left]
     world.write_catalogue(DAYS[1], items)
     assert refresh(world, DAYS[1]) == 0
-    second = counts(world, "item_embeddings", DAYS[1])
+    second = embed_work(world, DAYS[1])
     # Read: changed, touched and the reject that has a file. The item that left is not looked at.
     assert [second[name] for name in work] == [3, 1, 1, 8]
     assert (second["rejects_waiting"], second["former_items"]) == (0, 1)
@@ -135,7 +135,7 @@ def test_a_new_encoder_embeds_everything_anew_former_items_too(
     world.pin(DAYS[1], encoder, make_codebook(tmp_path / "other", encoder))
     assert refresh(world, DAYS[1]) == 3  # its cluster IDs mean something else
     assert refresh(world, DAYS[1], "--allow-churn") == 0  # item 7 left, its file is still there
-    second = counts(world, "item_embeddings", DAYS[1])
+    second = embed_work(world, DAYS[1])
     assert (second["images_unchanged"], second["images_embedded"]) == (0, 10)
     assert second["images_reused"] == 1  # two of the eleven have equal bytes
     assert second["former_items"] == 1

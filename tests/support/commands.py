@@ -47,6 +47,14 @@ def counts(world: World, table: str, day: dt.date) -> dict[str, Any]:
     return manifest(world, table, day)["counts"]
 
 
+def embed_work(world: World, day: dt.date) -> dict[str, Any]:
+    """Returns what the newest run of a day that made embeddings noted of its work, and counts."""
+    paths = (world.root / "test/_runs" / f"ds={day}").rglob("run.json")
+    path = max(paths, key=lambda path: path.stat().st_mtime_ns)
+    stage = json.loads(path.read_text())["stages"]["embed"]
+    return {**stage["counts"], **stage["work"]}
+
+
 def manifest(world: World, table: str, day: dt.date) -> dict[str, Any]:
     path = world.root / "test" / table / f"ds={day}" / "_manifest.json"
     return json.loads(path.read_text())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from courier_model.images import DecodeLimits
 from feature_jobs.inputs import check_unique
 from feature_jobs.items import embed_plan
-from feature_jobs.items.embed_plan import REJECTED, TO_READ, UNCHANGED, WAITING
+from feature_jobs.items.embed_plan import REJECTED, TO_READ, UNCHANGED, WAITING, Sightings
 from feature_jobs.schemas import DataContractError
 from feature_jobs.store import files
 from tests.support.embed_rows import (
@@ -159,7 +159,7 @@ def planned(root: Path, reuse: bool = True, same_roots: bool = True) -> pa.Table
         {"item_id": 13},  # was there
     )  # and two former items: 5 without a file, 14 with one
     items = embed_plan.items_of_shard(now, previous, DAY, 9)
-    return embed_plan.plan(items, previous, past, [str(root)], DAY, reuse, same_roots)
+    return embed_plan.plan(items, previous, past, Sightings([str(root)]), DAY, reuse, same_roots)
 
 
 NOTHING_THERE = {
@@ -207,7 +207,7 @@ def test_what_is_not_there_is_rejected_without_reading_and_the_rest_has_its_vers
 
 def test_a_plan_without_items_has_the_same_columns(root: Path) -> None:
     empty = embed_plan.items_of_shard(catalogue(), embeddings(), DAY, 9)
-    plan = embed_plan.plan(empty, embeddings(), rejects(), [str(root)], DAY, True, True)
+    plan = embed_plan.plan(empty, embeddings(), rejects(), Sightings([str(root)]), DAY, True, True)
     assert len(plan) == 0
     assert plan.schema.equals(planned(root).schema)
     assert len(embed_plan.images_to_read(plan, embeddings(), 3, True)) == 0
@@ -225,13 +225,41 @@ def test_a_fault_of_the_disk_is_no_property_of_an_image(
         planned(root)
 
 
+def test_each_address_is_looked_at_once_and_what_was_seen_of_it_stays(root: Path) -> None:
+    asked = ["1.png", None, "9.png", "1.png", "2.png", None]
+    sightings = Sightings([str(root)])
+    first = sightings.of(pa.chunked_array([asked], pa.string()))
+    assert sorted(map(str, sightings.seen["image_uri"].to_pylist())) == sorted(map(str, {*asked}))
+    assert first["reason"].to_pylist() == [
+        None, "unsupported_uri", "missing", None, None, "unsupported_uri"
+    ]  # fmt: skip
+    (root / "1.png").unlink()
+    (root / "9.png").write_bytes(b"there now")
+    seen = Sightings(["elsewhere"], sightings.seen)  # as it was written for another worker
+    for known in (sightings, seen):
+        assert known.of(pa.chunked_array([asked[::-1]], pa.string())).equals(
+            first.take(list(range(5, -1, -1)))
+        )
+    assert sightings.of(pa.chunked_array([["3.png", "1.png"]]))["reason"].null_count == 2
+
+
+def test_an_item_is_found_under_its_address_alone() -> None:
+    rows = images(*({"item_id": n, "image_uri": u} for n, u in [(1, "a"), (1, "b"), (2, "a")]))
+    asked = [(2, "a"), (2, "b"), (1, "b"), (3, "a"), (1, None), (1, "c"), (1, "a")]
+    now = catalogue(*({"item_id": n, "image_uri": u} for n, u in asked))
+    found = embed_plan.row_of_image(now, rows).to_pylist()
+    assert found == [2, None, 1, None, None, None, 0]
+    assert embed_plan.row_of_image(now, images()).null_count == len(now)
+    assert len(embed_plan.row_of_image(catalogue(), rows)) == 0
+
+
 @pytest.mark.parametrize("reuse", [True, False])
 def test_what_is_to_be_read_goes_with_the_bytes_that_are_known(root: Path, reuse: bool) -> None:
     version = stat_of(root, "2.png")
     previous = embeddings({"item_id": 2, **version, "image_size": 7}, {"item_id": 5})
     now = catalogue({"item_id": 2}, {"item_id": 4}, {"item_id": 9})
     items = embed_plan.items_of_shard(now, previous, DAY, 9)
-    plan = embed_plan.plan(items, previous, rejects(), [str(root)], DAY, reuse, True)
+    plan = embed_plan.plan(items, previous, rejects(), Sightings([str(root)]), DAY, reuse, True)
     expected = [
         {"item_id": item, "image_uri": f"{item}.png", "image_generation": None, **version,
          "known_sha256": digest(2) if item == 2 and reuse else None, "shard": 3}

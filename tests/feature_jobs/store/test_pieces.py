@@ -63,6 +63,19 @@ def test_several_pieces_of_one_file_are_read_together(tmp_path: Path) -> None:
     assert read_pieces(pieces.values(), NOTHING).sort_by("row").equals(numbered(9))
 
 
+def test_some_columns_can_be_read_alone(tmp_path: Path) -> None:
+    vectors = [[float(n)] * 256 for n in range(6)]
+    rows = (
+        numbered(6)
+        .append_column("vector", pa.array(vectors))
+        .append_column("half", pa.array([n if n % 2 else None for n in range(6)]))
+    )
+    pieces = list(written(tmp_path / "rows", rows, [1, 0, 0, 1, 1, 0]).values())
+    whole = read_pieces(pieces, NOTHING)
+    for columns in (["row", "half"], ["vector"], rows.column_names):
+        assert read_pieces(pieces, NOTHING, columns).equals(whole.select(columns))
+
+
 def test_no_rows_make_no_file_and_no_piece(tmp_path: Path) -> None:
     assert written(tmp_path / "rows", numbered(0), []) == {}
     assert list(tmp_path.iterdir()) == []

@@ -5,9 +5,8 @@ from typing import Any
 from pipelines.reports import night
 
 EMBED = {
-    "catalogue_items": 1576, "former_items": 13, "item_rejects_rows": 18, "images_unchanged": 1548,
-    "images_reused": 0, "images_embedded": 10, "rejected_missing": 12, "rejected_not_an_image": 6,
-    "rejects_waiting": 0,
+    "catalogue_items": 1576, "former_items": 13, "item_rejects_rows": 18, "rejected_missing": 12,
+    "rejected_not_an_image": 6, "rejects_waiting": 0,
 }  # fmt: skip
 SIMSCORE = {
     "impressions": 23490, "without_history": 35, "unknown_items": 0, "too_late_for_a_history": 0,
@@ -28,7 +27,10 @@ def report(idle: bool = False, **stages: tuple[dict[str, int], dict[str, float]]
 
 
 def test_each_stage_has_a_line_that_leaves_out_zeros() -> None:
-    work = {"embedded_on_cpu_fp32": 10, "bytes_read": 2_500_000, "forward_seconds": 3.0}
+    work = {
+        "images_unchanged": 1548, "images_reused": 0, "images_embedded": 10,
+        "embedded_on_cpu_fp32": 10, "bytes_read": 2_500_000, "forward_seconds": 3.0,
+    }  # fmt: skip
     histories = {"user_histories_rows": 1191, "recent_clicks_rows": 642}
     told = night.render_report(
         report(
@@ -49,8 +51,9 @@ def test_each_stage_has_a_line_that_leaves_out_zeros() -> None:
     ]
 
 
-def test_a_run_that_made_nothing_anew_tells_no_device() -> None:
-    assert "10 embedded; 18 rejected" in night.render_report(report(embed=(EMBED, {})))
+def test_a_run_that_made_nothing_anew_tells_no_work() -> None:
+    told = night.render_report(report(embed=(EMBED, {})))
+    assert "1,576 items and 13 former ones; 18 rejected" in told
 
 
 def test_a_run_that_had_nothing_to_do_has_no_report() -> None:
