@@ -19,6 +19,7 @@ put in, from the partition before the first day and the results. All rows travel
 chunk files also are what a killed run does not do again.
 """
 
+import contextlib
 import datetime as dt
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -310,11 +311,17 @@ class CutBucket(beam.DoFn):
             yield bucket, piece
 
     def _kept(self, bucket: int, images: pa.Table) -> pa.Table | None:
-        """Returns what earlier runs made of `images` and still holds, each once, or None."""
-        paths = files.find(os.path.join(self._job.chunks, f"{bucket:05d}-*.arrow"))
-        if not paths:
+        """Returns what earlier runs made of `images` and still holds, each once, or None.
+
+        Their chunk files go when they end: what is not there any more is made again.
+        """
+        found = []
+        for path in files.find(os.path.join(self._job.chunks, f"{bucket:05d}-*.arrow")):
+            with contextlib.suppress(FileNotFoundError):
+                found.append(still_valid(read_all(path), images))
+        if not found:
             return None
-        results = pa.concat_tables(still_valid(read_all(path), images) for path in paths)
+        results = pa.concat_tables(found)
         _, first = np.unique(embed_plan.row_of_image(results, images), return_index=True)
         return results.take(pa.array(first))
 

@@ -67,11 +67,9 @@ def read_pieces(
     if not files:
         return otherwise
     if len(files) == 1:  # for a small day threads would take longer than its file
-        return _read_batches(*files[0])
+        return _read_batches(*files[0], columns)
     with ThreadPoolExecutor(_READERS) as pool:
-        return pa.concat_tables(
-            pool.map(lambda file: _read_batches(file[0], file[1], columns), files)
-        )
+        return pa.concat_tables(pool.map(lambda file: _read_batches(*file, columns), files))
 
 
 def _read_batches(path: str, numbers: list[int], columns: Sequence[str] | None) -> pa.Table:

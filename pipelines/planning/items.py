@@ -193,8 +193,10 @@ class PlannedFeatures(Planned):
 
         jobs = [
             FeaturesJob(
-                *look.made(day.stage.upstream[0]), day.folder, day.pinned.encoder.categories,
-                day.schema, features_before(day), day.of_another_lineage, day.stage.staging,
+                look.table(day.stage.upstream[0], ITEM_EMBEDDINGS),
+                look.table(day.stage.upstream[0], ITEM_REJECTS), day.folder,
+                day.pinned.encoder.categories, day.schema, features_before(day),
+                day.of_another_lineage, day.stage.staging,
             )
             for day in days
         ]  # fmt: skip
