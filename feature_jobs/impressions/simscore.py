@@ -485,12 +485,13 @@ class ScoreShard(beam.DoFn):
         return self._opened.acquire(lambda: open_item_vectors(day.items, key), tag=key)
 
     def _count_late(self, day: SimscoreDay, rows: pa.Table) -> dict[str, int]:
-        """Counts the impressions that came too late for a history."""
+        """Counts the impressions that came too late for a history, where the log has none."""
         histories = self._job.histories
-        if day.has_history or histories is None:
+        if day.has_history:
             return {}
         moments = rows["event_time"].cast(pa.int64()).to_numpy()
-        late = int((moments < day.day.known_from_us(histories.law)).sum())
+        known_from = day.day.known_from_us(histories.law) if histories else 0
+        late = int((moments < known_from).sum())
         if late:
             worker_notes.warn(
                 self.staging,

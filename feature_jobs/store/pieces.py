@@ -61,15 +61,15 @@ def read_pieces(
     """
     found = sorted(piece for piece in pieces if isinstance(piece, Piece))
     files = [
-        (path, [piece.batch for piece in of_file])
+        (path, [piece.batch for piece in of_file], columns)
         for path, of_file in groupby(found, key=lambda piece: piece.path)
     ]
     if not files:
         return otherwise
     if len(files) == 1:  # for a small day threads would take longer than its file
-        return _read_batches(*files[0], columns)
+        return _read_batches(*files[0])
     with ThreadPoolExecutor(_READERS) as pool:
-        return pa.concat_tables(pool.map(lambda file: _read_batches(*file, columns), files))
+        return pa.concat_tables(pool.map(lambda file: _read_batches(*file), files))
 
 
 def _read_batches(path: str, numbers: list[int], columns: Sequence[str] | None) -> pa.Table:

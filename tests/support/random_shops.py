@@ -6,6 +6,7 @@ Rows come late, days are closed with or without a catalogue, and a second pin be
 """
 
 import datetime as dt
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,16 +77,18 @@ class RandomShop(World):
         self.write("catalogue", day, [rows.slice(0, 5), rows.slice(5)], rows_to_group=3)
 
     def write_images_of(self, time: int) -> None:
-        """Writes the images as they are at a time; some vanish, some return, some change."""
-        rng = np.random.default_rng([self.seed, time])
+        """Writes the images as they are at a time, 0 or 1; some vanish, some return, some change.
+
+        File times change only with the bytes.
+        """
+        rng = np.random.default_rng(self.seed)
         for name in [f"{n}{b}.png" for n in range(10) for b in ("", "b")]:
             path = self.folder / "images" / name
-            number = int(name[0])
-            chance = rng.random()
-            if number not in _SURE and chance < 0.2:
-                path.unlink(missing_ok=True)
-            elif number not in _SURE and chance < 0.35:
-                path.write_bytes(b"<html>not found</html>")
-            elif chance < 0.6 or not path.exists():
-                shown = number + (20 if "b" in name else 0) + (40 * time if chance < 0.6 else 0)
-                path.write_bytes(picture(shown % 33))
+            kinds = rng.choice(["picture", "picture", "picture", "none", "broken"], 2)
+            is_other = rng.random() < 0.3
+            kind = "picture" if int(name[0]) in _SURE else kinds[time]
+            shown = int(name[0]) + (11 if "b" in name else 0) + (22 * time if is_other else 0)
+            path.unlink(missing_ok=True)
+            if kind != "none":
+                path.write_bytes(picture(shown) if kind == "picture" else b"<html>no</html>")
+                os.utime(path, ns=(10**18 + shown, 10**18 + shown * 10**9))
