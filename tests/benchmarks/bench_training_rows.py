@@ -44,7 +44,7 @@ NAMES = {
     "impressions": ("user_id", "item_id", "event_time", "clicked", "request_id"),
     "catalogue": ("item_id", "image_uri", "category"),
 }
-SECONDS = 30  # the goal for 733 days of 193 rows
+SECONDS_A_DAY = 60 / 733  # the goal, for days of 193 rows
 WAYS = {"range": "one job of all days", "days": "a job a day", "files": "the files alone"}
 
 
@@ -168,7 +168,7 @@ def main() -> None:
             print(
                 f"  {text:24}{found['seconds']:10.1f}{found['seconds'] / given.days * 1000:10.1f}"
                 f"{found['seconds'] / ours:10.1f}{found['peak_bytes'] / 1e6:7.0f} MB"
-                + (f"  (goal {SECONDS} s)" if way == "range" else ""),
+                + (f"  (goal {SECONDS_A_DAY * given.days:.0f} s)" if way == "range" else ""),
                 flush=True,
             )
 
