@@ -189,12 +189,12 @@ class PlannedFeatures(Planned):
             (reference,) = day.stage.before
             if earlier := made_here.get(reference.run_id):
                 return partitions.to_be_made(reference.staged, earlier.shards)
-            return look.open(reference)
+            return look.open(reference).slim()
 
         jobs = [
             FeaturesJob(
-                look.table(day.stage.upstream[0], ITEM_EMBEDDINGS),
-                look.table(day.stage.upstream[0], ITEM_REJECTS), day.folder,
+                look.table(day.stage.upstream[0], ITEM_EMBEDDINGS).slim(),
+                look.table(day.stage.upstream[0], ITEM_REJECTS).slim(), day.folder,
                 day.pinned.encoder.categories, day.schema, features_before(day),
                 day.of_another_lineage, day.stage.staging,
             )
