@@ -101,15 +101,12 @@ class EmbedJob:
     @property
     def catalogues(self) -> list[int]:
         """Returns the number of each day's catalogue: that of the first day with the same files."""
-        files = [replace(day.catalogue.form, ds=dt.date.min) for day in self.days]
-        keys = [
-            (form.columns, form.carry, day.catalogue.paths, day.catalogue.checksums)
-            for form, day in zip(files, self.days, strict=True)
-        ]
+        found = [day.catalogue for day in self.days]
+        keys = [(source.form.columns, source.paths, source.checksums) for source in found]
         return [keys.index(key) for key in keys]
 
     def slim(self) -> "EmbedJob":
-        """Returns the job without the names of the files of the catalogues, for workers.
+        """Returns the job with what workers need of it: without the names of catalogues' files.
 
         With those of many days it would be too large to be submitted.
         """
@@ -117,10 +114,11 @@ class EmbedJob:
             replace(d, catalogue=replace(d.catalogue, paths=(), checksums=(), row_groups=()))
             for d in self.days
         )
-        before = (p and p.slim() for p in (self.previous_embeddings, self.previous_rejects))
-        embeddings, rejects = before
         return replace(
-            self, days=tuple(days), previous_embeddings=embeddings, previous_rejects=rejects
+            self,
+            days=tuple(days),
+            previous_embeddings=self.previous_embeddings and self.previous_embeddings.slim(),
+            previous_rejects=self.previous_rejects and self.previous_rejects.slim(),
         )
 
     def path(self, step: str, name: str) -> str:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from feature_jobs.impressions import simscore
-from feature_jobs.items import embed
+from feature_jobs.items import embed_walk
 from pipelines.cli import main
 from tests.conftest import Artefacts, pinned
 from tests.support.commands import (
@@ -80,7 +80,7 @@ def test_a_catalogue_without_one_readable_image_is_refused(world: World, capsys:
 @pytest.mark.parametrize(
     ("module", "name", "told"),
     [
-        (embed, "assemble_rejects", "item_rejects: found 11, expected 12"),
+        (embed_walk, "assemble_rejects", "item_rejects: found 11, expected 12"),
         (simscore, "sort_impressions", "user_simscores rows: found 148, expected 152"),
     ],
 )
@@ -99,8 +99,8 @@ def test_tables_that_do_not_add_up_publish_nothing_and_are_made_again(
 def test_tables_that_do_not_add_up_are_read_by_no_other_command(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, day = embed.assemble_rejects, str(DAYS[0])
-    monkeypatch.setattr(embed, "assemble_rejects", lambda *given: make(*given).slice(1))
+    make, day = embed_walk.assemble_rejects, str(DAYS[0])
+    monkeypatch.setattr(embed_walk, "assemble_rejects", lambda *given: make(*given).slice(1))
     assert courier(world, "embed", "--ds", day) == 1
     assert courier(world, "item-features", "--ds", day) == 4
     assert published(world) == {}

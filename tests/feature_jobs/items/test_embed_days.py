@@ -221,7 +221,7 @@ def test_a_range_that_is_there_is_neither_walked_nor_looked_at_again(tmp_path: P
     assert shop.stubs.looked_at == shop.stubs.given == []
 
 
-def test_what_was_embedded_is_found_again_under_another_number_of_shards(tmp_path: Path) -> None:
+def test_chunk_files_of_another_number_of_shards_do_no_harm(tmp_path: Path) -> None:
     """As after a kill when a day more, of more shards, makes the range another one."""
     shop = random_shop(tmp_path, BUSY)
     old, days = shop.make_old_days(), range_of(shop)

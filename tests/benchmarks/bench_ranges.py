@@ -1,0 +1,186 @@
+"""Measures what a day of a range costs, beside a night of its own, and what many small days take.
+
+    python tests/benchmarks/bench_ranges.py [--days 60] [--items 20000] [--impressions 100000]
+        [--small 700]
+
+`make bench` runs it. Images and the encoder are stubs: what is measured is all else of a night.
+
+1. A range of so many days through all stages of the night. A day's marginal time, of the range
+   without its start-up, beside a night without its start-up (goal: 1.2 of it at most); the start-up
+   is that of a night of a few rows. Peak memory of the range, and of a quarter of it.
+2. So many days of 300 items and 300 impressions through all stages (goal: 3 minutes on 2 cores),
+   their training rows (goal: 60 s), and then, of the last of them, a night that is there (goal: 1 s
+   once all is imported) and `courier status`.
+
+Each runs in a process of its own, on a shop of its own.
+"""
+
+import argparse
+import contextlib
+import datetime as dt
+import io
+import json
+import logging
+import resource
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import nights
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from bench_embed import stubs
+from bench_simscore import book_by_hand, unit_vectors
+from nights import timed
+
+from courier_model.encoder import build_encoder, save_encoder
+from feature_jobs.codebooks.codebook import save_codebook
+from feature_jobs.schemas import TIMESTAMP
+from pipelines import cli
+
+FIRST = dt.date(2026, 1, 5)  # after the days that the codebook is made from
+PER_USER, NEW_A_DAY, CLICKED = 20, 0.01, 0.1  # impressions; items; of all impressions
+SMALL_ROWS, FEW_ROWS = 300, 20
+IMPRESSIONS = pa.schema(
+    [("user_id", pa.int64()), ("item_id", pa.int64()), ("event_time", TIMESTAMP),
+     ("clicked", pa.bool_()), ("request_id", pa.int64())]
+)  # fmt: skip
+
+
+# ---- The shop ----------------------------------------------------------------------------------
+
+
+def make_shop(top: Path, days: int, items: int, impressions: int) -> None:
+    """Writes a shop: each day a hundredth of the items is new, and as many are gone."""
+    rng = np.random.default_rng(0)
+    encoder = build_encoder("shufflenet_v2_x0_5", "random", input_size=32)
+    info = save_encoder(encoder, str(top), "stub", None, None, None, "random")
+    book = save_codebook(str(top), book_by_hand(unit_vectors(100), info.encoder_id))
+    (top / "courier.toml").write_text(
+        'root = "features"\n[catalogue]\npath = "catalogue/{ds}"\nimage_roots = ["/"]\n'
+        '[impressions]\npath = "impressions/{ds}"\n'
+        "[gates]\nmax_cluster_share = 1.0\nmax_dead_share = 1.0\n"
+        f'[[pins]]\nfrom_ds = {FIRST}\nencoder = "{info.encoder_id}"\n'
+        f'codebook = "{Path(book).name}"\n'
+    )
+    for number in range(days):
+        first = round(number * items * NEW_A_DAY)
+        write_day(top, number, np.arange(first, first + items), impressions, rng)
+
+
+def write_day(
+    top: Path, number: int, items: np.ndarray, impressions: int, rng: np.random.Generator
+) -> None:
+    ds = FIRST + dt.timedelta(days=number)
+    start = int(dt.datetime.combine(ds, dt.time(), dt.UTC).timestamp()) * 1_000_000
+    users = rng.integers(0, max(1, impressions // PER_USER), impressions)
+    times = start + rng.integers(0, 86_400, impressions) * 1_000_000
+    shown = rng.choice(items, impressions)
+    log = [users, shown, pa.array(times).cast(TIMESTAMP), rng.random(impressions) < CLICKED]
+    uris = pa.array([f"{item}.jpg" for item in items])
+    catalogue = pa.table({"item_id": items, "image_uri": uris, "category": ["a"] * len(items)})
+    for name, rows in (
+        ("catalogue", catalogue),
+        ("impressions", pa.table([*log, times // 60_000_000], schema=IMPRESSIONS)),
+    ):
+        folder = top / name / str(ds)
+        folder.mkdir(parents=True)
+        pq.write_table(rows, folder / "0.parquet")
+
+
+# ---- In a process of its own -------------------------------------------------------------------
+
+
+def courier(top: Path, *args: str) -> float:
+    """Runs a command in this process; returns its seconds."""
+    command = [args[0], "--config", str(top / "courier.toml"), *args[1:]]
+
+    def run() -> None:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            status = cli.main(command)
+        if status:
+            raise RuntimeError(f"{command} ended with {status}: {said.getvalue()[-1000:]}")
+
+    return timed(run)
+
+
+def ends(first: int, last: int) -> tuple[str, ...]:
+    """Returns the options for the days of two numbers, both included."""
+    days = (FIRST + dt.timedelta(days=number) for number in (first, last))
+    return "--start-ds", str(next(days)), "--end-ds", str(next(days))
+
+
+def measure(what: str, days: int, items: int, impressions: int) -> dict[str, float]:
+    """Makes a shop and measures one thing of it, all imports and a first night aside."""
+    with tempfile.TemporaryDirectory() as name, stubs(changed=0):
+        top = Path(name)
+        make_shop(top, days + 1, items, impressions)
+        found = {"first": courier(top, "refresh", *ends(0, 0))}
+        found["seconds"] = courier(top, "refresh", *ends(1, days))
+        if what == "small":
+            found["training rows"] = courier(top, "training-rows", *ends(0, days))
+            found["there"] = courier(top, "refresh", *ends(days, days))
+            found["all there"] = courier(top, "refresh", *ends(0, days))
+            found["status"] = courier(top, "status")
+    found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return found
+
+
+def child(what: str, days: int, items: int, impressions: int) -> dict[str, Any]:
+    return nights.child(__file__, "--measure", what, days, items, impressions)
+
+
+# ---- Told --------------------------------------------------------------------------------------
+
+
+def bench_range(days: int, items: int, impressions: int) -> None:
+    few = child("range", 1, FEW_ROWS, FEW_ROWS)["seconds"]
+    alone = child("range", 1, items, impressions)["seconds"]
+    some = child("range", max(1, days // 4), items, impressions)
+    many = child("range", days, items, impressions)
+    marginal = (many["seconds"] - few) / days
+    print(f"  {days} days of {items:,} items and {impressions:,} impressions")
+    print(f"    a night of {FEW_ROWS} rows {few:.1f} s, a night {alone:.1f} s")
+    print(
+        f"    the range {many['seconds']:.1f} s: a day {marginal:.2f} s, "
+        f"{marginal / (alone - few):.2f} of a night without its start-up (goal 1.2)"
+    )
+    print(
+        f"    peak memory of {max(1, days // 4)} days {some['peak_mb']:,.0f} MB, of {days} "
+        f"{many['peak_mb']:,.0f} MB"
+    )
+
+
+def bench_small(days: int) -> None:
+    found = child("small", days, SMALL_ROWS, SMALL_ROWS)
+    print(f"  {days} days of {SMALL_ROWS} items and {SMALL_ROWS} impressions")
+    print(f"    the range {found['seconds']:.1f} s (goal 180), a night {found['first']:.1f} s")
+    print(f"    training rows {found['training rows']:.1f} s (goal 60)")
+    print(
+        f"    there already: the last day {found['there']:.2f} s (goal 1), all days "
+        f"{found['all there']:.1f} s; status {found['status']:.2f} s"
+    )
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--measure"]:
+        logging.disable(logging.WARNING)
+        what, *sizes = sys.argv[2:]
+        print(json.dumps(measure(what, *map(int, sizes))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--days", type=int, default=60)
+    parser.add_argument("--items", type=int, default=20_000)
+    parser.add_argument("--impressions", type=int, default=100_000)
+    parser.add_argument("--small", type=int, default=700)
+    given = parser.parse_args()
+    print(nights.head())
+    bench_small(given.small)
+    bench_range(given.days, given.items, given.impressions)
+
+
+if __name__ == "__main__":
+    main()
