@@ -134,10 +134,14 @@ class Yesterdays:
         return _of_published(kind, ds, found) if found else None
 
     def published(self, kind: Kind, ds: dt.date) -> tuple[Partition, ...]:
-        """Returns the published tables of a day, of one run; empty while they are not."""
+        """Returns the published tables of a day; empty while they are not, or do not fit.
+
+        Those that feature sets share are of one run. Of others a rollback may have brought back
+        one alone, where the other had come out the same.
+        """
         found = [p for p in map(self.look.published, self._folders(kind, ds)) if p]
-        whole = len(found) == len(kind.tables) and len({one.run_id for one in found}) == 1
-        return tuple(found) if whole else ()
+        fit = not kind.is_shared or len({one.run_id for one in found}) == 1
+        return tuple(found) if fit and len(found) == len(kind.tables) else ()
 
     def _folders(self, kind: Kind, ds: dt.date) -> list[str]:
         return [layout.table_folder(self.root, self.feature_set, t, ds) for t in kind.tables]

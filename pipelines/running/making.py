@@ -145,11 +145,7 @@ def _told(staging: str, error: Exception) -> CourierError | None:
 
 
 def seal(one: Planned, table: Table) -> None:
-    """Writes what a manifest will say beside the parts, after every shard has its receipt.
-
-    What is upstream is what it was when the job began: should it have been published anew since,
-    the stage counts as not made, and is made again.
-    """
+    """Writes what a manifest will say beside the parts, after every shard has its receipt."""
     stage = one.stage
     folder = stage.staged_folder(table)
     parts = partitions.receipts(folder)
@@ -169,7 +165,7 @@ def seal(one: Planned, table: Table) -> None:
         "counts": partitions.sum_counts(parts),
         "identities": dict(stage.identities),
         "inputs": dict(stage.inputs),
-        "made_from": states.sources(stage, Look()),
+        "made_from": states.made_from(stage),
         "settings": dict(stage.settings),
         "notes": dict(stage.notes),
         "versions": PACKAGE_VERSIONS,

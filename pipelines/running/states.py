@@ -13,8 +13,8 @@ from typing import Any
 
 from feature_jobs.schemas import InputNotReady, Table
 from feature_jobs.store import documents, files, partitions
-from feature_jobs.store.documents import parse_json, write_json
-from feature_jobs.store.partitions import Partition, version_of
+from feature_jobs.store.documents import parse_json, read_json, write_json
+from feature_jobs.store.partitions import Partition
 from pipelines.config import Settings
 from pipelines.running import records
 from pipelines.running.stage import PACKAGE_VERSIONS, Planned, Reference, Stage
@@ -108,7 +108,7 @@ class Look:
         if not all(state.is_made for _, state in states):
             return None
         return {
-            table.name: version_of(partition.manifest)
+            table.name: partition.version
             for one, state in states
             for table, partition in zip(one.tables, state.tables, strict=True)
         }
@@ -306,17 +306,31 @@ def begin(stage: Stage) -> None:
     path = os.path.join(stage.staging, _BEGUN)
     found = files.read_if_there(path)
     begun = parse_json(path, found) if found else {}
-    now = {"made_from": sources(stage, look), "versions": PACKAGE_VERSIONS}
+    now = {"made_from": _sources(stage, look), "versions": PACKAGE_VERSIONS}
     if {name: begun.get(name) for name in now} != now:
         files.delete_tree(stage.staging)
         write_json(path, {**now, "why": list(look.state(stage).why)})
 
 
-def sources(stage: Stage, look: Look) -> dict[str, Any]:
+def _sources(stage: Stage, look: Look) -> dict[str, Any]:
     """Returns the versions of all that a stage is made from; None for what is not made yet."""
     before = {one.table.name: look.find(one) for one in stage.before}
-    found = {name: p and version_of(p.manifest) for name, p in before.items()}
+    found = {name: p and p.version for name, p in before.items()}
     return {**(look.made_from(stage) or {}), **({"before": found} if found else {})}
+
+
+def made_from(stage: Stage) -> dict[str, Any]:
+    """Returns the versions of all that a stage that is made now was made from.
+
+    What is upstream is what it was when the job began: should it have been published anew since,
+    the stage counts as not made, and is made again. A day before may have been made by the same
+    job.
+    """
+    path = os.path.join(stage.staging, _BEGUN)
+    found: dict[str, Any] = read_json(path)["made_from"]
+    if None in found.get("before", {}).values():
+        found["before"] = _sources(stage, Look())["before"]
+    return found
 
 
 def note_publishing(stage: Stage) -> None:

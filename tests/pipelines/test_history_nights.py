@@ -408,7 +408,7 @@ def test_a_gate_that_refuses_one_of_many_days_stops_it_and_those_that_go_on_from
     said = capsys.readouterr()
     assert "Error: ds 2026-03-03: 152 of 152 impressions" in said.err
     assert "ds 2026-03-04 waits: it goes on from ds 2026-03-03" in said.err
-    assert [line[:24] for line in said.out.splitlines() if line.startswith("ds")] == [
+    assert [line[:23] for line in said.out.splitlines() if line.startswith("ds")] == [
         f"ds {day} published" for day in DAYS[:2]
     ]
     there, rest = published(shop), {f"/ds={day}/" for day in DAYS[2:]}

@@ -159,7 +159,7 @@ def test_unreadable_parquet_and_missing_partitions_have_their_own_status(
         (["--ds", "2026-03-01", "--", "--num_worker=3"], "Did you mean --num_workers"),
         (["--ds", "2026-03-01", "2026-03-02"], "Unexpected argument"),
         (["--ds", "2026-03-01", "--nonsense"], "nonsense"),
-        ([], "Missing option '--ds'"),
+        ([], "Give one day as --ds"),
     ],
 )
 def test_wrong_usage_exits_2_before_anything_is_made(
