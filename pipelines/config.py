@@ -1,7 +1,7 @@
 """Reads settings from one TOML file: typed, frozen, unknown keys refused, the nearest known named.
 
 Paths in the file are relative to the file's own folder, so that it can be used from anywhere, or
-gs://….
+gs://…. Those of the shop are relative to `base` where it is given.
 """
 
 import datetime as dt
@@ -44,11 +44,24 @@ class FullPath(str):
         return core_schema.with_info_after_validator_function(_path, core_schema.str_schema())
 
 
+class PackagePath(str):
+    """Is the full path of an artefact's folder, whatever the `base` of the shop is."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _source: Any, _handler: Any) -> CoreSchema:
+        return core_schema.with_info_after_validator_function(_package, core_schema.str_schema())
+
+
 def _path(path: str, info: ValidationInfo) -> FullPath:
     files.check_supported(path)
-    full = FullPath(files.absolute(path, (info.context or {}).get("folder", ".")))
+    full = FullPath(files.absolute(path, (info.context or {}).get("base", ".")))
     full.written = path
     return full
+
+
+def _package(path: str, info: ValidationInfo) -> PackagePath:
+    files.check_supported(path)
+    return PackagePath(files.absolute(path, (info.context or {}).get("folder", ".")))
 
 
 def _template(path: str, info: ValidationInfo) -> str:
@@ -209,19 +222,21 @@ class Pin(_Section):
     """A pin names the encoder and codebook (package folders) of features from `from_ds` on."""
 
     from_ds: dt.date
-    encoder: FullPath
-    codebook: FullPath | None = None
+    encoder: PackagePath
+    codebook: PackagePath | None = None
 
 
 class Settings(_Section):
     """Holds everything that a night depends on besides its inputs.
 
+    The shop's relative paths begin at `base`, where there is one, and else at the settings' folder.
     A history knows a click `history_lag_seconds` after it, and an item clicked twice once, or with
     `keep_repeats` twice. Impressions that come more than `late_days` late have none. Before
     `history_start_ds` there are no clicks, and on `closed_days` no impressions, nor perhaps a
     catalogue.
     """
 
+    base: PackagePath | None = None
     root: FullPath
     feature_set: Annotated[str, Field(pattern=_NAME)] = "production"
     day_timezone: Timezone = "UTC"
@@ -302,10 +317,12 @@ def load_settings(path: str) -> Settings:
             f"The settings {path} are not valid TOML: {error}. Correct that line."
         ) from error
     folder = os.path.dirname(os.path.abspath(path))
+    base = data.get("base")
+    base = files.absolute(base, folder) if isinstance(base, str) else folder
     try:
         # As JSON, since strict mode then takes arrays for tuples and text for dates, and no more.
         text = json.dumps(data, default=str)
-        return Settings.model_validate_json(text, context={"folder": folder})
+        return Settings.model_validate_json(text, context={"folder": folder, "base": base})
     except ValidationError as error:
         problems = "; ".join(_problem(e) for e in error.errors())
         raise OperatorError(

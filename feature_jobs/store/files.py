@@ -38,8 +38,13 @@ def is_remote(path: str) -> bool:
 
 
 def absolute(path: str, folder: str = ".") -> str:
-    """Returns `path` from `folder` on, or of a bucket as it is; without a `/` at its end."""
-    return path.rstrip("/") if is_remote(path) else os.path.abspath(os.path.join(folder, path))
+    """Returns `path` from `folder` on, which may be of a bucket; without a `/` at its end."""
+    if is_remote(path):
+        return path.rstrip("/")
+    if is_remote(folder) and not os.path.isabs(path):
+        scheme, _, rest = folder.partition("://")
+        return f"{scheme}://{os.path.normpath(os.path.join(rest, path))}"
+    return os.path.abspath(os.path.join(folder, path))
 
 
 def store_of(path: str) -> Store:

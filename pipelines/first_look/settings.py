@@ -15,6 +15,9 @@ _SETTINGS = Template("""\
 # {ds} stands for the day, YYYY-MM-DD. A setting that is commented out has the default or example
 # shown.
 
+# Where the relative paths of tables and images begin, pins aside; without it, this file's folder.
+# A shop that lies in a bucket can be moved by this line alone.
+# base = "gs://shop"
 # Where the tables are published.
 root = "features"
 # The name of this series of tables; several may live side by side below the root.

@@ -1,6 +1,7 @@
 """Settings mean what they say: every key is known and of its type, or nothing starts."""
 
 import datetime as dt
+import os
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,7 @@ def with_line(line: str, section: str = "root = ") -> str:
 def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
     settings = load(folder, FULL)
     assert settings.model_dump(exclude={"catalogue", "impressions", "beam"}) == {
+        "base": None,
         "root": "/data/features",
         "feature_set": "candidate-2",
         "day_timezone": "Asia/Shanghai",
@@ -214,6 +216,20 @@ def test_relative_paths_start_at_the_files_own_folder(
     for elsewhere, name in ((folder, "courier.toml"), (folder.parent, "conf/courier.toml")):
         monkeypatch.chdir(elsewhere)
         assert load_settings(name) == settings
+
+
+@pytest.mark.parametrize(
+    ("base", "where"),
+    [("gs://shop/a", "gs://shop/a"), ("/mnt/b", "/mnt/b"), ("../data", "{folder.parent}/data")],
+)
+def test_relative_paths_of_the_shop_start_at_the_base(folder: Path, base: str, where: str) -> None:
+    settings = load(folder, f'base = "{base}"\n{FULL}')
+    where = where.format(folder=folder)
+    assert settings.impressions.path == f"{where}/imps/dt={{ds}}/*.parquet"
+    assert settings.catalogue.path == f"{os.path.dirname(where)}/shop/items/{{ds}}.parquet"
+    assert settings.catalogue.image_roots == (f"{where}/images", "/mnt/images")
+    assert [root.written for root in settings.catalogue.image_roots] == ["images", "/mnt/images"]
+    assert settings.pins == load(folder, FULL).pins
 
 
 def test_settings_cannot_be_changed(folder: Path) -> None:

@@ -11,7 +11,7 @@ from apache_beam.internal.gcp import auth
 
 from feature_jobs.codebooks.codebook import load_codebook
 from feature_jobs.schemas import ITEM_FEATURES, TABLES, TRAINING_ROWS
-from feature_jobs.store import encoder_info, files, partitions, worker_notes
+from feature_jobs.store import encoder_info, files, gcs_client, partitions, worker_notes
 from feature_jobs.store.partitions import Partition
 from pipelines import cli
 from pipelines.cli import main
@@ -53,6 +53,21 @@ def in_bucket(
     path = world.folder / "bucket.toml"
     path.write_text(text.replace('"features"', f'"{near_bucket}/features"'))
     return path
+
+
+def test_a_shop_that_moved_to_another_prefix_is_the_same(in_bucket: Path, near_bucket: str) -> None:
+    """`base` says where it lies: nothing else is spelt otherwise, and nothing is made again."""
+    text = in_bucket.read_text().replace(f'"{near_bucket}/', '"')
+    in_bucket.write_text(f'base = "{near_bucket}"\n{text}')
+    make(load_settings(str(in_bucket)), DAYS[0])
+    for name in [blob.name for blob in gcs_client.client().list_blobs("shop")]:
+        files.write_bytes(f"gs://shop/moved/{name}", files.read_bytes(f"gs://shop/{name}"))
+    in_bucket.write_text(f'base = "{near_bucket}/moved"\n{text}')
+    settings = load_settings(str(in_bucket))
+    assert settings.root == f"{near_bucket}/moved/features"
+    assert make(settings, DAYS[0]) == [
+        f"ds {DAYS[0]}: already published from the same inputs, nothing to do"
+    ]
 
 
 def make(settings: Settings, ds: dt.date) -> list[str]:

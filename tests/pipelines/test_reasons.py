@@ -188,6 +188,24 @@ def test_status_tells_why_what_is_unfinished_was_begun(world: World, capsys: Cap
     assert re.search(r"unfinished: histories 2026-03-01 run \w+ \(impressions rewritten\)", told)
 
 
+def test_filling_a_hole_changes_no_later_day(world: World, capsys: Capture) -> None:
+    """A day stays as it is while what it went on from stands, and follows where that is another."""
+    stages = [DAYS[2], DAYS[1]]  # the third goes on from the first, as there is no second yet
+    for day in stages:
+        assert courier(world, "embed", "--ds", str(day)) == 0
+    before = published(world)
+    capsys.readouterr()
+    assert courier(world, "embed", "--ds", str(DAYS[2])) == 0
+    assert "nothing to do" in capsys.readouterr().err
+    assert published(world) == before
+    assert manifest(world, "item_embeddings", DAYS[2])["inputs"]["previous"]["ds"] == str(DAYS[0])
+    rewrite_catalogue(world)
+    assert courier(world, "embed", "--ds", str(DAYS[0])) == 0
+    capsys.readouterr()
+    assert courier(world, "embed", "--ds", str(DAYS[2]), "--dry-run") == 0
+    assert f"previous was ds {DAYS[0]}, is ds {DAYS[1]}" in capsys.readouterr().out
+
+
 # ---- What comes out the same -------------------------------------------------------------------
 
 
