@@ -2,8 +2,10 @@
 
 import datetime as dt
 import logging
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -12,6 +14,7 @@ from apache_beam.internal.gcp import auth
 from feature_jobs.codebooks.codebook import load_codebook
 from feature_jobs.schemas import ITEM_FEATURES, TABLES, TRAINING_ROWS
 from feature_jobs.store import encoder_info, files, gcs_client, partitions, worker_notes
+from feature_jobs.store.gcs import GcsStore
 from feature_jobs.store.partitions import Partition
 from pipelines import cli
 from pipelines.cli import main
@@ -68,6 +71,26 @@ def test_a_shop_that_moved_to_another_prefix_is_the_same(in_bucket: Path, near_b
     assert make(settings, DAYS[0]) == [
         f"ds {DAYS[0]}: already published from the same inputs, nothing to do"
     ]
+
+
+def test_a_night_that_is_there_is_read_little(
+    in_bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk: of each of its tables three reads at most, and nothing twice."""
+    settings = load_settings(str(in_bucket))
+    make(settings, DAYS[0])
+    reads: Counter[str] = Counter()
+    for name in ("read_bytes", "open_input"):
+        real = getattr(GcsStore, name)
+
+        def count(store: GcsStore, path: str, *args: Any, real: Any = real) -> Any:
+            reads[path] += path.startswith(settings.root)
+            return real(store, path, *args)
+
+        monkeypatch.setattr(GcsStore, name, count)
+    assert "nothing to do" in make(settings, DAYS[0])[-1]
+    assert max(reads.values()) == 1
+    assert 2 * len(NIGHT) < reads.total() <= 3 * len(NIGHT)
 
 
 def make(settings: Settings, ds: dt.date) -> list[str]:
