@@ -20,11 +20,11 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     ValidationError,
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import CoreSchema, core_schema
 
 from feature_jobs.schemas import TABLES, OperatorError
 from feature_jobs.store import files
@@ -40,16 +40,16 @@ class FullPath(str):
     written: str
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, _source: Any, _handler: Any) -> CoreSchema:
-        return core_schema.with_info_after_validator_function(_path, core_schema.str_schema())
+    def __get_pydantic_core_schema__(cls, _source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return handler.generate_schema(Annotated[str, AfterValidator(_path)])
 
 
 class PackagePath(str):
     """Is the full path of an artefact's folder, whatever the `base` of the shop is."""
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, _source: Any, _handler: Any) -> CoreSchema:
-        return core_schema.with_info_after_validator_function(_package, core_schema.str_schema())
+    def __get_pydantic_core_schema__(cls, _source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return handler.generate_schema(Annotated[str, AfterValidator(_package)])
 
 
 def _path(path: str, info: ValidationInfo) -> FullPath:

@@ -145,14 +145,15 @@ def make_nights(
         kind: beam_options.job_options(settings, kind.name, beam_args) for kind in kinds
     }  # all are checked before the first stage runs
     if all(map(_is_there, nights)):
-        return [_report(night, night.look, say) for night in nights], []
+        idle = _Making(options, say, Locks())
+        return [idle.report(night, night.look) for night in nights], []
     with locks.holding(_lock_folders(settings, days, kinds[:1]), say) as held:
         refuse_held(settings, days, kinds)
         making_them, started = _Making(options, say, held), time.time()
         while not making_them.make_all(nights := _up_to_date(nights, say)):
             pass
         good = [night for night in nights if night.ds not in making_them.without]
-        reports = [making_them.report(night) for night in good]
+        reports = [making_them.report(night, Look()) for night in good]
         for night, report in zip(good, reports, strict=True):
             if not report["idle"]:
                 held.check()
@@ -276,41 +277,31 @@ class _Making:
                 self._say(f"ds {night.ds} waits: it goes on from ds {max(blocked_by)}")
                 self.without.add(night.ds)
 
-    def report(self, night: Night) -> dict[str, Any]:
-        """Returns what was done for a night, and warns of what an operator should know of it."""
-        return _report(night, Look(), self._say, self.why, self._seconds, self._options)
+    def report(self, night: Night, look: Look) -> dict[str, Any]:
+        """Returns what there is of a night, stage by stage, and what making it took.
 
+        Of a job for several days a stage took its share of the seconds. Tells what an operator
+        should know besides.
+        """
+        found = {stage.name: self._report_stage(stage, look) for stage in night.stages}
+        told = [message for stage in found.values() for message in quality.warnings(stage["work"])]
+        is_idle = all(look.state(stage).name == PUBLISHED for stage in night.stages)
+        for message in told:
+            self._say(f"WARNING: ds {night.ds}: {message}")
+        if is_idle:
+            self._say(f"ds {night.ds}: already published from the same inputs, nothing to do")
+        report = {"ds": str(night.ds), "run_id": night.run_id, "stages": found}
+        return {**report, "warnings": told, "idle": is_idle}
 
-def _report(
-    night: Night,
-    look: Look,
-    say: Callable[[str], None],
-    why: Mapping[str, tuple[str, ...]] | None = None,
-    seconds: Mapping[Kind, float] | None = None,
-    options: Mapping[Kind, JobOptions] | None = None,
-) -> dict[str, Any]:
-    """Returns what there is of a night, stage by stage, and what making it took.
-
-    A stage took its share of the `seconds` of a job for several days.
-    """
-    made = why or {}
-    report: dict[str, Any] = {"ds": str(night.ds), "run_id": night.run_id, "stages": {}}
-    for stage in night.stages:
-        report["stages"][stage.name] = {
-            "seconds": round((seconds or {}).get(stage.kind, 0.0), 1),
-            "why": list(made.get(stage.run_id, ())),
+    def _report_stage(self, stage: Stage, look: Look) -> dict[str, Any]:
+        is_published = look.state(stage).name == PUBLISHED
+        return {
+            "seconds": round(self._seconds.get(stage.kind, 0.0), 1),
+            "why": list(self.why.get(stage.run_id, ())),
             "counts": making.counts_of(stage, look),
-            "work": {} if look.state(stage).name == PUBLISHED else making.work_of(stage),
-            "workers": asdict(options[stage.kind].share) if options else None,
+            "work": {} if is_published else making.work_of(stage),
+            "workers": asdict(self._options[stage.kind].share),
         }
-    works = [stage["work"] for stage in report["stages"].values()]
-    report["warnings"] = [message for work in works for message in quality.warnings(work)]
-    report["idle"] = all(look.state(stage).name == PUBLISHED for stage in night.stages)
-    for message in report["warnings"]:
-        say(f"WARNING: ds {night.ds}: {message}")
-    if report["idle"]:
-        say(f"ds {night.ds}: already published from the same inputs, nothing to do")
-    return report
 
 
 def _refused(planned: Sequence[Planned], settings: Settings) -> list[tuple[Planned, CourierError]]:

@@ -71,7 +71,7 @@ def test_each_full_run_is_a_new_one(nights: World, capsys: Capture) -> None:
     nights.put(MISSING, picture(50))
     capsys.readouterr()
     assert embed(nights, "--full", "--dry-run") == 0
-    assert "compute: everything again" in capsys.readouterr().out
+    assert "compute: asked for (--full)" in capsys.readouterr().out
     assert published(nights) == before
     assert embed(nights, "--full") == 0
     assert MISSING not in rejects(nights)
