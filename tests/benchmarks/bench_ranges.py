@@ -26,6 +26,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import nights
 import numpy as np
@@ -35,6 +36,7 @@ from bench_embed import stubs
 from bench_simscore import book_by_hand, unit_vectors
 from nights import timed
 
+from courier_model import inference
 from courier_model.encoder import build_encoder, save_encoder
 from feature_jobs.codebooks.codebook import save_codebook
 from feature_jobs.schemas import TIMESTAMP
@@ -42,7 +44,7 @@ from pipelines import cli
 
 FIRST = dt.date(2026, 1, 5)  # after the days that the codebook is made from
 PER_USER, NEW_A_DAY, CLICKED = 20, 0.01, 0.1  # impressions; items; of all impressions
-SMALL_ROWS, FEW_ROWS = 300, 20
+SMALL_ROWS, FEW_ROWS, CENTRES = 300, 20, 100
 IMPRESSIONS = pa.schema(
     [("user_id", pa.int64()), ("item_id", pa.int64()), ("event_time", TIMESTAMP),
      ("clicked", pa.bool_()), ("request_id", pa.int64())]
@@ -57,7 +59,7 @@ def make_shop(top: Path, days: int, items: int, impressions: int) -> None:
     rng = np.random.default_rng(0)
     encoder = build_encoder("shufflenet_v2_x0_5", "random", input_size=32)
     info = save_encoder(encoder, str(top), "stub", None, None, None, "random")
-    book = save_codebook(str(top), book_by_hand(unit_vectors(100), info.encoder_id))
+    book = save_codebook(str(top), book_by_hand(unit_vectors(CENTRES), info.encoder_id))
     (top / "courier.toml").write_text(
         'root = "features"\n[catalogue]\npath = "catalogue/{ds}"\nimage_roots = ["/"]\n'
         '[impressions]\npath = "impressions/{ds}"\n'
@@ -115,7 +117,16 @@ def ends(first: int, last: int) -> tuple[str, ...]:
 
 def measure(what: str, days: int, items: int, impressions: int) -> dict[str, float]:
     """Makes a shop and measures one thing of it, all imports and a first night aside."""
-    with tempfile.TemporaryDirectory() as name, stubs(changed=0):
+    vectors = unit_vectors(CENTRES)
+
+    def embed(embedder: object, pixels: np.ndarray) -> np.ndarray:
+        return vectors[np.arange(len(pixels)) % CENTRES]  # as far from each other as centres are
+
+    with (
+        tempfile.TemporaryDirectory() as name,
+        stubs(changed=0),
+        mock.patch.object(inference.Embedder, "embed", embed),
+    ):
         top = Path(name)
         make_shop(top, days + 1, items, impressions)
         found = {"first": courier(top, "refresh", *ends(0, 0))}
