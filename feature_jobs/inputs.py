@@ -87,8 +87,10 @@ class Source:
         """
         form, count = self.form, len(self.paths)
         settings = [sorted(form.columns.items()), form.carry, form.input_timezone]
-        digest = documents.digest([settings, sorted(self.checksums)])
-        return {"ds": str(form.ds), "files": count, "rows": self.rows, "digest": digest[:16]}
+        digest = documents.digest(sorted(self.checksums))[:16]
+        read_as = documents.digest(settings)[:16]
+        found = {"ds": str(form.ds), "files": count, "rows": self.rows, "digest": digest}
+        return {**found, "read_as": read_as}
 
 
 # ---- Finding -------------------------------------------------------------------------------

@@ -67,25 +67,26 @@ def _make(
     from pipelines.nightly import NightOptions
     from pipelines.reports import night
 
-    settings = load_settings(config)
-    if not dry_run:
-        nightly.refuse_held(settings, days, kinds)
-    nights = nightly.plan_nights(settings, days, kinds, _say, NightOptions(**asked))
+    settings, options = load_settings(config), NightOptions(**asked)
     refused: list[CourierError] = []
     if dry_run:
+        nights = nightly.plan_nights(settings, days, kinds, _say, options)
         found = [night.describe_plan(one, beam_args) for one in nights]
     else:
-        found, refused = nightly.make_nights(nights, beam_args, _say)
+        free, held = nightly.without_held(settings, days, kinds)
+        nights = nightly.plan_nights(settings, free, kinds, _say, options) if free else []
+        found, refused = nightly.make_nights(nights, beam_args, _say) if nights else ([], [])
+        refused = [*held, *refused]
     if json and found:
         click.echo(dumps(found[0] if len(days) == 1 else found, indent=1))
     elif not json:
         render = night.render_plan if dry_run else night.render_report
         for text in filter(None, map(render, found)):
             click.echo(text)
-    for error in refused[1:]:
+    for error in refused[:-1]:
         _say(f"Error: {error}")
     if refused:
-        raise refused[0]
+        raise refused[-1]
 
 
 @cli.command()

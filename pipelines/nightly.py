@@ -27,6 +27,7 @@ from pipelines.running import beam_options, layout, locks, making, publishing, q
 from pipelines.running import states as stage_states
 from pipelines.running.beam_options import JobOptions
 from pipelines.running.locks import Locks
+from pipelines.running.making import Made
 from pipelines.running.stage import Planned, Stage
 from pipelines.running.states import PUBLISHED, Look, Night
 from pipelines.stages import EMBED, HISTORIES, ITEM_FEATURES, NIGHT, SIMSCORE, TRAINING_ROWS, Kind
@@ -79,7 +80,7 @@ def plan_nights(
     say: Callable[[str], None] = lambda _: None,
     options: NightOptions = _NOTHING_ASKED,
 ) -> list[Night]:
-    """Plans the `wanted` stages of consecutive days, each of which goes on from the one before."""
+    """Plans the `wanted` stages of ascending days, each of which goes on from the one before."""
     again = partial(plan_nights, settings, days, wanted, say, options)
     if options.allow_churn:
         settings = settings.allowing_churn()
@@ -153,14 +154,29 @@ def make_nights(
         while not making_them.make_all(nights := _up_to_date(nights, say)):
             pass
         good = [night for night in nights if night.ds not in making_them.without]
-        reports = [making_them.report(night, Look()) for night in good]
+        look = Look()
+        reports = [making_them.report(night, look) for night in good]
         for night, report in zip(good, reports, strict=True):
             if not report["idle"]:
                 held.check()
                 making.write_run(night, {**report, "started": started, "ended": time.time()})
             publishing.publish_night(night, held)
-        publishing.tidy_jobs(nights, held)
+        publishing.tidy_jobs(nights[0], held)
     return reports, making_them.refused
+
+
+def without_held(
+    settings: Settings, days: Sequence[dt.date], kinds: Collection[Kind]
+) -> tuple[list[dt.date], list[CourierError]]:
+    """Returns the days that are not on hold, and what refuses those that are."""
+    free, refused = list[dt.date](), list[CourierError]()
+    for ds in days:
+        try:
+            refuse_held(settings, [ds], kinds)
+            free.append(ds)
+        except GateRefused as error:
+            refused.append(error)
+    return free, refused
 
 
 def refuse_held(settings: Settings, days: Sequence[dt.date], kinds: Collection[Kind]) -> None:
@@ -186,9 +202,11 @@ def _is_there(night: Night) -> bool:
     record = records.read_night(night.settings.root, night.settings.feature_set, night.ds)
     if record is None:
         return not night.is_whole
-    recorded = {name: entry["version"] for name, entry in record["tables"].items()}
+    recorded = {
+        name: (entry["version"], entry["run_id"]) for name, entry in record["tables"].items()
+    }
     return all(
-        recorded.get(table.name) == partition.version
+        recorded.get(table.name) == (partition.version, partition.run_id)
         for stage in night.stages if stage.kind in NIGHT
         for table, partition in zip(stage.tables, look.state(stage).tables, strict=True)
     )  # fmt: skip
@@ -196,10 +214,15 @@ def _is_there(night: Night) -> bool:
 
 def _up_to_date(nights: Sequence[Night], say: Callable[[str], None]) -> Sequence[Night]:
     """Returns the plans, made again where another run has published what they are built on."""
-    while any(night.is_outdated() for night in nights):
+    while _are_outdated(nights):
         say("another run has published days that this one goes on from: planning again")
         nights = nights[0].again()
     return nights
+
+
+def _are_outdated(nights: Sequence[Night]) -> bool:
+    look = Look()
+    return any(night.is_outdated(look) for night in nights)
 
 
 class _Making:
@@ -229,13 +252,13 @@ class _Making:
         settings, days = nights[0].settings, [night.ds for night in nights]
         for number, kind in enumerate(self._options):
             taken = self._held.take(_lock_folders(settings, days, [kind]))
-            if taken and any(night.is_outdated() for night in nights):
+            if taken and _are_outdated(nights):
                 return False
             before = time.monotonic()
             good = [night for night in nights if night.ds not in self.without]
             if good:
                 self._make_and_judge([night.planned[number] for night in good], settings)
-                self._leave_out_later_days(good)
+                self._leave_out_later_days(nights)
             self._seconds[kind] = (time.monotonic() - before) / max(1, len(good))
         return True
 
@@ -252,30 +275,37 @@ class _Making:
         )  # fmt: skip
         made = make(planned)
         refused = _refused(planned, settings)
-        if old := [one.stage for one, _ in refused if one.stage.run_id not in made]:
+        if old := [one.stage for one, _ in refused if one.stage.run_id not in made.why]:
             for stage in old:
                 say = f"{stage.name}: what an earlier run made of ds {stage.ds} is refused still"
                 self._say(say)
                 self._held.check()
                 making.reopen(stage)
-            made |= make(planned)
+            again = make(planned)
+            made = Made(made.why | again.why, again.refused)
             refused = _refused(planned, settings)
-        self.why |= made
+        self.why |= made.why
         for one, error in refused:
             self._held.check()
             stage_states.note_refusal(one.stage, error)
             if isinstance(error, DataContractError):
                 making.reopen(one.stage)
+        for one, error in sorted([*made.refused, *refused], key=lambda pair: pair[0].stage.ds):
             self.without.add(one.stage.ds)
             self.refused.append(error)
 
     def _leave_out_later_days(self, nights: Sequence[Night]) -> None:
-        """Leaves out the days that go on from one that is left out."""
+        """Leaves out the days that go on from what a day left out has not published."""
+        look, missing = Look(), dict[str, dt.date]()
         for night in nights:
-            before = {one.ds for stage in night.stages for one in stage.before}
-            if night.ds not in self.without and (blocked_by := before & self.without):
-                self._say(f"ds {night.ds} waits: it goes on from ds {max(blocked_by)}")
+            before = [one.run_id for stage in night.stages for one in stage.before]
+            blocked_by = next((missing[run_id] for run_id in before if run_id in missing), None)
+            if night.ds not in self.without and blocked_by:
+                self._say(f"ds {night.ds} waits: it goes on from ds {blocked_by}")
                 self.without.add(night.ds)
+            if night.ds in self.without:
+                unpublished = (s for s in night.stages if look.state(s).name != PUBLISHED)
+                missing |= {stage.run_id: night.ds for stage in unpublished}
 
     def report(self, night: Night, look: Look) -> dict[str, Any]:
         """Returns what there is of a night, stage by stage, and what making it took.
@@ -309,7 +339,8 @@ def _refused(planned: Sequence[Planned], settings: Settings) -> list[tuple[Plann
     refused: list[tuple[Planned, CourierError]] = []
     look = Look()
     for one in planned:
-        if look.state(one.stage).name == PUBLISHED:
+        state = look.state(one.stage)
+        if state.name == PUBLISHED or not state.is_made:
             continue
         try:
             _judge(one.stage, settings, look)

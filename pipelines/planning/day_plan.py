@@ -2,9 +2,9 @@
 
 import datetime as dt
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 
@@ -15,10 +15,13 @@ from feature_jobs.schemas import DataContractError, InputNotReady
 from pipelines.config import Settings
 from pipelines.planning.pinned import PinnedArtefacts
 from pipelines.planning.shop_tables import ShopTables
-from pipelines.planning.yesterday import Before, Earlier, Yesterdays, find_before
+from pipelines.planning.yesterday import Before, Yesterdays, befores
 from pipelines.running.stage import Planned, Stage
 from pipelines.running.states import Look
-from pipelines.stages import EMBED, ITEM_FEATURES, Kind
+from pipelines.stages import EMBED, Kind
+
+T = TypeVar("T")
+P = TypeVar("P", bound=Planned)
 
 NO_IDS = (pa.int64(), pa.int64())  # user_id and item_id, where no file tells their types
 
@@ -63,7 +66,7 @@ class Range:
     look: Look = field(default_factory=Look)
 
     def yesterdays(self) -> Yesterdays:
-        """Returns what finds for one of the days what it goes on from."""
+        """Returns the finder of what one of the days goes on from."""
         settings = self.settings
         return Yesterdays(settings.root, settings.feature_set, self.look, self.planned)
 
@@ -91,6 +94,18 @@ class DayPlan:
             self.shop.user_id_type(pa.int64())
         self.item_id_type()
 
+    def settled(self, kind: Kind, candidates: Iterable[T], plan: Callable[[T], P]) -> P:
+        """Returns the plan by the first of what it may go on from that gives what is published.
+
+        Where none does, the stage is made, and goes on from the last.
+        """
+        there = self.yesterdays.run_id(kind, self.ds)
+        for candidate in candidates:
+            planned = plan(candidate)
+            if planned.stage.run_id == there:
+                break
+        return planned
+
     def stage(self, kind: Kind, forced_by: str = "", **fields: Any) -> Stage:
         settings, forced_by = self.settings, forced_by or self.options.forced_by
         return Stage(
@@ -98,31 +113,6 @@ class DayPlan:
         )
 
     # -- Items --
-
-    @functools.cached_property
-    def embedded_before(self) -> Earlier | None:
-        """Returns the embeddings and rejects of the newest day before ds; None for none."""
-        return self.yesterdays.before(EMBED, self.ds)
-
-    @functools.cached_property
-    def features_before(self) -> Earlier | None:
-        """Returns `item_features` of the newest day before ds, whose cluster IDs are compared."""
-        return self.yesterdays.before(ITEM_FEATURES, self.ds)
-
-    @property
-    def of_another_lineage(self) -> bool:
-        """Returns whether neither codebook, of ds or the day before, is an ancestor of the other.
-
-        Then even equal numbers mean nothing to each other.
-        """
-        if self.features_before is None:
-            return False
-        codebook = self.pinned.codebook
-        before = self.features_before.identities["codebook_id"]
-        return not (
-            before in (codebook.codebook_id, *codebook.ancestors)
-            or codebook.codebook_id in self.features_before.settings.get("ancestors", ())
-        )
 
     def item_id_type(self) -> pa.DataType:
         """Returns the type of the shop's item IDs.
@@ -135,7 +125,7 @@ class DayPlan:
     @functools.cached_property
     def item_id_before(self) -> pa.DataType | None:
         """Returns the type of the item IDs in the embeddings of the day before; None for none."""
-        before = self.embedded_before
+        before = self.yesterdays.before(EMBED, self.ds)
         if before is None:
             return None
         known = before.planned.id_types if before.planned else None
@@ -143,18 +133,19 @@ class DayPlan:
 
     # -- Impressions --
 
-    @functools.cached_property
-    def before(self) -> Before:
-        """Returns what histories of ds begin from."""
+    def befores(self) -> Iterator[Before]:
+        """Yields what histories of ds may begin from."""
         from_log = self.options.from_log
-        return find_before(self.settings, self.ds, self.shop, from_log, self.yesterdays)
+        return befores(self.settings, self.ds, self.shop, from_log, self.yesterdays)
 
-    def history_ids(self) -> tuple[pa.DataType, pa.DataType] | None:
+    def history_ids(
+        self, known: tuple[pa.DataType, pa.DataType] | None
+    ) -> tuple[pa.DataType, pa.DataType] | None:
         """Returns the types of user_id and item_id in the clicks of ds and of the days before.
 
-        Returns None where no file tells them; raises DataContractError where they differ.
+        The latter are `known`, None where no file told them. Returns None where none tells; raises
+        DataContractError where they differ.
         """
-        known = self.before.ids
         if known is None:
             user_id = self.shop.user_id_type(pa.null())
             return None if user_id == pa.null() else (user_id, self.item_id_type())

@@ -3,6 +3,7 @@
 import datetime as dt
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -29,7 +30,7 @@ from feature_jobs.schemas import USER_SIMSCORES as SCORES_TABLE
 from feature_jobs.store import broadcast, documents, hashing
 from pipelines.config import Settings
 from pipelines.planning.day_plan import NO_IDS, DayPlan
-from pipelines.planning.items import churn_note
+from pipelines.planning.items import PlannedFeatures, churn_note
 from pipelines.planning.yesterday import (
     IMPRESSIONS_PER_CLICK,
     Before,
@@ -77,6 +78,9 @@ class PlannedHistories(Planned):
     def id_types(self) -> Ids | None:
         return self.log.ids
 
+    def continues(self, earlier: Planned) -> bool:
+        return self.log.before.run_id == earlier.stage.run_id
+
     @classmethod
     def wire(cls, root: Any, days: Sequence["PlannedHistories"], folder: str) -> None:
         shards = [day.stage.shards for day in days]
@@ -86,10 +90,13 @@ class PlannedHistories(Planned):
 
 
 def plan_histories(day: DayPlan) -> PlannedHistories:
-    settings, before = day.settings, day.before
-    log = day.shop.impressions(day.ds)
-    log_rows = {**before.log_rows, str(day.ds): log.rows}
     _check_shared(day)
+    return day.settled(HISTORIES, day.befores(), partial(_plan_histories, day))
+
+
+def _plan_histories(day: DayPlan, before: Before) -> PlannedHistories:
+    settings, log = day.settings, day.shop.impressions(day.ds)
+    log_rows = {**before.log_rows, str(day.ds): log.rows}
     stage = day.stage(
         HISTORIES,
         shards=shards_of_log(log_rows, settings.rows_per_shard),
@@ -100,7 +107,7 @@ def plan_histories(day: DayPlan) -> PlannedHistories:
         input_rows=log.rows,
         notes={"days_without_log": list(before.missing)},
     )
-    known = LogOfDay(settings, day.history_day(), log, before, day.history_ids())
+    known = LogOfDay(settings, day.history_day(), log, before, day.history_ids(before.ids))
     return PlannedHistories(stage, known)
 
 
@@ -201,7 +208,7 @@ class PlannedScores(Planned):
 
 
 def plan_simscore(
-    day: DayPlan, embedded: Planned, features: Planned, histories: PlannedHistories
+    day: DayPlan, embedded: Planned, features: PlannedFeatures, histories: PlannedHistories
 ) -> PlannedScores:
     settings, log = day.settings, histories.log
     has_history = "history" in log.log.form.columns
@@ -243,7 +250,7 @@ def plan_simscore(
     )
     return PlannedScores(
         stage, log, has_history, _embeddings_by(day, embedded.stage.input_rows),
-        day.features_before, day.of_another_lineage, schema,
+        features.before, features.of_another_lineage, schema,
     )  # fmt: skip
 
 

@@ -5,8 +5,9 @@ them, and not by who only reads what they made.
 """
 
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -36,7 +37,7 @@ from pipelines.stages import EMBED, ITEM_FEATURES
 
 @dataclass(frozen=True)
 class PlannedEmbed(Planned):
-    """Holds what EMBED must know of a day; days with one encoder are one job."""
+    """Holds what EMBED must know of a day."""
 
     stage: Stage
     settings: Settings
@@ -50,9 +51,10 @@ class PlannedEmbed(Planned):
     def id_types(self) -> tuple[pa.DataType, ...]:
         return (self.item_id,)
 
-    @property
-    def alike(self) -> Hashable:
-        return self.stage.identities["encoder_id"], str(self.item_id)
+    def continues(self, earlier: Planned) -> bool:
+        same = earlier.stage.identities == self.stage.identities
+        goes_on = self.before is not None and self.before.run_id == earlier.stage.run_id
+        return same and goes_on and earlier.id_types == self.id_types
 
     @classmethod
     def wire(cls, root: Any, days: Sequence["PlannedEmbed"], folder: str) -> None:
@@ -112,8 +114,13 @@ class PlannedEmbed(Planned):
 
 
 def plan_embed(day: DayPlan) -> PlannedEmbed:
+    item_id = _same_item_id_type(day)
+    candidates = day.yesterdays.candidates(EMBED, day.ds)
+    return day.settled(EMBED, candidates, partial(_plan_embed, day, item_id))
+
+
+def _plan_embed(day: DayPlan, item_id: pa.DataType, before: Earlier | None) -> PlannedEmbed:
     settings, catalogue, pinned = day.settings, day.shop.catalogue(day.ds), day.pinned
-    before, item_id = day.embedded_before, _same_item_id_type(day)
     stage = day.stage(
         EMBED,
         "asked for (--full)" if day.options.full else "",
@@ -149,11 +156,13 @@ def _precision(settings: Settings) -> dict[str, str]:
 def _same_item_id_type(day: DayPlan) -> pa.DataType:
     """Returns today's type of item_id; raises DataContractError where it was another before."""
     item_id, before = day.item_id_type(), day.item_id_before
-    if day.embedded_before and before is not None and before != item_id:
+    if before is not None and before != item_id:
+        earlier = day.yesterdays.before(EMBED, day.ds)
+        where = f" in {earlier.tables[0].folder}" if earlier else ""
         raise DataContractError(
-            f"item_id is {item_id} in the tables of ds {day.ds} but was {before} in "
-            f"{day.embedded_before.tables[0].folder}. No item would be found again. Cast item_id "
-            "back where it is written, or start a new feature_set."
+            f"item_id is {item_id} in the tables of ds {day.ds} but was {before}{where}. No item "
+            "would be found again. Cast item_id back where it is written, or start a new "
+            "feature_set."
         )
     return item_id
 
@@ -168,7 +177,21 @@ class PlannedFeatures(Planned):
     stage: Stage
     pinned: PinnedArtefacts
     schema: pa.Schema
-    of_another_lineage: bool
+    before: Earlier | None
+
+    @property
+    def of_another_lineage(self) -> bool:
+        """Returns whether neither codebook, of ds or the day before, is an ancestor of the other.
+
+        Then even equal numbers mean nothing to each other.
+        """
+        if self.before is None:
+            return False
+        mine, theirs = self.pinned.codebook, self.before.identities["codebook_id"]
+        return not (
+            theirs in (mine.codebook_id, *mine.ancestors)
+            or mine.codebook_id in self.before.settings.get("ancestors", ())
+        )
 
     @property
     def folder(self) -> str:
@@ -188,7 +211,8 @@ class PlannedFeatures(Planned):
                 return None
             (reference,) = day.stage.before
             if earlier := made_here.get(reference.run_id):
-                return partitions.to_be_made(reference.staged, earlier.shards)
+                folder = earlier.staged_folder(FEATURES_TABLE)
+                return partitions.to_be_made(folder, earlier.shards)
             return look.open(reference).slim()
 
         jobs = [
@@ -212,7 +236,12 @@ class PlannedFeatures(Planned):
 
 
 def plan_item_features(day: DayPlan, embedded: Planned) -> PlannedFeatures:
-    settings, codebook, before = day.settings, day.pinned.codebook, day.features_before
+    candidates = day.yesterdays.candidates(ITEM_FEATURES, day.ds)
+    return day.settled(ITEM_FEATURES, candidates, partial(_plan_features, day, embedded))
+
+
+def _plan_features(day: DayPlan, embedded: Planned, before: Earlier | None) -> PlannedFeatures:
+    settings, codebook = day.settings, day.pinned.codebook
     labels = [label for label in codebook.labels if label != MAIN]
     wanted = {
         "embedding": settings.item_features.vector,
@@ -244,7 +273,7 @@ def plan_item_features(day: DayPlan, embedded: Planned) -> PlannedFeatures:
             **churn_note(day),
         },
     )
-    return PlannedFeatures(stage, day.pinned, schema, day.of_another_lineage)
+    return PlannedFeatures(stage, day.pinned, schema, before)
 
 
 def churn_note(day: DayPlan) -> dict[str, bool]:

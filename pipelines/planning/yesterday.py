@@ -9,9 +9,10 @@ Histories know no holes. A day between them that was never made is told, not bri
 would be missing from every history after it.
 """
 
+import contextlib
 import datetime as dt
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from feature_jobs.store import files, hashing
 from feature_jobs.store.partitions import MANIFEST, Partition
 from pipelines.config import Settings
 from pipelines.planning.shop_tables import ShopTables
-from pipelines.running import layout
+from pipelines.running import layout, states
 from pipelines.running.stage import Planned, Reference
 from pipelines.running.states import Look
 from pipelines.stages import HISTORIES, Kind
@@ -75,7 +76,7 @@ def _of_planned(planned: Planned) -> Earlier:
 def _of_published(kind: Kind, ds: dt.date, found: tuple[Partition, ...]) -> Earlier:
     manifest = found[0].manifest
     tables = tuple(
-        Reference(table, ds, partition.run_id, partition.folder, "")
+        Reference(table, ds, partition.run_id, partition.folder)
         for table, partition in zip(kind.tables, found, strict=True)
     )
     return Earlier(
@@ -97,15 +98,15 @@ class Yesterdays:
     planned: dict[tuple[str, dt.date], Planned]
     found: dict[tuple[Kind, dt.date, dt.date], str | None] = field(default_factory=dict)
 
-    def is_outdated(self) -> bool:
-        """Returns whether what was found has been published anew or overtaken since."""
-        now = replace(self, look=Look(), found={})
+    def is_outdated(self, look: Look) -> bool:
+        """Returns whether what was found has been published anew or overtaken since, by `look`."""
+        now = replace(self, look=look, found={})
         for kind, ds, start in self.found:
             now.before(kind, ds, start)
         return now.found != self.found
 
     def before(self, kind: Kind, ds: dt.date, start: dt.date = dt.date.min) -> Earlier | None:
-        """Returns what the stage of ds goes on from: not before `start`; None for nothing.
+        """Returns the newest stage before ds, and not before `start`; None for none.
 
         Raises InputNotReady where the newest day is being published anew just now: an older one
         would be taken in its place.
@@ -115,8 +116,6 @@ class Yesterdays:
         return earlier
 
     def _before(self, kind: Kind, ds: dt.date, start: dt.date) -> Earlier | None:
-        if (named := self._named(kind, ds)) and start <= named.ds < ds:
-            return named
         days = (day for name, day in self.planned if name == kind.name and start <= day < ds)
         newest = max(days, default=None)
         if newest == ds - _ONE_DAY:
@@ -137,23 +136,40 @@ class Yesterdays:
         """Returns the published tables of a day; empty while they are not, or do not fit.
 
         Those that feature sets share are of one run. Of others a rollback may have brought back
-        one alone, where the other had come out the same.
+        one alone, where the other had come out the same; a forced run may have died between two.
         """
         found = [p for p in map(self.look.published, self._folders(kind, ds)) if p]
-        fit = not kind.is_shared or len({one.run_id for one in found}) == 1
-        return tuple(found) if fit and len(found) == len(kind.tables) else ()
+        if len(found) < len(kind.tables):
+            return ()
+        runs = sorted({one.run_id for one in found})
+        if len(runs) > 1 and kind.is_shared:
+            return ()
+        forced = (
+            layout.staging_of(self.root, self.feature_set, kind, ds, f"{r}-forced") for r in runs
+        )
+        is_half = len(found) > 1 and any(map(states.is_half_published, forced))
+        return () if is_half else tuple(found)
 
     def _folders(self, kind: Kind, ds: dt.date) -> list[str]:
         return [layout.table_folder(self.root, self.feature_set, t, ds) for t in kind.tables]
 
-    def _named(self, kind: Kind, ds: dt.date) -> Earlier | None:
-        """Returns what the published stage of ds says it went on from, while that stands."""
+    def run_id(self, kind: Kind, ds: dt.date) -> str | None:
+        """Returns the run that the published stage of ds is of; None where there is none."""
         own = self.published(kind, ds)
-        named = own[0].manifest["inputs"].get("previous") if own else None
-        if not isinstance(named, dict):
-            return None
-        found = self.at(kind, dt.date.fromisoformat(named["ds"]))
-        return found if found and found.run_id == named["run_id"] else None
+        return own[0].run_id if own else None
+
+    def candidates(self, kind: Kind, ds: dt.date) -> Iterator[Earlier | None]:
+        """Yields what the stage of ds may go on from.
+
+        First what the published one says it went on from, while that stands; then the newest.
+        """
+        own = self.published(kind, ds)
+        if own:
+            named = own[0].manifest["inputs"].get("previous")
+            found = self.at(kind, dt.date.fromisoformat(named["ds"])) if named else None
+            if not named or (found and found.run_id == named["run_id"]):
+                yield found
+        yield self.before(kind, ds)
 
     def _newest_published(self, kind: Kind, ds: dt.date, start: dt.date) -> Earlier | None:
         days = layout.begun_days(self.root, self.feature_set, kind.tables[0])
@@ -275,6 +291,20 @@ def find_before(
         f"--end-ds {ds - _ONE_DAY}` first. Or begin anew: --from-log reads the log of the window "
         "once, and history_start_ds in the settings says that no earlier clicks count."
     )
+
+
+def befores(
+    settings: Settings, ds: dt.date, shop: ShopTables, from_log: bool, yesterdays: Yesterdays
+) -> Iterator[Before]:
+    """Yields what histories of ds may begin from: as the published ones did, then as `find_before`.
+
+    Those that began from the log stay so, whatever was made before them since.
+    """
+    own = yesterdays.published(HISTORIES, ds)
+    if own and own[0].manifest["inputs"]["histories_before"] is None and not from_log:
+        with contextlib.suppress(InputNotReady):
+            yield _from_log(shop)
+    yield find_before(settings, ds, shop, from_log, yesterdays)
 
 
 def _from_log(shop: ShopTables) -> Before:

@@ -40,9 +40,9 @@ def describe_plan(night: Night, beam_args: Sequence[str]) -> dict[str, Any]:
 def _describe(one: Planned, look: Look) -> dict[str, Any]:
     state = look.state(one.stage)
     by = {"embeddings_by": one.embeddings_by} if isinstance(one, PlannedScores) else {}
-    why = [one.stage.forced_by] if one.stage.forced and not state.why else list(state.why)
     action = _action(one.stage, state)
-    return {**one.stage.as_json(), **by, "state": state.name, "why": why, "action": action}
+    told = {"state": state.name, "why": list(state.why), "action": action}
+    return {**one.stage.as_json(), **by, **told}
 
 
 def _action(stage: Stage, state: State) -> str:

@@ -4,11 +4,13 @@ import contextlib
 import datetime as dt
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
-from feature_jobs.schemas import CourierError, Table
+from feature_jobs.schemas import CourierError, DataContractError, Table
 from feature_jobs.store import files, partitions, threads, worker_notes
 from feature_jobs.store.documents import write_json
 from feature_jobs.store.partitions import STAGED
@@ -21,27 +23,67 @@ from pipelines.running.states import PUBLISHED, Look, Night
 _OF_RECEIPT = ("counts", "work")  # what no manifest says of a single file
 
 
+@dataclass
+class Made:
+    """Tells of the stages that were made why they were, by run_id, and which inputs refused."""
+
+    why: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    refused: list[tuple[Planned, CourierError]] = field(default_factory=list)
+
+
 def make_missing(
     planned: Sequence[Planned], options: JobOptions, say: Callable[[str], None], locks: Locks
-) -> dict[str, tuple[str, ...]]:
-    """Makes the stages of one kind that are not made yet; returns why, by their run_ids.
+) -> Made:
+    """Makes the stages of one kind that are not made yet.
 
-    Each row of consecutive days is one job.
+    Each row of consecutive days is one job. Where it ends since an input breaks its contract, days
+    are made apart, so that those before it are made.
     """
     locks.check()
-    look = Look()
-    why = {one.stage.run_id: look.state(one.stage).why for one in planned}
+    why, before, begun = {}, Look(), Look()
     for one in planned:
+        why[one.stage.run_id] = before.state(one.stage).why
         if one.stage.forced:
-            states.begin(one.stage)
-    look = Look()
+            states.begin(one.stage, why[one.stage.run_id], begun)
+    look, made = Look(), Made()
     missing = [one for one in planned if not look.state(one.stage).is_made]
+    for one in missing:
+        if any(look.staged(one.stage.staged_folder(table)) for table in one.stage.tables):
+            reopen(one.stage)  # it goes on from what is another by now
+        made.why[one.stage.run_id] = why[one.stage.run_id]
     for together in _consecutive(missing):
-        _make(together, options, say, locks)
+        made.refused += _make_or_part(together, made, options, say, locks)
     for one in planned:
         if one not in missing and look.state(one.stage).name != PUBLISHED:
             _bring_notes_up_to_date(one, look, locks)
-    return {one.stage.run_id: why[one.stage.run_id] for one in missing}
+    return made
+
+
+def _make_or_part(
+    planned: Sequence[Planned], made: Made, options: JobOptions, say: Callable[[str], None],
+    locks: Locks,
+) -> list[tuple[Planned, CourierError]]:  # fmt: skip
+    """Makes consecutive days in one job, or where that is refused in two; returns what is refused.
+
+    Days that go on from a refused one are not tried.
+    """
+    try:
+        _make(planned, made, options, say, locks)
+        return []
+    except DataContractError as error:
+        if len(planned) == 1:
+            return [(planned[0], error)]
+        say(f"{planned[0].stage.name}: a day is refused, so that days are made apart: {error}")
+    middle = len(planned) // 2
+    refused = _make_or_part(planned[:middle], made, options, say, locks)
+    without = {one.stage.run_id for one, _ in refused}
+    rest = []
+    for one in planned[middle:]:
+        if without & {reference.run_id for reference in one.stage.before}:
+            without.add(one.stage.run_id)
+        else:
+            rest.append(one)
+    return refused + (_make_or_part(rest, made, options, say, locks) if rest else [])
 
 
 def _bring_notes_up_to_date(one: Planned, look: Look, locks: Locks) -> None:
@@ -58,7 +100,7 @@ def _consecutive(planned: Sequence[Planned]) -> list[list[Planned]]:
     for one in planned:
         last = found[-1][-1] if found else None
         follows = last and last.stage.ds + dt.timedelta(days=1) == one.stage.ds
-        if last and follows and last.alike == one.alike:
+        if last and follows and one.continues(last):
             found[-1].append(one)
         else:
             found.append([one])
@@ -66,15 +108,18 @@ def _consecutive(planned: Sequence[Planned]) -> list[list[Planned]]:
 
 
 def _make(
-    planned: Sequence[Planned], options: JobOptions, say: Callable[[str], None], locks: Locks
-) -> None:
+    planned: Sequence[Planned], made: Made, options: JobOptions, say: Callable[[str], None],
+    locks: Locks,
+) -> None:  # fmt: skip
     first, last = planned[0].stage, planned[-1].stage
     names = ", ".join(table.name for table in first.tables)
-    days = f"ds {first.ds}" if first is last else f"ds {first.ds} to {last.ds}"
-    say(f"{first.name}: making {names} of {days} (run {first.run_id})")
+    days = f"ds {first.ds} (run {first.run_id})"
+    if first is not last:
+        days = f"ds {first.ds} to {last.ds}"
+    say(f"{first.name}: making {names} of {days}")
     with progress.watch([one.stage for one in planned], job_folder(planned)):
         run_pipeline = partial(beam_options.run_pipeline, options=options.beam)
-        make(planned, run_pipeline, options.share, locks)
+        make(planned, run_pipeline, options.share, locks, made.why)
     files.delete_tree(job_folder(planned))
 
 
@@ -90,19 +135,23 @@ def make(
     run_pipeline: Callable[[Callable[[Any], None]], None],
     share: threads.Share,
     locks: Locks,
+    why: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> None:
     """Runs one job for stages of consecutive days below their staging folders; seals its tables.
 
-    Raises a worker's CourierError word for word; nothing is published in any case.
+    `why` says for what reasons, by run_id. Raises a worker's CourierError word for word; nothing is
+    published in any case.
     """
+    look = Look()
     for one in planned:
-        states.begin(one.stage)
+        states.begin(one.stage, why.get(one.stage.run_id, ()), look)
     folder, kind = job_folder(planned), type(planned[0])
     try:
         run_job(lambda root: kind.wire(root, planned, folder), folder, run_pipeline, share)
     finally:
-        for one in planned:
-            one.clean()
+        with contextlib.suppress(CourierError):  # which would hide what the job ended for
+            for one in planned:
+                one.clean()
     locks.check()
     for one in planned:
         for table in one.stage.tables:
@@ -199,8 +248,9 @@ def reopen(stage: Stage) -> None:
 
     What was expensive, the chunk files, stays.
     """
-    for table in stage.tables:
-        files.delete_tree(stage.staged_folder(table))
+    for name in files.list_names(stage.staging):
+        if not name.endswith(".json"):  # what is noted of the run
+            files.delete_tree(os.path.join(stage.staging, name))
 
 
 def write_run(night: Night, report: dict[str, Any]) -> None:

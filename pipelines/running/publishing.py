@@ -41,7 +41,7 @@ from feature_jobs.store.files import FileInfo
 from feature_jobs.store.partitions import MANIFEST, STAGED, SUCCESS, Partition, version_of
 from pipelines import stages
 from pipelines.running import layout, records, states
-from pipelines.running.layout import Place, days_of_job
+from pipelines.running.layout import Place, date_of, days_of_job
 from pipelines.running.locks import Locks
 from pipelines.running.stage import Stage
 from pipelines.running.states import PUBLISHED, Look, Night
@@ -98,22 +98,35 @@ def _tidy_up(stage: Stage, has_published: bool, locks: Locks) -> None:
         files.delete_tree(top)
 
 
-def tidy_jobs(nights: Sequence[Night], locks: Locks) -> None:
-    """Deletes what jobs for days of `nights` alone left, and chunk files that nobody needs now.
+def tidy_jobs(night: Night, locks: Locks) -> None:
+    """Deletes what jobs left that died, and chunk files that nobody needs now, of a night's stages.
 
-    Whoever holds the locks of all days of a job knows that nobody is at it. Chunk files go where
-    no other run of the stage is unfinished: one that begins just now finds none, and needs none.
+    A job is at work only while its days have folders, which it makes first; and only then can a
+    chunk file be needed that was there before.
     """
-    days = {night.ds for night in nights}
-    for stage in nights[0].stages:
+    for stage in night.stages:
         top = layout.kind_folder(stage.root, stage.feature_set, stage.kind)
-        names = files.list_names(top)
-        jobs = {name: days_of_job(name) for name in names}
-        dead = [name for name, ends in jobs.items() if ends and days.issuperset(ends)]
-        chunks = [name for name in names if name.startswith(layout.CHUNK_FOLDER)]
+        chunks = files.find(os.path.join(top, layout.CHUNK_FOLDER + "*", "*"))
+        names = files.list_names(top)  # after the look for chunks: none of them is of a later job
+        unfinished = [day for name in names if name.startswith("ds=") and (day := date_of(name))]
         locks.check()
-        for name in dead if set(names) - set(dead) - set(chunks) else names:
-            files.delete_tree(os.path.join(top, name))
+        for name in names:
+            ends = days_of_job(name)
+            if ends and not any(ends[0] <= day <= ends[1] for day in unfinished):
+                files.delete_tree(os.path.join(top, name))
+        if unfinished:
+            continue
+        for paths in _batches(chunks):
+            _all_at_once(_delete_if_there, paths)
+        for name in names:
+            folder = os.path.join(top, name)
+            if name.startswith(layout.CHUNK_FOLDER) and not files.list_names(folder):
+                files.delete_tree(folder)
+
+
+def _delete_if_there(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        files.delete(path)
 
 
 def _still_published(folder: str) -> Partition:

@@ -9,7 +9,7 @@ artefacts, so the same work has the same id and is found again: published, stage
 import datetime as dt
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version as installed
@@ -36,17 +36,16 @@ PACKAGE_VERSIONS = {
 
 @dataclass(frozen=True)
 class Reference:
-    """Names a table as one run makes it: where it is published, and where it lies before.
+    """Names a table of an earlier day as one run made it; as its `stage` does, where it is planned.
 
-    That of a `forced` stage is staged until it has been published anew, whatever is published.
+    It is published in `folder`, or will be.
     """
 
     table: Table
     ds: dt.date
     run_id: str
     folder: str
-    staged: str
-    forced: bool = False
+    stage: "Stage | None" = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -140,12 +139,9 @@ class Stage:
     def references(self) -> tuple[Reference, ...]:
         """Returns what names its tables to a stage that reads them."""
         return tuple(
-            Reference(
-                table, self.ds, self.run_id, self.folder(table), self.staged_folder(table),
-                self.forced,
-            )
+            Reference(table, self.ds, self.run_id, self.folder(table), self)
             for table in self.tables
-        )  # fmt: skip
+        )
 
 
 class Planned(ABC):
@@ -158,10 +154,9 @@ class Planned(ABC):
         """Returns the types of the IDs in its first table; None where no file tells them."""
         return None
 
-    @property
-    def alike(self) -> Hashable:
-        """Returns what days in a row have in common that can be one job."""
-        return None
+    def continues(self, earlier: "Planned") -> bool:
+        """Returns whether it can be one job with the stage of the day before it."""
+        return True
 
     @classmethod
     @abstractmethod

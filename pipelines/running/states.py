@@ -31,10 +31,10 @@ _REFUSED = "refused.json"
 
 @dataclass(frozen=True)
 class State:
-    """Tells what of a stage is done: its name, as above.
+    """Tells what of a stage is done, by one of the names above.
 
-    `tables` are its partitions where they are made, `why` says for what reasons it is not simply
-    published, `shards_done` how many shards a run that ended early has written whole.
+    `tables` are its partitions where they are made, `why` says for what reasons it is to be made,
+    `shards_done` how many shards a run that ended early has written whole.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Look:
         self._published: dict[str, Partition | None] = {}
         self._staged: dict[str, Partition | None] = {}
         self._states: dict[tuple[str, str], State] = {}
+        self._made: dict[tuple[str, str], tuple[bool, tuple[Partition, ...]]] = {}
         self._held: dict[tuple[str, str], bool] = {}
 
     def published(self, folder: str) -> Partition | None:
@@ -76,21 +77,44 @@ class Look:
         return self._states[key]
 
     def _find(self, stage: Stage) -> State:
-        made_from = self.made_from(stage)
-        found = [self.published(stage.folder(table)) for table in stage.tables]
-        mine = [p for p in found if p and _is_mine(p, stage, made_from)]
-        if len(mine) == len(found) and not _is_forced_now(stage):
-            return State(PUBLISHED, tuple(mine))
-        why = tuple(self._why(stage, found, made_from))
+        is_published, tables = self._tables(stage)
+        if is_published:
+            return State(PUBLISHED, tables, (stage.forced_by,) if stage.forced else ())
+        why = tuple(self._why(stage))
         if self._is_held(stage):
             return State(HELD, why=why)
-        staged = [self.staged(stage.staged_folder(table)) for table in stage.tables]
-        mine = [p for p in staged if p and _is_mine(p, stage, made_from)]
-        if len(mine) == len(staged):
-            return State(REFUSED if refusal(stage.staging) else STAGED, tuple(mine), why)
+        if tables and all(self._goes_on_from_now(stage, table) for table in tables):
+            return State(REFUSED if refusal(stage.staging) else STAGED, tables, why)
         if done := shards_done(stage):
             return State(BEGUN, (), why, done)
-        return State(OTHER if any(found) else ABSENT, (), why)
+        is_there = any(self.published(stage.folder(table)) for table in stage.tables)
+        return State(OTHER if is_there else ABSENT, (), why)
+
+    def _tables(self, stage: Stage) -> tuple[bool, tuple[Partition, ...]]:
+        """Returns a stage's tables, made from what is upstream now, and whether they are published.
+
+        There are none where they are neither published nor staged.
+        """
+        key = stage.name, stage.staging
+        if key not in self._made:
+            made_from = self.made_from(stage)
+            published = [self.published(stage.folder(table)) for table in stage.tables]
+            mine = [p for p in published if p and _is_mine(p, stage, made_from)]
+            is_published = len(mine) == len(published) and not _is_forced_now(stage)
+            if not is_published:
+                staged = [self.staged(stage.staged_folder(table)) for table in stage.tables]
+                mine = [p for p in staged if p and _is_mine(p, stage, made_from)]
+            whole = len(mine) == len(stage.tables)
+            self._made[key] = is_published, tuple(mine) if whole else ()
+        return self._made[key]
+
+    def _goes_on_from_now(self, stage: Stage, partition: Partition) -> bool:
+        """Returns whether the day before is, in content, what it was for a staged table."""
+        then = partition.manifest["made_from"].get("before", {})
+        return all(
+            (found := self.find(one)) and then.get(one.table.name) == found.version
+            for one in stage.before
+        )
 
     def _is_held(self, stage: Stage) -> bool:
         """Returns whether the day is on hold; tables that other feature sets share never are."""
@@ -104,20 +128,20 @@ class Look:
 
     def made_from(self, stage: Stage) -> dict[str, str] | None:
         """Returns the versions of all tables upstream; None where one is not made."""
-        states = [(one, self.state(one)) for one in stage.upstream]
-        if not all(state.is_made for _, state in states):
+        found = [(one, self._tables(one)[1]) for one in stage.upstream]
+        if not all(tables for _, tables in found):
             return None
         return {
             table.name: partition.version
-            for one, state in states
-            for table, partition in zip(one.tables, state.tables, strict=True)
+            for one, tables in found
+            for table, partition in zip(one.tables, tables, strict=True)
         }
 
     # -- What is made --
 
     def made(self, stage: Stage) -> tuple[Partition, ...]:
         """Returns a stage's tables, published or staged; raises InputNotReady where they aren't."""
-        if found := self.state(stage).tables:
+        if found := self._tables(stage)[1]:
             return found
         names = " and ".join(table.name for table in stage.tables)
         raise InputNotReady(
@@ -132,12 +156,11 @@ class Look:
 
     def find(self, reference: Reference) -> Partition | None:
         """Returns the table that a reference names, published or staged; None for neither."""
-        looks = [(self.published, reference.folder), (self.staged, reference.staged)]
-        for look, folder in reversed(looks) if reference.forced else looks:
-            found = look(folder) if folder else None
-            if found and found.run_id == reference.run_id:
-                return found
-        return None
+        if stage := reference.stage:
+            _, tables = self._tables(stage)
+            return tables[stage.tables.index(reference.table)] if tables else None
+        found = self.published(reference.folder)
+        return found if found and found.run_id == reference.run_id else None
 
     def open(self, reference: Reference) -> Partition:
         """Returns the table that a reference names; raises InputNotReady where it is not there."""
@@ -150,10 +173,10 @@ class Look:
 
     # -- Why --
 
-    def _why(
-        self, stage: Stage, found: Sequence[Partition | None], made_from: Mapping[str, str] | None
-    ) -> Iterator[str]:
+    def _why(self, stage: Stage) -> Iterator[str]:
         """Yields for what reasons a stage is not simply there."""
+        found = [self.published(stage.folder(table)) for table in stage.tables]
+        made_from = self.made_from(stage)
         if stage.forced:
             yield stage.forced_by
         old = next(filter(None, found), None)
@@ -186,8 +209,9 @@ def _changes(old: Partition, stage: Stage) -> Iterator[str]:
                 yield f"{name} was {_told(then.get(name))}, is {_told(now.get(name))}"
     then, now = old.manifest["inputs"], _as_json(stage.inputs)
     upstream = {one.run_id: one.name for one in stage.upstream}
-    for name in dict.fromkeys([*then, *now]):
-        if then.get(name) != now.get(name):
+    changed = [name for name in dict.fromkeys([*then, *now]) if then.get(name) != now.get(name)]
+    for name in changed:
+        if name != "log_rows" or len(changed) == 1:  # they follow from the log
             yield _input_changed(name, then.get(name), now.get(name), upstream)
     shards = len(old.manifest["files"])
     if shards != stage.shards and old.manifest["inputs"] == now:
@@ -203,7 +227,9 @@ def _input_changed(name: str, then: Any, now: Any, upstream: Mapping[str, str]) 
     if then is None or now is None:
         return f"{what} {'is new' if then is None else 'is gone'}"
     if isinstance(now, dict) and "digest" in now:
-        return f"{what} rewritten"
+        is_read = {k: v for k, v in now.items() if k != "read_as"}
+        rewritten = any(then.get(name) != value for name, value in is_read.items())
+        return f"{what} {'rewritten' if rewritten else 'read by other settings'}"
     if isinstance(then, list) and isinstance(now, list):
         days = [str(one["ds"]) for one in now if one not in then]
         gone = [str(one["ds"]) for one in then if one["ds"] not in {n["ds"] for n in now}]
@@ -245,8 +271,14 @@ def _is_forced_now(stage: Stage) -> bool:
     A forced stage is not published until it has been made and published anew; nor is any while a
     forced run may have published one of two tables that belong together.
     """
-    mark = _BEGUN if stage.forced else _PUBLISHING
-    return files.exists(os.path.join(stage.forced_staging, mark))
+    if stage.forced:
+        return files.exists(os.path.join(stage.forced_staging, _BEGUN))
+    return is_half_published(stage.forced_staging)
+
+
+def is_half_published(forced_staging: str) -> bool:
+    """Returns whether a forced run may have published one of two tables that belong together."""
+    return files.exists(os.path.join(forced_staging, _PUBLISHING))
 
 
 # ---- A night -----------------------------------------------------------------------------------
@@ -256,8 +288,9 @@ def _is_forced_now(stage: Stage) -> bool:
 class Night:
     """Holds the stages of one ds that were asked for, in order, and those they read from.
 
-    `look` is what planning saw; `is_outdated` looks whether what is published of other days has
-    changed since the plan was built on it; `again` plans all days anew that were planned together.
+    `look` is what planning saw; `is_outdated` says by another look whether what is published of
+    other days has changed since the plan was built on it; `again` plans all days anew that were
+    planned together.
     """
 
     settings: Settings
@@ -265,7 +298,7 @@ class Night:
     planned: tuple[Planned, ...]
     upstream: tuple[Stage, ...]
     look: Look
-    is_outdated: Callable[[], bool] = lambda: False
+    is_outdated: Callable[[Look], bool] = lambda _: False
     again: Callable[[], Sequence["Night"]] = tuple
 
     @property
@@ -294,22 +327,22 @@ def shards_done(stage: Stage) -> int:
     )
 
 
-def begin(stage: Stage) -> None:
+def begin(stage: Stage, why: Sequence[str], look: Look) -> None:
     """Notes in the staging folder what the stage is made from, and of a forced one that it is.
 
     Deletes what was begun from another content, or by other versions of packages: no table is a
-    mixture of two. What a run that was killed had done of the same stays.
+    mixture of two. What a run that was killed had done of the same stays. `look` has not seen the
+    stage. Raises InputNotReady where something upstream is not made.
     """
-    look = Look()
     for one in stage.upstream:
-        look.made(one)  # which raises where it is not made
+        look.made(one)
     path = os.path.join(stage.staging, _BEGUN)
     found = files.read_if_there(path)
     begun = parse_json(path, found) if found else {}
     now = {"made_from": _sources(stage, look), "versions": PACKAGE_VERSIONS}
     if {name: begun.get(name) for name in now} != now:
         files.delete_tree(stage.staging)
-        write_json(path, {**now, "why": list(look.state(stage).why)})
+        write_json(path, {**now, "why": list(why)})
 
 
 def _sources(stage: Stage, look: Look) -> dict[str, Any]:

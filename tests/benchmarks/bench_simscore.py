@@ -55,6 +55,7 @@ from pipelines.config import load_settings
 from pipelines.nightly import plan_night, run_nights
 from pipelines.running import beam_options, making, states
 from pipelines.running.stage import Stage
+from pipelines.running.states import Look
 from pipelines.stages import EMBED, ITEM_FEATURES
 
 DAY_BEFORE, DAY = dt.date(2026, 1, 5), dt.date(2026, 1, 6)
@@ -172,7 +173,7 @@ def publish_items(shop: Shop, day: dt.date, vectors: np.ndarray) -> None:
         of = hashing.shard_of(hashing.hash_ids(pa.array(np.arange(len(vectors)))), stage.shards)
         for shard in range(stage.shards):
             write_shard(parts, vectors, np.flatnonzero(of == shard), shard, stage)
-    states.begin(stage)  # begins the staging folder, which is sealed below
+    states.begin(stage, (), Look())  # begins the staging folder, which is sealed below
     shutil.copytree(parts, stage.staging, copy_function=os.link, dirs_exist_ok=True)
     for table in stage.tables:
         making.seal(night.planned[0], table)

@@ -92,13 +92,17 @@ def test_what_was_begun_by_other_versions_or_from_another_content_is_begun_anew(
 ) -> None:
     stage = stage_of(shop, NEW)
     left = os.path.join(stage.staging, "left")
+
+    def begin() -> None:
+        states.begin(stage, ["never made"], Look())
+
     for change in (lambda: None, lambda: newer(monkeypatch)):
-        states.begin(stage)
+        begin()
         files.write_bytes(left, b"x")
-        states.begin(stage)
+        begin()
         assert files.exists(left)  # it is the same
         change()
-    states.begin(stage)
+    begin()
     assert not files.exists(left)
     assert states.reasons(stage.staging) == ["never made"]
 
