@@ -35,7 +35,7 @@ _NAME = r"^[a-z0-9][a-z0-9-]*$"
 
 
 class FullPath(str):
-    """Is a full path that knows how the settings spell it: `written` so, it bears to be moved."""
+    """Is a full path that knows how it is `written` in the settings, which a moved shop keeps."""
 
     written: str
 
@@ -45,7 +45,7 @@ class FullPath(str):
 
 
 class PackagePath(str):
-    """Is the full path of an artefact's folder, whatever the `base` of the shop is."""
+    """Is the full path of an encoder or a codebook, which the `base` of the shop does not move."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, _source: Any, handler: GetCoreSchemaHandler) -> Any:
