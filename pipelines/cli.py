@@ -68,15 +68,19 @@ def _make(
     from pipelines.reports import night
 
     settings, options = load_settings(config), NightOptions(**asked)
+    found: list[dict[str, Any]] = []
     refused: list[CourierError] = []
     if dry_run:
         nights = nightly.plan_nights(settings, days, kinds, _say, options)
         found = [night.describe_plan(one, beam_args) for one in nights]
     else:
-        free, held = nightly.without_held(settings, days, kinds)
-        nights = nightly.plan_nights(settings, free, kinds, _say, options) if free else []
-        found, refused = nightly.make_nights(nights, beam_args, _say) if nights else ([], [])
-        refused = [*held, *refused]
+        free, refused = nightly.without_held(settings, days, kinds)
+        try:
+            nights = nightly.plan_nights(settings, free, kinds, _say, options)
+            found, more = nightly.make_nights(nights, beam_args, _say) if nights else ([], [])
+            refused += more
+        except CourierError as told:
+            refused.append(told)
     if json and found:
         click.echo(dumps(found[0] if len(days) == 1 else found, indent=1))
     elif not json:

@@ -132,7 +132,9 @@ def test_an_identity_changes_with_files_and_settings_and_with_nothing_else(tmp_p
     seen.append(open_impressions(template).identity())
     write(tmp_path, impressions(), impressions())
     seen.append(open_impressions(template).identity())
-    assert len({identity["digest"] for identity in seen}) == len(seen)
+    told = [(identity["digest"], identity["read_as"]) for identity in seen]
+    assert len(set(told)) == len(seen)
+    assert len({digest for digest, _ in told}) == len({read_as for _, read_as in told}) == 3
 
 
 # ---- Refused by footers ----------------------------------------------------------------------

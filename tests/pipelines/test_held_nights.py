@@ -14,6 +14,7 @@ from pipelines import nightly
 from pipelines.cli import main
 from pipelines.nightly import plan_night, run_nights
 from pipelines.running import making
+from pipelines.running.states import Look
 from tests.conftest import Artefacts, pinned
 from tests.support.commands import (
     Capture,
@@ -165,13 +166,15 @@ def test_a_command_that_would_publish_a_held_day_ends_with_3_and_says_why(
     assert published(rolled_back) == before
 
 
-def test_a_range_with_a_held_day_is_refused_before_anything_is_made(
+def test_of_a_range_a_held_day_is_refused_whatever_becomes_of_the_others(
     rolled_back: World, capsys: Capture
 ) -> None:
     before = published(rolled_back)
     days = ("--start-ds", str(DAYS[0]), "--end-ds", str(DAYS[1]))
-    assert courier(rolled_back, "simscore", *days) == 3
-    assert "is on hold" in paragraph(capsys)
+    assert courier(rolled_back, "simscore", *days) == 4
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error: ")]
+    assert f"ds {DAYS[0]} of the feature set 'test' is on hold" in told[0]
+    assert f"ds {DAYS[1]} have not been made" in told[1]
     assert published(rolled_back) == before
 
 
@@ -265,11 +268,11 @@ def test_a_night_that_was_planned_before_another_was_published_is_planned_again(
     said: list[str] = []
     run_nights([plan_night(settings, DAYS[0])], [], said.append)
     late = plan_night(settings, DAYS[1])
-    assert not late.is_outdated()
+    assert not late.is_outdated(Look())
     world.write_impressions(DAYS[0], draw_impressions(DAYS[0], seed=9))
     world.write_catalogue(DAYS[0], catalogue_items(DAYS[0])[1:])
     run_nights([plan_night(settings, DAYS[0])], [], said.append)
-    assert late.is_outdated()
+    assert late.is_outdated(Look())
     said.clear()
     run_nights([late], [], said.append)
     assert any("planning again" in line for line in said)
