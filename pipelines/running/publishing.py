@@ -18,6 +18,9 @@ others had staged for the partition, so that a copy which is on its way finds no
 `publication` goes up. A `_SUCCESS` that another writer has on its way names a manifest then that
 is there no more, and none is ever written twice.
 
+*The same rows*, made again from other inputs, are the same version in the same files: the manifest
+alone changes, its `publication` with it, and `_SUCCESS` follows.
+
 *Killed* at any point, the same run finishes it: each step is skipped where it is done, and nothing
 is "published" before the old files are away. A part that no manifest ever named was left by a run
 that died, and is deleted: what it was copied from is still staged, or will be made again.

@@ -75,26 +75,29 @@ class Shop:
         self.place: Place = layout.place_of(root, "test", ITEM_FEATURES, DS)
         self._bytes: dict[str, tuple[tuple, bytes]] = {}
 
-    def night(self, values: Values) -> Night:
-        """Plans the night that publishes `values`."""
+    def night(self, values: Values, run: str = "") -> Night:
+        """Plans the night that publishes `values`; of the same ones, `run` tells one from another.
+
+        They come from other inputs then, and come out the same.
+        """
         stage = Stage(
             stages.ITEM_FEATURES, DS, self.settings.root, "test", shards=2,
-            inputs={"values": values}, identities={}, settings={},
+            inputs={"values": values, **({"run": run} if run else {})}, identities={}, settings={},
         )  # fmt: skip
         return _WholeNight(self.settings, DS, (JustAStage(stage),), (), Look())
 
-    def make(self, values: Values) -> Night:
+    def make(self, values: Values, run: str = "") -> Night:
         """Makes what the night publishes, unless that is there already."""
-        night = self.night(values)
+        night = self.night(values, run)
         (stage,) = night.stages
         if not Look().state(stage).is_made:
             folder = os.path.join(stage.staging, ITEM_FEATURES.name)
             stage_partition(folder, values, run_id=stage.run_id)
         return night
 
-    def publish(self, values: Values) -> None:
+    def publish(self, values: Values, run: str = "") -> None:
         """Makes and publishes a night."""
-        publish_night(self.make(values), Locks())
+        publish_night(self.make(values, run), Locks())
 
     def roll_back(self) -> None:
         """Rolls the day back, whatever holds it."""

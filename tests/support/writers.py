@@ -12,6 +12,7 @@ NIGHTS = [OLDEST, OLD, MINE, OTHER]
 FIRST: dict[str, tuple[list[Values], Callable[[Shop], None], Values]] = {
     "publishes": ([], lambda shop: shop.publish(MINE), MINE),
     "publishes again": ([OLDEST, OLD], lambda shop: shop.publish(MINE), MINE),
+    "publishes the same rows": ([OLDEST, MINE], lambda shop: shop.publish(MINE, "again"), MINE),
     "rolls back": ([OLDEST, OLD], lambda shop: shop.roll_back(), OLDEST),
 }
 SECOND: dict[str, Callable[[Shop], None]] = {
@@ -26,6 +27,12 @@ def begin(root: str, before: list[Values]) -> Shop:
     for values in before:
         shop.publish(values)
     return shop
+
+
+def stage(shop: Shop, first: str) -> None:
+    """Makes what the first writer publishes."""
+    if first != "rolls back":
+        shop.make(MINE, "again" if first == "publishes the same rows" else "")
 
 
 def nothing_is_lost(shop: Shop, stands: Values | None, published: list[Values]) -> None:

@@ -101,15 +101,15 @@ def test_publishing_the_same_again_changes_nothing(shop: Shop) -> None:
     assert files_of(shop) == before
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["first publication", "re-publication"])
+@pytest.mark.parametrize("before", [None, OLD, NEW], ids=["first", "over another", "the same"])
 def test_of_a_run_killed_at_any_change_no_reader_accepts_a_mixture_and_the_next_finishes(
-    tmp_path: Path, first: bool
+    tmp_path: Path, before: list[int] | None
 ) -> None:
     killed_at, ended = 0, False
     while not ended:
         shop = Shop(str(tmp_path / str(killed_at)))
-        if not first:
-            shop.publish(OLD)
+        if before:
+            shop.publish(before, "earlier")
         night, readers = shop.make(NEW), Readers(shop, [OLD, NEW])
         with pytest.MonkeyPatch.context() as patch:
             kill_at(patch, killed_at, readers.poll)
@@ -122,9 +122,10 @@ def test_of_a_run_killed_at_any_change_no_reader_accepts_a_mixture_and_the_next_
         readers.check()
         shop.publish(NEW)  # the next run
         assert shop.published() == NEW
-        assert shop.kept() == ([] if first else [OLD])
+        assert shop.kept() == ([OLD] if before == OLD else [])
+        assert Look().state(night.stages[0]).name == PUBLISHED
         killed_at += 1
-    assert killed_at > 8
+    assert killed_at > (4 if before == NEW else 8)
 
 
 def test_a_night_is_not_published_before_the_old_files_are_away(shop: Shop) -> None:

@@ -12,7 +12,7 @@ from feature_jobs.schemas import StorageUnavailable
 from feature_jobs.store import faults
 from tests.support.schedules import CHANGING, Calls
 from tests.support.small_nights import Readers, contents, shop_of
-from tests.support.writers import FIRST, MINE, NIGHTS, begin, nothing_is_lost
+from tests.support.writers import FIRST, NIGHTS, begin, nothing_is_lost, stage
 
 
 @pytest.mark.parametrize("lasts", [False, True], ids=["once", "for good"])
@@ -24,8 +24,7 @@ def test_a_call_that_fails_is_waited_for_or_loses_nothing(
         monkeypatch.setattr(faults, "RETRY_SECONDS", 0.005)
     before, mine, expected = FIRST[first]
     shop = begin(f"{folder}/begun", before)
-    if first != "rolls back":
-        shop.make(MINE)
+    stage(shop, first)
     begun = contents(shop)
     fail_at, ended, failures = 0, False, 0
     while not ended:

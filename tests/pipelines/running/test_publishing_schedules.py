@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.schedules import Calls, Schedule
 from tests.support.small_nights import Readers, Shop, contents, shop_of
-from tests.support.writers import FIRST, MINE, NIGHTS, SECOND, begin, nothing_is_lost, refused
+from tests.support.writers import FIRST, NIGHTS, SECOND, begin, nothing_is_lost, refused, stage
 
 
 @pytest.mark.parametrize("second", SECOND)
@@ -19,8 +19,7 @@ def test_a_writer_that_stops_anywhere_for_another_leaves_what_that_one_published
     before, mine, expected = FIRST[first]
     other = SECOND[second]
     shop = begin(f"{folder}/begun", before)
-    if first != "rolls back":
-        shop.make(MINE)
+    stage(shop, first)
     begun = contents(shop)
     stop_at, ended, overtaken = 0, False, 0
     while not ended:
