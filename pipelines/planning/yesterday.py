@@ -116,10 +116,11 @@ class Yesterdays:
         return earlier
 
     def _before(self, kind: Kind, ds: dt.date, start: dt.date) -> Earlier | None:
+        yesterday = self.planned.get((kind.name, ds - _ONE_DAY))
+        if yesterday and start < ds:
+            return _of_planned(yesterday)
         days = (day for name, day in self.planned if name == kind.name and start <= day < ds)
         newest = max(days, default=None)
-        if newest == ds - _ONE_DAY:
-            return _of_planned(self.planned[kind.name, newest])
         published = self._newest_published(kind, ds, newest or start)
         if newest is None or (published and published.ds > newest):
             return published
