@@ -77,10 +77,10 @@ class WalkedDay:
 
     @cached_property
     def tables(self) -> Tables:
-        return Tables(
-            assemble_embeddings(self.plan, self.before.embeddings, self.outcomes),
-            assemble_rejects(self.plan, self.before.rejects, self.outcomes, self.ds),
-        )
+        """Returns the day's tables, in one chunk each: chunks of former items would add up."""
+        embeddings = assemble_embeddings(self.plan, self.before.embeddings, self.outcomes)
+        rejects = assemble_rejects(self.plan, self.before.rejects, self.outcomes, self.ds)
+        return Tables(embeddings.combine_chunks(), rejects.combine_chunks())
 
     @cached_property
     def result_rows(self) -> np.ndarray:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feature_jobs.items import embed_walk
-from feature_jobs.items.embed_plan import REJECTED, TO_READ, UNCHANGED, WAITING
+from feature_jobs.items.embed_plan import REJECTED, TO_READ, UNCHANGED, WAITING, Sightings
 from feature_jobs.items.embed_walk import Tables, WalkedDay
 from feature_jobs.schemas import ITEM_EMBEDDINGS, ITEM_REJECTS
 from feature_jobs.store import partitions
@@ -20,6 +20,7 @@ from tests.support.embed_rows import (
     VERSIONS,
     WRITTEN,
     Row,
+    catalogue,
     day,
     digest,
     embeddings,
@@ -210,6 +211,28 @@ def test_a_shard_without_items_makes_two_empty_tables_that_can_be_written(tmp_pa
         partitions.write_part(str(tmp_path / table.name), table, schema, rows, 0, 1)
         (receipt,) = partitions.receipts(str(tmp_path / table.name))
         assert receipt["rows"] == 0
+
+
+# ---- Many days -------------------------------------------------------------------------------
+
+
+def test_the_tables_of_many_days_do_not_fall_into_ever_more_chunks() -> None:
+    days = [  # on each an item comes and another one goes, and stays as a former one
+        embed_walk.Day(day(number), catalogue({"item_id": number}), number > 0, number > 0)
+        for number in range(6)
+    ]
+    nothing = Tables.before_the_first_day(embeddings().drop_columns("embedding"), rejects())
+    seen = pa.table(
+        {
+            "image_uri": [f"{number}.png" for number in range(6)],
+            **{field.name: pa.array([200] * 6).cast(field.type) for field in VERSIONS},
+            **{name: pa.nulls(6, pa.string()) for name in NO_REASON},
+        }
+    )
+    walk = embed_walk.walk(days, nothing, Sightings([], seen), window_days=30)
+    last = list(walk)[-1].tables.embeddings
+    assert len(last) == 6
+    assert {column.num_chunks for column in last.columns} == {1}
 
 
 # ---- What it cost ----------------------------------------------------------------------------
