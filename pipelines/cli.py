@@ -23,6 +23,7 @@ from feature_jobs.schemas import CourierError
 from pipelines import stages
 from pipelines.options import (
     Ds,
+    PathText,
     beam_argument,
     churn_option,
     config_option,
@@ -165,7 +166,13 @@ def training_rows(**options: Any) -> None:
 @cli.command("init-encoder")
 @config_option
 @click.option("--backbone", default="swin_t", help="A torchvision classification model.")
-@click.option("--weights", required=True, metavar="imagenet|random|PATH", help="Where from.")
+@click.option(
+    "--weights",
+    type=PathText(local=True),
+    required=True,
+    metavar="imagenet|random|PATH",
+    help="Where from.",
+)
 @click.option(
     "--input-size", type=click.IntRange(16, 1024), help="Pixels; default: the backbone's."
 )
@@ -194,7 +201,6 @@ def _folders(config: str, out: str | None) -> tuple[str, str]:
     from feature_jobs.store import files
 
     folder = os.path.dirname(os.path.abspath(config))
-    files.check_supported(out or folder)
     return folder, files.absolute(out or folder)
 
 
@@ -224,7 +230,12 @@ def _folders(config: str, out: str | None) -> tuple[str, str]:
 )
 @click.option("--objective", help="courier, an ablation or a baseline.")
 @click.option("--backbone", help="A torchvision classification model.")
-@click.option("--weights", metavar="imagenet|random|PATH", help="Where the backbone begins.")
+@click.option(
+    "--weights",
+    type=PathText(local=True),
+    metavar="imagenet|random|PATH",
+    help="Where the backbone begins.",
+)
 @click.option("--input-size", type=click.IntRange(16, 1024), help="Side of the images in pixels.")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over all rows.")
 @click.option("--batch-rows", type=int, help="Rows of a batch, over all processes.")
@@ -235,7 +246,12 @@ def _folders(config: str, out: str | None) -> tuple[str, str]:
 )
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="Of Adam.")
 @click.option("--temperature", type=float, help="Of the loss. [default: the objective's]")
-@click.option("--text-model", metavar="NAME|PATH", help="Hugging Face; for the objective clip.")
+@click.option(
+    "--text-model",
+    type=PathText(local=True),
+    metavar="NAME|PATH",
+    help="Hugging Face; for the objective clip.",
+)
 @click.option(
     "--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), help="Of the encoder."
 )
@@ -290,6 +306,7 @@ def train(
 )
 @click.option(
     "--parent",
+    type=PathText(),
     metavar="FOLDER",
     help="The codebook to continue. [default: the newest one pinned]",
 )
@@ -434,13 +451,29 @@ def rollback(
 
 @cli.command()
 @click.option(
-    "--catalogue", required=True, metavar="PATH", help="Parquet; {ds} stands for the day."
+    "--catalogue",
+    type=PathText(),
+    required=True,
+    metavar="PATH",
+    help="Parquet; {ds} stands for the day.",
 )
 @click.option(
-    "--impressions", required=True, metavar="PATH", help="Parquet; {ds} stands for the day."
+    "--impressions",
+    type=PathText(),
+    required=True,
+    metavar="PATH",
+    help="Parquet; {ds} stands for the day.",
 )
-@click.option("--images", multiple=True, metavar="FOLDER", help="Where images lie.")
-@click.option("--out", default="courier.toml", metavar="FILE", help="The settings to write.")
+@click.option(
+    "--images", type=PathText(), multiple=True, metavar="FOLDER", help="Where images lie; repeat."
+)
+@click.option(
+    "--out",
+    type=PathText(local=True),
+    default="courier.toml",
+    metavar="FILE",
+    help="The settings to write.",
+)
 def init(catalogue: str, impressions: str, images: tuple[str, ...], out: str) -> None:
     """Look at your tables and images, say what will not work, and write commented settings."""
     from pipelines.first_look import look as first_look
@@ -456,16 +489,27 @@ def init(catalogue: str, impressions: str, images: tuple[str, ...], out: str) ->
 
 @cli.command()
 @click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="The shop's new folder."
+    "--out",
+    required=True,
+    type=PathText(local=True),
+    metavar="FOLDER",
+    help="The shop's new folder.",
 )
-@click.option("--images", type=click.Path(path_type=Path), help="Photographs to use instead.")
-@click.option("--items", metavar="N|CSV", help="How many to draw; or item_id,category,image_path.")
+@click.option(
+    "--images", type=PathText(local=True), metavar="FOLDER", help="Photographs to use instead."
+)
+@click.option(
+    "--items",
+    type=PathText(local=True),
+    metavar="N|CSV",
+    help="How many to draw; or item_id,category,image_path.",
+)
 @click.option("--users", type=click.IntRange(1), default=1200)
 @click.option("--days", type=click.IntRange(1), default=9)
 @click.option("--first-ds", type=Ds(), default="2026-01-01")
 @click.option("--seed", default=7)
 def demo(
-    out: Path, items: str | None, images: Path | None, users: int, days: int, first_ds: dt.date,
+    out: str, items: str | None, images: str | None, users: int, days: int, first_ds: dt.date,
     seed: int,
 ) -> None:  # fmt: skip
     """Make a small shop: drawn garments, users with tastes, a click log, and settings for it."""
@@ -475,7 +519,9 @@ def demo(
         raise click.BadParameter("must be a number unless --images is given", param_hint="--items")
     drawn = {"items": int(items)} if images is None and items else {}
     shop = Shop(seed=seed, users=users, days=days, first_ds=first_ds, **drawn)
-    made = make_shop(out, shop, images, Path(items) if images and items else None)
+    made = make_shop(
+        Path(out), shop, Path(images) if images else None, Path(items) if images and items else None
+    )
     click.echo(
         f"{out}: {made.items:,} items, {made.impressions:,} impressions and {made.clicks:,} clicks "
         f"from ds {made.ds[0]} to {made.ds[-1]}; {made.images_written:,} images drawn, "

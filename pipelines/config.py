@@ -4,6 +4,7 @@ Paths in the file are relative to the file's own folder, so that it can be used 
 gs://…. Those of the shop are relative to `base` where it is given.
 """
 
+import contextlib
 import datetime as dt
 import difflib
 import glob
@@ -52,16 +53,21 @@ class PackagePath(str):
         return handler.generate_schema(Annotated[str, AfterValidator(_package)])
 
 
+def _expanded(path: str) -> str:
+    try:
+        return files.expanded(path)
+    except OperatorError as error:  # as a ValueError it is told with the key, and with the others
+        raise ValueError(str(error)) from error
+
+
 def _path(path: str, info: ValidationInfo) -> FullPath:
-    files.check_supported(path)
-    full = FullPath(files.absolute(path, (info.context or {}).get("base", ".")))
+    full = FullPath(files.absolute(_expanded(path), (info.context or {}).get("base", ".")))
     full.written = path
     return full
 
 
 def _package(path: str, info: ValidationInfo) -> PackagePath:
-    files.check_supported(path)
-    return PackagePath(files.absolute(path, (info.context or {}).get("folder", ".")))
+    return PackagePath(files.absolute(_expanded(path), (info.context or {}).get("folder", ".")))
 
 
 def _template(path: str, info: ValidationInfo) -> str:
@@ -317,8 +323,10 @@ def load_settings(path: str) -> Settings:
             f"The settings {path} are not valid TOML: {error}. Correct that line."
         ) from error
     folder = os.path.dirname(os.path.abspath(path))
-    base = data.get("base")
-    base = files.absolute(base, folder) if isinstance(base, str) else folder
+    base = folder
+    if isinstance(data.get("base"), str):
+        with contextlib.suppress(OperatorError):  # what is no path is told with the rest
+            base = files.absolute(files.expanded(data["base"]), folder)
     try:
         # As JSON, since strict mode then takes arrays for tuples and text for dates, and no more.
         text = json.dumps(data, default=str)

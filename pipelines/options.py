@@ -2,6 +2,8 @@
 
 import datetime as dt
 import functools
+import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -22,6 +24,33 @@ class Ds(click.ParamType):
             self.fail(f"{value!r} is no date YYYY-MM-DD", param, ctx)
 
 
+class PathText(click.ParamType):
+    """Reads an option's value as a path: local, or in a bucket unless `local` only.
+
+    Of an option that takes several, an environment variable has them as PATH has: a:gs://b/c.
+    """
+
+    name = "path"
+
+    def __init__(self, local: bool = False):
+        self._local = local
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        from feature_jobs.schemas import OperatorError
+        from feature_jobs.store import files
+
+        try:
+            path = files.expanded(str(value))
+        except OperatorError as error:
+            self.fail(str(error), param, ctx)
+        if self._local and files.is_remote(path):
+            self.fail(f"{path!r} lies in a bucket, but a local path is needed here.", param, ctx)
+        return path
+
+    def split_envvar_value(self, rv: str) -> Sequence[str]:
+        return re.split(rf"{os.pathsep}(?!//)", rv)
+
+
 def _beam_args(
     _ctx: click.Context, _param: click.Parameter, given: tuple[str, ...]
 ) -> Sequence[str]:
@@ -34,7 +63,12 @@ def _beam_args(
 
 
 config_option = click.option(
-    "--config", default="courier.toml", show_default=True, metavar="FILE", help="The settings."
+    "--config",
+    type=PathText(local=True),
+    default="courier.toml",
+    show_default=True,
+    metavar="FILE",
+    help="The settings.",
 )
 json_option = click.option("--json", is_flag=True, help="The result as JSON.")
 dry_run_option = click.option(
@@ -52,6 +86,7 @@ churn_option = click.option(
 )
 out_option = click.option(
     "--out",
+    type=PathText(),
     metavar="FOLDER",
     help="Where packages go; may be gs://. [default: beside the settings]",
 )

@@ -23,13 +23,46 @@ _LOCAL = LocalStore()
 # ---- Where a path lies -----------------------------------------------------------------------
 
 
-def check_supported(path: str) -> None:
-    """Raises OperatorError for a path that is neither local nor in a bucket."""
-    if "://" in path and not re.match("gs://[^/]", path):
+def expanded(path: str) -> str:
+    """Returns a path as people type it, with `~` for the home folder expanded.
+
+    Raises OperatorError for what could only be a mistake: taken as it is, it would name a folder
+    that nobody meant.
+    """
+    if not path.strip():
+        raise OperatorError(
+            "An empty path names nothing: taken for the present folder it would mix its files with "
+            "ours. Give the folder or file that is meant ('.' for the present folder)."
+        )
+    if path != path.strip() or not path.isprintable():
+        raise OperatorError(
+            f"The path {path!r} begins or ends with a blank, or has a control character in it, so "
+            "that it is not the name that it looks like. Write it without."
+        )
+    if re.match("gs://[^/]", path):
+        return path
+    if "://" in path:
         raise OperatorError(
             f"The path {path!r} names a remote store other than gs://bucket/…: only those and "
             "local paths are read and written (a mounted folder is one)."
         )
+    if re.match("gs:|[A-Za-z][A-Za-z0-9+.-]+:/", path):
+        raise OperatorError(
+            f"The path {path!r} looks like an address, but would be a folder of that name. A "
+            "bucket is gs://bucket/…, with two slashes."
+        )
+    if re.search(r"(^|/)\$\w|\$\{", path):
+        raise OperatorError(
+            f"The path {path!r} has a variable of the shell in it, which is not looked up: a run "
+            "would depend on who starts it. Write the path itself ('~' is the home folder)."
+        )
+    home = os.path.expanduser(path)
+    if home.startswith("~"):
+        raise OperatorError(
+            f"The path {path!r} begins with '~', but there is no such user or home folder here. "
+            "Write the path itself, or './~…' for a folder of that name."
+        )
+    return home
 
 
 def is_remote(path: str) -> bool:

@@ -96,7 +96,6 @@ def write_settings(path: str, toml: str) -> None:
 
 
 def _check_folder(root: str) -> None:
-    files.check_supported(root)
     if not files.is_folder(root):
         raise OperatorError(
             f"--images {root} is no folder. The folder that the catalogue's image_uri are relative "

@@ -98,8 +98,7 @@ _DAY_FOLDER = re.compile(r"(?:\w+=)?(\d{4}-\d{2}-\d{2})")
 
 def find_place(table: str, typed: str) -> Place:
     """Finds where a table lies, from a path as people type it; raises OperatorError if nowhere."""
-    files.check_supported(typed)
-    path = files.absolute(typed)
+    path = files.absolute(files.expanded(typed))
     if "{ds}" in path:
         return Place(table, path, _days_of(table, path))
     pattern, found = _files_at(table, path)

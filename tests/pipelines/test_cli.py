@@ -51,6 +51,37 @@ def test_the_environments_names_are_those_of_the_options() -> None:
         assert option.opts == ["--" + str(option.name).replace("_", "-")], name
 
 
+def test_every_option_that_takes_a_path_refuses_what_nobody_meant(capsys: Capture) -> None:
+    metavars = ("FILE", "FOLDER", "PATH", "CSV")
+    found = 0
+    for name, command in cli.commands.items():
+        for option in command.params:
+            if not (option.metavar or "").endswith(metavars):
+                continue
+            found += 1
+            for path in ("", "$HOME/x", "gs:/bucket/x"):
+                assert main([name, f"{option.opts[0]}={path}"]) == 2
+                told = capsys.readouterr().err
+                assert f"Invalid value for '{option.opts[0]}'" in told, (name, option.name)
+    assert found > 20
+
+
+def test_paths_in_the_environment_are_told_apart_as_in_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/shop")
+    monkeypatch.setenv("COURIER_INIT_IMAGES", "my images:gs://shop/a b:~/more")
+    (images,) = (option for option in cli.commands["init"].params if option.name == "images")
+    with cli.make_context("courier", ["status"], resilient_parsing=True) as parent:
+        context = click.Context(
+            cli.commands["init"], parent, "init", auto_envvar_prefix="COURIER_INIT"
+        )
+        given, _ = images.consume_value(context, {})
+        assert images.type_cast_value(context, given) == (
+            "my images", "gs://shop/a b", "/home/shop/more",
+        )  # fmt: skip
+
+
 def test_no_settings_exit_2_and_say_how_to_get_them(tmp_path: Path, capsys: Capture) -> None:
     for command in (["status"], ["refresh", "--ds", "2026-01-01"]):
         assert main([*command, "--config", str(tmp_path / "none.toml")]) == 2

@@ -3,6 +3,7 @@
 import datetime as dt
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -362,6 +363,51 @@ def test_a_remote_path_other_than_of_a_bucket_is_refused(folder: Path, old: str,
     message = refusal(folder, LEAST.replace(old, f'"{path}"'))
     assert path in message
     assert "gs://bucket" in message
+
+
+PATHS = {
+    "root": 'root = "{}"', "base": 'base = "{}"\nroot = "f"', "catalogue.path": 'path = "{}"',
+    "catalogue.image_roots.1": 'image_roots = ["images", "{}"]',
+    "impressions.path": 'path = "{}"', "pins.0.encoder": 'encoder = "{}"',
+    "pins.0.codebook": 'codebook = "{}"',
+}  # fmt: skip
+
+
+def with_path(key: str, path: str) -> str:
+    """Returns settings with `path` at `key`."""
+    text = LEAST + '[[pins]]\nfrom_ds = 2026-02-01\nencoder = "e"\ncodebook = "c"\n'
+    old = {
+        "root": 'root = "features"',
+        "base": 'root = "features"',
+        "pins.0.encoder": 'encoder = "e"',
+        "pins.0.codebook": 'codebook = "c"',
+        "catalogue.path": 'path = "catalogue/ds={ds}"',
+        "impressions.path": 'path = "impressions/ds={ds}"',
+        "catalogue.image_roots.1": 'image_roots = ["images"]',
+    }[key]
+    assert text.count(old) == 1
+    return text.replace(old, PATHS[key].format(path))
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize("path", ["", "$HOME/x/{ds}", "gs:/bucket/{ds}", "~nobody-here/{ds}"])
+def test_a_path_that_nobody_meant_is_refused_with_its_key(
+    folder: Path, key: str, path: str
+) -> None:
+    assert f"{key!r}: " in refusal(folder, with_path(key, path))
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_the_home_folder_is_expanded_and_the_setting_stays_as_written(
+    folder: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/shop")
+    found: Any = load(folder, with_path(key, "~/x/{ds}"))
+    for part in key.split("."):
+        found = found[int(part)] if part.isdigit() else getattr(found, part)
+    assert found == "/home/shop/x/{ds}"
+    if key in ("root", "catalogue.image_roots.1"):
+        assert found.written == "~/x/{ds}"
 
 
 def test_a_path_in_a_bucket_is_kept_as_it_is(folder: Path) -> None:

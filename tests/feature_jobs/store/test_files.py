@@ -205,7 +205,7 @@ def test_a_write_that_fails_midway_leaves_the_old_file_and_is_the_stores_fault(
 )
 def test_a_remote_path_other_than_of_a_bucket_is_refused(path: str) -> None:
     with pytest.raises(OperatorError) as refused:
-        files.check_supported(path)
+        files.expanded(path)
     assert refused.value.exit_status == 2
     assert path in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -215,4 +215,30 @@ def test_a_remote_path_other_than_of_a_bucket_is_refused(path: str) -> None:
     "path", ["/data/imps", "relative/dt={ds}/*.parquet", "C:/shop", "a:b", "gs://b", "gs://b/x"]
 )
 def test_a_local_path_or_one_of_a_bucket_is_supported(path: str) -> None:
-    assert files.check_supported(path) is None
+    assert files.expanded(path) == path
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("", "An empty path"), (" ", "An empty path"), (" images", "a blank"), ("a\n", "a blank"),
+        ("a\0b", "control character"), ("gs:/bucket/x", "two slashes"), ("gs:b/x", "two slashes"),
+        ("gs:", "two slashes"), ("s3:/b", "two slashes"), ("file:/data", "two slashes"),
+        ("$HOME/x", "variable"), ("a/$DATA", "variable"), ("a${X}b", "variable"),
+        ("~nobody-here/x", "no such user"),
+    ],
+)  # fmt: skip
+def test_a_path_that_would_become_a_folder_that_nobody_meant_is_refused(
+    path: str, told: str
+) -> None:
+    with pytest.raises(OperatorError, match=told) as refused:
+        files.expanded(path)
+    assert repr(path) in str(refused.value) or not path.strip()
+    assert "\n" not in str(refused.value)
+
+
+def test_the_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/shop")
+    assert files.expanded("~") == "/home/shop"
+    assert files.expanded("~/features") == "/home/shop/features"
+    assert files.expanded("a/~/b$") == "a/~/b$"
