@@ -9,6 +9,7 @@ and a click a bool.
 import datetime as dt
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,11 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from feature_jobs.schemas import TIMESTAMP, DataContractError, InputNotReady, OperatorError
-from feature_jobs.store import documents, files
+from feature_jobs.store import day_names, documents, files
+from feature_jobs.store.day_names import DayNames
 from feature_jobs.store.faults import patiently
 
 _FOOTER_READERS = 16
 CATALOGUE_COLUMNS = ("item_id", "image_uri", "category")
+PARQUET_ENDINGS = (".parquet", ".parq", ".pq")
 IMPRESSION_COLUMNS = ("user_id", "item_id", "event_time", "clicked")
 _NULLABLE = ("image_uri", "category", "title", "click_time", "request_id", "history")
 # What pyarrow raises for damaged bytes; a damaged footer may name impossible types or columns.
@@ -96,33 +99,21 @@ class Source:
 # ---- Finding -------------------------------------------------------------------------------
 
 
-def pattern_for(template: str, ds: dt.date) -> str:
-    """Returns the glob pattern of one ds.
-
-    A template that names a folder means its Parquet files.
-    """
-    pattern = template.replace("{ds}", ds.isoformat())
-    return pattern if pattern.endswith(".parquet") else os.path.join(pattern, "*.parquet")
-
-
-def is_marked_whole(template: str, ds: dt.date) -> bool:
-    """Tells whether a `_SUCCESS` lies beside the files of ds."""
-    return bool(files.find(os.path.join(os.path.dirname(pattern_for(template, ds)), "_SUCCESS")))
-
-
 def find_files(
     table: str, template: str, ds: dt.date, require_success: bool, closed: bool = False
 ) -> list[str]:
     """Returns the paths of the files of one ds; empty for an empty day.
 
-    An empty day has a `_SUCCESS` and no file, or is one without a file on which the shop was
-    `closed`; a catalogue may have been written all the same.
+    A `template` (`day_names`) is that of files, or of a folder, of which those that are Parquet by
+    their names are taken. An empty day has a `_SUCCESS` and no file, or is one without a file on
+    which the shop was `closed`; a catalogue may have been written all the same.
 
-    Raises InputNotReady where there is no partition, or no `_SUCCESS` although it is required, and
-    OperatorError for impressions of a day on which the shop was closed.
+    Raises InputNotReady where there is no partition, or no `_SUCCESS` although it is required,
+    OperatorError for impressions of a day on which the shop was closed, and DataContractError for
+    a day that is marked as whole and has other files only.
     """
-    pattern = pattern_for(template, ds)
-    paths = [file.path for file in files.glob(pattern)]
+    typed = day_names.name_of(template, ds)
+    paths, folder = _look(typed)
     if closed and paths and table == "impressions":
         raise OperatorError(
             f"closed_days in the settings names {ds}, but the {table} table has files of that day, "
@@ -131,24 +122,90 @@ def find_files(
         )
     if closed and not paths:
         return []
-    done = is_marked_whole(template, ds)
+    done = _has_success(folder)
+    others = "" if paths else _others(template, typed, folder)
+    if others and done:
+        raise DataContractError(
+            f"The {table} partition of ds {ds} has a _SUCCESS and {others}, but none at {folder} "
+            f"that is {_asked(typed)}. Taken for an empty day, it would publish empty tables. "
+            f"Correct [{table}] path in the settings."
+        )
     if not done and (require_success or not paths):
         missing = "no _SUCCESS" if paths else "no file and no _SUCCESS"
+        found = f" (there is {others})" if others else ""
         raise InputNotReady(
-            f"The {table} table has no partition for ds {ds} yet: {missing} at {pattern}. Without "
+            f"The {table} table has no partition for ds {ds} yet: {missing} at {folder}; "
+            f"{_asked(typed)} was looked for{found}. Without "
             "it the features of that day would be made from nothing. Run the command again when "
             f"the partition is there, or correct [{table}] path in the settings. If the shop was "
             f'closed on that day, say so: closed_days = ["{ds}"] in the settings, or a _SUCCESS in '
             "the empty folder."
         )
-    others = [] if paths else files.glob(os.path.join(os.path.dirname(pattern), "*"))
-    if others:
-        raise DataContractError(
-            f"The {table} partition of ds {ds} has a _SUCCESS and files such as {others[0].path}, "
-            f"but none that matches {pattern}. Taken for an empty day, it would publish empty "
-            f"tables. Correct [{table}] path in the settings."
-        )
     return paths
+
+
+def find_days(template: str) -> list[dt.date]:
+    """Returns the days of which a table has a file, ascending; the template has a day."""
+    names = DayNames(template)
+    found = [file.path for file in files.glob(names.glob())]
+    found = found or [os.path.dirname(path) for path in _parquet_in(names.glob())]
+    return sorted({day for path in found if (day := names.day_of(path))})
+
+
+def is_marked_whole(template: str, ds: dt.date) -> bool:
+    """Tells whether a `_SUCCESS` lies beside the files of ds."""
+    return _has_success(_look(day_names.name_of(template, ds))[1])
+
+
+def is_parquet_name(path: str) -> bool:
+    """Tells whether a file is Parquet by its name: Hive and Trino give theirs no ending."""
+    name = os.path.basename(path)
+    return name.lower().endswith(PARQUET_ENDINGS) or "." not in name
+
+
+def _look(typed: str) -> tuple[list[str], str]:
+    """Returns the files of a day, and a pattern of the folder where its `_SUCCESS` would lie.
+
+    What is typed is matched as typed. Only what is no file is a folder, whatever its name is:
+    Spark calls folders log.parquet.
+    """
+    above = os.path.dirname(typed).removesuffix("/**")
+    if found := [file.path for file in files.glob(typed)]:
+        return found, above
+    if _names_files(typed) and not files.find(os.path.join(typed, "*")):
+        return [], above
+    return _parquet_in(typed), typed
+
+
+def _parquet_in(folder: str) -> list[str]:
+    paths = [file.path for file in files.glob(os.path.join(folder, "*"))]
+    return [path for path in paths if is_parquet_name(path)]
+
+
+def _names_files(typed: str) -> bool:
+    name = re.sub(r"\[[*?[]\]", "", os.path.basename(typed))  # "[[]" is a bracket, no wildcard
+    return name.lower().endswith(PARQUET_ENDINGS) or bool(re.search(r"[*?[]", name))
+
+
+def _has_success(folder: str) -> bool:
+    return bool(files.find(os.path.join(folder, "_SUCCESS")))
+
+
+def _asked(typed: str) -> str:
+    """Describes the names that are looked for."""
+    if _names_files(typed):
+        return os.path.basename(typed)
+    return f"a name with the ending {', '.join(PARQUET_ENDINGS)} or none"
+
+
+def _others(template: str, typed: str, folder: str) -> str:
+    """Describes what lies where the files of a day were looked for, files of other days aside."""
+    others = files.glob(os.path.join(folder, "*"))
+    if not others and not _names_files(typed):
+        others = files.glob(os.path.join(folder, "*", "*"))
+    if day_names.has_day(template):
+        others = [file for file in others if not DayNames(template).day_of(file.path)]
+    return f"{len(others):,} other file(s), such as {others[0].path}" if others else ""
 
 
 # ---- Checking what footers tell --------------------------------------------------------------

@@ -7,7 +7,6 @@ gs://…. Those of the shop are relative to `base` where it is given.
 import contextlib
 import datetime as dt
 import difflib
-import glob
 import json
 import os
 import re
@@ -28,7 +27,7 @@ from pydantic import (
 )
 
 from feature_jobs.schemas import TABLES, OperatorError
-from feature_jobs.store import files
+from feature_jobs.store import day_names, files
 from pipelines.stages import KINDS
 
 BEAM_STAGES = (*(kind.name for kind in KINDS), "fit-codebook")
@@ -71,15 +70,14 @@ def _package(path: str, info: ValidationInfo) -> PackagePath:
 
 
 def _template(path: str, info: ValidationInfo) -> str:
-    if unknown := set(re.findall(r"{[^}]*}", path)) - {"{ds}"}:
-        raise ValueError(f"knows {{ds}} only, but has {', '.join(sorted(unknown))}")
-    folder, pattern = _path(".", info), _path(path, info)
-    inside = pattern.startswith(folder + os.sep)
-    return glob.escape(folder) + pattern[len(folder) :] if inside else pattern
+    if day_names.has_day(path):
+        day_names.DayNames(path)
+    folder = day_names.literal(_path(".", info))
+    return files.absolute(_expanded(path), folder)
 
 
 def _daily(path: str) -> str:
-    if "{ds}" not in path:
+    if not day_names.has_day(path):
         raise ValueError("needs {ds}: impressions come in one partition for each day")
     return path
 
@@ -127,7 +125,8 @@ class ImpressionColumns(_Section):
 class Catalogue(_Section):
     """Tells where the catalogue and its images lie.
 
-    `path` has {ds}, or is one snapshot for all days; images lie below one of `image_roots`.
+    `path` has {ds}, or the day in another spelling (`day_names`), or is one snapshot for all days;
+    images lie below one of `image_roots`.
     """
 
     path: Template

@@ -10,6 +10,7 @@ import functools
 import re
 import string
 from dataclasses import dataclass
+from glob import escape
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ def name_of(template: str, ds: dt.date) -> str:
 
 
 def literal(text: str) -> str:
-    """Returns the template of `text` itself, braces and all."""
-    return text.replace("{", "{{").replace("}", "}}")
+    """Returns the template of `text` itself: its braces name no day, its brackets no wildcard."""
+    return escape(text).replace("{", "{{").replace("}", "}}")
 
 
 @functools.lru_cache(maxsize=256)

@@ -30,7 +30,7 @@ from feature_jobs.schemas import (
     InputNotReady,
     OperatorError,
 )
-from feature_jobs.store import documents, files, partitions
+from feature_jobs.store import day_names, documents, files, partitions
 from feature_jobs.store.encoder_info import EncoderInfo
 from feature_jobs.store.partitions import Partition
 from pipelines.artefacts.encoders import stanza
@@ -196,7 +196,7 @@ def read_data(settings: Settings, span: Span) -> tuple[TrainingData, dict[str, A
         "training_rows": {str(ds): part.manifest["version"] for ds, part in span.all.items()},
         "held_out_from_ds": str(next(iter(span.held_out))),
         "catalogues": catalogues,
-        "one_snapshot_for_all_days": "{ds}" not in settings.catalogue.path,
+        "one_snapshot_for_all_days": not day_names.has_day(settings.catalogue.path),
         "image_roots": settings.catalogue.image_roots,
     }
     train, held_out = build_sets(rows, catalogue)

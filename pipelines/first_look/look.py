@@ -22,7 +22,7 @@ from feature_jobs import inputs
 from feature_jobs.schemas import DataContractError, OperatorError
 from feature_jobs.store import files
 from pipelines.config import Gates
-from pipelines.first_look.settings import near, settings_text
+from pipelines.first_look.settings import near, near_template, settings_text
 from pipelines.first_look.tables import Place, Table, fault_of, find_place, open_table, read_column
 
 _CATALOGUE_ROWS = 2_000_000  # up to here all item IDs are read: a second or two
@@ -57,12 +57,13 @@ def look(catalogue: str, impressions: str, image_roots: Sequence[str], folder: s
     will lie: paths in them are relative to it when they are near. Raises OperatorError where there
     is nothing to look at, DataContractError for a file that is no Parquet.
     """
-    for root in image_roots:
+    roots = [files.absolute(files.expanded(root)) for root in image_roots]
+    for root in roots:
         _check_folder(root)
     shop, log = find_place("catalogue", catalogue), find_place("impressions", impressions)
     shop_ds, log_ds = _days_to_look_at(shop, log)
     items, events = open_table(shop, shop_ds), open_table(log, log_ds)
-    roots = [files.absolute(root) for root in image_roots] or _guess_roots(items)
+    roots = roots or _guess_roots(items)
     findings = (
         *_about_place(shop, folder),
         *_about_place(log, folder),
@@ -115,7 +116,7 @@ def _days_to_look_at(shop: Place, log: Place) -> tuple[dt.date, dt.date]:
 
 
 def _about_place(place: Place, folder: str) -> Iterator[Finding]:
-    where = near(place.template, folder)
+    where = near_template(place, folder)
     if place.days:
         first, last, gaps = place.days[0], place.days[-1], place.gaps()
         text = f"{place.table}: {len(place.days):,} day(s) from {first} to {last} at {where}"
@@ -127,15 +128,15 @@ def _about_place(place: Place, folder: str) -> Iterator[Finding]:
     elif place.table == "catalogue":
         yield Finding(
             "note",
-            f"catalogue: one snapshot without a day YYYY-MM-DD in its path, {where}. It is used "
+            f"catalogue: one snapshot without a day in its path, {where}. It is used "
             "for past days as well, though they did not know all of its items.",
         )
     else:
         yield Finding(
             "problem",
-            f"impressions: no day YYYY-MM-DD in the path {where}. One partition per day is "
-            "expected, since a night reads the impressions of one day and the clicks of the days "
-            "before. Write each day's events to a folder of its own, such as "
+            f"impressions: no day (2026-01-06, 20260106 or 2026/01/06) in the path {where}. One "
+            "partition per day is expected, since a night reads the impressions of one day and "
+            "the clicks of the days before. Write each day's events to a folder of its own, as in "
             "impressions/dt=2026-01-06/, and give --impressions 'impressions/dt={ds}/*.parquet'.",
         )
 

@@ -6,14 +6,14 @@ import os
 from collections.abc import Sequence
 from string import Template
 
-from feature_jobs.store import files
+from feature_jobs.store import day_names, files
 from pipelines.config import CatalogueColumns, ImpressionColumns
 from pipelines.first_look.tables import Place, Table
 
 _SETTINGS = Template("""\
 # Settings of COURIER, written by `courier init`. Paths are relative to this file's folder, or gs://…;
-# {ds} stands for the day, YYYY-MM-DD. A setting that is commented out has the default or example
-# shown.
+# {ds} stands for the day, YYYY-MM-DD, {ds:%Y%m%d} for 20260301, and year={ds:%Y}/month={ds:%m} for
+# parts of it. A setting that is commented out has the default or example shown.
 
 # Where the relative paths of tables and images begin, pins aside; without it, this file's folder.
 # A shop that lies in a bucket can be moved by this line alone.
@@ -146,7 +146,7 @@ def settings_text(items: Table, events: Table, roots: Sequence[str], folder: str
     """
     fit_ds, refresh_ds = _first_nights(items, events)
     return _SETTINGS.substitute(
-        catalogue_path=_quote(near(items.place.template, folder)),
+        catalogue_path=_quote(near_template(items.place, folder)),
         image_roots=_image_roots(roots, folder),
         catalogue_columns=_columns(items, CatalogueColumns),
         impressions_path=_impressions_path(events.place, folder),
@@ -164,6 +164,11 @@ def near(path: str, folder: str) -> str:
         return path
     relative = os.path.relpath(path, folder)
     return path if relative.split(os.sep).count(os.pardir) > 2 else relative
+
+
+def near_template(place: Place, folder: str) -> str:
+    """Returns where a table lies as `near` does: the names of folders are no patterns."""
+    return near(place.template, day_names.literal(folder))
 
 
 def _first_nights(items: Table, events: Table) -> tuple[dt.date, dt.date]:
@@ -186,7 +191,7 @@ def _image_roots(roots: Sequence[str], folder: str) -> str:
 
 def _impressions_path(place: Place, folder: str) -> str:
     if place.days:
-        return f"path = {_quote(near(place.template, folder))}"
+        return f"path = {_quote(near_template(place, folder))}"
     return '# path = "impressions/dt={ds}/*.parquet"  # REQUIRED: where the partition of a day lies'
 
 

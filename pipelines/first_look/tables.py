@@ -8,20 +8,22 @@ import datetime as dt
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pyarrow as pa
 
 from feature_jobs import inputs
 from feature_jobs.schemas import CourierError, DataContractError, OperatorError
-from feature_jobs.store import files
+from feature_jobs.store import day_names, files
 
 _ROWS = 200_000  # of each table are looked at
+_OTHERS = 10  # files without a known ending are opened to see whether they are Parquet
 
 _ITEM_IDS = "iid itemid item sku product_id productid article_id goods_id nid news_id"
 # Other names of our columns, compared without regard to case; the first that fits is taken.
@@ -92,75 +94,171 @@ def fault_of(check: Callable[[], object]) -> str | None:
 
 # ---- Finding -------------------------------------------------------------------------------
 
-_DAY = re.compile(r"(?<!\d)\d{4}-\d{2}-\d{2}(?!\d)")
-_DAY_FOLDER = re.compile(r"(?:\w+=)?(\d{4}-\d{2}-\d{2})")
+_KEY = r"(?:\w+=)?"
+# A day in the folders of a path, Hive's keys aside: in one of them, or a number in each.
+_IN_FOLDERS = (
+    r"(?P<Y>(?:19|20)\d\d)(?P<a>[-_.]?|/{key})(?P<m>\d\d?)(?P<b>[-_.]?|/{key})(?P<d>\d\d?)"
+    r"(?=(?:\.\w+)?/)"
+)
+_IN_NAME = (
+    r"(?<!\d)(?P<Y>(?:19|20)\d\d)(?P<a>{between})(?P<m>\d\d)(?P<b>(?P=a))(?P<d>\d\d)(?!\d)"
+    r"[^/]*$"
+)
+# Where a day is looked for, in this order: a file's name may also tell when it was written.
+_SPELLINGS = (
+    re.compile(r"(?<=/)\w+=" + _IN_FOLDERS.format(key=r"\w+=")),
+    re.compile(_IN_NAME.format(between="-")),
+    re.compile(r"(?<=/)" + _KEY + _IN_FOLDERS.format(key=_KEY)),
+    re.compile(_IN_NAME.format(between="[_.]?")),
+)
 
 
 def find_place(table: str, typed: str) -> Place:
     """Finds where a table lies, from a path as people type it; raises OperatorError if nowhere."""
-    path = files.absolute(files.expanded(typed))
-    if "{ds}" in path:
-        return Place(table, path, _days_of(table, path))
-    pattern, found = _files_at(table, path)
-    templates = Counter(t for file in found if (t := _template(file, pattern)))
+    template = _as_template(table, files.expanded(typed))
+    if day_names.has_day(template):
+        return Place(table, template, _days_of(table, template))
+    pattern, found = _files_at(table, template)
+    templates = Counter(
+        template
+        for file in found
+        for folders, name in _dated(file)
+        if (template := _template(file, folders, name, pattern))
+    )
     if not templates:
         return Place(table, pattern, ())
     template = templates.most_common(1)[0][0]
     return Place(table, template, _days_of(table, template))
 
 
-def _files_at(table: str, path: str) -> tuple[str, list[str]]:
-    """Finds the Parquet files of a file, glob or folder without {ds}.
+def _as_template(table: str, typed: str) -> str:
+    """Returns the full template of what was typed.
 
-    Returns the pattern that they match, and their paths.
+    Brackets in the names of folders that are there are no wildcards, and braces no days; so it is
+    with those of the folder where the command is run.
     """
-    if files.is_folder(path):
-        depths = ("*.parquet", "*/*.parquet", "**/*.parquet")
-        patterns = [os.path.join(path, depth) for depth in depths]
-    else:
-        patterns = [path if path.endswith(".parquet") else os.path.join(path, "*.parquet")]
-    for pattern in patterns:
-        if found := [file.path for file in files.glob(pattern)]:
-            return pattern, found
-    raise _nothing(table, path)
+    heads = [typed, *(typed[: found.start()] for found in re.finditer("(?<=[^/])/", typed))]
+    for head in sorted(heads, key=len, reverse=True):
+        if files.is_folder(path := files.absolute(head)) or files.exists(path):
+            typed = day_names.literal(head) + typed[len(head) :]
+            break
+    template = files.absolute(typed, day_names.literal(os.getcwd()))
+    try:
+        if day_names.has_day(template):
+            day_names.DayNames(template)
+    except ValueError as error:
+        raise OperatorError(
+            f"The path {typed} of the {table} table {error}. The days that it is of could not be "
+            "told. Correct it, or give the folder of the table, in which days are looked for."
+        ) from error
+    return template
 
 
-def _nothing(table: str, path: str) -> OperatorError:
+def _files_at(table: str, template: str) -> tuple[str, list[str]]:
+    """Finds the Parquet files of a file, glob or folder without a day.
+
+    Returns the pattern that they match, as a template, and their paths.
+    """
+    for below in ("", "/*", "/*/*", "/**/*"):
+        pattern = template + below
+        paths = [file.path for file in files.glob(day_names.name_of(pattern, dt.date.min))]
+        if below:
+            paths = [path for path in paths if inputs.is_parquet_name(path)]
+        if found := _only_parquet(paths):
+            return _with_ending(pattern, found) if below else pattern, found
+    raise _nothing(table, template)
+
+
+def _only_parquet(paths: Sequence[str]) -> list[str]:
+    """Returns the files that are Parquet by their ending, or by the first bytes of some others."""
+    others = [path for path in paths if not path.lower().endswith(inputs.PARQUET_ENDINGS)]
+    if any(files.read_bytes(path, 4) == b"PAR1" for path in others[:_OTHERS]):
+        others = []
+    return [path for path in paths if path not in set(others)]
+
+
+def _with_ending(pattern: str, found: Sequence[str]) -> str:
+    """Returns a pattern of the files in a folder: of their one ending, or else of the folder."""
+    endings = {os.path.splitext(path)[1] for path in found}
+    if len(endings) == 1:
+        return pattern + endings.pop()
+    return pattern if "**" in pattern else pattern.removesuffix("/*")
+
+
+def _nothing(table: str, template: str) -> OperatorError:
     return OperatorError(
-        f"There is no Parquet file (*.parquet) at {path}, where the {table} table was expected. "
-        f"Give --{table} a folder, a file, a glob, or a template in which {{ds}} stands for the "
-        "day as YYYY-MM-DD, for example 'data/dt={ds}/*.parquet'."
+        f"There is no Parquet file ({', '.join(f'*{e}' for e in inputs.PARQUET_ENDINGS)}, or one "
+        f"without an ending) at {template}, where the {table} table was expected. Give --{table} "
+        "a folder, a file, a glob, or a template in which {ds} stands for the day as YYYY-MM-DD, "
+        "or {ds:%Y%m%d} for 20260106: for example 'data/dt={ds}/*.parquet'."
     )
 
 
-def _template(file: str, pattern: str) -> str | None:
-    """Returns `pattern` with the day of one of its files as {ds}; None if its path has no day."""
-    *folders, name = file.split(os.sep)
-    *given, any_name = pattern.split(os.sep)
-    if match := _DAY.search(name):
-        day = match[0]
-        # What follows the day differs between the files of one day.
-        before, after = name.split(day, 1)
-        name = f"{before}{day}{'' if after == '.parquet' else '*'}.parquet"
-    elif dated := [m[1] for folder in folders if (m := _DAY_FOLDER.fullmatch(folder))]:
-        day, name = dated[-1], any_name
+def _dated(file: str) -> Iterator[tuple[list[str], str]]:
+    """Yields templates of a file: its folders, and its name, with the day as a field.
+
+    That of 2026/12/25 may be one of numbers with or without leading zeros.
+    """
+    for spelling in _SPELLINGS:
+        if matches := list(spelling.finditer(file)):
+            break
     else:
-        return None
-    if len(folders) == len(given):
-        given = [f if day in f else g for f, g in zip(folders, given, strict=True)]
-    elif deepest := [at for at, folder in enumerate(folders) if day in folder]:
-        given = [*folders[: deepest[-1] + 1], "**"]
-    return os.sep.join([*given, name]).replace(day, "{ds}")
+        return
+    found = matches[-1]  # the deepest folder
+    with suppress(ValueError):  # digits such as 2026-99-01
+        dt.date(int(found["Y"]), int(found["m"]), int(found["d"]))
+        for month, day in product(_fields(file, found, "m"), _fields(file, found, "d")):
+            yield _spelt(file, found, month, day)
+
+
+def _spelt(file: str, found: re.Match[str], month: str, day: str) -> tuple[list[str], str]:
+    """Returns a file's path, its folders and its name, with the day that was found as fields."""
+    a, b = found["a"], found["b"]
+    if "/" in a + b:
+        spelt = f"{{ds:%Y}}{a}{{ds:{month}}}{b}{{ds:{day}}}"
+    else:
+        spelt = (
+            "{ds}"
+            if (a, b, month, day) == ("-", "-", "%m", "%d")
+            else (f"{{ds:%Y{a}{month}{b}{day}}}")
+        )
+    text = file[found.start("Y") : found.end("d")]
+    parts = [day_names.literal(part) for part in file.split(text)]
+    *folders, name = spelt.join(parts).split(os.sep)
+    return folders, name
+
+
+def _fields(file: str, found: re.Match[str], of: str) -> Sequence[str]:
+    """Returns the fields that may have written the month or day; of 12 or 25 there are two."""
+    between = found["a"] and found["b"] and found.end("d") <= file.rindex("/")
+    if found[of].startswith("0") or not between:
+        return (f"%{of}",) if len(found[of]) == 2 else ()
+    return (f"%-{of}",) if len(found[of]) == 1 else (f"%{of}", f"%-{of}")
+
+
+def _template(file: str, folders: Sequence[str], name: str, pattern: str) -> str:
+    """Returns the pattern of a table's files with the day in it, which `file` spells as given."""
+    *given, any_name = pattern.split(os.sep)
+    if "{ds" in name:
+        # What follows the day differs between the files of one day.
+        before, _, after = name.partition("}")
+        ending = os.path.splitext(name)[1]
+        any_name = f"{before}}}{'' if after == ending else '*'}{ending}"
+    deep = "**" in given
+    if deep:
+        given[given.index("**") : given.index("**") + 1] = ["*"] * (len(folders) - len(given) + 1)
+    elif len(folders) > len(given):  # of a folder whose files are given by its name alone
+        given, any_name = [*given, any_name], ""
+    found = [f if "{ds" in f else g for f, g in zip(folders, given, strict=True)]
+    if deep and "{ds" not in name:
+        last = max(at for at, folder in enumerate(found) if "{ds" in folder)
+        found[last + 1 :] = ["**"] if last + 1 < len(found) else []
+    return os.sep.join([*found, any_name]).removesuffix(os.sep)
 
 
 def _days_of(table: str, template: str) -> tuple[dt.date, ...]:
     """Returns the days that have a file, ascending; raises OperatorError where none has."""
-    pattern = inputs.pattern_for(template.replace("{ds}", "*"), dt.date.min)
-    days = set()
-    for text in {text for file in files.glob(pattern) for text in _DAY.findall(file.path)}:
-        with suppress(ValueError):  # digits such as 2026-99-01
-            days.add(dt.date.fromisoformat(text))
-    found = sorted(day for day in days if files.glob(inputs.pattern_for(template, day)))
+    found = inputs.find_days(template)
     if not found:
         raise _nothing(table, template)
     return tuple(found)

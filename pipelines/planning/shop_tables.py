@@ -14,6 +14,7 @@ import pyarrow as pa
 from feature_jobs import inputs
 from feature_jobs.inputs import Source
 from feature_jobs.schemas import InputNotReady, OperatorError
+from feature_jobs.store import day_names
 from pipelines.config import Settings
 
 _CLICK_DAYS = 2  # so long after the end of its log is a click looked for where histories begin
@@ -51,7 +52,7 @@ class ShopTables:
     @property
     def has_one_catalogue(self) -> bool:
         """Tells whether one snapshot of the catalogue serves all days."""
-        return "{ds}" not in self._settings.catalogue.path
+        return not day_names.has_day(self._settings.catalogue.path)
 
     def impressions(self, ds: dt.date) -> Source:
         section = self._settings.impressions

@@ -54,6 +54,81 @@ def test_a_template_names_a_single_file(tmp_path: Path) -> None:
         assert read(source, CATALOGUE_COLUMNS).to_pylist() == catalogue().to_pylist()
 
 
+SPELT = {
+    "dt={ds:%Y%m%d}": f"dt={DS:%Y%m%d}", "{ds:%Y/%m/%d}": f"{DS:%Y/%m/%d}",
+    "year={ds:%Y}/month={ds:%-m}/day={ds:%-d}": f"year={DS.year}/month={DS.month}/day={DS.day}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("template", SPELT)
+def test_a_template_spells_the_day_as_the_shop_does(tmp_path: Path, template: str) -> None:
+    for day in (SPELT[template], "other"):
+        (tmp_path / day).mkdir(parents=True)
+        pq.write_table(impressions(), tmp_path / day / "0.parquet")
+    for typed in (template, f"{template}/*.parquet"):
+        assert open_impressions(str(tmp_path / typed)).rows == 3
+        assert inputs.find_days(str(tmp_path / typed)) == [DS]
+
+
+ENDINGS = ["0.pq", "0.parq", "0.PARQUET", "0.snappy.parquet", "000000_0", "20260302_00_xy"]
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_a_folder_has_files_with_the_endings_that_engines_give(tmp_path: Path, name: str) -> None:
+    write(tmp_path, impressions())
+    pq.write_table(impressions(), tmp_path / f"ds={DS}" / name)
+    (tmp_path / f"ds={DS}" / "notes.txt").write_text("no data")
+    for template in ("ds={ds}", "ds={ds}/"):
+        assert open_impressions(str(tmp_path / template)).rows == 6
+    assert inputs.find_days(str(tmp_path / "ds={ds}")) == [DS]
+
+
+@pytest.mark.parametrize(
+    "name", ["log-{ds}.dat", "log-{ds}.pq", "log-{ds}", "log-{ds}*", "*-{ds}.*"]
+)
+def test_a_file_that_is_typed_may_have_any_name(tmp_path: Path, name: str) -> None:
+    pq.write_table(impressions(), tmp_path / name.replace("{ds}", str(DS)).replace("*", "log"))
+    assert open_impressions(str(tmp_path / name)).rows == 3
+    assert inputs.find_days(str(tmp_path / name)) == [DS]
+
+
+def test_a_folder_may_be_called_like_a_file(tmp_path: Path) -> None:
+    """Spark writes the folder log.parquet where one says .parquet("log.parquet")."""
+    template, folder = str(tmp_path / "{ds}.parquet"), tmp_path / f"{DS}.parquet"
+    folder.mkdir()
+    pq.write_table(impressions(), folder / "part-00000.snappy.parquet")
+    (tmp_path / "_SUCCESS").touch()  # says nothing of that day
+    assert open_impressions(template).rows == 3
+    refusal(InputNotReady, lambda: open_impressions(template, require_success=True), "no _SUCCESS")
+    (folder / "_SUCCESS").touch()
+    assert open_impressions(template, require_success=True).rows == 3
+
+
+@pytest.mark.parametrize("below", ["", "hour=03/"])
+@pytest.mark.parametrize("success", [False, True])
+def test_files_that_are_not_looked_for_are_told(tmp_path: Path, below: str, success: bool) -> None:
+    folder = tmp_path / f"ds={DS}"
+    (folder / below).mkdir(parents=True)
+    (folder / below / "0.csv").write_text("user_id\n")
+    if success:
+        (folder / "_SUCCESS").touch()
+    message = refusal(
+        DataContractError if success else InputNotReady,
+        lambda: open_impressions(str(tmp_path / "ds={ds}")),
+        f"1 other file(s), such as {folder}/{below}0.csv", ".parquet, .parq, .pq or none",
+    )  # fmt: skip
+    assert ("would publish empty tables" in message) == success
+
+
+def test_a_day_of_nested_folders_has_its_success_above_them(tmp_path: Path) -> None:
+    template = str(tmp_path / "ds={ds}/**/*.parquet")
+    (tmp_path / f"ds={DS}/hour=03").mkdir(parents=True)
+    pq.write_table(impressions(), tmp_path / f"ds={DS}/hour=03/0.parquet")
+    refusal(InputNotReady, lambda: open_impressions(template, require_success=True), "no _SUCCESS")
+    (tmp_path / f"ds={DS}/_SUCCESS").touch()
+    assert open_impressions(template, require_success=True).rows == 3
+
+
 def test_every_row_group_is_referred_to_once(tmp_path: Path) -> None:
     template = write(tmp_path, impressions(), impressions(), row_group_size=2)
     source = open_impressions(template)
@@ -67,7 +142,9 @@ def test_every_row_group_is_referred_to_once(tmp_path: Path) -> None:
 def test_a_day_without_a_partition_is_not_ready(tmp_path: Path) -> None:
     template = str(tmp_path / "ds={ds}")
     message = refusal(InputNotReady, lambda: open_impressions(template), "impressions", str(DS))
-    assert str(tmp_path / f"ds={DS}/*.parquet") in message
+    assert (
+        f"no file and no _SUCCESS at {tmp_path}/ds={DS}; a name with the ending .parquet" in message
+    )
     (tmp_path / f"ds={DS}").mkdir()
     refusal(InputNotReady, lambda: open_impressions(template), "no file and no _SUCCESS")
 

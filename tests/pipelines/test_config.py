@@ -1,6 +1,7 @@
 """Settings mean what they say: every key is known and of its type, or nothing starts."""
 
 import datetime as dt
+import glob
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from feature_jobs.schemas import OperatorError
+from feature_jobs.store import day_names
 from pipelines.config import Pin, Settings, load_settings
 
 LEAST = """
@@ -231,6 +233,39 @@ def test_relative_paths_of_the_shop_start_at_the_base(folder: Path, base: str, w
     assert settings.catalogue.image_roots == (f"{where}/images", "/mnt/images")
     assert [root.written for root in settings.catalogue.image_roots] == ["images", "/mnt/images"]
     assert settings.pins == load(folder, FULL).pins
+
+
+@pytest.mark.parametrize("base", ["[x] {y}/{ds}/z", "gs://shop/[x] {y}/{ds}/z"])
+def test_the_folder_that_paths_begin_at_is_no_template(tmp_path: Path, base: str) -> None:
+    folder = tmp_path / "[x] {y}/{ds}/z"
+    folder.mkdir(parents=True)
+    text = LEAST.replace('"catalogue/ds', '"../c/dt').replace("{ds}", "{ds:%Y%m%d}")
+    where = base if base.startswith("gs:") else str(folder)
+    settings = load(folder, (f'base = "{base}"\n' if where == base else "") + text)
+    day = dt.date(2026, 3, 1)
+    for template, path in (
+        (settings.catalogue.path, f"{os.path.dirname(where)}/c/dt=20260301"),
+        (settings.impressions.path, f"{where}/impressions/ds=20260301"),
+    ):
+        assert day_names.name_of(template, day) == glob.escape(path)
+        assert day_names.DayNames(template).day_of(path) == day
+
+
+@pytest.mark.parametrize("key", ["catalogue", "impressions"])
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{date}", "knows {ds} only, but has {date}"), ("{ds:%y%m%d}", "'%y'"),
+        ("{ds:%Y}/{ds:%m}", "has no day"), ("{ds:%Y}/{ds:%-m}*/{ds:%d}", "a month of one digit"),
+        ("{ds", "'}'"),
+    ],
+)  # fmt: skip
+def test_a_template_that_does_not_tell_each_day_is_refused(
+    folder: Path, key: str, template: str, told: str
+) -> None:
+    message = refusal(folder, LEAST.replace(f"{key}/ds={{ds}}", f"{key}/{template}"))
+    assert f"'{key}.path': " in message
+    assert told in message
 
 
 def test_settings_cannot_be_changed(folder: Path) -> None:

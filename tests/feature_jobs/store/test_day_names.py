@@ -106,3 +106,4 @@ def test_one_snapshot_has_the_same_name_every_day() -> None:
     assert has_day("items/{ds:%Y}")
     assert name_of("items/{{x}}.parquet", DS) == "items/{x}.parquet"
     assert name_of(literal("a{b}{ds}"), DS) == "a{b}{ds}"
+    assert DayNames(f"{literal('[a]{b}*')}/{{ds}}").day_of(f"[a]{{b}}*/{DS}") == DS

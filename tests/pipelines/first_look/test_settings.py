@@ -1,5 +1,8 @@
 """`courier init` finds where tables lie and writes settings; where it finds no fault, they load."""
 
+import datetime as dt
+import glob
+import os
 import re
 from pathlib import Path
 
@@ -7,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from feature_jobs.schemas import DataContractError, OperatorError
+from feature_jobs.store import day_names
 from pipelines import config
 from pipelines.first_look.look import FirstLook, look, refuse_existing, write_settings
 from tests.support.buckets import upload
@@ -140,6 +144,24 @@ def test_a_path_as_people_type_it_becomes_a_template(shop: Shop, typed: str, tem
         ("date={ds}/hour=03/a.parquet", "log/date={ds}/**/*.parquet"),
         ("log-{ds}.parquet", "log/log-{ds}.parquet"),
         ("log-{ds}-part3.parquet", "log/log-{ds}*.parquet"),
+        ("dt={ds:%Y%m%d}/a.parquet", "log/dt={ds:%Y%m%d}/*.parquet"),
+        ("{ds:%Y_%m_%d}/a.parquet", "log/{ds:%Y_%m_%d}/*.parquet"),
+        ("log.{ds:%Y%m%d}.parquet", "log/log.{ds:%Y%m%d}.parquet"),
+        ("{ds:%Y%m%d}_0103_xy", "log/{ds:%Y%m%d}*"),
+        (
+            "year={ds:%Y}/month={ds:%m}/day={ds:%d}/a.parquet",
+            "log/year={ds:%Y}/month={ds:%m}/day={ds:%d}/*.parquet",
+        ),
+        ("y={ds:%Y}/m={ds:%-m}/d={ds:%-d}/a.pq", "log/y={ds:%Y}/m={ds:%-m}/d={ds:%-d}/*.pq"),
+        (
+            "{ds:%Y/%m/%d}/hour=3/20260301_0103_xy.parquet",
+            "log/{ds:%Y}/{ds:%m}/{ds:%d}/**/*.parquet",
+        ),
+        ("{ds:%Y%m}/{ds:%d}/a.parquet", "log/{ds:%Y}{ds:%m}/{ds:%d}/*.parquet"),
+        ("region=eu/dt={ds}/h=1/a.parquet", "log/*/dt={ds}/**/*.parquet"),
+        ("dt={ds}/000000_0", "log/dt={ds}/*"),
+        ("{ds}.parquet/part-0.snappy.parquet", "log/{ds}.parquet/*.parquet"),
+        ("dt={ds}/a-2020-01-01.parquet", "log/dt={ds}/*.parquet"),
     ],
 )
 def test_a_folder_becomes_a_template_whichever_part_of_its_paths_has_the_day(
@@ -147,7 +169,8 @@ def test_a_folder_becomes_a_template_whichever_part_of_its_paths_has_the_day(
 ) -> None:
     shop.write()
     for ds in DAYS:
-        write(shop.folder / "log" / name.replace("{ds}", ds), impressions(ds))
+        day = dt.date.fromisoformat(ds)
+        write(shop.folder / "log" / day_names.name_of(name, day), impressions(ds))
     shop.impressions_path = "log"
     first = shop.look()
     assert problems(first) == []
@@ -196,14 +219,72 @@ def test_impressions_without_a_day_are_a_problem_and_their_settings_do_not_load(
         shop.settings(first)
 
 
-def test_days_in_another_spelling_are_a_problem(shop: Shop) -> None:
+def test_days_in_another_spelling_than_is_typed_are_refused(shop: Shop) -> None:
     shop.write()
     write(shop.folder / "log/dt=20260106/a.parquet", impressions("2026-01-06"))
-    shop.impressions_path = "log"
-    assert "no day YYYY-MM-DD in the path log" in only_problem(shop.look())
     shop.impressions_path = "log/dt={ds}"
-    with pytest.raises(OperatorError, match="stands for the day as YYYY-MM-DD"):
+    with pytest.raises(OperatorError, match=re.escape("or {ds:%Y%m%d} for 20260106")):
         shop.look()
+    shop.impressions_path = "log/dt={date}"
+    with pytest.raises(OperatorError, match=re.escape("but has {date}")):
+        shop.look()
+
+
+@pytest.mark.parametrize("days", [("2026-09-05", "2026-11-25"), ("2026-10-05", "2026-11-25")])
+@pytest.mark.parametrize("spelt", ["{ds:%Y}/{ds:%-m}/{ds:%-d}", "{ds:%Y}/{ds:%m}/{ds:%d}"])
+def test_a_spelling_is_one_that_all_days_have(
+    shop: Shop, days: tuple[str, str], spelt: str
+) -> None:
+    shop.write(days)
+    for ds in days:
+        day = dt.date.fromisoformat(ds)
+        write(shop.folder / "log" / day_names.name_of(spelt, day) / "a.parquet", impressions(ds))
+    shop.impressions_path = "log"
+    first = shop.look()
+    assert problems(first) == []
+    assert any(f"2 day(s) from {days[0]} to {days[1]}" in f.text for f in first.findings)
+
+
+@pytest.mark.parametrize(
+    "endings", [("pq",), ("parq",), ("snappy.pq", "parquet"), ("parquet", "x.PQ")]
+)
+def test_files_of_other_endings_are_found(shop: Shop, endings: tuple[str, ...]) -> None:
+    shop.write()
+    for ds in DAYS:
+        for number, ending in enumerate(endings):
+            write(shop.folder / f"log/dt={ds}/{number}.{ending}", impressions(ds))
+    shop.impressions_path = "log"
+    first = shop.look()
+    assert problems(first) == []
+    one = f"*.{endings[0]}" if len(endings) == 1 else ""
+    assert f'path = "{os.path.join("log/dt={ds}", one).rstrip("/")}"' in first.toml
+
+
+def test_a_file_that_is_typed_may_have_any_ending(shop: Shop) -> None:
+    shop.write()
+    write(shop.folder / "items.dat", shop.catalogue)
+    shop.catalogue_path = "items.dat"
+    assert noted(shop.look(), "one snapshot", "items.dat")
+
+
+@pytest.mark.parametrize("typed", ["", "{folder}/"])
+@pytest.mark.parametrize("path", ["{}", "{}/dt={{ds}}", "{}/*/*.parquet"])
+def test_a_folder_with_brackets_in_its_name_is_no_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, path: str
+) -> None:
+    folder = tmp_path / "shop [1] {a}"
+    draw(folder / "images")
+    shop = Shop(folder).write()
+    monkeypatch.chdir(folder)
+    tables = [typed.format(folder=folder) + path.format(t) for t in ("catalogue", "impressions")]
+    first = look(*tables, [], str(folder))
+    assert problems(first) == []
+    settings = shop.settings(first)
+    for template, name in (
+        (settings.catalogue.path, "catalogue"), (settings.impressions.path, "impressions"),
+    ):  # fmt: skip
+        path = day_names.name_of(template, dt.date(2026, 1, 6))
+        assert path.startswith(glob.escape(f"{folder}/{name}/dt=2026-01-06"))
 
 
 def test_no_day_with_both_tables_is_a_problem(shop: Shop) -> None:
