@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from feature_jobs.schemas import TIMESTAMP, DataContractError, InputNotReady, OperatorError
-from feature_jobs.store import day_names, documents, files
+from feature_jobs.store import addresses, day_names, documents, files
 from feature_jobs.store.day_names import DayNames
 from feature_jobs.store.faults import patiently
 
@@ -39,7 +39,7 @@ class Form:
     """Says how to read one input table of one ds.
 
     `columns` maps our names to the shop's, for the columns that are there; `carry` names columns of
-    the shop's to pass through.
+    the shop's to pass through; `rewrite` has pairs of prefixes of image_uri (`addresses`).
     """
 
     table: str
@@ -47,6 +47,7 @@ class Form:
     columns: Mapping[str, str]
     carry: tuple[str, ...] = ()
     input_timezone: str | None = None
+    rewrite: addresses.Pairs = ()
 
 
 @dataclass(frozen=True)
@@ -221,11 +222,13 @@ def open_source(
     require_success: bool = False,
     named: Iterable[str] = (),
     closed: bool = False,
+    rewrite: addresses.Pairs = (),
 ) -> Source:
     """Finds and checks one input partition by its footers alone.
 
     `named` are optional columns that the settings name, and which therefore must be there. Of a day
-    on which the shop was `closed` nothing is waited for.
+    on which the shop was `closed` nothing is waited for. `rewrite` tells where images are whose
+    addresses are in the web; it changes no identity, since the places that it names may move.
 
     Raises InputNotReady (no partition; no row and no `_SUCCESS`), DataContractError (unreadable
     file, missing column, wrong type, files that differ) or OperatorError (naive times without
@@ -252,7 +255,7 @@ def open_source(
     present = found[0] if found else {}
     first = footers[0][1] if footers else None
     return Source(
-        Form(table, ds, present, tuple(carry), input_timezone),
+        Form(table, ds, present, tuple(carry), input_timezone, rewrite),
         tuple(paths),
         tuple(metadata.num_row_groups for metadata, _ in footers),
         rows,
@@ -501,6 +504,8 @@ def _normalise(form: Form, path: str, name: str, column: pa.ChunkedArray) -> pa.
             "ordered in time. Leave such rows out, or fill them, where the table is written."
         )
     kind = _EXPECTED[name]
+    if name == "image_uri":
+        return addresses.rewrite(_to_utf8(form, path, name, column), form.rewrite)
     if kind in (_ID, "string"):
         return _to_utf8(form, path, name, column)
     if kind == "a timestamp":

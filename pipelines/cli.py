@@ -453,17 +453,10 @@ def rollback(
 @click.option(
     "--catalogue",
     type=PathText(),
-    required=True,
     metavar="PATH",
-    help="Parquet; {ds} stands for the day.",
+    help="Parquet: a folder, a file, or a pattern in which {ds} stands for the day.",
 )
-@click.option(
-    "--impressions",
-    type=PathText(),
-    required=True,
-    metavar="PATH",
-    help="Parquet; {ds} stands for the day.",
-)
+@click.option("--impressions", type=PathText(), metavar="PATH", help="Likewise.")
 @click.option(
     "--images", type=PathText(), multiple=True, metavar="FOLDER", help="Where images lie; repeat."
 )
@@ -474,17 +467,58 @@ def rollback(
     metavar="FILE",
     help="The settings to write.",
 )
-def init(catalogue: str, impressions: str, images: tuple[str, ...], out: str) -> None:
-    """Look at your tables and images, say what will not work, and write commented settings."""
+@click.option(
+    "--check",
+    type=PathText(local=True),
+    is_flag=False,
+    flag_value="courier.toml",
+    metavar="[FILE]",
+    help="Look again at what settings name, and write nothing. [default file: courier.toml]",
+)
+def init(
+    catalogue: str | None,
+    impressions: str | None,
+    images: tuple[str, ...],
+    out: str,
+    check: str | None,
+) -> None:
+    """Look at your tables and images, say what will not work, and write commented settings.
+
+    With --check, look at those of settings that exist; a problem ends it with status 1.
+    """
     from pipelines.first_look import look as first_look
 
+    if check:
+        if catalogue or impressions or images:
+            raise click.UsageError("--check looks where the settings say; give no paths with it.")
+        _check_settings(check)
+        return
+    if not catalogue or not impressions:
+        raise click.UsageError("Give --catalogue and --impressions, or settings to --check.")
     first_look.refuse_existing(out)
     found = first_look.look(catalogue, impressions, images, os.path.dirname(os.path.abspath(out)))
-    for finding in found.findings:
-        click.echo(f"{finding.level:8} {finding.text}")
+    problems = _tell(found.findings)
     first_look.write_settings(out, found.toml)
-    problems = sum(finding.level == "problem" for finding in found.findings)
     click.echo(f"wrote {out}; {problems} problems to mend first" if problems else f"wrote {out}")
+
+
+def _check_settings(path: str) -> None:
+    from feature_jobs.schemas import DataContractError
+    from pipelines.config import load_settings
+    from pipelines.first_look.look import look_again
+
+    if problems := _tell(look_again(load_settings(path), os.path.dirname(os.path.abspath(path)))):
+        raise DataContractError(
+            f"{problems} problems, told above, would stop a night made by {path}. Mend them, and "
+            "look again."
+        )
+
+
+def _tell(findings: Sequence[Any]) -> int:
+    """Prints what a first look saw; returns how many problems there are."""
+    for finding in findings:
+        click.echo(f"{finding.level:8} {finding.text}")
+    return sum(finding.level == "problem" for finding in findings)
 
 
 @cli.command()

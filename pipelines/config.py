@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from feature_jobs.schemas import TABLES, OperatorError
-from feature_jobs.store import day_names, files
+from feature_jobs.store import addresses, day_names, files
 from pipelines.stages import KINDS
 
 BEAM_STAGES = (*(kind.name for kind in KINDS), "fit-codebook")
@@ -126,13 +126,37 @@ class Catalogue(_Section):
     """Tells where the catalogue and its images lie.
 
     `path` has {ds}, or the day in another spelling (`day_names`), or is one snapshot for all days;
-    images lie below one of `image_roots`.
+    images lie below one of `image_roots`. Of an image_uri that begins with the first text of a pair
+    of `rewrite`, the file lies below the second, a folder.
     """
 
     path: Template
     image_roots: Annotated[tuple[FullPath, ...], Field(min_length=1)]
+    rewrite: tuple[tuple[Annotated[str, Field(min_length=1)], FullPath], ...] = ()
     require_success: bool = False
     columns: CatalogueColumns = CatalogueColumns()
+
+    @model_validator(mode="after")
+    def _below_roots(self) -> "Catalogue":
+        roots = tuple(os.path.join(root, "") for root in self.image_roots)
+        for source, folder in self.rewrite:
+            if not (files.is_remote(folder) or os.path.join(folder, "").startswith(roots)):
+                raise ValueError(
+                    f"rewrite leads from {source} to {folder}, below none of the image_roots, so "
+                    "that no image would be read there. Add that folder to image_roots"
+                )
+        return self
+
+    @property
+    def image_uri_pairs(self) -> tuple[tuple[str, str], ...]:
+        """Returns `rewrite` as pairs of prefixes of image_uri."""
+        return addresses.as_image_uris(self.rewrite, self.image_roots)
+
+    @property
+    def rewrite_as_written(self) -> dict[str, list[str]]:
+        """Returns what a run that reads images is known by, besides its image roots."""
+        told = [f"{source} -> {folder.written}" for source, folder in self.rewrite]
+        return {"rewrite": told} if told else {}
 
 
 class Impressions(_Section):

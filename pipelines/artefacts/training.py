@@ -198,6 +198,7 @@ def read_data(settings: Settings, span: Span) -> tuple[TrainingData, dict[str, A
         "catalogues": catalogues,
         "one_snapshot_for_all_days": not day_names.has_day(settings.catalogue.path),
         "image_roots": settings.catalogue.image_roots,
+        **settings.catalogue.rewrite_as_written,
     }
     train, held_out = build_sets(rows, catalogue)
     data = TrainingData(train, held_out, settings.catalogue.image_roots, documents.digest(sources))

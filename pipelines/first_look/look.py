@@ -8,38 +8,32 @@ IDs of a catalogue of moderate size, and 64 images. Nothing but the settings is 
 import datetime as dt
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from courier_model.image_files import Rejected, read_image
-from courier_model.images import Preprocessing
 from feature_jobs import inputs
 from feature_jobs.schemas import DataContractError, OperatorError
 from feature_jobs.store import files
-from pipelines.config import Gates
-from pipelines.first_look.settings import near, near_template, settings_text
-from pipelines.first_look.tables import Place, Table, fault_of, find_place, open_table, read_column
+from pipelines.config import Gates, Settings
+from pipelines.first_look.images import Images, about_images, find_images
+from pipelines.first_look.settings import near_template, settings_text
+from pipelines.first_look.tables import (
+    Finding,
+    Place,
+    Table,
+    fault_of,
+    find_place,
+    open_table,
+    read_column,
+    settled_place,
+)
 
 _CATALOGUE_ROWS = 2_000_000  # up to here all item IDs are read: a second or two
-_IMAGES = 64
-_PARENTS = 4  # of the catalogue's folder, in which images are looked for
 _HOUR_US = 3_600_000_000
 _LATE_SHARE = 0.05  # more events before their day are no late ones: it is the wrong time zone
-# The usual one; the encoder's own is not known yet, and hardly changes what can be decoded.
-_PREPROCESSING = Preprocessing(224, 256, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Tells what was seen, in a sentence or short paragraph; a "problem" stops a later command."""
-
-    level: Literal["ok", "note", "problem"]
-    text: str
 
 
 @dataclass(frozen=True)
@@ -63,19 +57,32 @@ def look(catalogue: str, impressions: str, image_roots: Sequence[str], folder: s
     shop, log = find_place("catalogue", catalogue), find_place("impressions", impressions)
     shop_ds, log_ds = _days_to_look_at(shop, log)
     items, events = open_table(shop, shop_ds), open_table(log, log_ds)
-    roots = roots or _guess_roots(items)
+    images = find_images(items, roots)
     findings = (
-        *_about_place(shop, folder),
-        *_about_place(log, folder),
-        *_about_both_places(shop, log),
-        *_about_columns(items),
-        *_about_columns(events),
-        *_about_ids(items, events),
-        *_about_clicks(events),
-        *_about_day(events),
-        *_about_images(items, roots, folder),
+        *_about_places(shop, log, folder, ()),
+        *_about_tables(items, events, Gates(), "UTC"),
+        *about_images(items, images, folder, Gates().max_reject_share),
     )
-    return FirstLook(findings, settings_text(items, events, roots, folder))
+    return FirstLook(findings, settings_text(items, events, images.roots, images.rewrite, folder))
+
+
+def look_again(settings: Settings, folder: str) -> tuple[Finding, ...]:
+    """Looks at the tables and images of settings in `folder`, as they are read by these.
+
+    Raises OperatorError or InputNotReady where there is nothing to look at, DataContractError for a
+    file that is no Parquet.
+    """
+    shop = settled_place("catalogue", settings.catalogue.path)
+    log = settled_place("impressions", settings.impressions.path)
+    shop_ds, log_ds = _days_to_look_at(shop, log)
+    items = open_table(shop, shop_ds, settings.catalogue)
+    events = open_table(log, log_ds, settings.impressions)
+    images = Images(settings.catalogue.image_roots, settings.catalogue.rewrite)
+    return (
+        *_about_places(shop, log, folder, settings.closed_days),
+        *_about_tables(items, events, settings.gates, settings.day_timezone),
+        *about_images(items, images, folder, settings.gates.max_reject_share),
+    )
 
 
 def refuse_existing(path: str) -> None:
@@ -115,10 +122,19 @@ def _days_to_look_at(shop: Place, log: Place) -> tuple[dt.date, dt.date]:
 # ---- Places --------------------------------------------------------------------------------
 
 
-def _about_place(place: Place, folder: str) -> Iterator[Finding]:
+def _about_places(
+    shop: Place, log: Place, folder: str, closed: Sequence[dt.date]
+) -> Iterator[Finding]:
+    yield from _about_place(shop, folder, closed)
+    yield from _about_place(log, folder, closed)
+    yield from _about_both_places(shop, log)
+
+
+def _about_place(place: Place, folder: str, closed: Sequence[dt.date]) -> Iterator[Finding]:
     where = near_template(place, folder)
     if place.days:
-        first, last, gaps = place.days[0], place.days[-1], place.gaps()
+        first, last = place.days[0], place.days[-1]
+        gaps = [day for day in place.gaps() if day not in closed]
         text = f"{place.table}: {len(place.days):,} day(s) from {first} to {last} at {where}"
         missing = ", ".join(str(day) for day in gaps[:3]) + (", …" if len(gaps) > 3 else "")
         if gaps:
@@ -154,11 +170,22 @@ def _about_both_places(shop: Place, log: Place) -> Iterator[Finding]:
 # ---- Columns -------------------------------------------------------------------------------
 
 
+def _about_tables(
+    items: Table, events: Table, gates: Gates, day_timezone: str
+) -> Iterator[Finding]:
+    yield from _about_columns(items)
+    yield from _about_columns(events)
+    yield from _about_ids(items, events, gates.max_unknown_item_share)
+    yield from _about_clicks(events)
+    yield from _about_day(events, day_timezone)
+
+
 def _about_columns(table: Table) -> Iterator[Finding]:
     name = table.place.table
     for fault in table.faults:
         yield Finding("problem", fault)
-    if guessed := {ours: theirs for ours, theirs in table.columns.items() if ours != theirs}:
+    guessed = {ours: theirs for ours, theirs in table.columns.items() if ours != theirs}
+    if table.guessed and guessed:
         names = ", ".join(f"{ours} is taken from {theirs!r}" for ours, theirs in guessed.items())
         yield Finding(
             "note", f"{name}: {names}, by its name. Correct [{name}.columns] where that is wrong."
@@ -177,7 +204,7 @@ def _about_columns(table: Table) -> Iterator[Finding]:
 # ---- Rows ----------------------------------------------------------------------------------
 
 
-def _about_ids(items: Table, events: Table) -> Iterator[Finding]:
+def _about_ids(items: Table, events: Table, allowed: float) -> Iterator[Finding]:
     """Finds whether each item stands once in the catalogue, and whether impressions are of them."""
     sources = (items.source, events.source)
     rows, ds = items.source.rows, items.source.form.ds
@@ -203,14 +230,14 @@ def _about_ids(items: Table, events: Table) -> Iterator[Finding]:
         else:
             yield Finding("ok", f"catalogue: {rows:,} items, each once.")
         if events.has("item_id") and not clash:
-            yield _about_unknown_items(events.rows["item_id"], ids)
+            yield _about_unknown_items(events.rows["item_id"], ids, allowed)
 
 
-def _about_unknown_items(seen: pa.ChunkedArray, ids: pa.ChunkedArray) -> Finding:
+def _about_unknown_items(seen: pa.ChunkedArray, ids: pa.ChunkedArray, allowed: float) -> Finding:
     unknown = seen.filter(pc.invert(pc.is_in(seen, value_set=ids.combine_chunks())))
     if not len(unknown):
         return Finding("ok", "impressions: all items looked at are in the catalogue.")
-    share, allowed = len(unknown) / len(seen), Gates().max_unknown_item_share
+    share = len(unknown) / len(seen)
     examples = ", ".join(str(i) for i in pc.unique(unknown)[:3].to_pylist())
     text = (
         f"impressions: {share:.1%} of those looked at show an item that the catalogue lacks, for "
@@ -238,124 +265,22 @@ def _about_clicks(events: Table) -> Iterator[Finding]:
         yield Finding("ok" if rate else "problem", text)
 
 
-def _about_day(events: Table) -> Iterator[Finding]:
-    """Finds whether events lie in the day of their partition, taken for a day of UTC."""
+def _about_day(events: Table, day_timezone: str) -> Iterator[Finding]:
+    """Finds whether events lie in the day of their partition."""
     if not events.place.days or not events.has("event_time"):
         return
     ds = events.source.form.ds
-    start = inputs.day_end(ds - dt.timedelta(days=1), "UTC")
+    start, end = (inputs.day_end(ds - dt.timedelta(days=n), day_timezone) for n in (1, 0))
     hours = (events.rows["event_time"].cast(pa.int64()).to_numpy() - start) / _HOUR_US
-    first, last = hours.min(), hours.max()
-    if first >= 0 and last < 24:
-        yield Finding("ok", f"impressions: events of ds {ds} lie in that day of UTC.")
+    first, last, length = hours.min(), hours.max(), (end - start) / _HOUR_US
+    if first >= 0 and last < length:
+        yield Finding("ok", f"impressions: events of ds {ds} lie in that day of {day_timezone}.")
         return
     # Late events are treated by their own time; features of later ones would know the next day.
-    late = last < 24 and np.mean(hours < 0) <= _LATE_SHARE
+    late = last < length and np.mean(hours < 0) <= _LATE_SHARE
     yield Finding(
         "note" if late else "problem",
         f"impressions: events of ds {ds} lie {first:+.1f} to {last:+.1f} hours from the day's "
-        f"start in UTC, {np.mean((hours < 0) | (hours >= 24)):.1%} of those looked at outside the "
-        "day: set day_timezone or input_timezone where that is wrong.",
+        f"start in {day_timezone}, {np.mean((hours < 0) | (hours >= length)):.1%} of those looked "
+        "at outside the day: set day_timezone or input_timezone where that is wrong.",
     )
-
-
-# ---- Images --------------------------------------------------------------------------------
-
-
-def _guess_roots(items: Table) -> list[str]:
-    """Guesses the folders that images lie below.
-
-    They are the folder that most relative URIs are below, the common one of the absolute ones, and
-    the buckets of the others.
-    """
-    if not items.has("image_uri"):
-        return []
-    found, sample = [], [uri or "" for uri in _sample(items)]
-    relative = [uri for uri in sample if uri and "://" not in uri and not os.path.isabs(uri)]
-    candidates = _candidates(os.path.dirname(items.source.paths[0]))
-    with ThreadPoolExecutor() as pool:
-        counts = {
-            root: sum(pool.map(files.exists, [os.path.join(root, uri) for uri in relative]))
-            for root in candidates
-        }
-    best = max(counts, key=lambda root: counts[root])  # of equally good ones the nearest
-    if 2 * counts[best] > len(relative):
-        found.append(best)
-    uris = items.rows["image_uri"].drop_null().to_pylist()
-    folders = {os.path.dirname(uri) for uri in uris if os.path.isabs(uri)}
-    if folders and (common := os.path.commonpath(folders)) != os.sep:
-        found.append(common)
-    buckets = {uri.split("/")[2] for uri in uris if files.is_remote(uri)} - {""}
-    return found + [f"gs://{bucket}" for bucket in sorted(buckets)]
-
-
-def _sample(items: Table) -> list[str | None]:
-    """Returns image URIs of items spread over the rows that were looked at."""
-    column = items.rows["image_uri"]
-    at = np.linspace(0, len(column) - 1, min(_IMAGES, len(column))).astype(int)
-    return list(column.take(at).to_pylist())
-
-
-def _candidates(folder: str) -> list[str]:
-    """Lists `folder`, its parents, and `images` in each, nearest first.
-
-    The whole file system is never one of them.
-    """
-    folders = [folder]
-    while len(folders) <= _PARENTS and os.path.dirname(folders[-1]) != "gs:":  # above a bucket
-        folders.append(os.path.dirname(folders[-1]))
-    around = [path for parent in folders for path in (parent, os.path.join(parent, "images"))]
-    return [path for path in dict.fromkeys(around) if os.path.basename(path)]
-
-
-def _about_images(items: Table, roots: Sequence[str], folder: str) -> Iterator[Finding]:
-    sample = _sample(items) if items.has("image_uri") else []
-    if remote := [uri for uri in sample if uri and "://" in uri and not files.is_remote(uri)]:
-        yield Finding(
-            "problem",
-            f"images: {len(remote)} of {len(sample)} sampled image_uri are addresses (for example "
-            f"{_example(remote[0])}), but only local files and those of gs:// buckets are read. "
-            "Fetch the images first, and write their paths into image_uri.",
-        )
-    local = [uri for uri in sample if uri not in remote]
-    if local and roots:
-        names = ", ".join(near(root, folder) for root in roots)
-        yield Finding("note", f"images: read below {names}; give --images where that is wrong.")
-        yield _try_images(local, roots)
-    elif local:
-        yield Finding(
-            "problem",
-            f"images: most image_uri (for example {_example(local[0])}) are below none of the "
-            "folders around the catalogue. Give the folder that they are relative to as --images, "
-            "or fill in image_roots.",
-        )
-
-
-def _try_images(uris: Sequence[str | None], roots: Sequence[str]) -> Finding:
-    """Reads and decodes images as the night will."""
-    with ThreadPoolExecutor() as pool:
-        results = pool.map(lambda uri: read_image(uri, roots, _PREPROCESSING), uris)
-        rejected: dict[str, list[str | None]] = {}
-        for uri, result in zip(uris, results, strict=True):
-            if isinstance(result, Rejected):
-                rejected.setdefault(result.reason.replace("_", " "), []).append(uri)
-    bad, allowed = sum(map(len, rejected.values())), Gates().max_reject_share
-    if not bad:
-        return Finding("ok", f"images: all {len(uris)} sampled can be read and decoded.")
-    reasons = ", ".join(
-        f"{len(those)} {reason} (for example {_example(those[0])})"
-        for reason, those in rejected.items()
-    )
-    text = f"images: {len(uris) - bad} of {len(uris)} sampled can be read and decoded; {reasons}"
-    if bad <= allowed * len(uris):
-        return Finding("note", f"{text}. Such items get no embedding, and are listed as rejects.")
-    return Finding(
-        "problem",
-        f"{text}. Above {allowed:.0%} rejects the night refuses to publish: mend the images, or "
-        "raise max_reject_share under [gates].",
-    )
-
-
-def _example(uri: str | None) -> str:
-    """Returns a URI without what follows a `?`, since that may be a signature."""
-    return repr(uri and uri.split("?")[0][:100])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from string import Template
 
 from feature_jobs.store import day_names, files
+from feature_jobs.store.addresses import Pairs
 from pipelines.config import CatalogueColumns, ImpressionColumns
 from pipelines.first_look.tables import Place, Table
 
@@ -47,6 +48,10 @@ path = $catalogue_path
 # Local images are read below these folders alone; a relative image_uri begins at the first.
 # A gs:// image_uri is read wherever it lies.
 $image_roots
+# Of an image_uri that begins with the first text of a pair, as in [["https://cdn.shop.example/",
+# "gs://shop-images/"]], the file lies below the second, a folder. The first pair that fits is
+# taken, and nothing is fetched.
+$rewrite
 # Wait for a file _SUCCESS in the partition.
 # require_success = false
 
@@ -139,8 +144,12 @@ $impressions_columns
 """)
 
 
-def settings_text(items: Table, events: Table, roots: Sequence[str], folder: str) -> str:
+def settings_text(
+    items: Table, events: Table, roots: Sequence[str], rewrite: Pairs, folder: str
+) -> str:
     """Writes the text of a settings file in `folder` for two tables, with images below `roots`.
+
+    `rewrite` has pairs of an address and a folder, "" for one that is not known.
 
     What could not be found is a line that says REQUIRED.
     """
@@ -148,6 +157,7 @@ def settings_text(items: Table, events: Table, roots: Sequence[str], folder: str
     return _SETTINGS.substitute(
         catalogue_path=_quote(near_template(items.place, folder)),
         image_roots=_image_roots(roots, folder),
+        rewrite=_rewrite(rewrite, folder),
         catalogue_columns=_columns(items, CatalogueColumns),
         impressions_path=_impressions_path(events.place, folder),
         impressions_columns=_columns(events, ImpressionColumns),
@@ -187,6 +197,15 @@ def _quote(text: str) -> str:
 def _image_roots(roots: Sequence[str], folder: str) -> str:
     missing = "" if roots else "  # REQUIRED: the folder that image_uri are relative to"
     return f"image_roots = [{', '.join(_quote(near(root, folder)) for root in roots)}]{missing}"
+
+
+def _rewrite(pairs: Pairs, folder: str) -> str:
+    known = [f"[{_quote(source)}, {_quote(near(to, folder))}]" for source, to in pairs if to]
+    unknown = [f'[{_quote(source)}, "gs://…"]' for source, to in pairs if not to]
+    lines = [f"rewrite = [{', '.join(known)}]"] if known or not unknown else []
+    if unknown:
+        lines.append(f"rewrite = [{', '.join(known + unknown)}]  # REQUIRED: where their files lie")
+    return "\n".join(line if known and at == 0 else f"# {line}" for at, line in enumerate(lines))
 
 
 def _impressions_path(place: Place, folder: str) -> str:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ import pyarrow as pa
 from feature_jobs import inputs
 from feature_jobs.schemas import CourierError, DataContractError, OperatorError
 from feature_jobs.store import day_names, files
+from pipelines.config import Catalogue, Impressions
 
 _ROWS = 200_000  # of each table are looked at
 _OTHERS = 10  # files without a known ending are opened to see whether they are Parquet
@@ -50,6 +52,14 @@ _REQUIRED = {"catalogue": inputs.CATALOGUE_COLUMNS, "impressions": inputs.IMPRES
 
 
 @dataclass(frozen=True)
+class Finding:
+    """Tells what was seen, in a sentence or short paragraph; a "problem" stops a later command."""
+
+    level: Literal["ok", "note", "problem"]
+    text: str
+
+
+@dataclass(frozen=True)
 class Place:
     """Tells where a table lies: `template` as in the settings, and its days (none without {ds})."""
 
@@ -68,14 +78,16 @@ class Place:
 class Table:
     """Describes one day of a table as seen.
 
-    `columns` maps our names to the shop's, for those that were found or are needed; `source` has
-    those of them that can be used. `faults` is what the night would refuse. `rows` is a sample in
-    our form, where times without a zone are taken for UTC.
+    `columns` maps our names to the shop's, `guessed` or as in settings, for those that were found
+    or are needed; `source` has those of them that can be used. `faults` is what the night would
+    refuse. `rows` is a sample in our form, where times without a zone are taken for UTC unless
+    settings say otherwise.
     """
 
     place: Place
     source: inputs.Source
     columns: Mapping[str, str]
+    guessed: bool
     faults: tuple[str, ...]
     rows: pa.Table
 
@@ -129,6 +141,12 @@ def find_place(table: str, typed: str) -> Place:
         return Place(table, pattern, ())
     template = templates.most_common(1)[0][0]
     return Place(table, template, _days_of(table, template))
+
+
+def settled_place(table: str, template: str) -> Place:
+    """Returns the place that settings name; raises OperatorError where no day is there."""
+    has_day = day_names.has_day(template)
+    return Place(table, template, _days_of(table, template) if has_day else ())
 
 
 def _as_template(table: str, typed: str) -> str:
@@ -267,15 +285,21 @@ def _days_of(table: str, template: str) -> tuple[dt.date, ...]:
 # ---- Columns -------------------------------------------------------------------------------
 
 
-def open_table(place: Place, ds: dt.date) -> Table:
-    """Reads the footers and a sample of the rows of one day."""
-    paths = inputs.find_files(place.table, place.template, ds, require_success=False)
+def open_table(place: Place, ds: dt.date, section: Catalogue | Impressions | None = None) -> Table:
+    """Reads the footers and a sample of the rows of one day, by settings where there are some."""
+    wait = section is not None and section.require_success
+    paths = inputs.find_files(place.table, place.template, ds, wait)
     with ThreadPoolExecutor() as pool:
         footers = list(pool.map(inputs.read_footer, paths))
-    columns = _guess_columns(place.table, paths[0], footers[0][1])
-    usable, faults = _check_columns(place.table, columns, paths, footers)
+    schema = footers[0][1] if footers else pa.schema([])
+    columns = _named(section, schema) if section else _guess_columns(place.table, paths[0], schema)
+    zone: str | None = None
+    carry: tuple[str, ...] = ()
+    if isinstance(section, Impressions):
+        zone, carry = section.input_timezone, section.carry
+    usable, faults = _check_columns(place.table, columns, paths, footers, carry, zone)
     source = inputs.Source(
-        inputs.Form(place.table, ds, usable, input_timezone="UTC"),
+        inputs.Form(place.table, ds, usable, input_timezone=zone or "UTC"),
         tuple(paths),
         tuple(metadata.num_row_groups for metadata, _ in footers),
         sum(metadata.num_rows for metadata, _ in footers),
@@ -287,31 +311,46 @@ def open_table(place: Place, ds: dt.date) -> Table:
         carried=(),
     )
     rows, in_rows = _sample_rows(source)
-    return Table(place, source, columns, (*faults, *in_rows), rows)
+    return Table(place, source, columns, section is None, (*faults, *in_rows), rows)
 
 
 def _check_columns(
-    table: str, columns: Mapping[str, str], paths: Sequence[str], footers: Sequence
+    table: str,
+    columns: Mapping[str, str],
+    paths: Sequence[str],
+    footers: Sequence,
+    carry: Sequence[str],
+    zone: str | None,
 ) -> tuple[dict[str, str], list[str]]:
     """Finds the columns that can be used in all files, and what the night would refuse."""
 
-    def check(checked: Mapping[str, str], required: Sequence[str], timezone: str | None) -> None:
+    def check(
+        checked: Mapping[str, str], required: Sequence[str], zone: str | None, carry: Sequence[str]
+    ) -> None:
         found = [
-            inputs.check_schema(table, path, schema, checked, required, (), timezone)
+            inputs.check_schema(table, path, schema, checked, required, carry, zone)
             for path, (_, schema) in zip(paths, footers, strict=True)
         ]
-        inputs.check_alike(table, paths, footers, found, ())
+        inputs.check_alike(table, paths, footers, found, carry)
 
     usable, faults = {}, []
     for ours, theirs in columns.items():
         # Each alone, so that all faults are told at once. Times without a zone are told below.
-        if fault := fault_of(partial(check, {ours: theirs}, [ours], "UTC")):
+        if fault := fault_of(partial(check, {ours: theirs}, [ours], "UTC", ())):
             faults.append(fault)
         else:
             usable[ours] = theirs
-    if fault := fault_of(partial(check, usable, [], None)):
+    if fault := fault_of(partial(check, usable, [], zone, carry)):
         faults.append(fault)
     return usable, faults
+
+
+def _named(section: Catalogue | Impressions, schema: pa.Schema) -> dict[str, str]:
+    """Returns the columns of settings, without those that are not there and may be absent."""
+    names = section.columns.model_dump()
+    table = "catalogue" if isinstance(section, Catalogue) else "impressions"
+    needed = {*_REQUIRED[table], *section.columns.model_fields_set}
+    return {o: theirs for o, theirs in names.items() if o in needed or theirs in schema.names}
 
 
 def _guess_columns(table: str, path: str, schema: pa.Schema) -> dict[str, str]:

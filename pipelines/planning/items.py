@@ -132,6 +132,7 @@ def _plan_embed(day: DayPlan, item_id: pa.DataType, before: Earlier | None) -> P
         identities={"encoder_id": pinned.encoder.encoder_id},
         settings={
             "image_roots": [root.written for root in settings.catalogue.image_roots],
+            **settings.catalogue.rewrite_as_written,
             "batch_size": settings.embed.batch_size,
             "window_days": settings.window_days,
             **_precision(settings),

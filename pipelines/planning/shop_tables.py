@@ -46,6 +46,7 @@ class ShopTables:
                 require_success=section.require_success,
                 named=section.columns.model_fields_set,
                 closed=not self.has_one_catalogue and ds in self._settings.closed_days,
+                rewrite=section.image_uri_pairs,
             ),
         )  # fmt: skip
 

@@ -445,6 +445,46 @@ def test_the_home_folder_is_expanded_and_the_setting_stays_as_written(
         assert found.written == "~/x/{ds}"
 
 
+def with_rewrite(value: str, base: str = "") -> str:
+    return base + with_line(f"rewrite = {value}", "[catalogue]")
+
+
+@pytest.mark.parametrize(
+    ("folder_of", "pair", "written"),
+    [
+        ("gs://pictures/a", ("https://cdn/", "gs://pictures/a/"), "gs://pictures/a"),
+        ("images", ("https://cdn/", ""), "images"),
+        ("./images/new/", ("https://cdn/", "new/"), "./images/new/"),
+    ],
+)
+def test_a_rewrite_leads_from_a_prefix_to_a_folder(
+    folder: Path, folder_of: str, pair: tuple[str, str], written: str
+) -> None:
+    for base in ("", 'base = "gs://shop"\n'):
+        text = with_rewrite(f'[["https://cdn", "{folder_of}"]]', base)
+        catalogue = load(folder, text).catalogue
+        assert catalogue.image_uri_pairs == (pair,)
+        assert catalogue.rewrite_as_written == {"rewrite": [f"https://cdn -> {written}"]}
+    assert load(folder, LEAST).catalogue.rewrite_as_written == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ('[["https://cdn/"]]', "'catalogue.rewrite.0"),
+        ('[["", "images"]]', "'catalogue.rewrite.0.0'"),
+        ('[["https://cdn/", "s3://b/"]]', "'catalogue.rewrite.0.1'"),
+        ('[["https://cdn/", ""]]', "'catalogue.rewrite.0.1'"),
+        ('[["https://cdn/", 3]]', "'catalogue.rewrite.0.1'"),
+        ('"https://cdn/"', "'catalogue.rewrite'"),
+        ('[["https://cdn/", "images2"]]', "below none of the image_roots"),
+        ('[["https://cdn/", "images/../.."]]', "below none of the image_roots"),
+    ],
+)  # fmt: skip
+def test_a_rewrite_that_leads_nowhere_is_refused(folder: Path, value: str, told: str) -> None:
+    assert told in refusal(folder, with_rewrite(value))
+
+
 def test_a_path_in_a_bucket_is_kept_as_it_is(folder: Path) -> None:
     pin = '[[pins]]\nfrom_ds = 2026-02-01\nencoder = "encoders/e"\ncodebook = "codebooks/c"\n'
     text = LEAST + pin

@@ -1,4 +1,4 @@
-"""`courier init` finds in columns, rows and images what the night would refuse."""
+"""`courier init` finds in columns and rows what the night would refuse."""
 
 import datetime as dt
 from pathlib import Path
@@ -8,22 +8,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feature_jobs.schemas import OperatorError
 from pipelines import config
+from pipelines.cli import main
 from pipelines.first_look import look
 from tests.support.first_look import (
     DAYS,
     ITEMS,
     UTC,
     Shop,
-    catalogue,
-    draw,
     impressions,
     noted,
     only_problem,
     problems,
     write,
 )
+
+Capture = pytest.CaptureFixture[str]
 
 # ---- Columns -------------------------------------------------------------------------------
 
@@ -210,89 +210,97 @@ def test_events_before_their_day_are_late_and_after_it_a_problem(
     assert [finding.level for finding in found] == [level]
 
 
-# ---- Images --------------------------------------------------------------------------------
+# ---- Looking again -------------------------------------------------------------------------
 
 
-def test_images_are_found_around_the_catalogue_and_read(shop: Shop) -> None:
-    first = shop.write().look()
-    assert noted(first, "images: read below images; give --images where that is wrong")
-    assert any("all 64 sampled can be read and decoded" in f.text for f in first.findings)
+def init(shop: Shop) -> str:
+    path = shop.folder / "courier.toml"
+    assert shop.settings(shop.look()).root
+    return str(path)
 
 
-def test_relative_images_that_lie_nowhere_near_are_a_problem(tmp_path: Path) -> None:
-    far = tmp_path / "far"
-    draw(far)
-    shop = Shop(tmp_path / "a/shop").write()
-    first = shop.look()
-    assert "are below none of the folders around the catalogue" in only_problem(first)
-    assert "image_roots = []  # REQUIRED" in first.toml
-    with pytest.raises(OperatorError, match="image_roots"):
-        shop.settings(first)
-    assert problems(shop.look(str(far))) == []
+def test_settings_without_a_fault_are_looked_at_again(shop: Shop, capsys: Capture) -> None:
+    path = init(shop.write())
+    before = sorted(shop.folder.rglob("*"))
+    assert main(["init", f"--check={path}"]) == 0
+    assert "problem" not in (out := capsys.readouterr().out)
+    for told in (
+        "3 day(s) from",
+        "100 items, each once",
+        "lie in that day of UTC",
+        "all 64 sampled",
+    ):
+        assert told in out
+    assert sorted(shop.folder.rglob("*")) == before
 
 
-def test_images_may_lie_in_a_parent_of_the_catalogue(tmp_path: Path) -> None:
-    draw(tmp_path)
-    first = Shop(tmp_path).write().look()
-    assert problems(first) == []
-    assert 'image_roots = ["."]' in first.toml
+def test_the_settings_here_are_those_to_check(
+    shop: Shop, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init(shop.write())
+    monkeypatch.chdir(shop.folder)
+    assert main(["init", "--check"]) == 0
+    monkeypatch.chdir(shop.folder.parent)
+    assert main(["init", "--check"]) == 2
+    assert "no settings at courier.toml" in capsys.readouterr().err
 
 
-def test_the_whole_file_system_is_never_guessed() -> None:
-    assert look._candidates("/shop") == ["/shop", "/shop/images", "/images"]
+CHANGED = {
+    "a column": ("[embed]", "[embed]", "lacks the column 'user_id'"),
+    "a named column": ("# title =", 'title = "name" #', "lacks the column 'name'"),
+    "images": ('image_roots = ["images"]', 'image_roots = ["catalogue"]', "64 missing"),
+    "the time zone": ('"UTC"', '"Asia/Tokyo"', "from the day's start in Asia/Tokyo"),
+    "a carried column": ("# carry = []", 'carry = ["price"]', "lacks the column 'price'"),
+    "rewrite": ("# rewrite = []", 'rewrite = [["", "x"]]', ""),
+}
 
 
-def test_image_folders_that_are_given_are_written_in_their_order(shop: Shop) -> None:
-    (shop.folder / "more").mkdir()
-    first = shop.write().look(str(shop.folder / "images"), str(shop.folder / "more"))
-    assert problems(first) == []
-    assert 'image_roots = ["images", "more"]' in first.toml
+@pytest.mark.parametrize("what", CHANGED)
+def test_a_problem_of_settings_that_exist_ends_with_1(
+    shop: Shop, capsys: Capture, what: str
+) -> None:
+    path = init(shop.write())
+    old, new, told = CHANGED[what]
+    if what == "a column":
+        shop.impressions = {"user_id": None}
+        shop.write()
+    text = Path(path).read_text()
+    assert old in text
+    Path(path).write_text(text.replace(old, new, 1))
+    assert main(["init", "--check", path]) == (1 if told else 2)
+    seen = capsys.readouterr()
+    assert told in seen.out
+    assert ("1 problems, told above" in seen.err) == bool(told)
+    assert "Traceback" not in seen.err
 
 
-def test_absolute_images_lie_below_their_common_folder(tmp_path: Path) -> None:
-    draw(tmp_path / "pictures/of/items")
-    uris = [f"{tmp_path}/pictures/of/items/{i}.png" for i in range(ITEMS)]
-    first = Shop(tmp_path, catalogue(image_uri=pa.array(uris))).write().look()
-    assert problems(first) == []
-    assert 'image_roots = ["pictures/of/items"]' in first.toml
+def test_what_settings_allow_is_no_problem(shop: Shop) -> None:
+    shop.impressions = {"zone": None, "item_id": pa.array([5000] * 60 + [1] * 60)}
+    first = shop.write(["2026-01-05", "2026-01-07"]).look()
+    assert len(problems(first)) == 2
+    text = first.toml.replace('# input_timezone = "UTC"', 'input_timezone = "UTC"')
+    text = text.replace("# max_unknown_item_share = 0.05", "max_unknown_item_share = 0.5")
+    text = text.replace('# closed_days = ["2025-12-25"]', 'closed_days = ["2026-01-06"]')
+    settings = shop.settings(look.FirstLook((), text))
+    again = look.FirstLook(look.look_again(settings, str(shop.folder)), "")
+    assert problems(again) == []
+    assert not noted(again, "missing between them")
+    assert not noted(again, "by its name")
 
 
-def test_absolute_images_without_a_common_folder_need_to_be_told(shop: Shop) -> None:
-    shop.catalogue["image_uri"] = pa.array([f"/{i}/a.png" for i in range(ITEMS)])
-    assert "Give the folder that they are relative to" in only_problem(shop.write().look())
+@pytest.mark.parametrize("missing", ["catalogue", "impressions"])
+def test_tables_of_settings_that_are_not_there_are_told(
+    shop: Shop, capsys: Capture, missing: str
+) -> None:
+    path = init(shop.write())
+    (shop.folder / missing).rename(shop.folder / "away")
+    assert main(["init", "--check", path]) == 2
+    assert f"where the {missing} table was expected" in capsys.readouterr().err
 
 
-def test_remote_images_are_a_problem_told_without_their_signature(shop: Shop) -> None:
-    uris = [f"https://cdn.example.com/{i}.jpg?sig=SECRET" for i in range(ITEMS)]
-    shop.catalogue["image_uri"] = pa.array(uris)
-    found = only_problem(shop.write().look())
-    assert "64 of 64 sampled image_uri are addresses" in found
-    assert "https://cdn.example.com/" in found
-    assert "SECRET" not in found
-
-
-def test_images_that_cannot_be_used_are_told_with_reason_and_example(shop: Shop) -> None:
-    uris = [None, *shop.catalogue["image_uri"][1:60].to_pylist()]
-    shop.catalogue = {name: column[:60] for name, column in shop.catalogue.items()}
-    shop.catalogue["image_uri"] = pa.array(uris)
-    for i in range(1, 60, 2):
-        (shop.folder / f"images/{i}.png").write_bytes(b"<html>not found</html>")
-    (shop.folder / "images/2.png").unlink()
-    found = problems(shop.write().look(str(shop.folder / "images")))[-1]
-    assert "28 of 60 sampled can be read and decoded; 1 unsupported uri (for example None)" in found
-    assert "30 not an image (for example '1.png')" in found
-    assert "1 missing (for example '2.png')" in found
-    assert "raise max_reject_share" in found
-
-
-def test_a_few_bad_images_are_noted_only(shop: Shop) -> None:
-    for i in range(0, ITEMS, 50):
-        (shop.folder / f"images/{i}.png").write_bytes(b"")
-    first = shop.write().look()
-    assert problems(first) == []
-    assert noted(first, "empty (for example '", "listed as rejects")
-
-
-def test_the_same_images_are_sampled_again(shop: Shop) -> None:
-    shop.write()
-    assert shop.look() == shop.look()
+def test_init_needs_tables_or_settings_to_check(shop: Shop, capsys: Capture) -> None:
+    path = init(shop.write())
+    assert main(["init", "--check", path, "--images", str(shop.folder)]) == 2
+    assert "give no paths with it" in capsys.readouterr().err
+    assert main(["init", "--catalogue", str(shop.folder)]) == 2
+    assert "Give --catalogue and --impressions" in capsys.readouterr().err
