@@ -128,19 +128,18 @@ def find_files(
     if others and done:
         raise DataContractError(
             f"The {table} partition of ds {ds} has a _SUCCESS and {others}, but none at {folder} "
-            f"that is {_asked(typed)}. Taken for an empty day, it would publish empty tables. "
-            f"Correct [{table}] path in the settings."
+            f"that is {_asked(typed, folder)}. Taken for an empty day, it would publish empty "
+            f"tables. Correct [{table}] path in the settings."
         )
     if not done and (require_success or not paths):
         missing = "no _SUCCESS" if paths else "no file and no _SUCCESS"
         found = f" (there is {others})" if others else ""
         raise InputNotReady(
             f"The {table} table has no partition for ds {ds} yet: {missing} at {folder}; "
-            f"{_asked(typed)} was looked for{found}. Without "
-            "it the features of that day would be made from nothing. Run the command again when "
-            f"the partition is there, or correct [{table}] path in the settings. If the shop was "
-            f'closed on that day, say so: closed_days = ["{ds}"] in the settings, or a _SUCCESS in '
-            "the empty folder."
+            f"{_asked(typed, folder)} was looked for{found}. Without it the features of that day "
+            "would be made from nothing. Run the command again when the partition is there, or "
+            f"correct [{table}] path in the settings. If the shop was closed on that day, say so: "
+            f'closed_days = ["{ds}"] in the settings, or a _SUCCESS in the empty folder.'
         )
     return paths
 
@@ -192,9 +191,9 @@ def _has_success(folder: str) -> bool:
     return bool(files.find(os.path.join(folder, "_SUCCESS")))
 
 
-def _asked(typed: str) -> str:
+def _asked(typed: str, folder: str) -> str:
     """Describes the names that are looked for."""
-    if _names_files(typed):
+    if folder != typed:
         return os.path.basename(typed)
     return f"a name with the ending {', '.join(PARQUET_ENDINGS)} or none"
 
@@ -202,7 +201,7 @@ def _asked(typed: str) -> str:
 def _others(template: str, typed: str, folder: str) -> str:
     """Describes what lies where the files of a day were looked for, files of other days aside."""
     others = files.glob(os.path.join(folder, "*"))
-    if not others and not _names_files(typed):
+    if not others and folder == typed:
         others = files.glob(os.path.join(folder, "*", "*"))
     if day_names.has_day(template):
         others = [file for file in others if not DayNames(template).day_of(file.path)]

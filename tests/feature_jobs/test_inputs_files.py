@@ -19,6 +19,9 @@ from feature_jobs.schemas import (
     InputNotReady,
     OperatorError,
 )
+from feature_jobs.store import day_names, files
+from feature_jobs.store.day_names import literal
+from tests.support.buckets import upload
 from tests.support.day_tables import (
     DS,
     NOON,
@@ -118,6 +121,31 @@ def test_files_that_are_not_looked_for_are_told(tmp_path: Path, below: str, succ
         f"1 other file(s), such as {folder}/{below}0.csv", ".parquet, .parq, .pq or none",
     )  # fmt: skip
     assert ("would publish empty tables" in message) == success
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("[x]/year={ds:%Y}/month={ds:%-m}/day={ds:%d}", "000000_0"),
+        ("{ds}.parquet", "part-0.snappy.parquet"),
+        ("dt={ds:%Y%m%d}", "0.pq"),
+    ],
+)
+def test_a_day_in_a_bucket_is_found_like_one_on_a_disk(
+    tmp_path: Path, near_bucket: str, template: str, name: str
+) -> None:
+    folder = day_names.name_of(template, DS)
+    pq.write_table(impressions(), tmp_path / name)
+    upload(tmp_path, f"{near_bucket}/log/{folder}")
+    full = f"{literal(near_bucket)}/log/{template.replace('[', '[[]', 1)}"
+    assert open_impressions(full).rows == 3
+    assert inputs.find_days(full) == [DS]
+    refusal(InputNotReady, lambda: open_impressions(full, require_success=True), "no _SUCCESS")
+    files.write_bytes(f"{near_bucket}/log/{folder}/_SUCCESS", b"")
+    assert open_impressions(full, require_success=True).rows == 3
+    files.delete(f"{near_bucket}/log/{folder}/{name}")
+    files.write_bytes(f"{near_bucket}/log/{folder}/hour=3/0.csv", b"")
+    refusal(DataContractError, lambda: open_impressions(full), "hour=3/0.csv", "or none")
 
 
 def test_a_day_of_nested_folders_has_its_success_above_them(tmp_path: Path) -> None:
