@@ -189,26 +189,26 @@ def _files_at(table: str, template: str) -> tuple[str, list[str]]:
 
 def _only_parquet(paths: Sequence[str]) -> list[str]:
     """Returns the files that are Parquet by their ending, or by the first bytes of some others."""
-    others = [path for path in paths if not path.lower().endswith(inputs.PARQUET_ENDINGS)]
-    if any(files.read_bytes(path, 4) == b"PAR1" for path in others[:_OTHERS]):
-        others = []
-    return [path for path in paths if path not in set(others)]
+    known = [path for path in paths if path.lower().endswith(inputs.PARQUET_ENDINGS)]
+    others = sorted(set(paths) - set(known))[:_OTHERS]
+    return list(paths) if any(files.read_bytes(p, 4) == b"PAR1" for p in others) else known
 
 
 def _with_ending(pattern: str, found: Sequence[str]) -> str:
     """Returns a pattern of the files in a folder: of their one ending, or else of the folder."""
-    endings = {os.path.splitext(path)[1] for path in found}
-    if len(endings) == 1:
-        return pattern + endings.pop()
+    first, *others = {os.path.splitext(path)[1] for path in found}
+    if first and not others:
+        return pattern + first
     return pattern if "**" in pattern else pattern.removesuffix("/*")
 
 
 def _nothing(table: str, template: str) -> OperatorError:
     return OperatorError(
         f"There is no Parquet file ({', '.join(f'*{e}' for e in inputs.PARQUET_ENDINGS)}, or one "
-        f"without an ending) at {template}, where the {table} table was expected. Give --{table} "
-        "a folder, a file, a glob, or a template in which {ds} stands for the day as YYYY-MM-DD, "
-        "or {ds:%Y%m%d} for 20260106: for example 'data/dt={ds}/*.parquet'."
+        f"without an ending) at {template}, where the {table} table was expected. Say as "
+        f"--{table}, or as [{table}] path in settings, where it lies: a folder, a file, a glob, or "
+        "a template in which {ds} stands for the day as YYYY-MM-DD, or {ds:%Y%m%d} for 20260106, "
+        "for example 'data/dt={ds}/*.parquet'."
     )
 
 
@@ -257,16 +257,16 @@ def _fields(file: str, found: re.Match[str], of: str) -> Sequence[str]:
 def _template(file: str, folders: Sequence[str], name: str, pattern: str) -> str:
     """Returns the pattern of a table's files with the day in it, which `file` spells as given."""
     *given, any_name = pattern.split(os.sep)
-    if "{ds" in name:
-        # What follows the day differs between the files of one day.
-        before, _, after = name.partition("}")
-        ending = os.path.splitext(name)[1]
-        any_name = f"{before}}}{'' if after == ending else '*'}{ending}"
     deep = "**" in given
     if deep:
         given[given.index("**") : given.index("**") + 1] = ["*"] * (len(folders) - len(given) + 1)
     elif len(folders) > len(given):  # of a folder whose files are given by its name alone
         given, any_name = [*given, any_name], ""
+    if "{ds" in name:
+        # What follows the day differs between the files of one day.
+        before, _, after = name.partition("}")
+        ending = os.path.splitext(f"_{after}")[1]
+        any_name = f"{before}}}{'' if after == ending else '*'}{ending}"
     found = [f if "{ds" in f else g for f, g in zip(folders, given, strict=True)]
     if deep and "{ds" not in name:
         last = max(at for at, folder in enumerate(found) if "{ds" in folder)
