@@ -90,6 +90,11 @@ class Table:
     columns: tuple[Column, ...]
     then_by: tuple[str, ...] = ()
 
+    @property
+    def has_users(self) -> bool:
+        """Returns whether it holds user IDs."""
+        return any(column.name == _USER_ID for column in self.columns)
+
     def schema(
         self,
         item_id: pa.DataType,

@@ -28,6 +28,7 @@ from pydantic import (
 
 from feature_jobs.schemas import TABLES, OperatorError
 from feature_jobs.store import addresses, day_names, files
+from pipelines.running.layout import Layout
 from pipelines.stages import KINDS
 
 BEAM_STAGES = (*(kind.name for kind in KINDS), "fit-codebook")
@@ -247,6 +248,12 @@ class Gates(_Section):
     max_dead_share: Share = 0.5
 
 
+class Output(_Section):
+    """Tells where tables lie: those with user IDs below `user_root`, for fewer people to read."""
+
+    user_root: FullPath | None = None
+
+
 class Pin(_Section):
     """A pin names the encoder and codebook (package folders) of features from `from_ds` on."""
 
@@ -285,8 +292,14 @@ class Settings(_Section):
     training: Training = Training()
     gates: Gates = Gates()
     workers: Workers = Workers()
+    output: Output = Output()
     beam: dict[str, Any] = {}
     pins: tuple[Pin, ...] = ()
+
+    @property
+    def layout(self) -> Layout:
+        """Returns where what is made lies."""
+        return Layout(self.root, self.feature_set, self.output.user_root or self.root)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":

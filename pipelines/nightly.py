@@ -23,7 +23,7 @@ from pipelines.config import Settings
 from pipelines.planning.day_plan import DayPlan, NightOptions, Range
 from pipelines.planning.impressions import plan_histories, plan_simscore, plan_training_rows
 from pipelines.planning.items import plan_embed, plan_item_features
-from pipelines.running import beam_options, layout, locks, making, publishing, quality, records
+from pipelines.running import beam_options, locks, making, publishing, quality, records
 from pipelines.running import states as stage_states
 from pipelines.running.beam_options import JobOptions
 from pipelines.running.locks import Locks
@@ -181,13 +181,13 @@ def without_held(
 
 def refuse_held(settings: Settings, days: Sequence[dt.date], kinds: Collection[Kind]) -> None:
     """Raises GateRefused where one of the days, as far as `kinds` publish it, is on hold."""
-    records.refuse_held(settings.root, settings.feature_set, days, _tables_of(kinds))
+    records.refuse_held(settings.layout, days, _tables_of(kinds))
 
 
 def _lock_folders(
     settings: Settings, days: Sequence[dt.date], kinds: Collection[Kind]
 ) -> list[str]:
-    return layout.lock_folders(settings.root, settings.feature_set, _tables_of(kinds), days)
+    return settings.layout.lock_folders(_tables_of(kinds), days)
 
 
 def _tables_of(kinds: Collection[Kind]) -> list[Any]:
@@ -199,7 +199,7 @@ def _is_there(night: Night) -> bool:
     look = night.look
     if any(stage.forced or look.state(stage).name != PUBLISHED for stage in night.stages):
         return False
-    record = records.read_night(night.settings.root, night.settings.feature_set, night.ds)
+    record = records.read_night(night.settings.layout, night.ds)
     if record is None:
         return not night.is_whole
     recorded = {

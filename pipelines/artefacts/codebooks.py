@@ -55,7 +55,7 @@ from pipelines.artefacts.encoders import stanza
 from pipelines.artefacts.free_memory import available_bytes
 from pipelines.config import Settings
 from pipelines.planning.shop_tables import ShopTables
-from pipelines.running import beam_options, layout, making
+from pipelines.running import beam_options, making
 
 Say = Callable[[str], None]
 _LABEL, _RUN_ID = r"[a-z][a-z0-9_]*", r"[0-9a-f]{12}"
@@ -136,7 +136,7 @@ def plan_fit(
     run_id = documents.digest([embeddings.manifest["version"], asdict(fit), parent_folder])[:12]
     sample = SampleJob(
         embeddings, encoder.categories, fraction, held_out,
-        layout.staging_folder(settings.root, settings.feature_set, "fit-codebook", ds, run_id),
+        settings.layout.fit_folder(ds, run_id),
         old, labels if old else (),
     )  # fmt: skip
     drawn = round(items * (fraction * (1 - held_out) + held_out))
@@ -154,7 +154,7 @@ def plan_fit(
 def _open_embeddings(
     settings: Settings, ds: dt.date, encoder: encoder_info.EncoderInfo
 ) -> partitions.Partition:
-    folder = layout.table_folder(settings.root, settings.feature_set, ITEM_EMBEDDINGS, ds)
+    folder = settings.layout.folder(ITEM_EMBEDDINGS, ds)
     embeddings = partitions.open_published(folder)
     found = embeddings.manifest["identities"]["encoder_id"]
     if found != encoder.encoder_id:
@@ -226,13 +226,12 @@ def _old_features(
     """
     if parent is None or (parent.encoder_id == encoder.encoder_id and fit.mode != "aligned"):
         return None
-    others = [s for s in layout.feature_sets(settings.root) if s != settings.feature_set]
-    for feature_set in [settings.feature_set, *others]:
-        days = layout.published_days(settings.root, feature_set, ITEM_FEATURES)
+    own = settings.layout
+    others = [own.of(name) for name in own.feature_sets() if name != own.feature_set]
+    for layout in [own, *others]:
+        days = layout.published_days(ITEM_FEATURES)
         for day in reversed([day for day in days if day <= ds]):
-            found = partitions.open_published(
-                layout.table_folder(settings.root, feature_set, ITEM_FEATURES, day)
-            )
+            found = partitions.open_published(layout.folder(ITEM_FEATURES, day))
             if found.manifest["identities"]["codebook_id"] == parent.codebook_id:
                 return found
     if fit.mode != "aligned":

@@ -36,7 +36,6 @@ from feature_jobs.store.partitions import Partition
 from pipelines.artefacts.encoders import stanza
 from pipelines.config import Settings
 from pipelines.planning.shop_tables import ShopTables
-from pipelines.running import layout
 from pipelines.running.progress import StepBar
 from pipelines.running.stage import PACKAGE_VERSIONS
 
@@ -116,7 +115,7 @@ def find_span(
             f"Training from ds {start} on until ds {until} leaves no day: --start-ds must lie "
             "before --until."
         )
-    days = layout.published_days(settings.root, settings.feature_set, TRAINING_ROWS)
+    days = settings.layout.published_days(TRAINING_ROWS)
     days = [ds for ds in days if (start or dt.date.min) <= ds < until]
     last = until - dt.timedelta(days=1)
     first = start or min([*days, last - dt.timedelta(days=held_out_days)])
@@ -137,10 +136,7 @@ def find_span(
     if missing:
         say(f"no training_rows of {len(missing)} days: {', '.join(map(str, missing[:10]))}")
     found = {
-        ds: partitions.open_published(
-            layout.table_folder(settings.root, settings.feature_set, TRAINING_ROWS, ds)
-        )
-        for ds in days
+        ds: partitions.open_published(settings.layout.folder(TRAINING_ROWS, ds)) for ds in days
     }
     _check_alike(settings, found)
     train, held_out = days[:-held_out_days], days[-held_out_days:]

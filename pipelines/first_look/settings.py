@@ -123,6 +123,10 @@ $impressions_columns
 # Threads that a worker process computes on; without it, its part of the host's cores.
 # threads = 4
 
+[output]
+# Where the tables with user IDs go, if not below the root: people may then read items alone.
+# user_root = "gs://shop-users/features"
+
 # Beam's own options, as Beam spells them; [beam.embed] and the like are for one stage alone.
 [beam]
 # runner = "DataflowRunner"

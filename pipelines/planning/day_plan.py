@@ -67,8 +67,7 @@ class Range:
 
     def yesterdays(self) -> Yesterdays:
         """Returns the finder of what one of the days goes on from."""
-        settings = self.settings
-        return Yesterdays(settings.root, settings.feature_set, self.look, self.planned)
+        return Yesterdays(self.settings.layout, self.look, self.planned)
 
 
 class DayPlan:
@@ -107,10 +106,8 @@ class DayPlan:
         return planned
 
     def stage(self, kind: Kind, forced_by: str = "", **fields: Any) -> Stage:
-        settings, forced_by = self.settings, forced_by or self.options.forced_by
-        return Stage(
-            kind, self.ds, settings.root, settings.feature_set, forced_by=forced_by, **fields
-        )
+        forced_by = forced_by or self.options.forced_by
+        return Stage(kind, self.ds, self.settings.layout, forced_by=forced_by, **fields)
 
     # -- Items --
 

@@ -40,7 +40,7 @@ from pipelines.planning.yesterday import (
     history_settings,
     shards_of_log,
 )
-from pipelines.running import layout, records
+from pipelines.running import records
 from pipelines.running.stage import Planned, Stage
 from pipelines.running.states import Look
 from pipelines.stages import HISTORIES, SIMSCORE, TRAINING_ROWS
@@ -130,14 +130,13 @@ def histories_job(days: Sequence[LogOfDay], shards: Sequence[int], staging: str)
 
 def _check_shared(day: DayPlan) -> None:
     """Refuses to replace histories that another feature set made under another law."""
-    settings, look = day.settings, day.range.look
-    for other in layout.feature_sets(settings.root):
+    settings, look, layout = day.settings, day.range.look, day.settings.layout
+    for other in layout.feature_sets():
         if other == settings.feature_set:
             continue
-        record = records.read_night(settings.root, other, day.ds) or {"tables": {}}
+        record = records.read_night(layout.of(other), day.ds) or {"tables": {}}
         entry = record["tables"].get(USER_HISTORIES.name)
-        folder = layout.table_folder(settings.root, other, USER_HISTORIES, day.ds)
-        theirs = entry and look.published(folder)
+        theirs = entry and look.published(layout.folder(USER_HISTORIES, day.ds))
         if not theirs or theirs.manifest["version"] != entry["version"]:
             continue
         made_with = theirs.manifest["settings"]

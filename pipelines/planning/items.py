@@ -27,7 +27,7 @@ from pipelines.config import Settings
 from pipelines.planning.day_plan import DayPlan
 from pipelines.planning.pinned import PinnedArtefacts
 from pipelines.planning.yesterday import Earlier
-from pipelines.running import layout
+from pipelines.running.layout import CHUNK_FOLDER
 from pipelines.running.stage import PACKAGE_VERSIONS, Planned, Stage
 from pipelines.running.states import Look
 from pipelines.stages import EMBED, ITEM_FEATURES
@@ -110,7 +110,7 @@ class PlannedEmbed(Planned):
             *_precision(settings).values(),
         ]
         shape = [str(self.item_id), shards, list(settings.catalogue.image_roots), self.full]
-        return layout.CHUNK_FOLDER + documents.digest([embedding, shape])[:12]
+        return CHUNK_FOLDER + documents.digest([embedding, shape])[:12]
 
 
 def plan_embed(day: DayPlan) -> PlannedEmbed:

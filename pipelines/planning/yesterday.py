@@ -32,7 +32,8 @@ from feature_jobs.store import files, hashing
 from feature_jobs.store.partitions import MANIFEST, Partition
 from pipelines.config import Settings
 from pipelines.planning.shop_tables import ShopTables
-from pipelines.running import layout, states
+from pipelines.running import states
+from pipelines.running.layout import Layout
 from pipelines.running.stage import Planned, Reference
 from pipelines.running.states import Look
 from pipelines.stages import HISTORIES, Kind
@@ -92,8 +93,7 @@ class Yesterdays:
     `planned` are the stages of the days that are planned already. What was found is remembered.
     """
 
-    root: str
-    feature_set: str
+    layout: Layout
     look: Look
     planned: dict[tuple[str, dt.date], Planned]
     found: dict[tuple[Kind, dt.date, dt.date], str | None] = field(default_factory=dict)
@@ -145,14 +145,12 @@ class Yesterdays:
         runs = sorted({one.run_id for one in found})
         if len(runs) > 1 and kind.is_shared:
             return ()
-        forced = (
-            layout.staging_of(self.root, self.feature_set, kind, ds, f"{r}-forced") for r in runs
-        )
+        forced = (self.layout.staging(kind, ds, f"{run_id}-forced") for run_id in runs)
         is_half = len(found) > 1 and any(map(states.is_half_published, forced))
         return () if is_half else tuple(found)
 
     def _folders(self, kind: Kind, ds: dt.date) -> list[str]:
-        return [layout.table_folder(self.root, self.feature_set, t, ds) for t in kind.tables]
+        return [self.layout.folder(table, ds) for table in kind.tables]
 
     def run_id(self, kind: Kind, ds: dt.date) -> str | None:
         """Returns the run that the published stage of ds is of; None where there is none."""
@@ -173,7 +171,7 @@ class Yesterdays:
         yield self.before(kind, ds)
 
     def _newest_published(self, kind: Kind, ds: dt.date, start: dt.date) -> Earlier | None:
-        days = layout.begun_days(self.root, self.feature_set, kind.tables[0])
+        days = self.layout.begun_days(kind.tables[0])
         for day in reversed([day for day in days if start <= day < ds]):
             if found := self.published(kind, day):
                 return _of_published(kind, day, found)
@@ -381,7 +379,7 @@ def _inputs_of(
     """Returns by day the run_id and the inputs of what is published of a table."""
     found = {}
     for ds in days:
-        folder = layout.table_folder(settings.root, settings.feature_set, table, ds)
+        folder = settings.layout.folder(table, ds)
         if partition := look.published(folder):
             found[ds] = (partition.run_id, partition.manifest["inputs"])
     return found

@@ -28,7 +28,7 @@ def describe_plan(night: Night, beam_args: Sequence[str]) -> dict[str, Any]:
     """Returns what `make_nights` would do, stage by stage; checks the Beam options too."""
     for stage in night.stages:
         beam_options.job_options(night.settings, stage.name, beam_args)
-    held = records.read_hold(night.settings.root, night.settings.feature_set, night.ds)
+    held = records.read_hold(night.settings.layout, night.ds)
     return {
         "ds": str(night.ds),
         "run_id": night.run_id,

@@ -29,9 +29,10 @@ from feature_jobs.store import files
 from feature_jobs.store.documents import read_json
 from pipelines.config import Settings
 from pipelines.planning.yesterday import stale_days
-from pipelines.running import layout, records, states
+from pipelines.running import records, states
+from pipelines.running.layout import date_of
 from pipelines.running.states import NEVER_MADE, Look
-from pipelines.stages import KINDS
+from pipelines.stages import KINDS, Kind
 
 DAYS_SHOWN = 14
 _ONE_DAY = dt.timedelta(days=1)
@@ -74,31 +75,24 @@ def collect(
             str(ds): {
                 "since": hold["since"],
                 "reason": hold["reason"],
-                "rolled_back": records.is_rolled_back(
-                    hold, settings.root, settings.feature_set, ds
-                ),
+                "rolled_back": records.is_rolled_back(hold, settings.layout, ds),
             }
-            for ds, hold in records.held_days(settings.root, settings.feature_set).items()
+            for ds, hold in records.held_days(settings.layout).items()
         },
         "stale": {ds: str(after) for ds, after in stale_days(settings, shown, look).items()},
-        "staged": [
-            run
-            for top in (settings.feature_set, "shared")
-            for run in _staged(os.path.join(settings.root, "_staging", top))
-        ],
+        "staged": [run for kind in KINDS for run in _staged(settings, kind)],
     }
 
 
 def _known_days(settings: Settings) -> list[dt.date]:
-    root, feature_set = settings.root, settings.feature_set
-    begun = (layout.begun_days(root, feature_set, table) for table in TABLES.values())
+    begun = (settings.layout.begun_days(table) for table in TABLES.values())
     return sorted({day for days in begun for day in days})
 
 
 def _day(settings: Settings, ds: dt.date, look: Look) -> dict[str, Any]:
     tables = {}
     for table in TABLES.values():
-        folder = layout.table_folder(settings.root, settings.feature_set, table, ds)
+        folder = settings.layout.folder(table, ds)
         found = look.published(folder)
         if found is None:
             continue  # it is not there, or is being replaced just now
@@ -106,8 +100,8 @@ def _day(settings: Settings, ds: dt.date, look: Look) -> dict[str, Any]:
         entry = {k: manifest[k] for k in ("rows", "version", "run_id", "identities", "notes")}
         entry |= {k: manifest[k] for k in ("clusters", "counts") if k in manifest}
         tables[table.name] = {**entry, "path": folder}
-    record = records.read_night(settings.root, settings.feature_set, ds)
-    whole = record is not None and records.is_whole(record, settings.root, look.published)
+    record = records.read_night(settings.layout, ds)
+    whole = record is not None and records.is_whole(record, settings.layout, look.published)
     return {
         "whole_night": whole,
         "has_codebook": _has_codebook(settings, ds),
@@ -131,7 +125,7 @@ def _last_run(settings: Settings, ds: str) -> dict[str, Any]:
 
     Empty where no run is noted.
     """
-    top = os.path.join(settings.root, settings.feature_set, "_runs", f"ds={ds}")
+    top = settings.layout.runs_folder(dt.date.fromisoformat(ds))
     paths = [os.path.join(top, run_id, "run.json") for run_id in files.list_names(top)]
     runs = [read_json(path) for path in paths if files.exists(path)]
     newest = max(runs, key=lambda run: run["ended"], default=None)
@@ -164,22 +158,21 @@ def _next(settings: Settings, last: str | None) -> dict[str, Any] | None:
     return {"ds": str(ds), "waits_for": waits}
 
 
-def _staged(top: str) -> list[dict[str, Any]]:
+def _staged(settings: Settings, kind: Kind) -> list[dict[str, Any]]:
     """Lists runs that were begun, or made and not published; the next one of ds resumes them.
 
     A fit of a codebook is none of them: it begins anew.
     """
-    found = []
-    for kind in KINDS:
-        for name in files.list_names(os.path.join(top, kind.name)):
-            if not (ds := name.startswith("ds=") and layout.date_of(name)):
-                continue  # what jobs share
-            for run_id in files.list_names(os.path.join(top, kind.name, name)):
-                staging = os.path.join(top, kind.name, name, run_id)
-                run = {"stage": kind.name, "ds": str(ds), "run_id": run_id}
-                if refusal := states.refusal(staging):
-                    run["refused"] = refusal
-                found.append({**run, "why": states.reasons(staging)})
+    found, top = [], settings.layout.kind_folder(kind)
+    for name in files.list_names(top):
+        if not (ds := name.startswith("ds=") and date_of(name)):
+            continue  # what jobs share
+        for run_id in files.list_names(os.path.join(top, name)):
+            staging = os.path.join(top, name, run_id)
+            run = {"stage": kind.name, "ds": str(ds), "run_id": run_id}
+            if refusal := states.refusal(staging):
+                run["refused"] = refusal
+            found.append({**run, "why": states.reasons(staging)})
     return found
 
 

@@ -1,10 +1,10 @@
-"""Says where everything lies below a root, and which days are there."""
+"""Says where everything of a feature set lies, and which days are there."""
 
 import datetime as dt
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from feature_jobs.schemas import Table
 from feature_jobs.store import documents, files, partitions
@@ -12,6 +12,7 @@ from pipelines.stages import KINDS, Kind, kind_of
 
 CHUNK_FOLDER = "chunks-"  # + digest: beside the folders of days, the chunk files that runs share
 JOB_FOLDER = "job-"  # + its days and a digest: what one job for one day or many writes of its own
+_SHARED = "shared"  # in the place of a feature set: tables that no encoder touches
 
 
 @dataclass(frozen=True)
@@ -26,30 +27,118 @@ class Place:
     kept: str
 
 
-def staging_folder(root: str, feature_set: str, name: str, ds: dt.date, run_id: str) -> str:
-    """Returns where a run writes, out of readers' sight.
+@dataclass(frozen=True)
+class Layout:
+    """Says where the tables and records of a feature set lie.
 
-    Each feature set has its own, so that they never meet half-way, and so have tables they share.
+    Tables with user IDs, and what is written on the way to them, lie below `user_root`, all else
+    below `root`: where the two differ, whoever may read items sees no users.
     """
-    return os.path.join(root, "_staging", feature_set, name, f"ds={ds}", run_id)
 
+    root: str
+    feature_set: str
+    user_root: str
 
-def staging_of(root: str, feature_set: str, kind: Kind, ds: dt.date, run_id: str) -> str:
-    """Returns the staging folder of a run of a stage."""
-    return staging_folder(root, _top(feature_set, kind.tables[0]), kind.name, ds, run_id)
+    def of(self, feature_set: str) -> "Layout":
+        """Returns where another feature set lies beside this one."""
+        return replace(self, feature_set=feature_set)
 
+    def feature_sets(self) -> list[str]:
+        """Returns the feature sets that have published a night here."""
+        names = [name for name in files.list_names(self.root) if name[0] != "_"]
+        return [n for n in names if files.list_names(os.path.join(self.root, n, "_nights"))]
 
-def kind_folder(root: str, feature_set: str, kind: Kind) -> str:
-    """Returns the folder below which all runs of a kind of stage write, by days and by jobs."""
-    return os.path.join(root, "_staging", _top(feature_set, kind.tables[0]), kind.name)
+    def root_of(self, table: Table) -> str:
+        """Returns the root below which a table lies."""
+        return self.user_root if table.has_users else self.root
 
+    def _top(self, table: Table) -> str:
+        return _SHARED if table.shared else self.feature_set
 
-def job_folder(
-    root: str, feature_set: str, kind: Kind, days: Sequence[dt.date], run_ids: Sequence[str]
-) -> str:
-    """Returns the folder of one job for consecutive days; the same job has the same one."""
-    name = f"{JOB_FOLDER}{days[0]}-{days[-1]}-{documents.digest(list(run_ids))[:12]}"
-    return os.path.join(kind_folder(root, feature_set, kind), name)
+    # -- Tables --
+
+    def place(self, table: Table, ds: dt.date) -> Place:
+        """Returns the place of one partition."""
+        root, within = self.root_of(table), os.path.join(self._of_table(table), f"ds={ds}")
+        return Place(os.path.join(root, within), os.path.join(root, "_versions", within))
+
+    def folder(self, table: Table, ds: dt.date) -> str:
+        """Returns the folder in which a partition is published."""
+        return self.place(table, ds).folder
+
+    def _of_table(self, table: Table) -> str:
+        return os.path.join(self._top(table), table.name)
+
+    def begun_days(self, table: Table) -> list[dt.date]:
+        """Returns the ds that have a folder, published or not, ascending."""
+        names = files.list_names(os.path.join(self.root_of(table), self._of_table(table)))
+        return [day for name in names if name.startswith("ds=") and (day := date_of(name))]
+
+    def published_days(self, table: Table) -> list[dt.date]:
+        """Returns the ds of all published partitions of a table, ascending."""
+        days = self.begun_days(table)
+        return [ds for ds in days if partitions.is_published(self.folder(table, ds))]
+
+    # -- What is being made --
+
+    def kind_folder(self, kind: Kind) -> str:
+        """Returns the folder below which all runs of a kind of stage write, by days and by jobs.
+
+        It is out of readers' sight. Each feature set has its own, so that they never meet half-way,
+        and so have the tables that they share.
+        """
+        table = kind.tables[0]
+        return os.path.join(self.root_of(table), "_staging", self._top(table), kind.name)
+
+    def staging(self, kind: Kind, ds: dt.date, run_id: str) -> str:
+        """Returns the staging folder of a run of a stage."""
+        return os.path.join(self.kind_folder(kind), f"ds={ds}", run_id)
+
+    def fit_folder(self, ds: dt.date, run_id: str) -> str:
+        """Returns where a fit of a codebook writes."""
+        top = os.path.join(self.root, "_staging", self.feature_set)
+        return os.path.join(top, "fit-codebook", f"ds={ds}", run_id)
+
+    def job_folder(self, kind: Kind, days: Sequence[dt.date], run_ids: Sequence[str]) -> str:
+        """Returns the folder of one job for consecutive days; the same job has the same one."""
+        name = f"{JOB_FOLDER}{days[0]}-{days[-1]}-{documents.digest(list(run_ids))[:12]}"
+        return os.path.join(self.kind_folder(kind), name)
+
+    def lock_folders(self, tables: Sequence[Table], days: Sequence[dt.date]) -> list[str]:
+        """Returns what is to be locked to write `tables` of `days`, in one order for all commands.
+
+        Families come one after the other, as their stages do, and in each its days ascend: so two
+        commands never wait for each other.
+        """
+        return [
+            os.path.join(top, "_locks", family, f"ds={ds}")
+            for family in dict.fromkeys(kind.family for kind in KINDS)
+            for ds in sorted(days)
+            for top in sorted(
+                {
+                    os.path.join(self.root_of(table), self._top(table))
+                    for table in tables if kind_of(table).family == family
+                }
+            )
+        ]  # fmt: skip
+
+    # -- Records --
+
+    @property
+    def _records(self) -> str:
+        return os.path.join(self.root, self.feature_set)
+
+    def night_path(self, ds: dt.date) -> str:
+        """Returns where the record of a night lies."""
+        return os.path.join(self._records, "_nights", f"ds={ds}.json")
+
+    def hold_path(self, ds: dt.date) -> str:
+        """Returns where the hold of a day lies, if there is one."""
+        return os.path.join(self._records, "_holds", f"ds={ds}.json")
+
+    def runs_folder(self, ds: dt.date) -> str:
+        """Returns where it is written what runs did of a day, each in a folder of its run_id."""
+        return os.path.join(self._records, "_runs", f"ds={ds}")
 
 
 def days_of_job(name: str) -> tuple[dt.date, dt.date] | None:
@@ -58,54 +147,10 @@ def days_of_job(name: str) -> tuple[dt.date, dt.date] | None:
     return found and (dt.date.fromisoformat(found[1]), dt.date.fromisoformat(found[2]))
 
 
-def place_of(root: str, feature_set: str, table: Table, ds: dt.date) -> Place:
-    """Returns the place of one partition."""
-    within = os.path.join(_top(feature_set, table), table.name, f"ds={ds}")
-    return Place(os.path.join(root, within), os.path.join(root, "_versions", within))
-
-
-def table_folder(root: str, feature_set: str, table: Table, ds: dt.date) -> str:
-    """Returns the folder of one partition: below `shared` for a table that no encoder touches."""
-    return place_of(root, feature_set, table, ds).folder
-
-
-def _top(feature_set: str, table: Table) -> str:
-    return "shared" if table.shared else feature_set
-
-
-def lock_folders(
-    root: str, feature_set: str, tables: Sequence[Table], days: Sequence[dt.date]
-) -> list[str]:
-    """Returns what is to be locked to write `tables` of `days`, in the one order of all commands.
-
-    Families come one after the other, as their stages do, and in each its days ascend: so two
-    commands never wait for each other.
-    """
-    return [
-        os.path.join(root, top, "_locks", family, f"ds={ds}")
-        for family in dict.fromkeys(kind.family for kind in KINDS)
-        for ds in sorted(days)
-        for top in sorted({_top(feature_set, t) for t in tables if kind_of(t).family == family})
-    ]
-
-
 def is_shared(folder: str) -> bool:
     """Returns whether a folder of `lock_folders` is that of tables other feature sets share."""
     top = os.path.dirname(os.path.dirname(os.path.dirname(folder)))
-    return os.path.basename(top) == "shared"
-
-
-def night_path(root: str, feature_set: str, ds: dt.date) -> str:
-    """Returns where the record of a night lies."""
-    return os.path.join(root, feature_set, "_nights", f"ds={ds}.json")
-
-
-def hold_path(root: str, feature_set: str, ds: dt.date) -> str:
-    """Returns where the hold of a day lies, if there is one."""
-    return os.path.join(root, feature_set, "_holds", f"ds={ds}.json")
-
-
-# ---- Which days are there --------------------------------------------------------------------
+    return os.path.basename(top) == _SHARED
 
 
 def date_of(name: str) -> dt.date | None:
@@ -114,22 +159,3 @@ def date_of(name: str) -> dt.date | None:
         return dt.date.fromisoformat(name.removeprefix("ds=").removesuffix(".json"))
     except ValueError:
         return None
-
-
-def feature_sets(root: str) -> list[str]:
-    """Returns the feature sets that have published a night below `root`."""
-    names = [name for name in files.list_names(root) if name[0] != "_"]
-    return [n for n in names if files.list_names(os.path.join(root, n, "_nights"))]
-
-
-def begun_days(root: str, feature_set: str, table: Table) -> list[dt.date]:
-    """Returns the ds that have a folder, published or not, ascending."""
-    folder = os.path.dirname(table_folder(root, feature_set, table, dt.date.min))
-    names = [name for name in files.list_names(folder) if name.startswith("ds=")]
-    return [day for day in map(date_of, names) if day]
-
-
-def published_days(root: str, feature_set: str, table: Table) -> list[dt.date]:
-    """Returns the ds of all published partitions of a table, ascending."""
-    days = begun_days(root, feature_set, table)
-    return [d for d in days if partitions.is_published(table_folder(root, feature_set, table, d))]

@@ -14,7 +14,7 @@ from feature_jobs.schemas import CourierError, DataContractError, Table
 from feature_jobs.store import files, partitions, threads, worker_notes
 from feature_jobs.store.documents import write_json
 from feature_jobs.store.partitions import STAGED
-from pipelines.running import beam_options, layout, progress, states
+from pipelines.running import beam_options, progress, states
 from pipelines.running.beam_options import JobOptions
 from pipelines.running.locks import Locks
 from pipelines.running.stage import PACKAGE_VERSIONS, Planned, Stage
@@ -127,7 +127,7 @@ def job_folder(planned: Sequence[Planned]) -> str:
     """Returns the folder of the one job of `planned`, which lies in no day's staging."""
     first, stages = planned[0].stage, [one.stage for one in planned]
     days, run_ids = [one.ds for one in stages], [one.run_id for one in stages]
-    return layout.job_folder(first.root, first.feature_set, first.kind, days, run_ids)
+    return first.layout.job_folder(first.kind, days, run_ids)
 
 
 def make(
@@ -207,7 +207,7 @@ def seal(one: Planned, table: Table) -> None:
     manifest = {
         "table": table.name,
         "ds": str(stage.ds),
-        "feature_set": None if table.shared else stage.feature_set,
+        "feature_set": None if table.shared else stage.layout.feature_set,
         "run_id": stage.run_id,
         "files": [{k: v for k, v in part.items() if k not in _OF_RECEIPT} for part in parts],
         "rows": sum(part["rows"] for part in parts),
@@ -255,6 +255,5 @@ def reopen(stage: Stage) -> None:
 
 def write_run(night: Night, report: dict[str, Any]) -> None:
     """Writes what a run did, and when: all else of a run is the same when it is run again."""
-    settings = night.settings
-    folder = f"{settings.root}/{settings.feature_set}/_runs/ds={night.ds}/{night.run_id}"
-    write_json(f"{folder}/run.json", {**report, "command": sys.argv[1:]})
+    folder = os.path.join(night.settings.layout.runs_folder(night.ds), night.run_id)
+    write_json(os.path.join(folder, "run.json"), {**report, "command": sys.argv[1:]})

@@ -43,8 +43,8 @@ from feature_jobs.store.documents import parse_json, to_json
 from feature_jobs.store.files import FileInfo
 from feature_jobs.store.partitions import MANIFEST, STAGED, SUCCESS, Partition, version_of
 from pipelines import stages
-from pipelines.running import layout, records, states
-from pipelines.running.layout import Place, date_of, days_of_job
+from pipelines.running import records, states
+from pipelines.running.layout import CHUNK_FOLDER, Place, date_of, days_of_job
 from pipelines.running.locks import Locks
 from pipelines.running.stage import Stage
 from pipelines.running.states import PUBLISHED, Look, Night
@@ -66,8 +66,8 @@ def publish_night(night: Night, locks: Locks) -> None:
     What is published now is looked at before the first step, in the order of the steps: if another
     run publishes the day in between, the first step finds that and raises CourierError.
     """
-    root, feature_set = night.settings.root, night.settings.feature_set
-    path = layout.night_path(root, feature_set, night.ds)
+    layout = night.settings.layout
+    path = layout.night_path(night.ds)
     look = Look()
     waiting = [(stage, publications(stage, look, locks)) for stage in night.stages]
     found = files.read_if_there(path)
@@ -80,9 +80,9 @@ def publish_night(night: Night, locks: Locks) -> None:
         return
     folders = [stage.folder(table) for stage in night.stages for table in stage.tables]
     if before:
-        folders += [os.path.join(root, entry["path"]) for entry in before["tables"].values()]
+        folders += [records.folder_of(before, name, layout) for name in before["tables"]]
     parts = [_still_published(folder) for folder in dict.fromkeys(folders)]
-    record = records.night_record(root, feature_set, night.ds, parts, before)
+    record = records.night_record(layout, night.ds, parts, before)
     if before is None or before["tables"] != record["tables"]:
         write_record(path, to_json(record), found, locks)
 
@@ -108,8 +108,8 @@ def tidy_jobs(night: Night, locks: Locks) -> None:
     chunk file be needed that was there before.
     """
     for stage in night.stages:
-        top = layout.kind_folder(stage.root, stage.feature_set, stage.kind)
-        chunks = files.find(os.path.join(top, layout.CHUNK_FOLDER + "*", "*"))
+        top = stage.layout.kind_folder(stage.kind)
+        chunks = files.find(os.path.join(top, CHUNK_FOLDER + "*", "*"))
         names = files.list_names(top)  # after the look for chunks: none of them is of a later job
         unfinished = [day for name in names if name.startswith("ds=") and (day := date_of(name))]
         locks.check()
@@ -123,7 +123,7 @@ def tidy_jobs(night: Night, locks: Locks) -> None:
             _all_at_once(_delete_if_there, paths)
         for name in names:
             folder = os.path.join(top, name)
-            if name.startswith(layout.CHUNK_FOLDER) and not files.list_names(folder):
+            if name.startswith(CHUNK_FOLDER) and not files.list_names(folder):
                 files.delete_tree(folder)
 
 
@@ -156,7 +156,7 @@ def _goes_into(night: Night, record: dict[str, Any]) -> bool:
     """
     made = {table.name for stage in night.stages for table in stage.tables}
     folders = {
-        os.path.join(night.settings.root, entry["path"]): entry["version"]
+        records.folder_of(record, name, night.settings.layout): entry["version"]
         for name, entry in record["tables"].items()
         if name not in made
     }

@@ -9,14 +9,13 @@ from feature_jobs.schemas import TABLES, GateRefused, Table
 from feature_jobs.store import files, partitions
 from feature_jobs.store.documents import parse_json
 from feature_jobs.store.partitions import Partition
-from pipelines.running.layout import date_of, hold_path, night_path
+from pipelines.running.layout import Layout, date_of
 
 # ---- Nights ------------------------------------------------------------------------------------
 
 
 def night_record(
-    root: str,
-    feature_set: str,
+    layout: Layout,
     ds: dt.date,
     parts: Sequence[Partition],
     before: Mapping[str, Any] | None,
@@ -27,14 +26,14 @@ def night_record(
     """
     entries = {
         p.manifest["table"]: {
-            "path": os.path.relpath(p.folder, root),
+            "path": os.path.relpath(p.folder, layout.root_of(TABLES[p.manifest["table"]])),
             "version": p.manifest["version"],
             "run_id": p.run_id,
             "rows": p.rows,
         }
         for p in parts
     }
-    record = {"ds": str(ds), "feature_set": feature_set, "tables": entries, "before": None}
+    record = {"ds": str(ds), "feature_set": layout.feature_set, "tables": entries, "before": None}
     if before is None:
         return record
     if own_versions(before) == own_versions(record):
@@ -42,20 +41,20 @@ def night_record(
     return {**record, "before": {**before, "before": None}}  # one step back is kept, not all
 
 
-def read_night(root: str, feature_set: str, ds: dt.date) -> dict[str, Any] | None:
+def read_night(layout: Layout, ds: dt.date) -> dict[str, Any] | None:
     """Reads the record of a night, whole or not; None where there is none."""
-    return _read(night_path(root, feature_set, ds))
+    return _read(layout.night_path(ds))
 
 
-def is_whole_night(root: str, feature_set: str, ds: dt.date) -> bool:
+def is_whole_night(layout: Layout, ds: dt.date) -> bool:
     """Returns whether the night's record stands and every table is the version that it names."""
-    record = read_night(root, feature_set, ds)
-    return record is not None and is_whole(record, root)
+    record = read_night(layout, ds)
+    return record is not None and is_whole(record, layout)
 
 
 def is_whole(
     record: Mapping[str, Any],
-    root: str,
+    layout: Layout,
     find: Callable[[str], Partition | None] = partitions.find_published,
 ) -> bool:
     """Returns whether every table that a night's record names is published in that version.
@@ -63,15 +62,20 @@ def is_whole(
     `find` finds what is published in a folder.
     """
     return all(
-        (found := find(os.path.join(root, entry["path"]))) and found.version == entry["version"]
-        for entry in record["tables"].values()
+        (found := find(folder_of(record, name, layout))) and found.version == entry["version"]
+        for name, entry in record["tables"].items()
     )
 
 
-def own_tables_stand(record: Mapping[str, Any], root: str) -> bool:
+def folder_of(record: Mapping[str, Any], table: str, layout: Layout) -> str:
+    """Returns the folder of a table that a night's record names."""
+    return os.path.join(layout.root_of(TABLES[table]), record["tables"][table]["path"])
+
+
+def own_tables_stand(record: Mapping[str, Any], layout: Layout) -> bool:
     """Returns whether the tables that no other feature set shares are what a record names."""
     return all(
-        partitions.published_version(os.path.join(root, record["tables"][name]["path"])) == version
+        partitions.published_version(folder_of(record, name, layout)) == version
         for name, version in own_versions(record).items()
     )
 
@@ -88,29 +92,27 @@ def own_versions(record: Mapping[str, Any]) -> dict[str, str]:
 # ---- Holds -------------------------------------------------------------------------------------
 
 
-def read_hold(root: str, feature_set: str, ds: dt.date) -> dict[str, Any] | None:
+def read_hold(layout: Layout, ds: dt.date) -> dict[str, Any] | None:
     """Reads the hold of a day: since when, why, which versions; None where it has none."""
-    return _read(hold_path(root, feature_set, ds))
+    return _read(layout.hold_path(ds))
 
 
-def held_days(root: str, feature_set: str) -> dict[dt.date, dict[str, Any]]:
+def held_days(layout: Layout) -> dict[dt.date, dict[str, Any]]:
     """Returns the holds of all days that have one, by day."""
-    folder = os.path.dirname(hold_path(root, feature_set, dt.date.min))
+    folder = os.path.dirname(layout.hold_path(dt.date.min))
     days = [day for day in map(date_of, files.list_names(folder)) if day]
-    found = {day: read_hold(root, feature_set, day) for day in days}
+    found = {day: read_hold(layout, day) for day in days}
     return {day: hold for day, hold in found.items() if hold}
 
 
-def is_rolled_back(hold: Mapping[str, Any], root: str, feature_set: str, ds: dt.date) -> bool:
+def is_rolled_back(hold: Mapping[str, Any], layout: Layout, ds: dt.date) -> bool:
     """Returns whether the night that a hold names is what is published and recorded."""
-    record = read_night(root, feature_set, ds)
+    record = read_night(layout, ds)
     named = record is not None and own_versions(record) == own_versions(hold["record"])
-    return named and own_tables_stand(hold["record"], root)
+    return named and own_tables_stand(hold["record"], layout)
 
 
-def refuse_held(
-    root: str, feature_set: str, days: Sequence[dt.date], tables: Sequence[Table]
-) -> None:
+def refuse_held(layout: Layout, days: Sequence[dt.date], tables: Sequence[Table]) -> None:
     """Raises GateRefused where `tables` of a day on hold would be published.
 
     A hold is one feature set's; tables that others share are not held.
@@ -118,12 +120,12 @@ def refuse_held(
     if all(table.shared for table in tables):
         return
     for ds in days:
-        if hold := read_hold(root, feature_set, ds):
+        if hold := read_hold(layout, ds):
             raise GateRefused(
-                f"ds {ds} of the feature set {feature_set!r} is on hold: its night was rolled back "
-                f"at {hold['since']} ({hold['reason']}), and nothing may publish over it until it "
-                f"is released. Say `courier rollback --ds {ds} --release` once what was wrong is "
-                "mended, and run the command again."
+                f"ds {ds} of the feature set {layout.feature_set!r} is on hold: its night was "
+                f"rolled back at {hold['since']} ({hold['reason']}), and nothing may publish over "
+                f"it until it is released. Say `courier rollback --ds {ds} --release` once what "
+                "was wrong is mended, and run the command again."
             )
 
 

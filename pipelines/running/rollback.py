@@ -19,7 +19,7 @@ from feature_jobs.store import files, partitions
 from feature_jobs.store.documents import parse_json, to_json, write_json
 from feature_jobs.store.partitions import MANIFEST, STAGED
 from pipelines.config import Settings
-from pipelines.running import layout, locks, records
+from pipelines.running import locks, records
 from pipelines.running.layout import Place
 from pipelines.running.locks import Locks
 from pipelines.running.publishing import publication, superseded, write_record
@@ -70,14 +70,14 @@ def plan_rollback(settings: Settings, ds: dt.date, reason: str) -> Rollback:
     there is no earlier night or a version of it is not kept any more, DataContractError where a
     file of it is damaged; nothing has changed then.
     """
-    root, feature_set = settings.root, settings.feature_set
-    path = layout.night_path(root, feature_set, ds)
+    layout = settings.layout
+    path = layout.night_path(ds)
     found = files.read_if_there(path)
     record = parse_json(path, found) if found else None
-    hold = records.read_hold(root, feature_set, ds)
+    hold = records.read_hold(layout, ds)
     if hold:
         wanted = hold["record"]
-    elif record and records.own_tables_stand(record, root):
+    elif record and records.own_tables_stand(record, layout):
         wanted = _turned(record)
     else:  # a publication that was never finished: back to the night that it would have replaced
         wanted = record
@@ -109,7 +109,7 @@ def _turned(record: dict[str, Any]) -> dict[str, Any] | None:
 
 def _find(settings: Settings, ds: dt.date, table: Table, version: str) -> Version:
     """Returns a version as it lies there, published, kept, or half put away; looks at all files."""
-    place = layout.place_of(settings.root, settings.feature_set, table, ds)
+    place = settings.layout.place(table, ds)
     found = files.read_if_there(os.path.join(place.folder, MANIFEST))
     kept = os.path.join(place.kept, version)
     for data in (files.read_if_there(os.path.join(kept, MANIFEST)), found):
@@ -168,13 +168,13 @@ def _holding(
     settings: Settings, ds: dt.date, say: Callable[[str], None]
 ) -> AbstractContextManager[Locks]:
     own = [table for table in TABLES.values() if not table.shared]
-    return locks.holding(layout.lock_folders(settings.root, settings.feature_set, own, [ds]), say)
+    return locks.holding(settings.layout.lock_folders(own, [ds]), say)
 
 
 def _done_before(settings: Settings, ds: dt.date) -> dict[str, Any] | None:
     """Returns what is told where an earlier rollback of the day did it all, else None."""
-    hold = records.read_hold(settings.root, settings.feature_set, ds)
-    if not hold or not records.is_rolled_back(hold, settings.root, settings.feature_set, ds):
+    hold = records.read_hold(settings.layout, ds)
+    if not hold or not records.is_rolled_back(hold, settings.layout, ds):
         return None
     return _told(settings, ds, "is rolled back already", hold["reason"], hold["record"])
 
@@ -186,8 +186,8 @@ def carry_out(plan: Rollback, held: Locks, now: dt.datetime) -> None:
     ready", and the same command goes on after a kill. Each file is written anew, since another
     writer may be about to delete the one it saw.
     """
-    root, feature_set, ds = plan.settings.root, plan.settings.feature_set, plan.ds
-    hold = layout.hold_path(root, feature_set, ds)
+    layout, ds = plan.settings.layout, plan.ds
+    hold = layout.hold_path(ds)
     since = plan.hold["since"] if plan.hold else now.isoformat(timespec="seconds")
     if plan.hold is None:
         told = {"ds": str(ds), "since": since, "reason": plan.reason, "record": plan.record}
@@ -196,11 +196,11 @@ def carry_out(plan: Rollback, held: Locks, now: dt.datetime) -> None:
     record = to_json({**plan.record, "rolled_back": since})
     held.check()
     try:
-        files.write_if_unchanged(layout.night_path(root, feature_set, ds), record, plan.replaces)
+        files.write_if_unchanged(layout.night_path(ds), record, plan.replaces)
     except files.Changed as error:
         if plan.hold is None:  # it would name a night that is not the one before any more
             files.delete(hold)
-        raise superseded(layout.night_path(root, feature_set, ds)) from error
+        raise superseded(layout.night_path(ds)) from error
     for version in plan.versions:
         _bring_back(plan.settings, ds, version, held)
 
@@ -208,7 +208,7 @@ def carry_out(plan: Rollback, held: Locks, now: dt.datetime) -> None:
 def _bring_back(settings: Settings, ds: dt.date, version: Version, held: Locks) -> None:
     """Publishes a version again, from copies of its files; then deletes what runs of ds staged."""
     kind, name = kind_of(version.table), f"rollback-{version.name}"
-    run = layout.staging_of(settings.root, settings.feature_set, kind, ds, name)
+    run = settings.layout.staging(kind, ds, name)
     if partitions.published_version(version.place.folder) != version.name:
         _publish_copy(version, os.path.join(run, version.table.name), held)
     top = os.path.dirname(run)
@@ -240,15 +240,15 @@ def release(
     Raises OperatorError where the day has none, CourierError where a rollback is at work on it.
     """
     with _holding(settings, ds, say) as held:
-        hold = records.read_hold(settings.root, settings.feature_set, ds)
+        hold = records.read_hold(settings.layout, ds)
         if hold is None:
             raise OperatorError(
-                f"ds {ds} of the feature set {settings.feature_set!r} is not on hold, so that "
+                f"ds {ds} of the feature set {settings.layout.feature_set!r} is not on hold, so that "
                 "there is nothing to release. `courier status` lists the days that are."
             )
         if not dry_run:
             held.check()
-            files.delete(layout.hold_path(settings.root, settings.feature_set, ds))
+            files.delete(settings.layout.hold_path(ds))
     action = "would be released" if dry_run else "is released"
     return _told(settings, ds, action, hold["reason"], None)
 
@@ -263,7 +263,7 @@ def _told(
     own = records.own_versions(record) if record else {}
     return {
         "ds": str(ds),
-        "feature_set": settings.feature_set,
+        "feature_set": settings.layout.feature_set,
         "action": action,
         "reason": reason,
         "tables": {name: record["tables"][name] for name in own} if record else {},

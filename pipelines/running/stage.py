@@ -20,8 +20,7 @@ import pyarrow as pa
 from feature_jobs import __version__
 from feature_jobs.schemas import Table
 from feature_jobs.store import documents
-from pipelines.running import layout
-from pipelines.running.layout import Place
+from pipelines.running.layout import Layout, Place
 from pipelines.stages import Kind
 
 # The packages that decide which bytes are made.
@@ -60,8 +59,7 @@ class Stage:
 
     kind: Kind
     ds: dt.date
-    root: str
-    feature_set: str
+    layout: Layout
     shards: int
     inputs: Mapping[str, Any]
     identities: Mapping[str, str]
@@ -122,7 +120,7 @@ class Stage:
         return self._staging(self.run_id + "-forced")
 
     def _staging(self, name: str) -> str:
-        return layout.staging_of(self.root, self.feature_set, self.kind, self.ds, name)
+        return self.layout.staging(self.kind, self.ds, name)
 
     def staged_folder(self, table: Table) -> str:
         """Returns the folder in which the table is made."""
@@ -130,7 +128,7 @@ class Stage:
 
     def place(self, table: Table) -> Place:
         """Returns where the table is published, and where its earlier versions are kept."""
-        return layout.place_of(self.root, self.feature_set, table, self.ds)
+        return self.layout.place(table, self.ds)
 
     def folder(self, table: Table) -> str:
         """Returns the folder in which the table is published."""

@@ -120,9 +120,9 @@ class Look:
         """Returns whether the day is on hold; tables that other feature sets share never are."""
         if stage.kind.is_shared:
             return False
-        day = stage.feature_set, str(stage.ds)
+        day = stage.layout.feature_set, str(stage.ds)
         if day not in self._held:
-            hold = records.read_hold(stage.root, stage.feature_set, stage.ds)
+            hold = records.read_hold(stage.layout, stage.ds)
             self._held[day] = hold is not None
         return self._held[day]
 

@@ -20,7 +20,7 @@ from pipelines import cli
 from pipelines.cli import main
 from pipelines.config import Settings, load_settings
 from pipelines.nightly import plan_night, run_nights
-from pipelines.running import layout, locks, records
+from pipelines.running import locks, records
 from tests.conftest import Artefacts
 from tests.support.buckets import upload
 from tests.support.world import (
@@ -100,7 +100,7 @@ def make(settings: Settings, ds: dt.date) -> list[str]:
 
 
 def published(settings: Settings, name: str, ds: dt.date) -> Partition:
-    folder = layout.table_folder(settings.root, settings.feature_set, TABLES[name], ds)
+    folder = settings.layout.folder(TABLES[name], ds)
     return partitions.open_published(folder)
 
 
@@ -133,7 +133,7 @@ def test_nights_in_a_bucket_have_the_tables_of_those_on_a_disk(
             assert (digests[0] == digests[1]) == (table.name != "item_embeddings"), table.name
             for file, at in zip(theirs.manifest["files"], theirs.paths, strict=True):
                 assert file["sha256"] == files.sha256(at)
-        assert records.is_whole_night(there.root, there.feature_set, ds)
+        assert records.is_whole_night(there.layout, ds)
 
 
 def test_a_night_in_a_bucket_can_be_repeated_and_brought_back(
@@ -159,7 +159,7 @@ def test_a_night_in_a_bucket_can_be_repeated_and_brought_back(
     assert len(after) < len(before)
     assert main(["rollback", *arguments]) == 0
     assert rows_of(published(settings, "item_embeddings", DAYS[0])).equals(before)
-    assert records.is_whole_night(settings.root, settings.feature_set, DAYS[0])
+    assert records.is_whole_night(settings.layout, DAYS[0])
 
 
 def test_packages_are_made_in_a_bucket(
@@ -192,7 +192,7 @@ def test_two_runs_do_not_write_one_feature_set(
 ) -> None:
     settings = load_settings(str(in_bucket))
     arguments = ["refresh", "--config", str(in_bucket), "--ds", str(DAYS[0])]
-    folders = layout.lock_folders(settings.root, settings.feature_set, [ITEM_FEATURES], [DAYS[0]])
+    folders = settings.layout.lock_folders([ITEM_FEATURES], [DAYS[0]])
     with locks.holding(folders, print):
         assert main(arguments) == 1
     told = capsys.readouterr().err

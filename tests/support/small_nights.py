@@ -22,8 +22,8 @@ from feature_jobs.store.documents import write_json
 from feature_jobs.store.files import FileInfo
 from feature_jobs.store.partitions import MANIFEST, STAGED, SUCCESS, Partition
 from pipelines import stages
-from pipelines.running import layout, records
-from pipelines.running.layout import Place
+from pipelines.running import records
+from pipelines.running.layout import Layout, Place
 from pipelines.running.locks import Locks
 from pipelines.running.publishing import publish_night
 from pipelines.running.rollback import carry_out, plan_rollback
@@ -71,8 +71,8 @@ class Shop:
     """Is a root with one feature set, whose nights consist of one table."""
 
     def __init__(self, root: str):
-        self.settings: Any = SimpleNamespace(root=root, feature_set="test")
-        self.place: Place = layout.place_of(root, "test", ITEM_FEATURES, DS)
+        self.settings: Any = SimpleNamespace(layout=Layout(root, "test", root))
+        self.place: Place = self.settings.layout.place(ITEM_FEATURES, DS)
         self._bytes: dict[str, tuple[tuple, bytes]] = {}
 
     def night(self, values: Values, run: str = "") -> Night:
@@ -81,7 +81,7 @@ class Shop:
         They come from other inputs then, and come out the same.
         """
         stage = Stage(
-            stages.ITEM_FEATURES, DS, self.settings.root, "test", shards=2,
+            stages.ITEM_FEATURES, DS, self.settings.layout, shards=2,
             inputs={"values": values, **({"run": run} if run else {})}, identities={}, settings={},
         )  # fmt: skip
         return _WholeNight(self.settings, DS, (JustAStage(stage),), (), Look())
@@ -101,8 +101,8 @@ class Shop:
 
     def roll_back(self) -> None:
         """Rolls the day back, whatever holds it."""
-        hold = records.read_hold(self.settings.root, "test", DS)
-        if hold and records.is_rolled_back(hold, self.settings.root, "test", DS):
+        hold = records.read_hold(self.settings.layout, DS)
+        if hold and records.is_rolled_back(hold, self.settings.layout, DS):
             return
         carry_out(plan_rollback(self.settings, DS, "a test"), Locks(), NOW)
 
@@ -130,7 +130,7 @@ class Shop:
     def published(self) -> Values | None:
         """Returns the values of the night, whole by every measure there is, None if it is not."""
         sight = self.look()
-        whole = records.is_whole_night(self.settings.root, "test", DS)
+        whole = records.is_whole_night(self.settings.layout, DS)
         if sight.success is None or not whole or sight.globbed != sight.through_manifest:
             return None
         return sight.globbed

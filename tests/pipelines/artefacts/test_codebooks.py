@@ -20,7 +20,6 @@ from feature_jobs.schemas import OperatorError
 from feature_jobs.store import files
 from pipelines.artefacts import codebooks
 from pipelines.cli import main
-from pipelines.running import layout
 from tests.conftest import Artefacts
 from tests.support.commands import Capture, courier, manifest, paragraph, published, refresh
 from tests.support.world import DAYS, World, catalogue_items, make_encoder, picture
@@ -337,7 +336,7 @@ def test_a_fit_killed_at_any_write_of_its_package_leaves_none_that_counts(
 
 def test_two_fits_of_a_feature_set_do_not_meet(night: World, capsys: Capture) -> None:
     settings = night.settings()
-    folder = layout.staging_folder(settings.root, "test", "fit-codebook", DAYS[1], "any")
+    folder = settings.layout.fit_folder(DAYS[1], "any")
     with files.lock(os.path.dirname(folder)):
         message = refused(night, capsys, 1, "--clusters", "8", ds=1)
     assert "Another fit-codebook is at work" in message

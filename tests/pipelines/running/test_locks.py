@@ -15,14 +15,16 @@ from feature_jobs.schemas import (
     CourierError,
 )
 from feature_jobs.store import faults, files, gcs
-from pipelines.running import layout, locks
+from pipelines.running import locks
+from pipelines.running.layout import Layout
 
 ONE, TWO = dt.date(2026, 3, 1), dt.date(2026, 3, 2)
 
 
 def test_locks_are_taken_by_family_and_day_and_those_of_shared_tables_lie_below_shared() -> None:
+    layout = Layout("/root", "test", "/root")
     tables = [ITEM_FEATURES, USER_SIMSCORES, USER_HISTORIES, ITEM_EMBEDDINGS]
-    assert layout.lock_folders("/root", "test", tables, [TWO, ONE]) == [
+    assert layout.lock_folders(tables, [TWO, ONE]) == [
         "/root/test/_locks/items/ds=2026-03-01",
         "/root/test/_locks/items/ds=2026-03-02",
         "/root/shared/_locks/impressions/ds=2026-03-01",
@@ -30,13 +32,14 @@ def test_locks_are_taken_by_family_and_day_and_those_of_shared_tables_lie_below_
         "/root/shared/_locks/impressions/ds=2026-03-02",
         "/root/test/_locks/impressions/ds=2026-03-02",
     ]
-    assert layout.lock_folders("/root", "test", [TRAINING_ROWS], [ONE]) == [
+    assert layout.lock_folders([TRAINING_ROWS], [ONE]) == [
         "/root/shared/_locks/training/ds=2026-03-01"
     ]
 
 
 def folders(root: Path, feature_set: str, ds: dt.date) -> list[str]:
-    return layout.lock_folders(str(root), feature_set, [ITEM_FEATURES, USER_SIMSCORES], [ds])
+    layout = Layout(str(root), feature_set, str(root))
+    return layout.lock_folders([ITEM_FEATURES, USER_SIMSCORES], [ds])
 
 
 def test_two_runs_of_the_same_tables_and_day_exclude_each_other(tmp_path: Path) -> None:
@@ -57,7 +60,7 @@ def test_two_runs_of_the_same_tables_and_day_exclude_each_other(tmp_path: Path) 
 
 
 def test_shared_tables_are_waited_for_and_that_is_said(tmp_path: Path) -> None:
-    shared = layout.lock_folders(str(tmp_path), "a", [USER_HISTORIES], [ONE])
+    shared = Layout(str(tmp_path), "a", str(tmp_path)).lock_folders([USER_HISTORIES], [ONE])
     order: list[str] = []
     waits = threading.Event()
 

@@ -10,6 +10,7 @@ from feature_jobs.schemas import DataContractError, StorageUnavailable
 from feature_jobs.store import documents, worker_notes
 from feature_jobs.store.threads import Share
 from pipelines.running import making
+from pipelines.running.layout import Layout
 from pipelines.running.locks import Locks
 from pipelines.running.stage import Stage
 from pipelines.stages import EMBED
@@ -18,8 +19,8 @@ from tests.support.small_nights import JustAStage
 
 def stage_of(root: Path) -> JustAStage:
     stage = Stage(
-        EMBED, dt.date(2026, 3, 1), str(root), "test", shards=1, inputs={}, identities={},
-        settings={},
+        EMBED, dt.date(2026, 3, 1), Layout(str(root), "test", str(root)), shards=1, inputs={},
+        identities={}, settings={},
     )  # fmt: skip
     return JustAStage(stage)
 

@@ -16,6 +16,7 @@ from feature_jobs.schemas import StorageUnavailable
 from feature_jobs.store import files, worker_notes
 from pipelines.cli import main
 from pipelines.running import progress
+from pipelines.running.layout import Layout
 from pipelines.running.progress import StepBar
 from pipelines.running.stage import Stage
 from pipelines.stages import EMBED
@@ -57,12 +58,12 @@ def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def stage(folder: Path) -> Stage:
     """Returns a stage of four shards of two tables, of which nothing is made."""
-    return Stage(EMBED, DAYS[0], str(folder), "test", 4, {}, {}, {})
+    return Stage(EMBED, DAYS[0], Layout(str(folder), "test", str(folder)), 4, {}, {}, {})
 
 
 def job_of(one: Stage) -> str:
     """Returns the folder of its job."""
-    return f"{one.root}/job"
+    return f"{one.layout.root}/job"
 
 
 def tell(at: Stage, **counts: float) -> None:

@@ -11,7 +11,8 @@ from feature_jobs.schemas import CourierError, InputNotReady
 from feature_jobs.store import files, partitions
 from feature_jobs.store.documents import read_json
 from feature_jobs.store.partitions import MANIFEST, SUCCESS
-from pipelines.running import layout, publishing
+from pipelines.running import publishing
+from pipelines.running.layout import Layout
 from pipelines.running.locks import Locks
 from pipelines.running.states import PUBLISHED, STAGED, Look
 from pipelines.stages import HISTORIES, ITEM_FEATURES
@@ -185,9 +186,9 @@ def test_a_run_that_finds_nothing_to_do_leaves_what_another_has_staged(shop: Sho
 
 def test_feature_sets_stage_the_tables_that_they_share_in_one_place() -> None:
     """A writer that was overtaken must find none of its files there, whichever set it is of."""
-    one, other = (layout.staging_of("/r", name, HISTORIES, DS, "run") for name in "ab")
+    one, other = (Layout("/r", name, "/r").staging(HISTORIES, DS, "run") for name in "ab")
     assert one == other
-    one, other = (layout.staging_of("/r", name, ITEM_FEATURES, DS, "run") for name in "ab")
+    one, other = (Layout("/r", name, "/r").staging(ITEM_FEATURES, DS, "run") for name in "ab")
     assert one != other
 
 

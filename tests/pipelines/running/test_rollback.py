@@ -8,7 +8,7 @@ import pytest
 
 from feature_jobs.schemas import DataContractError, GateRefused, OperatorError
 from feature_jobs.store import faults, files
-from pipelines.running import layout, records, rollback
+from pipelines.running import records, rollback
 from pipelines.running.locks import Locks
 from tests.pipelines.running.test_publishing import Killed, kill_at, killed_while
 from tests.support.ill_disk import watch_disk
@@ -58,13 +58,13 @@ def test_a_second_rollback_finds_it_done_and_only_after_a_release_goes_the_other
 
 def test_a_held_day_refuses_to_be_published_and_says_why_until_it_is_released(shop: Shop) -> None:
     (stage,) = shop.night(NEW).stages
-    held = (shop.settings.root, "test", [DS], stage.tables)
+    held = (shop.settings.layout, [DS], stage.tables)
     records.refuse_held(*held)
     roll_back(shop)
     with pytest.raises(GateRefused, match=r"is on hold.*wrong images.*--release") as refused:
         records.refuse_held(*held)
     assert refused.value.exit_status == 3
-    assert list(records.held_days(shop.settings.root, "test")) == [DS]
+    assert list(records.held_days(shop.settings.layout)) == [DS]
     rollback.release(shop.settings, DS, False, print)
     records.refuse_held(*held)
     with pytest.raises(OperatorError, match="is not on hold"):
@@ -82,7 +82,7 @@ def test_a_dry_run_says_what_would_come_back_and_changes_nothing(shop: Shop) -> 
 def kept_part(shop: Shop) -> Path:
     (version,) = [
         record["before"]["tables"]["item_features"]["version"]
-        for record in [records.read_night(shop.settings.root, "test", DS)]
+        for record in [records.read_night(shop.settings.layout, DS)]
     ]
     return next(Path(shop.place.kept, version).glob("*.parquet"))
 
@@ -163,7 +163,7 @@ def test_a_rollback_killed_at_any_change_goes_on_and_its_day_stays_held(
             except Killed:
                 pass
         touched = shop.published() != NEW
-        held = files.exists(layout.hold_path(shop.settings.root, "test", DS))
+        held = files.exists(shop.settings.layout.hold_path(DS))
         assert held or not touched  # nothing republishes it in between
         assert roll_back(shop)["action"] in ("is published again", "is rolled back already")
         assert shop.published() == OLD
