@@ -56,10 +56,12 @@ def cli() -> None:
 
 
 def _make(
-    kinds: Sequence[Kind], config: str, days: Sequence[dt.date], dry_run: bool, json: bool,
+    kinds: Sequence[Kind] | None, config: str, days: Sequence[dt.date], dry_run: bool, json: bool,
     beam_args: Sequence[str], **asked: Any,
 ) -> None:  # fmt: skip
-    """Makes the stages of all days, each kind in one job; the JSON of several days is a list.
+    """Makes stages of all days, each kind in one job; the JSON of several days is a list.
+
+    Without `kinds` they are those of a whole night.
 
     What is refused of some days is told when the rest is done.
     """
@@ -69,6 +71,7 @@ def _make(
     from pipelines.reports import night
 
     settings, options = load_settings(config), NightOptions(**asked)
+    kinds = kinds or settings.night
     found: list[dict[str, Any]] = []
     refused: list[CourierError] = []
     if dry_run:
@@ -107,7 +110,7 @@ def refresh(**options: Any) -> None:
     Of several days each stage is one job, and the tables are those that night after night would
     make. With --json, of several days a list.
     """
-    _make(stages.NIGHT, **options)
+    _make(None, **options)
 
 
 @cli.command()

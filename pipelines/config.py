@@ -12,7 +12,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from zoneinfo import ZoneInfo
 
 from pydantic import (
@@ -29,7 +29,7 @@ from pydantic import (
 from feature_jobs.schemas import TABLES, OperatorError
 from feature_jobs.store import addresses, day_names, files
 from pipelines.running.layout import Layout
-from pipelines.stages import KINDS
+from pipelines.stages import ITEMS, KINDS, NIGHT, Kind
 
 BEAM_STAGES = (*(kind.name for kind in KINDS), "fit-codebook")
 _NAME = r"^[a-z0-9][a-z0-9-]*$"
@@ -269,7 +269,8 @@ class Settings(_Section):
     A history knows a click `history_lag_seconds` after it, and an item clicked twice once, or with
     `keep_repeats` twice. Impressions that come more than `late_days` late have none. Before
     `history_start_ds` there are no clicks, and on `closed_days` no impressions, nor perhaps a
-    catalogue.
+    catalogue. A night is of all `tables`, or of those of items alone, which need no impressions.
+    The command `on_published` is called for each.
     """
 
     base: PackagePath | None = None
@@ -284,8 +285,10 @@ class Settings(_Section):
     history_start_ds: dt.date | None = None
     closed_days: tuple[dt.date, ...] = ()
     rows_per_shard: Count = 131_072
+    on_published: tuple[str, ...] = ()
+    tables: Literal["all", "items"] = "all"
     catalogue: Catalogue
-    impressions: Impressions
+    impressions: Impressions | None = None
     embed: Embed = Embed()
     item_features: ItemFeatures = ItemFeatures()
     simscore: Simscore = Simscore()
@@ -295,6 +298,22 @@ class Settings(_Section):
     output: Output = Output()
     beam: dict[str, Any] = {}
     pins: tuple[Pin, ...] = ()
+
+    @property
+    def night(self) -> tuple[Kind, ...]:
+        """Returns the kinds of stages of a whole night."""
+        return NIGHT if self.tables == "all" else ITEMS
+
+    @property
+    def log(self) -> Impressions:
+        """Returns where the impressions lie; raises OperatorError where the settings have none."""
+        if self.impressions is None:
+            raise OperatorError(
+                'The settings say tables = "items" and have no [impressions], so that nights make '
+                "the tables of items alone. Histories, SimScores and training rows are made of a "
+                "log of impressions: say where it lies under [impressions]."
+            )
+        return self.impressions
 
     @property
     def layout(self) -> Layout:
@@ -309,11 +328,17 @@ class Settings(_Section):
             raise ValueError("two [[pins]] have the same from_ds, so neither can win")
         if self.history_lag_seconds >= self.window_days * 86_400:
             raise ValueError("history_lag_seconds reaches past window_days: no click would count")
+        if self.impressions is None and self.tables == "all":
+            raise ValueError(
+                "[impressions] is missing; a shop without a log, which wants cluster IDs alone, "
+                'says tables = "items"'
+            )
+        carry = self.impressions.carry if self.impressions else ()
         ours = {column.name for column in TABLES["user_simscores"].columns}
         ours |= {"ds", "click_time", "history"}
-        if clash := sorted(ours & set(self.impressions.carry)):
+        if clash := sorted(ours & set(carry)):
             raise ValueError(f"impressions.carry cannot pass on {clash}, names that are ours")
-        if len(set(self.impressions.carry)) < len(self.impressions.carry):
+        if len(set(carry)) < len(carry):
             raise ValueError("impressions.carry names a column twice")
         unknown = [k for k, v in self.beam.items() if isinstance(v, dict) and k not in BEAM_STAGES]
         if unknown:
@@ -393,5 +418,6 @@ def _known_keys(loc: Iterable[Any]) -> list[str]:
     for part in loc:
         if isinstance(part, str):
             annotation = model.model_fields[part].annotation
-            model = annotation if isinstance(annotation, type) else Pin
+            kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+            (model,) = (kind for kind in kinds if issubclass(kind, BaseModel))
     return sorted(model.model_fields)

@@ -23,7 +23,7 @@ from pipelines.config import Settings
 from pipelines.planning.day_plan import DayPlan, NightOptions, Range
 from pipelines.planning.impressions import plan_histories, plan_simscore, plan_training_rows
 from pipelines.planning.items import plan_embed, plan_item_features
-from pipelines.running import beam_options, locks, making, publishing, quality, records
+from pipelines.running import announcing, beam_options, locks, making, publishing, quality, records
 from pipelines.running import states as stage_states
 from pipelines.running.beam_options import JobOptions
 from pipelines.running.locks import Locks
@@ -135,10 +135,10 @@ def make_nights(
 ) -> tuple[list[dict[str, Any]], list[CourierError]]:
     """Makes, checks and publishes the stages of consecutive days, each kind in one job.
 
-    Returns what was made, by day, and what was refused; a day that goes on from a refused one
-    waits for it. Finds what an earlier run had done and does only the rest. Raises a CourierError,
-    with nothing published, where an input refuses, where a day is on hold, and where another run is
-    at the same tables.
+    Returns what was made, by day, and what was refused or could not be announced; a day that goes
+    on from a refused one waits for it. Finds what an earlier run had done and does only the rest.
+    Raises a CourierError, with nothing published, where an input refuses, where a day is on hold,
+    and where another run is at the same tables.
     """
     settings, days = nights[0].settings, [night.ds for night in nights]
     kinds = [stage.kind for stage in nights[0].stages]
@@ -162,7 +162,19 @@ def make_nights(
                 making.write_run(night, {**report, "started": started, "ended": time.time()})
             publishing.publish_night(night, held)
         publishing.tidy_jobs(nights[0], held)
-    return reports, making_them.refused
+        failed = _announce(good, say)
+    return reports, [*making_them.refused, *failed]
+
+
+def _announce(nights: Sequence[Night], say: Callable[[str], None]) -> list[CourierError]:
+    """Announces nights that are published; returns what failed."""
+    failed = []
+    for night in nights:
+        try:
+            announcing.announce(night.settings, night.ds, say)
+        except CourierError as error:
+            failed.append(error)
+    return failed
 
 
 def without_held(
@@ -202,12 +214,14 @@ def _is_there(night: Night) -> bool:
     record = records.read_night(night.settings.layout, night.ds)
     if record is None:
         return not night.is_whole
+    if announcing.is_due(night.settings, record):
+        return False
     recorded = {
         name: (entry["version"], entry["run_id"]) for name, entry in record["tables"].items()
     }
     return all(
         recorded.get(table.name) == (partition.version, partition.run_id)
-        for stage in night.stages if stage.kind in NIGHT
+        for stage in night.stages if stage.kind is not TRAINING_ROWS
         for table, partition in zip(stage.tables, look.state(stage).tables, strict=True)
     )  # fmt: skip
 

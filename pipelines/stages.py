@@ -47,7 +47,8 @@ TRAINING_ROWS = Kind(
     "training-rows", "training", (schemas.TRAINING_ROWS,), uses=frozenset(["impressions"])
 )  # fmt: skip
 
-NIGHT = (EMBED, ITEM_FEATURES, HISTORIES, SIMSCORE)  # in the order in which they are made
+ITEMS = (EMBED, ITEM_FEATURES)
+NIGHT = (*ITEMS, HISTORIES, SIMSCORE)  # in the order in which they are made
 KINDS = (*NIGHT, TRAINING_ROWS)
 
 

@@ -260,8 +260,10 @@ def _impressions(
 ) -> Source | None:
     """Opens the impressions of ds, which weigh the crosswalk.
 
-    Returns None, with a word, where there are none yet.
+    Returns None where the shop has no log and, with a word, where there are none yet.
     """
+    if settings.impressions is None:
+        return None
     try:
         found = ShopTables(settings, ds, say).impressions(ds)
     except InputNotReady:

@@ -154,7 +154,7 @@ def _check_alike(settings: Settings, found: Mapping[dt.date, Partition]) -> None
         "categories": sorted(set(training.categories)) or None,
         "request_gap_seconds": training.request_gap_seconds,
         "window_days": settings.window_days,
-        "click_delay_seconds": settings.impressions.click_delay_seconds,
+        "click_delay_seconds": settings.log.click_delay_seconds,
         "day_timezone": settings.day_timezone,
     }
     for ds, partition in found.items():

@@ -41,6 +41,12 @@ day_timezone = "UTC"
 # closed_days = ["2025-12-25"]
 # Tables are split into files of at most about so many rows.
 # rows_per_shard = 131072
+# A command that is called for each night that is published. Its environment names the day, as
+# COURIER_DS, and for each table path and version, as COURIER_PATH_ITEM_FEATURES and
+# COURIER_VERSION_ITEM_FEATURES.
+# on_published = ["python", "add_partitions.py"]
+# A night makes "all" tables, or those of "items" alone: cluster IDs, without [impressions].
+# tables = "all"
 
 [catalogue]
 # One row per item: one snapshot per day, or one for all days.

@@ -56,7 +56,7 @@ class ShopTables:
         return not day_names.has_day(self._settings.catalogue.path)
 
     def impressions(self, ds: dt.date) -> Source:
-        section = self._settings.impressions
+        section = self._settings.log
         return self._once(
             f"impressions {ds}",
             lambda: inputs.open_source(
@@ -130,7 +130,7 @@ class ShopTables:
         come after the day that logs it.
         """
         settings = self._settings
-        delay_days = math.ceil(settings.impressions.click_delay_seconds / 86_400)
+        delay_days = math.ceil(settings.log.click_delay_seconds / 86_400)
         return settings.window_days + settings.late_days + delay_days + _CLICK_DAYS
 
     def _once(self, key: str, open_it: Callable[[], Source]) -> Source:

@@ -230,7 +230,7 @@ def history_law(settings: Settings) -> HistoryLaw:
     return HistoryLaw(
         settings.history_len,
         settings.window_days * DAY_US,
-        round(settings.impressions.click_delay_seconds * 1_000_000),
+        round(settings.log.click_delay_seconds * 1_000_000),
         round(settings.history_lag_seconds * 1_000_000),
         settings.keep_repeats,
         settings.late_days * DAY_US,
@@ -251,7 +251,7 @@ def history_settings(settings: Settings) -> dict[str, Any]:
 def click_settings(settings: Settings) -> dict[str, Any]:
     return {
         "window_days": settings.window_days,
-        "click_delay_seconds": settings.impressions.click_delay_seconds,
+        "click_delay_seconds": settings.log.click_delay_seconds,
         "history_lag_seconds": settings.history_lag_seconds,
         "day_timezone": settings.day_timezone,
     }

@@ -29,7 +29,7 @@ from feature_jobs.store import files
 from feature_jobs.store.documents import read_json
 from pipelines.config import Settings
 from pipelines.planning.yesterday import stale_days
-from pipelines.running import records, states
+from pipelines.running import announcing, records, states
 from pipelines.running.layout import date_of
 from pipelines.running.states import NEVER_MADE, Look
 from pipelines.stages import KINDS, Kind
@@ -104,6 +104,7 @@ def _day(settings: Settings, ds: dt.date, look: Look) -> dict[str, Any]:
     whole = record is not None and records.is_whole(record, settings.layout, look.published)
     return {
         "whole_night": whole,
+        "announced": not (whole and record and announcing.is_due(settings, record)),
         "has_codebook": _has_codebook(settings, ds),
         "tables": tables,
     }
@@ -146,8 +147,10 @@ def _next(settings: Settings, last: str | None) -> dict[str, Any] | None:
     if last is None:
         return None
     ds = dt.date.fromisoformat(last) + _ONE_DAY
-    waits = []
+    used, waits = set[str]().union(*(kind.uses for kind in settings.night)), []
     for name, section in (("catalogue", settings.catalogue), ("impressions", settings.impressions)):
+        if section is None or name not in used:
+            continue
         closed = ds in settings.closed_days
         try:
             inputs.find_files(name, section.path, ds, section.require_success, closed)
@@ -250,6 +253,9 @@ def _last(last: Mapping[str, Any], day: Mapping[str, Any]) -> str:
         counts = scores["counts"]
         share = 1 - counts.get("without_history", 0) / max(1, counts["impressions"])
         told.append(f"{counts['impressions']:,} impressions, {share:.1%} with a history")
+    if not day["announced"]:
+        again = f"`courier refresh --ds {last['ds']}` calls it"
+        told.append(f"on_published has not ended well for it yet: {again}")
     return f"newest night: {last['ds']}, " + "; ".join(told)
 
 

@@ -136,6 +136,10 @@ class Layout:
         """Returns where the hold of a day lies, if there is one."""
         return os.path.join(self._records, "_holds", f"ds={ds}.json")
 
+    def announced_path(self, ds: dt.date) -> str:
+        """Returns where it is written which versions of a night were announced."""
+        return os.path.join(self._records, "_announced", f"ds={ds}.json")
+
     def runs_folder(self, ds: dt.date) -> str:
         """Returns where it is written what runs did of a day, each in a folder of its run_id."""
         return os.path.join(self._records, "_runs", f"ds={ds}")

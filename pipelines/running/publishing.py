@@ -155,6 +155,8 @@ def _goes_into(night: Night, record: dict[str, Any]) -> bool:
     rest is as it was.
     """
     made = {table.name for stage in night.stages for table in stage.tables}
+    if not made <= record["tables"].keys():
+        return False  # a night of items alone
     folders = {
         records.folder_of(record, name, night.settings.layout): entry["version"]
         for name, entry in record["tables"].items()

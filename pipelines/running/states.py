@@ -18,7 +18,6 @@ from feature_jobs.store.partitions import Partition
 from pipelines.config import Settings
 from pipelines.running import records
 from pipelines.running.stage import PACKAGE_VERSIONS, Planned, Reference, Stage
-from pipelines.stages import NIGHT
 
 ABSENT, BEGUN, STAGED, PUBLISHED = "absent", "begun", "staged", "published"
 OTHER, REFUSED, HELD = "published from something else", "refused", "held"
@@ -308,7 +307,7 @@ class Night:
     @property
     def is_whole(self) -> bool:
         """Returns whether it consists of all stages of a night."""
-        return {stage.kind for stage in self.stages} == set(NIGHT)
+        return {stage.kind for stage in self.stages} == set(self.settings.night)
 
     @property
     def run_id(self) -> str:

@@ -33,6 +33,8 @@ late_days = 3
 history_start_ds = 2025-12-01
 closed_days = ["2025-12-25", "2026-01-01"]
 rows_per_shard = 1000
+on_published = ["notify", "--all"]
+tables = "items"
 
 [catalogue]
 path = "../shop/items/{ds}.parquet"
@@ -75,6 +77,8 @@ max_cluster_share = 0.4
 max_dead_share = 0.6
 [workers]
 threads = 3
+[output]
+user_root = "gs://users/features"
 
 [beam]
 runner = "FlinkRunner"
@@ -140,6 +144,8 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
         "history_start_ds": dt.date(2025, 12, 1),
         "closed_days": (dt.date(2025, 12, 25), dt.date(2026, 1, 1)),
         "rows_per_shard": 1000,
+        "on_published": ("notify", "--all"),
+        "tables": "items",
         "embed": {"device": "cpu", "precision": "fp32", "batch_size": 8, "chunk_items": 16},
         "item_features": {"vector": True, "second_distance": True},
         "simscore": {
@@ -157,6 +163,7 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
             "max_dead_share": 0.6,
         },
         "workers": {"threads": 3},
+        "output": {"user_root": "gs://users/features"},
         "pins": (
             {
                 "from_ds": dt.date(2026, 1, 5),
@@ -344,8 +351,16 @@ def test_a_value_of_a_wrong_type_or_range_is_named(
 
 def test_every_problem_is_told_at_once(folder: Path) -> None:
     message = refusal(folder, 'window_days = "7"\n[catalogue]\npath = "c"\nimage_roots = []\n')
-    for key in ("'root' is missing", "'impressions' is missing", "'window_days'", "image_roots"):
+    for key in ("'root' is missing", "'window_days'", "image_roots"):
         assert key in message
+
+
+def test_a_shop_without_a_log_is_to_say_so(folder: Path) -> None:
+    of_items = LEAST[: LEAST.index("[impressions]")]
+    assert 'tables = "items"' in refusal(folder, of_items)
+    settings = load(folder, f'tables = "items"\n{of_items}')
+    with pytest.raises(OperatorError, match=r"have no \[impressions\]"):
+        _ = settings.log
 
 
 @pytest.mark.parametrize("key", ["root", "path", "image_roots", "encoder"])

@@ -71,7 +71,9 @@ class Shop:
     """Is a root with one feature set, whose nights consist of one table."""
 
     def __init__(self, root: str):
-        self.settings: Any = SimpleNamespace(layout=Layout(root, "test", root))
+        self.settings: Any = SimpleNamespace(
+            root=root, on_published=(), layout=Layout(root, "test", root)
+        )
         self.place: Place = self.settings.layout.place(ITEM_FEATURES, DS)
         self._bytes: dict[str, tuple[tuple, bytes]] = {}
 
