@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from json import dumps
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -30,6 +30,7 @@ from pipelines.options import (
     days_options,
     ds_option,
     embeddings_by_option,
+    encoder_option,
     from_log_option,
     full_option,
     json_option,
@@ -38,9 +39,22 @@ from pipelines.options import (
 )
 from pipelines.stages import Kind
 
+if TYPE_CHECKING:
+    from pipelines.config import Settings
+
 
 def _say(message: str) -> None:
     click.echo(message, err=True)
+
+
+def _settings(path: str) -> "Settings":
+    """Reads the settings; tells what would stop a night to come."""
+    from pipelines.config import load_settings
+
+    settings = load_settings(path)
+    for pin in settings.half_pins:
+        _say(f"WARNING: {pin.way_to_a_codebook}")
+    return settings
 
 
 @click.group(context_settings={"auto_envvar_prefix": "COURIER", "show_default": True})
@@ -66,11 +80,10 @@ def _make(
     What is refused of some days is told when the rest is done.
     """
     from pipelines import nightly
-    from pipelines.config import load_settings
     from pipelines.nightly import NightOptions
     from pipelines.reports import night
 
-    settings, options = load_settings(config), NightOptions(**asked)
+    settings, options = _settings(config), NightOptions(**asked)
     kinds = kinds or settings.night
     found: list[dict[str, Any]] = []
     refused: list[CourierError] = []
@@ -78,7 +91,9 @@ def _make(
         nights = nightly.plan_nights(settings, days, kinds, _say, options)
         found = [night.describe_plan(one, beam_args) for one in nights]
     else:
-        free, refused = nightly.without_held(settings, days, kinds)
+        free = list(days)
+        if not options.encoder:
+            free, refused = nightly.without_held(settings, days, kinds)
         try:
             nights = nightly.plan_nights(settings, free, kinds, _say, options)
             found, more = nightly.make_nights(nights, beam_args, _say) if nights else ([], [])
@@ -117,8 +132,13 @@ def refresh(**options: Any) -> None:
 @days_options
 @overlap_option
 @full_option
+@encoder_option("Not the pinned encoder but this package, into a feature set of its own.")
 def embed(**options: Any) -> None:
-    """Embed the catalogue of one day or several: item_embeddings and item_rejects."""
+    """Embed the catalogue of one day or several: item_embeddings and item_rejects.
+
+    An encoder that is to take the place of the pinned one embeds the catalogue beside the nights,
+    with --encoder, and the night that changes to it finds its embeddings.
+    """
     _make([stages.EMBED], **options)
 
 
@@ -192,10 +212,13 @@ def init_encoder(
     """Make an encoder package without training; prints the pin to append to the settings."""
     from pipelines.artefacts import encoders
 
+    settings = _settings(config) if os.path.exists(config) else None
     folder, out = _folders(config, out)
     name = name or backbone.replace("_", "-")
     click.echo(
-        encoders.init_encoder(backbone, weights, input_size, seed, name, category, folder, out)
+        encoders.init_encoder(
+            backbone, weights, input_size, seed, name, category, settings, folder, out
+        )
     )
 
 
@@ -279,10 +302,9 @@ def train(
     """
     from courier_model.training.settings import PRESETS
     from pipelines.artefacts import training
-    from pipelines.config import load_settings
 
     wanted = replace(PRESETS[preset], **{k: v for k, v in given.items() if v is not None})
-    settings = load_settings(config)
+    settings = _settings(config)
     folder, out = _folders(config, out)
     name = name or wanted.objective
     stanza = training.train(
@@ -295,6 +317,7 @@ def train(
 @cli.command("fit-codebook")
 @config_option
 @click.option("--ds", type=Ds(), required=True, help="The day whose embeddings it is fitted on.")
+@encoder_option("Of this package, which `courier embed --encoder` has embedded with.")
 @click.option(
     "--clusters",
     required=True,
@@ -336,8 +359,9 @@ def train(
 @click.option("--dry-run", is_flag=True, help="Only say what it would do, and what that takes.")
 @beam_argument
 def fit_codebook(
-    config: str, ds: dt.date, clusters: str, mode: str | None, parent: str | None,
-    points_per_cluster: int | None, out: str | None, dry_run: bool, beam_args: Sequence[str],
+    config: str, ds: dt.date, encoder: str | None, clusters: str, mode: str | None,
+    parent: str | None, points_per_cluster: int | None, out: str | None, dry_run: bool,
+    beam_args: Sequence[str],
     **asked: Any,
 ) -> None:  # fmt: skip
     """Fit cluster centres on one day's embeddings; prints the pin to append to the settings.
@@ -349,13 +373,12 @@ def fit_codebook(
     """
     from feature_jobs.codebooks.fit_codebook import ALGORITHMS, Fit
     from pipelines.artefacts import codebooks
-    from pipelines.config import load_settings
 
-    settings = load_settings(config)
+    settings = _settings(config)
     folder, out = _folders(config, out)
     points = points_per_cluster or ALGORITHMS[asked["algorithm"]]
     fit = Fit(codebooks.parse_clusters(clusters), points_per_cluster=points, **asked)
-    plan = codebooks.plan_fit(settings, ds, fit, mode, parent, beam_args, _say)
+    plan = codebooks.plan_fit(settings, ds, encoder, fit, mode, parent, beam_args, _say)
     if dry_run:
         click.echo(f"# {codebooks.describe(plan)}")  # a comment, as it may be appended too
         return
@@ -381,12 +404,11 @@ def status(
     With --ds it ends with 0 where the night of that day is whole, with 3 where it was refused or is
     on hold, and with 4 where it is not there.
     """
-    from pipelines.config import load_settings
     from pipelines.reports import status as statuses
 
     if ds and (start_ds or end_ds):
         raise click.UsageError("Give one day as --ds, or several as --start-ds and --end-ds.")
-    found = statuses.collect(load_settings(config), ds or start_ds, ds or end_ds)
+    found = statuses.collect(_settings(config), ds or start_ds, ds or end_ds)
     click.echo(dumps(found, indent=1) if json else statuses.render(found, tables))
     if ds:
         statuses.check_day(found, ds)
@@ -408,10 +430,9 @@ def audit(config: str, ds: dt.date, impressions: int, from_log: bool, json: bool
     made from. Changes nothing, and ends with status 1 where it finds a leak.
     """
     from feature_jobs.schemas import DataContractError
-    from pipelines.config import load_settings
     from pipelines.reports import audit as audits
 
-    report = audits.audit(load_settings(config), ds, impressions, from_log, _say)
+    report = audits.audit(_settings(config), ds, impressions, from_log, _say)
     click.echo(dumps(report.as_json(), indent=1) if json else audits.render(report))
     if report.leaks:
         raise DataContractError(
@@ -439,10 +460,9 @@ def rollback(
     back what was rejected. All files are read before the first step; what is damaged is told, and
     nothing has changed then. The same command goes on after a kill.
     """
-    from pipelines.config import load_settings
     from pipelines.running import rollback as rollbacks
 
-    settings = load_settings(config)
+    settings = _settings(config)
     if release and reason:
         raise click.UsageError("--release lifts a hold, which has its --reason already.")
     if release:

@@ -261,6 +261,17 @@ class Pin(_Section):
     encoder: PackagePath
     codebook: PackagePath | None = None
 
+    @property
+    def way_to_a_codebook(self) -> str:
+        """Returns what to do about a pin that ends the days of a complete one."""
+        return (
+            f"The pin from {self.from_ds} names the encoder {self.encoder} but no codebook, while "
+            "nights before it have one: from then on none could be published. Take that pin out, "
+            "and make its codebook beside the nights, on a day before: `courier embed --encoder "
+            f"{self.encoder} --ds DAY`, then `courier fit-codebook --encoder {self.encoder} --ds "
+            "DAY --clusters N`, which prints a whole pin."
+        )
+
 
 class Settings(_Section):
     """Holds everything that a night depends on besides its inputs.
@@ -351,6 +362,13 @@ class Settings(_Section):
         """Returns the same settings, but cluster IDs may change as they like."""
         free = {"max_moved_item_share": 1.0, "max_moved_impression_share": 1.0}
         return self.model_copy(update={"gates": self.gates.model_copy(update=free)})
+
+    @property
+    def half_pins(self) -> list[Pin]:
+        """Returns the pins without a codebook that end the days of one that has it."""
+        complete = [pin.from_ds for pin in self.pins if pin.codebook]
+        first = min(complete, default=dt.date.max)
+        return [pin for pin in self.pins if pin.codebook is None and pin.from_ds > first]
 
     def pin_for(self, ds: dt.date) -> Pin:
         """Returns the pin with the greatest from_ds ≤ ds; raises OperatorError if there is none."""

@@ -23,6 +23,7 @@ from pipelines.config import Settings
 from pipelines.planning.day_plan import DayPlan, NightOptions, Range
 from pipelines.planning.impressions import plan_histories, plan_simscore, plan_training_rows
 from pipelines.planning.items import plan_embed, plan_item_features
+from pipelines.planning.pinned import with_candidate
 from pipelines.running import announcing, beam_options, locks, making, publishing, quality, records
 from pipelines.running import states as stage_states
 from pipelines.running.beam_options import JobOptions
@@ -82,9 +83,12 @@ def plan_nights(
 ) -> list[Night]:
     """Plans the `wanted` stages of ascending days, each of which goes on from the one before."""
     again = partial(plan_nights, settings, days, wanted, say, options)
+    nights = settings.layout
     if options.allow_churn:
         settings = settings.allowing_churn()
-    together = Range(settings, say, options, len(days))
+    if options.encoder:
+        settings = with_candidate(settings, options.encoder)
+    together = Range(settings, nights, say, options, len(days))
     return [plan_day(DayPlan(together, ds), wanted, again) for ds in days]
 
 
@@ -112,7 +116,7 @@ def plan_day(
         mine,
         tuple(stage for stage in upstream.values() if stage.kind not in wanted),
         day.range.look,
-        day.yesterdays.is_outdated,
+        day.is_outdated,
         again,
     )
 

@@ -107,6 +107,13 @@ from_log_option = click.option(
     is_flag=True,
     help="Begin histories from the log of the window, not from those of the day before.",
 )
+
+
+def encoder_option(help: str) -> Callable[[F], F]:
+    """Returns the option that names an encoder which is not pinned yet."""
+    return click.option("--encoder", metavar="FOLDER", help=help)
+
+
 beam_argument = click.argument(
     "beam_args", nargs=-1, type=click.UNPROCESSED, callback=_beam_args, metavar="[-- BEAM OPTIONS]"
 )

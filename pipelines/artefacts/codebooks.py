@@ -56,6 +56,7 @@ from pipelines.artefacts.free_memory import available_bytes
 from pipelines.config import Settings
 from pipelines.planning.shop_tables import ShopTables
 from pipelines.running import beam_options, making
+from pipelines.running.layout import Layout
 
 Say = Callable[[str], None]
 _LABEL, _RUN_ID = r"[a-z][a-z0-9_]*", r"[0-9a-f]{12}"
@@ -109,6 +110,7 @@ def parse_clusters(text: str) -> dict[str, int]:
 def plan_fit(
     settings: Settings,
     ds: dt.date,
+    encoder_folder: str | None,
     fit: Fit,
     mode: str | None,
     parent_folder: str | None,
@@ -117,11 +119,15 @@ def plan_fit(
 ) -> FitPlan:
     """Opens and checks all that `fit` needs; `mode` None takes the one that keeps most numbers.
 
-    Raises OperatorError, DataContractError or InputNotReady.
+    Without `encoder_folder`, that of a candidate, the encoder is the pinned one. Raises
+    OperatorError, DataContractError or InputNotReady.
     """
-    encoder_folder = settings.pin_for(ds).encoder
+    layout, is_candidate = settings.layout, encoder_folder is not None
+    encoder_folder = files.absolute(encoder_folder or settings.pin_for(ds).encoder)
     encoder = encoder_info.read_encoder_info(encoder_folder)
-    embeddings = _open_embeddings(settings, ds, encoder)
+    if is_candidate:
+        layout = layout.candidate(encoder.encoder_id)
+    embeddings = _open_embeddings(layout, ds, encoder)
     parent_folder = parent_folder or _pinned_codebook(settings, ds)
     parent = read_codebook_info(parent_folder) if parent_folder else None
     fit = replace(fit, mode=mode or _default_mode(parent, encoder))
@@ -152,9 +158,9 @@ def plan_fit(
 
 
 def _open_embeddings(
-    settings: Settings, ds: dt.date, encoder: encoder_info.EncoderInfo
+    layout: Layout, ds: dt.date, encoder: encoder_info.EncoderInfo
 ) -> partitions.Partition:
-    folder = settings.layout.folder(ITEM_EMBEDDINGS, ds)
+    folder = layout.folder(ITEM_EMBEDDINGS, ds)
     embeddings = partitions.open_published(folder)
     found = embeddings.manifest["identities"]["encoder_id"]
     if found != encoder.encoder_id:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from courier_model.encoder import build_encoder, origin_of, save_encoder
 from feature_jobs.store import files
+from pipelines.config import Settings
 
 _ANY_DAY = dt.date(2000, 1, 1)
 
@@ -23,13 +24,35 @@ def stanza(folder: str, comment: str, from_ds: dt.date, **artefacts: str) -> str
     return "\n".join(lines)
 
 
+def encoder_stanza(
+    settings: Settings | None, folder: str, comment: str, from_ds: dt.date, encoder: str
+) -> str:
+    """Writes the stanza of a new encoder, which has no codebook yet.
+
+    Where nights have a codebook already, a pin without one would end them: it says in comments then
+    how the encoder gets its own, so that appending it does no harm.
+    """
+    if settings is None or not any(pin.codebook for pin in settings.pins):
+        return stanza(folder, comment, from_ds, encoder=encoder)
+    path = encoder if files.is_remote(encoder) else os.path.relpath(encoder)
+    return "\n".join(
+        [
+            f"# {comment}",
+            "# It takes the place of the pinned encoder once it has a codebook of its own, made on",
+            "# a day before it is to serve:",
+            f"#   courier embed --encoder {path} --ds DAY",
+            f"#   courier fit-codebook --encoder {path} --ds DAY --clusters N >> courier.toml",
+        ]
+    )
+
+
 def init_encoder(
     backbone: str, weights: str, input_size: int | None, seed: int, name: str,
-    categories: Sequence[str], folder: str, out: str,
+    categories: Sequence[str], settings: Settings | None, folder: str, out: str,
 ) -> str:  # fmt: skip
     """Makes an encoder package below `out`/encoders without training; returns its stanza.
 
-    `folder` is that of the settings.
+    `folder` is that of the `settings`, None where there are none yet.
     """
     encoder = build_encoder(backbone, weights, input_size, seed)
     info = save_encoder(
@@ -39,4 +62,4 @@ def init_encoder(
     )  # fmt: skip
     path = os.path.join(out, "encoders", info.encoder_id)
     comment = f"{backbone}, weights {info.weights}, made without click data: it may serve any day"
-    return stanza(folder, comment, _ANY_DAY, encoder=path)
+    return encoder_stanza(settings, folder, comment, _ANY_DAY, path)

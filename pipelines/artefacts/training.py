@@ -33,7 +33,7 @@ from feature_jobs.schemas import (
 from feature_jobs.store import day_names, documents, files, partitions
 from feature_jobs.store.encoder_info import EncoderInfo
 from feature_jobs.store.partitions import Partition
-from pipelines.artefacts.encoders import stanza
+from pipelines.artefacts.encoders import encoder_stanza
 from pipelines.config import Settings
 from pipelines.planning.shop_tables import ShopTables
 from pipelines.running.progress import StepBar
@@ -94,7 +94,7 @@ def train(
             f"{wanted.objective}, {wanted.backbone}, trained on ds {info.data_start_ds} to "
             f"{info.data_end_ds}, held-out AUC {best['auc']:.4f} at step {best['step']:,}"
         )
-        return stanza(folder, comment, until, encoder=path)
+        return encoder_stanza(settings, folder, comment, until, path)
 
 
 # ---- Which days ------------------------------------------------------------------------------

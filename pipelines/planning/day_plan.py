@@ -16,6 +16,7 @@ from pipelines.config import Settings
 from pipelines.planning.pinned import PinnedArtefacts
 from pipelines.planning.shop_tables import ShopTables
 from pipelines.planning.yesterday import Before, Yesterdays, befores
+from pipelines.running.layout import Layout
 from pipelines.running.stage import Planned, Stage
 from pipelines.running.states import Look
 from pipelines.stages import EMBED, Kind
@@ -30,6 +31,7 @@ NO_IDS = (pa.int64(), pa.int64())  # user_id and item_id, where no file tells th
 class NightOptions:
     """Holds what an operator says of one night.
 
+    `encoder` is embedded with in place of the pinned one, into a feature set of its own.
     `allow_overlap` lets an encoder or codebook be used that was made from ds or later days,
     `allow_churn` publishes however many items changed their cluster, `full` embeds every image as
     if there had been no day before, `remake` makes again what is published. `from_log` begins
@@ -37,6 +39,7 @@ class NightOptions:
     where the settings shall not decide.
     """
 
+    encoder: str | None = None
     allow_overlap: bool = False
     allow_churn: bool = False
     full: bool = False
@@ -54,10 +57,12 @@ class NightOptions:
 class Range:
     """Holds what the plans of days share that are planned together, of which there are `days`.
 
-    `sources` are what was opened of the shop's tables.
+    `nights` is where nights lie, also where a candidate's embeddings are planned; `sources` are
+    what was opened of the shop's tables.
     """
 
     settings: Settings
+    nights: Layout
     say: Callable[[str], None]
     options: NightOptions
     days: int = 1
@@ -69,6 +74,11 @@ class Range:
         """Returns the finder of what one of the days goes on from."""
         return Yesterdays(self.settings.layout, self.look, self.planned)
 
+    def yesterdays_beside(self, encoder_id: str) -> Yesterdays:
+        """Returns that of the other side: of the nights for a candidate, and the reverse."""
+        mine, nights = self.settings.layout, self.nights
+        return Yesterdays(nights.candidate(encoder_id) if mine == nights else nights, self.look, {})
+
 
 class DayPlan:
     """Holds the checked inputs and artefacts of one ds, in a range of days that share some."""
@@ -79,6 +89,7 @@ class DayPlan:
         self.shop = ShopTables(self.settings, ds, of.say, of.sources)
         self.pinned = PinnedArtefacts(self.settings, ds, self.options.allow_overlap)
         self.yesterdays = of.yesterdays()
+        self._beside: Yesterdays | None = None
 
     def open_inputs(self, needed: Collection[Kind]) -> None:
         """Opens pin and tables of ds; raises DataContractError where IDs are of two types."""
@@ -110,6 +121,18 @@ class DayPlan:
         return Stage(kind, self.ds, self.settings.layout, forced_by=forced_by, **fields)
 
     # -- Items --
+
+    @property
+    def beside(self) -> Yesterdays:
+        """Returns the finder of embeddings on the other side, of a candidate or of the nights."""
+        if self._beside is None:
+            self._beside = self.range.yesterdays_beside(self.pinned.encoder.encoder_id)
+        return self._beside
+
+    def is_outdated(self, look: Look) -> bool:
+        """Returns whether what it goes on from has been published anew since, by `look`."""
+        found = [self.yesterdays, *([self._beside] if self._beside else [])]
+        return any(one.is_outdated(look) for one in found)
 
     def item_id_type(self) -> pa.DataType:
         """Returns the type of the shop's item IDs.

@@ -5,7 +5,7 @@ them, and not by who only reads what they made.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -115,8 +115,27 @@ class PlannedEmbed(Planned):
 
 def plan_embed(day: DayPlan) -> PlannedEmbed:
     item_id = _same_item_id_type(day)
-    candidates = day.yesterdays.candidates(EMBED, day.ds)
-    return day.settled(EMBED, candidates, partial(_plan_embed, day, item_id))
+    return day.settled(EMBED, _goes_on_from(day), partial(_plan_embed, day, item_id))
+
+
+def _goes_on_from(day: DayPlan) -> Iterator[Earlier | None]:
+    """Yields what EMBED of ds may go on from.
+
+    Where that was made by another encoder it may be from the other side instead: the night that
+    changes the encoder goes on from what the candidate has embedded, and a candidate's first day
+    from the nights, whose former items it embeds too.
+    """
+    newest = None
+    for newest in day.yesterdays.candidates(EMBED, day.ds):
+        yield newest
+    wanted = day.pinned.encoder.encoder_id
+    if newest and newest.identities["encoder_id"] == wanted:
+        return
+    if named := day.yesterdays.named(EMBED, day.ds, day.beside):
+        yield named
+    other = day.beside.before(EMBED, day.ds)
+    if other and (newest is None or other.identities["encoder_id"] == wanted):
+        yield other
 
 
 def _plan_embed(day: DayPlan, item_id: pa.DataType, before: Earlier | None) -> PlannedEmbed:

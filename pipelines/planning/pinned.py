@@ -5,8 +5,19 @@ import functools
 
 from feature_jobs.codebooks import codebook as codebooks
 from feature_jobs.schemas import OperatorError
-from feature_jobs.store import encoder_info
-from pipelines.config import Pin, Settings
+from feature_jobs.store import encoder_info, files
+from pipelines.config import PackagePath, Pin, Settings
+
+
+def with_candidate(settings: Settings, encoder: str) -> Settings:
+    """Returns the settings under which the package folder `encoder` embeds beside the nights.
+
+    Its embeddings go into a feature set of their own. Raises OperatorError where it is no package.
+    """
+    pin = Pin(from_ds=dt.date.min, encoder=PackagePath(files.absolute(encoder)))
+    info = encoder_info.read_encoder_info(pin.encoder)
+    feature_set = settings.layout.candidate(info.encoder_id).feature_set
+    return settings.model_copy(update={"feature_set": feature_set, "pins": (pin,)})
 
 
 class PinnedArtefacts:
@@ -29,6 +40,8 @@ class PinnedArtefacts:
     @functools.cached_property
     def codebook(self) -> codebooks.CodebookInfo:
         """Reads the pinned codebook; raises OperatorError for none, or one of another encoder."""
+        if self.pin in self._settings.half_pins:
+            raise OperatorError(self.pin.way_to_a_codebook)
         if self.pin.codebook is None:
             raise OperatorError(
                 f"The pin that holds for ds {self._ds} (from_ds {self.pin.from_ds}) names no "

@@ -163,12 +163,23 @@ class Yesterdays:
         First what the published one says it went on from, while that stands; then the newest.
         """
         own = self.published(kind, ds)
-        if own:
-            named = own[0].manifest["inputs"].get("previous")
-            found = self.at(kind, dt.date.fromisoformat(named["ds"])) if named else None
-            if not named or (found and found.run_id == named["run_id"]):
-                yield found
+        if own and own[0].manifest["inputs"].get("previous") is None:
+            yield None
+        elif found := self.named(kind, ds, self):
+            yield found
         yield self.before(kind, ds)
+
+    def named(self, kind: Kind, ds: dt.date, among: "Yesterdays") -> Earlier | None:
+        """Returns what the published stage of ds says it went on from; None unless that stands.
+
+        It is looked for `among` what another feature set has, or this one.
+        """
+        own = self.published(kind, ds)
+        previous = own[0].manifest["inputs"].get("previous") if own else None
+        if previous is None:
+            return None
+        found = among.at(kind, dt.date.fromisoformat(previous["ds"]))
+        return found if found and found.run_id == previous["run_id"] else None
 
     def _newest_published(self, kind: Kind, ds: dt.date, start: dt.date) -> Earlier | None:
         days = self.layout.begun_days(kind.tables[0])

@@ -116,7 +116,7 @@ def audit(
     Raises OperatorError, DataContractError or InputNotReady where its features could not be made.
     """
     options = NightOptions(allow_overlap=True, from_log=from_log)
-    day = DayPlan(Range(settings, say, options), ds)
+    day = DayPlan(Range(settings, settings.layout, say, options), ds)
     night = plan_day(day, [SIMSCORE])
     (scores,) = (one for one in night.planned if isinstance(one, PlannedScores))
     buckets = hashing.num_shards(scores.log.log.rows, _BUCKET_ROWS)

@@ -43,6 +43,10 @@ class Layout:
         """Returns where another feature set lies beside this one."""
         return replace(self, feature_set=feature_set)
 
+    def candidate(self, encoder_id: str) -> "Layout":
+        """Returns where the embeddings of an encoder lie that is not pinned yet."""
+        return self.of(f"{self.feature_set}-candidate-{encoder_id.rpartition('-')[2]}")
+
     def feature_sets(self) -> list[str]:
         """Returns the feature sets that have published a night here."""
         names = [name for name in files.list_names(self.root) if name[0] != "_"]
