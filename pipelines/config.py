@@ -28,6 +28,7 @@ from pydantic import (
 
 from feature_jobs.schemas import TABLES, OperatorError
 from feature_jobs.store import addresses, day_names, files
+from feature_jobs.store.day_names import DayNames
 from pipelines.running.layout import Layout
 from pipelines.stages import ITEMS, KINDS, NIGHT, Kind
 
@@ -248,10 +249,25 @@ class Gates(_Section):
     max_dead_share: Share = 0.5
 
 
+def _partition(name: str) -> str:
+    DayNames(name)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.=-]*", day_names.name_of(name, dt.date.min)):
+        raise ValueError(
+            "is to be the name of one folder, of letters, digits and _ . = -, which begins with a "
+            "letter or a digit"
+        )
+    return name
+
+
 class Output(_Section):
-    """Tells where tables lie: those with user IDs below `user_root`, for fewer people to read."""
+    """Tells where tables lie.
+
+    Those with user IDs lie below `user_root`, for fewer people to read; the folder of a day in each
+    table is named `partition`.
+    """
 
     user_root: FullPath | None = None
+    partition: Annotated[str, AfterValidator(_partition)] = "ds={ds}"
 
 
 class Pin(_Section):
@@ -329,7 +345,8 @@ class Settings(_Section):
     @property
     def layout(self) -> Layout:
         """Returns where what is made lies."""
-        return Layout(self.root, self.feature_set, self.output.user_root or self.root)
+        user_root = self.output.user_root or self.root
+        return Layout(self.root, self.feature_set, user_root, self.output.partition)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":

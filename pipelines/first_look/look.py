@@ -73,10 +73,10 @@ def look_again(settings: Settings, folder: str) -> tuple[Finding, ...]:
     file that is no Parquet.
     """
     shop = settled_place("catalogue", settings.catalogue.path)
-    log = settled_place("impressions", settings.impressions.path)
+    log = settled_place("impressions", settings.log.path)
     shop_ds, log_ds = _days_to_look_at(shop, log)
     items = open_table(shop, shop_ds, settings.catalogue)
-    events = open_table(log, log_ds, settings.impressions)
+    events = open_table(log, log_ds, settings.log)
     images = Images(settings.catalogue.image_roots, settings.catalogue.rewrite)
     return (
         *_about_places(shop, log, folder, settings.closed_days),

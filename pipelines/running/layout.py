@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from feature_jobs.schemas import Table
 from feature_jobs.store import documents, files, partitions
+from feature_jobs.store.day_names import DayNames
 from pipelines.stages import KINDS, Kind, kind_of
 
 CHUNK_FOLDER = "chunks-"  # + digest: beside the folders of days, the chunk files that runs share
@@ -32,12 +33,14 @@ class Layout:
     """Says where the tables and records of a feature set lie.
 
     Tables with user IDs, and what is written on the way to them, lie below `user_root`, all else
-    below `root`: where the two differ, whoever may read items sees no users.
+    below `root`: where the two differ, whoever may read items sees no users. `partition` names the
+    folder of a day in each table, as `DayNames` does.
     """
 
     root: str
     feature_set: str
     user_root: str
+    partition: str = "ds={ds}"
 
     def of(self, feature_set: str) -> "Layout":
         """Returns where another feature set lies beside this one."""
@@ -63,12 +66,17 @@ class Layout:
 
     def place(self, table: Table, ds: dt.date) -> Place:
         """Returns the place of one partition."""
-        root, within = self.root_of(table), os.path.join(self._of_table(table), f"ds={ds}")
+        name = self._day_names.name_of(ds)
+        root, within = self.root_of(table), os.path.join(self._of_table(table), name)
         return Place(os.path.join(root, within), os.path.join(root, "_versions", within))
 
     def folder(self, table: Table, ds: dt.date) -> str:
         """Returns the folder in which a partition is published."""
         return self.place(table, ds).folder
+
+    @property
+    def _day_names(self) -> DayNames:
+        return DayNames(self.partition)
 
     def _of_table(self, table: Table) -> str:
         return os.path.join(self._top(table), table.name)
@@ -76,7 +84,7 @@ class Layout:
     def begun_days(self, table: Table) -> list[dt.date]:
         """Returns the ds that have a folder, published or not, ascending."""
         names = files.list_names(os.path.join(self.root_of(table), self._of_table(table)))
-        return [day for name in names if name.startswith("ds=") and (day := date_of(name))]
+        return sorted(day for name in names if (day := self._day_names.day_of(name)))
 
     def published_days(self, table: Table) -> list[dt.date]:
         """Returns the ds of all published partitions of a table, ascending."""

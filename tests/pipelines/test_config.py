@@ -79,6 +79,7 @@ max_dead_share = 0.6
 threads = 3
 [output]
 user_root = "gs://users/features"
+partition = "dt={ds:%Y%m%d}"
 
 [beam]
 runner = "FlinkRunner"
@@ -163,7 +164,7 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
             "max_dead_share": 0.6,
         },
         "workers": {"threads": 3},
-        "output": {"user_root": "gs://users/features"},
+        "output": {"user_root": "gs://users/features", "partition": "dt={ds:%Y%m%d}"},
         "pins": (
             {
                 "from_ds": dt.date(2026, 1, 5),
@@ -353,6 +354,25 @@ def test_every_problem_is_told_at_once(folder: Path) -> None:
     message = refusal(folder, 'window_days = "7"\n[catalogue]\npath = "c"\nimage_roots = []\n')
     for key in ("'root' is missing", "'window_days'", "image_roots"):
         assert key in message
+
+
+@pytest.mark.parametrize(
+    ("partition", "why"),
+    [
+        ("day", "has no day"),
+        ("{ds:%Y-%m}", "has no day"),
+        ("{date}", "knows {ds} only"),
+        ("year={ds:%Y}/month={ds:%m}/day={ds:%d}", "the name of one folder"),
+        ("_{ds}", "the name of one folder"),
+        ("{ds}*", "the name of one folder"),
+    ],
+)
+def test_a_partition_that_names_no_folder_of_one_day_is_refused(
+    folder: Path, partition: str, why: str
+) -> None:
+    message = refusal(folder, f'{LEAST}[output]\npartition = "{partition}"\n')
+    assert "'output.partition'" in message
+    assert why in message
 
 
 def test_a_shop_without_a_log_is_to_say_so(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """What settings say of the output: where tables with user IDs go, and which tables there are."""
 
+import re
 import shutil
 
 import pytest
@@ -48,6 +49,27 @@ def test_nothing_of_users_is_written_below_the_root_on_the_way(
     monkeypatch.setattr(LocalStore, "_remove_tree", lambda self, folder: None)
     make(world)
     assert {path.name for path in world.root.glob("_staging/*/*")} == {"embed", "item-features"}
+
+
+def test_the_folder_of_a_day_may_be_named_otherwise_in_all_tables(
+    world: World, capsys: Capture
+) -> None:
+    make(world)
+    before = published_below(world.root)
+    shutil.rmtree(world.root)
+    world.extra_settings = '[output]\npartition = "dt={ds:%Y%m%d}"\n'
+    make(world)
+    found = {
+        re.sub(r"dt=(\d{4})(\d\d)(\d\d)", r"ds=\1-\2-\3", path): data
+        for path, data in published_below(world.root).items()
+        if "ds=" not in path  # our own records
+    }
+    parts = {path: data for path, data in before.items() if path.endswith(".parquet")}
+    assert parts
+    assert {path: data for path, data in found.items() if path.endswith(".parquet")} == parts
+    assert refresh(world, DAYS[1]) == 0
+    assert "nothing to do" in capsys.readouterr().err
+    assert status(world, capsys, "--ds", str(DAYS[1]))[0] == 0
 
 
 # ---- Items alone -----------------------------------------------------------------------------
