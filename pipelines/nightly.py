@@ -31,7 +31,7 @@ from pipelines.running.locks import Locks
 from pipelines.running.making import Made
 from pipelines.running.stage import Planned, Stage
 from pipelines.running.states import PUBLISHED, Look, Night
-from pipelines.stages import EMBED, HISTORIES, ITEM_FEATURES, NIGHT, SIMSCORE, TRAINING_ROWS, Kind
+from pipelines.stages import EMBED, HISTORIES, ITEM_FEATURES, SIMSCORE, TRAINING_ROWS, Kind
 
 _NOTHING_ASKED = NightOptions()
 
@@ -57,21 +57,6 @@ def the_night() -> tuple[Plan, ...]:
 
 
 # ---- Planning ------------------------------------------------------------------------------
-
-
-def plan_night(
-    settings: Settings,
-    ds: dt.date,
-    wanted: Collection[Kind] = NIGHT,
-    say: Callable[[str], None] = lambda _: None,
-    options: NightOptions = _NOTHING_ASKED,
-) -> Night:
-    """Checks settings, artefacts and inputs for the `wanted` stages of ds, and plans them.
-
-    Raises OperatorError, DataContractError or InputNotReady.
-    """
-    (night,) = plan_nights(settings, [ds], wanted, say, options)
-    return night
 
 
 def plan_nights(
@@ -122,16 +107,6 @@ def plan_day(
 
 
 # ---- Making --------------------------------------------------------------------------------
-
-
-def run_nights(
-    nights: Sequence[Night], beam_args: Sequence[str], say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Makes nights as `make_nights` does; raises the first of what refuses a day."""
-    reports, refused = make_nights(nights, beam_args, say)
-    for error in refused:
-        raise error
-    return reports
 
 
 def make_nights(

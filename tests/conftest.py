@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from feature_jobs.store import gcs_client
-from pipelines.nightly import plan_night, run_nights
 from tests.support import quick_beam, warm
+from tests.support.commands import make_night
 from tests.support.gcs_emulator import NEAR, Nearby, make_objects
 from tests.support.world import DAYS, Kept, World, make_codebook, make_encoder
 
@@ -76,7 +76,7 @@ def world(request: pytest.FixtureRequest, tmp_path: Path, artefacts: Artefacts) 
 def first_night(tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts) -> Kept:
     """Makes a world and its first night, once for all tests."""
     world = pinned(World(tmp_path_factory.mktemp("first-night") / "shop"), artefacts)
-    run_nights([plan_night(world.settings(), DAYS[0])], [], lambda _: None)
+    make_night(world.settings(), DAYS[0])
     return Kept(world)
 
 
@@ -89,7 +89,7 @@ def refreshed(
     world = pinned(World(folder, ids=request.param), artefacts)
     for day in DAYS:
         world.write_images(day)
-        run_nights([plan_night(world.settings(), day)], [], lambda _: None)
+        make_night(world.settings(), day)
     return world
 
 

@@ -46,12 +46,6 @@ def read_night(layout: Layout, ds: dt.date) -> dict[str, Any] | None:
     return _read(layout.night_path(ds))
 
 
-def is_whole_night(layout: Layout, ds: dt.date) -> bool:
-    """Returns whether the night's record stands and every table is the version that it names."""
-    record = read_night(layout, ds)
-    return record is not None and is_whole(record, layout)
-
-
 def is_whole(
     record: Mapping[str, Any],
     layout: Layout,

@@ -57,7 +57,7 @@ from feature_jobs.store.files import FileInfo
 from feature_jobs.store.pieces import Piece, write_pieces
 from pipelines.config import load_settings
 from pipelines.demo.shop import Shop, make_shop
-from pipelines.nightly import plan_night, run_nights
+from pipelines.nightly import make_nights, plan_nights
 from pipelines.running import beam_options
 from pipelines.stages import EMBED
 
@@ -256,8 +256,8 @@ def job_seconds(folder: Path, root: Path, uris: list[str], encoder: ImageEncoder
     top = Path(tempfile.mkdtemp(dir=folder))
     info = save_encoder(encoder, str(top), "bench", None, None, None, "random")
     settings = write_shop(top, uris, DAYS[:1], str(root), top / info.encoder_id)
-    night = plan_night(load_settings(settings), DAYS[0], [EMBED])
-    (report,) = run_nights([night], [], lambda _: None)
+    nights = plan_nights(load_settings(settings), DAYS[:1], [EMBED])
+    (report,), _ = make_nights(nights, [], lambda _: None)
     return float(report["stages"]["embed"]["seconds"])
 
 
@@ -416,8 +416,8 @@ def one_shop(count: int) -> None:
         path = write_shop(Path(name), uris, DAYS, "/", Path(name) / info.encoder_id)
         for night, day in enumerate(DAYS):
             with stubs(changed=night // 2):
-                planned = plan_night(load_settings(path), day, [EMBED])
-                (report,) = run_nights([planned], [], lambda _: None)
+                planned = plan_nights(load_settings(path), [day], [EMBED])
+                (report,), _ = make_nights(planned, [], lambda _: None)
             found["seconds"].append(report["stages"]["embed"]["seconds"])
             found["embedded"].append(report["stages"]["embed"]["work"]["images_embedded"])
             found["peak_mb"].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

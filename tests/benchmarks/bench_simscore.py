@@ -52,7 +52,7 @@ from feature_jobs.codebooks.codebook import (
 from feature_jobs.schemas import ITEM_EMBEDDINGS, SIM_TIERS, TIMESTAMP, USER_SIMSCORES
 from feature_jobs.store import arrays, hashing, partitions
 from pipelines.config import load_settings
-from pipelines.nightly import plan_night, run_nights
+from pipelines.nightly import make_nights, plan_nights
 from pipelines.running import beam_options, making, states
 from pipelines.running.stage import Stage
 from pipelines.running.states import Look
@@ -167,7 +167,7 @@ def book_by_hand(centres: np.ndarray, encoder_id: str) -> Codebook:
 
 def publish_items(shop: Shop, day: dt.date, vectors: np.ndarray) -> None:
     """Runs the item stages with an embedding stage that took `vectors` instead of images."""
-    night = plan_night(load_settings(str(shop.settings)), day, [EMBED, ITEM_FEATURES])
+    (night,) = plan_nights(load_settings(str(shop.settings)), [day], [EMBED, ITEM_FEATURES])
     stage, parts = night.stages[0], shop.top / "parts"
     if not parts.exists():  # of the first day: those of the others are links to them
         of = hashing.shard_of(hashing.hash_ids(pa.array(np.arange(len(vectors)))), stage.shards)
@@ -177,7 +177,7 @@ def publish_items(shop: Shop, day: dt.date, vectors: np.ndarray) -> None:
     shutil.copytree(parts, stage.staging, copy_function=os.link, dirs_exist_ok=True)
     for table in stage.tables:
         making.seal(night.planned[0], table)
-    run_nights([night], [], lambda _: None)
+    make_nights([night], [], lambda _: None)
 
 
 def write_shard(

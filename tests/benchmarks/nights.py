@@ -19,7 +19,7 @@ from typing import Any
 
 from feature_jobs.store import threads
 from pipelines.config import load_settings
-from pipelines.nightly import plan_night, run_nights
+from pipelines.nightly import make_nights, plan_nights
 from pipelines.stages import KINDS
 
 WORKERS = 2
@@ -87,13 +87,10 @@ def main() -> None:
     """Runs one stage for `run_stage`, in the process of its own, and prints the figures as JSON."""
     logging.disable(logging.WARNING)
     settings, day, stage, *beam_args = sys.argv[1:]
-    night = plan_night(
-        load_settings(settings),
-        dt.date.fromisoformat(day),
-        [kind for kind in KINDS if kind.name == stage],
-    )
+    kinds = [kind for kind in KINDS if kind.name == stage]
+    (night,) = plan_nights(load_settings(settings), [dt.date.fromisoformat(day)], kinds)
     start = time.perf_counter()
-    (report,) = run_nights([night], beam_args, lambda _: None)
+    (report,), _ = make_nights([night], beam_args, lambda _: None)
     seconds = time.perf_counter() - start
     made = report["stages"][stage]
     counts = made["counts"] | made["work"]

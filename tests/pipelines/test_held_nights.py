@@ -12,14 +12,16 @@ from feature_jobs.schemas import StorageUnavailable
 from feature_jobs.store import files
 from pipelines import nightly
 from pipelines.cli import main
-from pipelines.nightly import plan_night, run_nights
+from pipelines.nightly import plan_nights
 from pipelines.running import making
 from pipelines.running.states import Look
 from tests.conftest import Artefacts, pinned
 from tests.support.commands import (
     Capture,
     courier,
+    finish,
     given_to_the_encoder,
+    make_night,
     manifest,
     paragraph,
     published,
@@ -266,20 +268,20 @@ def test_a_night_that_was_planned_before_another_was_published_is_planned_again(
 ) -> None:
     settings = world.settings()
     said: list[str] = []
-    run_nights([plan_night(settings, DAYS[0])], [], said.append)
-    late = plan_night(settings, DAYS[1])
+    make_night(settings, DAYS[0], said.append)
+    (late,) = plan_nights(settings, [DAYS[1]], settings.night)
     assert not late.is_outdated(Look())
     world.write_impressions(DAYS[0], draw_impressions(DAYS[0], seed=9))
     world.write_catalogue(DAYS[0], catalogue_items(DAYS[0])[1:])
-    run_nights([plan_night(settings, DAYS[0])], [], said.append)
+    make_night(settings, DAYS[0], said.append)
     assert late.is_outdated(Look())
     said.clear()
-    run_nights([late], [], said.append)
+    finish([late], said.append)
     assert any("planning again" in line for line in said)
     after = tables_of(world, DAYS[1])
     files.delete_tree(str(world.root))
     for day in DAYS[:2]:
-        run_nights([plan_night(settings, day)], [], said.append)
+        make_night(settings, day)
     assert tables_of(world, DAYS[1]) == after
 
 

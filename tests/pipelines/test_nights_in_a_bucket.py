@@ -19,10 +19,11 @@ from feature_jobs.store.partitions import Partition
 from pipelines import cli
 from pipelines.cli import main
 from pipelines.config import Settings, load_settings
-from pipelines.nightly import plan_night, run_nights
-from pipelines.running import locks, records
+from pipelines.running import locks
 from tests.conftest import Artefacts
 from tests.support.buckets import upload
+from tests.support.commands import make_night
+from tests.support.small_nights import is_whole_night
 from tests.support.world import (
     DAYS,
     LEAVES_ON_DAY_2,
@@ -95,7 +96,7 @@ def test_a_night_that_is_there_is_read_little(
 
 def make(settings: Settings, ds: dt.date) -> list[str]:
     said: list[str] = []
-    run_nights([plan_night(settings, ds)], [], said.append)
+    make_night(settings, ds, said.append)
     return said
 
 
@@ -133,7 +134,7 @@ def test_nights_in_a_bucket_have_the_tables_of_those_on_a_disk(
             assert (digests[0] == digests[1]) == (table.name != "item_embeddings"), table.name
             for file, at in zip(theirs.manifest["files"], theirs.paths, strict=True):
                 assert file["sha256"] == files.sha256(at)
-        assert records.is_whole_night(there.layout, ds)
+        assert is_whole_night(there.layout, ds)
 
 
 def test_a_night_in_a_bucket_can_be_repeated_and_brought_back(
@@ -159,7 +160,7 @@ def test_a_night_in_a_bucket_can_be_repeated_and_brought_back(
     assert len(after) < len(before)
     assert main(["rollback", *arguments]) == 0
     assert rows_of(published(settings, "item_embeddings", DAYS[0])).equals(before)
-    assert records.is_whole_night(settings.layout, DAYS[0])
+    assert is_whole_night(settings.layout, DAYS[0])
 
 
 def test_packages_are_made_in_a_bucket(

@@ -2,7 +2,7 @@
 
 import datetime as dt
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ import pytest
 
 from feature_jobs.items import embed as embed_stage
 from feature_jobs.store.local import LocalStore
+from pipelines import nightly
 from pipelines.cli import main
+from pipelines.config import Settings
+from pipelines.running.states import Night
 from tests.support.world import World
 
 Capture = pytest.CaptureFixture[str]
@@ -41,6 +44,19 @@ def published_below(root: Path) -> dict[str, bytes]:
         for p in files
         if not set(hidden) & set(p.relative_to(root).parts)
     }
+
+
+def make_night(
+    settings: Settings, ds: dt.date, say: Callable[[str], None] = lambda _: None
+) -> None:
+    """Plans a night and makes it, without a command."""
+    finish(nightly.plan_nights(settings, [ds], settings.night), say)
+
+
+def finish(nights: Sequence[Night], say: Callable[[str], None] = lambda _: None) -> None:
+    """Makes nights that are planned; raises the first of what refuses one."""
+    for error in nightly.make_nights(nights, [], say)[1]:
+        raise error
 
 
 def counts(world: World, table: str, day: dt.date) -> dict[str, Any]:

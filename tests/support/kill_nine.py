@@ -29,7 +29,7 @@ from feature_jobs.items import embed
 from feature_jobs.store.pieces import read_all
 from pipelines import cli
 from pipelines.config import load_settings
-from pipelines.nightly import plan_night
+from pipelines.nightly import plan_nights
 from pipelines.stages import EMBED
 from tests.support import quick_beam
 from tests.support.commands import published_below
@@ -57,7 +57,7 @@ class Runs:
     def wire(self) -> None:
         """Has Beam look at all that the job consists of, so that no run has to (`quick_beam`)."""
         *_, config, _, ds = self._command
-        night = plan_night(load_settings(config), dt.date.fromisoformat(ds), [EMBED])
+        (night,) = plan_nights(load_settings(config), [dt.date.fromisoformat(ds)], [EMBED])
         type(night.planned[0]).wire(beam.Pipeline(), night.planned, str(self._told) + "-wired")
 
     def start(self) -> int:

@@ -54,6 +54,12 @@ def stage_partition(folder: str, values: Values, shards: int = 2, run_id: str = 
     return staged
 
 
+def is_whole_night(layout: Layout, ds: dt.date) -> bool:
+    """Returns whether the night's record stands and every table is the version that it names."""
+    record = records.read_night(layout, ds)
+    return record is not None and records.is_whole(record, layout)
+
+
 @dataclass(frozen=True)
 class Sight:
     """Is what one look at a night shows to its readers.
@@ -132,7 +138,7 @@ class Shop:
     def published(self) -> Values | None:
         """Returns the values of the night, whole by every measure there is, None if it is not."""
         sight = self.look()
-        whole = records.is_whole_night(self.settings.layout, DS)
+        whole = is_whole_night(self.settings.layout, DS)
         if sight.success is None or not whole or sight.globbed != sight.through_manifest:
             return None
         return sight.globbed
