@@ -169,9 +169,9 @@ def test_packages_are_made_in_a_bucket(
     arguments = ["--config", str(in_bucket), "--out", f"{near_bucket}/packages/"]
     options = ["--weights", "random", "--backbone", "shufflenet_v2_x0_5", "--input-size", "32"]
     assert main(["init-encoder", *arguments, *options]) == 0
-    stanza = capsys.readouterr().out
+    printed = capsys.readouterr().out
     (encoder,) = files.list_names(f"{near_bucket}/packages/encoders")
-    assert f'encoder = "{near_bucket}/packages/encoders/{encoder}"' in stanza
+    assert f"courier embed --encoder {near_bucket}/packages/encoders/{encoder} " in printed
     assert (
         encoder_info.read_encoder_info(f"{near_bucket}/packages/encoders/{encoder}").encoder_id
         == encoder
