@@ -479,7 +479,12 @@ def rollback(
     metavar="PATH",
     help="Parquet: a folder, a file, or a pattern in which {ds} stands for the day.",
 )
-@click.option("--impressions", type=PathText(), metavar="PATH", help="Likewise.")
+@click.option(
+    "--impressions",
+    type=PathText(),
+    metavar="PATH",
+    help="Likewise; without it, nights make cluster IDs alone.",
+)
 @click.option(
     "--images", type=PathText(), multiple=True, metavar="FOLDER", help="Where images lie; repeat."
 )
@@ -516,7 +521,7 @@ def init(
             raise click.UsageError("--check looks where the settings say; give no paths with it.")
         _check_settings(check)
         return
-    if not catalogue or not impressions:
+    if not catalogue:
         raise click.UsageError("Give --catalogue and --impressions, or settings to --check.")
     first_look.refuse_existing(out)
     found = first_look.look(catalogue, impressions, images, os.path.dirname(os.path.abspath(out)))

@@ -111,7 +111,7 @@ from_log_option = click.option(
 
 def encoder_option(help: str) -> Callable[[F], F]:
     """Returns the option that names an encoder which is not pinned yet."""
-    return click.option("--encoder", metavar="FOLDER", help=help)
+    return click.option("--encoder", type=PathText(), metavar="FOLDER", help=help)
 
 
 beam_argument = click.argument(

@@ -7,7 +7,7 @@ IDs of a catalogue of moderate size, and 64 images. Nothing but the settings is 
 
 import datetime as dt
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from feature_jobs import inputs
 from feature_jobs.schemas import DataContractError, OperatorError
 from feature_jobs.store import files
-from pipelines.config import Gates, Settings
+from pipelines.config import Catalogue, Gates, Impressions, Settings
 from pipelines.first_look.images import Images, about_images, find_images
 from pipelines.first_look.settings import near_template, settings_text
 from pipelines.first_look.tables import (
@@ -44,22 +44,26 @@ class FirstLook:
     toml: str
 
 
-def look(catalogue: str, impressions: str, image_roots: Sequence[str], folder: str) -> FirstLook:
+def look(
+    catalogue: str, impressions: str | None, image_roots: Sequence[str], folder: str
+) -> FirstLook:
     """Looks at two tables and a sample of images, and writes the text of a settings file for them.
 
-    Table paths are templates with {ds}, folders, globs or files. `folder` is where the settings
+    Table paths are templates with {ds}, folders, globs or files; without impressions the settings
+    are for nights of items alone. `folder` is where the settings
     will lie: paths in them are relative to it when they are near. Raises OperatorError where there
     is nothing to look at, DataContractError for a file that is no Parquet.
     """
     roots = [files.absolute(files.expanded(root)) for root in image_roots]
     for root in roots:
         _check_folder(root)
-    shop, log = find_place("catalogue", catalogue), find_place("impressions", impressions)
-    shop_ds, log_ds = _days_to_look_at(shop, log)
-    items, events = open_table(shop, shop_ds), open_table(log, log_ds)
+    places = [find_place("catalogue", catalogue)]
+    if impressions:
+        places.append(find_place("impressions", impressions))
+    items, events = _both(map(open_table, places, _days_to_look_at(places)))
     images = find_images(items, roots)
     findings = (
-        *_about_places(shop, log, folder, ()),
+        *_about_places(places, folder, ()),
         *_about_tables(items, events, Gates(), "UTC"),
         *about_images(items, images, folder, Gates().max_reject_share),
     )
@@ -72,14 +76,15 @@ def look_again(settings: Settings, folder: str) -> tuple[Finding, ...]:
     Raises OperatorError or InputNotReady where there is nothing to look at, DataContractError for a
     file that is no Parquet.
     """
-    shop = settled_place("catalogue", settings.catalogue.path)
-    log = settled_place("impressions", settings.log.path)
-    shop_ds, log_ds = _days_to_look_at(shop, log)
-    items = open_table(shop, shop_ds, settings.catalogue)
-    events = open_table(log, log_ds, settings.log)
+    sections: list[Catalogue | Impressions] = [settings.catalogue]
+    places = [settled_place("catalogue", settings.catalogue.path)]
+    if settings.impressions:
+        sections.append(settings.impressions)
+        places.append(settled_place("impressions", settings.impressions.path))
+    items, events = _both(map(open_table, places, _days_to_look_at(places), sections))
     images = Images(settings.catalogue.image_roots, settings.catalogue.rewrite)
     return (
-        *_about_places(shop, log, folder, settings.closed_days),
+        *_about_places(places, folder, settings.closed_days),
         *_about_tables(items, events, settings.gates, settings.day_timezone),
         *about_images(items, images, folder, settings.gates.max_reject_share),
     )
@@ -111,23 +116,32 @@ def _check_folder(root: str) -> None:
         )
 
 
-def _days_to_look_at(shop: Place, log: Place) -> tuple[dt.date, dt.date]:
-    """Chooses the newest day that both tables have, where there is one; else the newest of each."""
-    newest = [max(place.days) for place in (shop, log) if place.days] or [dt.date.today()]
-    if common := set(shop.days) & set(log.days):
+def _days_to_look_at(places: Sequence[Place]) -> list[dt.date]:
+    """Chooses the newest day that all tables have, where there is one; else the newest of each."""
+    newest = [max(place.days) for place in places if place.days] or [dt.date.today()]
+    if common := set.intersection(*(set(place.days) for place in places)):
         newest = [max(common)]
-    return newest[0], newest[-1]
+    return [newest[0], newest[-1]][: len(places)]
+
+
+def _both(tables: Iterable[Table]) -> tuple[Table, Table | None]:
+    """Returns the catalogue and the impressions, None where a shop has no log."""
+    items, *events = tables
+    return items, events[0] if events else None
 
 
 # ---- Places --------------------------------------------------------------------------------
 
 
 def _about_places(
-    shop: Place, log: Place, folder: str, closed: Sequence[dt.date]
+    places: Sequence[Place], folder: str, closed: Sequence[dt.date]
 ) -> Iterator[Finding]:
-    yield from _about_place(shop, folder, closed)
-    yield from _about_place(log, folder, closed)
-    yield from _about_both_places(shop, log)
+    for place in places:
+        yield from _about_place(place, folder, closed)
+    if len(places) > 1:
+        yield from _about_both_places(*places)
+    else:
+        yield Finding("note", "no impressions: nights will make cluster IDs and no SimScores.")
 
 
 def _about_place(place: Place, folder: str, closed: Sequence[dt.date]) -> Iterator[Finding]:
@@ -171,11 +185,17 @@ def _about_both_places(shop: Place, log: Place) -> Iterator[Finding]:
 
 
 def _about_tables(
-    items: Table, events: Table, gates: Gates, day_timezone: str
+    items: Table, events: Table | None, gates: Gates, day_timezone: str
 ) -> Iterator[Finding]:
     yield from _about_columns(items)
+    if events is None:
+        yield from _about_items(items, None, gates.max_unknown_item_share)
+        return
     yield from _about_columns(events)
-    yield from _about_ids(items, events, gates.max_unknown_item_share)
+    clash = _clash(items, events)
+    if clash:
+        yield Finding("problem", clash)
+    yield from _about_items(items, None if clash else events, gates.max_unknown_item_share)
     yield from _about_clicks(events)
     yield from _about_day(events, day_timezone)
 
@@ -204,12 +224,14 @@ def _about_columns(table: Table) -> Iterator[Finding]:
 # ---- Rows ----------------------------------------------------------------------------------
 
 
-def _about_ids(items: Table, events: Table, allowed: float) -> Iterator[Finding]:
-    """Finds whether each item stands once in the catalogue, and whether impressions are of them."""
+def _clash(items: Table, events: Table) -> str | None:
     sources = (items.source, events.source)
+    return fault_of(lambda: inputs.common_id_type("item_id", sources, pa.int64()))
+
+
+def _about_items(items: Table, events: Table | None, allowed: float) -> Iterator[Finding]:
+    """Finds whether each item stands once in the catalogue, and whether impressions are of them."""
     rows, ds = items.source.rows, items.source.form.ds
-    if clash := fault_of(lambda: inputs.common_id_type("item_id", sources, pa.int64())):
-        yield Finding("problem", clash)
     if not rows:
         yield Finding("problem", f"catalogue: ds {ds} has files but no row.")
     elif rows > _CATALOGUE_ROWS:
@@ -229,7 +251,7 @@ def _about_ids(items: Table, events: Table, allowed: float) -> Iterator[Finding]
             yield Finding("problem", twice)
         else:
             yield Finding("ok", f"catalogue: {rows:,} items, each once.")
-        if events.has("item_id") and not clash:
+        if events and events.has("item_id"):
             yield _about_unknown_items(events.rows["item_id"], ids, allowed)
 
 

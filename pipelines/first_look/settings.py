@@ -46,7 +46,7 @@ day_timezone = "UTC"
 # COURIER_VERSION_ITEM_FEATURES.
 # on_published = ["python", "add_partitions.py"]
 # A night makes "all" tables, or those of "items" alone: cluster IDs, without [impressions].
-# tables = "all"
+$tables
 
 [catalogue]
 # One row per item: one snapshot per day, or one for all days.
@@ -65,7 +65,7 @@ $rewrite
 [catalogue.columns]
 $catalogue_columns
 
-[impressions]
+$without_log[impressions]
 # One row per item shown to a user, clicked or not; one partition per day.
 $impressions_path
 # Wait for a file _SUCCESS in the partition.
@@ -79,7 +79,7 @@ $impressions_path
 
 # The names of the columns in your table. The last four may be absent there: to do without one that
 # is there, name one that is not.
-[impressions.columns]
+$without_log[impressions.columns]
 $impressions_columns
 
 [embed]
@@ -158,13 +158,12 @@ $impressions_columns
 
 
 def settings_text(
-    items: Table, events: Table, roots: Sequence[str], rewrite: Pairs, folder: str
+    items: Table, events: Table | None, roots: Sequence[str], rewrite: Pairs, folder: str
 ) -> str:
     """Writes the text of a settings file in `folder` for two tables, with images below `roots`.
 
-    `rewrite` has pairs of an address and a folder, "" for one that is not known.
-
-    What could not be found is a line that says REQUIRED.
+    Without impressions, `events`, nights are of items alone. `rewrite` has pairs of an address and
+    a folder, "" for one that is not known. What could not be found is a line that says REQUIRED.
     """
     fit_ds, refresh_ds = _first_nights(items, events)
     return _SETTINGS.substitute(
@@ -172,7 +171,9 @@ def settings_text(
         image_roots=_image_roots(roots, folder),
         rewrite=_rewrite(rewrite, folder),
         catalogue_columns=_columns(items, CatalogueColumns),
-        impressions_path=_impressions_path(events.place, folder),
+        tables='# tables = "all"' if events else 'tables = "items"',
+        without_log="" if events else "# ",
+        impressions_path=_impressions_path(events.place if events else None, folder),
         impressions_columns=_columns(events, ImpressionColumns),
         fit_ds=fit_ds,
         from_ds=fit_ds + dt.timedelta(days=1),  # features know nothing of their own day
@@ -194,9 +195,9 @@ def near_template(place: Place, folder: str) -> str:
     return near(place.template, day_names.literal(folder))
 
 
-def _first_nights(items: Table, events: Table) -> tuple[dt.date, dt.date]:
+def _first_nights(items: Table, events: Table | None) -> tuple[dt.date, dt.date]:
     """Chooses a day to fit the codebook on, and a later one to make the first night of."""
-    newest, day = events.source.form.ds, dt.timedelta(days=1)
+    newest, day = (events or items).source.form.ds, dt.timedelta(days=1)
     if before := [ds for ds in items.place.days or (newest - day,) if ds < newest]:
         return before[-1], newest
     return newest, newest + day
@@ -221,13 +222,16 @@ def _rewrite(pairs: Pairs, folder: str) -> str:
     return "\n".join(line if known and at == 0 else f"# {line}" for at, line in enumerate(lines))
 
 
-def _impressions_path(place: Place, folder: str) -> str:
+def _impressions_path(place: Place | None, folder: str) -> str:
+    if place is None:
+        return '# path = "impressions/dt={ds}/*.parquet"'
     if place.days:
         return f"path = {_quote(near_template(place, folder))}"
     return '# path = "impressions/dt={ds}/*.parquet"  # REQUIRED: where the partition of a day lies'
 
 
-def _columns(table: Table, names: type[CatalogueColumns | ImpressionColumns]) -> str:
+def _columns(table: Table | None, names: type[CatalogueColumns | ImpressionColumns]) -> str:
     """Lists every column: as a comment where it has our name, or was not found."""
-    found = {ours: table.columns.get(ours, ours) for ours in names.model_fields}
+    columns = table.columns if table else {}
+    found = {ours: columns.get(ours, ours) for ours in names.model_fields}
     return "\n".join(f"{'# ' * (a == b)}{a} = {_quote(b)}" for a, b in found.items())

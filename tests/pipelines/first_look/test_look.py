@@ -302,5 +302,5 @@ def test_init_needs_tables_or_settings_to_check(shop: Shop, capsys: Capture) -> 
     path = init(shop.write())
     assert main(["init", "--check", path, "--images", str(shop.folder)]) == 2
     assert "give no paths with it" in capsys.readouterr().err
-    assert main(["init", "--catalogue", str(shop.folder)]) == 2
+    assert main(["init", "--impressions", str(shop.folder)]) == 2
     assert "Give --catalogue and --impressions" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import pytest
 from feature_jobs.schemas import DataContractError, OperatorError
 from feature_jobs.store import day_names
 from pipelines import config
-from pipelines.first_look.look import FirstLook, look, refuse_existing, write_settings
+from pipelines.first_look.look import FirstLook, look, look_again, refuse_existing, write_settings
 from tests.support.buckets import upload
 from tests.support.first_look import (
     DAYS,
@@ -41,6 +41,17 @@ def test_settings_of_a_shop_without_a_fault_are_those_that_were_meant(shop: Shop
         ),
         impressions=config.Impressions(path=f"{folder}/impressions/dt={{ds}}/*.parquet"),
     )
+
+
+def test_settings_of_a_shop_without_a_log_are_for_nights_of_items_alone(shop: Shop) -> None:
+    folder = str(shop.write().folder)
+    first = look(f"{folder}/{shop.catalogue_path}", None, (), folder)
+    assert problems(first) == []
+    assert noted(first, "no impressions", "cluster IDs")
+    settings = shop.settings(first)
+    assert settings.tables == "items"
+    assert settings.impressions is None
+    assert "problem" not in {finding.level for finding in look_again(settings, folder)}
 
 
 def test_a_setting_that_is_commented_out_shows_its_default(shop: Shop) -> None:
