@@ -2,17 +2,18 @@
 
 What a footer can tell (no such partition, a missing column, a wrong type) is refused by the
 launcher before any worker starts; what only the rows can tell (a null, an event after its day) by
-the worker that reads them. Beyond this module an ID is int64 or string, a time timestamp[us, UTC],
-and a click a bool.
+the worker that reads them. Beyond this module an ID is int64 or string, a time timestamp[us, UTC]
+of the years 1 to 9999, and a click a bool.
 """
 
 import datetime as dt
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import IO
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -30,6 +31,9 @@ CATALOGUE_COLUMNS = ("item_id", "image_uri", "category")
 PARQUET_ENDINGS = (".parquet", ".parq", ".pq")
 IMPRESSION_COLUMNS = ("user_id", "item_id", "event_time", "clicked")
 _NULLABLE = ("image_uri", "category", "title", "click_time", "request_id", "history")
+_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+# The years 1 to 9999, which Python can print, less a day, so that no time zone leaves them.
+_FIRST_SECOND, _LAST_SECOND = -62_135_510_400, 253_402_214_400
 # What pyarrow raises for damaged bytes; a damaged footer may name impossible types or columns.
 _UNREADABLE = (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError, OSError)
 
@@ -263,19 +267,15 @@ def open_source(
         user_id=same_id_type("user_id", present, paths, footers),
         impression_id=same_id_type("impression_id", present, paths, footers),
         request_id=same_id_type("request_id", present, paths, footers),
-        carried=tuple(pa.field(c, _decoded(first.field(c).type)) for c in carry) if first else (),
+        carried=tuple(pa.field(c, plain_type(first.field(c).type)) for c in carry) if first else (),
     )
-
-
-def _decoded(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def read_footer(path: str) -> tuple[pq.FileMetaData, pa.Schema]:
     """Raises DataContractError where `path` is no Parquet file."""
 
     def read() -> tuple[pq.FileMetaData, pa.Schema]:
-        with files.open_input(path) as data, pq.ParquetFile(data) as file:
+        with files.open_input(path) as data, _open_parquet(data) as file:
             return file.metadata, file.schema_arrow
 
     try:
@@ -284,7 +284,25 @@ def read_footer(path: str) -> tuple[pq.FileMetaData, pa.Schema]:
         raise unreadable(path, error) from error
 
 
+def _open_parquet(data: IO[bytes], int96_unit: str = "us") -> pq.ParquetFile:
+    """Opens a Parquet file; INT96 times become microseconds, since nanoseconds end in 2262."""
+    return pq.ParquetFile(
+        data, coerce_int96_timestamp_unit=int96_unit, arrow_extensions_enabled=False
+    )
+
+
 def unreadable(path: str, error: Exception) -> DataContractError:
+    if isinstance(error, FileNotFoundError):
+        return DataContractError(
+            f"{path} is gone since the partition was listed. Features made without its rows would "
+            "be silently wrong. Wait until the partition is written to its end, and run the "
+            "command again."
+        )
+    if "Expected all lists to be of size" in str(error):
+        return DataContractError(
+            f"{path} has a null in a column of lists of a fixed size, which pyarrow cannot read "
+            f"({_first_line(error)}). Write the column as lists of any size, or without nulls."
+        )
     return DataContractError(
         f"{path} cannot be read as Parquet ({_first_line(error)}). It is damaged or was not "
         "written to its end; features made without its rows would be silently wrong. Write the "
@@ -307,7 +325,7 @@ def check_schema(
 ) -> dict[str, str]:
     """Returns the columns of one file that we use, our name to the shop's.
 
-    Raises DataContractError for a missing column or one of a wrong type.
+    Raises DataContractError for a missing column, two of one name, or one of a wrong type.
     """
     for name in [*(columns[ours] for ours in required), *carry]:
         if name not in schema.names:
@@ -319,6 +337,13 @@ def check_schema(
                 f"[{table}.columns] in the settings."
             )
     present = {ours: theirs for ours, theirs in columns.items() if theirs in schema.names}
+    for name in [*present.values(), *carry]:
+        if schema.names.count(name) > 1:
+            raise DataContractError(
+                f"The {table} table has {schema.names.count(name)} columns called {name!r} in "
+                f"{path}, as a join without suffixes leaves them. Which of them is meant cannot be "
+                "told. Rename or drop one where the table is written."
+            )
     for ours, theirs in present.items():
         found = schema.field(theirs).type
         if not _type_fits(ours, found):
@@ -326,20 +351,45 @@ def check_schema(
                 f"The column {theirs!r} of the {table} table has type {found} in {path}, but "
                 f"{ours} must be {_EXPECTED[ours]}. Cast it where the table is written."
             )
-        if pa.types.is_timestamp(found) and found.tz is None and input_timezone is None:
-            raise OperatorError(
-                f"The column {theirs!r} of the {table} table holds times without a time zone "
-                f"({found}) in {path}. Taken for the wrong zone they would shift every click by "
-                f"hours, past impressions that they followed. Set input_timezone under [{table}], "
-                'for example input_timezone = "UTC".'
+        if pa.types.is_timestamp(found) and found.tz is None:
+            _check_zone(table, path, theirs, found, input_timezone)
+    for name in carry:
+        found = schema.field(name).type
+        if not _can_be_plain(found):
+            raise DataContractError(
+                f"The column {name!r} of the {table} table has type {found} in {path}, which "
+                "cannot be carried: its rows cannot be read or sorted. Cast it where the table is "
+                f"written, or take it out of carry under [{table}] in the settings."
             )
     if {"item_id", "history"} <= present.keys():
         one = id_type(schema.field(present["item_id"]).type)
-        two = id_type(schema.field(present["history"]).type.value_type)
+        two = id_type(plain_type(schema.field(present["history"]).type).value_type)
         if one != two:
             inside = f"inside the lists of {present['history']!r}"
             raise _id_clash("item_id", f"{one} in {path}", f"{two} {inside} there")
     return present
+
+
+def _check_zone(
+    table: str, path: str, column: str, found: pa.DataType, input_timezone: str | None
+) -> None:
+    """Raises OperatorError where naive times have no `input_timezone`, or pyarrow has no such."""
+    if input_timezone is None:
+        raise OperatorError(
+            f"The column {column!r} of the {table} table holds times without a time zone "
+            f"({found}) in {path}. Taken for the wrong zone they would shift every click by "
+            f"hours, past impressions that they followed. Set input_timezone under [{table}], "
+            'for example input_timezone = "UTC".'
+        )
+    try:
+        to_utc(pa.chunked_array([[0]], pa.timestamp("us")), input_timezone)
+    except pa.ArrowInvalid as error:
+        raise OperatorError(
+            f"The times in the column {column!r} of the {table} table have no zone, and pyarrow "
+            f"cannot read them as of {input_timezone} ({_first_line(error)}). This machine, or its "
+            "image, lacks the operating system's time-zone database. Install it, for example "
+            "`apt-get install tzdata`, here and in the image of the workers."
+        ) from error
 
 
 def check_alike(
@@ -379,10 +429,10 @@ def _kinds(
     """
     found: dict[str, object] = {}
     for ours, theirs in present.items():
-        kind = schema.field(theirs).type
+        kind = plain_type(schema.field(theirs).type)
         is_id = _EXPECTED[ours].endswith(_ID)
         found[theirs] = id_type(kind.value_type if _is_list(kind) else kind) if is_id else "there"
-    return found | {name: schema.field(name).type for name in carry}
+    return found | {name: plain_type(schema.field(name).type) for name in carry}
 
 
 _ID = "int64 or string"
@@ -402,30 +452,77 @@ def _type_fits(ours: str, found: pa.DataType) -> bool:
         _ID: lambda t: id_type(t) is not None,
         f"a list of {_ID}": lambda t: _is_list(t) and id_type(t.value_type) is not None,
     }
-    return bool(kinds[_EXPECTED[ours]](found))
+    return bool(kinds[_EXPECTED[ours]](plain_type(found))) and _can_be_plain(found)
 
 
-def _is_string(found: pa.DataType) -> bool:
+def plain_type(found: pa.DataType) -> pa.DataType:
+    """Returns the type that a column is brought to, in which its rows can be taken and sorted.
+
+    It has no dictionaries, views of text or bytes, or extension types (as of JSON and UUIDs), at no
+    depth: their values and their storage stand in their places.
+    """
+    if isinstance(found, pa.BaseExtensionType):
+        return plain_type(found.storage_type)
     if pa.types.is_dictionary(found):
-        return _is_string(found.value_type)
-    return bool(
-        pa.types.is_string(found)
-        or pa.types.is_large_string(found)
-        or pa.types.is_string_view(found)
-    )
+        return plain_type(found.value_type)
+    if pa.types.is_string_view(found):
+        return pa.string()
+    if pa.types.is_binary_view(found):
+        return pa.binary()
+    if pa.types.is_struct(found):
+        return pa.struct([_plain_field(field) for field in found])
+    if pa.types.is_map(found):
+        return pa.map_(_plain_field(found.key_field), _plain_field(found.item_field))
+    if pa.types.is_fixed_size_list(found):
+        return pa.list_(_plain_field(found.value_field), found.list_size)
+    if pa.types.is_list(found):
+        return pa.list_(_plain_field(found.value_field))
+    if pa.types.is_large_list(found):
+        return pa.large_list(_plain_field(found.value_field))
+    return found
 
 
-def _is_list(found: pa.DataType) -> bool:
-    return bool(pa.types.is_list(found) or pa.types.is_large_list(found))
+def _plain_field(field: pa.Field) -> pa.Field:
+    return field.with_type(plain_type(field.type))
+
+
+def _can_be_plain(found: pa.DataType) -> bool:
+    """Tells whether pyarrow can bring columns of this type to their plain type.
+
+    It reads views of lists from Parquet with offsets that are none.
+    """
+    try:
+        pa.nulls(1, found).cast(plain_type(found))
+    except pa.ArrowNotImplementedError:
+        return False
+    return not any(map(_is_list_view, _parts_of(found)))
+
+
+def _parts_of(kind: pa.DataType) -> Iterator[pa.DataType]:
+    """Yields a type and all that it is nested of."""
+    yield kind
+    for at in range(kind.num_fields):
+        yield from _parts_of(kind.field(at).type)
+
+
+def _is_list_view(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind))
+
+
+def _is_string(plain: pa.DataType) -> bool:
+    return bool(pa.types.is_string(plain) or pa.types.is_large_string(plain))
+
+
+def _is_list(plain: pa.DataType) -> bool:
+    return bool(pa.types.is_list(plain) or pa.types.is_large_list(plain))
 
 
 def id_type(found: pa.DataType) -> pa.DataType | None:
     """Returns int64 or string, whichever an ID column of type `found` widens to, or None."""
-    if pa.types.is_dictionary(found):
-        return id_type(found.value_type)
-    if pa.types.is_integer(found) and not pa.types.is_uint64(found):
+    plain = plain_type(found)
+    if pa.types.is_integer(plain) and not pa.types.is_uint64(plain):
         return pa.int64()
-    return pa.string() if _is_string(found) else None
+    return pa.string() if _is_string(plain) else None
 
 
 def same_id_type(
@@ -470,29 +567,64 @@ def common_id_type(name: str, sources: Iterable[Source], otherwise: pa.DataType)
 def read_rows(group: RowGroup, wanted: Sequence[str], carry: Sequence[str] = ()) -> pa.Table:
     """Reads one row group in our form.
 
-    It has the `wanted` of our columns that are there, then columns of the shop's as they are.
+    It has the `wanted` of our columns that are there, then columns of the shop's in plain types. A
+    click_time before the year 1 or after 9999 becomes the nearest within.
 
-    Raises DataContractError for damaged pages, a null where none is allowed, or a click that is
-    neither 0 nor 1.
+    Raises DataContractError for damaged pages, a null where none is allowed, an event_time of
+    another year, or a click that is neither 0 nor 1.
     """
     form = group.form
     ours = [name for name in wanted if name in form.columns]
     theirs = [form.columns[name] for name in ours]
-
-    def read() -> pa.Table:
-        with files.open_input(group.path) as data, pq.ParquetFile(data) as file:
-            return file.read_row_group(group.index, columns=list(dict.fromkeys([*theirs, *carry])))
-
+    columns = list(dict.fromkeys([*theirs, *carry]))
     try:
-        rows = patiently(group.path, read)
+        rows = patiently(group.path, lambda: _read_plain(group, columns))
     except _UNREADABLE as error:
         raise unreadable(group.path, error) from error
-    columns = {
+    found = {
         name: _normalise(form, group.path, name, rows[column])
         for name, column in zip(ours, theirs, strict=True)
     }
-    carried = {name: rows[name].cast(_decoded(rows[name].type)) for name in carry}
-    return pa.table({**columns, **carried})
+    return pa.table(found | {name: rows[name] for name in carry})
+
+
+def _read_plain(group: RowGroup, columns: list[str]) -> pa.Table:
+    """Reads some columns of the shop's, in plain types."""
+    with files.open_input(group.path) as data:
+        with _open_parquet(data) as file:
+            rows = file.read_row_group(group.index, columns=columns)
+            leaves = [file.schema.column(at) for at in range(len(file.schema))]
+        old = [c.path for c in leaves if c.physical_type == "INT96" and c.path in columns]
+        if old:
+            # Microseconds of an INT96 may have wrapped; its seconds cannot.
+            with _open_parquet(data, "s") as file:
+                seconds = file.read_row_group(group.index, columns=old)
+            for name in old:
+                _check_not_wrapped(group, name, rows[name], seconds[name])
+    return pa.table({name: rows[name].cast(plain_type(rows[name].type)) for name in columns})
+
+
+def _check_not_wrapped(
+    group: RowGroup, column: str, times: pa.ChunkedArray, seconds: pa.ChunkedArray
+) -> None:
+    """Raises DataContractError where `times`, in microseconds, are not those of `seconds`."""
+    true = seconds.cast(pa.int64())
+    apart = pc.abs(pc.subtract(pc.divide(times.cast(pa.int64()), 1_000_000), true))
+    beyond = pc.greater(apart, 1)
+    if pc.any(beyond).as_py():
+        raise _no_time(group.form.table, group.path, column, "INT96, in s", true.filter(beyond))
+
+
+def _no_time(
+    table: str, path: str, column: str, stored_as: str, values: pa.ChunkedArray
+) -> DataContractError:
+    """Returns the error for `values` int64 that are times beyond the years 1 to 9999."""
+    return DataContractError(
+        f"The column {column!r} of the {table} table holds {len(values):,} times before the year 1 "
+        f"or after 9999 in {path}, for example {values[0]} as {stored_as}. Their rows belong to no "
+        "day. A wrong unit looks like this: microseconds or nanoseconds stored as milliseconds. "
+        "Convert them where the table is written."
+    )
 
 
 def _normalise(form: Form, path: str, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -508,7 +640,12 @@ def _normalise(form: Form, path: str, name: str, column: pa.ChunkedArray) -> pa.
     if kind in (_ID, "string"):
         return _to_utf8(form, path, name, column)
     if kind == "a timestamp":
-        return to_utc(column, form.input_timezone)
+        known = nearest_times(column)
+        if name == "event_time" and known is not column:
+            raw = column.cast(pa.int64())
+            beyond = raw.filter(pc.not_equal(raw, known.cast(pa.int64())))
+            raise _no_time(form.table, path, form.columns[name], str(column.type), beyond)
+        return to_utc(known, form.input_timezone)
     if name == "clicked":
         return _to_bool(form, path, column)
     return column.cast(pa.list_(id_type(column.type.value_type)))
@@ -527,17 +664,38 @@ def _to_utf8(form: Form, path: str, name: str, column: pa.ChunkedArray) -> pa.Ch
     return column
 
 
-def to_utc(column: pa.ChunkedArray, input_timezone: str | None) -> pa.ChunkedArray:
-    """Turns any timestamps into timestamp[us, UTC]; naive ones are local times of `input_timezone`.
+def nearest_times(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Returns `column` itself where its times are of the years 1 to 9999, else the nearest such."""
+    per_second, raw = _PER_SECOND[column.type.unit], column.cast(pa.int64())
+    ends = np.iinfo(np.int64)
+    low, high = (
+        max(ends.min, min(second * per_second, ends.max))
+        for second in (_FIRST_SECOND, _LAST_SECOND)
+    )
+    found = pc.min_max(raw)
+    if not column.length() or found["min"].as_py() is None:
+        return column
+    if low <= found["min"].as_py() and found["max"].as_py() <= high:
+        return column
+    nearest = pc.min_element_wise(raw, high, skip_nulls=False)
+    return pc.max_element_wise(nearest, low, skip_nulls=False).cast(column.type)
 
-    A local time that a clock change makes ambiguous is taken for the earlier moment, one that it
-    leaves out for the moment of the change. Nanoseconds are cut to microseconds.
+
+def to_utc(column: pa.ChunkedArray, input_timezone: str | None) -> pa.ChunkedArray:
+    """Turns timestamps into timestamp[us, UTC]; naive ones are local times of `input_timezone`.
+
+    They are of the years 1 to 9999. A local time that a clock change makes ambiguous is taken for
+    the earlier moment, one that it leaves out for the moment of the change. Nanoseconds are cut to
+    microseconds.
     """
+    # Microseconds first: near their ends, nanoseconds would wrap by a change of zone.
+    in_us = pa.timestamp("us", column.type.tz)
+    column = pc.cast(column, options=pc.CastOptions(in_us, allow_time_truncate=True))
     if column.type.tz is None:
         column = pc.assume_timezone(
             column, input_timezone, ambiguous="earliest", nonexistent="latest"
         )
-    return column.cast(TIMESTAMP, safe=False)
+    return column.cast(TIMESTAMP)
 
 
 def _to_bool(form: Form, path: str, column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -3,12 +3,16 @@
 All but damage shows itself in footers, before a row is read.
 """
 
+import errno
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from google.api_core.exceptions import Forbidden
+from google.cloud.storage import Blob
 
 from feature_jobs import inputs
 from feature_jobs.inputs import CATALOGUE_COLUMNS, IMPRESSION_COLUMNS
@@ -18,8 +22,9 @@ from feature_jobs.schemas import (
     DataContractError,
     InputNotReady,
     OperatorError,
+    StorageUnavailable,
 )
-from feature_jobs.store import day_names, files
+from feature_jobs.store import day_names, faults, files
 from feature_jobs.store.day_names import literal
 from tests.support.buckets import upload
 from tests.support.day_tables import (
@@ -34,6 +39,7 @@ from tests.support.day_tables import (
     refusal,
     write,
 )
+from tests.support.ill_disk import watch_disk
 
 # ---- Finding -------------------------------------------------------------------------------
 
@@ -419,7 +425,48 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path: Path, damage: str) -> None
 def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
     source = open_impressions(write(tmp_path, impressions()))
     Path(source.paths[0]).unlink()
-    refusal(DataContractError, lambda: read(source), source.paths[0])
+    told = refusal(DataContractError, lambda: read(source), source.paths[0], "is gone since")
+    assert "damaged" not in told
+
+
+def test_a_file_that_may_not_be_read_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = write(tmp_path, impressions())
+    source = open_impressions(template)
+
+    def forbid(what: str, path: str) -> None:
+        if path.endswith(".parquet"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    watch_disk(monkeypatch, forbid)
+    monkeypatch.setattr(faults, "FORBIDDEN_SECONDS", 0.01)
+    for work in (lambda: inputs.read_footer(source.paths[0]), lambda: read(source)):
+        told_as_forbidden(work, source.paths[0])
+
+
+def test_an_object_that_may_not_be_read_is_told_as_that(
+    tmp_path: Path, near_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, impressions())
+    source = open_impressions(f"{upload(tmp_path, near_bucket)}/ds={{ds}}")
+
+    def forbid(*_: object, **__: object) -> bytes:
+        raise Forbidden("no storage.objects.get access")
+
+    monkeypatch.setattr(Blob, "download_as_bytes", forbid)
+    monkeypatch.setattr(faults, "FORBIDDEN_SECONDS", 0.01)
+    for work in (lambda: inputs.read_footer(source.paths[0]), lambda: read(source)):
+        told_as_forbidden(work, source.paths[0])
+
+
+def told_as_forbidden(work: Callable[[], object], path: str) -> None:
+    with pytest.raises(StorageUnavailable, match="may not be read or written") as refused:
+        work()
+    message = str(refused.value)
+    assert path in message
+    assert "Give this account access" in message
+    assert "damaged" not in message
 
 
 def many() -> pa.Table:

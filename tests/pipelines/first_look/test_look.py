@@ -60,6 +60,13 @@ def test_a_missing_column_is_a_problem_that_names_those_that_are_there(shop: Sho
     assert "user_id, item_id, event_time, purchased" in found
 
 
+def test_two_columns_of_one_name_are_a_problem(shop: Shop) -> None:
+    path = next(shop.write().folder.glob(f"impressions/*{DAYS[-1]}*/*.parquet"))
+    rows = pq.read_table(path, partitioning=None)
+    pq.write_table(rows.append_column("item_id", rows["item_id"]), path)
+    assert "has 2 columns called 'item_id'" in only_problem(shop.look())
+
+
 @pytest.mark.parametrize(
     ("table", "column", "values"),
     [
