@@ -4,6 +4,7 @@ Paths in the file are relative to the file's own folder, so that it can be used 
 gs://…. Those of the shop are relative to `base` where it is given.
 """
 
+import codecs
 import contextlib
 import datetime as dt
 import difflib
@@ -13,7 +14,7 @@ import re
 import tomllib
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
-from zoneinfo import ZoneInfo
+from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import (
     AfterValidator,
@@ -88,6 +89,11 @@ def _timezone(name: str) -> str:
     try:
         ZoneInfo(name)
     except (KeyError, ValueError, OSError) as error:
+        if not available_timezones():
+            raise ValueError(
+                "no time zone can be looked up, since this machine or image has no time-zone "
+                "database: install it, for example by `apt-get install tzdata`"
+            ) from error
         raise ValueError(f"{name!r} is no IANA time zone such as 'Asia/Shanghai'") from error
     return name
 
@@ -408,7 +414,7 @@ def load_settings(path: str) -> Settings:
     """
     try:
         with open(path, "rb") as file:
-            data = tomllib.load(file)
+            data = tomllib.loads(_text_of(path, file.read()))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise OperatorError(
             f"There are no settings at {path}. Point at them with --config, or write them with "
@@ -432,6 +438,24 @@ def load_settings(path: str) -> Settings:
         raise OperatorError(
             f"The settings {path} cannot be used: {problems}. Nothing was started."
         ) from error
+
+
+def _text_of(path: str, data: bytes) -> str:
+    """Decodes a settings file; raises OperatorError for what Windows editors may make of it."""
+    marks = {codecs.BOM_UTF8: "UTF-8", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+    for mark, encoding in marks.items():
+        if data.startswith(mark):
+            raise OperatorError(
+                f"The settings {path} begin with a byte-order mark, as {encoding} text of some "
+                "editors does; TOML is UTF-8 without one. Save the file as UTF-8 without a mark "
+                "(BOM)."
+            )
+    if b"\0" in data:
+        raise OperatorError(
+            f"The settings {path} hold NUL bytes, as UTF-16 text does; TOML is UTF-8. Save the "
+            "file as UTF-8 without a mark (BOM)."
+        )
+    return data.decode()
 
 
 def _problem(error: Any) -> str:

@@ -7,9 +7,11 @@ import datetime as dt
 import difflib
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from feature_jobs import inputs
 from feature_jobs.inputs import Source
@@ -18,6 +20,7 @@ from feature_jobs.store import day_names
 from pipelines.config import Settings
 
 _CLICK_DAYS = 2  # so long after the end of its log is a click looked for where histories begin
+_DAY_IN_PATH = re.compile(r"\d{4}-?\d\d-?\d\d|(?:year|month|day)=\d+")
 
 
 class ShopTables:
@@ -38,17 +41,20 @@ class ShopTables:
         self._opened: dict[str, Source] = {}
 
     def catalogue(self, ds: dt.date) -> Source:
+        return self._once(f"catalogue {ds}", lambda: self._open_catalogue(ds))
+
+    def _open_catalogue(self, ds: dt.date) -> Source:
         section = self._settings.catalogue
-        return self._once(
-            f"catalogue {ds}",
-            lambda: inputs.open_source(
-                "catalogue", section.path, ds, section.columns.model_dump(),
-                require_success=section.require_success,
-                named=section.columns.model_fields_set,
-                closed=not self.has_one_catalogue and ds in self._settings.closed_days,
-                rewrite=section.image_uri_pairs,
-            ),
+        found = inputs.open_source(
+            "catalogue", section.path, ds, section.columns.model_dump(),
+            require_success=section.require_success,
+            named=section.columns.model_fields_set,
+            closed=not self.has_one_catalogue and ds in self._settings.closed_days,
+            rewrite=section.image_uri_pairs,
         )  # fmt: skip
+        if self.has_one_catalogue:
+            check_one_snapshot(section.path, found)
+        return found
 
     @property
     def has_one_catalogue(self) -> bool:
@@ -144,3 +150,28 @@ class ShopTables:
             raise found.with_traceback(None)
         self._opened[key] = found
         return found
+
+
+def check_one_snapshot(template: str, catalogue: Source) -> None:
+    """Raises OperatorError where what `template` matches for one snapshot is that of several days.
+
+    Files of several days that share no item may be one: a table by the day of an item's creation.
+    """
+    by_day: dict[str, list[inputs.RowGroup]] = {}
+    for group in catalogue.groups():
+        if day := "/".join(_DAY_IN_PATH.findall(group.path)):
+            by_day.setdefault(day, []).append(group)
+    if len(by_day) < 2:
+        return
+    one, other = sorted(by_day)[-2:]
+    ids = inputs.read_rows(by_day[one][0], ["item_id"])["item_id"].combine_chunks()
+    if any(
+        pc.any(pc.is_in(inputs.read_rows(group, ["item_id"])["item_id"], value_set=ids)).as_py()
+        for group in by_day[other]
+    ):
+        raise OperatorError(
+            f"[catalogue] path = {template!r} names no day, and so means one snapshot for all "
+            f"days, but it matches files of {len(by_day)} days, such as {one} and {other}, which "
+            "hold the same items. Which of them counts cannot be told. Write {ds} where the day "
+            "stands in the path, or name the one snapshot that is meant."
+        )

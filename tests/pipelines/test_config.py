@@ -3,6 +3,7 @@
 import datetime as dt
 import glob
 import os
+import zoneinfo
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from feature_jobs.schemas import OperatorError
 from feature_jobs.store import day_names
+from pipelines import config
 from pipelines.config import Pin, Settings, load_settings
 
 LEAST = """
@@ -406,9 +408,27 @@ def test_bad_toml_is_refused_with_its_place(folder: Path, text: str) -> None:
 
 
 def test_a_file_that_is_no_text_is_refused(folder: Path) -> None:
-    (folder / "courier.toml").write_bytes(b"\xff\xfe\x00")
+    (folder / "courier.toml").write_bytes(b"\xc3\x28")
     with pytest.raises(OperatorError, match="not valid TOML"):
         load_settings(str(folder / "courier.toml"))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "told"),
+    [
+        ("utf-8-sig", "byte-order mark, as UTF-8 text"),
+        ("utf-16", "byte-order mark, as UTF-16 text"),
+        ("utf-16-le", "NUL bytes, as UTF-16 text"),
+        ("utf-16-be", "NUL bytes, as UTF-16 text"),
+    ],
+)
+def test_an_encoding_that_editors_of_windows_save_is_called_by_its_name(
+    folder: Path, encoding: str, told: str
+) -> None:
+    (folder / "courier.toml").write_bytes(LEAST.encode(encoding))
+    with pytest.raises(OperatorError, match=told) as refused:
+        load_settings(str(folder / "courier.toml"))
+    assert "Save the file as UTF-8" in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["shared", "Production", "a_b", "a/b", "..", "", "-a", "a\\n"])
@@ -425,6 +445,20 @@ def test_a_time_zone_that_is_none_is_refused(folder: Path, zone: str) -> None:
         message = refusal(folder, with_line(line, section))
         assert key in message
         assert "no IANA time zone" in message
+
+
+def test_a_machine_without_a_time_zone_database_is_told_as_that(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> None:
+        raise zoneinfo.ZoneInfoNotFoundError(name)
+
+    monkeypatch.setattr(config, "ZoneInfo", missing)
+    monkeypatch.setattr(config, "available_timezones", set)
+    message = refusal(folder, with_line('day_timezone = "Asia/Shanghai"'))
+    assert "has no time-zone database" in message
+    assert "apt-get install tzdata" in message
+    assert "no IANA time zone" not in message
 
 
 @pytest.mark.parametrize("old", ['"features"', '"catalogue/ds={ds}"', '"images"'])
