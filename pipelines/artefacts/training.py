@@ -35,6 +35,7 @@ from feature_jobs.store.encoder_info import EncoderInfo
 from feature_jobs.store.partitions import Partition
 from pipelines.artefacts.encoders import encoder_stanza
 from pipelines.config import Settings
+from pipelines.planning.made_with import rows_settings
 from pipelines.planning.shop_tables import ShopTables
 from pipelines.running.progress import StepBar
 from pipelines.running.stage import PACKAGE_VERSIONS
@@ -145,26 +146,25 @@ def find_span(
 
 
 def _check_alike(settings: Settings, found: Mapping[dt.date, Partition]) -> None:
-    """Raises OperatorError where a day was made under other settings.
+    """Raises OperatorError where days were made under other settings, naming both.
 
-    Another feature set may have made it, for instance, since the table is shared.
+    Another feature set may have made them, for instance, since the table is shared.
     """
-    training = settings.training
-    expected = {
-        "categories": sorted(set(training.categories)) or None,
-        "request_gap_seconds": training.request_gap_seconds,
-        "window_days": settings.window_days,
-        "click_delay_seconds": settings.log.click_delay_seconds,
-        "day_timezone": settings.day_timezone,
-    }
+    expected = rows_settings(settings)
+    other: dict[dt.date, dict[str, Any]] = {}
     for ds, partition in found.items():
-        made = {name: partition.manifest["settings"][name] for name in expected}
-        if made != expected:
-            raise OperatorError(
-                f"The training_rows of ds {ds} were made with {made}, but these "
-                f"settings say {expected}. The encoder would be trained on other rows than are "
-                f"meant. Correct the settings, or run `courier training-rows --ds {ds}`."
-            )
+        made = partition.manifest["settings"]
+        if differs := {k: made.get(k) for k, v in expected.items() if made.get(k) != v}:
+            other[ds] = differs
+    if other:
+        first, last, differs = min(other), max(other), other[min(other)]
+        raise OperatorError(
+            f"The training_rows of {len(other)} of {len(found)} days, ds {first} the first and "
+            f"{last} the last, were made otherwise than these settings say: those of {first} with "
+            f"{differs}, where the settings have { ({k: expected[k] for k in differs}) }. Rows of "
+            "days made differently are not trained on together. Correct the settings, or run "
+            f"`courier training-rows --start-ds {first} --end-ds {last}`."
+        )
 
 
 # ---- Rows and images -------------------------------------------------------------------------

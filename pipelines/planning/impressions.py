@@ -31,13 +31,12 @@ from feature_jobs.store import broadcast, documents, hashing
 from pipelines.config import Settings
 from pipelines.planning.day_plan import NO_IDS, DayPlan
 from pipelines.planning.items import PlannedFeatures, churn_note
+from pipelines.planning.made_with import history_settings, rows_settings
 from pipelines.planning.yesterday import (
     IMPRESSIONS_PER_CLICK,
     Before,
     Earlier,
-    click_settings,
     history_law,
-    history_settings,
     shards_of_log,
 )
 from pipelines.running import records
@@ -341,11 +340,7 @@ def plan_training_rows(day: DayPlan) -> PlannedRows:
             "catalogues": [source.identity() for source in catalogues],
         },
         identities={},
-        settings={
-            **click_settings(settings),
-            "categories": categories,
-            "request_gap_seconds": settings.training.request_gap_seconds,
-        },
+        settings=rows_settings(settings),
         input_rows=impressions.rows,
         notes={
             "days_without_log": missing,

@@ -31,6 +31,7 @@ from feature_jobs.schemas import (
 from feature_jobs.store import files, hashing
 from feature_jobs.store.partitions import MANIFEST, Partition
 from pipelines.config import Settings
+from pipelines.planning.made_with import history_settings
 from pipelines.planning.shop_tables import ShopTables
 from pipelines.running import states
 from pipelines.running.layout import Layout
@@ -246,26 +247,6 @@ def history_law(settings: Settings) -> HistoryLaw:
         settings.keep_repeats,
         settings.late_days * DAY_US,
     )
-
-
-def history_settings(settings: Settings) -> dict[str, Any]:
-    """Returns what manifests say of the law of histories."""
-    return {
-        "history_len": settings.history_len,
-        "keep_repeats": settings.keep_repeats,
-        "late_days": settings.late_days,
-        "history_start_ds": settings.history_start_ds and str(settings.history_start_ds),
-        **click_settings(settings),
-    }
-
-
-def click_settings(settings: Settings) -> dict[str, Any]:
-    return {
-        "window_days": settings.window_days,
-        "click_delay_seconds": settings.log.click_delay_seconds,
-        "history_lag_seconds": settings.history_lag_seconds,
-        "day_timezone": settings.day_timezone,
-    }
 
 
 def find_before(

@@ -1,6 +1,8 @@
 """`courier train` takes or refuses days, options, items and images of the tiny world."""
 
 import datetime as dt
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from feature_jobs.store import files
+from feature_jobs.store.partitions import MANIFEST, SUCCESS
 from pipelines.artefacts import training
 from pipelines.config import load_settings
 from tests.support.commands import Capture, paragraph
@@ -86,10 +89,37 @@ def test_rows_of_other_categories_exit_2(shop: World, capsys: Capture) -> None:
         assert train(shop) == 2
         told = paragraph(capsys)
         assert "['dress', 'shirt']" in told
-        assert "courier training-rows --ds 2026-03-01" in told
+        assert "courier training-rows --start-ds 2026-03-01 --end-ds 2026-03-03" in told
     shop.extra_settings = SECTION.replace("1800", "60")
     assert train(shop) == 2
     assert "'request_gap_seconds': 1800" in paragraph(capsys)
+    assert not (shop.folder / "training").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "history_lag_seconds = 60.0",
+        "window_days = 9",
+        'day_timezone = "Asia/Tokyo"',
+        "click_delay_seconds = 3.0",
+    ],
+)
+def test_rows_of_days_made_otherwise_exit_2_naming_days_and_settings(
+    shop: World, capsys: Capture, line: str
+) -> None:
+    name, _, value = line.partition(" = ")
+    path = rows_of(shop, DAYS[1]) / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["settings"][name] = json.loads(value)
+    path.write_text(json.dumps(manifest))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    (path.parent / SUCCESS).write_text(digest)
+    assert train(shop) == 2
+    told = paragraph(capsys)
+    assert f"1 of 3 days, ds {DAYS[1]} the first and {DAYS[1]} the last" in told
+    assert f"with {{{name!r}: {json.loads(value)!r}}}, where the settings have {{{name!r}: " in told
+    assert f"courier training-rows --start-ds {DAYS[1]} --end-ds {DAYS[1]}" in told
     assert not (shop.folder / "training").exists()
 
 
