@@ -17,10 +17,12 @@ moment from `late_us` before the end of ds on can see. An impression that comes 
 no history: what is left of it by then depends on later clicks.
 """
 
+import datetime as dt
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -29,6 +31,7 @@ import pyarrow.compute as pc
 
 from feature_jobs import inputs
 from feature_jobs.impressions.clicks import Clicks, HistoryLaw, histories_at, sort_clicks
+from feature_jobs.impressions.day_checks import DayFacts, JudgeDays, facts_of
 from feature_jobs.inputs import RowGroup, Source, check_day, read_rows
 from feature_jobs.schemas import RECENT_CLICKS, TIMESTAMP, USER_HISTORIES, Table
 from feature_jobs.store import arrays, hashing, partitions, worker_notes
@@ -287,8 +290,21 @@ def checked_clicks(
     return clicks
 
 
+def facts_of_group(
+    group: RowGroup, rows: pa.Table, law: HistoryLaw, day_timezone: str
+) -> Iterator[tuple[int, DayFacts]]:
+    """Yields what the rows of a row group tell of their day, by its ordinal."""
+    ds = group.form.ds
+    if len(rows):
+        start, end = (inputs.day_end(day, day_timezone) for day in (ds - dt.timedelta(days=1), ds))
+        yield ds.toordinal(), facts_of(rows, start, end, law.window_us)
+
+
 class ReadClicks(beam.DoFn):
-    """Turns a row group of impressions into its clicks by shard of users."""
+    """Turns a row group of impressions into its clicks by shard of users.
+
+    What it tells of its day goes out as `facts`.
+    """
 
     def __init__(self, law: HistoryLaw, day_timezone: str, shards: int, staging: str):
         self._law = law
@@ -297,9 +313,11 @@ class ReadClicks(beam.DoFn):
         self.staging = staging
 
     @worker_notes.refusing
-    def process(self, group: RowGroup) -> Iterator[tuple[int, bytes]]:
+    def process(self, group: RowGroup) -> Iterator[Any]:
         rows = read_rows(group, ["user_id", "item_id", "event_time", "clicked", "click_time"])
         clicks = checked_clicks(group, rows, self._law, self._day_timezone, self.staging)
+        for told in facts_of_group(group, rows, self._law, self._day_timezone):
+            yield beam.pvalue.TaggedOutput("facts", told)
         yield from hashing.split_by_shard(clicks, "user_id", self._shards)
 
 
@@ -354,14 +372,18 @@ class WriteHistories(beam.DoFn):
 def clicks_by_user(
     root: beam.Pipeline, log: Sequence[Source], job: HistoriesJob
 ) -> beam.PCollection:
-    """Returns the clicks of `log` by the job's shards of users, every shard among them."""
-    read = ReadClicks(job.law, job.day_timezone, job.shards, job.staging)
-    clicks = (
+    """Returns the clicks of `log` by the job's shards of users, every shard among them.
+
+    Days of the log that cannot be meant are refused.
+    """
+    read_clicks = ReadClicks(job.law, job.day_timezone, job.shards, job.staging)
+    read = (
         root
         | "ClickGroups" >> beam.Create([group for day in log for group in day.groups()])
-        | "ReadClicks" >> beam.ParDo(read)
+        | "ReadClicks" >> beam.ParDo(read_clicks).with_outputs("facts", main="clicks")
     )
-    return (clicks, every_shard(root, job.shards)) | "ClicksAndShards" >> beam.Flatten()
+    _ = read.facts | "JudgeLog" >> JudgeDays(job.staging)
+    return (read.clicks, every_shard(root, job.shards)) | "ClicksAndShards" >> beam.Flatten()
 
 
 # ---- The job ---------------------------------------------------------------------------------

@@ -26,6 +26,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.utils.shared import Shared
 
+from feature_jobs.impressions.day_checks import (
+    CheckIds,
+    JudgeDays,
+    facts_of,
+    repeated_id,
+    write_hashes,
+)
 from feature_jobs.impressions.histories import (
     HistoriesJob,
     HistoryDay,
@@ -53,6 +60,7 @@ from feature_jobs.store.pieces import Piece, read_pieces, write_pieces
 
 _READ_TOO = ("click_time", "impression_id", "history")  # of the optional columns
 _BLOCK_ROWS = 4096  # impressions scored at once
+_SHARDS_PER_ID_SHARD = 16  # hashes of IDs are small
 _ITEMS_AT_ONCE = 6_553_600  # of the histories that the impressions of a user shard get at once
 BROADCAST, SHUFFLE = "broadcast", "shuffle"
 
@@ -70,6 +78,11 @@ class SimscoreDay:
     encoder_id: str
     codebook_id: str
     staging: str
+
+    @property
+    def id_shards(self) -> int:
+        """Returns how many shards the shop's impression IDs meet in."""
+        return max(1, self.shards // _SHARDS_PER_ID_SHARD)
 
     @property
     def no_rows(self) -> pa.Table:
@@ -162,7 +175,7 @@ def score_impressions(
     ids = rows["impression_id"].combine_chunks() if given else impression_ids(rows)
     order = pc.sort_indices(ids)
     if given:
-        _check_ids(ids.take(order))
+        _check_ids(ids.take(order))  # as laws.check would, in other words
     at = order.to_numpy()
     scored = _score(items.vectors, found, coded, at)
     columns = {
@@ -180,18 +193,11 @@ def score_impressions(
 def _check_ids(ids: pa.Array) -> None:
     """Raises DataContractError where one of the shop's `ids` of a shard, ascending, occurs twice.
 
-    Those of users in different shards are not compared: they meet nowhere.
+    Those of users in different shards meet in `CheckIds`.
     """
-    again = pc.equal(ids[:-1], ids[1:])
-    if pc.any(again).as_py():
-        raise DataContractError(
-            f"The {len(ids):,} impressions of some users have only "
-            f"{len(ids) - pc.sum(again).as_py():,} different impression_id: "
-            f"{ids[1:].filter(again)[0]}, for example, is that of several. Each impression of a "
-            "ds is to have its own: whoever joins user_simscores by it would get rows twice. Mend "
-            "them where the log is written, or leave the column out: then IDs are made of user, "
-            "item and time."
-        )
+    again = ids[1:].filter(pc.equal(ids[:-1], ids[1:]))
+    if len(again):
+        raise repeated_id(again[0].as_py())
 
 
 class _Coded(NamedTuple):
@@ -339,7 +345,8 @@ def share_histories(rows: pa.Table, shards: np.ndarray) -> pa.Table:
 class ReadImpressions(beam.DoFn):
     """Turns a row group of impressions into pieces of its rows: ((day, shard), piece).
 
-    Where they get their histories first, it is (user shard, (day, piece)) as `by_user`.
+    Where they get their histories first, it is (user shard, (day, piece)) as `by_user`. What checks
+    the whole day goes out as `facts` of it, and as `ids` by ((day, shard of the IDs)).
     """
 
     def __init__(self, job: SimscoreJob):
@@ -351,11 +358,16 @@ class ReadImpressions(beam.DoFn):
         place = self._places[group.form.ds.toordinal()]
         day, histories = self._job.days[place], self._job.histories
         rows = read_impressions(group, day.day.end_us, self._job.history_len)
+        if len(rows):
+            facts = facts_of(rows, day.day.start_us, day.day.end_us)
+            yield beam.pvalue.TaggedOutput("facts", (day.day.number, facts))
+        name = documents.digest([group.path, group.index])[:16]
+        for shard, ids in write_hashes(_pieces(self._job, "ids", name), group, rows, day.id_shards):
+            yield beam.pvalue.TaggedOutput("ids", ((place, shard), ids))
         users = None if histories is None or day.has_history else histories.shards
         shards = hashing.shard_of(hashing.hash_ids(rows["user_id"]), users or day.shards)
         if "history" in rows.column_names:
             rows = share_histories(rows, shards)
-        name = documents.digest([group.path, group.index])[:16]
         for shard, piece in write_pieces(_pieces(self._job, "rows", name), rows, shards):
             if users:
                 yield beam.pvalue.TaggedOutput("by_user", (shard, (place, piece)))
@@ -515,8 +527,12 @@ def define_simscore(
     read = (
         root
         | "ImpressionGroups" >> beam.Create([g for day in impressions for g in day.groups()])
-        | "ReadImpressions" >> beam.ParDo(ReadImpressions(job)).with_outputs("by_user", main="rows")
+        | "ReadImpressions"
+        >> beam.ParDo(ReadImpressions(job)).with_outputs("by_user", "facts", "ids", main="rows")
     )
+    _ = read.facts | "JudgeDays" >> JudgeDays(job.staging)
+    check_ids = CheckIds([day.form for day in impressions], job.staging)
+    _ = read.ids | "ByDayAndIdShard" >> beam.GroupByKey() | "CheckIds" >> beam.ParDo(check_ids)
     every = every_shard_of_days(root, [day.shards for day in job.days])
     parts = [read.rows, every]
     if job.histories:

@@ -38,11 +38,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_jobs.impressions.clicks import HistoryLaw, histories_at, sort_clicks
+from feature_jobs.impressions.day_checks import JudgeDays
 from feature_jobs.impressions.histories import (
     checked_clicks,
     click_moments,
     clicks_of,
     codes_of,
+    facts_of_group,
     no_clicks,
 )
 from feature_jobs.inputs import IMPRESSION_COLUMNS, RowGroup, Source, day_end, read_rows
@@ -460,7 +462,8 @@ class ReadLog(beam.DoFn):
     """Turns a row group of the log into pieces of its rows: (shard, (ordinal of its day, piece)).
 
     Of days that are none of the job's only the clicks are kept. Where there is a scope, the shards
-    are of items, as (shard, type of the IDs): those of two types never meet.
+    are of items, as (shard, type of the IDs): those of two types never meet. What a row group tells
+    of its day goes out as `facts`.
     """
 
     def __init__(self, job: TrainingRowsJob):
@@ -470,13 +473,15 @@ class ReadLog(beam.DoFn):
         self.staging = job.staging
 
     @worker_notes.refusing
-    def process(self, group: RowGroup) -> Iterator[tuple[Any, tuple[int, Piece]]]:
+    def process(self, group: RowGroup) -> Iterator[Any]:
         number = group.form.ds.toordinal()
         wanted = [*IMPRESSION_COLUMNS, "click_time"]
         if number in self._days:
             wanted.append("request_id")
         rows = read_rows(group, wanted)
         checked_clicks(group, rows, self._law, self._day_timezone, self.staging)
+        for told in facts_of_group(group, rows, self._law, self._day_timezone):
+            yield beam.pvalue.TaggedOutput("facts", told)
         if number not in self._days:
             rows = rows.filter(rows["clicked"])
         path = _pieces(self.staging, "log", documents.digest([group.path, group.index])[:16])
@@ -671,11 +676,13 @@ def define_training_rows(
     check_days(job.days, log)
     windows = catalogue_windows(job.days, catalogues) if job.categories is not None else []
     job = replace(job, days=_with_equal_values_shared(job.days))
-    rows = (
+    read = (
         root
         | "LogGroups" >> beam.Create([group for day in log for group in day.groups()])
-        | "ReadLog" >> beam.ParDo(ReadLog(job))
+        | "ReadLog" >> beam.ParDo(ReadLog(job)).with_outputs("facts", main="rows")
     )
+    _ = read.facts | "JudgeDays" >> JudgeDays(job.staging)
+    rows = read.rows
     parts = [every_shard_of_days(root, [day.shards for day in job.days])]
     if job.categories is not None:
         rows, left_out = keep_in_scope(root, rows, catalogues, windows, job)

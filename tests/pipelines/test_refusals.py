@@ -6,12 +6,15 @@ import os
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from feature_jobs.impressions import simscore
+from feature_jobs.impressions import histories, simscore
 from feature_jobs.items import embed_walk
+from feature_jobs.store import files, hashing
 from pipelines.cli import main
 from tests.conftest import Artefacts, pinned
 from tests.support.commands import (
@@ -293,7 +296,120 @@ def test_an_impression_id_that_two_rows_have_is_refused(world: World, capsys: Ca
     rewrite(world, DAYS[0], lambda rows: with_ids(rows, [7] * len(rows)))
     assert refresh(world, DAYS[0]) == 1
     told = paragraph(capsys)
-    assert "have only 1 different impression_id: 7, for example, is that of several" in told
+    assert "impression_id 7, for example, is that of several impressions of one day" in told
+
+
+def test_an_impression_id_of_users_in_two_shards_is_refused(world: World, capsys: Capture) -> None:
+    users = pc.unique(pa.array([row["user"] for row in draw_impressions(DAYS[0], seed=0)]))
+    shards = hashing.shard_of(hashing.hash_ids(users), 16)
+    one, other = users[0].as_py(), users[int(np.flatnonzero(shards != shards[0])[0])].as_py()
+    ids, left = itertools.count(), {one, other}
+
+    def add(rows: pa.Table) -> pa.Table:
+        found = []
+        for user in rows["user_id"].to_pylist():
+            found.append(-1 if user in left else next(ids))
+            left.discard(user)
+        return with_ids(rows, found)
+
+    rewrite(world, DAYS[0], add)
+    assert not left
+    assert refresh(world, DAYS[0]) == 1
+    assert "impression_id -1, for example, is that of several" in paragraph(capsys)
+
+
+# ---- Days of the log that cannot be meant ------------------------------------------------------
+
+
+def as_seconds(rows: pa.Table) -> pa.Table:
+    """Returns a log that has counted seconds and calls them milliseconds."""
+    for name in ("event_time", "click_time"):
+        seconds = pc.divide(rows[name].cast(pa.int64()), 1_000_000)
+        wrong = seconds.cast(pa.timestamp("ms", "UTC"))
+        rows = rows.set_column(rows.column_names.index(name), name, wrong)
+    return rows
+
+
+@pytest.mark.parametrize("command", ["refresh", "histories", "training-rows"])
+def test_a_day_in_january_1970_is_refused_by_who_reads_its_log(
+    world: World, capsys: Capture, command: str
+) -> None:
+    rewrite(world, DAYS[0], as_seconds)
+    assert courier(world, command, "--ds", str(DAYS[0])) == 1
+    told = paragraph(capsys)
+    assert "152 of the 152 impressions of ds 2026-03-01 lie before that day" in told
+    assert "1970-01-21" in told
+    assert published(world) == {}
+
+
+def test_a_day_of_other_times_is_refused_by_simscore_alone(
+    world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(histories, "facts_of_group", lambda *_: iter(()))
+    rewrite(world, DAYS[0], as_seconds)
+    assert refresh(world, DAYS[0]) == 1
+    assert "152 of the 152 impressions of ds 2026-03-01" in paragraph(capsys)
+
+
+def test_one_request_id_for_a_day_is_refused_by_training_rows(
+    world: World, capsys: Capture
+) -> None:
+    def add(rows: pa.Table) -> pa.Table:
+        return rows.append_column("request_id", pa.array(["r"] * len(rows)))
+
+    for day in DAYS[:2]:
+        rewrite(world, day, add)
+    assert courier(world, "training-rows", "--ds", str(DAYS[1])) == 1
+    assert "have the request_id 'r'" in paragraph(capsys)
+
+
+def test_clicks_of_the_year_9999_in_int96_are_left_out_and_told(
+    world: World, capsys: Capture
+) -> None:
+    # As Spark writes them; a wrapped one would be a click of 1816, and so one at its impression.
+    def never(rows: pa.Table) -> pa.Table:
+        far = dt.datetime(9999, 12, 31)
+        rows = rows.drop_columns(["click_time"])
+        return rows.append_column("click_time", pa.array([far] * len(rows), pa.timestamp("us")))
+
+    clicked = 0
+    for path in (world.folder / "impressions" / f"ds={DAYS[0]}").glob("*.parquet"):
+        rows = pq.read_table(path, partitioning=None)
+        clicked += sum(rows["clicked"].to_pylist())
+        some = pa.concat_tables([never(rows.slice(0, 9)), naive(rows.slice(9))])
+        pq.write_table(some, path, use_deprecated_int96_timestamps=True)
+    edit(world, "[embed]", 'input_timezone = "UTC"\n[embed]')
+    assert main(["histories", "--config", str(world.config), "--ds", str(DAYS[0])]) == 0
+    assert "dated more than window_days after its end" in capsys.readouterr().err
+    lists = world.table("user_histories", DAYS[0])["click_times"].to_pylist()
+    assert {time.year for times in lists for time in times} == {2026}
+
+
+def naive(rows: pa.Table) -> pa.Table:
+    times = rows["click_time"].cast(pa.timestamp("us"))
+    return rows.drop_columns(["click_time"]).append_column("click_time", times)
+
+
+# ---- Two snapshots taken for one -----------------------------------------------------------------
+
+
+def test_two_days_taken_for_one_snapshot_are_told_as_that(world: World, capsys: Capture) -> None:
+    assert main(edit(world, "catalogue/ds={ds}/", "catalogue/*/")) == 2
+    told = paragraph(capsys)
+    assert "names no day" in told
+    assert f"matches files of {len(DAYS)} days, such as {DAYS[-2]} and {DAYS[-1]}" in told
+    assert "Write {ds}" in told
+    assert published(world) == {}
+
+
+def test_a_snapshot_in_folders_of_several_days_that_share_no_item_is_one(world: World) -> None:
+    for day in DAYS[2:]:
+        files.delete_tree(str(world.folder / "catalogue" / f"ds={day}"))
+    items = catalogue_items(DAYS[0])
+    for day, some in ((DAYS[0], items[:6]), (DAYS[1], items[6:])):
+        world.write_catalogue(day, some)
+    args = edit(world, "catalogue/ds={ds}/", "catalogue/*/")
+    assert main(["embed", *args[1:]]) == 0
 
 
 def test_text_that_is_not_utf8_is_refused(world: World, capsys: Capture) -> None:

@@ -128,7 +128,8 @@ def run(job: SimscoreJob, log: list[inputs.Source]) -> None:
     told = [found for group in groups for found in clicks.process(group)]
     read = [found for g in groups for found in simscore.ReadImpressions(job).process(g)]
     assert all(isinstance(found, TaggedOutput) for found in read)
-    users, chunks = by_key(found.value for found in read), by_key(told)
+    users = by_key(found.value for found in read if found.tag == "by_user")
+    chunks = by_key(found for found in told if not isinstance(found, TaggedOutput))
     add = simscore.AddHistories(job, histories)
     rows = by_key(
         pair

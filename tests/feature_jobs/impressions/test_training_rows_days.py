@@ -118,7 +118,7 @@ def _id(ids: str, prefix: str, number: int) -> Any:
 
 
 def _draw_row(rng: np.random.Generator, number: int, ids: str, requests: str) -> Row:
-    late = int(rng.choice([0, 0, 0, 0, 0, 1, 2, 12]))
+    late = int(rng.choice([0, 0, 0, 0, 0, 0, 0, 1, 2, 12]))
     event = START + (number - late) * DAY_US + int(rng.integers(0, TICKS)) * TICK
     after = int(rng.choice([0, 1, 2, 5, 30, 24 * 60]))  # ticks; the last is no true time
     request = None
@@ -202,7 +202,8 @@ def by_key(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
 def run(job: TrainingRowsJob, log: Sequence[Source], catalogues: Sequence[Source]) -> None:
     """Runs the pipeline of `define_training_rows` by hand."""
     read = steps.ReadLog(job)
-    rows = by_key(pair for source in log for g in source.groups() for pair in read.process(g))
+    found = [pair for source in log for g in source.groups() for pair in read.process(g)]
+    rows = by_key(pair for pair in found if not isinstance(pair, TaggedOutput))
     parts: list[tuple[Any, Any]] = []
     if job.categories is not None:
         list_items = steps.ReadCatalogue(job)
