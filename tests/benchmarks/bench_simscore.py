@@ -13,6 +13,7 @@ vectors have 256 floats.
    DuckDB's fastest query on two threads.
 4. --shuffle: so many impressions with the embeddings broadcast and shuffled, score by score.
 5. --memory: the job's peak at so many impressions.
+6. What it costs to find out whether the shop's own impression IDs are unique, as a share of 1.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from nights import timed
 
 from courier_model.encoder import build_encoder, save_encoder
+from feature_jobs import inputs
 from feature_jobs.codebooks.codebook import (
     Codebook,
     CodebookInfo,
@@ -49,6 +51,7 @@ from feature_jobs.codebooks.codebook import (
     health_of,
     save_codebook,
 )
+from feature_jobs.impressions.day_checks import CheckIds, write_hashes
 from feature_jobs.schemas import ITEM_EMBEDDINGS, SIM_TIERS, TIMESTAMP, USER_SIMSCORES
 from feature_jobs.store import arrays, hashing, partitions
 from pipelines.config import load_settings
@@ -58,6 +61,7 @@ from pipelines.running.stage import Stage
 from pipelines.running.states import Look
 from pipelines.stages import EMBED, ITEM_FEATURES
 
+ROWS_PER_ID_SHARD = 16 * 131_072  # as the job has it by default
 DAY_BEFORE, DAY = dt.date(2026, 1, 5), dt.date(2026, 1, 6)
 NOON_US = int(dt.datetime.combine(DAY, dt.time(12), dt.UTC).timestamp()) * 1_000_000
 HISTORY, DIM, PER_USER, CENTRES = 50, 256, 5, 64
@@ -514,6 +518,40 @@ def bench_memory(shop: Shop, items: int, sizes: list[int], mode: str) -> None:
         )
 
 
+# ---- 6. Impression IDs of the shop -------------------------------------------------------------
+
+
+def bench_ids(shop: Shop, impressions: int, rate: float) -> None:
+    """Prints the core seconds of the check of text IDs, beside those of the job at its `rate`."""
+    path, names = (
+        shop.top / "ids" / f"{DAY}" / "0.parquet",
+        [*LOG_SCHEMA.names[:4], "impression_id"],
+    )
+    path.parent.mkdir(parents=True)
+    ids = [hashlib.md5(str(n).encode()).hexdigest() for n in range(impressions)]
+    columns = [ids, ids, pa.nulls(len(ids), TIMESTAMP), np.zeros(len(ids), bool), ids]
+    pq.write_table(pa.table(columns, names=names), path, row_group_size=65_536)
+    source = inputs.open_source(
+        "impressions", str(shop.top / "ids" / "{ds}"), DAY, {name: name for name in names}
+    )
+    groups = [(group, inputs.read_rows(group, ["impression_id"])) for group in source.groups()]
+    shards = hashing.num_shards(impressions, ROWS_PER_ID_SHARD)
+
+    def check() -> None:
+        found: dict[tuple[int, int], list[Any]] = {}
+        for group, rows in groups:
+            pieces = str(shop.top / "pieces" / f"ids-{group.index}")
+            for shard, told in write_hashes(pieces, group, rows, shards):
+                found.setdefault((0, shard), []).append(told)
+        check_ids = CheckIds([source.form], str(shop.top / "staging"))
+        for element in found.items():
+            list(check_ids.process(element))
+
+    seconds = float(np.median([timed(check) for _ in range(REPEATS)]))
+    share = seconds / (nights.WORKERS * impressions / rate)
+    print(f"  IDs: {seconds:.2f} core seconds, {share:.1%} of the job's", flush=True)
+
+
 # ---- All of it ---------------------------------------------------------------------------------
 
 
@@ -521,6 +559,7 @@ def bench_all(top: Path, given: argparse.Namespace) -> None:
     """Takes every measurement that was asked for, in one shop."""
     shop = make_shop(top, given.items)
     ours = bench_job(shop, given.items, given.impressions, given.mode)
+    bench_ids(shop, given.impressions, ours)
     bench_yardsticks(shop, given.items, ours)
     if given.shuffle:
         print(f"Broadcast or shuffle, {given.shuffle:,} impressions")
