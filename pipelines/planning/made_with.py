@@ -31,7 +31,7 @@ def rows_settings(settings: Settings) -> dict[str, Any]:
 def _click_settings(settings: Settings) -> dict[str, Any]:
     return {
         "window_days": settings.window_days,
-        "click_delay_seconds": settings.impressions.click_delay_seconds,
+        "click_delay_seconds": settings.log.click_delay_seconds,
         "history_lag_seconds": settings.history_lag_seconds,
         "day_timezone": settings.day_timezone,
     }
