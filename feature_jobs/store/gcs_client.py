@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import google.auth
 from google.api_core import exceptions as api_errors
 from google.auth import exceptions as auth_errors
 from google.cloud.storage import Client
@@ -62,10 +63,21 @@ def _free_connection(response: Any, **_: Any) -> None:
         _ = response.content
 
 
-def _without_credentials(error: Exception) -> OperatorError:
+def check_credentials(who_needs: str) -> None:
+    """Raises OperatorError where this machine has no credentials for Google's services.
+
+    Nothing is asked of those; only a machine's metadata server is, for some seconds at most.
+    """
+    try:
+        google.auth.default()
+    except auth_errors.GoogleAuthError as error:
+        raise _without_credentials(error, who_needs) from error
+
+
+def _without_credentials(error: Exception, who_needs: str = "gs:// paths need") -> OperatorError:
     found = _brief(error).rstrip(".")
     return OperatorError(
-        f"gs:// paths need Google's application default credentials, but {found}. Run "
+        f"{who_needs} Google's application default credentials, but {found}. Run "
         "`gcloud auth application-default login`, let GOOGLE_APPLICATION_CREDENTIALS name a key "
         "file, or run on a machine with a service account."
     )

@@ -22,9 +22,10 @@ from apache_beam.options.pipeline_options import (
 from feature_jobs.schemas import OperatorError
 from feature_jobs.store.threads import Share
 from pipelines.config import Settings
+from pipelines.running import runners
 
-LOCAL_RUNNER = "FnApiRunner"  # by name: DirectRunner first tries to download a binary
-_PORTABLE = ("flink", "spark", "portable")  # runners whose workers start SDK processes as told
+# Runners whose workers start SDK processes as told.
+_TOLD_PROCESSES = (runners.PORTABLE, runners.FLINK, runners.SPARK)
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,33 @@ def flags(settings: Mapping[str, Any], stage: str) -> list[str]:
     return found
 
 
-def check_flags(given: Sequence[str]) -> None:
-    """Raises OperatorError for a flag that no Beam option knows, or that lacks its value."""
+def _named_runner(given: Sequence[str]) -> str:
+    """Returns the runner that flags name last, by its full name; the local one for none."""
+    parser = _BeamArgumentParser(allow_abbrev=False)
+    parser.add_argument("--runner", nargs="?")
+    return runners.named(parser.parse_known_args(list(given))[0].runner or runners.LOCAL)
+
+
+def check_flags(given: Sequence[str], runner: str) -> None:
+    """Raises OperatorError for a flag that Beam or the runner does not know, or without a value."""
     parser = _BeamArgumentParser(allow_abbrev=False, exit_on_error=False)
     for options in {str(cls): cls for cls in PipelineOptions.__subclasses__()}.values():
         options._add_argparse_args(parser)
+    runners.add_options(runner, parser)
     try:
         _, unknown = parser.parse_known_args(list(given))
     except (SystemExit, Exception) as error:  # argparse exits for some mistakes, raises for others
         raise OperatorError(f"Beam cannot parse the options {' '.join(given)}: {error}.") from error
     if unknown:
+        name = unknown[0].split("=")[0]
+        if runners.is_of_flink(name):
+            raise OperatorError(
+                f"{unknown[0]!r} is an option of Flink alone, and {runner} would drop it. Leave it "
+                "out, or give it to the stages alone that run on FlinkRunner, or on a "
+                "PortableRunner with Flink's job server."
+            )
         known = [s for action in parser._actions for s in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise OperatorError(
             f"Beam knows no option {unknown[0]!r} and would drop it with a warning, and the job "
@@ -82,19 +98,23 @@ def pipeline_options(
 ) -> PipelineOptions:
     """Returns options of one stage: the defaults, the settings, then `given` on the command line.
 
-    Raises OperatorError for an unknown option.
+    The runner is told by its full name. Raises OperatorError for an unknown option, or a runner
+    that is not supported.
     """
     mine = [*flags(settings, stage), *given]
-    check_flags(mine)
-    return PipelineOptions([f"--runner={LOCAL_RUNNER}", *mine])
+    runner = _named_runner(mine)
+    check_flags(mine, runner)
+    return PipelineOptions([*mine, f"--runner={runner}"])
 
 
 def job_options(settings: Settings, stage: str, given: Sequence[str]) -> JobOptions:
     """Returns how a stage runs, by the settings and then by what is `given` on the command line.
 
-    Raises OperatorError for an option that Beam does not know.
+    Raises OperatorError for an option that Beam does not know, for a runner that is not supported,
+    and for one that lacks what its first job would ask for.
     """
     options = pipeline_options(settings.beam, stage, given)
+    runners.check_ready(options)
     return JobOptions(options, Share(settings.workers.threads, processes_per_host(options)))
 
 
@@ -103,11 +123,11 @@ def processes_per_host(options: PipelineOptions) -> int | None:
 
     Several workers that a cluster puts on one host are not told by options.
     """
-    name = options.view_as(StandardOptions).runner.rpartition(".")[2].lower().removesuffix("runner")
-    if name == "dataflow":
+    runner = options.view_as(StandardOptions).runner
+    if runner == runners.DATAFLOW:
         experiments = options.view_as(DebugOptions).experiments or []
         return 1 if "no_use_multiple_sdk_containers" in experiments else None
-    if name in _PORTABLE:
+    if runner in _TOLD_PROCESSES:
         portable = options.view_as(PortableOptions)
         # In LOOPBACK they are threads of the launcher's process.
         alone = portable.environment_type == "LOOPBACK"

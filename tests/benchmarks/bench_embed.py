@@ -58,7 +58,7 @@ from feature_jobs.store.pieces import Piece, write_pieces
 from pipelines.config import load_settings
 from pipelines.demo.shop import Shop, make_shop
 from pipelines.nightly import make_nights, plan_nights
-from pipelines.running import beam_options
+from pipelines.running import runners
 from pipelines.stages import EMBED
 
 BATCH = 8
@@ -323,7 +323,7 @@ def bench_beam(folder: Path, tensors: int) -> None:
 
 
 def run(transform: beam.PTransform) -> None:
-    with beam.Pipeline(options=PipelineOptions([f"--runner={beam_options.LOCAL_RUNNER}"])) as root:
+    with beam.Pipeline(options=PipelineOptions([f"--runner={runners.LOCAL}"])) as root:
         _ = root | transform
 
 

@@ -56,7 +56,7 @@ from feature_jobs.schemas import ITEM_EMBEDDINGS, SIM_TIERS, TIMESTAMP, USER_SIM
 from feature_jobs.store import arrays, hashing, partitions
 from pipelines.config import load_settings
 from pipelines.nightly import make_nights, plan_nights
-from pipelines.running import beam_options, making, states
+from pipelines.running import making, runners, states
 from pipelines.running.stage import Stage
 from pipelines.running.states import Look
 from pipelines.stages import EMBED, ITEM_FEATURES
@@ -80,7 +80,7 @@ LOG_SCHEMA = pa.schema(
         ("history", pa.list_(pa.int64())),
     ]
 )
-ONE_PROCESS = PipelineOptions([f"--runner={beam_options.LOCAL_RUNNER}"])
+ONE_PROCESS = PipelineOptions([f"--runner={runners.LOCAL}"])
 ScoreRow = Callable[[dict[str, Any], dict[int, np.ndarray]], dict[str, Any]]
 
 

@@ -34,7 +34,7 @@ SETTINGS = {
 
 def refusal(given: Sequence[str]) -> str:
     with pytest.raises(OperatorError) as refused:
-        check_flags(given)
+        check_flags(given, "FnApiRunner")
     assert refused.value.exit_status == 2
     message = str(refused.value)
     assert "\n" not in message
@@ -104,7 +104,7 @@ def test_an_option_without_its_value_or_with_a_wrong_one_is_refused(given: str) 
     ],
 )  # fmt: skip
 def test_beams_own_options_are_taken(given: list[str]) -> None:
-    assert check_flags(given) is None
+    assert check_flags(given, "FnApiRunner") is None
 
 
 def test_an_unknown_option_is_refused_wherever_it_stands() -> None:
