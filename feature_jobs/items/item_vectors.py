@@ -216,7 +216,11 @@ def _build_item_vectors(items: ItemTables, folder: str) -> None:
             write_ids(found["item_id"])
             filled += len(matrix)
     hashes = np.load(os.path.join(folder, "hashes.npy"), mmap_mode="r")
-    np.save(os.path.join(folder, "starts.npy"), bucket_starts(hashes))
+    starts = bucket_starts(hashes)
+    # Not by np.save, which says of a full disk how many bytes it wrote and not what is wrong.
+    path = os.path.join(folder, "starts.npy")
+    with _array_file(path, starts.dtype.str, starts.shape) as write_starts:
+        write_starts(starts)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from feature_jobs.schemas import CourierError
-from feature_jobs.store import documents, files
+from feature_jobs.store import documents, faults, files
 
 _DONE = "done.json"
 
@@ -17,7 +17,7 @@ def shared_folder(key: str, build: Callable[[str], Any], size: int = 0) -> tuple
 
     `build` runs once, while other processes wait; one that was killed is run again. Raises
     CourierError where the folder belongs to somebody else, or where the disk has no room for the
-    `size` of it, in bytes.
+    `size` of it, in bytes, or had none while it was built.
     """
     folder = folder_of(key)
     os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -31,7 +31,9 @@ def shared_folder(key: str, build: Callable[[str], Any], size: int = 0) -> tuple
     with files.lock(folder, wait=True):
         if not files.exists(done):
             _check_room(key, size)
-            documents.write_json(done, build(folder))
+            with faults.telling_full(folder):  # others may fill the disk meanwhile
+                built = build(folder)
+            documents.write_json(done, built)
     return folder, documents.read_json(done)
 
 

@@ -1,9 +1,9 @@
 """Tells faults of a store from answers: which are waited for, how long, and what is raised then.
 
 "Not there" is ENOENT, ENOTDIR or 404 and nothing else, and reaches callers as FileNotFoundError.
-What is wrong with a name (a folder, a loop of links, too long) is told at once. Everything else
-says nothing of the file that was asked for: it is waited for, and then raised as
-StorageUnavailable, so that nothing is ever rejected, made again or deleted for it.
+What is wrong with a name (a folder, a loop of links, too long) is told at once. Everything else, a
+full disk included, says nothing of the file that was asked for: it is waited for, and then raised
+as StorageUnavailable, so that nothing is ever rejected, made again or deleted for it.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from feature_jobs.schemas import CourierError, StorageUnavailable
 
 RETRY_SECONDS = 120.0  # so long is a fault waited for
 FORBIDDEN_SECONDS = 10.0  # what may not be read seldom mends itself, but a mount's login does
+FULL_SECONDS = 10.0  # a full disk seldom has room again unless somebody makes it
 FIRST_WAIT_SECONDS = 1.0  # at most, before the second try of a call; then twice as long each time
 
 Self_ = TypeVar("Self_")
@@ -26,6 +27,7 @@ OfPath = Callable[Concatenate[Self_, str, P], T]
 
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR}
 FORBIDDEN = {errno.EACCES, errno.EPERM}
+FULL = {errno.ENOSPC, errno.EDQUOT}
 # What a name is, or what a call is asked to do, does not change by waiting.
 _ANSWERS = NOT_THERE | {
     errno.EEXIST, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTEMPTY,
@@ -56,6 +58,37 @@ def forbidden(path: str, found: str) -> StorageUnavailable:
         "rejected or deleted for it. Give this account access, or mend the mount, and run the "
         "same command again: it goes on from where it was."
     )
+
+
+def full(path: str, found: str) -> StorageUnavailable:
+    """Returns the error for a disk that has no room for `path`, `found` the system's words."""
+    return StorageUnavailable(
+        f"{path} could not be written ({found}): its disk is full, or what this account may use of "
+        "it. All that was written before is whole, and nothing was half-published. Make room "
+        "there, or give the account more, and run the same command again: it goes on from where it "
+        "was."
+    )
+
+
+@contextlib.contextmanager
+def telling_full(folder: str) -> Iterator[None]:
+    """Raises StorageUnavailable where the block, which writes below `folder`, finds no room.
+
+    For what is not written through a store; what the system says of a write names no file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise full(error.filename or folder, str(error)) from error
+
+
+def gave_up(path: str, found: BaseException | None) -> StorageUnavailable:
+    """Returns the error for a call on a disk that `found` the same fault until waiting ended."""
+    number = found.errno if isinstance(found, OSError) else None
+    known = forbidden if number in FORBIDDEN else full if number in FULL else unavailable
+    return known(path, str(found))
 
 
 def lost(path: str) -> CourierError:
@@ -126,14 +159,14 @@ def _wait(path: str, call: Callable[[], T], found: OSError) -> T:
     """Calls again and again until there is an answer; `found` is the fault of the first time."""
     from google.api_core import exceptions, retry  # half a second, which only a fault has to pay
 
-    seconds = min(FORBIDDEN_SECONDS, RETRY_SECONDS) if found.errno in FORBIDDEN else RETRY_SECONDS
+    patience = RETRY_SECONDS
+    if found.errno in FORBIDDEN | FULL:
+        patience = min(patience, FORBIDDEN_SECONDS if found.errno in FORBIDDEN else FULL_SECONDS)
     again = retry.Retry(
-        is_waited_for, initial=FIRST_WAIT_SECONDS, maximum=30, multiplier=2, timeout=seconds
+        is_waited_for, initial=FIRST_WAIT_SECONDS, maximum=30, multiplier=2, timeout=patience
     )
     try:
         answer: T = again(call)()
     except exceptions.RetryError as error:
-        cause = error.cause
-        is_forbidden = isinstance(cause, OSError) and cause.errno in FORBIDDEN
-        raise (forbidden if is_forbidden else unavailable)(path, str(cause)) from error
+        raise gave_up(path, error.cause) from error
     return answer

@@ -288,7 +288,8 @@ class GcsStore:
     @contextlib.contextmanager
     def atomic_writer(self, path: str) -> Iterator[IO[Any]]:
         with tempfile.SpooledTemporaryFile(_LARGE_CHUNK) as file:
-            yield file
+            with faults.telling_full(tempfile.gettempdir()):
+                yield file
             _upload(path, file)
 
     def write_bytes(self, path: str, data: bytes) -> None:

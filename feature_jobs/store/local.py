@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from feature_jobs.store.faults import Changed, is_waited_for, patient, unavailable
+from feature_jobs.store.faults import Changed, gave_up, is_waited_for, patient
 from feature_jobs.store.protocol import FileInfo, Held, is_hidden
 
 # What a disk without hard links says.
@@ -137,7 +137,7 @@ class LocalStore:
             self._rename(temporary, path)
         except OSError as error:
             if error.filename is None and is_waited_for(error):  # of a write: what the block did
-                raise unavailable(path, str(error)) from error  # cannot be done again from here
+                raise gave_up(path, error) from error  # cannot be done again from here
             raise
         finally:
             with contextlib.suppress(OSError):  # no reader looks at what is left

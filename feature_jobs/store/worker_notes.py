@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import re
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from feature_jobs.schemas import CourierError
-from feature_jobs.store import files, threads
+from feature_jobs.store import faults, files, threads
 from feature_jobs.store.documents import digest, parse_json, read_json, write_json
 
 # As Python prints one, and Beam goes on.
@@ -26,8 +27,9 @@ def refusing(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Iterato
 
     The DoFn has its staging folder as `staging`. Once anything there was refused, the job runs to
     its end without doing more, and the launcher raises the error word for word. Raised in a worker
-    it would be tried again, and reach the operator as a traceback within a traceback. The process
-    keeps to the threads that `share_host` told.
+    it would be tried again, and reach the operator as a traceback within a traceback. So is a disk
+    told that is full, the worker's own included. The process keeps to the threads that `share_host`
+    told.
     """
 
     @functools.wraps(process)
@@ -37,7 +39,8 @@ def refusing(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Iterato
         if files.list_names(errors):
             return
         try:
-            yield from process(self, element) or ()
+            with faults.telling_full(tempfile.gettempdir()):
+                yield from process(self, element) or ()
         except CourierError as error:
             found = {"kind": type(error).__name__, "message": str(error)}
             write_json(os.path.join(errors, digest(found)[:12] + ".json"), found)

@@ -1,6 +1,7 @@
 """Tests that bad input gives one paragraph and the right exit status; published tables stay."""
 
 import datetime as dt
+import errno
 import itertools
 import os
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 
 from feature_jobs.impressions import histories, simscore
 from feature_jobs.items import embed_walk
-from feature_jobs.store import files, hashing
+from feature_jobs.store import faults, files, hashing
 from pipelines.cli import main
+from pipelines.running import records
 from tests.conftest import Artefacts, pinned
 from tests.support.commands import (
     Capture,
@@ -26,6 +28,7 @@ from tests.support.commands import (
     refresh,
     rewrite,
 )
+from tests.support.ill_disk import watch_disk
 from tests.support.world import (
     DAYS,
     NORMAL,
@@ -107,6 +110,30 @@ def test_tables_that_do_not_add_up_are_read_by_no_other_command(
     assert courier(world, "embed", "--ds", day) == 1
     assert courier(world, "item-features", "--ds", day) == 4
     assert published(world) == {}
+
+
+@pytest.mark.first_night
+@pytest.mark.parametrize("name", ["results/", "item_features/.tmp-", "_manifest.json"])
+def test_a_full_disk_is_told_with_the_file_and_a_night_goes_on_once_there_is_room(
+    world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    before, files_of_night = published(world), []
+
+    def has_no_room(what: str, path: str) -> None:
+        if what == "open file" and name in path and ".tmp-" in path:
+            files_of_night.append(path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(faults, "FULL_SECONDS", 0.01)
+    with pytest.MonkeyPatch.context() as patch:
+        watch_disk(patch, has_no_room)
+        assert refresh(world, DAYS[1]) == 1
+    message = paragraph(capsys)
+    assert f"Error: {os.path.dirname(files_of_night[0])}/" in message
+    assert "could not be written ([Errno 28] No space left on device" in message
+    assert published(world).items() >= before.items()
+    assert not records.is_whole_night(str(world.root), "test", DAYS[1])
+    assert refresh(world, DAYS[1]) == 0
 
 
 @pytest.mark.first_night

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from feature_jobs.schemas import CourierError
+from feature_jobs.schemas import CourierError, StorageUnavailable
 from feature_jobs.store import broadcast
 
 
@@ -43,3 +43,13 @@ def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
     (tmp_path / "k").chmod(0o777)
     with pytest.raises(CourierError, match="could plant embeddings"):
         broadcast.shared_folder("k", lambda _: None)
+
+
+def test_a_disk_that_fills_meanwhile_is_told_with_the_folder(tmp_path: Path) -> None:
+    def build(folder: str) -> None:
+        with open("/dev/full", "wb", buffering=0) as file:  # what any full disk says
+            file.write(b"x")
+
+    with pytest.raises(StorageUnavailable, match=f"^{tmp_path}/k could not be written .*No space"):
+        broadcast.shared_folder("k", build)
+    assert broadcast.shared_folder("k", lambda _: "built")[1] == "built"

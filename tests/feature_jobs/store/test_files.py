@@ -97,6 +97,7 @@ def ill(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(faults, "FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setattr(faults, "RETRY_SECONDS", 0.2)
     monkeypatch.setattr(faults, "FORBIDDEN_SECONDS", 0.2)
+    monkeypatch.setattr(faults, "FULL_SECONDS", 0.2)
     return left
 
 
@@ -178,6 +179,32 @@ def test_a_forbidden_file_is_told_at_once_where_that_is_said_of_the_file(
     with pytest.raises(PermissionError), faults.telling_forbidden():
         files.read_bytes(path)
     assert ill == [errno.EIO]
+
+
+@pytest.mark.parametrize("call", ["write", "writer", "write if unchanged", "link", "move"])
+@pytest.mark.parametrize("fault", ["ENOSPC", "EDQUOT"])
+def test_a_full_disk_is_told_with_the_file_that_has_no_room(
+    tmp_path: Path, ill: list[int], monkeypatch: pytest.MonkeyPatch, call: str, fault: str
+) -> None:
+    monkeypatch.setattr(faults, "RETRY_SECONDS", 60.0)  # which nobody need wait
+    path = str(tmp_path / "file")
+    files.write_bytes(path, b"data")
+    ill += [getattr(errno, fault)] * 10_000
+    with pytest.raises(StorageUnavailable, match=f"^{tmp_path}.* could not be written.*Make room"):
+        CALLS[call](path)
+    ill.clear()
+    assert files.read_bytes(path) == b"data"
+
+
+def test_a_full_disk_is_told_of_what_others_write(tmp_path: Path) -> None:
+    def write() -> None:
+        with faults.telling_full(str(tmp_path)), open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"x")
+
+    with pytest.raises(StorageUnavailable, match=f"^{tmp_path} could not be written"):
+        write()
+    with pytest.raises(OSError, match="Input/output"), faults.telling_full(str(tmp_path)):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def test_a_write_that_fails_midway_leaves_the_old_file_and_is_the_stores_fault(

@@ -1,12 +1,14 @@
 """Tests that faults of buckets are waited for and told, locks taken over, and one client made."""
 
 import contextlib
+import errno
 import gzip
 import json
 import logging
 import multiprocessing
 import os
 import socket
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -136,6 +138,18 @@ def test_a_write_whose_answer_was_lost_counts_once(bucket: str, flaky: Flaky) ->
     assert files.read_bytes(path) == b"one"
     with pytest.raises(files.Changed):
         files.write_if_unchanged(path, b"one", None)
+
+
+def test_a_machine_without_room_for_what_is_to_be_sent_is_told(near_bucket: str) -> None:
+    path = f"{near_bucket}/file"
+
+    def write() -> None:
+        with files.atomic_writer(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(StorageUnavailable, match=f"^{tempfile.gettempdir()} could not be"):
+        write()
+    assert not files.exists(path)
 
 
 # ---- what is no transient fault ----------------------------------------------------------------

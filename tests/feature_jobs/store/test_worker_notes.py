@@ -1,8 +1,10 @@
 """Workers tell the launcher refusals word for word, how far they are, and a warning once."""
 
 import copy
+import errno
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +63,18 @@ def test_what_is_not_for_the_operator_is_raised(tmp_path: Path, error: Exception
     with pytest.raises(type(error)):
         list(Worker(tmp_path).process(error))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_of_a_worker_reaches_the_launcher_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/scratch")
+    for number, told in ((errno.ENOSPC, "/x/file"), (errno.EDQUOT, None)):
+        worker = Worker(tmp_path / str(number))
+        assert list(worker.process(OSError(number, os.strerror(number), told))) == []
+        (found,) = worker_notes.refused(worker.staging)
+        assert type(found) is StorageUnavailable
+        assert str(found).startswith(f"{told or '/scratch'} could not be written (")
 
 
 def test_workers_keep_to_the_threads_that_the_launcher_told_each_job(
