@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from tests.support.commands import (
     rewrite,
     vectors,
 )
+from tests.support.processes import wait_for
 from tests.support.world import (
     DAYS,
     MISSING,
@@ -191,14 +191,6 @@ def start(python: str, world: World, day: dt.date, *args: str) -> subprocess.Pop
         stdout=subprocess.PIPE,
         text=True,
     )
-
-
-def wait_for(found: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not found():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def wait_until_free(folder: str) -> None:

@@ -1,7 +1,9 @@
-"""Starts scripts in processes of their own, which tests kill."""
+"""Starts scripts in processes of their own, which tests wait for and kill."""
 
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -17,3 +19,12 @@ def killed(process: subprocess.Popen) -> int:
     code = process.wait(20)
     process.stdout.close()
     return code
+
+
+def wait_for(found: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Waits until what a process is to do is done; fails where it ends before."""
+    deadline = time.monotonic() + 120
+    while not found():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
