@@ -21,8 +21,16 @@ from feature_jobs.codebooks.codebook import Codebook, CodebookInfo
 from feature_jobs.codebooks.nearest import shared_search
 from feature_jobs.inputs import RowGroup, Source, read_rows
 from feature_jobs.schemas import CROSSWALK
-from feature_jobs.store import arrays, documents, encoder_info, hashing, partitions, worker_notes
-from feature_jobs.store.every_shard import every_shard
+from feature_jobs.store import (
+    arrays,
+    documents,
+    encoder_info,
+    files,
+    hashing,
+    partitions,
+    worker_notes,
+)
+from feature_jobs.store.every_shard import check_all_came, every_shard
 from feature_jobs.store.pieces import Piece, read_pieces, write_pieces
 
 _KEY = ["label", "old_cluster_id", "new_cluster_id"]
@@ -174,7 +182,8 @@ class CountMoves(beam.DoFn):
         wanted = ["item_id", "embedding", "category", "in_catalogue"]
         rows = job.embeddings.read_shard(shard, job.shards, "item_id", wanted)
         rows = rows.filter(pa.array(encoder_info.fitted_on(rows, job.categories)))
-        shown = _impressions_of(rows["item_id"], read_pieces(pieces, self._no_rows))
+        counts = read_pieces(pieces, self._no_rows)
+        shown = _impressions_of(rows["item_id"], counts)
         points = arrays.embedding_matrix(rows["embedding"])
         laws.check_unit(points, rows["item_id"])
         codebook = shared_search(self._new, job.codebook_folder)
@@ -183,6 +192,8 @@ class CountMoves(beam.DoFn):
             count_moves(old[label], codebook.assign(label, points)[0], shown, label)
             for label in job.labels
         ]
+        came = pc.sum(counts["impressions"]).as_py() or 0  # of items of any day or scope
+        documents.write_json(_came_path(job, shard), {"impressions": came})
         partitions.write_parquet(_counts_path(job, shard), pa.concat_tables(parts))
 
     def _old_numbers(
@@ -226,7 +237,20 @@ def _counts_path(job: CrosswalkJob, shard: int) -> str:
     return os.path.join(job.staging, "moves", f"{shard:05d}.parquet")
 
 
-def read_counts(job: CrosswalkJob) -> Iterator[pa.Table]:
-    """Yields the counts of all shards, one after the other."""
-    for shard in range(job.shards):
+def _came_path(job: CrosswalkJob, shard: int) -> str:
+    return os.path.join(job.staging, "came", f"{shard:05d}.json")
+
+
+def read_counts(job: CrosswalkJob, impressions: int) -> Iterator[pa.Table]:
+    """Yields the counts of all shards, one after the other.
+
+    Raises DataContractError where a shard's are not there, or where not all `impressions` that the
+    job was given came to them.
+    """
+    shards = range(job.shards)
+    counted = len(files.list_names(os.path.dirname(_counts_path(job, 0))))
+    check_all_came("item shards whose moves were counted", counted, job.shards)
+    came = sum(documents.read_json(_came_path(job, shard))["impressions"] for shard in shards)
+    check_all_came("impressions of items that may have moved", came, impressions)
+    for shard in shards:
         yield partitions.read_parquet(_counts_path(job, shard))

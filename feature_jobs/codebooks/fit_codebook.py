@@ -32,7 +32,8 @@ from feature_jobs.codebooks.codebook import (
 from feature_jobs.codebooks.kmeans import SinglePass, count_distinct, first_centres, lloyd
 from feature_jobs.codebooks.nearest import CentreSearch
 from feature_jobs.schemas import EMBEDDING_DIM, OperatorError, cluster_column
-from feature_jobs.store import arrays, encoder_info, hashing, partitions, worker_notes
+from feature_jobs.store import arrays, encoder_info, files, hashing, partitions, worker_notes
+from feature_jobs.store.every_shard import check_all_came
 
 _SAMPLE_SEED, _HELD_OUT_SEED = 1, 2  # of the hashes: independent of that of the shards
 _HELD_OUT_SHARE, _HELD_OUT_ITEMS = 0.05, 65_536  # the smaller of the two
@@ -352,8 +353,13 @@ def _sample_path(job: SampleJob, part: int) -> str:
 
 
 def read_sample(job: SampleJob) -> Sample:
-    """Reads all sampled rows, each to its place at once: no second copy of the matrix is made."""
+    """Reads all sampled rows, each to its place at once: no second copy of the matrix is made.
+
+    Raises DataContractError where those of a part are not there.
+    """
     paths = [_sample_path(job, part) for part in range(len(job.embeddings.paths))]
+    sampled = len(files.list_names(os.path.dirname(paths[0])))
+    check_all_came("parts of item_embeddings that were sampled", sampled, len(paths))
     narrow = ["item_id", "held_out", *map(cluster_column, job.old_labels)]
     rows = pa.concat_tables(partitions.read_parquet(path, narrow) for path in paths)
     hashes, held_out = hashing.hash_ids(rows["item_id"], _SAMPLE_SEED), rows["held_out"].to_numpy()

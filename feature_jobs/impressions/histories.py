@@ -19,10 +19,11 @@ no history: what is left of it by then depends on later clicks.
 
 import datetime as dt
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
@@ -36,8 +37,12 @@ from feature_jobs.inputs import RowGroup, Source, check_day, read_rows
 from feature_jobs.schemas import RECENT_CLICKS, TIMESTAMP, USER_HISTORIES, Table
 from feature_jobs.store import arrays, hashing, partitions, worker_notes
 from feature_jobs.store.arrays import list_array
-from feature_jobs.store.every_shard import every_shard, every_shard_of_days
-from feature_jobs.store.pieces import Piece, read_pieces, write_pieces
+from feature_jobs.store.every_shard import (
+    check_all_came,
+    every_shard,
+    every_shard_of_days,
+)
+from feature_jobs.store.pieces import Piece, made_from, read_pieces, write_piece
 
 DAY_US = 86_400_000_000
 
@@ -300,9 +305,32 @@ def facts_of_group(
         yield ds.toordinal(), facts_of(rows, start, end, law.window_us)
 
 
-class ReadClicks(beam.DoFn):
-    """Turns a row group of impressions into its clicks by shard of users.
+class LogChunk(NamedTuple):
+    """Holds what a row group of the log says of a shard of users.
 
+    These are the ordinal of its day, how many impressions, and those that are clicks that count, as
+    IPC bytes; b"" for none.
+    """
+
+    day: int
+    impressions: int
+    clicks: bytes
+
+
+def open_chunks(chunks: Iterable[LogChunk | bytes]) -> tuple[list[bytes], Counter[int]]:
+    """Returns the clicks of chunks of the log, and how many impressions they tell of, by day."""
+    found = [chunk for chunk in chunks if isinstance(chunk, LogChunk)]
+    impressions: Counter[int] = Counter()
+    for chunk in found:
+        impressions[chunk.day] += chunk.impressions
+    return [chunk.clicks for chunk in found], impressions
+
+
+class ReadClicks(beam.DoFn):
+    """Turns a row group of impressions into a chunk for each shard of users.
+
+    A chunk counts the impressions beside the clicks: how many impressions a day has is known, so
+    that it shows where chunks are lost.
     What it tells of its day goes out as `facts`.
     """
 
@@ -316,16 +344,30 @@ class ReadClicks(beam.DoFn):
     def process(self, group: RowGroup) -> Iterator[Any]:
         rows = read_rows(group, ["user_id", "item_id", "event_time", "clicked", "click_time"])
         clicks = checked_clicks(group, rows, self._law, self._day_timezone, self.staging)
+        if not len(rows):
+            return
         for told in facts_of_group(group, rows, self._law, self._day_timezone):
             yield beam.pvalue.TaggedOutput("facts", told)
-        yield from hashing.split_by_shard(clicks, "user_id", self._shards)
+        chunks = dict(hashing.split_by_shard(clicks, "user_id", self._shards))
+        impressions = np.bincount(hashing.shard_of(hashing.hash_ids(rows["user_id"]), self._shards))
+        for shard in np.flatnonzero(impressions).tolist():
+            chunk = chunks.get(shard, b"")
+            yield shard, LogChunk(group.form.ds.toordinal(), int(impressions[shard]), chunk)
+
+
+class UsersOfDay(NamedTuple):
+    """Holds the rows of a day's tables of some users, and how many impressions they had on it."""
+
+    user_histories: Piece | None
+    recent_clicks: Piece | None
+    impressions: int
 
 
 class AdvanceHistories(beam.DoFn):
     """Turns the clicks of a user shard into pieces of the tables of every day.
 
-    What comes out is ((day, shard), (table, piece of its rows)). `shards` are those of each day's
-    tables, none more than the job's.
+    What comes out is ((day, shard), what there is of these users), once for each day. `shards` are
+    those of each day's tables, none more than the job's.
     """
 
     def __init__(self, job: HistoriesJob, shards: Sequence[int]):
@@ -334,16 +376,18 @@ class AdvanceHistories(beam.DoFn):
 
     @worker_notes.refusing
     def process(
-        self, element: tuple[int, Iterable[bytes]]
-    ) -> Iterator[tuple[tuple[int, int], tuple[str, Piece]]]:
+        self, element: tuple[int, Iterable[LogChunk | bytes]]
+    ) -> Iterator[tuple[tuple[int, int], UsersOfDay]]:
         job, (shard, chunks) = self._job, element
-        for day, known in enumerate(job.known(shard, chunks)):
-            into = shard * self._shards[day] // job.shards
-            made = user_histories(known), recent_clicks(known)
-            for table, rows in zip((USER_HISTORIES, RECENT_CLICKS), made, strict=True):
-                path = os.path.join(job.staging, "pieces", f"{table.name}-{day}-{shard:05d}")
-                for _, piece in write_pieces(path, rows, np.zeros(len(rows), np.int64)):
-                    yield (day, into), (table.name, piece)
+        clicks, impressions = open_chunks(chunks)
+        for day, known in enumerate(job.known(shard, clicks)):
+            path = os.path.join(job.staging, "pieces", f"{{}}-{day}-{shard:05d}")
+            users = UsersOfDay(
+                write_piece(path.format(USER_HISTORIES.name), user_histories(known)),
+                write_piece(path.format(RECENT_CLICKS.name), recent_clicks(known)),
+                impressions[job.days[day].number],
+            )
+            yield (day, shard * self._shards[day] // job.shards), users
 
 
 class WriteHistories(beam.DoFn):
@@ -355,18 +399,29 @@ class WriteHistories(beam.DoFn):
 
     @worker_notes.refusing
     def process(self, element: tuple[tuple[int, int], Iterable]) -> None:
-        (day, shard), found = element
-        pieces = [entry for entry in found if entry]
-        for table in (USER_HISTORIES, RECENT_CLICKS):
-            self._write(table, day, shard, [piece for name, piece in pieces if name == table.name])
+        (day, shard), given = element
+        found = [users for users in given if isinstance(users, UsersOfDay)]
+        expected = self._job.shards // self._shards[day]
+        check_all_came(f"user shards walked through day {day + 1} of the job", len(found), expected)
+        counts = {"impressions": sum(users.impressions for users in found)}
+        limits = {"item_ids": self._job.law.history_len}
+        histories = [users.user_histories for users in found if users.user_histories]
+        self._write(USER_HISTORIES, day, shard, histories, counts, limits)
+        recent = [users.recent_clicks for users in found if users.recent_clicks]
+        self._write(RECENT_CLICKS, day, shard, recent)
 
-    def _write(self, table: Table, day: int, shard: int, pieces: list[Piece]) -> None:
+    def _write(
+        self, table: Table, day: int, shard: int, pieces: Sequence[Piece],
+        counts: dict[str, int] | None = None, limits: dict[str, int] | None = None,
+    ) -> None:  # fmt: skip
         folder, shards = os.path.join(self._stagings[day], table.name), self._shards[day]
-        if not partitions.has_part(folder, shard, shards):
+        source = made_from(pieces)
+        if not partitions.has_part(folder, shard, shards, source):
             schema = table.schema(self._job.item_id, self._job.user_id)
             rows = read_pieces(pieces, arrays.empty_rows(schema))
-            limits = {"item_ids": self._job.law.history_len} if table is USER_HISTORIES else None
-            partitions.write_part(folder, table, schema, rows, shard, shards, limits=limits)
+            partitions.write_part(
+                folder, table, schema, rows, shard, shards, counts, limits=limits, made_from=source
+            )
 
 
 def clicks_by_user(

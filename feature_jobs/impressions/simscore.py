@@ -15,8 +15,9 @@ table: `broadcast`, as memory-mapped files, one copy per machine, shared by its 
 needs, every item once. Rows travel by way of files (`pieces`): what is in Beam's hands is small.
 """
 
+import datetime as dt
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ from feature_jobs.impressions.histories import (
     click_moments,
     clicks_by_user,
     history_lists,
+    open_chunks,
 )
 from feature_jobs.impressions.scores import mean_scores, sim_scores, simtier
 from feature_jobs.inputs import IMPRESSION_COLUMNS, RowGroup, Source, check_day, read_rows
@@ -55,8 +57,8 @@ from feature_jobs.items.item_vectors import (
 from feature_jobs.schemas import USER_SIMSCORES, DataContractError
 from feature_jobs.store import arrays, documents, hashing, partitions, worker_notes
 from feature_jobs.store.arrays import differ_from_before, list_array, padded_codes
-from feature_jobs.store.every_shard import every_shard_of_days
-from feature_jobs.store.pieces import Piece, read_pieces, write_pieces
+from feature_jobs.store.every_shard import check_all_came, every_shard_of_days
+from feature_jobs.store.pieces import Piece, made_from, read_pieces, write_pieces
 
 _READ_TOO = ("click_time", "impression_id", "history")  # of the optional columns
 _BLOCK_ROWS = 4096  # impressions scored at once
@@ -399,7 +401,9 @@ class AddHistories(beam.DoFn):
         pieces: dict[int, list[Piece]] = {}
         for place, piece in chunks["impressions"]:
             pieces.setdefault(place, []).append(piece)
-        for place, known in enumerate(histories.known(user_shard, chunks["clicks"])):
+        clicks, impressions = open_chunks(chunks["clicks"])
+        for place, known in enumerate(histories.known(user_shard, clicks)):
+            self._check(place, pieces.get(place, []), impressions)
             if place not in pieces:
                 continue
             shard = user_shard * job.days[place].shards // histories.shards
@@ -412,6 +416,17 @@ class AddHistories(beam.DoFn):
                 path = _pieces(job, "histories", place, user_shard, at)
                 for _, piece in write_pieces(path, share_histories(some, one), one):
                     yield (place, shard), piece
+
+    def _check(self, place: int, pieces: Sequence[Piece], impressions: Mapping[int, int]) -> None:
+        """Raises DataContractError where impressions and clicks are not of the same log.
+
+        They come in two ways, and a history that lacks clicks would look like any other.
+        """
+        day = self._job.days[place]
+        if not day.has_history:
+            told, found = impressions[day.day.number], sum(piece.rows for piece in pieces)
+            date = dt.date.fromordinal(day.day.number)
+            check_all_came(f"impressions of ds {date} for the {told:,} of its log", found, told)
 
 
 class AskForItems(beam.DoFn):
@@ -430,16 +445,32 @@ class AskForItems(beam.DoFn):
         (place, shard), pieces = element
         day = self._job.days[place]
         rows = read_pieces(pieces, day.no_rows)
-        both = [rows["item_id"].combine_chunks(), pc.list_flatten(rows["history"].combine_chunks())]
-        wanted = pa.table({"item_id": pc.unique(pa.concat_arrays(both))})
+        wanted = pa.table({"item_id": _items_of(rows)})
         for item_shard, ids in hashing.split_by_shard(wanted, "item_id", day.items.shards):
             yield (place, item_shard), (shard, ids)
+
+
+def _items_of(rows: pa.Table) -> pa.Array:
+    """Returns the distinct items that impressions with histories are about."""
+    both = [rows["item_id"].combine_chunks(), pc.list_flatten(rows["history"].combine_chunks())]
+    return pc.unique(pa.concat_arrays(both))
+
+
+class Answer(NamedTuple):
+    """Holds what an item shard answers: to how many items, in how many bytes both ways, and what.
+
+    The last is IPC bytes.
+    """
+
+    asked: int
+    sent: int
+    told: bytes
 
 
 class AnswerForItems(beam.DoFn):
     """Answers what the shards of a day ask of an item shard.
 
-    What comes out is ((day, shard), (the bytes of question and answer, the answer as IPC bytes)).
+    What comes out is ((day, shard), `Answer`).
     """
 
     def __init__(self, job: SimscoreJob):
@@ -448,13 +479,13 @@ class AnswerForItems(beam.DoFn):
     @worker_notes.refusing
     def process(
         self, element: tuple[tuple[int, int], Iterable[tuple[int, bytes]]]
-    ) -> Iterator[tuple[tuple[int, int], tuple[int, bytes]]]:
+    ) -> Iterator[tuple[tuple[int, int], Answer]]:
         (place, item_shard), questions = element
         found, matrix = items_of_shard(self._job.days[place].items, item_shard)
         for shard, ids in questions:
             wanted = arrays.from_ipc([ids], found)["item_id"]
             told = arrays.to_ipc(answer(wanted, found, matrix))
-            yield (place, shard), (len(ids) + len(told), told)
+            yield (place, shard), Answer(len(wanted), len(ids) + len(told), told)
 
 
 class ScoreShard(beam.DoFn):
@@ -473,20 +504,25 @@ class ScoreShard(beam.DoFn):
         (place, shard), found = element
         day = self._job.days[place]
         folder = os.path.join(day.staging, USER_SIMSCORES.name)
-        if partitions.has_part(folder, shard, day.shards):
-            return
-        rows = read_pieces(found["rows"], day.no_rows)
-        wanted = "history_item_ids" in day.schema.names
+        pieces = [piece for piece in found["rows"] if isinstance(piece, Piece)]
         answers = list(found.get("items", ()))
-        items = self._items(day, [told for _, told in answers])
+        source = made_from(pieces)
+        if partitions.has_part(folder, shard, day.shards, source):
+            return
+        rows = read_pieces(pieces, day.no_rows)
+        wanted = "history_item_ids" in day.schema.names
+        if self._job.embeddings_by == SHUFFLE:
+            asked = sum(answer.asked for answer in answers)
+            check_all_came("answers of item shards, by items", asked, len(_items_of(rows)))
+        items = self._items(day, [answer.told for answer in answers])
         scored, counts = score_impressions(rows, items, self._job.history_len, wanted)
         for name, value in (("encoder_id", day.encoder_id), ("codebook_id", day.codebook_id)):
             scored = scored.append_column(name, pa.array([value] * len(scored), pa.string()))
         counts |= self._count_late(day, rows)
-        work = {"shuffled_bytes": sum(size for size, _ in answers)} if answers else {}
+        work = {"shuffled_bytes": sum(answer.sent for answer in answers)} if answers else {}
         partitions.write_part(
             folder, USER_SIMSCORES, day.schema, scored, shard, day.shards, counts, work,
-            {"sim_scores": self._job.history_len},
+            {"sim_scores": self._job.history_len}, source,
         )  # fmt: skip
 
     def _items(self, day: SimscoreDay, answers: list[bytes]) -> ItemVectors:

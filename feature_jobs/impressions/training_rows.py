@@ -52,7 +52,7 @@ from feature_jobs.schemas import ROW_PVS, TIMESTAMP, TRAINING_ROWS
 from feature_jobs.store import arrays, documents, encoder_info, hashing, partitions, worker_notes
 from feature_jobs.store.arrays import list_array
 from feature_jobs.store.every_shard import every_shard_of_days
-from feature_jobs.store.pieces import Piece, read_pieces, write_pieces
+from feature_jobs.store.pieces import Piece, made_from, read_pieces, write_pieces
 
 _RUN = ("first", "last")  # of the days on which a row is in scope: places among the job's days
 
@@ -94,7 +94,7 @@ class TrainingRowsJob:
     """Holds what the workers of TRAINING-ROWS need to know beside the `days`, which ascend.
 
     `gap_us` is what parts two requests without request_id, and `categories` the scope, None for
-    everything.
+    everything. `done` are the parts that were made before the job, as `part_of` names them.
     """
 
     law: HistoryLaw
@@ -103,6 +103,7 @@ class TrainingRowsJob:
     categories: tuple[str, ...] | None
     days: tuple[TrainingRowsDay, ...]
     staging: str
+    done: frozenset[tuple[int, int]] = frozenset()
 
     @property
     def shards(self) -> int:
@@ -112,6 +113,14 @@ class TrainingRowsJob:
     def part_of(self, place: int, shard: int) -> tuple[int, int]:
         """Returns where a shard's rows of a day go: the day's place and the shard of its table."""
         return place, shard * self.days[place].shards // self.shards
+
+    def find_done(self) -> frozenset[tuple[int, int]]:
+        """Looks for the parts that are made already."""
+        return frozenset(
+            (place, shard)
+            for place, day in enumerate(self.days)
+            for shard in partitions.finished(day.folder, day.shards)
+        )
 
 
 # ---- Pure functions: requests ----------------------------------------------------------------
@@ -249,7 +258,7 @@ def sample_hashes(users: np.ndarray, requests: np.ndarray, items: np.ndarray) ->
 
 _COUNTS = (
     "impressions", "requests", "clicks", "rows_with_history", "unclicked_left_out",
-    "clicks_after_the_day", "out_of_scope_impressions",
+    "clicks_after_the_day", "out_of_scope_impressions", "catalogue_items",
 )  # fmt: skip
 
 
@@ -526,8 +535,9 @@ class KeepInScope(beam.DoFn):
     """Keeps what is in scope on some day of the log's rows of an item shard.
 
     Pieces of the log and of catalogues come in. What is in scope goes out by user shard, with the
-    days on which it is, as (shard, (ordinal of its day, piece)); and under `out_of_scope` how many
-    impressions of a day are not, as what `MakeTrainingRows` tells of it.
+    days on which it is, as (shard, (ordinal of its day, piece)); and under `counts` how many
+    impressions of a day are not, and how many rows of its catalogues came, as what
+    `MakeTrainingRows` tells of it.
     """
 
     def __init__(self, job: TrainingRowsJob, windows: Sequence[tuple[int, int]]):
@@ -543,11 +553,16 @@ class KeepInScope(beam.DoFn):
         self, element: tuple[tuple[int, str], dict[str, Iterable[tuple[int, Piece]]]]
     ) -> Iterator[Any]:
         job, ((shard, kind), found) = self._job, element
+        listed = list(found["catalogues"])
         catalogues = (
-            (number, read_pieces(pieces, pa.table({})))
-            for number, pieces in by_day(found["catalogues"]).items()
+            (number, read_pieces(pieces, pa.table({}))) for number, pieces in by_day(listed).items()
         )
         runs = find_runs(catalogues, self._windows, pa.type_for_alias(kind))
+        for place, (oldest, newest) in enumerate(self._windows):
+            came = sum(piece.rows for n, piece in listed if oldest <= n <= newest)
+            if came:
+                part = job.part_of(place, shard)
+                yield beam.pvalue.TaggedOutput("counts", (part, ([], {"catalogue_items": came})))
         for number, pieces in by_day(found["log"]).items():
             rows = read_pieces(pieces, pa.table({}))
             place = self._places.get(number, -1)
@@ -558,7 +573,7 @@ class KeepInScope(beam.DoFn):
             if place >= 0:
                 left_out = len(rows) - (pc.sum(are_in_scope(kept, place)).as_py() or 0)
                 part, counts = job.part_of(place, shard), {"out_of_scope_impressions": left_out}
-                yield beam.pvalue.TaggedOutput("out_of_scope", (part, ([], counts)))
+                yield beam.pvalue.TaggedOutput("counts", (part, ([], counts)))
 
 
 class MakeTrainingRows(beam.DoFn):
@@ -577,7 +592,7 @@ class MakeTrainingRows(beam.DoFn):
         job, (shard, found) = self._job, element
         for place, (rows, clicks) in enumerate(walk_log(by_day(found), job)):
             day, part = job.days[place], job.part_of(place, shard)
-            if not len(rows) or partitions.has_part(day.folder, part[1], day.shards):
+            if not len(rows) or part in job.done:
                 continue
             made, counts = training_rows(rows, clicks, job, day)
             path = _pieces(job.staging, "rows", place, f"{shard:05d}")
@@ -595,7 +610,7 @@ class WriteTrainingRows(beam.DoFn):
     def process(self, element: tuple[tuple[int, int], Iterable]) -> None:
         (place, shard), found = element
         day = self._job.days[place]
-        if partitions.has_part(day.folder, shard, day.shards):
+        if (place, shard) in self._job.done:
             return
         pieces, counts = [], Counter(dict.fromkeys(_COUNTS, 0))
         for made, counted in filter(None, found):
@@ -603,8 +618,9 @@ class WriteTrainingRows(beam.DoFn):
             counts.update(counted)
         rows = read_pieces(pieces, arrays.empty_rows(day.schema)).combine_chunks()
         partitions.write_part(
-            day.folder, TRAINING_ROWS, day.schema, rows, shard, day.shards, dict(counts)
-        )
+            day.folder, TRAINING_ROWS, day.schema, rows, shard, day.shards, dict(counts),
+            made_from=made_from(pieces),
+        )  # fmt: skip
 
 
 def keep_in_scope(
@@ -614,7 +630,7 @@ def keep_in_scope(
     windows: Sequence[tuple[int, int]],
     job: TrainingRowsJob,
 ) -> tuple[beam.PCollection, beam.PCollection]:
-    """Returns what of the log by item shard is in scope, by user shard, and what was left out.
+    """Returns what of the log by item shard is in scope, by user shard, and what was counted.
 
     `windows` are those of `catalogue_windows`.
     """
@@ -626,10 +642,9 @@ def keep_in_scope(
     kept = (
         {"log": log, "catalogues": items}
         | "ByItemShard" >> beam.CoGroupByKey()
-        | "KeepInScope"
-        >> beam.ParDo(KeepInScope(job, windows)).with_outputs("out_of_scope", main="kept")
+        | "KeepInScope" >> beam.ParDo(KeepInScope(job, windows)).with_outputs("counts", main="kept")
     )
-    return kept.kept, kept.out_of_scope
+    return kept.kept, kept.counts
 
 
 # ---- The job -------------------------------------------------------------------------------
@@ -675,7 +690,7 @@ def define_training_rows(
     """
     check_days(job.days, log)
     windows = catalogue_windows(job.days, catalogues) if job.categories is not None else []
-    job = replace(job, days=_with_equal_values_shared(job.days))
+    job = replace(job, days=_with_equal_values_shared(job.days), done=job.find_done())
     read = (
         root
         | "LogGroups" >> beam.Create([group for day in log for group in day.groups()])
@@ -685,8 +700,8 @@ def define_training_rows(
     rows = read.rows
     parts = [every_shard_of_days(root, [day.shards for day in job.days])]
     if job.categories is not None:
-        rows, left_out = keep_in_scope(root, rows, catalogues, windows, job)
-        parts.append(left_out)
+        rows, counts = keep_in_scope(root, rows, catalogues, windows, job)
+        parts.append(counts)
     made = (
         rows
         | "ByUserShard" >> beam.GroupByKey()

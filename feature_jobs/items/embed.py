@@ -41,8 +41,15 @@ from feature_jobs.items.embed_plan import VERSION_COLUMNS, Sightings
 from feature_jobs.items.embed_walk import RESULT_ROW, Day, Tables, WalkedDay
 from feature_jobs.schemas import ITEM_EMBEDDINGS, ITEM_REJECTS, Table
 from feature_jobs.store import arrays, documents, files, hashing, partitions, worker_notes
-from feature_jobs.store.every_shard import every_shard, every_shard_of_days
-from feature_jobs.store.pieces import Piece, read_all, read_pieces, write_pieces
+from feature_jobs.store.every_shard import check_all_came, every_shard, every_shard_of_days
+from feature_jobs.store.pieces import (
+    Piece,
+    made_from,
+    read_all,
+    read_pieces,
+    write_piece,
+    write_pieces,
+)
 
 _IMAGES, _KEPT = "images", "kept"
 _CATALOGUE, _SEEN, _RESULTS = "catalogue", "seen", "results"
@@ -71,7 +78,8 @@ class EmbedJob:
     `days` are in a row. `previous_*` is the latest partition before the first, if any. `reuse` says
     whether the embeddings there are those that would be made now, `same_roots` whether an address
     meant the same file then, `full` that all images are to be embedded again. `chunks` is the
-    folder of chunk files, which other runs with the same encoder share.
+    folder of chunk files, which other runs with the same encoder share. `done` are the parts that
+    were made before the job: (number of the day, table, shard).
     """
 
     days: tuple[EmbedDay, ...]
@@ -92,6 +100,7 @@ class EmbedJob:
     full: bool
     staging: str
     chunks: str
+    done: frozenset[tuple[int, str, int]] = frozenset()
 
     @property
     def shards(self) -> int:
@@ -119,6 +128,7 @@ class EmbedJob:
             days=tuple(days),
             previous_embeddings=self.previous_embeddings and self.previous_embeddings.slim(),
             previous_rejects=self.previous_rejects and self.previous_rejects.slim(),
+            done=self.find_done(),
         )
 
     def path(self, step: str, name: str) -> str:
@@ -129,9 +139,19 @@ class EmbedJob:
         return shard * self.days[day].shards // self.shards
 
     def has_part(self, day: int, table: Table, shard: int) -> bool:
-        of_day = self.days[day]
-        folder = os.path.join(of_day.staging, table.name)
-        return partitions.has_part(folder, shard, of_day.shards)
+        """Returns whether a part was made before the job."""
+        return (day, table.name, shard) in self.done
+
+    def find_done(self) -> frozenset[tuple[int, str, int]]:
+        """Looks for the parts that are made already."""
+        return frozenset(
+            (day, table.name, shard)
+            for day, of_day in enumerate(self.days)
+            for table in (ITEM_EMBEDDINGS, ITEM_REJECTS)
+            for shard in partitions.finished(
+                os.path.join(of_day.staging, table.name), of_day.shards
+            )
+        )
 
     def is_done(self, shard: int) -> bool:
         """Tells whether all parts are made that hold items of a shard of the walk."""
@@ -276,7 +296,7 @@ class PlanShard(_Walk):
         self._heartbeat.add(total=len(images), **reasons)
         self._heartbeat.write()
         name = f"{shard:05d}"
-        seen = _write_piece(job.path("seen", name), sightings.seen)
+        seen = write_piece(job.path("seen", name), sightings.seen)
         if seen is not None:
             yield beam.pvalue.TaggedOutput(_SEEN, (shard, seen))
         bucket = embed_plan.bucket_of(images, job.shards)
@@ -415,8 +435,8 @@ class WalkShard(_Walk):
             yield (
                 (day, job.shard_of_day(day, shard)),
                 DayRows(
-                    _write_piece(path + "-embeddings", tables.embeddings),
-                    _write_piece(path + "-rejects", tables.rejects),
+                    write_piece(path + "-embeddings", tables.embeddings),
+                    write_piece(path + "-rejects", tables.rejects),
                     listed
                     if tables.embeddings[RESULT_ROW].null_count < len(tables.embeddings)
                     else None,
@@ -429,15 +449,9 @@ class WalkShard(_Walk):
         """Returns the results without vectors, and the piece that lists where they lie."""
         nothing = self._job.no_results().drop_columns("embedding")
         results = read_pieces(pieces, nothing, nothing.column_names)
-        columns = zip(*sorted(pieces), strict=True) if pieces else ((), ())
-        places = dict(zip(Piece._fields, map(list, columns), strict=True))
-        return results, _write_piece(self._job.path("results", f"{shard:05d}"), pa.table(places))
-
-
-def _write_piece(path: str, rows: pa.Table) -> Piece | None:
-    """Writes all rows as one piece; returns None where there are none."""
-    pieces = write_pieces(path, rows, np.zeros(len(rows), np.int64))
-    return next((piece for _, piece in pieces), None)
+        listed = sorted(pieces)
+        places = {name: [getattr(piece, name) for piece in listed] for name in Piece._fields}
+        return results, write_piece(self._job.path("results", f"{shard:05d}"), pa.table(places))
 
 
 class WriteDay(beam.DoFn):
@@ -450,15 +464,23 @@ class WriteDay(beam.DoFn):
     def process(self, element: tuple[tuple[int, int], Iterable[DayRows | bytes]]) -> None:
         (day, shard), given = element
         found = [of_walk for of_walk in given if isinstance(of_walk, DayRows)]
+        tables = (ITEM_EMBEDDINGS, ITEM_REJECTS)
+        if all(self._job.has_part(day, table, shard) for table in tables):
+            return
+        of_day = self._job.days[day]
+        expected = self._job.shards // of_day.shards
+        check_all_came(f"item shards walked through ds {of_day.ds}", len(found), expected)
         if not self._job.has_part(day, ITEM_EMBEDDINGS, shard):
             told = [of_walk._asdict() for of_walk in found]
             counts, work = (partitions.sum_counts(told, what) for what in ("counts", "work"))
             rows = self._embeddings(day, shard, found)
-            self._write(day, ITEM_EMBEDDINGS, shard, rows, counts, work)
+            pieces = [of_walk.embeddings for of_walk in found if of_walk.embeddings]
+            self._write(day, ITEM_EMBEDDINGS, shard, rows, pieces, counts, work)
         if not self._job.has_part(day, ITEM_REJECTS, shard):
             nothing = arrays.empty_rows(self._job.rejects_schema)
             pieces = [of_walk.rejects for of_walk in found if of_walk.rejects]
-            self._write(day, ITEM_REJECTS, shard, read_pieces(pieces, nothing).combine_chunks())
+            rows = read_pieces(pieces, nothing).combine_chunks()
+            self._write(day, ITEM_REJECTS, shard, rows, pieces)
 
     def _embeddings(self, day: int, shard: int, found: Sequence[DayRows]) -> pa.Table:
         job, parts, results = self._job, [], [self._job.no_results().select(["embedding"])]
@@ -478,13 +500,16 @@ class WriteDay(beam.DoFn):
         return embed_walk.with_vectors(pa.concat_tables(parts), pa.concat_tables(results), before)
 
     def _write(
-        self, day: int, table: Table, shard: int, rows: pa.Table,
+        self, day: int, table: Table, shard: int, rows: pa.Table, pieces: Sequence[Piece],
         counts: dict[str, int] | None = None, work: dict[str, float] | None = None,
     ) -> None:  # fmt: skip
         job, of_day = self._job, self._job.days[day]
         schema = job.embeddings_schema if table is ITEM_EMBEDDINGS else job.rejects_schema
         folder = os.path.join(of_day.staging, table.name)
-        partitions.write_part(folder, table, schema, rows, shard, of_day.shards, counts, work)
+        partitions.write_part(
+            folder, table, schema, rows, shard, of_day.shards, counts, work,
+            made_from=made_from(pieces),
+        )  # fmt: skip
 
 
 # ---- The job -------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from feature_jobs.codebooks.codebook import CodebookInfo, health_of, read_codebo
 from feature_jobs.codebooks.nearest import CodebookSearch, shared_search
 from feature_jobs.schemas import ITEM_FEATURES, MAIN, cluster_column
 from feature_jobs.store import arrays, encoder_info, files, partitions, worker_notes
+from feature_jobs.store.every_shard import check_all_came
 
 _CLUSTERS = "clusters"  # folder of the counts beside the parts
 _COUNTS = ("items", "compared", "moved")
@@ -199,10 +200,13 @@ def summarise_clusters(counts: pa.Table, codebook: CodebookInfo) -> dict[str, di
 
 
 class AssignShard(beam.DoFn):
-    """Turns the number of a (day, shard) into one part of `item_features`, and tells that it is."""
+    """Turns the number of a (day, shard) into one part of `item_features`, and tells that it is.
 
-    def __init__(self, jobs: Sequence[FeaturesJob], staging: str):
-        self._jobs, self.staging = jobs, staging
+    `done` are the parts that were made before the job.
+    """
+
+    def __init__(self, jobs: Sequence[FeaturesJob], done: frozenset[tuple[int, int]], staging: str):
+        self._jobs, self._done, self.staging = jobs, done, staging
         # One each, and held: a Shared alone would load anew whenever two days take turns.
         self._loaded = {job.codebook_folder: Shared() for job in jobs}
         self._held: dict[str, CodebookSearch] = {}
@@ -210,9 +214,8 @@ class AssignShard(beam.DoFn):
     @worker_notes.refusing
     def process(self, element: tuple[int, int]) -> Iterator[tuple[tuple[int, int], bytes]]:
         day, shard = element
-        job = self._jobs[day]
-        if not partitions.has_part(_parts(job), shard, job.shards):
-            self._write(job, shard)
+        if element not in self._done:
+            self._write(self._jobs[day], shard)
         yield element, b""
 
     def _write(self, job: FeaturesJob, shard: int) -> None:
@@ -280,10 +283,15 @@ def define_item_features(root: beam.Pipeline, jobs: Sequence[FeaturesJob], stagi
     There is one part per item shard. What workers tell of the job lies below `staging`.
     """
     keys = [(day, shard) for day, job in enumerate(jobs) for shard in range(job.shards)]
+    done = [
+        (day, shard)
+        for day, job in enumerate(jobs)
+        for shard in partitions.finished(_parts(job), job.shards)
+    ]
     _ = (
         root
         | "Shards" >> beam.Create(keys)
-        | "AssignShard" >> beam.ParDo(AssignShard(jobs, staging))
+        | "AssignShard" >> beam.ParDo(AssignShard(jobs, frozenset(done), staging))
         | "AfterAllParts" >> beam.GroupByKey()
         | "CountClusters" >> beam.ParDo(CountClusters(jobs, staging))
     )
@@ -298,7 +306,12 @@ def _counts_path(staging: str, shard: int) -> str:
 
 
 def read_clusters(staging: str, shards: int, codebook_folder: str) -> Mapping[str, dict[str, Any]]:
-    """Returns what `summarise_clusters` makes of all shards' counts."""
+    """Returns what `summarise_clusters` makes of all shards' counts.
+
+    Raises DataContractError where those of a shard are not there.
+    """
+    counted = len(files.list_names(os.path.join(staging, _CLUSTERS)))
+    check_all_came("shards whose clusters were counted", counted, shards)
     counts = pa.concat_tables(
         partitions.read_parquet(_counts_path(staging, n)) for n in range(shards)
     )

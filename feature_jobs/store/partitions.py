@@ -1,9 +1,9 @@
 """Keeps tables as files: parts written out of sight, partitions as readers see them, identities.
 
 A job writes each shard of a table as one Parquet *part* with a *receipt* beside it (rows, bytes,
-sha256, counts). The receipt comes last, so a part with a receipt is whole, and a job that died is
-resumed by leaving out the shards that have one. A *partition* is what the manifest lists, and
-nothing else that may lie in its folder.
+sha256, counts, what it was made from). The receipt comes last, so a part with a receipt is whole,
+and a job that died is resumed by leaving out the shards that have one. A *partition* is what the
+manifest lists, and nothing else that may lie in its folder.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,7 @@ from feature_jobs.store.faults import patiently
 MANIFEST = "_manifest.json"
 SUCCESS = "_SUCCESS"
 STAGED = "_staged.json"
+_MADE_FROM = "made_from"
 _ROW_GROUP_ROWS = 32_768
 _RECEIPT_READERS = 16
 
@@ -49,22 +50,57 @@ def _receipt_path(folder: str, shard: int, shards: int) -> str:
     return os.path.join(folder, "receipts", part_name(shard, shards) + ".json")
 
 
-def has_part(folder: str, shard: int, shards: int) -> bool:
-    """Returns whether this shard was written whole, by this run or by one that died."""
-    return files.exists(_receipt_path(folder, shard, shards))
+class MadeFrom(NamedTuple):
+    """Names what a part was made from: so many pieces with so many rows, and which; see `pieces`.
+
+    Equal ones are of equal rows.
+    """
+
+    pieces: int
+    rows: int
+    digest: str
+
+
+def has_part(folder: str, shard: int, shards: int, made_from: MadeFrom) -> bool:
+    """Returns whether this shard was written whole, by whatever run, and from the very same rows.
+
+    A worker to whom a shared folder showed old names may have written it from others.
+    """
+    path = _receipt_path(folder, shard, shards)
+    found = files.read_if_there(path)
+    return found is not None and parse_json(path, found).get(_MADE_FROM) == made_from._asdict()
+
+
+def finished(folder: str, shards: int) -> frozenset[int]:
+    """Returns the shards that an earlier run wrote whole; asked once, where a job is defined.
+
+    Of workers that ask each for itself some may be shown old names: one step would leave a shard
+    out as done, and a later one would find it missing and write it without rows.
+    """
+    names = {part["name"]: _MADE_FROM in part for part in receipts(folder)}
+    return frozenset(
+        shard for shard in range(shards) if names.get(part_name(shard, shards) + ".parquet")
+    )
 
 
 def write_part(
     folder: str, table: Table, schema: pa.Schema, rows: pa.Table, shard: int, shards: int,
     counts: dict[str, int] | None = None, work: dict[str, float] | None = None,
-    limits: Mapping[str, int] | None = None,
+    limits: Mapping[str, int] | None = None, made_from: MadeFrom | None = None,
 ) -> None:  # fmt: skip
     """Writes one shard of `table` and its receipt; `rows` are sorted as `table` says here.
 
     `counts` are the same whenever the shard is made again; `work` is what it cost this time.
-    Raises DataContractError for a null where `schema` allows none, and for rows that break the law
-    of `table` within `limits`, which are those of `laws.check`.
+    `made_from` names what the rows were made from, where as many went in as come out. Raises
+    DataContractError where that is not so, for a null where `schema` allows none, and for rows that
+    break the law of `table` within `limits`, which are those of `laws.check`.
     """
+    if made_from is not None and made_from.rows != len(rows):
+        raise DataContractError(
+            f"{part_name(shard, shards)} of {table.name} has {len(rows):,} rows, but "
+            f"{made_from.rows:,} went into it. Rows were lost or doubled; the part was not "
+            "written. This is a fault of COURIER: please report it."
+        )
     rows = in_order(
         pa.Table.from_arrays(
             [rows[field.name].cast(field.type) for field in schema], schema=schema
@@ -89,6 +125,7 @@ def write_part(
         "sha256": sha256,
         "counts": counts or {},
         "work": work or {},
+        _MADE_FROM: made_from and made_from._asdict(),
     }
     write_json(_receipt_path(folder, shard, shards), receipt)
 

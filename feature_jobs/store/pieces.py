@@ -13,17 +13,19 @@ from typing import IO, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from feature_jobs.store import files
+from feature_jobs.store import documents, files
 from feature_jobs.store.arrays import plain
+from feature_jobs.store.partitions import MadeFrom
 
 _READERS = 32  # a remote store takes tens of milliseconds for each file
 
 
 class Piece(NamedTuple):
-    """A piece is a record batch of an Arrow file, known by its number."""
+    """A piece is a record batch of an Arrow file, known by its number, of so many `rows`."""
 
     path: str
     batch: int
+    rows: int
 
 
 def write_pieces(path: str, rows: pa.Table, keys: np.ndarray) -> Iterator[tuple[int, Piece]]:
@@ -42,13 +44,27 @@ def write_pieces(path: str, rows: pa.Table, keys: np.ndarray) -> Iterator[tuple[
     # The histories of neighbours repeat: lz4 makes a fifth of them at the speed of a network.
     options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
     with pa.ipc.new_file(sink, rows.schema, options=options) as writer:
-        for start, end in zip(starts, [*starts[1:], len(keys)], strict=True):
-            writer.write_table(rows.slice(start, end - start))
+        sizes = np.diff(starts, append=len(keys))
+        for start, size in zip(starts, sizes, strict=True):
+            writer.write_table(rows.slice(start, size))
     data = sink.getvalue()
     name = f"{path}-{hashlib.sha256(data).hexdigest()[:16]}.arrow"
     files.write_bytes(name, data)
-    for number, start in enumerate(starts):
-        yield int(keys[start]), Piece(name, number)
+    for number, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        yield int(keys[start]), Piece(name, number, int(size))
+
+
+def write_piece(path: str, rows: pa.Table) -> Piece | None:
+    """Writes all rows as one piece; returns None where there are none."""
+    pieces = write_pieces(path, rows, np.zeros(len(rows), np.int64))
+    return next((piece for _, piece in pieces), None)
+
+
+def made_from(pieces: Iterable[Piece]) -> MadeFrom:
+    """Returns what a receipt says of the pieces that a part was made from."""
+    # The digest in a name is of all rows of the file: which job wrote it, and where, says nothing.
+    found = sorted((piece.path.rpartition("-")[2], piece.batch, piece.rows) for piece in pieces)
+    return MadeFrom(len(found), sum(rows for *_, rows in found), documents.digest(found))
 
 
 def read_pieces(

@@ -408,7 +408,8 @@ def _compare(
         staging=sample.staging,
     )
     _run(lambda root: define_crosswalk(root, plan.impressions, job), plan)
-    table = crosswalk(read_counts(job), parent, codebook)
+    impressions = plan.impressions.rows if plan.impressions else 0
+    table = crosswalk(read_counts(job, impressions), parent, codebook)
     return replace(codebook, info=with_moves(codebook.info, table)), table
 
 

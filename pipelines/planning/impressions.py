@@ -80,6 +80,9 @@ class PlannedHistories(Planned):
     def continues(self, earlier: Planned) -> bool:
         return self.log.before.run_id == earlier.stage.run_id
 
+    def came_in(self) -> dict[str, int]:
+        return {"impressions": self.stage.input_rows}
+
     @classmethod
     def wire(cls, root: Any, days: Sequence["PlannedHistories"], folder: str) -> None:
         shards = [day.stage.shards for day in days]
@@ -277,6 +280,9 @@ class PlannedRows(Planned):
     log: tuple[Source, ...]
     catalogues: tuple[Source, ...]
     schema: pa.Schema
+
+    def came_in(self) -> dict[str, int]:
+        return {"catalogue_items": sum(source.rows for source in self.catalogues)}
 
     @classmethod
     def wire(cls, root: Any, days: Sequence["PlannedRows"], folder: str) -> None:

@@ -20,7 +20,7 @@ from pipelines.running.locks import Locks
 from pipelines.running.stage import PACKAGE_VERSIONS, Planned, Stage
 from pipelines.running.states import PUBLISHED, Look, Night
 
-_OF_RECEIPT = ("counts", "work")  # what no manifest says of a single file
+_OF_RECEIPT = ("counts", "work", "made_from")  # what no manifest says of a single file
 
 
 @dataclass
@@ -194,7 +194,10 @@ def _told(staging: str, error: Exception) -> CourierError | None:
 
 
 def seal(one: Planned, table: Table) -> None:
-    """Writes what a manifest will say beside the parts, after every shard has its receipt."""
+    """Writes what a manifest will say beside the parts, after every shard has its receipt.
+
+    Raises DataContractError where rows were lost on the way to them; they are made again then.
+    """
     stage = one.stage
     folder = stage.staged_folder(table)
     parts = partitions.receipts(folder)
@@ -204,6 +207,9 @@ def seal(one: Planned, table: Table) -> None:
             f"job ended well ({folder}). The table would lack rows. Run the command again; if it "
             "happens again, delete that folder."
         )
+    counts = partitions.sum_counts(parts)
+    if table is stage.tables[0]:
+        _check_all_reached(one, counts)
     manifest = {
         "table": table.name,
         "ds": str(stage.ds),
@@ -211,7 +217,7 @@ def seal(one: Planned, table: Table) -> None:
         "run_id": stage.run_id,
         "files": [{k: v for k, v in part.items() if k not in _OF_RECEIPT} for part in parts],
         "rows": sum(part["rows"] for part in parts),
-        "counts": partitions.sum_counts(parts),
+        "counts": counts,
         "identities": dict(stage.identities),
         "inputs": dict(stage.inputs),
         "made_from": states.made_from(stage),
@@ -221,6 +227,19 @@ def seal(one: Planned, table: Table) -> None:
         **one.summarise(),
     }
     write_json(os.path.join(folder, STAGED), manifest)
+
+
+def _check_all_reached(one: Planned, counts: Mapping[str, int]) -> None:
+    for name, expected in one.came_in().items():
+        if counts.get(name, 0) != expected:
+            reopen(one.stage)  # else the next run would trust the parts
+            raise DataContractError(
+                f"{one.stage.name} of ds {one.stage.ds}: {counts.get(name, 0):,} of {expected:,} "
+                f"{name} reached its tables. The runner lost rows without an error, or doubled "
+                "some; nothing was published, and the parts that were made are thrown away. Run "
+                "the command again; if it happens again, run it on this machine (without --runner) "
+                "and report it."
+            )
 
 
 def counts_of(stage: Stage, look: Look) -> dict[str, int]:

@@ -164,6 +164,13 @@ class Planned(ABC):
         All that the stages read of others is made by then.
         """
 
+    def came_in(self) -> Mapping[str, int]:
+        """Returns what the job read, by the names under which its parts count what reached them.
+
+        Nothing, but for those whose tables would look whole if rows were lost on the way.
+        """
+        return {}
+
     def clean(self) -> None:
         """Frees what the job left on this machine: nothing, but for those that say so."""
         return

@@ -1,6 +1,7 @@
 """Tests where items of old clusters go: counts against plain loops, shares that sum to one."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,8 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feature_jobs.codebooks.codebook import Codebook
-from feature_jobs.codebooks.crosswalk import count_moves, crosswalk, with_moves
-from feature_jobs.schemas import CROSSWALK
+from feature_jobs.codebooks.crosswalk import (
+    CrosswalkJob,
+    count_moves,
+    crosswalk,
+    read_counts,
+    with_moves,
+)
+from feature_jobs.schemas import CROSSWALK, DataContractError
+from feature_jobs.store.documents import write_json
+from feature_jobs.store.partitions import Partition, write_parquet
 from tests.support.codebooks import by_hand, unit_rows
 
 ENCODER = "tiny-000000000000"
@@ -92,3 +101,24 @@ def test_each_resolution_has_rows_of_its_own_and_new_ones_have_none() -> None:
     assert [row["label"] for row in table.to_pylist()] == ["coarse", "main", "main"]
     moved = {r.label: r.moved_items for r in with_moves(child.info, table).resolutions}
     assert moved == {"main": pytest.approx(2 / 3), "coarse": 0.0, "fine": None}
+
+
+def test_impressions_or_shards_that_a_runner_lost_are_missed(tmp_path: Path) -> None:
+    """Without its impressions an item would still have a share, by items alone."""
+    job = CrosswalkJob(
+        Partition("e", {"files": [{"name": "a"}, {"name": "b"}]}),
+        None,
+        "",
+        "",
+        (),
+        None,
+        str(tmp_path),
+    )
+    for shard, impressions in enumerate((3, 4)):
+        with pytest.raises(DataContractError, match=f"counted: {shard} of 2 came"):
+            next(read_counts(job, 7))
+        write_json(f"{tmp_path}/came/0000{shard}.json", {"impressions": impressions})
+        write_parquet(f"{tmp_path}/moves/0000{shard}.parquet", pa.table({"items": [shard]}))
+    assert [table["items"].to_pylist() for table in read_counts(job, 7)] == [[0], [1]]
+    with pytest.raises(DataContractError, match="7 of 8 came"):
+        next(read_counts(job, 8))

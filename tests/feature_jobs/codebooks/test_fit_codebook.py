@@ -23,7 +23,7 @@ from feature_jobs.codebooks.fit_codebook import (
     starting_centres,
     stream_embeddings,
 )
-from feature_jobs.schemas import OperatorError
+from feature_jobs.schemas import DataContractError, OperatorError
 from feature_jobs.store import arrays, partitions
 from tests.support.codebooks import unit_rows
 
@@ -128,6 +128,17 @@ def test_a_sample_is_read_in_the_order_of_hashes_whatever_the_files(tmp_path: Pa
     assert len(one.points) == len(drawn(rows, wanted)) > 100
     wanted_points = points[drawn(rows, wanted)]
     np.testing.assert_array_equal(np.sort(one.points, axis=0), np.sort(wanted_points, axis=0))
+
+
+def test_a_sample_that_lacks_a_part_is_refused(tmp_path: Path) -> None:
+    rows = embeddings(unit_rows(20))
+    wanted = replace(
+        job(1.0, 0.1), staging=str(tmp_path),
+        embeddings=published(tmp_path / "e", [rows.slice(0, 10), rows.slice(10)]),
+    )  # fmt: skip
+    partitions.write_parquet(str(tmp_path / "sample" / "00001.parquet"), draw_sample(rows, wanted))
+    with pytest.raises(DataContractError, match="that were sampled: 1 of 2 came"):
+        read_sample(wanted)
 
 
 def test_the_stream_has_every_item_in_scope_that_is_not_held_out(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Beam costs a second.
 """
 
 import datetime as dt
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from feature_jobs.schemas import ROW_CLICKS, TIMESTAMP, TRAINING_ROWS
 from feature_jobs.store import partitions, worker_notes
 from pipelines.running.beam_options import pipeline_options, run_pipeline
 from tests.support import oracles
+from tests.support.stale_disk import hide_receipts_now_and_then
 
 FIRST = dt.date(2026, 3, 1)
 START = (FIRST - dt.date(1970, 1, 1)).days * DAY_US
@@ -201,6 +203,7 @@ def by_key(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
 
 def run(job: TrainingRowsJob, log: Sequence[Source], catalogues: Sequence[Source]) -> None:
     """Runs the pipeline of `define_training_rows` by hand."""
+    job = replace(job, done=job.find_done())
     read = steps.ReadLog(job)
     found = [pair for source in log for g in source.groups() for pair in read.process(g)]
     rows = by_key(pair for pair in found if not isinstance(pair, TaggedOutput))
@@ -233,9 +236,15 @@ def make(shop: Shop, groups: Sequence[Sequence[int]], out: Path, scoped: bool) -
 
 
 def files_below(out: Path) -> dict[str, bytes]:
-    """Returns the bytes of all parts and receipts."""
+    """Returns the bytes of all parts, and receipts but for the pieces, which go by the job."""
     paths = [path for path in out.glob("*/training_rows/**/*") if path.is_file()]
-    return {str(path.relative_to(out)): path.read_bytes() for path in paths}
+    found = {str(path.relative_to(out)): path.read_bytes() for path in paths}
+    return {
+        path: json.dumps(json.loads(data) | {"made_from": None}).encode()
+        if path.endswith(".json")
+        else data
+        for path, data in found.items()
+    }
 
 
 def counts_of(out: Path, number: int) -> dict[str, int]:
@@ -358,10 +367,26 @@ def test_a_job_that_died_goes_on_with_the_parts_that_lack(
     receipts = tmp_path / "out" / "7" / "training_rows" / "receipts"
     (receipts / f"{partitions.part_name(2, SHARDS[7])}.json").unlink()
     written, real = [], partitions.write_part
-    monkeypatch.setattr(partitions, "write_part", lambda *a: written.append(a[0]) or real(*a))
+    monkeypatch.setattr(
+        partitions, "write_part", lambda *a, **k: written.append(a[0]) or real(*a, **k)
+    )
     make(shop, [JOB], tmp_path / "out", scoped=True)
     assert files_below(tmp_path / "out") == whole
     assert written == [str(tmp_path / "out" / "7" / "training_rows")]
+
+
+def test_workers_that_are_shown_old_names_write_no_part_without_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = draw_shop(tmp_path, 1, "int")
+    make(shop, [JOB], tmp_path / "out", scoped=True)
+    whole = files_below(tmp_path / "out")
+    receipts = tmp_path / "out" / "7" / "training_rows" / "receipts"
+    (receipts / f"{partitions.part_name(2, SHARDS[7])}.json").unlink()
+    hide_receipts_now_and_then(monkeypatch)
+    make(shop, [JOB], tmp_path / "out", scoped=True)
+    monkeypatch.undo()
+    assert files_below(tmp_path / "out") == whole
 
 
 # ---- The scope -----------------------------------------------------------------------------------

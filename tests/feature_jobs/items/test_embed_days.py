@@ -25,6 +25,7 @@ from tests.support.embed_jobs import (
     random_shop,
     with_beam,
 )
+from tests.support.stale_disk import hide_receipts_now_and_then
 
 SEEDS = (0, 2, 7, 14, 22)  # of shops that have every kind of range together, as is tested
 BUSY = 17  # of a shop with two old days, where much is read
@@ -207,6 +208,20 @@ def test_a_killed_range_goes_on_without_embedding_or_writing_anything_again(tmp_
         left_out += len(receipts)
     assert resumed > 20
     assert left_out > 5
+
+
+def test_workers_that_are_shown_old_names_write_no_part_without_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = random_shop(tmp_path, BUSY, days=3)
+    old, days, place = shop.make_old_days(), range_of(shop), tmp_path / "one"
+    shop.make(place, days, old)
+    whole = shop.parts(place)
+    next(place.rglob("receipts/*.json")).unlink()
+    hide_receipts_now_and_then(monkeypatch)
+    shop.make(place, days, old)
+    monkeypatch.undo()
+    assert shop.parts(place) == whole
 
 
 def test_a_range_that_is_there_is_neither_walked_nor_looked_at_again(tmp_path: Path) -> None:

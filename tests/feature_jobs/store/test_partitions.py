@@ -1,6 +1,7 @@
 """Tables keep every row in their files, and a reader sees a whole partition or none."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from feature_jobs.schemas import (
     InputNotReady,
 )
 from feature_jobs.store import arrays, documents, hashing, partitions
+from feature_jobs.store.partitions import MadeFrom
 from tests.support.table_rows import KEYS, SHARDS, embeddings
 
 
@@ -52,12 +54,18 @@ def write_table(
 def test_a_part_is_there_once_its_receipt_is_and_holds_the_rows(tmp_path: Path) -> None:
     folder = str(tmp_path)
     schema, rows = histories([5, -3, 9, 0])
+    source = MadeFrom(2, 4, "d1")
     assert partitions.receipts(folder) == []
-    assert not partitions.has_part(folder, 3, 4)
-    partitions.write_part(folder, USER_HISTORIES, schema, rows, 3, 4, {"clicks": 6})
-    assert partitions.has_part(folder, 3, 4)
-    assert not partitions.has_part(folder, 3, 8)
-    assert not partitions.has_part(folder, 2, 4)
+    assert not partitions.has_part(folder, 3, 4, source)
+    assert partitions.finished(folder, 4) == frozenset()
+    partitions.write_part(
+        folder, USER_HISTORIES, schema, rows, 3, 4, {"clicks": 6}, made_from=source
+    )
+    assert partitions.has_part(folder, 3, 4, source)
+    assert not partitions.has_part(folder, 3, 8, source)
+    assert not partitions.has_part(folder, 2, 4, source)
+    assert partitions.finished(folder, 4) == {3}
+    assert partitions.finished(folder, 8) == frozenset()
 
     (receipt,) = partitions.receipts(folder)
     data = (tmp_path / "part-00003-of-00004.parquet").read_bytes()
@@ -68,6 +76,7 @@ def test_a_part_is_there_once_its_receipt_is_and_holds_the_rows(tmp_path: Path) 
         "sha256": hashlib.sha256(data).hexdigest(),
         "counts": {"clicks": 6},
         "work": {},
+        "made_from": {"pieces": 2, "rows": 4, "digest": "d1"},
     }
     found = partitions.read_parquet(str(tmp_path / receipt["name"]))
     assert found.to_pylist() == rows.sort_by("user_id").to_pylist()
@@ -114,7 +123,39 @@ def test_a_null_where_none_may_be_is_refused_and_leaves_no_part(
     partitions.write_part(
         str(tmp_path), ITEM_EMBEDDINGS, schema, rows, 0, 1
     )  # nulls where they may be
-    assert partitions.has_part(str(tmp_path), 0, 1)
+    assert partitions.finished(str(tmp_path), 1) == {0}
+
+
+def test_a_part_that_was_made_from_other_rows_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    folder, (schema, rows) = str(tmp_path), histories([5, -3])
+    source = MadeFrom(2, 2, "d1")
+    partitions.write_part(folder, USER_HISTORIES, schema, rows, 0, 1, made_from=source)
+    for other in (MadeFrom(1, 2, "d1"), MadeFrom(2, 1, "d1"), MadeFrom(2, 2, "d2")):
+        assert not partitions.has_part(folder, 0, 1, other)
+
+
+def test_a_part_whose_receipt_does_not_say_what_it_was_made_from_is_not_trusted(
+    tmp_path: Path,
+) -> None:
+    folder, (schema, rows) = str(tmp_path), histories([5, -3])
+    partitions.write_part(folder, USER_HISTORIES, schema, rows, 0, 1)
+    assert not partitions.has_part(folder, 0, 1, MadeFrom(2, 2, "d1"))
+    (path,) = (tmp_path / "receipts").iterdir()
+    receipt = json.loads(path.read_text())
+    del receipt["made_from"]  # as an earlier version wrote it
+    path.write_text(json.dumps(receipt))
+    assert partitions.finished(folder, 1) == frozenset()
+
+
+@pytest.mark.parametrize("went_in", [1, 3])
+def test_a_part_with_other_rows_than_went_into_it_is_refused_and_not_written(
+    tmp_path: Path, went_in: int
+) -> None:
+    schema, rows = histories([5, -3])
+    source = MadeFrom(1, went_in, "d1")
+    with pytest.raises(DataContractError, match=f"has 2 rows, but {went_in} went into it"):
+        partitions.write_part(str(tmp_path), USER_HISTORIES, schema, rows, 0, 1, made_from=source)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_part_needs_every_column_and_leaves_out_further_ones(tmp_path: Path) -> None:

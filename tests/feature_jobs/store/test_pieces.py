@@ -9,7 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from feature_jobs.store.pieces import Piece, read_all, read_pieces, write_pieces
+from feature_jobs.store.pieces import (
+    Piece,
+    made_from,
+    read_all,
+    read_pieces,
+    write_piece,
+    write_pieces,
+)
 
 NOTHING = pa.table({"row": pa.array([], pa.int64()), "name": pa.array([], pa.string())})
 
@@ -128,3 +135,28 @@ def test_columns_keep_their_types_nulls_and_lists(tmp_path: Path) -> None:
     pieces = written(tmp_path / "rows", rows, [1, 0, 1])
     assert read_pieces([pieces[1]], rows).equals(rows.take([0, 2]).combine_chunks())
     assert read_pieces([pieces[0]], rows).to_pylist() == rows.slice(1, 1).to_pylist()
+
+
+def test_a_piece_knows_how_many_rows_it_has(tmp_path: Path) -> None:
+    found = dict(write_pieces(str(tmp_path / "x"), numbered(5), np.array([1, 0, 1, 1, 0])))
+    assert {key: piece.rows for key, piece in found.items()} == {0: 2, 1: 3}
+    whole = write_piece(str(tmp_path / "y"), numbered(5))
+    assert whole is not None
+    assert whole.rows == 5
+    assert read_pieces([whole], NOTHING).equals(numbered(5))
+    assert write_piece(str(tmp_path / "z"), numbered(0)) is None
+
+
+def test_what_a_part_is_made_from_goes_by_the_rows_and_not_by_where_they_lie(
+    tmp_path: Path,
+) -> None:
+    keys = np.array([1, 0, 1, 1, 0])
+    pieces = [piece for _, piece in write_pieces(str(tmp_path / "x"), numbered(5), keys)]
+    found = made_from(pieces)
+    assert (found.pieces, found.rows) == (2, 5)
+    again = [piece for _, piece in write_pieces(str(tmp_path / "a" / "y"), numbered(5), keys)]
+    assert made_from(reversed(again)) == found
+    other = [piece for _, piece in write_pieces(str(tmp_path / "x"), numbered(5), 1 - keys)]
+    assert made_from(other) != found
+    assert made_from(pieces[:1]) != found
+    assert made_from([]).rows == 0
