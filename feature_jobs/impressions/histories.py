@@ -330,8 +330,7 @@ class ReadClicks(beam.DoFn):
     """Turns a row group of impressions into a chunk for each shard of users.
 
     A chunk counts the impressions beside the clicks: how many impressions a day has is known, so
-    that it shows where chunks are lost.
-    What it tells of its day goes out as `facts`.
+    that it shows where chunks are lost. What it tells of its day goes out as `facts`.
     """
 
     def __init__(self, law: HistoryLaw, day_timezone: str, shards: int, staging: str):
