@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+
+from courier_model.image_metadata import without_metadata
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
@@ -61,9 +63,15 @@ _UPRIGHT = {
 }
 
 # What Pillow raises for a broken file: OSError when it cannot be identified or decoded, SyntaxError
-# and ValueError from the format's own parser, struct.error from its EXIF parser. Caught only around
-# opening and loading, so that a mistake of ours is never taken for a bad image.
-_BROKEN_FILE = (OSError, SyntaxError, ValueError, struct.error)
+# and ValueError from the format's own parser, struct.error from its EXIF parser; the others from a
+# parser that meets less, or something else, than it looks for. Caught only around opening and
+# loading, so that a mistake of ours is never taken for a bad image.
+_BROKEN_FILE = (
+    OSError, SyntaxError, ValueError, struct.error, IndexError, TypeError, KeyError, EOFError,
+)  # fmt: skip
+
+# Bits of a sample in a PNG without alpha, by Pillow's name for what is stored.
+_DEPTHS = {"L;2": 2, "L;4": 4, "L": 8, "RGB": 8, "RGB;16B": 16}
 
 # All of Pillow's plugins, once, at import: it would otherwise load them during the first decodes,
 # while other threads walk its table of formats.
@@ -141,7 +149,11 @@ def decode(
 
     Equal, pixel for pixel, to torchvision's evaluation transform before its normalisation, on the
     RGB picture: first frame of animations, transparency over white, 16-bit greyscale scaled to 8
-    bits. Colour profiles are ignored, as torchvision does. Two exceptions:
+    bits. Colour profiles are ignored, as torchvision does; they, texts and other metadata are not
+    even read (`image_metadata`), so that none is too large or too broken. In a CMYK JPEG 255 is no
+    ink, as Adobe stores it, with and without Adobe's marker (APP14): so Pillow, Chrome and Firefox
+    take all of them. Where a PNG of 16 bits a channel names its one transparent colour, the upper
+    8 bits decide. Two exceptions:
 
     - A JPEG whose shorter side is at least 2 x `jpeg_margin` x `resize_size` is decoded at a
       reduced scale, 2 to 5 times as fast, which gives nearly the same (see `JPEG_MARGIN`).
@@ -155,6 +167,7 @@ def decode(
     size = _resized_size(image.size, preprocessing.resize_size)
     _check_pixels(image.size, size, limits.max_pixels)
     box = _reduce(image, preprocessing)
+    _match_transparency(image)
     turn = _load(image)
     picture = _rgb(image).resize(size, _INTERPOLATIONS[preprocessing.interpolation], box)
     if turn is not None:
@@ -176,14 +189,14 @@ def _reduce(image: Image.Image, preprocessing: Preprocessing) -> Box | None:
     return box
 
 
-def _open(data: bytes, limits: DecodeLimits) -> Image.Image:
+def _open(data: bytes, limits: DecodeLimits) -> ImageFile.ImageFile:
     """Reads the header only; no pixel is decoded."""
     if not data:
         raise BadImage("empty", "the file has 0 bytes")
     if len(data) > limits.max_bytes:
         raise BadImage("too_many_bytes", f"{len(data)} bytes, allowed are {limits.max_bytes}")
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(without_metadata(data)), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage("too_many_pixels", str(error)) from error
     except _BROKEN_FILE as error:
@@ -223,6 +236,20 @@ def _check_pixels(size: tuple[int, int], resized: tuple[int, int], max_pixels: i
         )
 
 
+def _match_transparency(image: ImageFile.ImageFile) -> None:
+    """Turns the transparent colour of a PNG into what Pillow's pixels, which have 8 bits, show.
+
+    Pillow leaves it as it stands in the file, where samples may have 2, 4 or 16.
+    """
+    stored = image.tile[0].args if image.tile else None
+    if isinstance(stored, str) and stored in _DEPTHS and "transparency" in image.info:
+        depth = _DEPTHS[stored]
+        colour = np.array(image.info["transparency"])
+        most = (1 << depth) - 1
+        shown = colour >> 8 if depth == 16 else (colour & most) * (255 // most)
+        image.info["transparency"] = tuple(shown.tolist()) if shown.ndim else int(shown)
+
+
 def _load(image: Image.Image) -> Image.Transpose | None:
     """Decodes the pixels in place; returns the turn that makes the picture upright."""
     try:
@@ -242,8 +269,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # 16-bit greyscale. Pillow would clip at 255, which turns nearly everything white.
         # 257 = 65535 / 255, so this rounds to the nearest 8-bit value.
-        values = (np.asarray(image, dtype=np.uint32) + 128) // 257
-        image = Image.fromarray(values.astype(np.uint8))
+        values = np.array(image, dtype=np.uint32)
+        values[values == image.info.get("transparency", -1)] = 65535  # over white
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
     layer = image.convert("RGBA")

@@ -36,7 +36,10 @@ class OddImage:
 @functools.cache
 def odd_images() -> dict[str, OddImage]:
     """Returns all odd images by file name, made once, in a fraction of a second."""
-    kinds = (_jpegs(), _turned(), _pngs(), _others(), _no_images(), _unsupported(), _broken())
+    kinds = (
+        _jpegs(), _turned(), _pngs(), _transparent_pngs(), _with_metadata(), _others(),
+        _no_images(), _unsupported(), _broken(),
+    )  # fmt: skip
     found = {name: odd for kind in kinds for name, odd in kind.items()}
     assert len(found) == sum(len(kind) for kind in kinds), "two files of one name"
     return found
@@ -102,18 +105,45 @@ def turned_exif(orientation: int) -> bytes:
 
 
 def png(
-    width: int, height: int, depth: int, colour: int, pixels: bytes, interlaced: bool = False
-) -> bytes:
+    width: int, height: int, depth: int, colour: int, pixels: bytes, interlaced: bool = False,
+    transparent: bytes = b"",
+) -> bytes:  # fmt: skip
     """Makes a PNG by hand, as Pillow would not; `pixels` begin each row with filter byte 0."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
-    parts = (b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in parts
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", header)
+        + (png_chunk(b"tRNS", transparent) if transparent else b"")
+        + png_chunk(b"IDAT", zlib.compress(pixels))
+        + png_chunk(b"IEND", b"")
     )
 
 
-def _png_of(pixels: np.ndarray, colour: int, interlaced: bool = False) -> bytes:
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    checksum = struct.pack(">I", zlib.crc32(kind + body))
+    return struct.pack(">I", len(body)) + kind + body + checksum
+
+
+def with_chunk(data: bytes, kind: bytes, body: bytes, late: bool = False) -> bytes:
+    """Puts a chunk into a PNG: after its header, or `late` before its end."""
+    at = len(data) - 12 if late else 33
+    return data[:at] + png_chunk(kind, body) + data[at:]
+
+
+def with_segment(data: bytes, marker: int, body: bytes) -> bytes:
+    """Puts a segment into a JPEG, after its first marker."""
+    return data[:2] + struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body + data[2:]
+
+
+def without_segment(data: bytes, marker: int) -> bytes:
+    """Takes the first segment of its kind out of a JPEG."""
+    at = data.index(bytes([0xFF, marker]))
+    return data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
+
+
+def _png_of(
+    pixels: np.ndarray, colour: int, interlaced: bool = False, transparent: bytes = b""
+) -> bytes:
     """Writes a PNG of `pixels` [height, width, channels] of uint8 or uint16."""
     values = pixels.astype(pixels.dtype.newbyteorder(">"))
     # Adam7: first column and row, step between columns and rows, of each of the seven passes.
@@ -125,7 +155,8 @@ def _png_of(pixels: np.ndarray, colour: int, interlaced: bool = False) -> bytes:
         for row in values[top::down, left::across]
     ]
     height, width = pixels.shape[:2]
-    return png(width, height, 8 * pixels.itemsize, colour, b"".join(rows), interlaced)
+    depth = 8 * pixels.itemsize
+    return png(width, height, depth, colour, b"".join(rows), interlaced, transparent)
 
 
 def _jpegs() -> dict[str, OddImage]:
@@ -144,6 +175,9 @@ def _jpegs() -> dict[str, OddImage]:
         "no-end-marker.jpg": baseline.removesuffix(b"\xff\xd9"),
         "damaged-exif.jpg": encoded(picture, "JPEG", quality=95, exif=b"Exif\0\0MM\0*\0"),
         "cmyk.jpg": encoded(picture.convert("CMYK"), "JPEG", quality=95),
+        "cmyk-not-marked.jpg": without_segment(
+            encoded(picture.convert("CMYK"), "JPEG", quality=95), 0xEE
+        ),
         "ycck.jpg": _ycck(picture),
         "two-pictures.jpg": encoded(
             picture, "MPO", quality=95, save_all=True, append_images=[black]
@@ -238,6 +272,79 @@ def _pngs() -> dict[str, OddImage]:
         "interlaced-16-bit.png": OddImage(_png_of(deep[..., :3], 2, True), rgb, ROUNDED),
         "animated.png": OddImage(encoded(rgb, "PNG", save_all=True, append_images=[black]), rgb),
         "pixel.png": OddImage(*_one_colour((1, 2, 3), "PNG")),
+    }
+
+
+def _transparent_pngs() -> dict[str, OddImage]:
+    """Makes a PNG of each kind that names one transparent colour, with that colour in the file.
+
+    Each has four parts; the one at the upper right is transparent, hence white.
+    """
+    parts = np.asarray(_quadrants())  # 0 to 3
+    found = {}
+    for depth, levels in {1: [0, 1, 0, 0], 2: [0, 2, 1, 3], 4: [1, 9, 5, 15], 8: [3, 90, 5, 250],
+                          16: [300, 25_000, 2_000, 64_000]}.items():  # fmt: skip
+        stored = np.array(levels)[parts]
+        shown = np.where(parts == 1, 255, np.round(stored / (2**depth - 1) * 255))
+        transparent = struct.pack(">H", levels[1])
+        rows = b"".join(b"\0" + _packed(row, depth) for row in stored)
+        found[f"transparent-grey-{depth}-bit.png"] = OddImage(
+            png(WIDTH, HEIGHT, depth, 0, rows, transparent=transparent),
+            _picture(shown).convert("RGB"),
+        )
+    flat = np.asarray(_quadrants().convert("RGB"))
+    shown = np.where(parts[..., None] == 1, 255, flat)
+    deep = (flat.astype(np.uint16) << 8) + 7  # the low bytes differ from the high ones
+    for pixels in (flat, deep):
+        depth = 8 * pixels.itemsize
+        found[f"transparent-rgb-{depth}-bit.png"] = OddImage(
+            _png_of(pixels, 2, transparent=struct.pack(">HHH", *pixels[0, -1])), _picture(shown)
+        )
+    return found
+
+
+def _packed(row: np.ndarray, depth: int) -> bytes:
+    """Packs samples of 1 to 16 bits as PNG does, the first one highest."""
+    bits = row[:, None] >> np.arange(depth)[::-1] & 1
+    return np.packbits(bits.astype(np.uint8)).tobytes()
+
+
+def _with_metadata() -> dict[str, OddImage]:
+    """Makes sound pictures with profiles, texts and notes that decoders stumble over."""
+    picture = _smooth()
+    flat, jpeg = encoded(picture, "PNG"), encoded(picture, "JPEG", quality=95)
+    large = zlib.compress(bytes(2**20 + 1))
+    bomb = zlib.compress(bytes(2**27))
+    chunks = {
+        "large-profile": (b"iCCP", b"name\0\0" + large),
+        "large-text": (b"zTXt", b"key\0\0" + large),
+        "large-international-text": (b"iTXt", b"key\0\1\0en\0key\0" + large),
+        "large-xmp": (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + large),
+        "text-bomb": (b"zTXt", b"key\0\0" + bomb),
+        "text-of-unknown-packing": (b"zTXt", b"key\0\7" + large),
+        "profile-without-name": (b"iCCP", b""),
+        "short-gamma": (b"gAMA", b"\0"),
+        "text-called-transparency": (b"tEXt", b"transparency\0none"),
+        "text-called-interlace": (b"tEXt", b"interlace\0none"),
+        "text-called-xmp": (b"tEXt", b"xmp\0none"),
+        "text-called-exif": (b"zTXt", b"exif\0\0" + zlib.compress(b"none")),
+        "broken-animation": (b"fcTL", bytes(4)),
+    }
+    pngs = {
+        f"{name}{'-at-the-end' * late}.png": with_chunk(flat, kind, body, late)
+        for name, (kind, body) in chunks.items()
+        for late in (False, True)
+    }
+    segments = {
+        "short-profile": (0xE2, b"ICC_PROFILE\0"),
+        "short-jfif": (0xE0, b"JFIF\0"),
+        "short-adobe": (0xEE, b"Adobe"),
+        "short-photoshop": (0xED, b"Photoshop 3.0\0008BIM\0\0"),
+    }
+    jpegs = {f"{name}.jpg": with_segment(jpeg, *segment) for name, segment in segments.items()}
+    jpegs["fill-bytes.jpg"] = jpeg[:2] + b"\xff\xff" + with_segment(jpeg, 0xEE, b"Adobe")[2:]
+    return {name: OddImage(data, picture) for name, data in pngs.items()} | {
+        name: OddImage(data, picture, LOSSY) for name, data in jpegs.items()
     }
 
 
