@@ -18,7 +18,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from feature_jobs.schemas import CourierError, DataContractError, GateRefused
+from feature_jobs.schemas import ITEM_EMBEDDINGS, CourierError, DataContractError, GateRefused
+from feature_jobs.schemas import ITEM_FEATURES as FEATURES_TABLE
 from pipelines.config import Settings
 from pipelines.planning.day_plan import DayPlan, NightOptions, Range
 from pipelines.planning.impressions import plan_histories, plan_simscore, plan_training_rows
@@ -350,4 +351,13 @@ def _judge(stage: Stage, settings: Settings, look: Look) -> None:
     together = (*stage.upstream, stage)
     counts = {one.kind: making.counts_of(one, look) for one in together}
     clusters = {k: v for one in together for k, v in making.clusters_of(one, look).items()}
-    quality.check(stage.kind, stage.input_rows, counts, settings, clusters)
+    of_kind = {one.kind: one for one in together}
+
+    def find_picture(label: str, cluster: int) -> Any:
+        from feature_jobs.items.item_features import most_frequent_picture
+
+        embeddings = look.table(of_kind[EMBED], ITEM_EMBEDDINGS)
+        features = look.table(of_kind[ITEM_FEATURES], FEATURES_TABLE)
+        return most_frequent_picture(embeddings, features, label, cluster)
+
+    quality.check(stage.kind, stage.input_rows, counts, settings, clusters, find_picture)

@@ -15,7 +15,7 @@ clusters are counted.
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
@@ -33,6 +33,7 @@ from feature_jobs.store.every_shard import check_all_came
 _CLUSTERS = "clusters"  # folder of the counts beside the parts
 _COUNTS = ("items", "compared", "moved")
 _NAMED = 5  # clusters that most items left, by name
+_LOOKED_AT = 1_000_000  # items of a cluster, for a picture that many of them have
 
 
 @dataclass(frozen=True)
@@ -316,3 +317,40 @@ def read_clusters(staging: str, shards: int, codebook_folder: str) -> Mapping[st
         partitions.read_parquet(_counts_path(staging, n)) for n in range(shards)
     )
     return summarise_clusters(counts, read_codebook_info(codebook_folder))
+
+
+class SamePicture(NamedTuple):
+    """Tells of items of a cluster how many have the very same picture, byte for byte.
+
+    These are `items` of `looked_at`; `item_id` is one of them.
+    """
+
+    sha256: str
+    item_id: int | str
+    items: int
+    looked_at: int
+
+
+def most_frequent_picture(
+    embeddings: partitions.Partition, features: partitions.Partition, label: str, cluster: int
+) -> SamePicture:
+    """Finds the picture that most items of a cluster have; the cluster has some.
+
+    Of a large one, the items of some shards are looked at: since items are sharded by the hash of
+    their ID, they are a sample. `features` is made of `embeddings`, in as many parts.
+    """
+    column, shards, seen, found = cluster_column(label), len(features.paths), 0, []
+    for shard in range(shards):
+        rows = features.read_shard(shard, shards, "item_id", ["item_id", column])
+        ids = rows["item_id"].filter(pc.equal(rows[column], cluster)).combine_chunks()
+        images = embeddings.read_shard(shard, shards, "item_id", ["item_id", "image_sha256"])
+        found.append(images.filter(pc.is_in(images["item_id"], value_set=ids)))
+        seen += len(found[-1])
+        if seen >= _LOOKED_AT:
+            break
+    items = pa.concat_tables(found).group_by("image_sha256").aggregate(
+        [("item_id", "count"), ("item_id", "min")]
+    )  # fmt: skip
+    order = [("item_id_count", "descending"), ("image_sha256", "ascending")]
+    most = items.sort_by(order).slice(0, 1).to_pylist()[0]
+    return SamePicture(most["image_sha256"], most["item_id_min"], most["item_id_count"], seen)

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
@@ -13,11 +14,13 @@ import pyarrow as pa
 from courier_model.image_files import Rejected, read_image
 from courier_model.images import Preprocessing
 from feature_jobs.store import addresses, files
+from pipelines.config import Gates
 from pipelines.first_look.settings import near
 from pipelines.first_look.tables import Finding, Table
 
 _IMAGES = 64
 _ADDRESSES = 8  # of one server are looked for in each folder
+_COPIES = 0.1  # such a share of one picture is told
 _PARENTS = 4  # of the catalogue's folder, in which images are looked for
 # The usual one; the encoder's own is not known yet, and hardly changes what can be decoded.
 _PREPROCESSING = Preprocessing(224, 256, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -137,9 +140,7 @@ def _candidates(folder: str) -> list[str]:
 # ---- Looking -------------------------------------------------------------------------------
 
 
-def about_images(
-    items: Table, images: Images, folder: str, max_reject_share: float
-) -> Iterator[Finding]:
+def about_images(items: Table, images: Images, folder: str, gates: Gates) -> Iterator[Finding]:
     """Finds whether images can be read; `folder` is that of the settings."""
     sample = _sample(items) if items.has("image_uri") else []
     uris = images.uris(sample)
@@ -163,7 +164,7 @@ def about_images(
     if local and images.roots:
         names = ", ".join(near(root, folder) for root in images.roots)
         yield Finding("note", f"images: read below {names}; give --images where that is wrong.")
-        yield _try_images(local, images.roots, max_reject_share)
+        yield from _try_images(local, images.roots, gates)
     elif local:
         yield Finding(
             "problem",
@@ -173,29 +174,65 @@ def about_images(
         )
 
 
-def _try_images(uris: Sequence[str | None], roots: Sequence[str], allowed: float) -> Finding:
+def _try_images(
+    uris: Sequence[str | None], roots: Sequence[str], gates: Gates
+) -> Iterator[Finding]:
     """Reads and decodes images as the night will."""
     with ThreadPoolExecutor() as pool:
         results = pool.map(lambda uri: read_image(uri, roots, _PREPROCESSING), uris)
-        rejected: dict[str, list[str | None]] = {}
-        for uri, result in zip(uris, results, strict=True):
-            if isinstance(result, Rejected):
-                rejected.setdefault(result.reason.replace("_", " "), []).append(uri)
+        found = list(zip(uris, results, strict=True))
+    rejected: dict[str, list[str | None]] = {}
+    good: list[tuple[str, str | None]] = []
+    for uri, result in found:
+        if isinstance(result, Rejected):
+            rejected.setdefault(result.reason.replace("_", " "), []).append(uri)
+        else:
+            good.append((result.sha256, uri))
+    yield _about_rejects(rejected, len(uris), gates.max_reject_share)
+    yield from _about_copies(good, gates.max_cluster_share)
+
+
+def _about_rejects(
+    rejected: Mapping[str, Sequence[str | None]], sampled: int, allowed: float
+) -> Finding:
     bad = sum(map(len, rejected.values()))
     if not bad:
-        return Finding("ok", f"images: all {len(uris)} sampled can be read and decoded.")
+        return Finding("ok", f"images: all {sampled} sampled can be read and decoded.")
     reasons = ", ".join(
         f"{len(those)} {reason} (for example {_example(those[0])})"
         for reason, those in rejected.items()
     )
-    text = f"images: {len(uris) - bad} of {len(uris)} sampled can be read and decoded; {reasons}"
-    if bad <= allowed * len(uris):
+    text = f"images: {sampled - bad} of {sampled} sampled can be read and decoded; {reasons}"
+    if bad <= allowed * sampled:
         return Finding("note", f"{text}. Such items get no embedding, and are listed as rejects.")
     return Finding(
         "problem",
         f"{text}. Above {allowed:.0%} rejects the night refuses to publish: mend the images, or "
         "raise max_reject_share under [gates].",
     )
+
+
+def _about_copies(good: Sequence[tuple[str, str | None]], allowed: float) -> Iterator[Finding]:
+    """Finds whether many images, each with its digest, are one: a placeholder, most likely."""
+    counts = Counter(sha256 for sha256, _ in good)
+    sha256, copies = max(counts.items(), key=lambda pair: pair[1], default=("", 0))
+    if copies < 2 or copies <= _COPIES * len(good):
+        return
+    text = (
+        f"images: {copies} of {len(good)} that can be decoded are the very same picture, byte for "
+        f"byte (sha256 {sha256}, for example {_example(dict(good)[sha256])}). If that is a "
+        "placeholder, leave the image_uri of such items null: they all look alike to every score, "
+        "and without one they get cluster ID 0 and count as rejects, which max_reject_share under "
+        "[gates] must leave room for."
+    )
+    if copies <= allowed * len(good):
+        yield Finding("note", text)
+    else:
+        yield Finding(
+            "problem",
+            f"{text} Above {allowed:.0%} of items in one cluster the night refuses to publish, "
+            "unless max_cluster_share is raised.",
+        )
 
 
 def _example(uri: str | None) -> str:

@@ -65,7 +65,7 @@ def look(
     findings = (
         *_about_places(places, folder, ()),
         *_about_tables(items, events, Gates(), "UTC"),
-        *about_images(items, images, folder, Gates().max_reject_share),
+        *about_images(items, images, folder, Gates()),
     )
     return FirstLook(findings, settings_text(items, events, images.roots, images.rewrite, folder))
 
@@ -86,7 +86,7 @@ def look_again(settings: Settings, folder: str) -> tuple[Finding, ...]:
     return (
         *_about_places(places, folder, settings.closed_days),
         *_about_tables(items, events, settings.gates, settings.day_timezone),
-        *about_images(items, images, folder, settings.gates.max_reject_share),
+        *about_images(items, images, folder, settings.gates),
     )
 
 

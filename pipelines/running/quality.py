@@ -5,14 +5,18 @@ manifests: one that does not hold is our own fault or the disk's. The laws of ro
 they were written. Whatever is refused, nothing is published, and what was published before stays.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from feature_jobs.schemas import MAIN, DataContractError, GateRefused
 from pipelines.config import Gates, Settings
 from pipelines.stages import EMBED, ITEM_FEATURES, SIMSCORE, TRAINING_ROWS, Kind
 
+if TYPE_CHECKING:  # it needs Beam, for which no gate is to wait
+    from feature_jobs.items.item_features import SamePicture
+
 Counts = Mapping[Kind, Mapping[str, int]]
+FindPicture = Callable[[str, int], "SamePicture"]
 
 _CHURN = (
     "The CTR model's embedding rows would stand for other items. If a new codebook was pinned on "
@@ -27,16 +31,18 @@ def check(
     counts: Counts,
     settings: Settings,
     clusters: Mapping[str, Mapping[str, Any]],
+    find_picture: FindPicture,
 ) -> None:
     """Raises GateRefused where a share forbids publishing what a stage made.
 
     Raises DataContractError where a law does, and for a catalogue without one readable image.
     `input_rows` are those of the stage's input, `counts` its own and those of the stages upstream,
-    `clusters` what is said of the clusters of each resolution.
+    `clusters` what is said of the clusters of each resolution. `find_picture` is asked of a label
+    and a cluster that is too large, for the picture that most of its items have.
     """
     check_laws(kind, input_rows, counts)
     for label, found in clusters.items():
-        _clusters(label, found, settings.gates)
+        _clusters(label, found, settings.gates, find_picture)
     if kind is EMBED:
         _embed(counts[EMBED], settings)
     elif kind is SIMSCORE:
@@ -129,7 +135,9 @@ def _simscore(
     )  # fmt: skip
 
 
-def _clusters(label: str, found: Mapping[str, Any], gates: Gates) -> None:
+def _clusters(
+    label: str, found: Mapping[str, Any], gates: Gates, find_picture: FindPicture
+) -> None:
     """Refuses too much churn or imbalance among the clusters of one resolution."""
     _share(
         f"items have another cluster ID ({label}) than the day before",
@@ -139,17 +147,33 @@ def _clusters(label: str, found: Mapping[str, Any], gates: Gates) -> None:
     if not found["items"]:
         return
     # Of very few clusters, some hold such a share when all is well.
-    if gates.max_cluster_share * found["clusters"] >= 2:
+    limit, largest = gates.max_cluster_share, found["largest_cluster"]
+    if limit * found["clusters"] >= 2 and found["items_max"] > limit * found["items"]:
+        picture = find_picture(label, largest)
         _share(
-            f"items with a cluster ID ({label}) are in cluster {found['largest_cluster']}",
-            found["items_max"], found["items"], gates.max_cluster_share, "max_cluster_share",
-            "An encoder that takes most images for the same one looks like this",
+            f"items with a cluster ID ({label}) are in cluster {largest}",
+            found["items_max"], found["items"], limit, "max_cluster_share",
+            _why_large(found["items_max"], found["items"], limit, picture),
         )  # fmt: skip
     _share(
         f"clusters ({label}) have no item",
         found["dead"], found["clusters"], gates.max_dead_share, "max_dead_share",
         "A codebook of another catalogue, or one much too old, looks like this",
     )  # fmt: skip
+
+
+def _why_large(items: int, total: int, limit: float, picture: "SamePicture") -> str:
+    """Tells why a cluster has `items` of `total`: for copies of one picture, or without them."""
+    copies = items * picture.items / picture.looked_at
+    if items - copies > limit * (total - copies):
+        return "An encoder that takes most images for the same one looks like this"
+    return (
+        f"{picture.items:,} of the {picture.looked_at:,} of them that were looked at have the very "
+        f"same picture, byte for byte (sha256 {picture.sha256}, for example item "
+        f"{picture.item_id!r}): a placeholder, and no fault of the encoder. Leave the image_uri of "
+        "such items null in the catalogue: they get cluster ID 0 then, and count as rejects, which "
+        "gates.max_reject_share must leave room for"
+    )
 
 
 def _most_left(found: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import errno
+import hashlib
 import itertools
 import os
 from pathlib import Path
@@ -72,6 +73,20 @@ def test_too_many_unknown_items_publish_nothing(world: World, capsys: Capture) -
     assert published(world) == {}
     world.write_impressions(DAYS[0], draw_impressions(DAYS[0], seed=0))
     assert refresh(world, DAYS[0]) == 0
+
+
+def test_a_cluster_of_equal_pictures_is_put_down_to_their_bytes(
+    world: World, capsys: Capture
+) -> None:
+    for number in NORMAL:
+        world.put(number, world.image(1).read_bytes())
+    world.gates = "max_cluster_share = 0.5\nmax_dead_share = 1.0"
+    assert refresh(world, DAYS[0]) == 3
+    message = paragraph(capsys)
+    assert "items with a cluster ID (main) are in cluster" in message
+    digest = hashlib.sha256(world.image(1).read_bytes()).hexdigest()
+    assert f"the very same picture, byte for byte (sha256 {digest}, for example item 1)" in message
+    assert "An encoder that takes" not in message
 
 
 def test_a_catalogue_without_one_readable_image_is_refused(world: World, capsys: Capture) -> None:

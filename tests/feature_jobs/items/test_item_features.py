@@ -13,11 +13,14 @@ import pytest
 
 from feature_jobs.codebooks.codebook import Codebook, save_codebook
 from feature_jobs.codebooks.nearest import CodebookSearch
+from feature_jobs.items import item_features
 from feature_jobs.items.item_features import (
     FeaturesJob,
+    SamePicture,
     count_clusters,
     define_item_features,
     features_of,
+    most_frequent_picture,
     read_clusters,
     summarise_clusters,
 )
@@ -233,3 +236,38 @@ def test_days_made_together_have_the_bytes_of_days_made_one_by_one(tmp_path: Pat
     run(again)
     assert made_below(tmp_path / "together") == expected
     assert kept.stat().st_mtime_ns == before
+
+
+# ---- Equal pictures ----------------------------------------------------------------------------
+
+
+def same_pictures(folder: Path) -> tuple[Partition, Partition]:
+    """Writes 40 items in four shards: all even ones are in cluster 2, and those by 4 are equal."""
+    placeholder = embed_rows.digest(1000)
+    rows = embed_rows.embeddings(
+        *({"item_id": n, "image_sha256": placeholder if n % 4 == 0 or n % 2 else
+           embed_rows.digest(n)} for n in range(ITEMS))
+    )  # fmt: skip
+    features = pa.table(
+        {"item_id": np.arange(ITEMS), "cluster_id": np.where(np.arange(ITEMS) % 2, 1, 2)}
+    ).cast(pa.schema({"item_id": pa.int64(), "cluster_id": pa.int32()}))
+    embedded = write_table(folder / "e", ITEM_EMBEDDINGS, embed_rows.EMBEDDINGS, rows, 4)
+    of = hashing.shard_of(hashing.hash_ids(features["item_id"]), 4)
+    names = [f"{part_name(shard, 4)}.parquet" for shard in range(4)]
+    for shard, name in enumerate(names):
+        path = str(folder / "f" / name)
+        partitions.write_parquet(path, features.filter(pa.array(of == shard)))
+    return embedded, Partition(str(folder / "f"), {"files": [{"name": name} for name in names]})
+
+
+def test_the_picture_that_most_items_of_a_cluster_have_is_found_over_all_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = same_pictures(tmp_path)
+    found = most_frequent_picture(*tables, MAIN, 2)
+    assert found == SamePicture(embed_rows.digest(1000), 0, ITEMS // 4, ITEMS // 2)
+    monkeypatch.setattr(item_features, "_LOOKED_AT", 8)
+    sample = most_frequent_picture(*tables, MAIN, 2)
+    assert sample.sha256 == found.sha256
+    assert 8 <= sample.looked_at < found.looked_at
+    assert 0 < sample.items < found.items

@@ -162,6 +162,25 @@ def test_a_few_bad_images_are_noted_only(shop: Shop) -> None:
     assert noted(first, "empty (for example '", "listed as rejects")
 
 
+@pytest.mark.parametrize(("every", "told"), [(20, ""), (4, "note"), (1, "problem")])
+def test_many_items_with_the_same_bytes_are_told_as_a_placeholder(
+    shop: Shop, every: int, told: str
+) -> None:
+    shop.write()
+    for i in range(0, ITEMS, every):
+        (shop.folder / f"images/{i}.png").write_bytes((shop.folder / "images/7.png").read_bytes())
+    first = shop.look()
+    found = [f for f in first.findings if "the very same picture, byte for byte" in f.text]
+    assert [f.level for f in found] == ([told] if told else [])
+    assert len(problems(first)) == (told == "problem")
+    if found:
+        assert "of 64 that can be decoded" in found[0].text
+        assert "leave the image_uri of such items null" in found[0].text
+    if told == "problem":
+        assert found[0].text.startswith("images: 64 of 64 ")
+        assert "max_cluster_share" in found[0].text
+
+
 def test_the_same_images_are_sampled_again(shop: Shop) -> None:
     shop.write()
     assert shop.look() == shop.look()

@@ -1,8 +1,15 @@
-"""What joins tables adds up, by the counts of their manifests, or nothing is published."""
+"""What joins tables adds up, by the counts of their manifests, or nothing is published.
+
+A cluster that is too large for its copies of one picture is no fault of the encoder.
+"""
+
+from typing import Any
 
 import pytest
 
-from feature_jobs.schemas import DataContractError
+from feature_jobs.items.item_features import SamePicture
+from feature_jobs.schemas import DataContractError, GateRefused
+from pipelines.config import Gates
 from pipelines.running import quality
 from pipelines.stages import EMBED, ITEM_FEATURES, KINDS
 
@@ -55,3 +62,49 @@ def test_a_count_that_does_not_add_up_is_refused(stage: str, count: str, told: s
 def test_features_are_of_all_items_upstream(count: str) -> None:
     with pytest.raises(DataContractError, match="item_features rows: found 14, expected 15"):
         check("item-features", **{count: 1})
+
+
+# ---- A cluster that is too large -----------------------------------------------------------------
+
+
+def judge(items_max: int, picture: SamePicture | None, share: float = 0.5) -> str:
+    """Returns why a cluster with so many of 100 items is refused, "" where it is not."""
+    found: dict[str, Any] = {
+        "items": 100, "clusters": 10, "items_max": items_max, "largest_cluster": 7, "dead": 0,
+        "compared_items": 0, "moved_items": 0, "most_moved": [],
+    }  # fmt: skip
+
+    def find(label: str, cluster: int) -> SamePicture:
+        assert (label, cluster) == ("main", 7)
+        assert picture is not None, "the images were read for nothing"
+        return picture
+
+    try:
+        quality._clusters("main", found, Gates(max_cluster_share=share), find)
+    except GateRefused as error:
+        return str(error)
+    return ""
+
+
+def test_images_are_not_read_for_a_cluster_that_is_small_enough() -> None:
+    assert judge(50, None) == ""
+
+
+@pytest.mark.parametrize("copies", [60, 31, 21])  # 39 of 79 others are in the cluster
+def test_equal_pictures_are_told_where_they_make_a_cluster_too_large(copies: int) -> None:
+    told = judge(60, SamePicture("abc", 5, copies, 60))
+    assert "60 of 100 items with a cluster ID (main) are in cluster 7" in told
+    assert f"{copies} of the 60 of them that were looked at have the very same picture" in told
+    assert "(sha256 abc, for example item 5): a placeholder" in told
+    assert "encoder that takes" not in told
+
+
+@pytest.mark.parametrize("copies", [1, 19])  # 41 of 81
+def test_a_cluster_too_large_without_equal_pictures_is_put_down_to_the_encoder(copies: int) -> None:
+    told = judge(60, SamePicture("abc", 5, copies, 60))
+    assert "An encoder that takes most images for the same one looks like this" in told
+
+
+def test_copies_among_a_sample_stand_for_all() -> None:
+    assert "a placeholder" in judge(60, SamePicture("abc", "x", 4, 6))
+    assert "An encoder" in judge(60, SamePicture("abc", "x", 1, 6))
