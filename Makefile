@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench pins
+.PHONY: help demo test check bench docs pins
 
 VENV := .venv
 DEMO ?= demo
@@ -20,6 +20,7 @@ help:
 	@echo 'make test    the tests'
 	@echo 'make check   what CI runs: format check, lint, types, tests'
 	@echo 'make bench   the benchmarks in tests/benchmarks'
+	@echo 'make docs    pipelines/docs/settings.md anew after a change of settings'
 	@echo 'make pins    requirements.txt anew after a change of setup.py (needs uv)'
 	@echo
 	@echo 'The first of them installs the pinned packages into $(VENV): some minutes, about 8 GB.'
@@ -81,6 +82,9 @@ check: $(READY)
 
 bench: $(READY)
 	for b in $(wildcard tests/benchmarks/bench_*.py); do echo "== $$b"; python $$b || exit 1; done
+
+docs: $(READY)
+	python -m tests.support.settings_page
 
 # ---- pins ----------------------------------------------------------------------------------------
 # uv keeps the versions that requirements.txt has; `make pins UPGRADE='-P torch'` moves one, -U all.

@@ -16,7 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["pipelines*", "courier_model*", "feature_jobs*"]),
-    package_data={"pipelines": ["configs/*.toml"]},
+    package_data={"pipelines": ["configs/*.toml", "docs/*.md"]},
     entry_points={"console_scripts": ["courier = pipelines.cli:main"]},
     install_requires=[
         # Lower bounds are what we have run, upper bounds end where a release may break us.

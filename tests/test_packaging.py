@@ -103,6 +103,14 @@ def test_what_is_optional_is_imported_where_a_tower_is_made_and_tested() -> None
     assert {needed.name for needed in CLIP} == {"transformers"} <= {tool.name for tool in DEV}
 
 
+def test_what_lies_beside_the_code_is_in_the_distribution() -> None:
+    (patterns,) = ast.literal_eval(SETUP["package_data"]).values()
+    taken = {path for pattern in patterns for path in (ROOT / "pipelines").glob(pattern)}
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.*")]
+    assert {path for path in files if path.suffix not in (".py", ".pyc")} == taken
+    assert {path.suffix for path in taken} == {".md", ".toml"}
+
+
 # ---- The image -------------------------------------------------------------------------------
 
 
@@ -141,6 +149,7 @@ def dry_run(target: str) -> str:
         ("demo", ["courier demo", "courier train", "courier refresh", "courier status"]),
         ("test", ["python -m pytest"]),
         ("check", ["ruff format --check .", "ruff check .", "mypy", "python -m pytest"]),
+        ("docs", ["python -m tests.support.settings_page"]),
         ("bench", ["tests/benchmarks" if any(ROOT.glob("tests/benchmarks/*.py")) else "for b in"]),
     ],
 )
