@@ -82,9 +82,12 @@ def _make(
     from pipelines import nightly
     from pipelines.nightly import NightOptions
     from pipelines.reports import night
+    from pipelines.running import beam_options
 
     settings, options = _settings(config), NightOptions(**asked)
     kinds = kinds or settings.night
+    for kind in kinds:  # a mistyped option is told before anything is read
+        beam_options.job_options(settings, kind.name, beam_args)
     found: list[dict[str, Any]] = []
     refused: list[CourierError] = []
     if dry_run:
@@ -212,7 +215,9 @@ def init_encoder(
     """Make an encoder package without training; prints the pin to append to the settings."""
     from pipelines.artefacts import encoders
 
-    settings = _settings(config) if os.path.exists(config) else None
+    # `>>` to a new file has made an empty one by now.
+    is_there = os.path.exists(config) and os.path.getsize(config)
+    settings = _settings(config) if is_there else None
     folder, out = _folders(config, out)
     name = name or backbone.replace("_", "-")
     click.echo(
@@ -460,6 +465,7 @@ def rollback(
     back what was rejected. All files are read before the first step; what is damaged is told, and
     nothing has changed then. The same command goes on after a kill.
     """
+    from pipelines.running import announcing
     from pipelines.running import rollback as rollbacks
 
     settings = _settings(config)
@@ -470,6 +476,8 @@ def rollback(
     else:
         found = rollbacks.roll_back(settings, ds, reason or "rolled back", dry_run, _say)
     click.echo(dumps(found, indent=1) if json else rollbacks.render(found))
+    if not release and not dry_run:
+        announcing.announce(settings, ds, _say, again="rollback")
 
 
 @cli.command()

@@ -128,6 +128,7 @@ def make_nights(
     if all(map(_is_there, nights)):
         idle = _Making(options, say, Locks())
         return [idle.report(night, night.look) for night in nights], []
+    beam_options.check_ready(options.values())
     with locks.holding(_lock_folders(settings, days, kinds[:1]), say) as held:
         refuse_held(settings, days, kinds)
         making_them, started = _Making(options, say, held), time.time()
@@ -142,7 +143,7 @@ def make_nights(
                 making.write_run(night, {**report, "started": started, "ended": time.time()})
             publishing.publish_night(night, held)
         publishing.tidy_jobs(nights[0], held)
-        failed = _announce(good, say)
+    failed = _announce(good, say)
     return reports, [*making_them.refused, *failed]
 
 

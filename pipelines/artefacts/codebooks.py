@@ -154,6 +154,7 @@ def plan_fit(
         options=beam_options.job_options(settings, "fit-codebook", beam_args),
     )  # fmt: skip
     _check_memory(plan)
+    beam_options.check_ready([plan.options])
     return plan
 
 

@@ -33,7 +33,7 @@ from feature_jobs.store.partitions import MANIFEST, Partition
 from pipelines.config import Settings
 from pipelines.planning.made_with import history_settings
 from pipelines.planning.shop_tables import ShopTables
-from pipelines.running import states
+from pipelines.running import records, states
 from pipelines.running.layout import Layout
 from pipelines.running.stage import Planned, Reference
 from pipelines.running.states import Look
@@ -184,6 +184,8 @@ class Yesterdays:
 
     def _newest_published(self, kind: Kind, ds: dt.date, start: dt.date) -> Earlier | None:
         days = self.layout.begun_days(kind.tables[0])
+        if not days:
+            records.refuse_other_layout(self.layout, kind.tables[0])
         for day in reversed([day for day in days if start <= day < ds]):
             if found := self.published(kind, day):
                 return _of_published(kind, day, found)

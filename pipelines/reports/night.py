@@ -26,8 +26,9 @@ Numbers = Mapping[str, float]
 
 def describe_plan(night: Night, beam_args: Sequence[str]) -> dict[str, Any]:
     """Returns what `make_nights` would do, stage by stage; checks the Beam options too."""
-    for stage in night.stages:
-        beam_options.job_options(night.settings, stage.name, beam_args)
+    beam_options.check_ready(
+        beam_options.job_options(night.settings, stage.name, beam_args) for stage in night.stages
+    )
     held = records.read_hold(night.settings.layout, night.ds)
     return {
         "ds": str(night.ds),

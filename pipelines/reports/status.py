@@ -30,7 +30,7 @@ from feature_jobs.store.documents import read_json
 from pipelines.config import Settings
 from pipelines.planning.yesterday import stale_days
 from pipelines.running import announcing, records, states
-from pipelines.running.layout import date_of
+from pipelines.running.layout import Layout, date_of
 from pipelines.running.states import NEVER_MADE, Look
 from pipelines.stages import KINDS, Kind
 
@@ -79,9 +79,17 @@ def collect(
             }
             for ds, hold in records.held_days(settings.layout).items()
         },
+        "candidates": {
+            name: _days_of(settings.layout.of(name)) for name in settings.layout.candidates()
+        },
         "stale": {ds: str(after) for ds, after in stale_days(settings, shown, look).items()},
         "staged": [run for kind in KINDS for run in _staged(settings, kind)],
     }
+
+
+def _days_of(candidate: Layout) -> list[str]:
+    """Returns the days that a candidate has embedded."""
+    return [str(ds) for ds in candidate.begun_days(ITEM_EMBEDDINGS)]
 
 
 def _known_days(settings: Settings) -> list[dt.date]:
@@ -207,10 +215,20 @@ def render(found: Mapping[str, Any], tables: bool = False) -> str:
     """
     days, last, following = found["days"], found["last"], found["next"]
     told = [] if days else [f"nothing is published {'of that' if found['asked'] else 'yet'}"]
-    told += [_last(last, days[last["ds"]]), *_clusters(days)] if last else []
+    told += (
+        [_last(last, days[last["ds"]], last["ds"] in found["held"]), *_clusters(days)]
+        if last
+        else []
+    )
     told += [_following(following)] if following else []
     told += [_hold(ds, hold) for ds, hold in found["held"].items()]
     told += _stale(found)
+    told += [
+        f"candidate: {name} holds the embeddings of {len(days)} days, {days[0]} to {days[-1]}; "
+        "once nights of that encoder are whole it may be deleted"
+        for name, days in found["candidates"].items()
+        if days
+    ]
     told += [_unfinished(run) for run in found["staged"] if run["ds"] not in found["held"]]
     listed = _rows(days) if tables else _compact(days)
     if found["earlier_days"]:
@@ -238,7 +256,7 @@ def _wrapped(text: str) -> str:
     return "\n".join(lines).replace("\0", " ")
 
 
-def _last(last: Mapping[str, Any], day: Mapping[str, Any]) -> str:
+def _last(last: Mapping[str, Any], day: Mapping[str, Any], is_held: bool) -> str:
     """Returns how the last night went."""
     tables = day["tables"]
     told = [_night_of(day)]
@@ -254,7 +272,7 @@ def _last(last: Mapping[str, Any], day: Mapping[str, Any]) -> str:
         share = 1 - counts.get("without_history", 0) / max(1, counts["impressions"])
         told.append(f"{counts['impressions']:,} impressions, {share:.1%} with a history")
     if not day["announced"]:
-        again = f"`courier refresh --ds {last['ds']}` calls it"
+        again = f"`courier {'rollback' if is_held else 'refresh'} --ds {last['ds']}` calls it"
         told.append(f"on_published has not ended well for it yet: {again}")
     return f"newest night: {last['ds']}, " + "; ".join(told)
 

@@ -8,6 +8,7 @@ next run. What it needs is in its environment.
 import datetime as dt
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from pipelines.config import Settings
 from pipelines.running import records
 from pipelines.running.layout import Layout
 
-_SHOWN = 2000  # of the characters of what a command that failed had said
+_SHOWN = 2000  # of the bytes of what a command had said, the last ones
 
 
 def is_due(settings: Settings, record: Mapping[str, Any]) -> bool:
@@ -30,32 +31,43 @@ def is_due(settings: Settings, record: Mapping[str, Any]) -> bool:
     return found is None or parse_json(path, found) != _versions(record)
 
 
-def announce(settings: Settings, ds: dt.date, say: Callable[[str], None]) -> None:
+def announce(
+    settings: Settings, ds: dt.date, say: Callable[[str], None], again: str = "refresh"
+) -> None:
     """Calls the command for the night of ds, where that is whole and is still to be announced.
 
-    Whoever calls holds the locks of the night. Raises CourierError where the command cannot be
-    started or fails; the night stays published.
+    No lock is held meanwhile: of two runs both may call it. Raises CourierError where the command
+    cannot be started or fails, which `courier <again>` mends; the night stays published.
     """
     layout = settings.layout
     record = records.read_night(layout, ds) if settings.on_published else None
     if record is None or not records.is_whole(record, layout) or not is_due(settings, record):
         return
-    command = list(settings.on_published)
+    command, told = list(settings.on_published), {**os.environ, **environment(record, layout)}
     try:
-        done = subprocess.run(
-            command, env={**os.environ, **environment(record, layout)}, text=True,
-            errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, check=False,
-        )  # fmt: skip
+        status, said = _run(command, told)
     except OSError as error:
-        raise _failed(ds, command, f"could not be started ({error})") from error
-    said = done.stdout.strip()
-    if done.returncode:
-        told = f": {said[-_SHOWN:]}" if said else ""
-        raise _failed(ds, command, f"ended with status {done.returncode}{told}")
+        raise _failed(ds, command, f"could not be started ({error})", again) from error
+    if status:
+        how = f"ended with status {status}{f': {said}' if said else ''}"
+        raise _failed(ds, command, how, again)
     if said:
         say(said)
     write_json(layout.announced_path(ds), _versions(record))
+
+
+def _run(command: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
+    """Returns how a command ended, and the end of what it said.
+
+    That goes to a file, not a pipe, which what it left running would keep open.
+    """
+    with tempfile.TemporaryFile() as said:
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=said,
+            stderr=subprocess.STDOUT, check=False,
+        )  # fmt: skip
+        said.seek(max(0, said.seek(0, os.SEEK_END) - _SHOWN))
+        return done.returncode, said.read().decode(errors="replace").strip()
 
 
 def environment(record: Mapping[str, Any], layout: Layout) -> dict[str, str]:
@@ -71,9 +83,9 @@ def _versions(record: Mapping[str, Any]) -> dict[str, str]:
     return {name: entry["version"] for name, entry in record["tables"].items()}
 
 
-def _failed(ds: dt.date, command: list[str], how: str) -> CourierError:
+def _failed(ds: dt.date, command: list[str], how: str, again: str) -> CourierError:
     return CourierError(
         f"The night of ds {ds} is published, but whoever waits for it was not told: the command "
         f"on_published, {' '.join(command)}, {how.rstrip('.')}. Its tables stand. Mend what "
-        f"failed; `courier refresh --ds {ds}` calls the command again and makes nothing anew."
+        f"failed; `courier {again} --ds {ds}` calls the command again and changes no table."
     )

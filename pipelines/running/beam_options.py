@@ -5,7 +5,7 @@ Beam itself drops an option that it does not know with a warning, and a misspelt
 """
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,12 +110,20 @@ def pipeline_options(
 def job_options(settings: Settings, stage: str, given: Sequence[str]) -> JobOptions:
     """Returns how a stage runs, by the settings and then by what is `given` on the command line.
 
-    Raises OperatorError for an option that Beam does not know, for a runner that is not supported,
-    and for one that lacks what its first job would ask for.
+    Raises OperatorError for an option that Beam does not know and for a runner that is not
+    supported.
     """
     options = pipeline_options(settings.beam, stage, given)
-    runners.check_ready(options)
     return JobOptions(options, Share(settings.workers.threads, processes_per_host(options)))
+
+
+def check_ready(jobs: Iterable[JobOptions]) -> None:
+    """Raises OperatorError where a runner lacks what its first job would ask for.
+
+    To be asked before jobs are sent, and not before: what a job service needs may be fetched.
+    """
+    for options in {str(job.beam.get_all_options()): job.beam for job in jobs}.values():
+        runners.check_ready(options)
 
 
 def processes_per_host(options: PipelineOptions) -> int | None:

@@ -50,6 +50,11 @@ class Layout:
         """Returns where the embeddings of an encoder lie that is not pinned yet."""
         return self.of(f"{self.feature_set}-candidate-{encoder_id.rpartition('-')[2]}")
 
+    def candidates(self) -> list[str]:
+        """Returns the feature sets of encoders that embedded beside this one's nights."""
+        beside = f"{self.feature_set}-candidate-"
+        return [name for name in files.list_names(self.root) if name.startswith(beside)]
+
     def feature_sets(self) -> list[str]:
         """Returns the feature sets that have published a night here."""
         names = [name for name in files.list_names(self.root) if name[0] != "_"]
@@ -143,6 +148,11 @@ class Layout:
     def night_path(self, ds: dt.date) -> str:
         """Returns where the record of a night lies."""
         return os.path.join(self._records, "_nights", f"ds={ds}.json")
+
+    def recorded_days(self) -> list[dt.date]:
+        """Returns the ds of all nights that have a record, ascending."""
+        names = files.list_names(os.path.join(self._records, "_nights"))
+        return [day for day in map(date_of, names) if day]
 
     def hold_path(self, ds: dt.date) -> str:
         """Returns where the hold of a day lies, if there is one."""

@@ -78,10 +78,11 @@ def publish_night(night: Night, locks: Locks) -> None:
         _tidy_up(stage, bool(tables), locks)
     if not night.is_whole and not (before and _goes_into(night, before)):
         return
-    folders = [stage.folder(table) for stage in night.stages for table in stage.tables]
-    if before:
-        folders += [records.folder_of(before, name, layout) for name in before["tables"]]
-    parts = [_still_published(folder) for folder in dict.fromkeys(folders)]
+    folders = {table.name: stage.folder(table) for stage in night.stages for table in stage.tables}
+    if before and not night.is_whole:
+        there = {name: records.folder_of(before, name, layout) for name in before["tables"]}
+        folders = {**there, **folders}
+    parts = [_still_published(folder) for folder in folders.values()]
     record = records.night_record(layout, night.ds, parts, before)
     if before is None or before["tables"] != record["tables"]:
         write_record(path, to_json(record), found, locks)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from feature_jobs.schemas import TABLES, GateRefused, Table
+from feature_jobs.schemas import TABLES, GateRefused, OperatorError, Table
 from feature_jobs.store import files, partitions
 from feature_jobs.store.documents import parse_json
 from feature_jobs.store.partitions import Partition
@@ -44,6 +44,31 @@ def night_record(
 def read_night(layout: Layout, ds: dt.date) -> dict[str, Any] | None:
     """Reads the record of a night, whole or not; None where there is none."""
     return _read(layout.night_path(ds))
+
+
+def refuse_other_layout(layout: Layout, table: Table) -> None:
+    """Raises OperatorError where the newest night has a table elsewhere than `layout` says.
+
+    To be asked where no day of it is found: else a shop whose settings changed would begin anew
+    without a word, and what only the earlier nights know would be lost.
+    """
+    days = layout.recorded_days()
+    record = read_night(layout, days[-1]) if days else None
+    if record is None or table.name not in record["tables"]:
+        return
+    there = record["tables"][table.name]["path"]
+    here = os.path.relpath(layout.folder(table, days[-1]), layout.root_of(table))
+    below_root = os.path.join(layout.root, there)
+    moved = layout.root_of(table) != layout.root and partitions.is_published(below_root)
+    if here == there and not moved:
+        return
+    setting = "[output] user_root" if here == there else "[output] partition"
+    raise OperatorError(
+        f"{table.name} of ds {days[-1]}, the newest night, was published at {below_root}, but by "
+        f"{setting} of these settings it would lie at {layout.folder(table, days[-1])}. Nights "
+        "would go on from nothing, as if there had been none before. Set it back, move the folders "
+        "of all days to where the settings say, or begin a new feature_set or root."
+    )
 
 
 def is_whole(

@@ -19,7 +19,7 @@ from feature_jobs.store import files, partitions
 from feature_jobs.store.documents import parse_json, to_json, write_json
 from feature_jobs.store.partitions import MANIFEST, STAGED
 from pipelines.config import Settings
-from pipelines.running import announcing, locks, records
+from pipelines.running import locks, records
 from pipelines.running.layout import Place
 from pipelines.running.locks import Locks
 from pipelines.running.publishing import publication, superseded, write_record
@@ -149,21 +149,18 @@ def roll_back(
 ) -> dict[str, Any]:
     """Brings the night before back and holds the day; returns what is told of it.
 
-    Raises as `plan_rollback` does, and CourierError where another run is at the same tables, or
-    where the night could not be announced.
+    Raises as `plan_rollback` does, and CourierError where another run is at the same tables.
     """
+    if done := _done_before(settings, ds):
+        return done
     if dry_run:
-        if done := _done_before(settings, ds):
-            return done
         plan = plan_rollback(settings, ds, reason)
         return _told(settings, ds, "would be published again", plan.reason, plan.record)
     with _holding(settings, ds, say) as held:
-        if not (done := _done_before(settings, ds)):
-            plan = plan_rollback(settings, ds, reason)
-            carry_out(plan, held, dt.datetime.now(dt.UTC))
-        announcing.announce(settings, ds, say)
-    if done:
-        return done
+        if done := _done_before(settings, ds):
+            return done
+        plan = plan_rollback(settings, ds, reason)
+        carry_out(plan, held, dt.datetime.now(dt.UTC))
     return _told(settings, ds, "is published again", plan.reason, plan.record)
 
 

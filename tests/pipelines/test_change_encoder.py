@@ -3,6 +3,7 @@
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.cli import main
 from pipelines.config import load_settings
 from tests.support.commands import (
     Capture,
@@ -43,6 +44,7 @@ def test_the_night_that_changes_the_encoder_finds_all_embeddings_made_beside_the
     before = published(world)
     assert embed_candidate(world, candidate, 1) == 0
     stanza = fit(world, candidate, 1, capsys)
+    assert "candidate: test-candidate-" in status(world, capsys)[1]
     after = published(world)
     assert {path: data for path, data in after.items() if "-candidate-" not in path} == before
     assert f'from_ds = "{DAYS[2]}"' in stanza
@@ -97,6 +99,16 @@ def test_a_new_encoder_of_a_shop_with_whole_pins_prints_no_pin_but_the_way_to_on
     with world.config.open("a") as settings:  # as `>> courier.toml` does
         settings.write(printed)
     assert load_settings(str(world.config)) == world.settings()
+
+
+def test_the_first_encoder_may_be_appended_to_settings_that_are_not_written_yet(
+    world: World, capsys: Capture
+) -> None:
+    empty = world.folder / "new.toml"
+    empty.touch()  # as `>> new.toml` does
+    args = ("--backbone", "shufflenet_v2_x0_5", "--weights", "random", "--input-size", "32")
+    assert main(["init-encoder", "--config", str(empty), *args]) == 0
+    assert "[[pins]]" in capsys.readouterr().out
 
 
 def test_a_candidate_that_is_no_package_or_not_embedded_yet_is_told(

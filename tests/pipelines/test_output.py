@@ -1,5 +1,6 @@
 """What settings say of the output: where tables with user IDs go, and which tables there are."""
 
+import json
 import re
 import shutil
 
@@ -9,7 +10,7 @@ from feature_jobs.schemas import TABLES
 from feature_jobs.store.local import LocalStore
 from pipelines.cli import main
 from tests.support.commands import Capture, courier, paragraph, published_below, refresh, status
-from tests.support.world import DAYS, World
+from tests.support.world import DAYS, World, catalogue_items
 
 ELSEWHERE = '[output]\nuser_root = "users"\n'
 
@@ -72,6 +73,19 @@ def test_the_folder_of_a_day_may_be_named_otherwise_in_all_tables(
     assert status(world, capsys, "--ds", str(DAYS[1]))[0] == 0
 
 
+@pytest.mark.first_night
+@pytest.mark.parametrize(
+    ("output", "setting"),
+    [(ELSEWHERE, "user_root"), ('[output]\npartition = "dt={ds:%Y%m%d}"\n', "partition")],
+)
+def test_a_shop_whose_tables_lie_elsewhere_than_its_settings_say_does_not_begin_anew(
+    world: World, output: str, setting: str, capsys: Capture
+) -> None:
+    world.extra_settings = output
+    assert refresh(world, DAYS[1]) == 2
+    assert f"[output] {setting}" in paragraph(capsys)
+
+
 # ---- Items alone -----------------------------------------------------------------------------
 
 
@@ -112,6 +126,23 @@ def test_what_is_made_of_a_log_is_refused_without_one(
     config = of_items_alone(world)
     assert main([command, "--config", config, "--ds", str(DAYS[0])]) == 2
     assert 'tables = "items"' in paragraph(capsys)
+
+
+@pytest.mark.first_night
+def test_a_night_of_items_over_one_of_all_tables_does_not_take_its_scores_for_its_own(
+    world: World, capsys: Capture
+) -> None:
+    path = world.root / "test/_nights" / f"ds={DAYS[0]}.json"
+    before = set(json.loads(path.read_text())["tables"])
+    world.write_catalogue(DAYS[0], catalogue_items(DAYS[0])[1:])
+    world.extra_settings = 'tables = "items"'
+    assert refresh(world, DAYS[0]) == 0
+    of_items = {"item_embeddings", "item_rejects", "item_features"}
+    assert set(json.loads(path.read_text())["tables"]) == of_items
+    world.extra_settings = ""
+    assert refresh(world, DAYS[0]) == 0
+    assert set(json.loads(path.read_text())["tables"]) == before
+    assert status(world, capsys, "--ds", str(DAYS[0]))[0] == 0
 
 
 def test_scores_do_not_become_part_of_a_recorded_night_of_items(

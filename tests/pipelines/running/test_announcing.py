@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -96,3 +97,29 @@ def test_a_night_that_is_not_whole_is_not_announced_and_one_made_again_is(
     assert first["COURIER_VERSION_ITEM_FEATURES"] != second["COURIER_VERSION_ITEM_FEATURES"]
     assert courier(world, "rollback", "--ds", str(DAYS[0])) == 0
     assert listener.calls()[2] == first
+
+
+def test_a_rollback_that_could_not_be_announced_is_done_and_says_what_calls_again(
+    world: World, listener: Listener, capsys: Capture
+) -> None:
+    world.image(1).unlink()
+    assert refresh(world, DAYS[0], "--full") == 0
+    listener.broken.touch()
+    capsys.readouterr()
+    assert courier(world, "rollback", "--ds", str(DAYS[0])) == 1
+    done = capsys.readouterr()
+    assert "is published again" in done.out
+    assert f"`courier rollback --ds {DAYS[0]}` calls the command again" in done.err
+    assert f"`courier rollback --ds {DAYS[0]}` calls it" in status(world, capsys)[1]
+    listener.broken.unlink()
+    assert courier(world, "rollback", "--ds", str(DAYS[0])) == 0
+    assert len(listener.calls()) == 3
+
+
+def test_a_command_that_leaves_something_running_does_not_hold_the_night_up(
+    world: World, capsys: Capture
+) -> None:
+    world.extra_settings = 'on_published = ["sh", "-c", "sleep 600 & echo $! told"]'
+    assert refresh(world, DAYS[0]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.endswith("told")]
+    os.kill(int(line.split()[0]), signal.SIGKILL)
