@@ -133,8 +133,7 @@ $impressions_columns
 # Where the tables with user IDs go, if not below the root: people may then read items alone.
 # user_root = "gs://shop-users/features"
 # How the folder of a day is named in every table, if all your tables spell it otherwise. To be
-# chosen before the first night: a name by which the newest
-# night is not found is refused.
+# chosen before the first night: a name by which the newest night is not found is refused.
 # partition = "ds={ds}"
 
 # Beam's own options, as Beam spells them; [beam.embed] and the like are for one stage alone.
