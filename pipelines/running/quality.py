@@ -163,9 +163,14 @@ def _clusters(
 
 
 def _why_large(items: int, total: int, limit: float, picture: "SamePicture") -> str:
-    """Tells why a cluster has `items` of `total`: for copies of one picture, or without them."""
+    """Tells why a cluster has `items` of `total`: for copies of one picture, or without them.
+
+    Of a cluster hardly above the limit, any one picture is what makes it too large: that puts it
+    down to a placeholder only where most of its items have it.
+    """
     copies = items * picture.items / picture.looked_at
-    if items - copies > limit * (total - copies):
+    are_most = picture.items >= max(2, picture.looked_at / 2)
+    if not are_most or items - copies > limit * (total - copies):
         return "An encoder that takes most images for the same one looks like this"
     return (
         f"{picture.items:,} of the {picture.looked_at:,} of them that were looked at have the very "

@@ -90,7 +90,7 @@ def test_images_are_not_read_for_a_cluster_that_is_small_enough() -> None:
     assert judge(50, None) == ""
 
 
-@pytest.mark.parametrize("copies", [60, 31, 21])  # 39 of 79 others are in the cluster
+@pytest.mark.parametrize("copies", [60, 31, 30])
 def test_equal_pictures_are_told_where_they_make_a_cluster_too_large(copies: int) -> None:
     told = judge(60, SamePicture("abc", 5, copies, 60))
     assert "60 of 100 items with a cluster ID (main) are in cluster 7" in told
@@ -99,10 +99,21 @@ def test_equal_pictures_are_told_where_they_make_a_cluster_too_large(copies: int
     assert "encoder that takes" not in told
 
 
-@pytest.mark.parametrize("copies", [1, 19])  # 41 of 81
+@pytest.mark.parametrize("copies", [1, 19, 29])
 def test_a_cluster_too_large_without_equal_pictures_is_put_down_to_the_encoder(copies: int) -> None:
     told = judge(60, SamePicture("abc", 5, copies, 60))
     assert "An encoder that takes most images for the same one looks like this" in told
+
+
+def test_one_picture_of_a_cluster_just_above_the_limit_is_no_placeholder() -> None:
+    assert "An encoder" in judge(51, SamePicture("abc", 5, 1, 51))  # all are different
+    assert "An encoder" in judge(51, SamePicture("abc", 5, 1, 1))  # one was left to look at
+    assert "An encoder" in judge(51, SamePicture("abc", 5, 2, 51))
+    assert "a placeholder" in judge(51, SamePicture("abc", 5, 26, 51))
+
+
+def test_a_cluster_that_is_too_large_without_its_copies_is_put_down_to_the_encoder() -> None:
+    assert "An encoder" in judge(90, SamePicture("abc", 5, 50, 90))  # 40 of 50
 
 
 def test_copies_among_a_sample_stand_for_all() -> None:
