@@ -520,7 +520,8 @@ def init(
 ) -> None:
     """Look at your tables and images, say what will not work, and write commented settings.
 
-    With --check, look at those of settings that exist; a problem ends it with status 1.
+    With --check, look at those of settings that exist, and at their pins; a problem ends it with
+    status 1.
     """
     from pipelines.first_look import look as first_look
 

@@ -9,6 +9,7 @@ import datetime as dt
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,7 @@ from pipelines.first_look.tables import (
     read_column,
     settled_place,
 )
+from pipelines.planning.pinned import PinnedArtefacts
 
 _CATALOGUE_ROWS = 2_000_000  # up to here all item IDs are read: a second or two
 _HOUR_US = 3_600_000_000
@@ -71,7 +73,7 @@ def look(
 
 
 def look_again(settings: Settings, folder: str) -> tuple[Finding, ...]:
-    """Looks at the tables and images of settings in `folder`, as they are read by these.
+    """Looks at the tables, images and pins of settings in `folder`, as they are read by these.
 
     Raises OperatorError or InputNotReady where there is nothing to look at, DataContractError for a
     file that is no Parquet.
@@ -87,6 +89,7 @@ def look_again(settings: Settings, folder: str) -> tuple[Finding, ...]:
         *_about_places(places, folder, settings.closed_days),
         *_about_tables(items, events, settings.gates, settings.day_timezone),
         *about_images(items, images, folder, settings.gates),
+        *_about_pins(settings),
     )
 
 
@@ -306,3 +309,18 @@ def _about_day(events: Table, day_timezone: str) -> Iterator[Finding]:
         f"start in {day_timezone}, {np.mean((hours < 0) | (hours >= length)):.1%} of those looked "
         "at outside the day: set day_timezone or input_timezone where that is wrong.",
     )
+
+
+# ---- Pins ----------------------------------------------------------------------------------
+
+
+def _about_pins(settings: Settings) -> Iterator[Finding]:
+    """Finds what keeps the pins from making a night; the first ones may be without a codebook."""
+    faults = []
+    for pin in settings.pins:
+        pinned = PinnedArtefacts(settings, pin.from_ds)
+        faults.append(fault_of(partial(getattr, pinned, "encoder")))
+        if pin.codebook or pin in settings.half_pins:
+            faults.append(fault_of(partial(getattr, pinned, "codebook")))
+    for fault in dict.fromkeys(filter(None, faults)):
+        yield Finding("problem", fault)

@@ -1,5 +1,6 @@
 """`courier init` finds in columns and rows what the night would refuse."""
 
+import dataclasses
 import datetime as dt
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from feature_jobs.codebooks.codebook import CodebookInfo
+from feature_jobs.store.documents import write_json
+from feature_jobs.store.encoder_info import EncoderInfo, write_encoder_info
 from pipelines import config
 from pipelines.cli import main
 from pipelines.first_look import look
@@ -279,6 +283,56 @@ def test_a_problem_of_settings_that_exist_ends_with_1(
     assert told in seen.out
     assert ("1 problems, told above" in seen.err) == bool(told)
     assert "Traceback" not in seen.err
+
+
+def check_pins(shop: Shop, *pins: tuple[str, str | None]) -> list[str]:
+    """Returns what is wrong with pins of encoder and codebook folders, from one day each."""
+    toml = shop.write().look().toml
+    for day, (encoder, codebook) in enumerate(pins, start=1):
+        toml += f'[[pins]]\nfrom_ds = "2026-01-0{day}"\nencoder = "{encoder}"\n'
+        toml += f'codebook = "{codebook}"\n' if codebook else ""
+    settings = shop.settings(look.FirstLook((), toml))
+    return problems(look.FirstLook(look.look_again(settings, str(shop.folder)), ""))
+
+
+def pin_packages(shop: Shop, *names: str) -> None:
+    """Writes encoder packages e-NAME, and a codebook c-NAME of each."""
+    for name in names:
+        info = EncoderInfo(f"e-{name}", "swin_t", {}, None, None, None, "random")
+        write_encoder_info(str(shop.folder / f"e-{name}"), info)
+        codebook = {field.name: None for field in dataclasses.fields(CodebookInfo)}
+        codebook |= {"encoder_id": f"e-{name}", "resolutions": [], "ancestors": []}
+        write_json(str(shop.folder / f"c-{name}/codebook.json"), codebook)
+
+
+def test_pins_that_make_nights_are_no_problem(shop: Shop) -> None:
+    pin_packages(shop, "a", "b")
+    assert check_pins(shop, ("e-a", None), ("e-a", "c-a"), ("e-b", "c-b")) == []
+
+
+def test_a_half_pin_is_a_problem(shop: Shop) -> None:
+    pin_packages(shop, "a", "b")
+    (found,) = check_pins(shop, ("e-a", "c-a"), ("e-b", None))
+    assert found.startswith("The pin from 2026-01-02 names the encoder")
+    assert "`courier embed --encoder" in found
+
+
+def test_a_pinned_folder_that_is_no_package_is_a_problem(shop: Shop) -> None:
+    encoder, codebook = check_pins(shop, ("images", "catalogue"), ("images", "catalogue"))
+    assert f"'{shop.folder}/images' is no encoder package" in encoder
+    assert f"'{shop.folder}/catalogue' is no codebook package" in codebook
+
+
+def test_a_pinned_encoder_that_is_no_package_is_told_once(shop: Shop) -> None:
+    pin_packages(shop, "a")
+    (found,) = check_pins(shop, ("images", "c-a"))
+    assert "is no encoder package" in found
+
+
+def test_a_pin_of_two_encoders_is_a_problem(shop: Shop) -> None:
+    pin_packages(shop, "a", "b")
+    (found,) = check_pins(shop, ("e-a", "c-b"))
+    assert "mixes two encoders" in found
 
 
 def test_what_settings_allow_is_no_problem(shop: Shop) -> None:
