@@ -98,8 +98,18 @@ def _timezone(name: str) -> str:
     return name
 
 
+def _prefix(source: str) -> str:
+    if not source.endswith("/"):
+        raise ValueError(
+            "does not end in '/': what follows is the name of a file below the folder, and of "
+            f"'https://cdn' also 'https://cdn.other/…' would be taken. Say {source + '/'!r}"
+        )
+    return source
+
+
 Template = Annotated[str, AfterValidator(_template)]
 Timezone = Annotated[str, AfterValidator(_timezone)]
+Prefix = Annotated[str, Field(min_length=1), AfterValidator(_prefix)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -135,12 +145,12 @@ class Catalogue(_Section):
 
     `path` has {ds}, or the day in another spelling (`day_names`), or is one snapshot for all days;
     images lie below one of `image_roots`. Of an image_uri that begins with the first text of a pair
-    of `rewrite`, the file lies below the second, a folder.
+    of `rewrite`, which ends in "/", the file lies below the second, a folder.
     """
 
     path: Template
     image_roots: Annotated[tuple[FullPath, ...], Field(min_length=1)]
-    rewrite: tuple[tuple[Annotated[str, Field(min_length=1)], FullPath], ...] = ()
+    rewrite: tuple[tuple[Prefix, FullPath], ...] = ()
     require_success: bool = False
     columns: CatalogueColumns = CatalogueColumns()
 
@@ -468,7 +478,8 @@ def _problem(error: Any) -> str:
     if error["type"] == "missing":
         return f"{where!r} is missing"
     found = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
-    return f"{where!r}: {re.sub('^Value error, ', '', error['msg'])}{found}"
+    told = error["msg"].removeprefix("Value error, ").removesuffix(".")
+    return f"{where!r}: {told}{found}"
 
 
 def _known_keys(loc: Iterable[Any]) -> list[str]:

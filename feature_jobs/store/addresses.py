@@ -20,12 +20,14 @@ def is_web(uri: str) -> bool:
 
 
 def as_image_uris(pairs: Pairs, roots: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Returns pairs of a prefix and a folder as pairs of prefixes of `image_uri`, each with a `/`.
+    """Returns pairs of a prefix and a folder as pairs of prefixes of `image_uri`.
+
+    The prefixes end in `/`, as those returned do.
 
     A folder in the first of the image roots becomes relative to it, as the shop might have written
     it: what is then published does not tell where the shop lies.
     """
-    return tuple((os.path.join(source, ""), _below(folder, roots)) for source, folder in pairs)
+    return tuple((source, _below(folder, roots)) for source, folder in pairs)
 
 
 def _below(folder: str, roots: Sequence[str]) -> str:

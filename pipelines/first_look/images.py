@@ -42,6 +42,10 @@ class Images:
         found = addresses.rewrite(pa.chunked_array([sample], pa.string()), pairs)
         return list(found.to_pylist())
 
+    def pair_of(self, uri: str) -> tuple[str, str] | None:
+        """Returns the pair of `rewrite` by which an image URI is read; None where none fits."""
+        return next(((a, b) for a, b in self.rewrite if b and uri.startswith(a)), None)
+
 
 # ---- Finding -------------------------------------------------------------------------------
 
@@ -82,7 +86,7 @@ def _find_addresses(sample: Sequence[str], folders: Sequence[str]) -> Iterator[t
     """
     for server in dict.fromkeys(_server(uri) for uri in sample if _is_address(uri)):
         uris = [uri for uri in sample if uri.startswith(server)][:_ADDRESSES]
-        names = addresses.rewrite(pa.chunked_array([uris]), [(server, "")]).to_pylist()
+        names = addresses.rewrite(pa.chunked_array([uris], pa.string()), [(server, "")]).to_pylist()
         levels = zip(*(name.split("/")[:-1] for name in names), strict=False)
         shared = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
         found = []
@@ -95,7 +99,7 @@ def _find_addresses(sample: Sequence[str], folders: Sequence[str]) -> Iterator[t
 
 
 def _server(address: str) -> str:
-    return re.sub(r"(?<=//)([^/]*/?).*", r"\1", address, count=1, flags=re.DOTALL)
+    return re.sub(r"(?<=//)([^/]*).*", r"\1/", address, count=1, flags=re.DOTALL)
 
 
 def _best(folders: Sequence[str], names: Sequence[str]) -> tuple[str, int]:
@@ -143,7 +147,7 @@ def _candidates(folder: str) -> list[str]:
 def about_images(items: Table, images: Images, folder: str, gates: Gates) -> Iterator[Finding]:
     """Finds whether images can be read; `folder` is that of the settings."""
     sample = _sample(items) if items.has("image_uri") else []
-    uris = images.uris(sample)
+    uris, used = images.uris(sample), {images.pair_of(uri) for uri in sample if uri}
     if left := [uri for uri in uris if uri and _is_address(uri)]:
         yield Finding(
             "problem",
@@ -154,7 +158,7 @@ def about_images(items: Table, images: Images, folder: str, gates: Gates) -> Ite
             "image_roots.",
         )
     for beginning, to in images.rewrite:
-        if to:
+        if (beginning, to) in used:
             yield Finding(
                 "note",
                 f"images: files of {beginning}… are read below {near(to, folder)}, by [catalogue] "

@@ -514,6 +514,13 @@ def test_the_home_folder_is_expanded_and_the_setting_stays_as_written(
         assert found.written == "~/x/{ds}"
 
 
+def test_a_refused_value_is_told_in_a_sentence_that_goes_on(folder: Path) -> None:
+    for path in ("", "s3://shop/features"):
+        told = refusal(folder, LEAST.replace('root = "features"', f'root = "{path}"'))
+        assert f", found {path!r}. Nothing was started." in told
+        assert "., found" not in told
+
+
 def with_rewrite(value: str, base: str = "") -> str:
     return base + with_line(f"rewrite = {value}", "[catalogue]")
 
@@ -530,10 +537,10 @@ def test_a_rewrite_leads_from_a_prefix_to_a_folder(
     folder: Path, folder_of: str, pair: tuple[str, str], written: str
 ) -> None:
     for base in ("", 'base = "gs://shop"\n'):
-        text = with_rewrite(f'[["https://cdn", "{folder_of}"]]', base)
+        text = with_rewrite(f'[["https://cdn/", "{folder_of}"]]', base)
         catalogue = load(folder, text).catalogue
         assert catalogue.image_uri_pairs == (pair,)
-        assert catalogue.rewrite_as_written == {"rewrite": [f"https://cdn -> {written}"]}
+        assert catalogue.rewrite_as_written == {"rewrite": [f"https://cdn/ -> {written}"]}
     assert load(folder, LEAST).catalogue.rewrite_as_written == {}
 
 
@@ -542,6 +549,9 @@ def test_a_rewrite_leads_from_a_prefix_to_a_folder(
     [
         ('[["https://cdn/"]]', "'catalogue.rewrite.0"),
         ('[["", "images"]]', "'catalogue.rewrite.0.0'"),
+        ('[["https://cdn", "images"]]', "'catalogue.rewrite.0.0': does not end in '/'"),
+        ('[["https://cdn/a", "images"]]', "Say 'https://cdn/a/', found 'https://cdn/a'. Nothing"),
+        ('[["https://cdn/?f=", "images"]]', "'catalogue.rewrite.0.0': does not end in '/'"),
         ('[["https://cdn/", "s3://b/"]]', "'catalogue.rewrite.0.1'"),
         ('[["https://cdn/", ""]]', "'catalogue.rewrite.0.1'"),
         ('[["https://cdn/", 3]]', "'catalogue.rewrite.0.1'"),

@@ -55,7 +55,7 @@ def test_rows_keep_their_order_in_any_chunks(chunks: list[list[str | None]]) -> 
 
 def test_a_folder_in_the_first_image_root_is_relative_to_it() -> None:
     roots = ["/shop/images", "/more"]
-    pairs = [("https://a", "/shop/images"), ("https://b/", "/shop/images/b"), ("c/", "/more/c")]
+    pairs = [("https://a/", "/shop/images"), ("https://b/", "/shop/images/b"), ("c/", "/more/c")]
     assert as_image_uris(pairs, roots) == (
         ("https://a/", ""),
         ("https://b/", "b/"),

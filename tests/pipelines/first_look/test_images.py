@@ -7,6 +7,7 @@ import pytest
 
 from feature_jobs.schemas import OperatorError
 from pipelines.first_look import images
+from pipelines.first_look.look import FirstLook, look_again
 from tests.support.buckets import upload
 from tests.support.first_look import (
     ITEMS,
@@ -121,6 +122,22 @@ def test_files_of_addresses_are_looked_for_in_the_folder_that_is_given(
     assert f'rewrite = [["https://cdn.example.com/", "{bucket}/pictures"]]' in first.toml
     assert f'image_roots = ["{bucket}/pictures"]' in first.toml
     assert shop.settings(first).catalogue.image_uri_pairs == (("https://cdn.example.com/", ""),)
+
+
+def test_a_pair_that_fits_no_image_uri_is_not_noted(shop: Shop) -> None:
+    first = with_addresses(shop, "https://cdn.example.com/").look()
+    other = '["https://old.example.com/", "images"], ["https://cdn.example.com/", "images"]'
+    text = first.toml.replace('["https://cdn.example.com/", "images"]', other)
+    settings = shop.settings(FirstLook((), text))
+    again = FirstLook(look_again(settings, str(shop.folder)), "")
+    assert noted(again, "files of https://cdn.example.com/… are read below images")
+    assert not noted(again, "https://old.example.com/")
+
+
+def test_the_beginning_of_a_server_ends_where_a_folder_does(shop: Shop) -> None:
+    shop.catalogue["image_uri"] = pa.array(["https://cdn.example.com"] * ITEMS)
+    found = only_problem(shop.write().look())
+    assert 'rewrite = [["https://cdn.example.com/", "gs://shop-images/"]]' in found
 
 
 def test_one_of_several_servers_may_have_no_files(shop: Shop) -> None:
