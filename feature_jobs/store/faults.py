@@ -64,9 +64,10 @@ def full(path: str, found: str) -> StorageUnavailable:
     """Returns the error for a disk that has no room for `path`, `found` the system's words."""
     return StorageUnavailable(
         f"{path} could not be written ({found}): its disk is full, or what this account may use of "
-        "it. All that was written before is whole, and nothing was half-published. Make room "
-        "there, or give the account more, and run the same command again: it goes on from where it "
-        "was."
+        "it. All files that were written before are whole; but of a night that was being published "
+        "some tables may be new and others old or not yet there, so that it is not whole until the "
+        "next run has ended. Make room there, or give the account more, and run the same command "
+        "again: it goes on from where it was."
     )
 
 

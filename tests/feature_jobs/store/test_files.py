@@ -201,8 +201,11 @@ def test_a_full_disk_is_told_of_what_others_write(tmp_path: Path) -> None:
         with faults.telling_full(str(tmp_path)), open("/dev/full", "wb", buffering=0) as file:
             file.write(b"x")
 
-    with pytest.raises(StorageUnavailable, match=f"^{tmp_path} could not be written"):
+    with pytest.raises(StorageUnavailable, match=f"^{tmp_path} could not be written") as told:
         write()
+    # Between two tables of a night, the first is new then and the second old.
+    assert "half-published" not in str(told.value)
+    assert "is not whole until the next run has ended" in str(told.value)
     with pytest.raises(OSError, match="Input/output"), faults.telling_full(str(tmp_path)):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
