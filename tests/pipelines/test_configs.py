@@ -1,5 +1,6 @@
 """The settings files that are shipped can be used as they are."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,19 @@ def test_the_nightly_settings_load_and_depend_on_no_folder() -> None:
         path.startswith("gs://my-bucket/shop/")
         for path in [*paths, *settings.catalogue.image_roots]
     )
+
+
+def test_what_the_nightly_settings_have_as_comments_can_be_put_in(tmp_path: Path) -> None:
+    text = (CONFIGS / "nightly.toml").read_text()
+    path = tmp_path / "courier.toml"
+    path.write_text(re.sub(r"^# (?=\[\w+\]$|\w+ = )", "", text, flags=re.MULTILINE))
+    settings = load_settings(str(path))
+    assert settings.catalogue.image_uri_pairs == (("https://cdn.shop.example/", ""),)
+    assert settings.output.user_root == "gs://my-users-bucket/shop/features"
+    assert settings.output.partition == "dt={ds:%Y%m%d}"
+    assert settings.on_published == ("python", "add_partitions.py")
+    assert settings.tables == "items"
+    assert settings.workers.threads == 4
 
 
 @pytest.mark.parametrize("stage", [kind.name for kind in NIGHT])
