@@ -27,7 +27,8 @@ def without_metadata(data: bytes) -> bytes:
 
     Of a PNG stay the critical chunks, transparency, EXIF, and XMP that is not compressed; of an
     animation the first picture. Of a JPEG stay EXIF, XMP, and what tells its colours. Other formats
-    are as they were. Raises nothing: a file is left as it is from where it is broken.
+    are as they were. Raises nothing: from where something is no chunk or segment, a file is left as
+    it is; metadata cut short by its end are metadata.
     """
     if data.startswith(_PNG):
         parts = _png_parts(data)
@@ -49,10 +50,13 @@ def _png_parts(data: bytes) -> Iterator[tuple[int, int, bool]]:
     at = len(_PNG)
     while at < len(data):
         length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        if len(kind) < 4 or not kind.isalpha():  # of bytes: ASCII letters, as all types are
+            break
         body, end = at + 8, at + 12 + length  # 4 bytes of checksum
         is_xmp = kind == b"iTXt" and data.startswith(_PNG_XMP, body)
         yield at, end, kind[:1].isupper() or kind in (b"tRNS", b"eXIf") or is_xmp  # upper: critical
         at = end
+    yield at, len(data), True
 
 
 def _jpeg_parts(data: bytes) -> Iterator[tuple[int, int, bool]]:

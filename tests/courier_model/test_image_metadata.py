@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from courier_model.image_metadata import without_metadata
-from courier_model.images import Preprocessing, decode
+from courier_model.images import BadImage, Preprocessing, decode
 from tests.support.odd_images import (
     encoded,
     odd_images,
@@ -102,5 +102,12 @@ def test_a_broken_file_is_left_as_it_is_from_there() -> None:
         without = without_metadata(whole)
         for length in range(len(whole)):
             assert without.startswith(without_metadata(whole[:length])[:-20])
+    for broken in (b"\0\0\0\0", b"tE\xffT", b"12ab"):
+        rest = png_chunk(broken, b"text") + png_chunk(b"tEXt", b"key\0text")
+        assert without_metadata(PNG + rest) == PNG + rest
+        assert without_metadata(with_chunk(PNG, b"tEXt", b"key\0text") + rest) == PNG + rest
+    assert without_metadata(PNG + b"\0\0\0\4tE") == PNG + b"\0\0\0\4tE"
+    with pytest.raises(BadImage):
+        decode(PNG[:33] + png_chunk(b"\0\0\0\0", b"text") + PNG[33:], AS_IS)
     critical = png_chunk(b"BROK", b"unknown")
     assert critical in without_metadata(PNG[:33] + critical + PNG[33:])
