@@ -5,6 +5,7 @@ A template is a name, a path or a glob pattern in which {ds} stands for the day 
 as such is doubled, as in Python's own format strings.
 """
 
+import contextlib
 import datetime as dt
 import functools
 import re
@@ -87,6 +88,42 @@ def name_of(template: str, ds: dt.date) -> str:
 def literal(text: str) -> str:
     """Returns the template of `text` itself: its braces name no day, its brackets no wildcard."""
     return escape(text).replace("{", "{{").replace("}", "}}")
+
+
+# ---- Recognising -----------------------------------------------------------------------------
+
+_KEY = r"(?:\w+=)?"
+# A day in the folders of a path, Hive's keys aside: in one of them, or a number in each.
+_IN_FOLDERS = (
+    r"(?P<Y>(?:19|20)\d\d)(?P<a>[-_.]?|/{key})(?P<m>\d\d?)(?P<b>[-_.]?|/{key})(?P<d>\d\d?)"
+    r"(?=(?:\.\w+)?/)"
+)
+_IN_NAME = (
+    r"(?<!\d)(?P<Y>(?:19|20)\d\d)(?P<a>{between})(?P<m>\d\d)(?P<b>(?P=a))(?P<d>\d\d)(?!\d)"
+    r"[^/]*$"
+)
+# Where a day is looked for, in this order: a file's name may also tell when it was written.
+_SPELLINGS = (
+    re.compile(r"(?<=/)\w+=" + _IN_FOLDERS.format(key=r"\w+=")),
+    re.compile(_IN_NAME.format(between="-")),
+    re.compile(r"(?<=/)" + _KEY + _IN_FOLDERS.format(key=_KEY)),
+    re.compile(_IN_NAME.format(between="[_.]?")),
+)
+
+
+def find_day(path: str) -> tuple[dt.date, re.Match[str]] | None:
+    """Finds the day that a full path has by its looks, in its folders or its name; None for none.
+
+    Returns with it the match: the groups Y, m and d are its numbers, a and b what is between them.
+    """
+    for spelling in _SPELLINGS:
+        for found in reversed(list(spelling.finditer(path))):  # the deepest folder first
+            with contextlib.suppress(ValueError):  # digits such as 2026-99-01
+                return dt.date(int(found["Y"]), int(found["m"]), int(found["d"])), found
+    return None
+
+
+# ---- Templates ---------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -106,24 +105,6 @@ def fault_of(check: Callable[[], object]) -> str | None:
 
 # ---- Finding -------------------------------------------------------------------------------
 
-_KEY = r"(?:\w+=)?"
-# A day in the folders of a path, Hive's keys aside: in one of them, or a number in each.
-_IN_FOLDERS = (
-    r"(?P<Y>(?:19|20)\d\d)(?P<a>[-_.]?|/{key})(?P<m>\d\d?)(?P<b>[-_.]?|/{key})(?P<d>\d\d?)"
-    r"(?=(?:\.\w+)?/)"
-)
-_IN_NAME = (
-    r"(?<!\d)(?P<Y>(?:19|20)\d\d)(?P<a>{between})(?P<m>\d\d)(?P<b>(?P=a))(?P<d>\d\d)(?!\d)"
-    r"[^/]*$"
-)
-# Where a day is looked for, in this order: a file's name may also tell when it was written.
-_SPELLINGS = (
-    re.compile(r"(?<=/)\w+=" + _IN_FOLDERS.format(key=r"\w+=")),
-    re.compile(_IN_NAME.format(between="-")),
-    re.compile(r"(?<=/)" + _KEY + _IN_FOLDERS.format(key=_KEY)),
-    re.compile(_IN_NAME.format(between="[_.]?")),
-)
-
 
 def find_place(table: str, typed: str) -> Place:
     """Finds where a table lies, from a path as people type it; raises OperatorError if nowhere."""
@@ -217,14 +198,8 @@ def _dated(file: str) -> Iterator[tuple[list[str], str]]:
 
     That of 2026/12/25 may be one of numbers with or without leading zeros.
     """
-    for spelling in _SPELLINGS:
-        if matches := list(spelling.finditer(file)):
-            break
-    else:
-        return
-    found = matches[-1]  # the deepest folder
-    with suppress(ValueError):  # digits such as 2026-99-01
-        dt.date(int(found["Y"]), int(found["m"]), int(found["d"]))
+    if seen := day_names.find_day(file):
+        _, found = seen
         for month, day in product(_fields(file, found, "m"), _fields(file, found, "d")):
             yield _spelt(file, found, month, day)
 

@@ -7,7 +7,6 @@ import datetime as dt
 import difflib
 import functools
 import math
-import re
 from collections.abc import Callable, Sequence
 
 import pyarrow as pa
@@ -20,7 +19,6 @@ from feature_jobs.store import day_names
 from pipelines.config import Settings
 
 _CLICK_DAYS = 2  # so long after the end of its log is a click looked for where histories begin
-_DAY_IN_PATH = re.compile(r"\d{4}-?\d\d-?\d\d|(?:year|month|day)=\d+")
 
 
 class ShopTables:
@@ -157,10 +155,10 @@ def check_one_snapshot(template: str, catalogue: Source) -> None:
 
     Files of several days that share no item may be one: a table by the day of an item's creation.
     """
-    by_day: dict[str, list[inputs.RowGroup]] = {}
+    by_day: dict[dt.date, list[inputs.RowGroup]] = {}
     for group in catalogue.groups():
-        if day := "/".join(_DAY_IN_PATH.findall(group.path)):
-            by_day.setdefault(day, []).append(group)
+        if seen := day_names.find_day(group.path):
+            by_day.setdefault(seen[0], []).append(group)
     if len(by_day) < 2:
         return
     one, other = sorted(by_day)[-2:]

@@ -444,6 +444,15 @@ def test_two_days_taken_for_one_snapshot_are_told_as_that(world: World, capsys: 
     assert published(world) == {}
 
 
+def test_digits_in_the_names_that_spark_gives_are_no_days(world: World, capsys: Capture) -> None:
+    for day in DAYS:
+        folder = world.folder / "catalogue" / f"ds={day}"
+        for at, path in enumerate(sorted(folder.glob("*.parquet"))):
+            path.rename(folder / f"part-0000{at}-{at}2345678-1234-4123-8123-123456789012.parquet")
+    assert main(edit(world, "catalogue/ds={ds}/", "catalogue/*/")) == 2
+    assert f"files of {len(DAYS)} days, such as {DAYS[-2]} and {DAYS[-1]}" in paragraph(capsys)
+
+
 def test_a_snapshot_in_folders_of_several_days_that_share_no_item_is_one(world: World) -> None:
     for day in DAYS[2:]:
         files.delete_tree(str(world.folder / "catalogue" / f"ds={day}"))

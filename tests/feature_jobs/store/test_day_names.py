@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feature_jobs.store.day_names import DayNames, has_day, literal, name_of
+from feature_jobs.store.day_names import DayNames, find_day, has_day, literal, name_of
 
 DS = dt.date(2026, 3, 1)
 SPELLINGS = {
@@ -99,6 +99,28 @@ def test_a_wildcard_does_not_reach_into_folders() -> None:
 )  # fmt: skip
 def test_one_pattern_finds_all_days(template: str, pattern: str) -> None:
     assert DayNames(template).glob() == pattern
+
+
+@pytest.mark.parametrize(
+    ("path", "day"),
+    [
+        ("/log/dt=2026-03-01/a.parquet", DS), ("/log/20260301/a.parquet", DS),
+        ("/log/year=2026/month=3/day=1/a.parquet", DS), ("/log/2026/03/01/hour=3/a.pq", DS),
+        ("/log/clicks-2026-03-01-part2.parquet", DS), ("/log/clicks_20260301.parquet", DS),
+        ("/log/2025-01-01/dt=2026-03-01/part-2025-02-02.parquet", DS),
+        ("/log/2025-01-01/20260301/a.parquet", DS),
+        ("/log/20260301/part-00000-12345678-1234-4123-8123-123456789012-c000.parquet", DS),
+        ("/log/dt=2026-99-01/20260301.parquet", DS), ("/log/2026-99-01/a.parquet", None),
+        ("/log/part-00000-12345678-1234-4123-8123-123456789012-c000.parquet", None),
+        ("/log/part-00000-tid-20260301202603012026-1-c000.parquet", None),
+        ("/log/120260301.parquet", None), ("/log/2026/a.parquet", None),
+    ],
+)  # fmt: skip
+def test_a_day_is_recognised_in_folders_and_names(path: str, day: dt.date | None) -> None:
+    seen = find_day(path)
+    assert (seen and seen[0]) == day
+    if seen:
+        assert (int(seen[1]["Y"]), int(seen[1]["m"]), int(seen[1]["d"])) == (2026, 3, 1)
 
 
 def test_one_snapshot_has_the_same_name_every_day() -> None:
