@@ -416,3 +416,10 @@ def test_lacking_photographs_or_item_list_are_refused(tmp_path: Path) -> None:
 def test_a_shop_that_cannot_be_is_refused(tmp_path: Path, shop: Shop) -> None:
     with pytest.raises(OperatorError, match="at least"):
         make_shop(tmp_path / "shop", shop)
+
+
+def test_too_few_days_are_told_as_the_option(tmp_path: Path) -> None:
+    with pytest.raises(OperatorError) as refused:
+        make_shop(tmp_path / "shop", replace(SMALL, days=6))
+    assert "with --days 6: it needs at least 7" in str(refused.value)
+    assert not (tmp_path / "shop").exists()
