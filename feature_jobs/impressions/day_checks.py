@@ -13,6 +13,7 @@ are read again and compared.
 import datetime as dt
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import apache_beam as beam
 import numpy as np
@@ -33,7 +34,7 @@ class DayFacts:
 
     `early` of the `rows` lie before the day, `first_us` is the earliest event. `odd` of the `timed`
     clicks, those with a click_time, are dated further from the day than a window is long. `users`
-    and `requests` are some of the distinct ones: more than one, where there are more.
+    and `requests` are up to two of the distinct ones.
     """
 
     rows: int
@@ -51,9 +52,14 @@ class DayFacts:
             min(self.first_us, other.first_us),
             self.timed + other.timed,
             self.odd + other.odd,
-            self.users | other.users,
-            self.requests | other.requests,
+            _two_of(self.users | other.users),
+            _two_of(self.requests | other.requests),
         )
+
+
+def _two_of(values: Iterable) -> frozenset:
+    """Returns up to two of distinct `values`: all of them would add up to a day's requests."""
+    return frozenset(islice(values, 2))
 
 
 def facts_of(rows: pa.Table, start_us: int, end_us: int, window_us: int | None = None) -> DayFacts:
@@ -95,9 +101,10 @@ def check_facts(ds: dt.date, facts: DayFacts) -> None:
         raise DataContractError(
             f"{facts.odd:,} of the {facts.timed:,} click times of ds {ds} lie more than "
             "window_days before or after that day. Those clicks would be dated by their "
-            "impression, or missing from histories. A click_time in a wrong unit looks like this: "
-            "seconds stored as milliseconds lie in January 1970. Convert it where the log is "
-            "written, or leave the column out: then click_delay_seconds dates clicks."
+            "impression, or missing from histories. Usual causes are a wrong unit (seconds stored "
+            "as milliseconds lie in January 1970), or a date such as 9999-12-31 that stands for a "
+            "time that is not known. Where the log is written, convert the times, and write null "
+            "where none is known; or leave the column out. Then click_delay_seconds dates clicks."
         )
     if len(facts.requests) == 1 and None not in facts.requests and len(facts.users) > 1:
         raise DataContractError(
@@ -201,13 +208,18 @@ class CheckIds(beam.DoFn):
 
     @worker_notes.refusing
     def process(self, element: tuple[tuple[int, int], Iterable[IdsOfGroup]]) -> None:
-        (place, _), found = element[0], sorted(element[1])
-        hashes = read_pieces((piece for *_, piece in found), pa.table({}))["hash"].to_numpy()
+        (place, _), told = element
+        form, found = self._forms[place], sorted(told, key=_piece_of)  # as they are read
+        hashes = read_pieces(map(_piece_of, found), pa.table({}))["hash"].to_numpy()
         twice = hashes_met_twice(hashes)
-        if not len(twice):
-            return
-        groups = (RowGroup(path, index, self._forms[place]) for path, index, _ in found)
+        of_group = np.arange(len(found)).repeat([piece.rows for *_, piece in found])
+        again = [found[at] for at in np.unique(of_group[np.isin(hashes, twice)])]
+        groups = (RowGroup(path, index, form) for path, index, _ in again)
         columns = (read_rows(group, ["impression_id"])["impression_id"] for group in groups)
         example = find_repeated(columns, twice)
         if example is not None:
             raise repeated_id(example)
+
+
+def _piece_of(ids: IdsOfGroup) -> Piece:
+    return ids[-1]

@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
+from feature_jobs import inputs
+from feature_jobs.impressions import day_checks
 from feature_jobs.impressions.day_checks import (
     CheckIds,
     DayFacts,
@@ -39,7 +42,7 @@ def facts(
     n = len(events)
     rows = pa.table(
         {"user_id": users or list(range(n)), "item_id": range(n), "event_time": moments(events),
-         "clicked": [True] * n, **others}
+         "clicked": [True] * n} | others
     )  # fmt: skip
     return facts_of(rows, START, END, window_us)
 
@@ -86,6 +89,16 @@ def test_click_times_of_other_years_are_told_where_most_are_such() -> None:
         refused(found, "2 of the 3 click times", "window_days", "click_delay_seconds")
 
 
+def test_a_date_that_stands_for_no_time_is_told_where_most_clicks_have_it() -> None:
+    never = (dt.date(9999, 12, 31) - dt.date(1970, 1, 1)).days * DAY_US
+    events, times = [START] * 4, moments([never, never, never, START + 5])
+    refused(facts(events, click_time=times), "3 of the 4 click times", "9999-12-31", "null")
+    some = [True, False, False, True]
+    one_of_two = facts(events, click_time=times, clicked=some)
+    check_facts(DS, one_of_two)  # that of what was not clicked says nothing
+    assert (one_of_two.odd, one_of_two.timed) == (1, 2)
+
+
 # ---- Requests ----------------------------------------------------------------------------------
 
 
@@ -112,6 +125,15 @@ def test_one_request_id_for_several_users_is_refused(
             refused(found, "All 3 impressions", repr(requests[0]), "request_gap_seconds")
         else:
             check_facts(DS, found)
+
+
+def test_no_more_than_two_users_and_requests_of_a_day_are_held() -> None:
+    parts = [
+        facts([START], users=[n], request_id=pa.array([f"r{n}"], pa.string())) for n in range(9)
+    ]
+    whole = functools.reduce(operator.add, parts)
+    assert (len(whole.users), len(whole.requests), whole.rows) == (2, 2, 9)
+    check_facts(DS, whole)
 
 
 # ---- Impression IDs ----------------------------------------------------------------------------
@@ -161,6 +183,24 @@ def test_ids_that_share_a_hash_are_compared(
     assert check_ids(tmp_path / "each once", [ids.slice(0, 70), ids.slice(70)]) == []
     (told,) = check_ids(tmp_path / "twice", [ids, ids.slice(7, 1)])
     assert "'imp-7'" in told
+
+
+def test_only_row_groups_with_a_shared_hash_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, real, read = KINDS["text"], hashing.hash_ids, []
+
+    def hash_ids(ids: pa.ChunkedArray, seed: int = 0) -> np.ndarray:
+        return real(pc.replace_substring_regex(ids, "^imp-60$", "imp-0"), seed)
+
+    def reading(group: inputs.RowGroup, wanted: list[str]) -> pa.Table:
+        read.append((Path(group.path).name, group.index))
+        return read_rows(group, wanted)
+
+    monkeypatch.setattr(hashing, "hash_ids", hash_ids)
+    monkeypatch.setattr(day_checks, "read_rows", reading)
+    assert check_ids(tmp_path, [ids.slice(0, 20), ids.slice(20)]) == []
+    assert sorted(read) == [("0.parquet", 0), ("1.parquet", 0)]  # of 0, and of 60; not of 70 on
 
 
 def test_only_what_may_be_equal_is_held_and_the_first_found_ends_the_search() -> None:
