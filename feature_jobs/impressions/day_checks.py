@@ -7,11 +7,12 @@ impression_id, where the shop gives one, is that of one impression.
 
 Readers of the log tell `DayFacts` of each row group beside its rows, at no further reading. IDs
 meet by their hashes, in shards of their own, by way of files (`pieces`); the few that may be equal
-are read again and compared.
+are read again and compared. A day is judged by what was told of all its rows, whose number its
+footers tell: a runner may lose facts or hashes and end well.
 """
 
 import datetime as dt
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -20,9 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_jobs.inputs import Form, RowGroup, read_rows
+from feature_jobs.inputs import Form, RowGroup, Source, read_rows
 from feature_jobs.schemas import TIMESTAMP, DataContractError
 from feature_jobs.store import hashing, worker_notes
+from feature_jobs.store.every_shard import check_all_came
 from feature_jobs.store.pieces import Piece, read_pieces, write_pieces
 
 # ---- Pure functions: facts of a day ------------------------------------------------------------
@@ -30,20 +32,23 @@ from feature_jobs.store.pieces import Piece, read_pieces, write_pieces
 
 @dataclass(frozen=True)
 class DayFacts:
-    """Holds what some rows of a day's log tell of it.
+    """Holds what some rows of a day's log tell of it; without arguments, that of none.
 
     `early` of the `rows` lie before the day, `first_us` is the earliest event. `odd` of the `timed`
     clicks, those with a click_time, are dated further from the day than a window is long. `users`
-    and `requests` are up to two of the distinct ones.
+    and `requests` are up to two of the distinct ones. `given_ids` rows were read with the shop's
+    impression_id, and the hashes of `compared_ids` met in `CheckIds`.
     """
 
-    rows: int
-    early: int
-    first_us: int
+    rows: int = 0
+    early: int = 0
+    first_us: int = np.iinfo(np.int64).max
     timed: int = 0
     odd: int = 0
     users: frozenset = frozenset()
     requests: frozenset = frozenset()
+    given_ids: int = 0
+    compared_ids: int = 0
 
     def __add__(self, other: "DayFacts") -> "DayFacts":
         return DayFacts(
@@ -54,6 +59,8 @@ class DayFacts:
             self.odd + other.odd,
             _two_of(self.users | other.users),
             _two_of(self.requests | other.requests),
+            self.given_ids + other.given_ids,
+            self.compared_ids + other.compared_ids,
         )
 
 
@@ -65,7 +72,8 @@ def _two_of(values: Iterable) -> frozenset:
 def facts_of(rows: pa.Table, start_us: int, end_us: int, window_us: int | None = None) -> DayFacts:
     """Returns what one or more `rows` of a day tell, which lasts from `start_us` till `end_us`.
 
-    Click times are looked at where a window is given, requests where `rows` have their IDs.
+    Click times are looked at where a window is given, requests and impression IDs where `rows` have
+    them.
     """
     times = rows["event_time"].cast(pa.int64()).to_numpy()
     timed = odd = 0
@@ -79,7 +87,17 @@ def facts_of(rows: pa.Table, start_us: int, end_us: int, window_us: int | None =
         for name in ("user_id", "request_id")
     )
     early = int((times < start_us).sum())
-    return DayFacts(len(rows), early, int(times.min()), timed, odd, users, requests)
+    given_ids = len(rows) if "impression_id" in rows.column_names else 0
+    return DayFacts(len(rows), early, int(times.min()), timed, odd, users, requests, given_ids)
+
+
+def check_none_lost(ds: dt.date, facts: DayFacts, rows: int) -> None:
+    """Raises DataContractError where `facts` are not of all `rows` of a day, or of all their IDs.
+
+    Rows of which nothing is told may be of any time, and IDs that never met may be repeated.
+    """
+    check_all_came(f"checks of impressions of ds {ds}, by rows of its log", facts.rows, rows)
+    check_all_came(f"checks of impression_id of ds {ds}", facts.compared_ids, facts.given_ids)
 
 
 def check_facts(ds: dt.date, facts: DayFacts) -> None:
@@ -156,26 +174,36 @@ def find_repeated(columns: Iterable[pa.ChunkedArray], twice: np.ndarray) -> obje
 
 
 class JudgeDay(beam.DoFn):
-    """Refuses a day by its facts: (ordinal of the day, all its `DayFacts`) comes in."""
+    """Refuses a day by its facts: (ordinal of the day, all its `DayFacts`) comes in.
 
-    def __init__(self, staging: str):
-        self.staging = staging
+    `rows` are those of each day's log, by its ordinal.
+    """
+
+    def __init__(self, rows: Mapping[int, int], staging: str):
+        self._rows, self.staging = rows, staging
 
     @worker_notes.refusing
     def process(self, element: tuple[int, Iterable[DayFacts]]) -> None:
-        number, (first, *others) = element
-        check_facts(dt.date.fromordinal(number), sum(others, start=first))
+        number, told = element
+        ds, facts = dt.date.fromordinal(number), sum(told, start=DayFacts())
+        check_none_lost(ds, facts, self._rows[number])
+        check_facts(ds, facts)
 
 
 class JudgeDays(beam.PTransform):
-    """Judges days by the facts that readers tell, as (ordinal of the day, `DayFacts`)."""
+    """Judges each day of `log` by the facts that are told, as (ordinal of the day, `DayFacts`)."""
 
-    def __init__(self, staging: str):
+    def __init__(self, log: Sequence[Source], staging: str):
         super().__init__()
+        self._rows = {source.form.ds.toordinal(): source.rows for source in log}
         self._staging = staging
 
     def expand(self, facts: beam.PCollection) -> None:
-        _ = facts | beam.GroupByKey() | beam.ParDo(JudgeDay(self._staging))
+        # A day of which all facts are lost is judged too.
+        days = [(number, DayFacts()) for number in self._rows]
+        every = facts.pipeline | "EveryDay" >> beam.Create(days, reshuffle=False)
+        judge = JudgeDay(self._rows, self._staging)
+        _ = (facts, every) | beam.Flatten() | beam.GroupByKey() | beam.ParDo(judge)
 
 
 IdsOfGroup = tuple[str, int, Piece]  # of which row group, and the piece of their hashes
@@ -199,15 +227,17 @@ class CheckIds(beam.DoFn):
     """Refuses an impression_id that several impressions of a day have.
 
     What `write_hashes` yields comes in by ((place of the day, shard)); `forms` are those of the
-    days' logs. No two IDs of int64 have one hash, and few strings: what is read again for those is
-    little, or the job ends with it.
+    days' logs. How many IDs met goes out, as (ordinal of the day, `DayFacts`). No two IDs of int64
+    have one hash, and few strings: what is read again for those is little, or the job ends with it.
     """
 
     def __init__(self, forms: Sequence[Form], staging: str):
         self._forms, self.staging = forms, staging
 
     @worker_notes.refusing
-    def process(self, element: tuple[tuple[int, int], Iterable[IdsOfGroup]]) -> None:
+    def process(
+        self, element: tuple[tuple[int, int], Iterable[IdsOfGroup]]
+    ) -> Iterator[tuple[int, DayFacts]]:
         (place, _), told = element
         form, found = self._forms[place], sorted(told, key=_piece_of)  # as they are read
         hashes = read_pieces(map(_piece_of, found), pa.table({}))["hash"].to_numpy()
@@ -219,6 +249,7 @@ class CheckIds(beam.DoFn):
         example = find_repeated(columns, twice)
         if example is not None:
             raise repeated_id(example)
+        yield form.ds.toordinal(), DayFacts(compared_ids=len(hashes))
 
 
 def _piece_of(ids: IdsOfGroup) -> Piece:

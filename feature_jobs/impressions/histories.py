@@ -428,7 +428,7 @@ def clicks_by_user(
 ) -> beam.PCollection:
     """Returns the clicks of `log` by the job's shards of users, every shard among them.
 
-    Days of the log that cannot be meant are refused.
+    Days of the log that cannot be meant are refused, and those of which something is lost.
     """
     read_clicks = ReadClicks(job.law, job.day_timezone, job.shards, job.staging)
     read = (
@@ -436,7 +436,7 @@ def clicks_by_user(
         | "ClickGroups" >> beam.Create([group for day in log for group in day.groups()])
         | "ReadClicks" >> beam.ParDo(read_clicks).with_outputs("facts", main="clicks")
     )
-    _ = read.facts | "JudgeLog" >> JudgeDays(job.staging)
+    _ = read.facts | "JudgeLog" >> JudgeDays(log, job.staging)
     return (read.clicks, every_shard(root, job.shards)) | "ClicksAndShards" >> beam.Flatten()
 
 

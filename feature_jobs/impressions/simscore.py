@@ -566,9 +566,15 @@ def define_simscore(
         | "ReadImpressions"
         >> beam.ParDo(ReadImpressions(job)).with_outputs("by_user", "facts", "ids", main="rows")
     )
-    _ = read.facts | "JudgeDays" >> JudgeDays(job.staging)
     check_ids = CheckIds([day.form for day in impressions], job.staging)
-    _ = read.ids | "ByDayAndIdShard" >> beam.GroupByKey() | "CheckIds" >> beam.ParDo(check_ids)
+    checked = (
+        read.ids | "ByDayAndIdShard" >> beam.GroupByKey() | "CheckIds" >> beam.ParDo(check_ids)
+    )
+    _ = (
+        (read.facts, checked)
+        | "FactsOfDays" >> beam.Flatten()
+        | "JudgeDays" >> JudgeDays(impressions, job.staging)
+    )
     every = every_shard_of_days(root, [day.shards for day in job.days])
     parts = [read.rows, every]
     if job.histories:

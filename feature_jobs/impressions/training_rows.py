@@ -696,7 +696,7 @@ def define_training_rows(
         | "LogGroups" >> beam.Create([group for day in log for group in day.groups()])
         | "ReadLog" >> beam.ParDo(ReadLog(job)).with_outputs("facts", main="rows")
     )
-    _ = read.facts | "JudgeDays" >> JudgeDays(job.staging)
+    _ = read.facts | "JudgeDays" >> JudgeDays(log, job.staging)
     rows = read.rows
     parts = [every_shard_of_days(root, [day.shards for day in job.days])]
     if job.categories is not None:

@@ -4,10 +4,12 @@ Lost are tagged outputs, inputs of CoGroupByKey, what `finish_bundle` yields, an
 one way to its table: one that lacks rows would look like any other.
 """
 
+import itertools
+
 import pytest
 
 from pipelines.running import beam_options
-from tests.support.commands import Capture, courier, paragraph, published
+from tests.support.commands import Capture, courier, paragraph, published, rewrite
 from tests.support.lossy_runner import LossyRunner, run_with
 from tests.support.world import DAYS, World
 
@@ -20,16 +22,30 @@ LOSSES = [
     ("embed", "ResultsByShard/CoGroupByKeyImpl/Tag[catalogue]", "None"),
     ("embed", "ResultsByShard/CoGroupByKeyImpl/Tag[results]", "None"),
     ("embed", "WalkShard", "None"),
-    ("histories", "ReadClicks", "None"),
+    ("histories", "ReadClicks/ParDo(ReadClicks)", "None"),
+    ("histories", "ReadClicks/ParDo(ReadClicks)", "facts"),
     ("histories", "AdvanceHistories", "None"),
+    ("training-rows", "ReadLog/ParDo(ReadLog)", "facts"),
     ("training-rows", "KeepInScope/ParDo(KeepInScope)", "counts"),
     ("training-rows", "ByItemShard/CoGroupByKeyImpl/Tag[0]", "None"),
     ("training-rows", "ByItemShard/CoGroupByKeyImpl/Tag[1]", "None"),
     ("refresh", "AssignShard", "None"),
     ("refresh", "ReadImpressions/ParDo(ReadImpressions)", "by_user"),
+    ("refresh", "ReadImpressions/ParDo(ReadImpressions)", "facts"),
+    ("refresh", "ReadImpressions/ParDo(ReadImpressions)", "ids"),
     ("refresh", "ByUser/CoGroupByKeyImpl/Tag[1]", "None"),
     ("refresh", "ByDayAndShard/CoGroupByKeyImpl/Tag[items]", "None"),
 ]
+
+
+def add_ids(world: World) -> None:
+    """Gives the impressions of the day IDs of the shop's."""
+    ids = itertools.count()
+    rewrite(
+        world,
+        DAYS[1],
+        lambda rows: rows.append_column("impression_id", [list(itertools.islice(ids, len(rows)))]),
+    )
 
 
 @pytest.mark.first_night
@@ -38,6 +54,7 @@ def test_what_a_runner_loses_is_missed_and_made_by_the_next_run(
     world: World, capsys: Capture, command: str, step: str, tag: str
 ) -> None:
     world.pins.insert(0, SCOPE)
+    add_ids(world)
     given = (command, "--ds", str(DAYS[1]))
     if command == "refresh":
         given = (*given, "--embeddings-by", "shuffle")

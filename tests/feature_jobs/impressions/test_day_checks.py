@@ -16,6 +16,7 @@ from feature_jobs.impressions import day_checks
 from feature_jobs.impressions.day_checks import (
     CheckIds,
     DayFacts,
+    JudgeDay,
     check_facts,
     facts_of,
     find_repeated,
@@ -99,6 +100,36 @@ def test_a_date_that_stands_for_no_time_is_told_where_most_clicks_have_it() -> N
     assert (one_of_two.odd, one_of_two.timed) == (1, 2)
 
 
+# ---- What a runner may lose --------------------------------------------------------------------
+
+
+def judged(folder: Path, told: list[DayFacts], rows: int) -> list[str]:
+    """Judges the day as the job does; returns what is refused."""
+    judge = JudgeDay({DS.toordinal(): rows}, str(folder))
+    list(judge.process((DS.toordinal(), told)))
+    return [str(error) for error in worker_notes.refused(str(folder))]
+
+
+def test_facts_that_are_lost_or_doubled_are_missed(tmp_path: Path) -> None:
+    told = [facts([START] * 2), facts([START] * 3)]
+    assert judged(tmp_path / "whole", told, 5) == []
+    assert judged(tmp_path / "empty day", [DayFacts()], 0) == []
+    for name, came in {"some": told[:1], "all": [DayFacts()], "doubled": told * 2}.items():
+        (error,) = judged(tmp_path / name, came, 5)
+        assert f"{sum(one.rows for one in came)} of 5 came. The runner lost some" in error
+        assert f"ds {DS}" in error
+
+
+def test_ids_that_never_met_are_missed(tmp_path: Path) -> None:
+    told = [facts([START] * 2, impression_id=[1, 2]), facts([START], impression_id=[3])]
+    met = [DayFacts(compared_ids=2), DayFacts(compared_ids=1)]
+    assert judged(tmp_path / "whole", told + met, 3) == []
+    for name, came in {"some": met[:1], "all": []}.items():
+        (error,) = judged(tmp_path / name, told + came, 3)
+        assert f"{2 * len(came)} of 3 came. The runner lost some" in error
+        assert "impression_id" in error
+
+
 # ---- Requests ----------------------------------------------------------------------------------
 
 
@@ -156,9 +187,12 @@ def check_ids(folder: Path, columns: list[pa.Array], shards: int = 4) -> list[st
         for shard, ids in write_hashes(str(folder / f"ids-{number}"), group, rows, shards):
             found.setdefault((0, shard), []).append(ids)
     check = CheckIds([source.form], str(folder / "staging"))
-    for element in found.items():
-        list(check.process(element))
-    return [str(error) for error in worker_notes.refused(str(folder / "staging"))]
+    met = [told for element in found.items() for told in check.process(element)]
+    refused = [str(error) for error in worker_notes.refused(str(folder / "staging"))]
+    if not refused:
+        assert {number for number, _ in met} == {DS.toordinal()}
+        assert sum(one.compared_ids for _, one in met) == source.rows
+    return refused
 
 
 KINDS = {"int": pa.array(np.arange(120)), "text": pa.array([f"imp-{n}" for n in range(120)])}
