@@ -536,7 +536,7 @@ def init(
     found = first_look.look(catalogue, impressions, images, os.path.dirname(os.path.abspath(out)))
     problems = _tell(found.findings)
     first_look.write_settings(out, found.toml)
-    click.echo(f"wrote {out}; {problems} problems to mend first" if problems else f"wrote {out}")
+    click.echo(f"wrote {out}; problems to mend first: {problems}" if problems else f"wrote {out}")
 
 
 def _check_settings(path: str) -> None:
@@ -546,8 +546,8 @@ def _check_settings(path: str) -> None:
 
     if problems := _tell(look_again(load_settings(path), os.path.dirname(os.path.abspath(path)))):
         raise DataContractError(
-            f"{problems} problems, told above, would stop a night made by {path}. Mend them, and "
-            "look again."
+            f"What is called a problem above would stop a night made by {path} ({problems} of "
+            "them). Mend that, and look again."
         )
 
 

@@ -281,7 +281,7 @@ def test_a_problem_of_settings_that_exist_ends_with_1(
     assert main(["init", "--check", path]) == (1 if told else 2)
     seen = capsys.readouterr()
     assert told in seen.out
-    assert ("1 problems, told above" in seen.err) == bool(told)
+    assert ("problem above would stop" in seen.err) == bool(told)
     assert "Traceback" not in seen.err
 
 
