@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +35,10 @@ from feature_jobs.store.faults import patiently
 MANIFEST = "_manifest.json"
 SUCCESS = "_SUCCESS"
 STAGED = "_staged.json"
+EXAMPLES = 3  # told of what was counted, by ID
 _MADE_FROM = "made_from"
+# What a receipt says; one of an earlier version lacks some, and its part is made again.
+_TOLD = {"counts", "histograms", "examples", "work", _MADE_FROM}
 _ROW_GROUP_ROWS = 32_768
 _RECEIPT_READERS = 16
 
@@ -68,7 +72,10 @@ def has_part(folder: str, shard: int, shards: int, made_from: MadeFrom) -> bool:
     """
     path = _receipt_path(folder, shard, shards)
     found = files.read_if_there(path)
-    return found is not None and parse_json(path, found).get(_MADE_FROM) == made_from._asdict()
+    if found is None:
+        return False
+    receipt = parse_json(path, found)
+    return receipt.keys() >= _TOLD and receipt[_MADE_FROM] == made_from._asdict()
 
 
 def finished(folder: str, shards: int) -> frozenset[int]:
@@ -77,7 +84,7 @@ def finished(folder: str, shards: int) -> frozenset[int]:
     Of workers that ask each for itself some may be shown old names: one step would leave a shard
     out as done, and a later one would find it missing and write it without rows.
     """
-    names = {part["name"]: _MADE_FROM in part for part in receipts(folder)}
+    names = {part["name"]: part.keys() >= _TOLD for part in receipts(folder)}
     return frozenset(
         shard for shard in range(shards) if names.get(part_name(shard, shards) + ".parquet")
     )
@@ -87,13 +94,16 @@ def write_part(
     folder: str, table: Table, schema: pa.Schema, rows: pa.Table, shard: int, shards: int,
     counts: dict[str, int] | None = None, work: dict[str, float] | None = None,
     limits: Mapping[str, int] | None = None, made_from: MadeFrom | None = None,
+    histograms: Mapping[str, np.ndarray] | None = None,
+    examples: Mapping[str, Sequence[int | str]] | None = None,
 ) -> None:  # fmt: skip
     """Writes one shard of `table` and its receipt; `rows` are sorted as `table` says here.
 
-    `counts` are the same whenever the shard is made again; `work` is what it cost this time.
-    `made_from` names what the rows were made from, where as many went in as come out. Raises
-    DataContractError where that is not so, for a null where `schema` allows none, and for rows that
-    break the law of `table` within `limits`, which are those of `laws.check`.
+    `counts`, `histograms` (counts by bin, int [bins]) and `examples` (the IDs of some items of
+    what was counted, never of users) are the same whenever the shard is made again; `work` is what
+    it cost this time. `made_from` names what the rows were made from, where as many went in as come
+    out. Raises DataContractError where that is not so, for a null where `schema` allows none, and
+    for rows that break the law of `table` within `limits`, which are those of `laws.check`.
     """
     if made_from is not None and made_from.rows != len(rows):
         raise DataContractError(
@@ -124,6 +134,8 @@ def write_part(
         "bytes": size,
         "sha256": sha256,
         "counts": counts or {},
+        "histograms": {name: bins.tolist() for name, bins in (histograms or {}).items()},
+        "examples": {name: list(ids[:EXAMPLES]) for name, ids in (examples or {}).items()},
         "work": work or {},
         _MADE_FROM: made_from and made_from._asdict(),
     }
@@ -164,6 +176,25 @@ def sum_counts(parts: Iterable[dict[str, Any]], what: str = "counts") -> dict[st
     for part in parts:
         total.update(part[what])
     return dict(sorted(total.items()))
+
+
+def sum_histograms(parts: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Returns the "histograms" of all parts, added up bin by bin; the longest says how many."""
+    total: dict[str, list[int]] = {}
+    for part in parts:
+        for name, bins in part["histograms"].items():
+            pairs = zip_longest(total.get(name, ()), bins, fillvalue=0)
+            total[name] = [one + other for one, other in pairs]
+    return dict(sorted(total.items()))
+
+
+def first_examples(parts: Iterable[Mapping[str, Any]]) -> dict[str, list[int | str]]:
+    """Returns the first few distinct "examples" of all parts by name, in the order of the parts."""
+    found: dict[str, dict[int | str, None]] = {}
+    for part in parts:
+        for name, ids in part["examples"].items():
+            found[name] = found.get(name, {}) | dict.fromkeys(ids)
+    return {name: list(ids)[:EXAMPLES] for name, ids in sorted(found.items())}
 
 
 # ---- Partitions ----------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from pipelines.running.locks import Locks
 from pipelines.running.stage import PACKAGE_VERSIONS, Planned, Stage
 from pipelines.running.states import PUBLISHED, Look, Night
 
-_OF_RECEIPT = ("counts", "work", "made_from")  # what no manifest says of a single file
+# What no manifest says of a single file.
+_OF_RECEIPT = ("counts", "histograms", "examples", "work", "made_from")
 
 
 @dataclass
@@ -218,6 +219,8 @@ def seal(one: Planned, table: Table) -> None:
         "files": [{k: v for k, v in part.items() if k not in _OF_RECEIPT} for part in parts],
         "rows": sum(part["rows"] for part in parts),
         "counts": counts,
+        "histograms": partitions.sum_histograms(parts),
+        "examples": partitions.first_examples(parts),
         "identities": dict(stage.identities),
         "inputs": dict(stage.inputs),
         "made_from": states.made_from(stage),

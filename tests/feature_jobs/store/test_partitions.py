@@ -59,8 +59,9 @@ def test_a_part_is_there_once_its_receipt_is_and_holds_the_rows(tmp_path: Path) 
     assert not partitions.has_part(folder, 3, 4, source)
     assert partitions.finished(folder, 4) == frozenset()
     partitions.write_part(
-        folder, USER_HISTORIES, schema, rows, 3, 4, {"clicks": 6}, made_from=source
-    )
+        folder, USER_HISTORIES, schema, rows, 3, 4, {"clicks": 6}, made_from=source,
+        histograms={"length": np.array([0, 4])}, examples={"unknown": [9, -3, 5, 0]},
+    )  # fmt: skip
     assert partitions.has_part(folder, 3, 4, source)
     assert not partitions.has_part(folder, 3, 8, source)
     assert not partitions.has_part(folder, 2, 4, source)
@@ -75,6 +76,8 @@ def test_a_part_is_there_once_its_receipt_is_and_holds_the_rows(tmp_path: Path) 
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "counts": {"clicks": 6},
+        "histograms": {"length": [0, 4]},
+        "examples": {"unknown": [9, -3, 5]},
         "work": {},
         "made_from": {"pieces": 2, "rows": 4, "digest": "d1"},
     }
@@ -92,6 +95,18 @@ def test_receipts_come_in_shard_order_and_their_counts_add_up(tmp_path: Path) ->
     assert partitions.sum_counts(found) == {"a": 2, "b": 4}
     assert partitions.sum_counts(found, "work") == {"seconds": 3.0}
     assert partitions.sum_counts([]) == {}
+
+
+def test_histograms_of_parts_add_up_bin_by_bin_and_the_first_examples_stay() -> None:
+    parts = [
+        {"histograms": {"a": [1, 2]}, "examples": {"x": [], "y": ["é"]}},
+        {"histograms": {"b": [3], "a": [10, 20, 30]}, "examples": {"x": [7, 5], "y": ["a", "é"]}},
+        {"histograms": {"a": [100]}, "examples": {"x": [5, 9, 1]}},
+        {"histograms": {}, "examples": {}},
+    ]
+    assert partitions.sum_histograms(parts) == {"a": [111, 22, 30], "b": [3]}
+    assert partitions.first_examples(parts) == {"x": [7, 5, 9], "y": ["é", "a"]}
+    assert (partitions.sum_histograms([]), partitions.first_examples([])) == ({}, {})
 
 
 @pytest.mark.parametrize("users", [[5, -3, 9, 0, -(2**63)], ["b", "é", "", "a", "ab", "B"]])
@@ -140,10 +155,21 @@ def test_a_part_whose_receipt_does_not_say_what_it_was_made_from_is_not_trusted(
     folder, (schema, rows) = str(tmp_path), histories([5, -3])
     partitions.write_part(folder, USER_HISTORIES, schema, rows, 0, 1)
     assert not partitions.has_part(folder, 0, 1, MadeFrom(2, 2, "d1"))
+
+
+@pytest.mark.parametrize("lacks", ["made_from", "histograms", "examples"])
+def test_a_part_whose_receipt_is_of_an_earlier_version_is_made_again(
+    tmp_path: Path, lacks: str
+) -> None:
+    folder, (schema, rows) = str(tmp_path), histories([5, -3])
+    source = MadeFrom(2, 2, "d1")
+    partitions.write_part(folder, USER_HISTORIES, schema, rows, 0, 1, made_from=source)
+    assert partitions.has_part(folder, 0, 1, source)
     (path,) = (tmp_path / "receipts").iterdir()
     receipt = json.loads(path.read_text())
-    del receipt["made_from"]  # as an earlier version wrote it
+    del receipt[lacks]
     path.write_text(json.dumps(receipt))
+    assert not partitions.has_part(folder, 0, 1, source)
     assert partitions.finished(folder, 1) == frozenset()
 
 

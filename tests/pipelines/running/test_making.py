@@ -4,12 +4,14 @@ import datetime as dt
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from feature_jobs.schemas import DataContractError, StorageUnavailable
-from feature_jobs.store import documents, worker_notes
+from feature_jobs.store import documents, partitions, worker_notes
 from feature_jobs.store.threads import Share
-from pipelines.running import making
+from pipelines.running import making, states
 from pipelines.running.layout import Layout
 from pipelines.running.locks import Locks
 from pipelines.running.stage import Stage
@@ -17,9 +19,9 @@ from pipelines.stages import EMBED
 from tests.support.small_nights import JustAStage
 
 
-def stage_of(root: Path) -> JustAStage:
+def stage_of(root: Path, shards: int = 1) -> JustAStage:
     stage = Stage(
-        EMBED, dt.date(2026, 3, 1), Layout(str(root), "test", str(root)), shards=1, inputs={},
+        EMBED, dt.date(2026, 3, 1), Layout(str(root), "test", str(root)), shards, inputs={},
         identities={}, settings={},
     )  # fmt: skip
     return JustAStage(stage)
@@ -79,3 +81,22 @@ def test_a_job_that_fails_for_another_reason_fails_with_that(
 
     with pytest.raises(RuntimeError, match="Beam failed"):
         making.make([stage_of(tmp_path)], fail, Share(), Locks())
+
+
+def test_a_manifest_tells_the_histograms_and_examples_of_all_parts(tmp_path: Path) -> None:
+    planned = stage_of(tmp_path, shards=2)
+    counted = [({"x": np.array([1, 2])}, {"bad": [4]}), ({"x": np.array([0, 5, 1])}, {"bad": [2]})]
+    table = planned.stage.tables[0]
+    folder, schema = planned.stage.staged_folder(table), table.schema(pa.int64())
+    states.begin(planned.stage, (), states.Look())
+    for shard, (histograms, examples) in enumerate(counted):
+        partitions.write_part(
+            folder, table, schema, schema.empty_table(), shard, 2, histograms=histograms,
+            examples=examples,
+        )  # fmt: skip
+    making.seal(planned, table)
+    made = partitions.find_staged(folder)
+    assert made is not None
+    assert made.manifest["histograms"] == {"x": [1, 7, 1]}
+    assert made.manifest["examples"] == {"bad": [4, 2]}
+    assert set(made.manifest["files"][0]) == {"name", "rows", "bytes", "sha256"}
