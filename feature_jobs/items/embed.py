@@ -236,6 +236,17 @@ def still_valid(results: pa.Table, images: pa.Table) -> pa.Table:
     return results.filter(holds).set_column(results.column_names.index("shard"), "shard", shard)
 
 
+def first_items(
+    examples: Sequence[Mapping[str, Sequence[int | str]]],
+) -> dict[str, list[int | str]]:
+    """Returns the first items by ID of each kind of `examples`, whichever of these come first."""
+    names = {name for found in examples for name in found}
+    return {
+        name: sorted(item for found in examples for item in found[name])[: partitions.EXAMPLES]
+        for name in names
+    }
+
+
 # ---- Transforms ----------------------------------------------------------------------------
 
 
@@ -407,6 +418,7 @@ class DayRows(NamedTuple):
     rejects: Piece | None
     results: Piece | None
     counts: dict[str, int]
+    examples: dict[str, list[int | str]]
     work: dict[str, float]
 
 
@@ -441,6 +453,7 @@ class WalkShard(_Walk):
                     if tables.embeddings[RESULT_ROW].null_count < len(tables.embeddings)
                     else None,
                     embed_walk.count(walked),
+                    embed_walk.examples(walked),
                     embed_walk.work_of(tables.embeddings, first),
                 ),
             )
@@ -473,9 +486,10 @@ class WriteDay(beam.DoFn):
         if not self._job.has_part(day, ITEM_EMBEDDINGS, shard):
             told = [of_walk._asdict() for of_walk in found]
             counts, work = (partitions.sum_counts(told, what) for what in ("counts", "work"))
+            examples = first_items([of_walk.examples for of_walk in found])
             rows = self._embeddings(day, shard, found)
             pieces = [of_walk.embeddings for of_walk in found if of_walk.embeddings]
-            self._write(day, ITEM_EMBEDDINGS, shard, rows, pieces, counts, work)
+            self._write(day, ITEM_EMBEDDINGS, shard, rows, pieces, counts, work, examples)
         if not self._job.has_part(day, ITEM_REJECTS, shard):
             nothing = arrays.empty_rows(self._job.rejects_schema)
             pieces = [of_walk.rejects for of_walk in found if of_walk.rejects]
@@ -502,13 +516,14 @@ class WriteDay(beam.DoFn):
     def _write(
         self, day: int, table: Table, shard: int, rows: pa.Table, pieces: Sequence[Piece],
         counts: dict[str, int] | None = None, work: dict[str, float] | None = None,
+        examples: dict[str, list[int | str]] | None = None,
     ) -> None:  # fmt: skip
         job, of_day = self._job, self._job.days[day]
         schema = job.embeddings_schema if table is ITEM_EMBEDDINGS else job.rejects_schema
         folder = os.path.join(of_day.staging, table.name)
         partitions.write_part(
             folder, table, schema, rows, shard, of_day.shards, counts, work,
-            made_from=made_from(pieces),
+            made_from=made_from(pieces), examples=examples,
         )  # fmt: skip
 
 

@@ -24,10 +24,12 @@ import pyarrow.compute as pc
 from feature_jobs.inputs import CATALOGUE_COLUMNS
 from feature_jobs.items import embed_plan
 from feature_jobs.items.embed_plan import TO_READ, UNCHANGED, VERSION_COLUMNS, WAITING, Sightings
-from feature_jobs.store import arrays
+from feature_jobs.store import arrays, partitions
 
 RESULT_ROW = "result_row"  # stands in the place of the vector
 _REASON = ("stage", "reason", "message")
+_NO_ADDRESS = "unsupported_uri"  # nothing was looked for
+_NOT_FETCHED = pa.array(["missing", "forbidden"])
 _SECONDS = ("io_seconds", "decode_seconds", "forward_seconds")
 
 
@@ -86,6 +88,22 @@ class WalkedDay:
     def result_rows(self) -> np.ndarray:
         """Returns the rows of the results that the day's plan asks for; int64 [n]."""
         return self.outcomes[RESULT_ROW].drop_null().to_numpy().astype(np.int64)
+
+    def were_rejected(self, items: pa.Table) -> pa.ChunkedArray:
+        """Tells which items were rejects the day before; bool [n]."""
+        before = self.before.rejects["item_id"].combine_chunks()
+        return pc.is_in(items["item_id"], value_set=before)
+
+    @cached_property
+    def not_fetched(self) -> pa.ChunkedArray:
+        """Returns the items, by ID, that were no rejects before and whose image was not reached.
+
+        An image goes missing now and then; of many at once the store is the cause.
+        """
+        rejects = self.tables.rejects
+        away = pc.is_in(rejects["reason"], value_set=_NOT_FETCHED)
+        away = pc.and_(away, pc.equal(rejects["stage"], "read"))
+        return rejects["item_id"].filter(pc.and_not(away, self.were_rejected(rejects)))
 
 
 def walk(
@@ -203,14 +221,32 @@ def with_vectors(rows: pa.Table, results: pa.Table, before: pa.Table) -> pa.Tabl
 
 
 def count(walked: WalkedDay) -> dict[str, int]:
-    """Counts the items of a day: all follows from its tables and those of the day before."""
-    embeddings, inside = walked.tables.embeddings, walked.tables.embeddings["in_catalogue"]
+    """Counts the items of a day: all follows from its tables and those of the day before.
+
+    Tried are those of the catalogue whose image was looked for and that were no reject before.
+    """
+    plan, embeddings = walked.plan, walked.tables.embeddings
+    has_address = pc.not_equal(pc.fill_null(plan["reason"], ""), _NO_ADDRESS)
+    looked_for = pc.and_not(has_address, walked.were_rejected(plan))
     return {
-        "catalogue_items": pc.sum(walked.plan["in_catalogue"]).as_py() or 0,
-        "former_items": len(embeddings) - (pc.sum(inside).as_py() or 0),
-        "rejects_waiting": pc.sum(pc.equal(walked.plan["state"], WAITING)).as_py() or 0,
+        "catalogue_items": _count(plan["in_catalogue"]),
+        "former_items": len(embeddings) - _count(embeddings["in_catalogue"]),
+        "items_without_uri": _count(pc.and_(plan["in_catalogue"], pc.is_null(plan["image_uri"]))),
+        "items_tried": _count(pc.and_(plan["in_catalogue"], looked_for)),
+        "items_not_fetched": len(walked.not_fetched),
+        "rejects_waiting": _count(pc.equal(plan["state"], WAITING)),
         **count_reasons(walked.tables.rejects["reason"]),
     }
+
+
+def _count(mask: pa.ChunkedArray) -> int:
+    return pc.sum(mask).as_py() or 0
+
+
+def examples(walked: WalkedDay) -> dict[str, list[int | str]]:
+    """Returns the first items by ID of those that were rejected, and that were not fetched."""
+    found = {"rejected": walked.tables.rejects["item_id"], "not_fetched": walked.not_fetched}
+    return {name: ids[: partitions.EXAMPLES].to_pylist() for name, ids in found.items()}
 
 
 def count_reasons(reasons: pa.ChunkedArray) -> dict[str, int]:

@@ -241,12 +241,12 @@ class Shop:
         paths = [p for p in place.glob("day-*/**/*") if p.is_file() and p.suffix != ".json"]
         return {str(path.relative_to(place)): path.read_bytes() for path in paths}
 
-    def told(self, place: Path, day: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns the counts and the work of a day."""
+    def told(self, place: Path, day: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Returns the counts, the examples and the work of a day."""
         folder = str(self.staging(place, day) / ITEM_EMBEDDINGS.name)
         receipts = partitions.receipts(folder)
         counts, work = (partitions.sum_counts(receipts, what) for what in ("counts", "work"))
-        return counts, work
+        return counts, partitions.first_examples(receipts), work
 
 
 def catalogue(

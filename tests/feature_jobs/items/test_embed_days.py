@@ -40,13 +40,13 @@ def make_nights(shop: Shop, place: Path, old: Path) -> None:
         shop.make(place, range(day, day + 1), old if day == shop.old else None)
 
 
-def all_told(shop: Shop, place: Path) -> tuple[list[dict], Counter]:
-    """Returns the counts of each day of the range, and the work of all together."""
+def all_told(shop: Shop, place: Path) -> tuple[list[dict], list[dict], Counter]:
+    """Returns counts and examples of each day of the range, and the work of all together."""
     told = [shop.told(place, day) for day in range_of(shop)]
     work: Counter = Counter()
-    for _, of_day in told:
+    for *_, of_day in told:
         work.update(of_day)
-    return [counts for counts, _ in told], work
+    return [counts for counts, *_ in told], [examples for _, examples, _ in told], work
 
 
 def compare(shop: Shop, seen: Counter) -> None:
@@ -56,7 +56,7 @@ def compare(shop: Shop, seen: Counter) -> None:
 
     make_nights(shop, folder / "nights", old)
     pairs = set(shop.stubs.given)
-    counts, work = all_told(shop, folder / "nights")
+    counts, examples, work = all_told(shop, folder / "nights")
     shop.stubs.forget()
 
     shop.make(folder / "one", days, old)
@@ -66,8 +66,8 @@ def compare(shop: Shop, seen: Counter) -> None:
     assert set(stubs.given) == pairs  # all that the nights read, and nothing else
     shards = max(shop.shards[day] for day in days)
     assert max(Counter(stubs.looked_at).values(), default=0) <= shards
-    now, cost = all_told(shop, folder / "one")
-    assert now == counts
+    now, named, cost = all_told(shop, folder / "one")
+    assert (now, named) == (counts, examples)
     assert cost["images_read"] == len(stubs.read)
     assert cost["images_embedded"] == stubs.embedded
     rows = sum(p.rows for day in days for p in shop.partitions_of(folder / "one", day)[:1])
@@ -86,6 +86,8 @@ def compare(shop: Shop, seen: Counter) -> None:
         assert found == {"item_embeddings", "item_rejects"}
     for of_day in counts:
         seen.update(of_day)
+    for name in ("rejected", "not_fetched"):
+        seen.update({name: sum(len(of_day[name]) for of_day in examples)})
     seen.update({"read_again": work["images_read"] - cost["images_read"]})
     seen.update({"reused": cost["images_reused"]})
 
@@ -97,6 +99,7 @@ def test_one_job_makes_the_bytes_of_two_and_of_a_job_a_day(tmp_path: Path) -> No
     assert set(seen) == {
         "catalogue_items", "former_items", "rejects_waiting", "rejected_missing",
         "rejected_not_an_image", "rejected_unsupported_uri", "read_again", "reused",
+        "items_without_uri", "items_tried", "items_not_fetched", "rejected", "not_fetched",
     }  # fmt: skip
     assert all(n > 10 for n in seen.values()), seen
 

@@ -235,7 +235,68 @@ def test_the_tables_of_many_days_do_not_fall_into_ever_more_chunks() -> None:
     assert {column.num_chunks for column in last.columns} == {1}
 
 
-# ---- What it cost ----------------------------------------------------------------------------
+# ---- What is told ----------------------------------------------------------------------------
+
+MISSING, FORBIDDEN, NO_PATH = (
+    {"stage": "read", "reason": reason, "message": "as it is"}
+    for reason in ("missing", "forbidden", "unsupported_uri")
+)
+
+
+def walk_one_day(found: dict[int, Row], read: list[Row], uris: dict[int, str | None]) -> WalkedDay:
+    """Walks items 1 to 11 through DAY: what their addresses are, what was found and read there.
+
+    Items 1, 2, 7, 9 and 11 had an embedding, 9 and 11 as former items, and 5 and 6 were rejects.
+    """
+    left = {"in_catalogue": False, "left_catalogue_ds": day(-1)}
+    before = embeddings(
+        *({"item_id": n} for n in (1, 2, 7)), *({"item_id": n, **left} for n in (9, 11))
+    )
+    tables = Tables.before_the_first_day(
+        before.drop_columns("embedding"),
+        rejects({"item_id": 5, **MISSING}, {"item_id": 6, **MISSING, "next_ds": day(2)}),
+    )
+    here = [{"item_id": n, "image_uri": uri} for n, uri in uris.items()]
+    kinds = pa.schema(
+        [("image_uri", pa.string()), *VERSIONS, *((n, pa.string()) for n in NO_REASON)]
+    )
+    as_it_was = {"image_generation": None, "image_size": 100, "image_mtime": WRITTEN}
+    seen = [
+        {"image_uri": uri, **NO_REASON, **({} if "reason" in found.get(n, {}) else as_it_was),
+         **found.get(n, {})}
+        for n, uri in uris.items()
+    ]  # fmt: skip
+    sightings = Sightings([], pa.Table.from_pylist(seen, kinds))
+    today = embed_walk.Day(DAY, catalogue(*here), reuse=True, same_roots=True)
+    (walked,) = embed_walk.walk([today], tables, sightings, 30, results(*read))
+    return walked
+
+
+def test_what_was_not_fetched_is_told_of_what_was_tried_and_was_no_reject_before() -> None:
+    uris = {n: f"{n}.png" for n in range(1, 12) if n != 9} | {4: None, 10: "https://x/10.png"}
+    found = {2: MISSING, 3: FORBIDDEN, 4: NO_PATH, 5: MISSING, 10: NO_PATH, 11: MISSING, 7: NOW}
+    gone = {**reject(8), **MISSING, "image_sha256": None}  # between the look and the reading
+    walked = walk_one_day(found, [{**reject(7), **NOW}, gone], uris)
+    assert embed_walk.count(walked) == {
+        "catalogue_items": 10,
+        "former_items": 1,
+        "items_without_uri": 1,
+        "items_tried": 6,  # 1, 2, 3, 7, 8, 11
+        "items_not_fetched": 4,  # 2, 3, 8, 11
+        "rejects_waiting": 1,
+        "rejected_missing": 5,
+        "rejected_forbidden": 1,
+        "rejected_unsupported_uri": 2,
+        "rejected_truncated": 1,
+    }
+    assert embed_walk.examples(walked) == {"rejected": [2, 3, 4], "not_fetched": [2, 3, 8]}
+
+
+def test_where_all_is_well_nothing_is_told_to_be_amiss() -> None:
+    walked = walk_one_day({}, [], {n: f"{n}.png" for n in (1, 2, 7)})
+    counts = embed_walk.count(walked)
+    assert (counts["items_tried"], counts["items_not_fetched"]) == (3, 0)
+    assert embed_walk.examples(walked) == {"rejected": [], "not_fetched": []}
 
 
 def test_the_work_of_a_day_is_the_sum_of_its_results_by_device() -> None:
