@@ -26,12 +26,13 @@ from apache_beam.utils.shared import Shared
 from feature_jobs import laws
 from feature_jobs.codebooks.codebook import CodebookInfo, health_of, read_codebook_info
 from feature_jobs.codebooks.nearest import CodebookSearch, shared_search
+from feature_jobs.drift import population_stability_index
 from feature_jobs.schemas import ITEM_FEATURES, MAIN, cluster_column
 from feature_jobs.store import arrays, encoder_info, files, partitions, worker_notes
 from feature_jobs.store.every_shard import check_all_came
 
-_CLUSTERS = "clusters"  # folder of the counts beside the parts
-_COUNTS = ("items", "compared", "moved")
+_CLUSTERS = "cluster_counts"  # folder of the counts beside the parts
+_COUNTS = ("items", "before", "compared", "moved")
 _NAMED = 5  # clusters that most items left, by name
 _LOOKED_AT = 1_000_000  # items of a cluster, for a picture that many of them have
 
@@ -138,28 +139,31 @@ def count_clusters(
 ) -> pa.Table:
     """Counts the items of each number of each resolution, and those that have moved to another.
 
-    These are the items that have the number; those that had it the day before and have some number
-    now; and those of them that have another one now.
+    These are the items that have the number; those that had it the day before; those of them that
+    have some number now; and those of these that have another one. `examples` are the first few
+    items that moved, each with the number that it left. `previous` are all rows of the day before
+    that are sharded as `rows`.
     """
     parts = []
     for label in labels:
         column = cluster_column(label)
         new = rows[column].to_numpy()
-        old = np.zeros(len(new), np.int32)
+        before, old = np.zeros(0, np.int32), np.zeros(len(new), np.int32)
         if previous is not None and column in previous.column_names:
+            before = previous[column].to_numpy()
             old = arrays.lookup(rows["item_id"], previous, column)
         both = (old > 0) & (new > 0)
         moved = both & ((old != new) | of_another_lineage)
-        counts = [_bincount(new), _bincount(old[both]), _bincount(old[moved])]
+        named = np.flatnonzero(moved)[: partitions.EXAMPLES]
+        named = named[np.argsort(old[named], kind="stable")]
+        counts = list(map(_bincount, (new, before, old[both], old[moved], old[named])))
         length = max(map(len, counts))
         counts = [np.pad(c, (0, length - len(c))) for c in counts]
         number = np.flatnonzero(np.any(counts, axis=0))
-        columns = [
-            pa.array([label] * len(number), pa.string()),
-            number,
-            *(c[number] for c in counts),
-        ]
-        parts.append(pa.table(columns, names=["label", "cluster_id", *_COUNTS]))
+        *counts, sizes = (c[number] for c in counts)
+        examples = arrays.list_array(sizes, rows["item_id"].take(pa.array(named)).combine_chunks())
+        columns = [pa.array([label] * len(number), pa.string()), number, *counts, examples]
+        parts.append(pa.table(columns, names=["label", "cluster_id", *_COUNTS, "examples"]))
     return pa.concat_tables(parts)
 
 
@@ -170,10 +174,13 @@ def _bincount(numbers: np.ndarray) -> np.ndarray:
     return counts
 
 
-def summarise_clusters(counts: pa.Table, codebook: CodebookInfo) -> dict[str, dict[str, Any]]:
-    """Tells, by resolution, the health of the clusters and how many items moved.
+def summarise_clusters(
+    counts: pa.Table, codebook: CodebookInfo, of_another_lineage: bool
+) -> dict[str, dict[str, Any]]:
+    """Tells, by resolution, the health of the clusters, and what changed since the day before.
 
-    They moved since the day before; the clusters that most of them left are named.
+    That is how many items moved, and how far the sizes are from those of then; the clusters that
+    most items left are named, and some items. `counts` are those of all shards, in their order.
     """
     total = counts.group_by(["label", "cluster_id"]).aggregate([(n, "sum") for n in _COUNTS])
     found = {}
@@ -184,17 +191,36 @@ def summarise_clusters(counts: pa.Table, codebook: CodebookInfo) -> dict[str, di
         numbers = codebook.resolution(label).numbers
         sizes = arrays.lookup(pa.array(numbers), rows, "items_sum", key="cluster_id")
         left = rows.filter(pc.greater(rows["moved_sum"], 0)).slice(0, _NAMED)
+        moved = pc.list_flatten(counts["examples"].filter(pc.equal(counts["label"], label)))
         found[label] = {
             **health_of(sizes),
             "largest_cluster": int(numbers[sizes.argmax()]),
+            "items_before": pc.sum(rows["before_sum"]).as_py() or 0,
             "compared_items": pc.sum(rows["compared_sum"]).as_py() or 0,
             "moved_items": pc.sum(rows["moved_sum"]).as_py() or 0,
             "most_moved": [
                 {"cluster_id": r["cluster_id"], "moved": r["moved_sum"], "of": r["compared_sum"]}
                 for r in left.to_pylist()
             ],
+            "moved_examples": moved[: partitions.EXAMPLES].to_pylist(),
+            "population_stability_index": (None if of_another_lineage else _drift(rows, numbers)),
         }
     return found
+
+
+def _drift(rows: pa.Table, numbers: np.ndarray) -> float | None:
+    """Returns how far clusters' sizes are from those of the day before, None without any then.
+
+    `numbers` are those of today's codebook; some that it has retired had items the day before.
+    """
+    if not pc.sum(rows["before_sum"]).as_py():
+        return None
+    every = pa.array(np.union1d(numbers, rows["cluster_id"].to_numpy()))
+    before, now = (
+        arrays.lookup(every, rows, column, key="cluster_id")
+        for column in ("before_sum", "items_sum")
+    )
+    return population_stability_index(before, now)
 
 
 # ---- Transforms ----------------------------------------------------------------------------
@@ -306,7 +332,9 @@ def _counts_path(staging: str, shard: int) -> str:
     return os.path.join(staging, _CLUSTERS, f"{shard:05d}.parquet")
 
 
-def read_clusters(staging: str, shards: int, codebook_folder: str) -> Mapping[str, dict[str, Any]]:
+def read_clusters(
+    staging: str, shards: int, codebook_folder: str, of_another_lineage: bool
+) -> Mapping[str, dict[str, Any]]:
     """Returns what `summarise_clusters` makes of all shards' counts.
 
     Raises DataContractError where those of a shard are not there.
@@ -316,7 +344,7 @@ def read_clusters(staging: str, shards: int, codebook_folder: str) -> Mapping[st
     counts = pa.concat_tables(
         partitions.read_parquet(_counts_path(staging, n)) for n in range(shards)
     )
-    return summarise_clusters(counts, read_codebook_info(codebook_folder))
+    return summarise_clusters(counts, read_codebook_info(codebook_folder), of_another_lineage)
 
 
 class SamePicture(NamedTuple):

@@ -252,7 +252,9 @@ class PlannedFeatures(Planned):
     def summarise(self) -> dict[str, Any]:
         from feature_jobs.items.item_features import read_clusters
 
-        return {"clusters": read_clusters(self.stage.staging, self.stage.shards, self.folder)}
+        stage = self.stage
+        clusters = read_clusters(stage.staging, stage.shards, self.folder, self.of_another_lineage)
+        return {"clusters": clusters}
 
 
 def plan_item_features(day: DayPlan, embedded: Planned) -> PlannedFeatures:

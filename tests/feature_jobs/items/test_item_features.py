@@ -6,6 +6,7 @@ Days that are made together have the bytes of days made one by one.
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pytest
 
 from feature_jobs.codebooks.codebook import Codebook, save_codebook
 from feature_jobs.codebooks.nearest import CodebookSearch
+from feature_jobs.drift import population_stability_index
 from feature_jobs.items import item_features
 from feature_jobs.items.item_features import (
     FeaturesJob,
@@ -103,29 +105,76 @@ def test_what_moved_since_the_day_before_is_counted_by_the_cluster_it_left() -> 
     before = pa.table(
         {"item_id": [1, 2, 3, 4, 0], "cluster_id": pa.array([5, 5, 5, 5, 2], pa.int32())}
     )
-    counts = count_clusters(rows, before, LABELS, of_another_lineage=False)
-    found = summarise_clusters(counts, book().info)
+    found = told_of(rows, before)
     main, coarse = found["main"], found["coarse"]
     assert (main["compared_items"], main["moved_items"]) == (4, 2)
     assert main["most_moved"] == [{"cluster_id": 5, "moved": 2, "of": 3}]
+    assert main["moved_examples"] == [1, 2]
     assert (main["items"], main["used"], main["dead"], main["items_max"]) == (5, 4, 0, 2)
     assert (coarse["compared_items"], coarse["moved_items"]) == (0, 0)  # the column is new
-    other = summarise_clusters(count_clusters(rows, before, LABELS, True), book().info)["main"]
+    assert (coarse["items_before"], coarse["population_stability_index"]) == (0, None)
+    other = told_of(rows, before, of_another_lineage=True)["main"]
     assert (other["compared_items"], other["moved_items"]) == (4, 4)
+    assert (other["items_before"], other["population_stability_index"]) == (5, None)
+    assert other["moved_examples"] == [0, 1, 2]
+
+
+def told_of(
+    rows: pa.Table, before: pa.Table | None, of_another_lineage: bool = False
+) -> dict[str, dict[str, Any]]:
+    counts = count_clusters(rows, before, LABELS, of_another_lineage)
+    return summarise_clusters(counts, book().info, of_another_lineage)
+
+
+def test_sizes_are_compared_with_those_of_all_items_of_the_day_before() -> None:
+    """Items are gone since then and new ones there; 4 is a number that was retired."""
+    numbers_before, numbers = [2] * 30 + [3] * 50 + [4] * 20 + [0] * 7, [2] * 60 + [5] * 40
+    before = pa.table(
+        {"item_id": np.arange(107), "cluster_id": pa.array(numbers_before, pa.int32())}
+    )
+    rows = pa.table(
+        {
+            "item_id": np.arange(90, 190),
+            "cluster_id": pa.array(numbers, pa.int32()),
+            "cluster_coarse": pa.array([7] * 100, pa.int32()),
+        }
+    )
+    found = told_of(rows, before)["main"]
+    assert (found["items_before"], found["compared_items"]) == (100, 10)
+    # Of 2, 3, 4, 5 and 9, where no item ever was.
+    expected = population_stability_index(np.array([30, 50, 20, 0, 0]), np.array([60, 0, 0, 40, 0]))
+    assert found["population_stability_index"] == pytest.approx(expected)
+    assert expected > 1
+    same = told_of(rows, rows)["main"]
+    assert same["population_stability_index"] == pytest.approx(0, abs=1e-12)
 
 
 def test_on_the_first_day_nothing_can_have_moved() -> None:
-    found = summarise_clusters(count_clusters(features(POINTS), None, LABELS, False), book().info)
+    found = told_of(features(POINTS), None)
     assert (found["main"]["compared_items"], found["main"]["most_moved"]) == (0, [])
+    assert (found["main"]["items_before"], found["main"]["moved_examples"]) == (0, [])
+    assert found["main"]["population_stability_index"] is None
     assert found["main"]["items"] == 12
     assert sum(found["coarse"][k] for k in ("used", "dead")) == 1
 
 
-def test_clusters_without_items_are_dead_and_shards_add_up() -> None:
+@pytest.mark.parametrize("items", [np.arange(12), [f"i{n:02}" for n in range(12)]])
+def test_clusters_without_items_are_dead_and_shards_add_up(items: Sequence) -> None:
     rows = features(POINTS[:2])
     parts = [count_clusters(part, None, LABELS, False) for part in (rows[:1], rows[1:])]
-    found = summarise_clusters(pa.concat_tables(parts), book().info)["main"]
+    found = summarise_clusters(pa.concat_tables(parts), book().info, False)["main"]
     assert (found["items"], found["used"], found["dead"]) == (2, 2, 2)
+
+    numbers = pa.array([2, 3, 5, 9] * 3, pa.int32())
+    before = pa.table({"item_id": items, "cluster_id": numbers, "cluster_coarse": numbers})
+    rows = before.set_column(1, "cluster_id", pa.array([2, 2, 2, 9] * 3, pa.int32()))
+    whole = told_of(rows, before)
+    parts = [count_clusters(rows[n : n + 4], before[n : n + 4], LABELS, False) for n in (0, 4, 8)]
+    together = summarise_clusters(pa.concat_tables(parts), book().info, False)
+    for found in (whole, together):
+        assert sorted(found["main"].pop("moved_examples")) == [items[1], items[2], items[5]]
+    assert together == whole
+    assert (whole["main"]["items_before"], whole["main"]["moved_items"]) == (12, 6)
 
 
 # ---- Days that are made together ---------------------------------------------------------------
@@ -219,23 +268,28 @@ def test_days_made_together_have_the_bytes_of_days_made_one_by_one(tmp_path: Pat
     assert len(expected) == 3 * sum(SHARDS)  # a part, its receipt and its counts
 
     clusters = [
-        read_clusters(job.staging, job.shards, job.codebook_folder)[MAIN] for job in one_by_one
+        read_clusters(job.staging, job.shards, job.codebook_folder, job.of_another_lineage)[MAIN]
+        for job in one_by_one
     ]
     assert [found["compared_items"] > 10 for found in clusters] == [False, True, True, True, True]
     moved = [found["moved_items"] for found in clusters]
     assert 0 < moved[1] < clusters[1]["compared_items"]
     assert moved[2] == clusters[2]["compared_items"]  # of another lineage
+    before = [found["items_before"] for found in clusters]
+    assert before == [0, *(found["items"] for found in clusters[:-1])]
+    drift = [found["population_stability_index"] for found in clusters]
+    assert [of_day is None for of_day in drift] == [True, False, True, False, False]
 
     # What was made before a job died is not made again, and what lacks is.
     again = jobs_below(tmp_path / "together", items, codebooks)
-    kept = Path(again[0].staging, "clusters", "00000.parquet")
-    lost = Path(again[3].staging, "clusters", "00002.parquet")
-    before = kept.stat().st_mtime_ns
+    kept = Path(again[0].staging, "cluster_counts", "00000.parquet")
+    lost = Path(again[3].staging, "cluster_counts", "00002.parquet")
+    made_at = kept.stat().st_mtime_ns
     files.delete(str(lost))
     os.unlink(Path(again[4].staging, ITEM_FEATURES.name, "receipts", f"{part_name(1, 2)}.json"))
     run(again)
     assert made_below(tmp_path / "together") == expected
-    assert kept.stat().st_mtime_ns == before
+    assert kept.stat().st_mtime_ns == made_at
 
 
 # ---- Equal pictures ----------------------------------------------------------------------------
