@@ -402,9 +402,12 @@ class WriteHistories(beam.DoFn):
         found = [users for users in given if isinstance(users, UsersOfDay)]
         expected = self._job.shards // self._shards[day]
         check_all_came(f"user shards walked through day {day + 1} of the job", len(found), expected)
-        counts = {"impressions": sum(users.impressions for users in found)}
-        limits = {"item_ids": self._job.law.history_len}
         histories = [users.user_histories for users in found if users.user_histories]
+        counts = {
+            "impressions": sum(users.impressions for users in found),
+            "users": sum(piece.rows for piece in histories),
+        }
+        limits = {"item_ids": self._job.law.history_len}
         self._write(USER_HISTORIES, day, shard, histories, counts, limits)
         recent = [users.recent_clicks for users in found if users.recent_clicks]
         self._write(RECENT_CLICKS, day, shard, recent)

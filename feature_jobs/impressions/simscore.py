@@ -63,6 +63,7 @@ from feature_jobs.store.pieces import Piece, made_from, read_pieces, write_piece
 _READ_TOO = ("click_time", "impression_id", "history")  # of the optional columns
 _BLOCK_ROWS = 4096  # impressions scored at once
 _SHARDS_PER_ID_SHARD = 16  # hashes of IDs are small
+_SCORE_BINS = 200  # of the largest scores, for gates
 _ITEMS_AT_ONCE = 6_553_600  # of the histories that the impressions of a user shard get at once
 BROADCAST, SHUFFLE = "broadcast", "shuffle"
 
@@ -157,7 +158,7 @@ def _can_be_ordered(kind: pa.DataType) -> bool:
 
 def score_impressions(
     rows: pa.Table, items: ItemVectors, length: int, history_item_ids: bool = True
-) -> tuple[pa.Table, dict[str, int]]:
+) -> tuple[pa.Table, "Counted"]:
     """Returns `user_simscores` of a shard's impressions, artefact IDs aside, and what was counted.
 
     `rows` have a `history`, newest first, null where it is that of the row before. The first
@@ -189,7 +190,7 @@ def score_impressions(
         past = coded.histories[coded.history_of[at]]
         flat = coded.item_ids.take(pa.array(past[past >= 0]))
         columns["history_item_ids"] = list_array((past >= 0).sum(axis=1), flat)
-    return pa.table(columns), _count(rows, found, coded.shown, scored)
+    return pa.table(columns), count_impressions(rows, coded, found, scored, at)
 
 
 def _check_ids(ids: pa.Array) -> None:
@@ -290,19 +291,64 @@ def _column(values: np.ndarray) -> pa.Array:
     return arrays.list_column(values, pa.list_(kind)) if values.ndim == 2 else pa.array(values)
 
 
-def _count(
-    rows: pa.Table, found: FoundItems, shown: np.ndarray, scored: dict[str, np.ndarray]
-) -> dict[str, int]:
+# ---- Pure functions: what is told of a shard ---------------------------------------------------
+
+
+class Counted(NamedTuple):
+    """Holds what is told of a shard's impressions beside their rows: see `write_part`."""
+
+    counts: dict[str, int]
+    histograms: dict[str, np.ndarray]
+    examples: dict[str, list[int | str]]
+
+
+def count_impressions(
+    rows: pa.Table, coded: _Coded, found: FoundItems, scored: dict[str, np.ndarray],
+    order: np.ndarray,
+) -> Counted:  # fmt: skip
+    """Counts impressions: `rows` sorted by user, and what `_score` made of them in `order` [n]."""
     compared = (found.old_cluster != 0) & (found.cluster > 0)
     moved = compared & (found.old_cluster != found.cluster)
-    return {
+    unknown = coded.shown[~found.known[coded.shown]]
+    times = [name for name in ("event_time", "click_time") if name in rows.column_names]
+    clicks = rows.select(times).filter(rows["clicked"])
+    counts = {
         "impressions": len(rows),
-        "clicks": pc.sum(rows["clicked"]).as_py() or 0,
-        "unknown_items": int((~found.known[shown]).sum()),
-        "compared_impressions": int(compared[shown].sum()),
-        "moved_impressions": int(moved[shown].sum()),
+        "users": pc.count_distinct(rows["user_id"]).as_py(),
+        "clicks": len(clicks),
+        "unknown_items": len(unknown),
+        "scored_impressions": int(np.count_nonzero(scored["sim_known"])),
+        "compared_impressions": int(compared[coded.shown].sum()),
+        "moved_impressions": int(moved[coded.shown].sum()),
         "without_history": int((scored["history_len"] == 0).sum()),
-        "click_times_before_event": click_moments(rows.filter(rows["clicked"]), 0)[1],
+        "click_times_before_event": click_moments(clicks, 0)[1],
+    }
+    if "click_time" in times:
+        counts["clicks_with_time"] = len(clicks) - clicks["click_time"].null_count
+    clicked = rows["clicked"].to_numpy()[order]
+    histograms = score_histograms(clicked, scored, coded.histories.shape[1])
+    ids = coded.item_ids.take(pa.array(np.unique(unknown)))
+    first = ids.take(pc.sort_indices(ids)[: partitions.EXAMPLES])
+    return Counted(counts, histograms, {"unknown_items": first.to_pylist()})
+
+
+def score_histograms(
+    clicked: np.ndarray, scored: dict[str, np.ndarray], length: int
+) -> dict[str, np.ndarray]:
+    """Counts impressions by score, and by length of history from 0 to `length`; int [bins] each.
+
+    Those with a known score are counted by the largest, clicked ones apart: bins are 0.01 wide over
+    [-1, 1], and 1.0 falls in the last one.
+    """
+    known = scored["sim_known"] > 0
+    place = ((scored["sim_max"][known] + np.float64(1.0)) / 2 * _SCORE_BINS).astype(np.intp)
+    np.minimum(place, _SCORE_BINS - 1, out=place)
+    place += clicked[known] * _SCORE_BINS
+    of_unclicked, of_clicked = np.bincount(place, minlength=2 * _SCORE_BINS).reshape(2, -1)
+    return {
+        "sim_max_clicked": of_clicked,
+        "sim_max_unclicked": of_unclicked,
+        "history_len": np.bincount(scored["history_len"], minlength=length + 1),
     }
 
 
@@ -515,14 +561,14 @@ class ScoreShard(beam.DoFn):
             asked = sum(answer.asked for answer in answers)
             check_all_came("answers of item shards, by items", asked, len(_items_of(rows)))
         items = self._items(day, [answer.told for answer in answers])
-        scored, counts = score_impressions(rows, items, self._job.history_len, wanted)
+        scored, counted = score_impressions(rows, items, self._job.history_len, wanted)
         for name, value in (("encoder_id", day.encoder_id), ("codebook_id", day.codebook_id)):
             scored = scored.append_column(name, pa.array([value] * len(scored), pa.string()))
-        counts |= self._count_late(day, rows)
+        counts = counted.counts | self._count_late(day, rows)
         work = {"shuffled_bytes": sum(answer.sent for answer in answers)} if answers else {}
         partitions.write_part(
             folder, USER_SIMSCORES, day.schema, scored, shard, day.shards, counts, work,
-            {"sim_scores": self._job.history_len}, source,
+            {"sim_scores": self._job.history_len}, source, counted.histograms, counted.examples,
         )  # fmt: skip
 
     def _items(self, day: SimscoreDay, answers: list[bytes]) -> ItemVectors:
@@ -533,11 +579,15 @@ class ScoreShard(beam.DoFn):
         return self._opened.acquire(lambda: open_item_vectors(day.items, key), tag=key)
 
     def _count_late(self, day: SimscoreDay, rows: pa.Table) -> dict[str, int]:
-        """Counts the impressions that came too late for a history, where the log has none."""
+        """Counts the impressions of earlier days, and those too late for a history.
+
+        Where the log has histories, none is too late for its own.
+        """
         histories = self._job.histories
-        if day.has_history:
-            return {}
         moments = rows["event_time"].cast(pa.int64()).to_numpy()
+        counts = {"late_impressions": int((moments < day.day.start_us).sum())}
+        if day.has_history:
+            return counts
         known_from = day.day.known_from_us(histories.law) if histories else 0
         late = int((moments < known_from).sum())
         if late:
@@ -546,7 +596,7 @@ class ScoreShard(beam.DoFn):
                 "Some impressions came in the log more than late_days after their day: they have "
                 "no history, and score 0. The manifest counts them as too_late_for_a_history.",
             )
-        return {"too_late_for_a_history": late}
+        return {**counts, "too_late_for_a_history": late}
 
 
 # ---- The job -------------------------------------------------------------------------------

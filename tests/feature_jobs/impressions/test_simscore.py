@@ -1,21 +1,29 @@
 """Tests how impressions are told apart, put in order, and share histories on their way."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from feature_jobs.impressions import simscore
+from feature_jobs.impressions.clicks import HistoryLaw
+from feature_jobs.impressions.histories import HistoriesJob, HistoryDay
 from feature_jobs.impressions.simscore import (
+    BROADCAST,
+    SimscoreDay,
+    SimscoreJob,
     impression_ids,
+    score_histograms,
     score_impressions,
     share_histories,
     sort_impressions,
 )
 from feature_jobs.items.item_vectors import items_of_answers, no_answers
+from feature_jobs.schemas import TIMESTAMP
 from feature_jobs.store.pieces import read_all, write_pieces
 
 
@@ -117,3 +125,78 @@ def test_rows_of_which_the_first_shares_a_history_are_refused() -> None:
     rows = share_histories(logged().slice(0, 1).take([0, 0]), np.zeros(2, np.int64))
     with pytest.raises(ValueError, match="no row before"):
         score_impressions(rows.slice(1), NOTHING_KNOWN, 3)
+
+
+# ---- What is told of a shard -------------------------------------------------------------------
+
+DAY = HistoryDay(20_000, 100, 200)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(-1, 1, width=32), st.integers(0, 3), st.booleans()), max_size=40)
+)
+@example([(1.0, 3, True), (-1.0, 1, False), (0.0, 0, True), (float(np.float32(0.29)), 2, False)])
+def test_impressions_are_counted_by_their_largest_score_and_their_history(
+    drawn: list[tuple[float, int, bool]],
+) -> None:
+    clicked = np.array([c for *_, c in drawn], bool)
+    known = np.array([n for _, n, _ in drawn], np.int32)
+    scored = {
+        "sim_max": np.array([s for s, *_ in drawn], np.float32),
+        "sim_known": known,
+        "history_len": np.minimum(known + 1, 3),
+    }
+    expected = {
+        "sim_max_clicked": [0] * 200, "sim_max_unclicked": [0] * 200, "history_len": [0] * 5
+    }  # fmt: skip
+    for score, n, is_click in drawn:
+        expected["history_len"][min(n + 1, 3)] += 1
+        if n:
+            kind = "sim_max_clicked" if is_click else "sim_max_unclicked"
+            expected[kind][min(199, math.floor((float(np.float32(score)) + 1) / 2 * 200))] += 1
+    found = score_histograms(clicked, scored, 4)
+    assert {name: bins.tolist() for name, bins in found.items()} == expected
+
+
+def test_what_is_told_of_a_shard_does_not_follow_arrival() -> None:
+    """Of 32 impressions items 0 to 3 are shown; none is known, and three are named."""
+    rows = logged().append_column("click_time", pa.nulls(32, TIMESTAMP))
+    clicked = pa.array([n % 4 == 0 for n in range(32)])
+    rows = rows.set_column(rows.column_names.index("clicked"), "clicked", clicked)
+    for seed in range(3):
+        mixed = rows.take(np.random.default_rng(seed).permutation(32))
+        _, told = score_impressions(mixed, NOTHING_KNOWN, 3)
+        assert told.counts == {
+            "impressions": 32, "users": 2, "clicks": 8, "unknown_items": 32,
+            "scored_impressions": 0, "compared_impressions": 0, "moved_impressions": 0,
+            "without_history": 0, "click_times_before_event": 0, "clicks_with_time": 0,
+        }  # fmt: skip
+        assert told.examples == {"unknown_items": [0, 1, 2]}
+        assert told.histograms["history_len"].tolist() == [0, 0, 0, 32]
+        assert not told.histograms["sim_max_clicked"].any()
+
+
+def test_clicks_whose_time_is_known_are_counted_where_the_log_has_times() -> None:
+    rows = logged()
+    _, told = score_impressions(rows, NOTHING_KNOWN, 3)
+    assert "clicks_with_time" not in told.counts
+    clicked = pa.array([n < 10 for n in range(32)])
+    rows = rows.set_column(rows.column_names.index("clicked"), "clicked", clicked)
+    times = pa.array([n if n % 2 else None for n in range(32)], pa.int64()).cast(TIMESTAMP)
+    _, told = score_impressions(rows.append_column("click_time", times), NOTHING_KNOWN, 3)
+    assert (told.counts["clicks"], told.counts["clicks_with_time"]) == (10, 5)
+
+
+@pytest.mark.parametrize("has_history", [True, False])
+def test_impressions_of_earlier_days_are_counted_whether_or_not_histories_are_logged(
+    has_history: bool, tmp_path: Path
+) -> None:
+    law = HistoryLaw(3, 1000, 0, 0, False, late_us=30)
+    histories = HistoriesJob(law, (DAY,), (), 1, pa.int64(), pa.int64(), "UTC", str(tmp_path))
+    job = SimscoreJob((), None if has_history else histories, 3, BROADCAST, str(tmp_path))
+    day = SimscoreDay(DAY, has_history, None, "", 1, pa.schema([]), "e", "c", str(tmp_path))
+    rows = impressions([(1, 1, t, False) for t in (69, 70, 99, 100, 199)])
+    counts = simscore.ScoreShard(job)._count_late(day, rows)
+    too_late = {} if has_history else {"too_late_for_a_history": 1}
+    assert counts == {"late_impressions": 3, **too_late}

@@ -194,7 +194,7 @@ def test_rows_of_random_worlds_are_what_plain_loops_make_of_them(
         folder = Path(name)
         known = write_items(folder, items, shards[0])
         log = [write_log(folder, drawn, day) for day in range(2)]
-        found = {}
+        found, told = {}, {}
         for way in (BROADCAST, SHUFFLE):
             days = tuple(
                 SimscoreDay(
@@ -218,12 +218,15 @@ def test_rows_of_random_worlds_are_what_plain_loops_make_of_them(
             for day in days:
                 broadcast.discard(day.broadcast_key)
             found[way] = [read_scores(day) for day in days]
+            told[way] = [read_receipts(day) for day in days]
     for day in range(2):
         one, other = (found[way][day] for way in (BROADCAST, SHUFFLE))
         assert one == other
         expected = expected_rows(drawn, items, day, law)
         for rows in (one, other):
             check(rows, expected)
+        for way in (BROADCAST, SHUFFLE):
+            check_told(told[way][day], one.to_pylist(), drawn, day, len(items))
 
 
 def read_scores(day: SimscoreDay) -> pa.Table:
@@ -252,3 +255,33 @@ def check(rows: pa.Table, expected: list[tuple[Any, ...]]) -> None:
         np.testing.assert_allclose(row["sim_max"], max(real, default=0.0), atol=1e-6)
         np.testing.assert_allclose(row["sim_mean"], np.mean(real) if real else 0.0, atol=1e-6)
         assert row["simtier"] == oracles.tiers(row["sim_scores"], mask)
+
+
+def read_receipts(day: SimscoreDay) -> tuple[dict, dict, dict]:
+    """Returns the counts, the histograms and the examples of a day, of all its parts."""
+    found = partitions.receipts(str(Path(day.staging) / USER_SIMSCORES.name))
+    assert len(found) == day.shards
+    counts = partitions.sum_counts(found)
+    return counts, partitions.sum_histograms(found), partitions.first_examples(found)
+
+
+def check_told(
+    told: tuple[dict, dict, dict], rows: list[dict], drawn: list[tuple], day: int, items: int
+) -> None:
+    counts, histograms, examples = told
+    mine = [row for row in drawn if row[0] == day]
+    unknown = {row[2] for row in mine if row[2] >= items}
+    assert counts["impressions"] == len(rows)
+    assert counts["users"] == len({row["user_id"] for row in rows})
+    assert counts["clicks"] == counts.get("clicks_with_time", 0) == sum(row[4] for row in mine)
+    assert counts["scored_impressions"] == sum(row["sim_known"] > 0 for row in rows)
+    assert counts["late_impressions"] == sum(row[3] < 0 for row in mine)
+    assert counts["unknown_items"] == sum(row[2] >= items for row in mine)
+    assert unknown.issuperset(examples["unknown_items"])
+    assert len(examples["unknown_items"]) == min(3, len(unknown))
+    lengths = [row["history_len"] for row in rows]
+    assert histograms["history_len"] == [lengths.count(n) for n in range(LENGTH + 1)]
+    for name, clicked in (("sim_max_clicked", True), ("sim_max_unclicked", False)):
+        real = [r["sim_max"] for r in rows if r["sim_known"] and r["clicked"] == clicked]
+        bins = [min(199, int((score + 1) / 2 * 200)) for score in real]
+        assert histograms[name] == [bins.count(n) for n in range(200)]
