@@ -272,6 +272,9 @@ def test_an_impression_later_than_late_days_has_no_history_and_is_told(
     early = [row for row in found if row["event_time"] < day]
     assert len(early) == 9
     assert not any(row["history_len"] for row in early)
+    start = dt.datetime.combine(DAYS[3], dt.time(), dt.UTC)
+    of_earlier_days = sum(row["event_time"] < start for row in found)
+    assert counts(shop, "user_simscores", DAYS[3])["late_impressions"] == of_earlier_days >= 9
     shop.extra_settings = "late_days = 3"
     assert courier(shop, "simscore", "--ds", str(DAYS[3])) == 0
     assert counts(shop, "user_simscores", DAYS[3])["too_late_for_a_history"] == 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime as dt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,11 @@ from feature_jobs.impressions import clicks as click_arrays
 from feature_jobs.impressions.clicks import HistoryLaw, histories_at, sort_clicks
 from feature_jobs.impressions.histories import (
     DAY_US,
+    AdvanceHistories,
+    HistoriesJob,
     HistoryDay,
+    LogChunk,
+    WriteHistories,
     click_moments,
     clicks_before,
     clicks_of,
@@ -24,6 +29,7 @@ from feature_jobs.impressions.histories import (
     user_histories,
     walk_days,
 )
+from feature_jobs.store import arrays, partitions
 from tests.support import oracles
 
 # Few users, items and times, so that ties and repeats are the rule.
@@ -292,3 +298,25 @@ def test_a_click_dated_a_whole_window_after_its_day_is_left_out() -> None:
     drawn = [(0, 1, 5, 0, True, 12), (0, 1, 6, 0, True, 11)]
     clicks = clicks_of(logged(drawn, 0), NUMBERS[0], DAYS[0].end_us, law)
     assert clicks["item_id"].to_pylist() == [6]
+
+
+def test_the_receipts_of_a_day_tell_its_impressions_and_its_users(tmp_path: Path) -> None:
+    """Three users of two shards of the walk share a part on each of two days."""
+    drawn = [(0, 0, 1, 0, True, 0), (0, 1, 2, 1, True, 1), (1, 2, 1, 0, True, 0)]
+    law, staging = HistoryLaw(5, 9 * DAY_US, 0), str(tmp_path / "job")
+    job = HistoriesJob(law, DAYS[:2], (), 2, pa.string(), pa.int64(), "UTC", staging)
+    advance = AdvanceHistories(job, (1, 1))
+    given_rows: dict[tuple[int, int], list] = {}
+    for shard, mine in ((0, drawn[:1]), (1, drawn[1:])):
+        clicks = clicks_on(mine, [0, 1])
+        chunks = [LogChunk(NUMBERS[0], 7, arrays.to_ipc(clicks)), LogChunk(NUMBERS[1], 2, b"")]
+        for key, users in advance.process((shard, chunks)):
+            given_rows.setdefault(key, []).append(users)
+    stagings = [str(tmp_path / str(day)) for day in range(2)]
+    for element in given_rows.items():
+        list(WriteHistories(job, (1, 1), stagings).process(element) or ())
+    told = [partitions.receipts(f"{staging}/user_histories")[0] for staging in stagings]
+    assert [part["counts"] for part in told] == [
+        {"impressions": 14, "users": 2}, {"impressions": 4, "users": 3}
+    ]  # fmt: skip
+    assert [part["rows"] for part in told] == [2, 3]
