@@ -3,11 +3,13 @@
 What is wrong with the image makes a reject; what is wrong with the disk or the network is raised.
 """
 
+import contextlib
 import errno
 import functools
 import hashlib
 import os
 import posixpath
+import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ import numpy as np
 
 from courier_model.images import BadImage, DecodeLimits, Preprocessing, decode
 from feature_jobs.store import files, threads
-from feature_jobs.store.faults import telling_forbidden
+from feature_jobs.store.faults import patiently, telling_forbidden
 
 T = TypeVar("T")
 
@@ -68,7 +70,7 @@ def locate(uri: str | None, roots: Sequence[str]) -> str:
 @functools.cache
 def _resolved(roots: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the roots as beginnings of resolved paths."""
-    real = (root if files.is_remote(root) else os.path.realpath(root) for root in roots)
+    real = (root if files.is_remote(root) else _without_links(root) for root in roots)
     return tuple(os.path.join(root, "") for root in real)
 
 
@@ -77,13 +79,32 @@ def _real_path(path: str) -> str:
     folder, name = os.path.split(path)
     if name not in ("", ".", ".."):
         path = os.path.join(_real_folder(folder), name)
-        if not os.path.islink(path):
+        if not _is_link(path):
             return path
-    return os.path.realpath(path)
+    return _without_links(path)
+
+
+def _is_link(path: str) -> bool:
+    try:
+        return stat.S_ISLNK(patiently(path, functools.partial(os.lstat, path)).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _without_links(path: str) -> str:
+    """Returns a path with all links in it resolved, also of what is not there.
+
+    os.path.realpath takes any fault of the disk for "no link": below a root that is one, all images
+    would then seem to lie outside, for as long as it is remembered.
+    """
+    try:
+        return patiently(path, functools.partial(os.path.realpath, path, strict=True))
+    except FileNotFoundError:
+        return os.path.realpath(path)
 
 
 # Kept for the life of the process: that a folder becomes a link meanwhile is not noticed.
-_real_folder = functools.lru_cache(maxsize=1 << 16)(os.path.realpath)
+_real_folder = functools.lru_cache(maxsize=1 << 16)(_without_links)
 
 
 # ---- What is there --------------------------------------------------------------------------
@@ -93,9 +114,9 @@ def find_image(uri: str | None, roots: Sequence[str]) -> files.FileInfo | Reject
     """Tells the version of an image without reading it, or why it cannot be read.
 
     Faults other than a missing or forbidden file are raised: they are no property of the image,
-    and would reject a good one.
+    and would reject a good one. So is a bucket of the roots that is missing, as OperatorError.
     """
-    return _or_rejected(uri, lambda: _stat(locate(uri, roots)))
+    return _or_rejected(uri, roots, _stat)
 
 
 def _stat(path: str) -> files.FileInfo:
@@ -118,7 +139,7 @@ def read_image(
     Faults other than a missing or forbidden file are raised, as by `find_image`.
     """
     started = time.perf_counter()
-    data = _or_rejected(uri, lambda: _read(locate(uri, roots)))
+    data = _or_rejected(uri, roots, _read)
     if isinstance(data, Rejected):
         return data
     read = time.perf_counter()
@@ -148,10 +169,15 @@ def _read(path: str) -> bytes:
     return files.read_bytes(path, DecodeLimits().max_bytes + 1)
 
 
-def _or_rejected(uri: str | None, look: Callable[[], T]) -> T | Rejected:
+def _or_rejected(uri: str | None, roots: Sequence[str], look: Callable[[str], T]) -> T | Rejected:
     try:
         with telling_forbidden():
-            return look()
+            path = locate(uri, roots)
+            try:
+                return look(path)
+            except FileNotFoundError:
+                _refuse_missing_bucket(path, roots)
+                raise
     except BadImage as error:
         return Rejected("read", error.reason, str(error))
     except (FileNotFoundError, IsADirectoryError):
@@ -162,3 +188,19 @@ def _or_rejected(uri: str | None, look: Callable[[], T]) -> T | Rejected:
         if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
             return Rejected("read", "unsupported_uri", f"{str(uri)[:100]!r}: {error.strerror}")
         raise
+
+
+def _refuse_missing_bucket(path: str, roots: Sequence[str]) -> None:
+    """Raises OperatorError where there is no bucket of `path` and a root lies in it.
+
+    To a store both are 404. A bucket that an address alone names is a property of that address.
+    """
+    bucket = "/".join(path.split("/")[:3])
+    if files.is_remote(path) and any(f"{root}/".startswith(f"{bucket}/") for root in roots):
+        _check_bucket(bucket)
+
+
+@functools.cache  # of buckets that are there
+def _check_bucket(bucket: str) -> None:
+    with contextlib.suppress(PermissionError):  # who may read images need not be allowed to list
+        files.is_folder(f"{bucket}/.is-there")  # a listing that is short, unlike that of a root

@@ -1,13 +1,19 @@
 """An address reaches no file outside the roots, and an image is read or rejected with a reason."""
 
+import errno
+import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from courier_model import image_files
 from courier_model.image_files import Image, Rejected, find_image, locate, read_image
 from courier_model.images import BadImage, Preprocessing
-from feature_jobs.store import files
+from feature_jobs.schemas import StorageUnavailable
+from feature_jobs.store import faults, files
+from tests.support.ill_disk import watch_disk
 from tests.support.world import picture
 
 SMALL = Preprocessing(32, 36, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -162,3 +168,96 @@ def test_a_fault_of_the_disk_is_raised_and_never_a_reject(
     monkeypatch.setattr(files, "read_bytes", fail)
     with pytest.raises(OSError):  # noqa: PT011 - the very fault that was planted
         read_image("a.png", roots, SMALL)
+
+
+# ---- What is no property of the image --------------------------------------------------------
+
+FAULTS = {
+    "an error of the disk": errno.EIO,
+    "a stale handle": errno.ESTALE,
+    "a mount that lost its server": errno.ENOTCONN,
+    "a server that does not answer": errno.ETIMEDOUT,
+    "an expired ticket": errno.EKEYEXPIRED,
+    "too many open files": errno.EMFILE,
+}
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(faults, "RETRY_SECONDS", 0.02)
+
+
+@pytest.mark.parametrize("number", FAULTS.values(), ids=FAULTS)
+@pytest.mark.usefixtures("impatient")
+def test_a_fault_of_the_disk_or_the_mount_is_waited_for_and_rejects_no_image(
+    roots: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    calls = []
+
+    def fail(what: str, path: str) -> None:
+        calls.append(what)
+        raise OSError(number, os.strerror(number), path)
+
+    watch_disk(monkeypatch, fail)
+    for look in (find_image, lambda uri, roots: read_image(uri, roots, SMALL)):
+        calls.clear()
+        with pytest.raises(StorageUnavailable, match="nothing was rejected or deleted"):
+            look("a.png", roots)
+        assert len(calls) > 1
+
+
+@pytest.fixture
+def linked(roots: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """Gives a root that is a link, as on many a machine, to a process that has seen none yet."""
+    link = Path(roots[0]).parent / "linked"
+    link.symlink_to(roots[0])
+    for name in ("_resolved", "_real_folder"):
+        known = getattr(image_files, name).__wrapped__
+        monkeypatch.setattr(image_files, name, functools.cache(known))
+    return (str(link),)
+
+
+def fail_at(patch: pytest.MonkeyPatch, name: str, number: int, times: int) -> None:
+    """Makes looks at links of that name fail so many times, as os.path.realpath makes them too."""
+    real, left = os.lstat, [times]
+
+    def lstat(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if str(path).endswith(name) and left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number), path)
+        return real(path, *args, **kwargs)
+
+    patch.setattr(os, "lstat", lstat)
+
+
+@pytest.mark.parametrize("name", ["linked", "images", "link.png"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_link_that_cannot_be_read_for_a_moment_is_followed_all_the_same(
+    linked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    """Else images seem to lie outside the roots, or one that does seems to lie below them."""
+    monkeypatch.setattr(faults, "FIRST_WAIT_SECONDS", 0.001)
+    fail_at(monkeypatch, name, number, times=2)
+    good, outside = find_image("a.png", linked), find_image("link.png", linked)
+    assert isinstance(good, files.FileInfo)
+    assert isinstance(outside, Rejected)
+    assert outside.reason == "unsupported_uri"
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_root_that_stays_unreadable_is_raised_and_forgotten(
+    linked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as away:
+        fail_at(away, "linked", errno.ESTALE, times=10**9)
+        with pytest.raises(StorageUnavailable, match="Stale file handle"):
+            find_image("a.png", linked)
+    assert isinstance(find_image("a.png", linked), files.FileInfo)
+
+
+def test_below_a_root_that_is_not_there_images_are_missing(tmp_path: Path) -> None:
+    """As in an empty mount point: many at once are for the gates to tell."""
+    found = find_image("a.png", (str(tmp_path / "none"),))
+    assert isinstance(found, Rejected)
+    assert found.reason == "missing"

@@ -21,6 +21,7 @@ from google.auth import credentials
 from google.auth import exceptions as auth_errors
 from google.cloud.storage import Blob
 
+from courier_model import image_files
 from courier_model.image_files import Rejected, find_image, read_image
 from courier_model.images import Preprocessing
 from feature_jobs.schemas import OperatorError, StorageUnavailable
@@ -237,22 +238,100 @@ def test_credentials_that_are_not_accepted_are_told(
         CALLS[call](f"{bucket}/file")
 
 
+LOOKS: dict[str, Callable[[str, list[str]], object]] = {
+    "find": find_image,
+    "read": lambda uri, roots: read_image(
+        uri, roots, Preprocessing(32, 32, "bilinear", (0.0,) * 3, (1.0,) * 3)
+    ),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+@pytest.mark.parametrize("uri", ["gs://My Bucket/a.png", "gs://no-such-bucket/a.png", "gs://x"])
+def test_an_image_in_no_bucket_is_a_reject(bucket: str, uri: str, look: Callable) -> None:
+    found = look(uri, [bucket])
+    assert isinstance(found, Rejected)
+    assert found.reason == "missing"
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+@pytest.mark.parametrize("root", ["gs://no-such-bucket", "gs://no-such-bucket/images"])
+def test_a_bucket_of_the_image_roots_that_is_not_there_rejects_no_image(
+    bucket: str, root: str, look: Callable
+) -> None:
+    for uri in ("a.png", "gs://no-such-bucket/a.png"):
+        with pytest.raises(OperatorError, match="no bucket gs://no-such-bucket,"):
+            look(uri, [bucket, root] if uri.startswith("gs:") else [root])
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_whether_a_bucket_is_there_is_asked_once_and_need_not_be_allowed(
+    bucket: str, flaky: Flaky, look: Callable
+) -> None:
+    image_files._check_bucket.cache_clear()
+    flaky.faults = [404, 403]  # no such image, and none may list the bucket
+    for _ in range(2):
+        found = look("a.png", [bucket])
+        assert isinstance(found, Rejected)
+        assert found.reason == "missing"
+    assert flaky.met == 2
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
 def test_credentials_that_are_not_accepted_reject_no_image(
-    bucket: str, flaky: Flaky, monkeypatch: pytest.MonkeyPatch
+    bucket: str, flaky: Flaky, monkeypatch: pytest.MonkeyPatch, look: Callable
 ) -> None:
     files.write_bytes(f"{bucket}/file", b"data")
     monkeypatch.setattr(gcs_client.client()._http, "credentials", Expired())
     flaky.forever = 401
     with pytest.raises(OperatorError, match=r"but HTTP 401\. Run `gcloud auth"):
-        find_image(f"{bucket}/file", [bucket])
+        look(f"{bucket}/file", [bucket])
 
 
-@pytest.mark.parametrize("uri", ["gs://My Bucket/a.png", "gs://no-such-bucket/a.png", "gs://x"])
-def test_an_image_in_no_bucket_is_a_reject(bucket: str, uri: str) -> None:
-    size = Preprocessing(32, 32, "bilinear", (0.0,) * 3, (1.0,) * 3)
-    for found in (find_image(uri, [bucket]), read_image(uri, [bucket], size)):
-        assert isinstance(found, Rejected)
-        assert found.reason == "missing"
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+@pytest.mark.parametrize("fault", [429, 500, 503, RESET])
+def test_a_store_that_stays_away_rejects_no_image(
+    bucket: str, flaky: Flaky, monkeypatch: pytest.MonkeyPatch, look: Callable, fault: int | str
+) -> None:
+    monkeypatch.setattr(faults, "RETRY_SECONDS", 0.1)
+    flaky.forever = fault
+    with pytest.raises(StorageUnavailable, match="nothing was rejected"):
+        look("a.png", [bucket])
+    assert flaky.met > 1
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_a_name_that_cannot_be_looked_up_rejects_no_image(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, look: Callable
+) -> None:
+    asked = []
+
+    def unknown(host: str, *_: object, **__: object) -> None:
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://store.example")
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(faults, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(faults, "RETRY_SECONDS", 0.1)
+    gcs_client.forget_client()
+    with pytest.raises(StorageUnavailable, match="nothing was rejected"):
+        look("a.png", [bucket])
+    assert asked.count("store.example") > 1
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_a_store_that_refuses_connections_rejects_no_image(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, look: Callable
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(faults, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(faults, "RETRY_SECONDS", 0.1)
+    gcs_client.forget_client()
+    with pytest.raises(StorageUnavailable, match="refused"):
+        look("a.png", [bucket])
 
 
 def test_missing_credentials_are_told_in_one_paragraph(
