@@ -14,6 +14,7 @@ vectors have 256 floats.
 4. --shuffle: so many impressions with the embeddings broadcast and shuffled, score by score.
 5. --memory: the job's peak at so many impressions.
 6. What it costs to find out whether the shop's own impression IDs are unique, as a share of 1.
+7. What it costs to count all that gates judge a night's scores by, as a share of 1 (goal 5 %).
 """
 
 import argparse
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import apache_beam as beam
 import duckdb
@@ -51,8 +53,18 @@ from feature_jobs.codebooks.codebook import (
     health_of,
     save_codebook,
 )
+from feature_jobs.impressions import simscore
 from feature_jobs.impressions.day_checks import CheckIds, write_hashes
-from feature_jobs.schemas import ITEM_EMBEDDINGS, SIM_TIERS, TIMESTAMP, USER_SIMSCORES
+from feature_jobs.items.item_vectors import ItemTables, ask_all
+from feature_jobs.schemas import (
+    ITEM_EMBEDDINGS,
+    SIM_TIERS,
+    TIMESTAMP,
+    USER_SIMSCORES,
+)
+from feature_jobs.schemas import (
+    ITEM_FEATURES as FEATURES_TABLE,
+)
 from feature_jobs.store import arrays, hashing, partitions
 from pipelines.config import load_settings
 from pipelines.nightly import make_nights, plan_nights
@@ -67,6 +79,7 @@ NOON_US = int(dt.datetime.combine(DAY, dt.time(12), dt.UTC).timestamp()) * 1_000
 HISTORY, DIM, PER_USER, CENTRES = 50, 256, 5, 64
 FEW = 5 * PER_USER  # impressions of the night that is all start-up
 SUBSET = 100_000  # impressions for the yardsticks that are slow
+COUNTED = 20_000  # impressions of which the counting is measured
 REPEATS = 3  # of each yardstick, since shared machines drift
 BEAM_DISTINCT, BEAM_TIMES = 2_000, 20  # impressions of the row-by-row pipeline, so often repeated
 USERS_AT_ONCE = 13_107  # written: a row group of some 65,536 impressions
@@ -118,6 +131,10 @@ class Shop:
     @property
     def embeddings(self) -> Path:
         return self._published(ITEM_EMBEDDINGS.name)
+
+    @property
+    def features(self) -> Path:
+        return self._published(FEATURES_TABLE.name)
 
     def _published(self, table: str) -> Path:
         return self.top / "features" / "production" / table / f"ds={DAY}"
@@ -552,6 +569,28 @@ def bench_ids(shop: Shop, impressions: int, rate: float) -> None:
     print(f"  IDs: {seconds:.2f} core seconds, {share:.1%} of the job's", flush=True)
 
 
+# ---- 7. What gates are judged by ---------------------------------------------------------------
+
+
+def bench_counting(shop: Shop, rate: float) -> None:
+    """Prints the core microseconds of counting an impression, beside those of the job at `rate`."""
+    rows = first_rows(shop, COUNTED)
+    published = [partitions.open_published(str(f)) for f in (shop.features, shop.embeddings)]
+    ids = pa.concat_arrays(
+        [rows["item_id"].combine_chunks(), rows["history"].combine_chunks().flatten()]
+    )
+    items = ask_all(ItemTables(*published, None, False), pc.unique(ids))
+    counting = simscore.count_impressions
+    with mock.patch.object(simscore, "count_impressions", wraps=counting) as called:
+        simscore.score_impressions(rows, items, HISTORY)
+    seconds = 1 / rows_per_second(partial(counting, *called.call_args.args), len(rows))
+    share = seconds * rate / nights.WORKERS
+    print(
+        f"  gates' counting: {seconds * 1e6:.2f} core-us an impression, {share:.1%} of the job",
+        flush=True,
+    )
+
+
 # ---- All of it ---------------------------------------------------------------------------------
 
 
@@ -560,6 +599,7 @@ def bench_all(top: Path, given: argparse.Namespace) -> None:
     shop = make_shop(top, given.items)
     ours = bench_job(shop, given.items, given.impressions, given.mode)
     bench_ids(shop, given.impressions, ours)
+    bench_counting(shop, ours)
     bench_yardsticks(shop, given.items, ours)
     if given.shuffle:
         print(f"Broadcast or shuffle, {given.shuffle:,} impressions")
