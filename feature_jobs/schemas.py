@@ -40,9 +40,13 @@ class DataContractError(CourierError):
 
 
 class GateRefused(CourierError):
-    """The tables were made, but a quality gate refuses to publish them."""
+    """The tables were made, but a quality gate refuses to publish them; a `table` tells which."""
 
     exit_status = 3
+
+    def __init__(self, message: str, table: str = "") -> None:
+        super().__init__(message)
+        self.table = table
 
 
 class InputNotReady(CourierError):

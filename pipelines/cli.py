@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from feature_jobs import __version__
-from feature_jobs.schemas import CourierError
+from feature_jobs.schemas import CourierError, GateRefused
 from pipelines import stages
 from pipelines.options import (
     Ds,
     PathText,
     beam_argument,
-    churn_option,
     config_option,
     days_options,
     ds_option,
@@ -71,7 +70,7 @@ def cli() -> None:
 
 def _make(
     kinds: Sequence[Kind] | None, config: str, days: Sequence[dt.date], dry_run: bool, json: bool,
-    beam_args: Sequence[str], **asked: Any,
+    accepted: tuple[tuple[str, ...], str], beam_args: Sequence[str], **asked: Any,
 ) -> None:  # fmt: skip
     """Makes stages of all days, each kind in one job; the JSON of several days is a list.
 
@@ -83,6 +82,7 @@ def _make(
     from pipelines.nightly import NightOptions
     from pipelines.reports import night
     from pipelines.running import beam_options
+    from pipelines.running.judging import Accepted
 
     settings, options = _settings(config), NightOptions(**asked)
     kinds = kinds or settings.night
@@ -99,8 +99,9 @@ def _make(
             free, refused = nightly.without_held(settings, days, kinds)
         try:
             nights = nightly.plan_nights(settings, free, kinds, _say, options)
-            found, more = nightly.make_nights(nights, beam_args, _say) if nights else ([], [])
-            refused += more
+            if nights:
+                made = nightly.make_nights(nights, beam_args, _say, Accepted(*accepted))
+                found, refused = made[0], refused + made[1]
         except CourierError as told:
             refused.append(told)
     if json and found:
@@ -110,7 +111,7 @@ def _make(
         for text in filter(None, map(render, found)):
             click.echo(text)
     for error in refused[:-1]:
-        _say(f"Error: {error}")
+        _tell_error(error)
     if refused:
         raise refused[-1]
 
@@ -119,7 +120,6 @@ def _make(
 @days_options
 @overlap_option
 @full_option
-@churn_option
 @embeddings_by_option
 @from_log_option
 def refresh(**options: Any) -> None:
@@ -148,7 +148,6 @@ def embed(**options: Any) -> None:
 @cli.command("item-features")
 @days_options
 @overlap_option
-@churn_option
 def item_features(**options: Any) -> None:
     """Assign cluster IDs to the embedded items of one day or several: item_features."""
     _make([stages.ITEM_FEATURES], **options)
@@ -168,7 +167,6 @@ def histories(**options: Any) -> None:
 @cli.command()
 @days_options
 @overlap_option
-@churn_option
 @embeddings_by_option
 @from_log_option
 def simscore(**options: Any) -> None:
@@ -636,6 +634,13 @@ def _interrupt(number: int, _frame: Any) -> NoReturn:
     raise _Interrupted
 
 
+def _tell_error(error: CourierError) -> None:
+    """Tells an error in its paragraph, and of gates that refuse in their table besides."""
+    _say(f"Error: {error}")
+    if isinstance(error, GateRefused) and error.table:
+        _say(f"\n{error.table}\n")
+
+
 _received: list[int] = []  # Beam wraps what is raised inside a job, so the signal is kept here
 
 
@@ -652,7 +657,7 @@ def main(args: Sequence[str] | None = None) -> int:
             _say("Interrupted; the same command resumes.")
             return 128 + _received[0]
         if isinstance(error, CourierError):
-            _say(f"Error: {error}")
+            _tell_error(error)
             return error.exit_status
         if isinstance(error, OSError) and error.filename:
             _say(f"Error: {error}. Mend the file or the disk and run the same command again.")

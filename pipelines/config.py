@@ -13,7 +13,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import (
@@ -26,6 +26,7 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from feature_jobs.schemas import TABLES, OperatorError
 from feature_jobs.store import addresses, day_names, files
@@ -250,19 +251,105 @@ class Workers(_Section):
     threads: Count | None = None
 
 
-class Gates(_Section):
-    """Holds the shares above which a night is made but not published.
+class Limits(_Section):
+    """Holds the limits of a gate: beyond `warn` it is told of, beyond `fail` nothing is published.
 
-    "Moved" is what has another cluster ID than the day before, of what had one; `max_cluster_share`
-    is that of the largest cluster, `max_dead_share` that of clusters without an item.
+    Which side is beyond is for the classes below to say.
     """
 
-    max_reject_share: Share = 0.05
-    max_unknown_item_share: Share = 0.05
-    max_moved_item_share: Share = 0.2
-    max_moved_impression_share: Share = 0.2
-    max_cluster_share: Share = 0.5
-    max_dead_share: Share = 0.5
+    warn: float
+    fail: float
+    upwards: ClassVar[bool] = True  # whether larger is worse
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.is_beyond(self.warn, self.fail):
+            side = "above" if self.upwards else "below"
+            raise ValueError(
+                f"warn = {self.warn:g} lies beyond fail = {self.fail:g}, the wrong way round: the "
+                f"gate warns {side} the one and refuses {side} the other"
+            )
+        return self
+
+    def is_beyond(self, observed: float, limit: float) -> bool:
+        """Returns whether a gate stops at `limit` what was `observed`."""
+        return observed > limit if self.upwards else observed < limit
+
+
+class AtMost(Limits):
+    """Limits a share from above."""
+
+    warn: Share
+    fail: Share
+
+
+class AtLeast(AtMost):
+    """Limits a share from below."""
+
+    upwards: ClassVar[bool] = False
+
+
+class Drift(Limits):
+    """Limits a population stability index from above; `inf` refuses none.
+
+    From 0.1 on a shift is commonly called small, from 0.25 on large.
+    """
+
+    warn: Annotated[float, Field(ge=0)]
+    fail: Annotated[float, Field(ge=0)]
+
+
+class Factor(Limits):
+    """Limits by how many times more, or fewer, there are than there were; `inf` refuses none."""
+
+    warn: Annotated[float, Field(ge=1)]
+    fail: Annotated[float, Field(ge=1)]
+
+
+class Gates(_Section):
+    """Holds what a night is judged by, before it is published; `running/gates.py` has the meanings.
+
+    Of a gate, the limit that is not given is the default; a stricter `fail` alone is `warn` too.
+    """
+
+    image_coverage: AtLeast = AtLeast(warn=0.9, fail=0.5)
+    rejects: AtMost = AtMost(warn=0.02, fail=0.05)
+    outage: AtMost = AtMost(warn=0.01, fail=0.03)
+    item_rows: Factor = Factor(warn=1.2, fail=2.0)
+    churn: AtMost = AtMost(warn=0.1, fail=0.2)
+    balance: AtMost = AtMost(warn=0.3, fail=0.5)
+    dead_clusters: AtMost = AtMost(warn=0.3, fail=0.5)
+    cluster_drift: Drift = Drift(warn=0.1, fail=0.25)
+    user_rows: AtLeast = AtLeast(warn=0.8, fail=0.5)
+    unknown_items: AtMost = AtMost(warn=0.02, fail=0.05)
+    late: AtMost = AtMost(warn=0.05, fail=0.2)
+    too_late: AtMost = AtMost(warn=0.01, fail=0.05)
+    click_times: AtLeast = AtLeast(warn=0.9, fail=0.5)
+    score_coverage: AtLeast = AtLeast(warn=0.5, fail=0.1)
+    score_drift: Drift = Drift(warn=0.1, fail=0.25)
+    history_drift: Drift = Drift(warn=0.1, fail=0.25)
+    zero_rows: AtMost = AtMost(warn=0.1, fail=0.3)
+    impression_rows: Factor = Factor(warn=2.0, fail=4.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        """Fills in the limits that are not given."""
+        if not isinstance(given, dict):
+            return given
+        return {name: _both(cls.model_fields.get(name), limits) for name, limits in given.items()}
+
+
+def _both(gate: FieldInfo | None, given: Any) -> Any:
+    if gate is None or not isinstance(given, dict) or len(given) != 1:
+        return given
+    (name, value), default = *given.items(), gate.default
+    if name == "warn":
+        return {**given, "fail": default.fail}
+    if name == "fail" and isinstance(value, int | float):
+        is_stricter = default.is_beyond(default.warn, value)
+        return {**given, "warn": value if is_stricter else default.warn}
+    return given
 
 
 def _partition(name: str) -> str:
@@ -390,11 +477,6 @@ class Settings(_Section):
                 f"[beam.{unknown[0]}] names no stage; stages are {', '.join(BEAM_STAGES)}"
             )
         return self
-
-    def allowing_churn(self) -> "Settings":
-        """Returns the same settings, but cluster IDs may change as they like."""
-        free = {"max_moved_item_share": 1.0, "max_moved_impression_share": 1.0}
-        return self.model_copy(update={"gates": self.gates.model_copy(update=free)})
 
     @property
     def half_pins(self) -> list[Pin]:

@@ -18,23 +18,23 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from feature_jobs.schemas import ITEM_EMBEDDINGS, CourierError, DataContractError, GateRefused
-from feature_jobs.schemas import ITEM_FEATURES as FEATURES_TABLE
+from feature_jobs.schemas import CourierError, DataContractError, GateRefused
 from pipelines.config import Settings
 from pipelines.planning.day_plan import DayPlan, NightOptions, Range
 from pipelines.planning.impressions import plan_histories, plan_simscore, plan_training_rows
 from pipelines.planning.items import plan_embed, plan_item_features
 from pipelines.planning.pinned import with_candidate
-from pipelines.running import announcing, beam_options, locks, making, publishing, quality, records
+from pipelines.running import announcing, beam_options, gates, locks, making, publishing, records
 from pipelines.running import states as stage_states
 from pipelines.running.beam_options import JobOptions
+from pipelines.running.judging import Accepted, Judge
 from pipelines.running.locks import Locks
 from pipelines.running.making import Made
 from pipelines.running.stage import Planned, Stage
 from pipelines.running.states import PUBLISHED, Look, Night
 from pipelines.stages import EMBED, HISTORIES, ITEM_FEATURES, SIMSCORE, TRAINING_ROWS, Kind
 
-_NOTHING_ASKED = NightOptions()
+_NOTHING_ASKED, _NOTHING_ACCEPTED = NightOptions(), Accepted()
 
 
 # ---- The night -----------------------------------------------------------------------------
@@ -70,8 +70,6 @@ def plan_nights(
     """Plans the `wanted` stages of ascending days, each of which goes on from the one before."""
     again = partial(plan_nights, settings, days, wanted, say, options)
     nights = settings.layout
-    if options.allow_churn:
-        settings = settings.allowing_churn()
     if options.encoder:
         settings = with_candidate(settings, options.encoder)
     together = Range(settings, nights, say, options, len(days))
@@ -111,14 +109,18 @@ def plan_day(
 
 
 def make_nights(
-    nights: Sequence[Night], beam_args: Sequence[str], say: Callable[[str], None]
+    nights: Sequence[Night],
+    beam_args: Sequence[str],
+    say: Callable[[str], None],
+    accepted: Accepted = _NOTHING_ACCEPTED,
 ) -> tuple[list[dict[str, Any]], list[CourierError]]:
     """Makes, checks and publishes the stages of consecutive days, each kind in one job.
 
-    Returns what was made, by day, and what was refused or could not be announced; a day that goes
-    on from a refused one waits for it. Finds what an earlier run had done and does only the rest.
-    Raises a CourierError, with nothing published, where an input refuses, where a day is on hold,
-    and where another run is at the same tables.
+    Gates that are `accepted` refuse none of them. Returns what was made, by day, and what was
+    refused or could not be announced; a day that goes on from a refused one waits for it. Finds
+    what an earlier run had done and does only the rest. Raises a CourierError, with nothing
+    published, where an input refuses, where a day is on hold, and where another run is at the same
+    tables.
     """
     settings, days = nights[0].settings, [night.ds for night in nights]
     kinds = [stage.kind for stage in nights[0].stages]
@@ -126,12 +128,12 @@ def make_nights(
         kind: beam_options.job_options(settings, kind.name, beam_args) for kind in kinds
     }  # all are checked before the first stage runs
     if all(map(_is_there, nights)):
-        idle = _Making(options, say, Locks())
+        idle = _Making(options, say, Locks(), accepted)
         return [idle.report(night, night.look) for night in nights], []
     beam_options.check_ready(options.values())
     with locks.holding(_lock_folders(settings, days, kinds[:1]), say) as held:
         refuse_held(settings, days, kinds)
-        making_them, started = _Making(options, say, held), time.time()
+        making_them, started = _Making(options, say, held, accepted), time.time()
         while not making_them.make_all(nights := _up_to_date(nights, say)):
             pass
         good = [night for night in nights if night.ds not in making_them.without]
@@ -227,8 +229,15 @@ class _Making:
     go on from one that is, and `refused` the errors.
     """
 
-    def __init__(self, options: Mapping[Kind, JobOptions], say: Callable[[str], None], held: Locks):
+    def __init__(
+        self,
+        options: Mapping[Kind, JobOptions],
+        say: Callable[[str], None],
+        held: Locks,
+        accepted: Accepted,
+    ):
         self._options, self._say, self._held = options, say, held
+        self._judge = Judge(accepted)
         self._seconds: dict[Kind, float] = {}
         self.why: dict[str, tuple[str, ...]] = {}
         self.without: set[dt.date] = set()
@@ -252,12 +261,12 @@ class _Making:
             before = time.monotonic()
             good = [night for night in nights if night.ds not in self.without]
             if good:
-                self._make_and_judge([night.planned[number] for night in good], settings)
+                self._make_and_judge([night.planned[number] for night in good], nights)
                 self._leave_out_later_days(nights)
             self._seconds[kind] = (time.monotonic() - before) / max(1, len(good))
         return True
 
-    def _make_and_judge(self, planned: Sequence[Planned], settings: Settings) -> None:
+    def _make_and_judge(self, planned: Sequence[Planned], nights: Sequence[Night]) -> None:
         """Makes one kind of stage of all days and asks the gates.
 
         What an earlier run had made and the gates refuse again is made once more, from its chunk
@@ -268,8 +277,9 @@ class _Making:
             making.make_missing, options=self._options[planned[0].stage.kind], say=self._say,
             locks=self._held,
         )  # fmt: skip
+        kind = planned[0].stage.kind
         made = make(planned)
-        refused = _refused(planned, settings)
+        refused = self._judge.refused(kind, nights, self.without)
         if old := [one.stage for one, _ in refused if one.stage.run_id not in made.why]:
             for stage in old:
                 say = f"{stage.name}: what an earlier run made of ds {stage.ds} is refused still"
@@ -278,7 +288,7 @@ class _Making:
                 making.reopen(stage)
             again = make(planned)
             made = Made(made.why | again.why, again.refused)
-            refused = _refused(planned, settings)
+            refused = self._judge.refused(kind, nights, self.without)
         self.why |= made.why
         for one, error in refused:
             self._held.check()
@@ -309,7 +319,8 @@ class _Making:
         should know besides.
         """
         found = {stage.name: self._report_stage(stage, look) for stage in night.stages}
-        told = [message for stage in found.values() for message in quality.warnings(stage["work"])]
+        told = [message for stage in found.values() for message in gates.mixed(stage["work"])]
+        told += [gates.short(one) for stage in night.stages for one in self._judge.told_of(stage)]
         is_idle = all(look.state(stage).name == PUBLISHED for stage in night.stages)
         for message in told:
             self._say(f"WARNING: ds {night.ds}: {message}")
@@ -327,38 +338,3 @@ class _Making:
             "work": {} if is_published else making.work_of(stage),
             "workers": asdict(self._options[stage.kind].share),
         }
-
-
-def _refused(planned: Sequence[Planned], settings: Settings) -> list[tuple[Planned, CourierError]]:
-    """Asks the gates about each stage that is not published; returns what they refuse, and why."""
-    refused: list[tuple[Planned, CourierError]] = []
-    look = Look()
-    for one in planned:
-        state = look.state(one.stage)
-        if state.name == PUBLISHED or not state.is_made:
-            continue
-        try:
-            _judge(one.stage, settings, look)
-            stage_states.note_refusal(one.stage, None)
-        except (GateRefused, DataContractError) as error:
-            told = type(error)(f"ds {one.stage.ds}: {error}")
-            told.__cause__ = error
-            refused.append((one, told))
-    return refused
-
-
-def _judge(stage: Stage, settings: Settings, look: Look) -> None:
-    """Raises what the gates say of a stage that is made."""
-    together = (*stage.upstream, stage)
-    counts = {one.kind: making.counts_of(one, look) for one in together}
-    clusters = {k: v for one in together for k, v in making.clusters_of(one, look).items()}
-    of_kind = {one.kind: one for one in together}
-
-    def find_picture(label: str, cluster: int) -> Any:
-        from feature_jobs.items.item_features import most_frequent_picture
-
-        embeddings = look.table(of_kind[EMBED], ITEM_EMBEDDINGS)
-        features = look.table(of_kind[ITEM_FEATURES], FEATURES_TABLE)
-        return most_frequent_picture(embeddings, features, label, cluster)
-
-    quality.check(stage.kind, stage.input_rows, counts, settings, clusters, find_picture)

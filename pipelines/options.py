@@ -1,6 +1,7 @@
 """Defines the options that several commands of `courier` take."""
 
 import datetime as dt
+import difflib
 import functools
 import os
 import re
@@ -51,6 +52,22 @@ class PathText(click.ParamType):
         return re.split(rf"{os.pathsep}(?!//)", rv)
 
 
+class GateName(click.ParamType):
+    """Reads an option's value as the name of a gate."""
+
+    name = "gate"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        from pipelines.config import Gates
+
+        known = list(Gates.model_fields)
+        if value not in known:
+            near = difflib.get_close_matches(str(value), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"gates are {', '.join(known)}"
+            self.fail(f"{value!r} is no gate, {hint}", param, ctx)
+        return str(value)
+
+
 def _beam_args(
     _ctx: click.Context, _param: click.Parameter, given: tuple[str, ...]
 ) -> Sequence[str]:
@@ -78,11 +95,6 @@ overlap_option = click.option(
     "--allow-overlap",
     is_flag=True,
     help="Use an encoder or codebook made from this day or later ones; the manifest records it.",
-)
-churn_option = click.option(
-    "--allow-churn",
-    is_flag=True,
-    help="Publish however many items changed their cluster ID; the manifest records it.",
 )
 out_option = click.option(
     "--out",
@@ -127,20 +139,35 @@ def ds_option(help: str) -> Callable[[F], F]:
 def days_options(command: F) -> F:
     """Gives `command` the options of every command that makes tables of one ds or several days.
 
-    The command gets the days as `days`.
+    The command gets the days as `days`, and the gates to accept and the reason as `accepted`.
     """
+    accept = (
+        click.option(
+            "--accept",
+            "accepted",
+            type=GateName(),
+            multiple=True,
+            metavar="GATE",
+            help="Publish although this gate refuses; repeat. The night's record tells it.",
+        ),
+        click.option("--reason", help="Why: said with --accept, and recorded."),
+    )
     days = (
         click.option("--ds", type=Ds(), help="The day to make."),
         click.option("--start-ds", type=Ds(), help="Or the first of several days."),
         click.option("--end-ds", type=Ds(), help="And the last of them."),
     )
-    rest = (remake_option, dry_run_option, json_option, beam_argument)
+    rest = (*accept, remake_option, dry_run_option, json_option, beam_argument)
 
     @functools.wraps(command)
     def with_days(
-        ds: dt.date | None, start_ds: dt.date | None, end_ds: dt.date | None, **given: Any
-    ) -> Any:
-        return command(days=days_asked(ds, start_ds, end_ds), **given)
+        ds: dt.date | None, start_ds: dt.date | None, end_ds: dt.date | None,
+        accepted: tuple[str, ...], reason: str | None, **given: Any,
+    ) -> Any:  # fmt: skip
+        if bool(accepted) != bool(reason):
+            raise click.UsageError("--accept GATE and --reason WHY go together.")
+        days = days_asked(ds, start_ds, end_ds)
+        return command(days=days, accepted=(accepted, reason or ""), **given)
 
     return _with((config_option, *days, *rest), cast(F, with_days))
 

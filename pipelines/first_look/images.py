@@ -192,14 +192,14 @@ def _try_images(
             rejected.setdefault(result.reason.replace("_", " "), []).append(uri)
         else:
             good.append((result.sha256, uri))
-    yield _about_rejects(rejected, len(uris), gates.max_reject_share)
-    yield from _about_copies(good, gates.max_cluster_share)
+    yield _about_rejects(rejected, uris, gates.rejects.fail)
+    yield from _about_copies(good, gates.balance.fail)
 
 
 def _about_rejects(
-    rejected: Mapping[str, Sequence[str | None]], sampled: int, allowed: float
+    rejected: Mapping[str, Sequence[str | None]], uris: Sequence[str | None], allowed: float
 ) -> Finding:
-    bad = sum(map(len, rejected.values()))
+    bad, sampled, without = sum(map(len, rejected.values())), len(uris), list(uris).count(None)
     if not bad:
         return Finding("ok", f"images: all {sampled} sampled can be read and decoded.")
     reasons = ", ".join(
@@ -207,12 +207,12 @@ def _about_rejects(
         for reason, those in rejected.items()
     )
     text = f"images: {sampled - bad} of {sampled} sampled can be read and decoded; {reasons}"
-    if bad <= allowed * sampled:
+    if bad - without <= allowed * (sampled - without):
         return Finding("note", f"{text}. Such items get no embedding, and are listed as rejects.")
     return Finding(
         "problem",
         f"{text}. Above {allowed:.0%} rejects the night refuses to publish: mend the images, or "
-        "raise max_reject_share under [gates].",
+        "raise the limits of rejects under [gates].",
     )
 
 
@@ -226,8 +226,7 @@ def _about_copies(good: Sequence[tuple[str, str | None]], allowed: float) -> Ite
         f"images: {copies} of {len(good)} that can be decoded are the very same picture, byte for "
         f"byte (sha256 {sha256}, for example {_example(dict(good)[sha256])}). If that is a "
         "placeholder, leave the image_uri of such items null: they all look alike to every score, "
-        "and without one they get cluster ID 0 and count as rejects, which max_reject_share under "
-        "[gates] must leave room for."
+        "and without one they get cluster ID 0."
     )
     if copies <= allowed * len(good):
         yield Finding("note", text)
@@ -235,7 +234,7 @@ def _about_copies(good: Sequence[tuple[str, str | None]], allowed: float) -> Ite
         yield Finding(
             "problem",
             f"{text} Above {allowed:.0%} of items in one cluster the night refuses to publish, "
-            "unless max_cluster_share is raised.",
+            "unless the limits of balance under [gates] are raised.",
         )
 
 

@@ -192,13 +192,13 @@ def _about_tables(
 ) -> Iterator[Finding]:
     yield from _about_columns(items)
     if events is None:
-        yield from _about_items(items, None, gates.max_unknown_item_share)
+        yield from _about_items(items, None, gates.unknown_items.fail)
         return
     yield from _about_columns(events)
     clash = _clash(items, events)
     if clash:
         yield Finding("problem", clash)
-    yield from _about_items(items, None if clash else events, gates.max_unknown_item_share)
+    yield from _about_items(items, None if clash else events, gates.unknown_items.fail)
     yield from _about_clicks(events)
     yield from _about_day(events, day_timezone)
 
@@ -273,7 +273,7 @@ def _about_unknown_items(seen: pa.ChunkedArray, ids: pa.ChunkedArray, allowed: f
     return Finding(
         "problem",
         f"{text}; above {allowed:.0%} the night refuses to publish. Are both tables of the same "
-        "shop and day? If so, add the items, or raise max_unknown_item_share under [gates].",
+        "shop and day? If so, add the items, or raise the limits of unknown_items under [gates].",
     )
 
 

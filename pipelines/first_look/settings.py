@@ -114,16 +114,41 @@ $impressions_columns
 # request_gap_seconds = 60.0
 
 [gates]
-# Above these shares a night is made but not published: of items without a usable image ...
-# max_reject_share = 0.05
-# ... and of impressions whose item the catalogue lacks.
-# max_unknown_item_share = 0.05
-# ... of items, and of impressions, whose cluster ID is not that of the day before.
-# max_moved_item_share = 0.2
-# max_moved_impression_share = 0.2
-# ... of items in one cluster, and of clusters without an item.
-# max_cluster_share = 0.5
-# max_dead_share = 0.5
+# A night is judged before it is published: beyond `warn` a gate tells, beyond `fail` it refuses.
+# The share of catalogue items that have an embedding is not to be below ...
+# image_coverage = {warn = 0.9, fail = 0.5}
+# ... of those with an address, the share without a readable image not above ...
+# rejects = {warn = 0.02, fail = 0.05}
+# ... nor that of images that were there last time, or are new, and cannot be fetched.
+# outage = {warn = 0.01, fail = 0.03}
+# How many times more or fewer items there may be than in the median of the last seven nights.
+# item_rows = {warn = 1.2, fail = 2.0}
+# The share of items, and of impressions, whose cluster ID is not that of the day before.
+# churn = {warn = 0.1, fail = 0.2}
+# The share of items in the largest cluster, and of clusters without an item.
+# balance = {warn = 0.3, fail = 0.5}
+# dead_clusters = {warn = 0.3, fail = 0.5}
+# How far cluster sizes are from those of the day before, as a population stability index.
+# cluster_drift = {warn = 0.1, fail = 0.25}
+# Users with a history, as a share of the median of the last seven nights, are not to be below ...
+# user_rows = {warn = 0.8, fail = 0.5}
+# Shares of impressions: of items that the catalogue lacks ...
+# unknown_items = {warn = 0.02, fail = 0.05}
+# ... of those that lie before their day, and that came too late for a history.
+# late = {warn = 0.05, fail = 0.2}
+# too_late = {warn = 0.01, fail = 0.05}
+# Where the log has a click_time, the share of clicks that have one is not to be below ...
+# click_times = {warn = 0.9, fail = 0.5}
+# ... nor, of impressions with a history, the share of those with a score.
+# score_coverage = {warn = 0.5, fail = 0.1}
+# How far the largest score of impressions, clicked and not, and the lengths of histories are from
+# those of the day before, as population stability indices.
+# score_drift = {warn = 0.1, fail = 0.25}
+# history_drift = {warn = 0.1, fail = 0.25}
+# By how much the share of impressions without any score may be above that of the day before.
+# zero_rows = {warn = 0.1, fail = 0.3}
+# How many times more or fewer impressions there may be than in the median of the last seven nights.
+# impression_rows = {warn = 2.0, fail = 4.0}
 
 [workers]
 # Threads that a worker process computes on; without it, its part of the host's cores.

@@ -32,16 +32,14 @@ class NightOptions:
     """Holds what an operator says of one night.
 
     `encoder` is embedded with in place of the pinned one, into a feature set of its own.
-    `allow_overlap` lets an encoder or codebook be used that was made from ds or later days,
-    `allow_churn` publishes however many items changed their cluster, `full` embeds every image as
-    if there had been no day before, `remake` makes again what is published. `from_log` begins
-    histories from the log of the window, and `embeddings_by` is how embeddings reach impressions,
-    where the settings shall not decide.
+    `allow_overlap` lets an encoder or codebook be used that was made from ds or later days, `full`
+    embeds every image as if there had been no day before, `remake` makes again what is published.
+    `from_log` begins histories from the log of the window, and `embeddings_by` is how embeddings
+    reach impressions, where the settings shall not decide.
     """
 
     encoder: str | None = None
     allow_overlap: bool = False
-    allow_churn: bool = False
     full: bool = False
     from_log: bool = False
     embeddings_by: Literal["auto", "broadcast", "shuffle"] | None = None

@@ -30,7 +30,7 @@ from feature_jobs.schemas import USER_SIMSCORES as SCORES_TABLE
 from feature_jobs.store import broadcast, documents, hashing
 from pipelines.config import Settings
 from pipelines.planning.day_plan import NO_IDS, DayPlan
-from pipelines.planning.items import PlannedFeatures, churn_note
+from pipelines.planning.items import PlannedFeatures
 from pipelines.planning.made_with import history_settings, rows_settings
 from pipelines.planning.yesterday import (
     IMPRESSIONS_PER_CLICK,
@@ -246,7 +246,6 @@ def plan_simscore(
         notes={
             "logged_histories": has_history,
             "days_without_log": [] if has_history else list(log.before.missing),
-            **churn_note(day),
         },
     )
     return PlannedScores(

@@ -290,14 +290,6 @@ def _plan_features(day: DayPlan, embedded: Planned, before: Earlier | None) -> P
             "ancestors": codebook.ancestors,
             "categories": day.pinned.encoder.categories,
         },
-        notes={
-            **day.pinned.overlap("codebook", codebook.data_end_ds),
-            **churn_note(day),
-        },
+        notes=day.pinned.overlap("codebook", codebook.data_end_ds),
     )
     return PlannedFeatures(stage, day.pinned, schema, before)
-
-
-def churn_note(day: DayPlan) -> dict[str, bool]:
-    """Returns what manifests say where cluster IDs were allowed to change as they like."""
-    return {"churn_allowed": True} if day.options.allow_churn else {}

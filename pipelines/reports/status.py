@@ -106,7 +106,7 @@ def _day(settings: Settings, ds: dt.date, look: Look) -> dict[str, Any]:
             continue  # it is not there, or is being replaced just now
         manifest = found.manifest
         entry = {k: manifest[k] for k in ("rows", "version", "run_id", "identities", "notes")}
-        entry |= {k: manifest[k] for k in ("clusters", "counts") if k in manifest}
+        entry |= {k: manifest[k] for k in ("clusters", "counts", "gates") if k in manifest}
         tables[table.name] = {**entry, "path": folder}
     record = records.read_night(settings.layout, ds)
     whole = record is not None and records.is_whole(record, settings.layout, look.published)
@@ -182,7 +182,7 @@ def _staged(settings: Settings, kind: Kind) -> list[dict[str, Any]]:
             staging = os.path.join(top, name, run_id)
             run = {"stage": kind.name, "ds": str(ds), "run_id": run_id}
             if refusal := states.refusal(staging):
-                run["refused"] = refusal
+                run |= {"refused": str(refusal), "gates": refusal.table}
             found.append({**run, "why": states.reasons(staging)})
     return found
 
@@ -199,7 +199,7 @@ def check_day(found: Mapping[str, Any], ds: dt.date) -> None:
         return
     refused = [run for run in found["staged"] if run["ds"] == str(ds) and "refused" in run]
     if refused:
-        raise GateRefused(refused[-1]["refused"])
+        raise GateRefused(refused[-1]["refused"], refused[-1]["gates"])
     told = _night_of(day) if day and _is_begun(day) else "not there"
     raise InputNotReady(f"The night of ds {ds} is {told}. `courier refresh --ds {ds}` makes it.")
 
@@ -216,7 +216,11 @@ def render(found: Mapping[str, Any], tables: bool = False) -> str:
     days, last, following = found["days"], found["last"], found["next"]
     told = [] if days else [f"nothing is published {'of that' if found['asked'] else 'yet'}"]
     told += (
-        [_last(last, days[last["ds"]], last["ds"] in found["held"]), *_clusters(days)]
+        [
+            _last(last, days[last["ds"]], last["ds"] in found["held"]),
+            *_gates(last["ds"], days[last["ds"]]),
+            *_clusters(days),
+        ]
         if last
         else []
     )
@@ -275,6 +279,15 @@ def _last(last: Mapping[str, Any], day: Mapping[str, Any], is_held: bool) -> str
         again = f"`courier {'rollback' if is_held else 'refresh'} --ds {last['ds']}` calls it"
         told.append(f"on_published has not ended well for it yet: {again}")
     return f"newest night: {last['ds']}, " + "; ".join(told)
+
+
+def _gates(ds: str, day: Mapping[str, Any]) -> list[str]:
+    """Returns what gates had to say of a night that is published."""
+    found = [gate for table in day["tables"].values() for gate in table.get("gates", ())]
+    return [
+        f"of ds {ds}, {gate['text']}" + (f": {gate['reason']}" if "reason" in gate else "")
+        for gate in found
+    ]
 
 
 def _following(following: Mapping[str, Any]) -> str:

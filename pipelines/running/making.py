@@ -232,6 +232,14 @@ def seal(one: Planned, table: Table) -> None:
     write_json(os.path.join(folder, STAGED), manifest)
 
 
+def note_gates(stage: Stage, findings: Sequence[Mapping[str, Any]]) -> None:
+    """Writes what gates found of a staged stage into the manifest of its first table."""
+    folder = stage.staged_folder(stage.tables[0])
+    staged = partitions.find_staged(folder)
+    if staged and staged.manifest.get("gates") != list(findings):
+        write_json(os.path.join(folder, STAGED), {**staged.manifest, "gates": list(findings)})
+
+
 def _check_all_reached(one: Planned, counts: Mapping[str, int]) -> None:
     for name, expected in one.came_in().items():
         if counts.get(name, 0) != expected:
@@ -251,12 +259,6 @@ def counts_of(stage: Stage, look: Look) -> dict[str, int]:
     for table, partition in zip(stage.tables, look.made(stage), strict=True):
         counts |= {f"{table.name}_rows": partition.manifest["rows"], **partition.manifest["counts"]}
     return counts
-
-
-def clusters_of(stage: Stage, look: Look) -> dict[str, Any]:
-    """Returns how items spread over clusters, by resolution; empty where it assigns none."""
-    found: dict[str, Any] = look.made(stage)[0].manifest.get("clusters", {})
-    return found
 
 
 def work_of(stage: Stage) -> dict[str, float]:

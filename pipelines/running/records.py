@@ -22,7 +22,8 @@ def night_record(
 ) -> dict[str, Any]:
     """Returns which version of each table together is the night of ds, and which were before.
 
-    `before` is the record that stands there now.
+    It has what gates had to say of them, and which of them were accepted. `before` is the record
+    that stands there now.
     """
     entries = {
         p.manifest["table"]: {
@@ -33,11 +34,18 @@ def night_record(
         }
         for p in parts
     }
-    record = {"ds": str(ds), "feature_set": layout.feature_set, "tables": entries, "before": None}
+    record = {
+        "ds": str(ds),
+        "feature_set": layout.feature_set,
+        "tables": entries,
+        "gates": [gate for part in parts for gate in part.manifest.get("gates", ())],
+        "before": None,
+    }
     if before is None:
         return record
     if own_versions(before) == own_versions(record):
-        return {**before, "tables": entries}  # shared tables alone changed: the way back stays
+        # Shared tables alone changed: the way back stays.
+        return {**record, "before": before["before"]}
     return {**record, "before": {**before, "before": None}}  # one step back is kept, not all
 
 

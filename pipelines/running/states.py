@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from feature_jobs.schemas import InputNotReady, Table
+from feature_jobs.schemas import GateRefused, InputNotReady, Table
 from feature_jobs.store import documents, files, partitions
 from feature_jobs.store.documents import parse_json, read_json, write_json
 from feature_jobs.store.partitions import Partition
@@ -374,19 +374,22 @@ def note_refusal(stage: Stage, error: Exception | None) -> None:
     """Notes beside what was made why it may not be published, or that it may (`error` None)."""
     path = os.path.join(stage.staging, _REFUSED)
     if error is not None:
-        write_json(path, {"message": str(error)})
+        write_json(path, {"message": str(error), "table": getattr(error, "table", "")})
     elif files.exists(path):
         files.delete(path)
 
 
-def refusal(staging: str) -> str | None:
+def refusal(staging: str) -> GateRefused | None:
     """Returns why what lies in a staging folder may not be published, None where nothing says so.
 
     A later run may find that it may.
     """
     path = os.path.join(staging, _REFUSED)
     found = files.read_if_there(path)
-    return None if found is None else str(parse_json(path, found)["message"])
+    if found is None:
+        return None
+    told = parse_json(path, found)
+    return GateRefused(told["message"], told.get("table", ""))
 
 
 def reasons(staging: str) -> list[str]:

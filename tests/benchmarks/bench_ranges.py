@@ -64,7 +64,7 @@ def make_shop(top: Path, days: int, items: int, impressions: int) -> None:
     (top / "courier.toml").write_text(
         'root = "features"\n[catalogue]\npath = "catalogue/{ds}"\nimage_roots = ["/"]\n'
         '[impressions]\npath = "impressions/{ds}"\n'
-        "[gates]\nmax_cluster_share = 1.0\nmax_dead_share = 1.0\n"
+        "[gates]\nbalance.fail = 1.0\ndead_clusters.fail = 1.0\n"
         f'[[pins]]\nfrom_ds = {FIRST}\nencoder = "{info.encoder_id}"\n'
         f'codebook = "{Path(book).name}"\n'
     )

@@ -50,7 +50,7 @@ def test_the_night_that_changes_the_encoder_finds_all_embeddings_made_beside_the
     assert f'from_ds = "{DAYS[2]}"' in stanza
     world.pins.append(stanza)
     world.put(NORMAL[0], picture(50))  # the one image that is another than the candidate saw
-    assert refresh(world, DAYS[2], "--allow-churn") == 0
+    assert refresh(world, DAYS[2], "--accept", "churn", "--reason", "a test") == 0
     assert embed_work(world, DAYS[2])["images_embedded"] == 1
     assert manifest(world, "item_features", DAYS[2])["identities"]["encoder_id"] in candidate
     assert refresh(world, DAYS[2]) == 0

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import glob
+import math
 import os
 import zoneinfo
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from feature_jobs.schemas import OperatorError
 from feature_jobs.store import day_names
 from pipelines import config
-from pipelines.config import Pin, Settings, load_settings
+from pipelines.config import Gates, Pin, Settings, load_settings
 
 LEAST = """
 root = "features"
@@ -71,12 +72,11 @@ broadcast_limit_gb = 1.5
 categories = ["dress", "shirt"]
 request_gap_seconds = 30
 [gates]
-max_reject_share = 0.2
-max_unknown_item_share = 1
-max_moved_item_share = 0.1
-max_moved_impression_share = 0.3
-max_cluster_share = 0.4
-max_dead_share = 0.6
+image_coverage = {warn = 0.8, fail = 0.7}
+rejects = {warn = 0.1, fail = 0.2}
+churn.fail = 0.05
+cluster_drift.fail = inf
+impression_rows = {warn = 1.5, fail = 2}
 [workers]
 threads = 3
 [output]
@@ -158,12 +158,12 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
         },
         "training": {"categories": ("dress", "shirt"), "request_gap_seconds": 30.0},
         "gates": {
-            "max_reject_share": 0.2,
-            "max_unknown_item_share": 1.0,
-            "max_moved_item_share": 0.1,
-            "max_moved_impression_share": 0.3,
-            "max_cluster_share": 0.4,
-            "max_dead_share": 0.6,
+            **Gates().model_dump(),
+            "image_coverage": {"warn": 0.8, "fail": 0.7},
+            "rejects": {"warn": 0.1, "fail": 0.2},
+            "churn": {"warn": 0.05, "fail": 0.05},
+            "cluster_drift": {"warn": 0.1, "fail": math.inf},
+            "impression_rows": {"warn": 1.5, "fail": 2.0},
         },
         "workers": {"threads": 3},
         "output": {"user_root": "gs://users/features", "partition": "dt={ds:%Y%m%d}"},
@@ -314,9 +314,43 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(
     assert str(folder / "courier.toml") in message
 
 
+@pytest.mark.parametrize(
+    ("gate", "warn", "fail"),
+    [
+        ("rejects = {fail = 0.5}", 0.02, 0.5),
+        ("rejects = {fail = 0.01}", 0.01, 0.01),
+        ("rejects = {warn = 0.03}", 0.03, 0.05),
+        ("image_coverage = {fail = 0.95}", 0.95, 0.95),
+        ("image_coverage = {fail = 0.2}", 0.9, 0.2),
+    ],
+)
+def test_the_limit_of_a_gate_that_is_not_given_follows(
+    folder: Path, gate: str, warn: float, fail: float
+) -> None:
+    limits = getattr(load(folder, with_line(f"gates.{gate}")).gates, gate.split(" ")[0])
+    assert (limits.warn, limits.fail) == (warn, fail)
+
+
+@pytest.mark.parametrize(
+    ("gate", "told"),
+    [
+        ("late = {warn = 0.4, fail = 0.3}", "warn = 0.4 lies beyond fail = 0.3"),
+        ("rejects = {warn = 0.2}", "warn = 0.2 lies beyond fail = 0.05"),
+        ("image_coverage = {warn = 0.5, fail = 0.8}", "warn = 0.5 lies beyond fail = 0.8"),
+    ],
+)
+def test_limits_the_wrong_way_round_are_told_so(folder: Path, gate: str, told: str) -> None:
+    message = refusal(folder, with_line(f"gates.{gate}"))
+    assert f"'gates.{gate.split(' ')[0]}': {told}, the wrong way round" in message
+
+
+def test_a_gate_without_limits_is_refused(folder: Path) -> None:
+    assert "'gates.rejects.warn' is missing" in refusal(folder, with_line("gates.rejects = {}"))
+
+
 def test_an_unknown_key_like_no_other_is_refused_with_all_known_ones(folder: Path) -> None:
     message = refusal(folder, with_line("gates = {zzz = 1}"))
-    assert "'gates.zzz', known here are max_cluster_share, max_dead_share, " in message
+    assert "'gates.zzz', known here are balance, churn, " in message
 
 
 @pytest.mark.parametrize(
@@ -327,9 +361,13 @@ def test_an_unknown_key_like_no_other_is_refused_with_all_known_ones(folder: Pat
         ("history_len = true", "root = ", "history_len"),
         ("history_len = 0", "root = ", "history_len"),
         ("window_days = -1", "root = ", "window_days"),
-        ("gates = {max_reject_share = 1.5}", "root = ", "gates.max_reject_share"),
-        ("gates = {max_reject_share = -0.1}", "root = ", "gates.max_reject_share"),
-        ("gates = {max_reject_share = nan}", "root = ", "gates.max_reject_share"),
+        ("gates.rejects.fail = 1.5", "root = ", "gates.rejects.fail"),
+        ("gates.rejects.fail = -0.1", "root = ", "gates.rejects.fail"),
+        ("gates.rejects.fail = nan", "root = ", "gates.rejects.fail"),
+        ("gates.rejects = 0.1", "root = ", "gates.rejects"),
+        ("gates.rejects.fail = 'all'", "root = ", "gates.rejects.fail"),
+        ("gates.cluster_drift.fail = -1", "root = ", "gates.cluster_drift.fail"),
+        ("gates.item_rows.fail = 0.5", "root = ", "gates.item_rows.fail"),
         ("gates = 3", "root = ", "gates"),
         ("embed = {precision = 'fp16'}", "root = ", "embed.precision"),
         ("workers = {threads = 0}", "root = ", "workers.threads"),

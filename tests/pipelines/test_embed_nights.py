@@ -47,8 +47,8 @@ from tests.support.world import (
     picture,
 )
 
-STRICT = ("max_reject_share = 0.5", "max_reject_share = 0.1")
-LENIENT = ("max_reject_share = 0.5", "max_reject_share = 1.0")
+STRICT = ("rejects.fail = 0.5", "rejects.fail = 0.1")
+LENIENT = ("rejects.fail = 0.5", "rejects.fail = 1.0")
 ON_CUDA = ("[embed]", '[embed]\ndevice = "cuda"')
 WORK = ("images_unchanged", "images_read", "images_embedded", "images_reused", "rejects_waiting")
 

@@ -10,10 +10,9 @@ import pytest
 
 from feature_jobs.schemas import StorageUnavailable
 from feature_jobs.store import files
-from pipelines import nightly
 from pipelines.cli import main
 from pipelines.nightly import plan_nights
-from pipelines.running import making
+from pipelines.running import gates, making, records
 from pipelines.running.states import Look
 from tests.conftest import Artefacts, pinned
 from tests.support.commands import (
@@ -40,7 +39,7 @@ from tests.support.world import (
     picture,
 )
 
-LIMIT = "max_reject_share = 0.5"
+LIMIT = "rejects.fail = 0.5"
 
 
 def refused(world: World, capsys: Capture) -> None:
@@ -54,7 +53,7 @@ def set_limit(world: World, limit: str) -> None:
     world.settings()
     text = world.config.read_text()
     assert LIMIT in text
-    world.config.write_text(text.replace(LIMIT, f"max_reject_share = {limit}"))
+    world.config.write_text(text.replace(LIMIT, f"rejects.fail = {limit}"))
 
 
 def made_by(world: World, capsys: Capture, status: int) -> list[str]:
@@ -99,7 +98,7 @@ def test_a_store_that_goes_away_while_gates_are_asked_discards_nothing(
         raise StorageUnavailable("gs://b could not be reached")
 
     with monkeypatch.context() as patch:
-        patch.setattr(nightly.quality, "check", away)
+        patch.setattr(gates, "judge", away)
         assert made_by(world, capsys, 1) == ["embed"]
     assert made_by(world, capsys, 0) == ["item-features", "histories", "simscore"]
 
@@ -109,15 +108,25 @@ def test_what_is_accepted_later_says_so_in_its_manifest(world: World, capsys: Ca
     """A gate of churn refuses; the next run is allowed to pass it, and nothing is made again."""
     for number in NORMAL:
         world.put(number, picture(number + 40))
-    world.gates = "max_moved_item_share = 0.01"
+    world.gates = "churn.fail = 0.01"
     world.settings()
     assert refresh(world, DAYS[1]) == 3
-    assert "allow-churn" in paragraph(capsys)
+    assert "--accept churn" in paragraph(capsys)
     capsys.readouterr()
-    assert courier(world, "refresh", "--ds", str(DAYS[1]), "--allow-churn") == 0
+    assert (
+        courier(world, "refresh", "--ds", str(DAYS[1]), "--accept", "churn", "--reason", "a test")
+        == 0
+    )
     made = [line for line in capsys.readouterr().err.splitlines() if ": making " in line]
     assert [line.split(":")[0] for line in made] == ["histories", "simscore"]
-    assert manifest(world, "item_features", DAYS[1])["notes"] == {"churn_allowed": True}
+    noted = manifest(world, "item_features", DAYS[1])["gates"]
+    (told,) = (gate for gate in noted if gate["subject"] == "items, main")
+    assert (told["gate"], told["level"], told["reason"]) == ("churn", "accepted", "a test")
+    record = records.read_night(world.settings().layout, DAYS[1])
+    assert record
+    assert told in record["gates"]
+    assert courier(world, "status") == 0
+    assert "the gate churn was accepted" in capsys.readouterr().out
 
 
 @pytest.mark.first_night

@@ -33,7 +33,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts) -> 
     )
     world.write("catalogue", DAYS[0], [rows.slice(0, 30), rows.slice(30)], rows_to_group=16)
     world.settings()
-    text = world.config.read_text().replace("max_reject_share = 0.5", "max_reject_share = 1.0")
+    text = world.config.read_text().replace("rejects.fail = 0.5", "rejects.fail = 1.0")
     world.config.write_text(text)
     assert main(["embed", "--config", str(world.config), "--ds", str(DAYS[0])]) == 0
     return world

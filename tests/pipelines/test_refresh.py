@@ -134,7 +134,9 @@ def test_a_new_encoder_embeds_everything_anew_former_items_too(
     encoder = make_encoder(tmp_path / "other", seed=1)
     world.pin(DAYS[1], encoder, make_codebook(tmp_path / "other", encoder))
     assert refresh(world, DAYS[1]) == 3  # its cluster IDs mean something else
-    assert refresh(world, DAYS[1], "--allow-churn") == 0  # item 7 left, its file is still there
+    assert (
+        refresh(world, DAYS[1], "--accept", "churn", "--reason", "a test") == 0
+    )  # item 7 left, its file is still there
     second = embed_work(world, DAYS[1])
     assert (second["images_unchanged"], second["images_embedded"]) == (0, 10)
     assert second["images_reused"] == 1  # two of the eleven have equal bytes
@@ -428,7 +430,7 @@ def test_a_chunk_of_a_refused_night_is_not_used_for_an_image_that_changed_since(
     world: World,
 ) -> None:
     world.settings()
-    text = world.config.read_text().replace("max_reject_share = 0.5", "max_reject_share = 0.1")
+    text = world.config.read_text().replace("rejects.fail = 0.5", "rejects.fail = 0.1")
     world.config.write_text(text)
     args = ["embed", "--config", str(world.config), "--ds", str(DAYS[0])]
     assert main(args) == 3

@@ -56,8 +56,8 @@ def test_too_many_rejects_publish_nothing_and_a_mended_night_embeds_only_them(
         path.unlink()
     assert refresh(world, DAYS[1]) == 3
     message = paragraph(capsys)
-    assert "9 of 12 catalogue items" in message
-    assert "max_reject_share" in message
+    assert "9 of 12 catalogue items with an address have no readable image" in message
+    assert "--accept image_coverage --accept rejects --accept outage --reason" in message
     assert published(world) == before
     for path, data, mtime in hidden:
         path.write_bytes(data)
@@ -81,9 +81,9 @@ def test_a_cluster_of_equal_pictures_is_put_down_to_their_bytes(
 ) -> None:
     for number in NORMAL:
         world.put(number, world.image(1).read_bytes())
-    world.gates = "max_cluster_share = 0.5\nmax_dead_share = 1.0"
+    world.gates = "balance.fail = 0.5\ndead_clusters.fail = 1.0"
     assert refresh(world, DAYS[0]) == 3
-    message = paragraph(capsys)
+    message = capsys.readouterr().err
     assert "items with a cluster ID (main) are in cluster" in message
     digest = hashlib.sha256(world.image(1).read_bytes()).hexdigest()
     assert f"the very same picture, byte for byte (sha256 {digest}, for example item 1)" in message

@@ -37,12 +37,9 @@ class RandomShop(World):
         closed = [day for day in self.days[1:] if self._rng.random() < 0.15]
         self.extra_settings = f"closed_days = {[str(day) for day in closed]}\nlate_days = 1"
         self.gates = "\n".join(
-            f"{name} = 1.0"
-            for name in (
-                "max_cluster_share", "max_dead_share", "max_moved_item_share",
-                "max_moved_impression_share",
-            )
-        )  # fmt: skip
+            f"{name}.fail = 1.0"
+            for name in ("balance", "dead_clusters", "churn", "rejects", "outage")
+        )
         self.rows_per_shard = int(self._rng.choice([6, 10, 40]))
         for number, day in enumerate(self.days):
             if day not in closed or self._rng.random() < 0.5:

@@ -16,6 +16,13 @@ from tests.support.first_look import Shop, draw
 
 PAGE = Path(__file__).parents[2] / "pipelines/docs/settings.md"
 _HEADER = re.compile(r"^(?:# )?\[+([\w.]+)\]+$", re.MULTILINE)
+# What the limits of a gate are, by their class.
+_SIDES = {
+    "AtMost": "shares, `warn` ≤ `fail`",
+    "AtLeast": "shares, `warn` ≥ `fail`",
+    "Drift": "indices ≥ 0, `warn` ≤ `fail`",
+    "Factor": "factors ≥ 1, `warn` ≤ `fail`",
+}
 _INTRODUCTION = """\
 # Settings
 
@@ -70,8 +77,14 @@ def _keys(schema: Mapping[str, Any], section: str) -> dict[str, tuple[str, str]]
     return {
         key: (_takes(about), "required" if key in required else _value(about["default"]))
         for key, about in model.get("properties", {}).items()
-        if not _model(about) and about["type" if "type" in about else "anyOf"] != "object"
+        if _is_gate(about)
+        or (not _model(about) and about["type" if "type" in about else "anyOf"] != "object")
     }
+
+
+def _is_gate(about: Mapping[str, Any]) -> bool:
+    """Returns whether a key takes the limits of a gate."""
+    return _model(about) in _SIDES
 
 
 def _model(about: Mapping[str, Any]) -> str:
@@ -82,6 +95,8 @@ def _model(about: Mapping[str, Any]) -> str:
 
 def _takes(about: Mapping[str, Any]) -> str:
     """Returns what may be given, in words."""
+    if _is_gate(about):
+        return _SIDES[_model(about)]
     if "anyOf" in about:
         return _takes(about["anyOf"][0])
     if "enum" in about:
@@ -101,6 +116,8 @@ def _value(value: Any) -> str:
     spelt = {None: "none", True: "`true`", False: "`false`"}
     if isinstance(value, bool | None):
         return spelt[value]
+    if isinstance(value, dict):
+        return f"`{{{', '.join(f'{name} = {limit}' for name, limit in value.items())}}}`"
     return f"`{value}`" if not isinstance(value, str) else f'`"{value}"`'
 
 

@@ -49,7 +49,7 @@ class World:
     ids: str = "int"
     rows_per_shard: int = 10
     extra_settings: str = ""
-    gates: str = "max_cluster_share = 1.0\nmax_dead_share = 1.0"
+    gates: str = "balance.fail = 1.0\ndead_clusters.fail = 1.0"
     pins: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -151,7 +151,7 @@ class World:
             "[embed]\nbatch_size = 4\nchunk_items = 3\n"
             "[item_features]\nvector = true\nsecond_distance = true\n"
             "[simscore]\nhistory_item_ids = true\n"
-            "[gates]\nmax_reject_share = 0.5\nmax_unknown_item_share = 0.5\n"
+            "[gates]\nrejects.fail = 0.5\nunknown_items.fail = 0.5\n"
             f"{self.gates}\n" + "".join(self.pins)
         )
         return load_settings(str(self.config))

@@ -212,11 +212,11 @@ def test_a_pin_that_moves_many_items_publishes_nothing_until_it_is_allowed(
     message = paragraph(capsys)
     assert "another cluster ID (main) than the day before (100.0%)" in message
     assert "Clusters that most items left: " in message
-    assert "--allow-churn" in message
+    assert "--accept churn" in message
     assert published(night) == before
-    assert refresh(night, DAYS[2], "--allow-churn") == 0
+    assert refresh(night, DAYS[2], "--accept", "churn", "--reason", "a test") == 0
     told = manifest(night, "item_features", DAYS[2])
-    assert told["notes"]["churn_allowed"] is True
+    assert [gate["level"] for gate in told["gates"] if gate["gate"] == "churn"] == ["accepted"]
     assert told["clusters"]["main"]["moved_items"] == told["clusters"]["main"]["compared_items"] > 0
     scored = manifest(night, "user_simscores", DAYS[2])["counts"]
     assert scored["moved_impressions"] == scored["compared_impressions"] > 0
@@ -231,7 +231,7 @@ def test_a_pin_that_moves_many_items_publishes_nothing_until_it_is_allowed(
 def test_impressions_of_moved_items_have_a_gate_of_their_own(night: World, capsys: Capture) -> None:
     stanza, _ = fit(night, capsys, "--clusters", "8", "--mode", "fresh", ds=1)
     night.pins.append(stanza)
-    night.gates += "\nmax_moved_item_share = 1.0"
+    night.gates += "\nchurn.fail = 1.0"
     assert refresh(night, DAYS[2]) == 3
     message = paragraph(capsys)
     assert "impressions are of items whose cluster ID is not that" in message

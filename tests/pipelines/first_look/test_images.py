@@ -168,7 +168,7 @@ def test_images_that_cannot_be_used_are_told_with_reason_and_example(shop: Shop)
     assert "28 of 60 sampled can be read and decoded; 1 unsupported uri (for example None)" in found
     assert "30 not an image (for example '1.png')" in found
     assert "1 missing (for example '2.png')" in found
-    assert "raise max_reject_share" in found
+    assert "raise the limits of rejects" in found
 
 
 def test_a_few_bad_images_are_noted_only(shop: Shop) -> None:
@@ -195,7 +195,7 @@ def test_many_items_with_the_same_bytes_are_told_as_a_placeholder(
         assert "leave the image_uri of such items null" in found[0].text
     if told == "problem":
         assert found[0].text.startswith("images: 64 of 64 ")
-        assert "max_cluster_share" in found[0].text
+        assert "the limits of balance" in found[0].text
 
 
 def test_the_same_images_are_sampled_again(shop: Shop) -> None:

@@ -340,7 +340,7 @@ def test_what_settings_allow_is_no_problem(shop: Shop) -> None:
     first = shop.write(["2026-01-05", "2026-01-07"]).look()
     assert len(problems(first)) == 2
     text = first.toml.replace('# input_timezone = "UTC"', 'input_timezone = "UTC"')
-    text = text.replace("# max_unknown_item_share = 0.05", "max_unknown_item_share = 0.5")
+    text = text.replace("# unknown_items = {warn = 0.02, fail = 0.05}", "unknown_items.fail = 0.5")
     text = text.replace('# closed_days = ["2025-12-25"]', 'closed_days = ["2026-01-06"]')
     settings = shop.settings(look.FirstLook((), text))
     again = look.FirstLook(look.look_again(settings, str(shop.folder)), "")

@@ -101,14 +101,14 @@ def test_a_refused_day_ends_with_3_and_says_why_until_it_is_accepted(
     world: World, capsys: Capture
 ) -> None:
     world.settings()
-    strict = world.config.read_text().replace("max_reject_share = 0.5", "max_reject_share = 0.0")
+    strict = world.config.read_text().replace("rejects.fail = 0.5", "rejects.fail = 0.0")
     day = ["--config", str(world.config), "--ds", str(DAYS[0])]
     world.config.write_text(strict)
     assert main(["embed", *day]) == 3
     _, told = status(world, capsys)
     assert f"refused: embed {DAYS[0]} run " in told
     assert courier(world, "status", "--ds", str(DAYS[0])) == 3
-    assert "gates.max_reject_share" in paragraph(capsys)
+    assert "--accept rejects" in paragraph(capsys)
     assert main(["embed", *day]) == 0
     assert "refused: " not in status(world, capsys)[1]
 

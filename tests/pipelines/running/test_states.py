@@ -56,7 +56,7 @@ def test_what_a_gate_refused_is_refused_until_it_is_not(shop: Shop) -> None:
     states.note_refusal(stage, GateRefused("too many"))
     assert Look().state(stage).name == "refused"
     assert Look().state(stage).is_made  # and is judged again
-    assert states.refusal(stage.staging) == "too many"
+    assert str(states.refusal(stage.staging)) == "too many"
     states.note_refusal(stage, None)
     assert Look().state(stage).name == "staged"
 

@@ -1,0 +1,242 @@
+"""Gathers what the gates judge by, of what is staged or published, and says what they refuse."""
+
+import datetime as dt
+from collections import ChainMap
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from feature_jobs.schemas import (
+    ITEM_EMBEDDINGS,
+    ITEM_FEATURES,
+    ITEM_REJECTS,
+    USER_HISTORIES,
+    CourierError,
+    DataContractError,
+    GateRefused,
+    Table,
+)
+from feature_jobs.store.partitions import Partition
+from pipelines.config import Settings
+from pipelines.running import gates, making, states
+from pipelines.running.gates import ACCEPTED, FAIL, WARN, Evidence, Finding, Manifest
+from pipelines.running.layout import Layout
+from pipelines.running.stage import Planned, Stage
+from pipelines.running.states import PUBLISHED, Look, Night
+from pipelines.stages import EMBED, KINDS, SIMSCORE, Kind
+
+if TYPE_CHECKING:  # it needs Beam, for which no gate is to wait
+    from feature_jobs.items.item_features import SamePicture
+
+Made = Mapping[str, Partition]  # by the names of their tables
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Names the gates that an operator accepts for one run, and says why."""
+
+    gates: tuple[str, ...] = ()
+    reason: str = ""
+
+
+# ---- Before publishing -------------------------------------------------------------------------
+
+
+class Judge:
+    """Judges the stages of nights that are made together, and keeps what the gates found.
+
+    `findings` are those of each stage, by its run_id.
+    """
+
+    def __init__(self, accepted: Accepted):
+        self._accepted = accepted
+        self.findings: dict[str, list[Finding]] = {}
+
+    def refused(
+        self, kind: Kind, nights: Sequence[Night], without: Collection[dt.date]
+    ) -> list[tuple[Planned, CourierError]]:
+        """Judges the stages of a kind that are made and not published; returns what is refused.
+
+        Of the others, the manifests say from then on what is beyond a limit. The days `without` are
+        not published: nothing is compared with what was made for them.
+        """
+        look, refused, left_out = Look(), list[tuple[Planned, CourierError]](), set(without)
+        for night in nights:
+            for one in night.planned:
+                state = look.state(one.stage)
+                is_asked = one.stage.kind is kind and night.ds not in without
+                if not is_asked or state.name == PUBLISHED or not state.is_made:
+                    continue
+                earlier = [other for other in nights if other.ds not in left_out]
+                try:
+                    self._judge(one.stage, night.settings, Nights(one.stage.layout, look, earlier))
+                    states.note_refusal(one.stage, None)
+                except (GateRefused, DataContractError) as error:
+                    refused.append((one, error))
+                    left_out.add(night.ds)
+        return refused
+
+    def _judge(self, stage: Stage, settings: Settings, earlier: "Nights") -> None:
+        look = earlier.look
+        made = {
+            table.name: partition
+            for one in (*stage.upstream, stage)
+            for table, partition in zip(one.tables, look.made(one), strict=True)
+        }
+        check_laws(stage.kind, stage.ds, stage.input_rows, made, settings)
+        findings = [
+            _accept(one, self._accepted.gates)
+            for one in _findings(settings, stage.ds, stage.kind, made, earlier)
+        ]
+        self.findings[stage.run_id] = findings
+        if any(one.level == FAIL for one in findings):
+            raise gates.refusal(stage.ds, stage.kind, findings)
+        making.note_gates(stage, [self._noted(one) for one in self.told_of(stage)])
+
+    def told_of(self, stage: Stage) -> list[Finding]:
+        """Returns what was found of a stage that an operator should know, though it may pass."""
+        found = self.findings.get(stage.run_id, ())
+        return [one for one in found if one.level in (WARN, ACCEPTED)]
+
+    def _noted(self, finding: Finding) -> dict[str, object]:
+        """Returns what a manifest says of a finding."""
+        reason = {"reason": self._accepted.reason} if finding.level == ACCEPTED else {}
+        return {**finding.as_json(), "text": gates.short(finding), **reason}
+
+
+def _accept(finding: Finding, accepted: Collection[str]) -> Finding:
+    if finding.level == FAIL and finding.gate in accepted:
+        return replace(finding, level=ACCEPTED)
+    return finding
+
+
+# ---- What is published -------------------------------------------------------------------------
+
+
+def judge_published(settings: Settings, ds: dt.date, look: Look) -> list[Finding]:
+    """Judges again what is published of ds; what an operator had accepted is accepted.
+
+    Days that were published since count as well: those before ds.
+    """
+    layout, found = settings.layout, list[Finding]()
+    earlier = Nights(layout, look)
+    for kind in settings.night:
+        tables = [table for one in KINDS for table in one.tables if one in (*_READS[kind], kind)]
+        there = {table.name: look.published(layout.folder(table, ds)) for table in tables}
+        made = {name: partition for name, partition in there.items() if partition}
+        if len(made) == len(there):
+            noted = made[kind.tables[0].name].manifest.get("gates", ())
+            accepted = {gate["gate"] for gate in noted if gate["level"] == ACCEPTED}
+            findings = _findings(settings, ds, kind, made, earlier)
+            found += [_accept(one, accepted) for one in findings]
+    return found
+
+
+_READS: Mapping[Kind, tuple[Kind, ...]] = {
+    kind: (EMBED,) if ITEM_FEATURES in kind.tables else () for kind in KINDS
+}
+
+
+# ---- What both do ------------------------------------------------------------------------------
+
+
+def _findings(
+    settings: Settings, ds: dt.date, kind: Kind, made: Made, earlier: "Nights"
+) -> list[Finding]:
+    """Asks the gates about a stage; a cluster that is too large is looked into."""
+    compared = [*kind.tables, *([USER_HISTORIES] if kind is SIMSCORE else [])]
+    evidence = Evidence(
+        {name: partition.manifest for name, partition in made.items()},
+        {table.name: earlier.manifests(table, ds) for table in compared},
+        ds in settings.closed_days,
+    )
+    found = gates.judge(kind, evidence, settings.gates)
+    return [_with_picture(f, made) if f.gate == "balance" and f.level == FAIL else f for f in found]
+
+
+class Nights:
+    """Finds what earlier days have of a table: what is published, or was made for `nights`."""
+
+    def __init__(self, layout: Layout, look: Look, nights: Sequence[Night] = ()):
+        self.look, self._layout, self._nights = look, layout, {night.ds: night for night in nights}
+
+    def manifests(self, table: Table, ds: dt.date) -> list[Manifest]:
+        """Returns the manifests of the newest days before ds, at most `gates.NIGHTS` of them."""
+        found: list[Manifest] = []
+        for day in sorted({*self._nights, *self._layout.begun_days(table)}, reverse=True):
+            if day < ds and (partition := self._partition(table, day)):
+                found.append(partition.manifest)
+            if len(found) == gates.NIGHTS:
+                break
+        return found
+
+    def _partition(self, table: Table, ds: dt.date) -> Partition | None:
+        stages = self._nights[ds].stages if ds in self._nights else ()
+        for stage in stages:
+            if table in stage.tables and self.look.state(stage).is_made:
+                return self.look.table(stage, table)
+        return self.look.published(self._layout.folder(table, ds))
+
+
+def check_laws(kind: Kind, ds: dt.date, input_rows: int, made: Made, settings: Settings) -> None:
+    """Raises DataContractError where a law of DESIGN §3 that joins tables does not hold.
+
+    So it is for a catalogue without one readable image. The arguments are those of `gates`.
+    """
+    counts = {
+        one: dict(ChainMap(*(gates.counts_of(made[table.name].manifest) for table in one.tables)))
+        for one in KINDS
+        if all(table.name in made for table in one.tables)
+    }
+    try:
+        gates.check_laws(kind, input_rows, counts)
+        if kind is EMBED:
+            _refuse_no_image(counts[EMBED], settings)
+    except DataContractError as error:
+        raise DataContractError(f"ds {ds}: {error}") from error
+
+
+def _refuse_no_image(counts: Mapping[str, int], settings: Settings) -> None:
+    catalogue, rejects = counts["catalogue_items"], counts[f"{ITEM_REJECTS.name}_rows"]
+    if catalogue and rejects == catalogue:
+        raise DataContractError(
+            f"Not one of the {catalogue:,} catalogue images can be read ({gates.reasons(counts)}). "
+            "The table would be empty of embeddings. Relative image_uri are looked up below "
+            f"{settings.catalogue.image_roots[0]}: check catalogue.image_roots in the settings and "
+            "whether the images are there."
+        )
+
+
+# ---- A cluster that is too large ---------------------------------------------------------------
+
+
+def _with_picture(finding: Finding, made: Made) -> Finding:
+    """Says of a cluster that is too large whether it is so for copies of one picture."""
+    from feature_jobs.items.item_features import most_frequent_picture
+
+    features = made[ITEM_FEATURES.name]
+    found = features.manifest["clusters"][finding.subject]
+    picture = most_frequent_picture(
+        made[ITEM_EMBEDDINGS.name], features, finding.subject, found["largest_cluster"]
+    )
+    why = why_large(found["items_max"], found["items"], finding.limits.fail, picture)
+    return replace(finding, cause=why, examples=(picture.item_id,))
+
+
+def why_large(items: int, total: int, limit: float, picture: "SamePicture") -> str:
+    """Tells why a cluster has `items` of `total`: for copies of one picture, or without them.
+
+    Of a cluster hardly above the limit, any one picture is what makes it too large: that puts it
+    down to a placeholder only where most of its items have it.
+    """
+    copies = items * picture.items / picture.looked_at
+    are_most = picture.items >= max(2, picture.looked_at / 2)
+    if not are_most or items - copies > limit * (total - copies):
+        return gates.CAUSES["balance"]
+    return (
+        f"{picture.items:,} of the {picture.looked_at:,} of them that were looked at have the very "
+        f"same picture, byte for byte (sha256 {picture.sha256}, for example item "
+        f"{picture.item_id!r}): a placeholder, and no fault of the encoder. Leave the image_uri of "
+        "such items null in the catalogue: they get cluster ID 0 then, and count for the gate "
+        "image_coverage alone"
+    )
