@@ -51,7 +51,7 @@ Manifest = Mapping[str, Any]
 class Finding:
     """Is what a gate finds of one `subject`; `observed` is None where there is too little to judge.
 
-    `examples` are item IDs or cluster IDs, never users; `cause` is what usually leads to it.
+    `examples` are item IDs, never users; `cause` is what usually leads to it.
     """
 
     gate: str
@@ -61,6 +61,7 @@ class Finding:
     limits: Limits
     text: str
     examples: tuple[int | str, ...] = ()
+    detail: str = ""
     cause: str = ""
 
     @property
@@ -116,6 +117,7 @@ class _Seen:
     value: float | None
     text: str
     examples: Sequence[int | str] = ()
+    detail: str = ""
 
 
 # ---- Judging -----------------------------------------------------------------------------------
@@ -130,7 +132,9 @@ def judge(kind: Kind, evidence: Evidence, limits: Gates) -> list[Finding]:
 def _finding(seen: _Seen, limits: Limits) -> Finding:
     level, examples = _level(seen.value, limits), tuple(seen.examples)
     text, cause = seen.text, CAUSES[seen.gate]
-    return Finding(seen.gate, seen.subject, level, seen.value, limits, text, examples, cause)
+    return Finding(
+        seen.gate, seen.subject, level, seen.value, limits, text, examples, seen.detail, cause
+    )
 
 
 def _level(value: float | None, limits: Limits) -> str:
@@ -173,24 +177,33 @@ def reasons(counts: Mapping[str, int]) -> str:
 
 
 def _item_features(evidence: Evidence, limits: Gates) -> Iterator[_Seen]:
-    for label, found in evidence.made[ITEM_FEATURES.name].get("clusters", {}).items():
-        yield from _clusters(label, found, limits)
+    made, before = evidence.made[ITEM_FEATURES.name], evidence.before(ITEM_FEATURES)
+    is_new = before is not None and before["identities"] != made["identities"]
+    for label, found in made.get("clusters", {}).items():
+        yield from _clusters(label, found, limits, is_new)
 
 
-def _clusters(label: str, found: Mapping[str, Any], limits: Gates) -> Iterator[_Seen]:
+def _clusters(label: str, found: Mapping[str, Any], limits: Gates, is_new: bool) -> Iterator[_Seen]:
     """Sees churn, imbalance and drift among the clusters of one resolution."""
     left = [f"{c['cluster_id']} ({c['moved']:,} of {c['of']:,})" for c in found["most_moved"]]
     what = f"items have another cluster ID ({label}) than the day before"
-    what += f"; clusters that most items left: {', '.join(left)}" if left else ""
-    examples = found.get("moved_examples", ())
-    moved = found["moved_items"], found["compared_items"]
-    yield _share("churn", *moved, what, examples, subject=f"items, {label}")
+    examples, moved = (
+        found.get("moved_examples", ()),
+        (found["moved_items"], found["compared_items"]),
+    )
+    churn = _share("churn", *moved, what, examples, subject=f"items, {label}")
+    detail = f"clusters that most items left: {', '.join(left)}" if left else ""
+    yield replace(churn, detail=detail)
     if not found["items"]:
         return
     yield _balance(label, found, limits.balance.fail)
     dead = f"clusters ({label}) have no item"
     yield _share("dead_clusters", found["dead"], found["clusters"], dead, subject=label)
-    yield _cluster_drift(label, found, limits.cluster_drift.warn)
+    if is_new:
+        why = "the day before has another encoder or codebook: the gate churn judges that"
+        yield _Seen("cluster_drift", label, None, why)
+    else:
+        yield _cluster_drift(label, found, limits.cluster_drift.warn)
 
 
 def _balance(label: str, found: Mapping[str, Any], fail: float) -> _Seen:
@@ -212,7 +225,7 @@ def _cluster_drift(label: str, found: Mapping[str, Any], warn: float) -> _Seen:
     if not before:
         return _Seen("cluster_drift", label, None, "no item had a cluster ID the day before")
     # Items that stay and keep their number move nothing: chance is at work among the others.
-    others = 1 - found["compared_items"] / max(n, before)
+    others = 1 - (found["compared_items"] - found["moved_items"]) / max(n, before)
     if others * drift.expected_noise(found["clusters"], n, before) > warn:
         why = f"{n:,} items are too few for {found['clusters']:,} clusters"
         return _Seen("cluster_drift", label, None, why)
@@ -393,8 +406,8 @@ CAUSES: dict[str, str] = {
     "balance": "an encoder that takes most images for the same one; do not pin it",
     "dead_clusters": "a codebook of another catalogue, or much too old: fit a new one by `courier "
     "fit-codebook`",
-    "cluster_drift": "many new items of one kind, or a catalogue that lost a part; a new codebook "
-    "of the same lineage: " + _ACCEPT_NEW,
+    "cluster_drift": "many new items of one kind, a catalogue that lost a part, or images that all "
+    "changed; " + _AGAIN,
     "user_rows": "logs that lost users, or histories that began anew; " + _AGAIN,
     "unknown_items": "a catalogue of another day or shop; " + _AGAIN,
     "late": "a log that is split by another date than event_time's, or came late; " + _AGAIN,
@@ -415,7 +428,8 @@ def refusal(ds: Any, kind: Kind, findings: Sequence[Finding]) -> GateRefused:
     failed = [finding for finding in findings if finding.level == FAIL]
     told = "; ".join(
         f"{one.text} ({one.number(one.observed)}, {_side(one)} the limit of "
-        f"{one.number(one.limits.fail)} of the gate {one.gate})"
+        f"{one.number(one.limits.fail)} of the gate {one.gate}"
+        f"{'; ' * bool(one.detail)}{one.detail})"
         for one in failed
     )
     gates = " ".join(f"--accept {name}" for name in dict.fromkeys(one.gate for one in failed))

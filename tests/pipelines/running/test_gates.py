@@ -118,7 +118,8 @@ def scores(
 
 
 def _manifest(table: str, rows: int, counts: Mapping[str, int]) -> Manifest:
-    return {"table": table, "rows": rows, "counts": dict(counts), "notes": {}, "examples": {}}
+    made = {"table": table, "rows": rows, "counts": dict(counts), "notes": {}, "examples": {}}
+    return {**made, "identities": {"codebook_id": "a"}}
 
 
 OF_KIND = {
@@ -246,6 +247,14 @@ def test_every_gate_is_tried_and_has_a_cause() -> None:
         (
             "cluster_drift (main)", ITEM_FEATURES,
             [features(clusters=500, compared_items=10, population_stability_index=3.0)], [],
+        ),
+        (
+            "cluster_drift (main)", ITEM_FEATURES, [features(population_stability_index=3.0)],
+            [{**features(), "identities": {"codebook_id": "b"}}],
+        ),
+        (
+            "cluster_drift (main)", ITEM_FEATURES,
+            [features(clusters=500, moved_items=990, population_stability_index=3.0)], [],
         ),
         ("late", SIMSCORE, [scores(99, late_impressions=90)], []),
         ("score_coverage", SIMSCORE, [scores(scored_impressions=0, without_history=19_901)], []),
