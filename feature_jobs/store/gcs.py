@@ -38,7 +38,7 @@ from google.cloud.storage import Blob
 from google.cloud.storage.fileio import BlobReader
 
 from feature_jobs.schemas import CourierError
-from feature_jobs.store import faults
+from feature_jobs.store import faults, usage
 from feature_jobs.store.faults import Changed
 from feature_jobs.store.gcs_client import (
     IN_FLIGHT,
@@ -78,7 +78,16 @@ def _blob(path: str) -> Blob:
         raise FileNotFoundError(errno.ENOENT, "no object can be called so", path)
     if not re.fullmatch(_BUCKET, bucket):
         raise FileNotFoundError(errno.ENOENT, "no bucket can be called so", path)
-    return client().bucket(bucket).blob(name)
+    return _CountedBlob(name, client().bucket(bucket))
+
+
+class _CountedBlob(Blob):
+    """Is an object whose bytes are counted as they are read."""
+
+    def download_as_bytes(self, *args: Any, **kwargs: Any) -> bytes:
+        data: bytes = super().download_as_bytes(*args, **kwargs)
+        usage.count(bytes_read=len(data))
+        return data
 
 
 def _current(path: str) -> Blob | None:
@@ -203,13 +212,15 @@ def _upload(path: str, file: IO[Any], stamp: str = "", generation: int | None = 
         blob = _blob(path)
         blob.chunk_size = _LARGE_CHUNK  # held in memory at once
         blob.metadata = {_STAMP: stamp} if stamp else None
+        size = file.seek(0, os.SEEK_END)
         blob.upload_from_file(
             file,
             rewind=True,
-            size=file.seek(0, os.SEEK_END),
+            size=size,
             if_generation_match=generation,
             **retry_options(),
         )
+        usage.count(bytes_written=size)
     return blob
 
 

@@ -16,7 +16,7 @@ from google.cloud.storage.exceptions import DataCorruption
 from google.cloud.storage.retry import DEFAULT_RETRY
 
 from feature_jobs.schemas import OperatorError
-from feature_jobs.store import faults
+from feature_jobs.store import faults, usage
 
 # Else the library asks after the bucket, in a thread of its own, whenever an object is not there.
 os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
@@ -53,8 +53,12 @@ def _make_client() -> Client:
         raise _without_credentials(error) from error
     for adapter in made._http.adapters.values():
         adapter.init_poolmanager(IN_FLIGHT, IN_FLIGHT, block=True)  # who finds none free waits
-    made._http.hooks["response"].append(_free_connection)
+    made._http.hooks["response"] += [_count, _free_connection]
     return made
+
+
+def _count(response: Any, **_: Any) -> None:
+    usage.count(bucket_requests=1)
 
 
 def _free_connection(response: Any, **_: Any) -> None:

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import fnmatch
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -14,8 +15,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-import pyarrow as pa
-
+from feature_jobs.store import usage
 from feature_jobs.store.faults import Changed, gave_up, is_waited_for, patient
 from feature_jobs.store.protocol import FileInfo, Held, is_hidden
 
@@ -109,16 +109,17 @@ class LocalStore:
     @patient
     def read_bytes(self, path: str, limit: int = -1) -> bytes:
         with open(path, "rb") as file:
-            return file.read(limit)
+            data = file.read(limit)
+        usage.count(bytes_read=len(data))
+        return data
 
     @patient
     def open_input(self, path: str) -> IO[bytes]:
-        found: IO[bytes] = pa.OSFile(path)
-        return found
+        return io.BufferedReader(_CountedFile(path))
 
     @patient
     def sha256(self, path: str) -> str:
-        with open(path, "rb") as file:
+        with io.BufferedReader(_CountedFile(path)) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def checksum(self, path: str) -> str:
@@ -134,7 +135,9 @@ class LocalStore:
         try:
             with self._create(temporary) as file:
                 yield file
+                size = file.seek(0, os.SEEK_END)
             self._rename(temporary, path)
+            usage.count(bytes_written=size)
         except OSError as error:
             if error.filename is None and is_waited_for(error):  # of a write: what the block did
                 raise gave_up(path, error) from error  # cannot be done again from here
@@ -164,6 +167,7 @@ class LocalStore:
             with open(temporary, "wb") as file:
                 file.write(data)
             os.replace(temporary, path)
+            usage.count(bytes_written=len(data))
         finally:
             with contextlib.suppress(OSError):  # no reader looks at what is left
                 os.unlink(temporary)
@@ -188,7 +192,7 @@ class LocalStore:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            with open(source, "rb") as data, self.atomic_writer(target) as file:
+            with self.open_input(source) as data, self.atomic_writer(target) as file:
                 shutil.copyfileobj(data, file)
 
     def move(self, source: str, target: str) -> None:
@@ -254,6 +258,20 @@ class LocalStore:
     @patient
     def _open_folder(self, folder: str) -> int:
         return os.open(folder, os.O_RDONLY)
+
+
+class _CountedFile(io.FileIO):
+    """Is a file whose bytes are counted as they are read."""
+
+    def readinto(self, buffer: Any, /) -> int:
+        size = super().readinto(buffer)
+        usage.count(bytes_read=size)
+        return size
+
+    def readall(self) -> bytes:
+        data = super().readall()
+        usage.count(bytes_read=len(data))
+        return data
 
 
 class _Kept:

@@ -1,6 +1,7 @@
 """Carries notes between launcher and workers, by files below the staging folder.
 
-The launcher tells what share of a host a process has, workers tell errors, warnings and counts.
+The launcher tells what share of a host a process has, workers tell errors, warnings, counts and
+what they used.
 """
 
 import functools
@@ -8,6 +9,7 @@ import hashlib
 import os
 import re
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 from feature_jobs.schemas import CourierError
-from feature_jobs.store import faults, files, threads
+from feature_jobs.store import faults, files, threads, usage
 from feature_jobs.store.documents import digest, parse_json, read_json, write_json
 
 # As Python prints one, and Beam goes on.
@@ -29,18 +31,20 @@ def refusing(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Iterato
     its end without doing more, and the launcher raises the error word for word. Raised in a worker
     it would be tried again, and reach the operator as a traceback within a traceback. So is a disk
     told that is full, the worker's own included. The process keeps to the threads that `share_host`
-    told.
+    told, and leaves what it used where that is in another process.
     """
 
     @functools.wraps(process)
     def guarded(self: Any, element: Any) -> Iterator[Any]:
-        _keep_to_share(self.staging)
+        is_asked = _keep_to_share(self.staging)
         errors = os.path.join(self.staging, "errors")
         if files.list_names(errors):
             return
         try:
             with faults.telling_full(tempfile.gettempdir()):
                 yield from process(self, element) or ()
+            if is_asked:
+                _note_usage(self.staging)
         except CourierError as error:
             found = {"kind": type(error).__name__, "message": str(error)}
             write_json(os.path.join(errors, digest(found)[:12] + ".json"), found)
@@ -49,17 +53,26 @@ def refusing(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Iterato
 
 
 def share_host(staging: str, share: threads.Share) -> None:
-    """Tells the workers of the job below `staging` how many threads each process may use."""
+    """Tells the workers of the job below `staging` how many threads each process may use.
+
+    Asks those in other processes than this one, the launcher's, what they use (`usage`).
+    """
     write_json(_share_path(staging), asdict(share))
+    _launched.add(staging)
     _keep_to_share.cache_clear()  # the local engine's workers are in this process
 
 
+_launched: set[str] = set()  # the staging folders of this process's own jobs
+
+
 @functools.cache
-def _keep_to_share(staging: str) -> None:
+def _keep_to_share(staging: str) -> bool:
+    """Keeps this process to its share; returns whether a launcher elsewhere asks what it uses."""
     path = _share_path(staging)
     told = files.read_if_there(path)
     if told is not None:
         threads.limit(threads.Share(**parse_json(path, told)).count())
+    return told is not None and staging not in _launched
 
 
 def _share_path(staging: str) -> str:
@@ -130,3 +143,45 @@ class Heartbeat:
         self._name = self._name or uuid.uuid4().hex[:12] + ".json"
         write_json(os.path.join(self._folder, self._name), self._counts)
         self._written = time.monotonic()
+
+
+class _UsageNote:
+    """Keeps what this process used for a job in a file that the launcher adds up with all others.
+
+    A hundredth of the time is spent on that: what is used after the last note is not told.
+    """
+
+    def __init__(self, staging: str):
+        self._path = os.path.join(staging, "usage", uuid.uuid4().hex[:12] + ".json")
+        self._used = usage.Usage()
+        self._next = 0.0  # when it is written again, by the monotonic clock
+
+    def write(self) -> None:
+        begun = time.monotonic()
+        if begun < self._next:
+            return
+        self._used = usage.together([self._used, usage.take()])
+        write_json(self._path, asdict(self._used))
+        ended = time.monotonic()
+        self._next = ended + 100 * (ended - begun)
+
+
+_usage_notes: dict[str, _UsageNote] = {}  # by the job's staging folder
+_noting_usage = threading.Lock()
+
+
+def _note_usage(staging: str) -> None:
+    """Leaves what this process used; another thread that does so just now speaks for both."""
+    if not _noting_usage.acquire(blocking=False):
+        return
+    try:
+        _usage_notes.setdefault(staging, _UsageNote(staging)).write()
+    finally:
+        _noting_usage.release()
+
+
+def used_by_workers(staging: str) -> usage.Usage:
+    """Returns what other processes than the launcher's told that they used for its job."""
+    folder = os.path.join(staging, "usage")
+    found = [read_json(os.path.join(folder, name)) for name in files.list_names(folder)]
+    return usage.together(usage.Usage(**told) for told in found)

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from feature_jobs.schemas import CourierError, DataContractError, Table
-from feature_jobs.store import files, partitions, threads, worker_notes
+from feature_jobs.store import files, partitions, threads, usage, worker_notes
 from feature_jobs.store.documents import write_json
 from feature_jobs.store.partitions import STAGED
 from pipelines.running import beam_options, progress, states
@@ -167,9 +167,11 @@ def run_job(
 ) -> None:
     """Runs the job that `define` wires to write below `staging`, in its `share` of the workers.
 
-    Raises a worker's CourierError word for word.
+    Adds what its workers used to what this process did (`usage`). Raises a worker's CourierError
+    word for word.
     """
-    files.delete_tree(os.path.join(staging, "errors"))
+    for folder in ("errors", "usage"):  # of an earlier run
+        files.delete_tree(os.path.join(staging, folder))
     worker_notes.share_host(staging, share)
     try:
         run_pipeline(define)
@@ -177,6 +179,9 @@ def run_job(
         if found := _told(staging, error):
             raise found from error
         raise
+    finally:
+        with contextlib.suppress(OSError, CourierError):  # which would hide what the job ended for
+            usage.add(worker_notes.used_by_workers(staging))
     if errors := worker_notes.refused(staging):
         raise errors[0]
 

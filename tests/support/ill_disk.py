@@ -4,10 +4,8 @@ import builtins
 import os
 import shutil
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from feature_jobs.store import local
@@ -38,5 +36,5 @@ def watch_disk(patch: pytest.MonkeyPatch, before: Callable[[str, str], None]) ->
     of_os = {name: seen(name, getattr(os, name)) for name in _OF_OS}
     patch.setattr(local, "os", _Seen(os, of_os))
     patch.setattr(local, "open", seen("open file", builtins.open), raising=False)
-    patch.setattr(local, "pa", SimpleNamespace(OSFile=seen("open file", pa.OSFile)))
+    patch.setattr(local, "_CountedFile", seen("open file", local._CountedFile))
     patch.setattr(local, "shutil", _Seen(shutil, {"rmtree": seen("rmtree", shutil.rmtree)}))

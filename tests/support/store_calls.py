@@ -12,6 +12,12 @@ def written(path: str) -> None:
         file.write(b"data")
 
 
+def opened(path: str) -> None:
+    """Reads a file through `open_input`."""
+    with files.open_input(path) as file:
+        file.read()
+
+
 def taken(path: str) -> None:
     """Takes a lock beside the file and gives it back."""
     with files.lock(f"{path}.lock"):
@@ -34,7 +40,7 @@ CALLS: dict[str, Callable[[str], object]] = {
     "read": files.read_bytes,
     "read in part": lambda path: files.read_bytes(path, 2),
     "read if there": files.read_if_there,
-    "open": lambda path: files.open_input(path).read(),
+    "open": opened,
     "digest": files.sha256,
     "write": lambda path: files.write_bytes(path, b"data"),
     "writer": written,

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feature_jobs.store import files
+from feature_jobs.store import files, usage
 from feature_jobs.store.gcs import GcsStore
 from feature_jobs.store.local import LocalStore
 from feature_jobs.store.protocol import Store
@@ -320,6 +320,54 @@ def test_sha256_is_that_of_the_bytes(folder: str) -> None:
         for at in range(0, len(data), 1_000_000):
             file.write(data[at : at + 1_000_000])
     assert files.sha256(f"{folder}/large") == hashlib.sha256(data).hexdigest()
+
+
+def bytes_of(call: Callable[[], object]) -> tuple[int, int]:
+    """Returns how many bytes a call read, and how many it wrote."""
+    usage.take()
+    call()
+    used = usage.take()
+    return used.bytes_read, used.bytes_written
+
+
+def test_bytes_that_are_read_and_written_are_counted(folder: str) -> None:
+    path, data = f"{folder}/file", os.urandom(3_000_000)
+
+    def write() -> None:
+        with files.atomic_writer(path) as file:
+            file.write(data)
+            file.seek(100)
+            file.write(b"again")
+
+    def read(at: int, size: int) -> None:
+        with files.open_input(path) as file:
+            file.seek(at)
+            file.read(size)
+
+    assert bytes_of(lambda: files.write_bytes(path, data)) == (0, 3_000_000)
+    assert bytes_of(write) == (0, 3_000_000)
+    assert bytes_of(lambda: files.read_bytes(path)) == (3_000_000, 0)
+    assert bytes_of(lambda: files.read_bytes(path, 1000)) == (1000, 0)
+    assert bytes_of(lambda: files.sha256(path)) == (3_000_000, 0)
+    assert bytes_of(lambda: files.stat(path)) == (0, 0)
+    assert bytes_of(lambda: read(2_900_000, -1)) == (100_000, 0)
+    found, written = bytes_of(lambda: read(1_000_000, 500_000))
+    assert 500_000 <= found < 520_000  # what is read ahead is read
+    assert written == 0
+
+
+def test_of_a_table_those_bytes_are_counted_that_its_columns_have(folder: str) -> None:
+    path, noise = f"{folder}/rows.parquet", [os.urandom(1000) for _ in range(4000)]
+
+    def read() -> None:
+        with files.open_input(path) as data, pq.ParquetFile(data) as file:
+            file.read(["b"])
+
+    with files.atomic_writer(path) as file:
+        pq.write_table(pa.table({"a": noise, "b": noise}), file, use_dictionary=False)
+    assert files.stat(path).size > 8_000_000
+    found, _ = bytes_of(read)
+    assert 4_000_000 < found < 4_400_000
 
 
 # ---- links, moves, deletions -----------------------------------------------------------------

@@ -25,7 +25,7 @@ from courier_model import image_files
 from courier_model.image_files import Rejected, find_image, read_image
 from courier_model.images import Preprocessing
 from feature_jobs.schemas import OperatorError, StorageUnavailable
-from feature_jobs.store import faults, files, gcs, gcs_client
+from feature_jobs.store import faults, files, gcs, gcs_client, usage
 from tests.support.flaky import CUT, RESET, SILENT, Flaky, flaky_store
 from tests.support.schedules import watch_store
 from tests.support.store_calls import CALLS
@@ -55,6 +55,24 @@ def test_a_passing_fault_is_waited_for(
     flaky.faults = [fault, fault, fault]
     CALLS[call](path)
     assert flaky.met == 3
+
+
+def test_requests_are_counted_each_try_of_them(bucket: str, flaky: Flaky) -> None:
+    path = f"{bucket}/file"
+
+    def requests(call: Callable[[], object]) -> int:
+        usage.take()
+        call()
+        return usage.take().bucket_requests
+
+    assert requests(lambda: files.write_bytes(path, b"data")) == 1
+    assert requests(lambda: files.stat(path)) == 1
+    assert requests(lambda: files.read_bytes(path)) == 1
+    assert requests(lambda: files.list_names(bucket)) == 1
+    assert requests(lambda: files.exists(f"{bucket}/none")) == 1
+    flaky.faults = [503, 429]
+    assert requests(lambda: files.read_bytes(path)) == 3
+    assert requests(lambda: files.exists("/")) == 0
 
 
 @pytest.mark.parametrize("fault", [408, 500, 502, 504])

@@ -1,10 +1,11 @@
-"""Workers tell the launcher refusals word for word, how far they are, and a warning once."""
+"""Workers tell the launcher refusals word for word, how far they are, a warning once, and costs."""
 
 import copy
 import errno
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from feature_jobs.schemas import (
     OperatorError,
     StorageUnavailable,
 )
-from feature_jobs.store import documents, threads, worker_notes
+from feature_jobs.store import documents, threads, usage, worker_notes
+from tests.support.processes import start
 
 
 class Worker:
@@ -119,3 +121,83 @@ def test_a_warning_of_many_workers_is_told_once(tmp_path: Path) -> None:
     for message in ("no »CUDA« here", "another", "no »CUDA« here"):
         worker_notes.warn(str(tmp_path), message)
     assert sorted(worker_notes.warnings(str(tmp_path))) == ["another", "no »CUDA« here"]
+
+
+# ---- What a job uses -------------------------------------------------------------------------
+
+# Works for a job as a worker process does: computes in a thread of its own, holds an array, reads.
+WORK = """
+import sys, threading, time
+import numpy as np
+from feature_jobs.store import files, worker_notes
+
+class Worker:
+    staging = sys.argv[1]
+
+    @worker_notes.refusing
+    def process(self, seconds):
+        thread = threading.Thread(target=burn, args=(seconds,))
+        thread.start()
+        thread.join()
+        files.read_bytes(sys.argv[2])
+        held = np.ones(200_000_000, np.uint8)
+        files.write_bytes(f"{sys.argv[2]}-{threading.get_ident()}", held[:1000].tobytes())
+
+def burn(seconds):
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+
+list(Worker().process(float(sys.argv[3])))
+"""
+
+
+def test_what_worker_processes_used_adds_up(tmp_path: Path) -> None:
+    staging, file = str(tmp_path / "job"), tmp_path / "file"
+    file.write_bytes(bytes(3000))
+    worker_notes.share_host(staging, threads.Share(1))
+    seconds = (0.2, 0.5)
+    processes = [start(WORK, staging, file, one) for one in seconds]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    used = worker_notes.used_by_workers(staging)
+    assert len(os.listdir(tmp_path / "job/usage")) == 2
+    assert sum(seconds) <= used.cpu_seconds
+    told = len((tmp_path / "job/threads.json").read_bytes())
+    assert (used.bytes_read, used.bytes_written) == (2 * (3000 + told), 2 * 1000)
+    assert 200_000_000 < used.peak_memory_bytes < 400_000_000  # of one of them
+
+
+def test_a_worker_in_the_launchers_process_tells_nothing_that_the_launcher_measures_itself(
+    tmp_path: Path,
+) -> None:
+    worker = Worker(tmp_path)
+    worker_notes.share_host(worker.staging, threads.Share(1))
+    list(worker.process(1))
+    assert os.listdir(tmp_path) == ["threads.json"]
+    assert worker_notes.used_by_workers(worker.staging) == usage.Usage()
+
+
+def test_a_worker_tells_again_what_it_used_since_and_seldom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_notes, "_launched", set())  # as in another process
+    worker, clock = Worker(tmp_path), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    worker_notes.share_host(worker.staging, threads.Share(1))
+    worker_notes._launched.clear()
+    write = worker_notes.write_json
+
+    def write_in_a_second(path: str, value: object) -> None:
+        clock[0] += 1.0
+        write(path, value)
+
+    monkeypatch.setattr(worker_notes, "write_json", write_in_a_second)
+    usage.take()
+    found = []
+    for at in (1.0, 50.0, 101.0, 103.0):
+        clock[0] = at
+        usage.count(bucket_requests=1)
+        list(worker.process(1))
+        found.append(worker_notes.used_by_workers(worker.staging).bucket_requests)
+    assert found == [1, 1, 1, 4]
+    assert len(os.listdir(tmp_path / "usage")) == 1

@@ -1,5 +1,6 @@
 """Jobs that fail: the error that led to it is told, and what they made is sealed or not."""
 
+import contextlib
 import datetime as dt
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from feature_jobs.schemas import DataContractError, StorageUnavailable
-from feature_jobs.store import documents, partitions, worker_notes
+from feature_jobs.store import documents, partitions, usage, worker_notes
 from feature_jobs.store.threads import Share
 from pipelines.running import making, states
 from pipelines.running.layout import Layout
@@ -100,3 +101,37 @@ def test_a_manifest_tells_the_histograms_and_examples_of_all_parts(tmp_path: Pat
     assert made.manifest["histograms"] == {"x": [1, 7, 1]}
     assert made.manifest["examples"] == {"bad": [4, 2]}
     assert set(made.manifest["files"][0]) == {"name", "rows", "bytes", "sha256"}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_workers_used_is_added_but_for_those_of_an_earlier_run(
+    tmp_path: Path, fails: bool
+) -> None:
+    def leave(name: str, requests: int) -> None:
+        documents.write_json(f"{tmp_path}/usage/{name}.json", {"bucket_requests": requests})
+
+    def run(_: Callable) -> None:
+        leave("one", 20)
+        leave("other", 3)
+        if fails:
+            raise RuntimeError("Beam failed")
+
+    leave("killed", 100)
+    usage.take()
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        making.run_job(lambda _: None, str(tmp_path), run, Share())
+    assert usage.take().bucket_requests == 23
+
+
+def test_what_workers_used_and_cannot_be_read_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(_: str) -> None:
+        raise StorageUnavailable(AWAY)
+
+    def fail(_: Callable) -> None:
+        raise RuntimeError("Beam failed")
+
+    monkeypatch.setattr(worker_notes, "used_by_workers", away)
+    with pytest.raises(RuntimeError, match="Beam failed"):
+        making.run_job(lambda _: None, str(tmp_path), fail, Share())
