@@ -12,7 +12,6 @@ fits either.
 """
 
 import datetime as dt
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -27,6 +26,7 @@ from pipelines.planning.pinned import with_candidate
 from pipelines.running import announcing, beam_options, gates, locks, making, publishing, records
 from pipelines.running import states as stage_states
 from pipelines.running.beam_options import JobOptions
+from pipelines.running.costs import Costs
 from pipelines.running.judging import Accepted, Judge
 from pipelines.running.locks import Locks
 from pipelines.running.making import Made
@@ -133,7 +133,8 @@ def make_nights(
     beam_options.check_ready(options.values())
     with locks.holding(_lock_folders(settings, days, kinds[:1]), say) as held:
         refuse_held(settings, days, kinds)
-        making_them, started = _Making(options, say, held, accepted), time.time()
+        making_them = _Making(options, say, held, accepted)
+        started = dt.datetime.now(dt.UTC)
         while not making_them.make_all(nights := _up_to_date(nights, say)):
             pass
         good = [night for night in nights if night.ds not in making_them.without]
@@ -142,7 +143,7 @@ def make_nights(
         for night, report in zip(good, reports, strict=True):
             if not report["idle"]:
                 held.check()
-                making.write_run(night, {**report, "started": started, "ended": time.time()})
+                making.write_run(night, report, started)
             publishing.publish_night(night, held)
         publishing.tidy_jobs(nights[0], held)
     failed = _announce(good, say)
@@ -237,8 +238,7 @@ class _Making:
         accepted: Accepted,
     ):
         self._options, self._say, self._held = options, say, held
-        self._judge = Judge(accepted)
-        self._seconds: dict[Kind, float] = {}
+        self._judge, self._costs = Judge(accepted), Costs()
         self.why: dict[str, tuple[str, ...]] = {}
         self.without: set[dt.date] = set()
         self.refused: list[CourierError] = []
@@ -258,12 +258,11 @@ class _Making:
             taken = self._held.take(_lock_folders(settings, days, [kind]))
             if taken and _are_outdated(nights):
                 return False
-            before = time.monotonic()
             good = [night for night in nights if night.ds not in self.without]
             if good:
-                self._make_and_judge([night.planned[number] for night in good], nights)
+                with self._costs.shared_by(self.why):
+                    self._make_and_judge([night.planned[number] for night in good], nights)
                 self._leave_out_later_days(nights)
-            self._seconds[kind] = (time.monotonic() - before) / max(1, len(good))
         return True
 
     def _make_and_judge(self, planned: Sequence[Planned], nights: Sequence[Night]) -> None:
@@ -315,8 +314,7 @@ class _Making:
     def report(self, night: Night, look: Look) -> dict[str, Any]:
         """Returns what there is of a night, stage by stage, and what making it took.
 
-        Of a job for several days a stage took its share of the seconds. Tells what an operator
-        should know besides.
+        Tells what an operator should know besides.
         """
         found = {stage.name: self._report_stage(stage, look) for stage in night.stages}
         told = [message for stage in found.values() for message in gates.mixed(stage["work"])]
@@ -331,10 +329,12 @@ class _Making:
 
     def _report_stage(self, stage: Stage, look: Look) -> dict[str, Any]:
         is_published = look.state(stage).name == PUBLISHED
+        counts = making.counts_of(stage, look)
         return {
-            "seconds": round(self._seconds.get(stage.kind, 0.0), 1),
+            **self._costs.describe(stage, counts),
             "why": list(self.why.get(stage.run_id, ())),
-            "counts": making.counts_of(stage, look),
+            "counts": counts,
             "work": {} if is_published else making.work_of(stage),
             "workers": asdict(self._options[stage.kind].share),
+            "gates": [],
         }

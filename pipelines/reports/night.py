@@ -85,8 +85,16 @@ def render_report(report: dict[str, Any]) -> str:
         told = _TOLD.get(name, _rows)(counts, stage["work"])
         why = [reason for reason in stage["why"] if reason != NEVER_MADE]
         told += f" ({'; '.join(why)})" if why else ""
-        lines.append(f"  {name:14}{stage['seconds']:8,.1f} s  {told}")
+        lines.append(f"  {name:14}{_cost(stage)}  {told}")
     return "\n".join(lines)
+
+
+def _cost(stage: Mapping[str, Any]) -> str:
+    """Returns what making a stage took, blanks where this run did not make it."""
+    if "wall_seconds" not in stage:
+        return " " * 34
+    wall, cpu = stage["wall_seconds"], stage["cpu_seconds"]
+    return f"{wall:8,.1f} s {cpu:8,.1f} s CPU {stage['peak_memory_bytes'] / 1e9:5.1f} GB"
 
 
 def _embed(counts: Numbers, work: Numbers) -> str:

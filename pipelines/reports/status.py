@@ -137,17 +137,24 @@ def _last_run(settings: Settings, ds: str) -> dict[str, Any]:
     top = settings.layout.runs_folder(dt.date.fromisoformat(ds))
     paths = [os.path.join(top, run_id, "run.json") for run_id in files.list_names(top)]
     runs = [read_json(path) for path in paths if files.exists(path)]
-    newest = max(runs, key=lambda run: run["ended"], default=None)
+    newest = max(runs, key=lambda run: _moment(run["ended"]), default=None)
     if newest is None:
         return {}
-    ended = dt.datetime.fromtimestamp(newest["ended"], dt.UTC)
+    ended = _moment(newest["ended"])
     why = {name: stage.get("why", ()) for name, stage in newest["stages"].items()}
     again = {name: list(told) for name, told in why.items() if told and NEVER_MADE not in told}
     return {
         "published": f"{ended:%Y-%m-%d %H:%M} UTC",
-        "seconds": round(newest["ended"] - newest["started"], 1),
+        "seconds": round((ended - _moment(newest["started"])).total_seconds(), 1),
         "made_again": again,
     }
+
+
+def _moment(noted: str | float) -> dt.datetime:
+    """Returns a time that a run noted; earlier versions noted seconds since 1970."""
+    if isinstance(noted, str):
+        return dt.datetime.fromisoformat(noted)
+    return dt.datetime.fromtimestamp(noted, dt.UTC)
 
 
 def _next(settings: Settings, last: str | None) -> dict[str, Any] | None:

@@ -282,7 +282,13 @@ def reopen(stage: Stage) -> None:
             files.delete_tree(os.path.join(stage.staging, name))
 
 
-def write_run(night: Night, report: dict[str, Any]) -> None:
+def write_run(night: Night, report: Mapping[str, Any], started: dt.datetime) -> None:
     """Writes what a run did, and when: all else of a run is the same when it is run again."""
     folder = os.path.join(night.settings.layout.runs_folder(night.ds), night.run_id)
-    write_json(os.path.join(folder, "run.json"), {**report, "command": sys.argv[1:]})
+    told = {
+        "started": started.isoformat(timespec="milliseconds"),
+        "ended": dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
+        "command": sys.argv[1:],
+        "versions": PACKAGE_VERSIONS,
+    }
+    write_json(os.path.join(folder, "run.json"), {**report, **told})

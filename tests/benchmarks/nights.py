@@ -67,8 +67,7 @@ def child(script: str, *arguments: object, one_thread: bool = False) -> dict[str
 def run_stage(settings: Path, day: dt.date, stage: str, mode: str) -> dict[str, Any]:
     """Makes and publishes one stage of a night, in a process of its own.
 
-    Returns the rows read, seconds, peak memory in bytes and counts. The memory is that of one
-    process, so that it says nothing of mode "multi_processing".
+    Returns the rows read, seconds, peak memory of one process in bytes, and counts.
     """
     beam = (f"--direct_num_workers={WORKERS}", f"--direct_running_mode={mode}")
     return child(__file__, settings, day, stage, *beam)
@@ -95,7 +94,7 @@ def main() -> None:
     made = report["stages"][stage]
     counts = made["counts"] | made["work"]
     found = {"rows": night.stages[0].input_rows, "seconds": seconds, "counts": counts}
-    print(json.dumps({**found, "peak_bytes": _peak_bytes()}))
+    print(json.dumps({**found, "peak_bytes": made["peak_memory_bytes"]}))
 
 
 if __name__ == "__main__":

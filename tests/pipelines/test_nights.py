@@ -1,7 +1,9 @@
 """Four nights of the tiny world give tables equal to what plain loops make of the same inputs."""
 
 import datetime as dt
+import json
 import os
+import sys
 from typing import Any
 
 import duckdb
@@ -13,6 +15,8 @@ import pytest
 from courier_model.encoder import choose_precision, embed, load_encoder
 from courier_model.images import BadImage, decode
 from feature_jobs.codebooks.codebook import load_codebook
+from feature_jobs.store import files
+from pipelines.stages import ITEMS, NIGHT
 from tests.support import oracles
 from tests.support.world import (
     CPU,
@@ -232,6 +236,43 @@ def test_an_unknown_or_new_item_scores_only_once_it_is_known(refreshed: World) -
         unknown = [r for r in rows if r["item_id"] == refreshed.item(UNKNOWN)]
         assert unknown
         assert not any(r["sim_known"] for r in unknown)
+
+
+@pytest.mark.parametrize("day", DAYS)
+def test_the_run_of_a_night_states_when_by_what_and_what_each_stage_took(
+    refreshed: World, day: dt.date
+) -> None:
+    (path,) = (refreshed.root / "test/_runs" / f"ds={day}").rglob("run.json")
+    run = json.loads(path.read_text())
+    started, ended = (dt.datetime.fromisoformat(run[name]) for name in ("started", "ended"))
+    assert started.utcoffset() == ended.utcoffset() == dt.timedelta(0)
+    seconds = (ended - started).total_seconds()
+    assert 0 < sum(stage["wall_seconds"] for stage in run["stages"].values()) <= seconds
+    assert run["command"] == sys.argv[1:]
+    assert run["versions"].keys() >= {"courier", "apache-beam", "pyarrow", "torch"}
+    units = {kind.name: "items" if kind in ITEMS else "impressions" for kind in NIGHT}
+    assert run["stages"].keys() == units.keys()
+    for name, stage in run["stages"].items():
+        rows, cpu = stage[units[name]], stage["cpu_seconds"]
+        assert stage["rates"] == {
+            f"{units[name]}_per_second": pytest.approx(rows / stage["wall_seconds"], rel=0.01),
+            f"{units[name]}_per_core_second": pytest.approx(rows / cpu, rel=0.01),
+        }
+        assert stage["peak_memory_bytes"] > 100_000_000  # Beam and torch are loaded
+        assert (stage["bucket_requests"], stage["days_in_job"], stage["gates"]) == (0, 1, [])
+    assert run["stages"]["simscore"]["impressions"] == 152
+    assert run["stages"]["item-features"]["items"] == len(refreshed.table("item_features", day))
+
+
+def test_bytes_of_a_run_are_at_least_those_of_its_images_and_tables(refreshed: World) -> None:
+    day = DAYS[0]
+    (path,) = (refreshed.root / "test/_runs" / f"ds={day}").rglob("run.json")
+    stages = json.loads(path.read_text())["stages"]
+    assert stages["embed"]["bytes_read"] > stages["embed"]["work"]["bytes_read"] > 0
+    for kind in NIGHT:
+        folders = [refreshed.settings().layout.folder(table, day) for table in kind.tables]
+        size = sum(file.size for top in folders for file in files.glob(f"{top}/*.parquet"))
+        assert size < stages[kind.name]["bytes_written"] < 50 * size
 
 
 def test_published_partitions_are_read_by_a_plain_path(refreshed: World) -> None:

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feature_jobs.store import files
+from feature_jobs.store import files, worker_notes
 from feature_jobs.store.pieces import read_all
+from feature_jobs.store.usage import Usage
 from pipelines.cli import main
 from tests.conftest import Artefacts, pinned
 from tests.support.commands import (
@@ -258,10 +259,23 @@ def test_worker_processes_make_the_same_bytes(
     warm_python: str,
 ) -> None:
     monkeypatch.setattr(sys, "executable", warm_python)  # with which Beam starts its workers
+    told, real = list[Usage](), worker_notes.used_by_workers
+
+    def used_by_workers(staging: str) -> Usage:
+        told.append(real(staging))
+        return told[-1]
+
+    monkeypatch.setattr(worker_notes, "used_by_workers", used_by_workers)
     world, uninterrupted, _ = refreshed_once
     files.delete_tree(str(world.root))
     assert refresh(world, DAYS[0], *PROCESSES) == 0
     assert published(world) == uninterrupted
+    (path,) = (world.root / "test/_runs").rglob("run.json")
+    stages = json.loads(path.read_text())["stages"].values()
+    for used, stage in zip(told, stages, strict=True):  # what they told is part of what is noted
+        assert 0 < used.cpu_seconds < stage["cpu_seconds"]
+        assert 0 < used.bytes_read < stage["bytes_read"]
+        assert 10_000_000 < used.peak_memory_bytes <= stage["peak_memory_bytes"]
 
 
 def test_what_a_worker_process_refuses_is_told_in_one_paragraph(

@@ -14,13 +14,16 @@ SIMSCORE = {
 }  # fmt: skip
 
 
+COST = {"wall_seconds": 6.1, "cpu_seconds": 1234.5, "peak_memory_bytes": 1_250_000_000}
+
+
 def report(idle: bool = False, **stages: tuple[dict[str, int], dict[str, float]]) -> dict[str, Any]:
     return {
         "ds": "2026-01-01",
         "run_id": "r",
         "idle": idle,
         "stages": {
-            name.replace("_", "-"): {"seconds": 6.1, "counts": counts, "work": work, "why": []}
+            name.replace("_", "-"): {**COST, "counts": counts, "work": work, "why": []}
             for name, (counts, work) in stages.items()
         },
     }
@@ -42,13 +45,22 @@ def test_each_stage_has_a_line_that_leaves_out_zeros() -> None:
     )
     assert told.splitlines() == [
         "ds 2026-01-01 published, run r",
-        "  embed              6.1 s  1,576 items and 13 former ones: 1,548 as they were, 10 "
-        "embedded on cpu fp32; 18 rejected: 12 missing, 6 not an image; read 2.5 MB",
-        "  item-features      6.1 s  9 items",
-        "  histories          6.1 s  1,191 users with a history",
-        "  simscore           6.1 s  23,490 impressions: 23,455 with a history, 2 of items in "
-        "another cluster than the day before; shuffled 1.2 MB of items",
+        "  embed              6.1 s  1,234.5 s CPU   1.2 GB  1,576 items and 13 former ones: 1,548 "
+        "as they were, 10 embedded on cpu fp32; 18 rejected: 12 missing, 6 not an image; read 2.5 "
+        "MB",
+        "  item-features      6.1 s  1,234.5 s CPU   1.2 GB  9 items",
+        "  histories          6.1 s  1,234.5 s CPU   1.2 GB  1,191 users with a history",
+        "  simscore           6.1 s  1,234.5 s CPU   1.2 GB  23,490 impressions: 23,455 with a "
+        "history, 2 of items in another cluster than the day before; shuffled 1.2 MB of items",
     ]
+
+
+def test_a_stage_that_this_run_did_not_make_has_no_cost() -> None:
+    found = report(embed=(EMBED, {}), histories=({"user_histories_rows": 5}, {}))
+    for name in COST:
+        del found["stages"]["histories"][name]
+    *_, line = night.render_report(found).splitlines()
+    assert line == "  histories" + " " * 41 + "5 users with a history"
 
 
 def test_a_run_that_made_nothing_anew_tells_no_work() -> None:

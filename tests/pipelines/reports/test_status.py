@@ -37,6 +37,26 @@ def test_the_last_night_comes_first_and_then_what_is_next(
 
 
 @pytest.mark.first_night
+def test_runs_of_an_earlier_version_noted_seconds_and_are_read(
+    world: World, capsys: Capture
+) -> None:
+    runs = world.root / "test/_runs" / f"ds={DAYS[0]}"
+    (newest,) = runs.rglob("run.json")
+    run = json.loads(newest.read_text())
+    stages = {name: {"seconds": 1.0, "why": ["of old"]} for name in run["stages"]}
+    earlier = runs / "aaaaaaaaaaaa" / "run.json"
+    earlier.parent.mkdir()
+    earlier.write_text(json.dumps({"started": 1.7e9, "ended": 1.7e9 + 3.5, "stages": stages}))
+    _, told = status(world, capsys)
+    ended = dt.datetime.fromisoformat(run["ended"])
+    assert f"published {ended:%Y-%m-%d %H:%M} UTC, in " in told
+    newest.unlink()
+    _, told = status(world, capsys)
+    assert "published 2023-11-14 22:13 UTC, in 3.5 s" in told
+    assert "embed made again: of old" in told
+
+
+@pytest.mark.first_night
 def test_a_next_day_whose_files_are_no_partition_hinders_nobody_from_looking(
     world: World, capsys: Capture
 ) -> None:
