@@ -48,7 +48,8 @@ def together(parts: Iterable[Usage]) -> Usage:
 def count(**amounts: int) -> None:
     """Adds to what this process used, by the names of `Usage`; from any thread."""
     with _counting:
-        _counted.update(amounts)
+        for name, amount in amounts.items():  # `update` takes several times as long
+            _counted[name] += amount
 
 
 def add(other: Usage) -> None:
