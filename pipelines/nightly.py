@@ -336,5 +336,5 @@ class _Making:
             "counts": counts,
             "work": {} if is_published else making.work_of(stage),
             "workers": asdict(self._options[stage.kind].share),
-            "gates": [],
+            "gates": [one.as_json() for one in self._judge.findings.get(stage.run_id, ())],
         }

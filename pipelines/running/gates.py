@@ -163,9 +163,9 @@ def _embed(evidence: Evidence, _: Gates) -> Iterator[_Seen]:
 def _outage(evidence: Evidence, counts: Mapping[str, int], examples: Sequence[int | str]) -> _Seen:
     if evidence.before(ITEM_EMBEDDINGS) is None:
         return _Seen("outage", "", None, "no day before is published: the gate rejects judges all")
-    lost, what = counts.get("items_not_fetched"), "images that were there last time, or are new, "
+    lost = counts.get("items_not_fetched")
     least = 0 if lost is None or lost >= _LEAST_LOST else _LEAST_ROWS
-    what += "could not be fetched"
+    what = "images that were there last time, or are new, could not be fetched"
     return _share("outage", lost, counts.get("items_tried"), what, examples, least)
 
 

@@ -16,6 +16,7 @@ from courier_model.encoder import choose_precision, embed, load_encoder
 from courier_model.images import BadImage, decode
 from feature_jobs.codebooks.codebook import load_codebook
 from feature_jobs.store import files
+from pipelines.config import Gates
 from pipelines.stages import ITEMS, NIGHT
 from tests.support import oracles
 from tests.support.world import (
@@ -259,7 +260,10 @@ def test_the_run_of_a_night_states_when_by_what_and_what_each_stage_took(
             f"{units[name]}_per_core_second": pytest.approx(rows / cpu, rel=0.01),
         }
         assert stage["peak_memory_bytes"] > 100_000_000  # Beam and torch are loaded
-        assert (stage["bucket_requests"], stage["days_in_job"], stage["gates"]) == (0, 1, [])
+        assert (stage["bucket_requests"], stage["days_in_job"]) == (0, 1)
+        assert {gate["level"] for gate in stage["gates"]} <= {"ok", "warn", "unjudged"}
+    judged = {gate["gate"] for stage in run["stages"].values() for gate in stage["gates"]}
+    assert judged == set(Gates.model_fields)
     assert run["stages"]["simscore"]["impressions"] == 152
     assert run["stages"]["item-features"]["items"] == len(refreshed.table("item_features", day))
 
