@@ -327,8 +327,7 @@ def count_impressions(
         counts["clicks_with_time"] = len(clicks) - clicks["click_time"].null_count
     clicked = rows["clicked"].to_numpy()[order]
     histograms = score_histograms(clicked, scored, coded.histories.shape[1])
-    ids = coded.item_ids.take(pa.array(np.unique(unknown)))
-    first = ids.take(pc.sort_indices(ids)[: partitions.EXAMPLES])
+    first = coded.item_ids.take(pa.array(np.unique(unknown)[: partitions.EXAMPLES]))
     return Counted(counts, histograms, {"unknown_items": first.to_pylist()})
 
 

@@ -238,7 +238,7 @@ def test_a_link_that_cannot_be_read_for_a_moment_is_followed_all_the_same(
 ) -> None:
     """Else images seem to lie outside the roots, or one that does seems to lie below them."""
     monkeypatch.setattr(faults, "FIRST_WAIT_SECONDS", 0.001)
-    fail_at(monkeypatch, name, number, times=2)
+    fail_at(monkeypatch, name, number, times=1)
     good, outside = find_image("a.png", linked), find_image("link.png", linked)
     assert isinstance(good, files.FileInfo)
     assert isinstance(outside, Rejected)

@@ -22,7 +22,7 @@ from feature_jobs.impressions.simscore import (
     share_histories,
     sort_impressions,
 )
-from feature_jobs.items.item_vectors import items_of_answers, no_answers
+from feature_jobs.items.item_vectors import FoundItems, items_of_answers, no_answers
 from feature_jobs.schemas import TIMESTAMP
 from feature_jobs.store.pieces import read_all, write_pieces
 
@@ -175,6 +175,24 @@ def test_what_is_told_of_a_shard_does_not_follow_arrival() -> None:
         assert told.examples == {"unknown_items": [0, 1, 2]}
         assert told.histograms["history_len"].tolist() == [0, 0, 0, 32]
         assert not told.histograms["sim_max_clicked"].any()
+
+
+def test_a_score_is_counted_with_the_click_of_its_own_impression() -> None:
+    """Scores come in the order of impression IDs, here the reverse of that of users and times."""
+    rows = impressions([(1, 1, 1, True), (1, 1, 2, False), (1, 1, 3, False)])
+    none = np.zeros(1, np.int64)
+    coded = simscore._Coded(
+        pa.array([1]), np.zeros(3, np.int32), np.zeros((1, 2), np.int32), np.zeros(3, np.int64)
+    )
+    found = FoundItems(np.ones(1, bool), none, none, none)
+    scored = {
+        "sim_max": np.array([-0.995, -0.985, 0.995], np.float32),
+        "sim_known": np.ones(3, np.int32),
+        "history_len": np.ones(3, np.int32),
+    }
+    told = simscore.count_impressions(rows, coded, found, scored, np.array([2, 1, 0]))
+    assert np.flatnonzero(told.histograms["sim_max_clicked"]).tolist() == [199]
+    assert np.flatnonzero(told.histograms["sim_max_unclicked"]).tolist() == [0, 1]
 
 
 def test_clicks_whose_time_is_known_are_counted_where_the_log_has_times() -> None:
