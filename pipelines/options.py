@@ -144,7 +144,6 @@ def days_options(command: F) -> F:
     accept = (
         click.option(
             "--accept",
-            "accepted",
             type=GateName(),
             multiple=True,
             metavar="GATE",
@@ -162,12 +161,12 @@ def days_options(command: F) -> F:
     @functools.wraps(command)
     def with_days(
         ds: dt.date | None, start_ds: dt.date | None, end_ds: dt.date | None,
-        accepted: tuple[str, ...], reason: str | None, **given: Any,
+        accept: tuple[str, ...], reason: str | None, **given: Any,
     ) -> Any:  # fmt: skip
-        if bool(accepted) != bool(reason):
+        if bool(accept) != bool(reason):
             raise click.UsageError("--accept GATE and --reason WHY go together.")
         days = days_asked(ds, start_ds, end_ds)
-        return command(days=days, accepted=(accepted, reason or ""), **given)
+        return command(days=days, accepted=(accept, reason or ""), **given)
 
     return _with((config_option, *days, *rest), cast(F, with_days))
 

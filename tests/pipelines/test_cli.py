@@ -135,3 +135,25 @@ def test_a_pin_to_no_encoder_exits_2(world: World, capsys: Capture, tmp_path: Pa
     world.settings()
     assert main(["embed", "--config", str(world.config), "--ds", str(DAYS[1])]) == 2
     assert "is no encoder package" in capsys.readouterr().err
+
+
+# ---- Gates that are accepted ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--accept", "chrun", "--reason", "x"], "'chrun' is no gate, did you mean 'churn'?"),
+        (["--accept", "zzz", "--reason", "x"], "'zzz' is no gate, gates are image_coverage, "),
+        (["--accept", "churn"], "--accept GATE and --reason WHY go together."),
+        (["--accept", "churn", "--reason", ""], "--accept GATE and --reason WHY go together."),
+        (["--reason", "x"], "--accept GATE and --reason WHY go together."),
+        (["--allow-churn"], "No such option"),
+    ],
+)
+@pytest.mark.parametrize("command", ["refresh", "embed", "item-features", "histories", "simscore"])
+def test_what_is_accepted_is_a_gate_and_has_a_reason(
+    command: str, options: list[str], told: str, capsys: Capture
+) -> None:
+    assert main([command, "--ds", "2026-03-01", *options]) == 2
+    assert told in capsys.readouterr().err
