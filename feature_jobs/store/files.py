@@ -181,6 +181,14 @@ def write_if_unchanged(path: str, data: bytes, expected: bytes | None) -> None:
     store_of(path).write_if_unchanged(path, data, expected)
 
 
+def replace_seen(path: str, data: bytes, seen: FileInfo | None) -> None:
+    """Replaces the file that was `seen` (None: no file), and not another of the same bytes.
+
+    Raises Changed where another has taken its name since.
+    """
+    store_of(path).replace_seen(path, data, seen)
+
+
 def link(source: str, target: str) -> None:
     """Gives a file a second name within one root, without copying where the disk can do so."""
     store_of(source).link(source, target)

@@ -318,6 +318,9 @@ class GcsStore:
             raise Changed(path)
         _put(path, data, generation)
 
+    def replace_seen(self, path: str, data: bytes, seen: FileInfo | None) -> None:
+        _put(path, data, (seen and seen.generation) or 0)
+
     def link(self, source: str, target: str) -> None:
         copy, token = _blob(target), None
         with translating_errors(source):

@@ -182,6 +182,16 @@ class LocalStore:
                 raise Changed(path)
             self.write_bytes(path, data)
 
+    def replace_seen(self, path: str, data: bytes, seen: FileInfo | None) -> None:
+        with self.step(os.path.dirname(path) or "."):
+            try:
+                found = self.stat(path)
+            except FileNotFoundError:
+                found = None
+            if (found and found.version) != (seen and seen.version):
+                raise Changed(path)
+            self.write_bytes(path, data)
+
     @patient
     def link(self, source: str, target: str) -> None:
         os.makedirs(os.path.dirname(target), exist_ok=True)

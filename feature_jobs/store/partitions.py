@@ -34,6 +34,7 @@ from feature_jobs.store.faults import patiently
 
 MANIFEST = "_manifest.json"
 SUCCESS = "_SUCCESS"
+FILE_LIST = "_files.txt"
 STAGED = "_staged.json"
 EXAMPLES = 3  # told of what was counted, by ID
 _MADE_FROM = "made_from"

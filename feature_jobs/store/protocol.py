@@ -100,6 +100,13 @@ class Store(Protocol):
         Raises Changed otherwise.
         """
 
+    def replace_seen(self, path: str, data: bytes, seen: FileInfo | None) -> None:
+        """Replaces the file that was `seen` at `path` (None: while there is none).
+
+        Raises Changed where another has taken its name since, of the same bytes too. On a disk that
+        holds within `step`.
+        """
+
     def link(self, source: str, target: str) -> None:
         """Gives a file a second name within one root: on a disk, where it can, without a copy.
 

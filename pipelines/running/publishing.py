@@ -1,18 +1,20 @@
 """Publishes what was made, so that no reader ever takes a mixture, whoever dies or meets whom.
 
-A partition is published in five steps: `_SUCCESS` goes; the new files come, under names that carry
+A partition is published in six steps: `_SUCCESS` goes; the new files come, under names that carry
 the version; the manifest changes, by compare-and-swap; the files of the version before are put
-away to `_versions`; `_SUCCESS` comes back, with the new manifest's digest. A reader through the
-manifest, or one that reads `_SUCCESS` (which must name the manifest) before and after the files,
-sees one version whole, or "not ready", or a missing file, and never a mixture.
+away to `_versions`; `_files.txt`, the list of the full paths for engines that take one, is written
+anew; `_SUCCESS` comes back, with the new manifest's digest. A reader through the manifest or the
+list, or one that reads `_SUCCESS` (which must name the manifest) before and after the files, sees
+one version whole, or "not ready", or a missing file, and never a mixture.
 
 *Fenced.* A writer may be asleep at any moment and wake when another has published. So each step
 first looks whether the manifest is still the one that the writer knows, and else touches nothing.
 On a disk the step holds the partition's own lock meanwhile. A bucket has no lock that spans two
 objects; there each write has a precondition of its own: files and `_SUCCESS` are deleted as they
 were seen, by generation, before the manifest was looked at, and are always written anew;
-`_SUCCESS` is written by its own generation; and whoever has changed the manifest deletes what
-others had staged for the partition, so that a copy which is on its way finds no source.
+`_SUCCESS` and the list are written by their own generation, the list also where it says the same,
+so that whoever saw the one before fails; and whoever has changed the manifest deletes what others
+had staged for the partition, so that a copy which is on its way finds no source.
 
 *Claimed.* Before the first file comes in, the manifest that stands changes too: the number of its
 `publication` goes up. A `_SUCCESS` that another writer has on its way names a manifest then that
@@ -41,7 +43,14 @@ from feature_jobs.schemas import CourierError
 from feature_jobs.store import files, partitions
 from feature_jobs.store.documents import parse_json, to_json
 from feature_jobs.store.files import FileInfo
-from feature_jobs.store.partitions import MANIFEST, STAGED, SUCCESS, Partition, version_of
+from feature_jobs.store.partitions import (
+    FILE_LIST,
+    MANIFEST,
+    STAGED,
+    SUCCESS,
+    Partition,
+    version_of,
+)
 from pipelines import stages
 from pipelines.running import records, states
 from pipelines.running.layout import CHUNK_FOLDER, Place, date_of, days_of_job
@@ -230,16 +239,22 @@ class Publication:
     def run(self) -> None:
         """Publishes it, or finishes that; raises CourierError where another run has come first.
 
-        Publishing again what is published changes nothing.
+        Publishing again what is published changes nothing, but for a list of files that names
+        another place: that of a partition that was moved.
         """
         if self._version_in(self.replaces) != self.manifest["version"]:
             data = self._replace()
-        elif self._says_the_same() and partitions.is_published(self.place.folder):
+        elif self._says_the_same() and self._is_published():
             return
         else:
             data = self._renew()
         self._put_away_others(data)
+        self._list_files(data)
         self._announce(data)
+
+    def _is_published(self) -> bool:
+        found = partitions.find_published(self.place.folder)
+        return found is not None and files.read_if_there(self._list_path) == self._file_list
 
     @property
     def _manifest_path(self) -> str:
@@ -248,6 +263,16 @@ class Publication:
     @property
     def _success_path(self) -> str:
         return os.path.join(self.place.folder, SUCCESS)
+
+    @property
+    def _list_path(self) -> str:
+        return os.path.join(self.place.folder, FILE_LIST)
+
+    @property
+    def _file_list(self) -> bytes:
+        """Returns the full paths of the manifest's files in its order, one a line."""
+        names = [file["name"] for file in self.manifest["files"]]
+        return "".join(f"{os.path.join(self.place.folder, name)}\n" for name in names).encode()
 
     def _version_in(self, manifest: bytes | None) -> str | None:
         return None if manifest is None else str(self._parsed(manifest)["version"])
@@ -281,7 +306,7 @@ class Publication:
         claimed = self._claim()
         for names in _batches(self.sources):
             # Looked at before the manifest: another writer may have brought it back.
-            success = self._seen_success()
+            success = _seen(self._success_path)
             with self._step_towards(claimed):
                 if success:
                     files.delete_seen(success)
@@ -302,7 +327,7 @@ class Publication:
         """
         if self.replaces is None:
             return None
-        if success := self._seen_success():
+        if success := _seen(self._success_path):
             with self._step_towards(self.replaces):
                 files.delete_seen(success)
         old = self._parsed(self.replaces)
@@ -351,12 +376,6 @@ class Publication:
 
     def _kept_manifest(self, version: str) -> str:
         return os.path.join(self.place.kept, version, MANIFEST)
-
-    def _seen_success(self) -> FileInfo | None:
-        try:
-            return files.stat(self._success_path)
-        except FileNotFoundError:
-            return None
 
     def _bring_in(self, names: Sequence[str]) -> None:
         try:
@@ -426,6 +445,19 @@ class Publication:
                 return  # another run was at it, too
         files.delete_seen(file)
 
+    def _list_files(self, data: bytes) -> None:
+        """Writes the list of files, in place of any that is there.
+
+        One that comes in between is looked at again: it is that of a writer that was overtaken, or
+        of one that has overtaken this one.
+        """
+        for _ in range(_TRIES):
+            seen = _seen(self._list_path)
+            with self._step(data), contextlib.suppress(files.Changed):
+                files.replace_seen(self._list_path, self._file_list, seen)
+                return
+        raise superseded(self.place.folder)
+
     def _announce(self, data: bytes) -> None:
         """Writes `_SUCCESS`, in place of one that names another manifest than what stands.
 
@@ -442,6 +474,14 @@ class Publication:
                     files.write_if_unchanged(self._success_path, success, found)
                     return
         raise superseded(self.place.folder)
+
+
+def _seen(path: str) -> FileInfo | None:
+    """Returns what is known of a file, None where there is none."""
+    try:
+        return files.stat(path)
+    except FileNotFoundError:
+        return None
 
 
 def _batches(some: Iterable[T]) -> Iterator[list[T]]:

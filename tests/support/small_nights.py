@@ -20,7 +20,7 @@ from feature_jobs.schemas import ITEM_FEATURES
 from feature_jobs.store import files, partitions
 from feature_jobs.store.documents import write_json
 from feature_jobs.store.files import FileInfo
-from feature_jobs.store.partitions import MANIFEST, STAGED, SUCCESS, Partition
+from feature_jobs.store.partitions import FILE_LIST, MANIFEST, STAGED, SUCCESS, Partition
 from pipelines import stages
 from pipelines.running import records
 from pipelines.running.layout import Layout, Place
@@ -65,12 +65,22 @@ class Sight:
     """Is what one look at a night shows to its readers.
 
     `success` is `_SUCCESS`, where it names the manifest; `globbed` are the values of all files that
-    a glob finds, `through_manifest` those of the manifest's files, None for "ask again".
+    a glob finds, `through_manifest` those of the manifest's files, None for "ask again". `listed`
+    is the list of files, None for none, and `there` has the files by their paths.
     """
 
     success: bytes | None
     globbed: Values
     through_manifest: Values | None
+    listed: bytes | None
+    there: dict[str, bytes]
+
+    def through(self, listed: bytes | None) -> Values | None:
+        """Returns the values of the files that a list names, None for "ask again"."""
+        paths = None if listed is None else listed.decode().splitlines()
+        if paths is None or not self.there.keys() >= set(paths):
+            return None
+        return sorted(value for path in paths for value in values_in(self.there[path]))
 
 
 class Shop:
@@ -117,16 +127,20 @@ class Shop:
     # -- What readers see --
 
     def look(self) -> Sight:
-        """Looks once, as every reader does: for `_SUCCESS`, the manifest, then the files."""
+        """Looks once, as every reader does: for `_SUCCESS`, manifest and list, then the files."""
         success = files.read_if_there(os.path.join(self.place.folder, SUCCESS))
         manifest = files.read_if_there(os.path.join(self.place.folder, MANIFEST))
+        listed = files.read_if_there(os.path.join(self.place.folder, FILE_LIST))
         found = files.glob(os.path.join(self.place.folder, "*.parquet"))
-        there = {os.path.basename(file.path): self._read(file) for file in found}
+        paths = {file.path: self._read(file) for file in found}
+        there = {os.path.basename(path): data for path, data in paths.items()}
         named = manifest is not None and hashlib.sha256(manifest).hexdigest().encode()
         return Sight(
             success if success is not None and success.strip() == named else None,
             sorted(v for data in there.values() for v in values_in(data)),
             None if manifest is None else _through(json.loads(manifest), there),
+            listed,
+            paths,
         )
 
     def _read(self, file: FileInfo) -> bytes:
@@ -139,7 +153,8 @@ class Shop:
         """Returns the values of the night, whole by every measure there is, None if it is not."""
         sight = self.look()
         whole = is_whole_night(self.settings.layout, DS)
-        if sight.success is None or not whole or sight.globbed != sight.through_manifest:
+        found = [sight.globbed, sight.through_manifest, sight.through(sight.listed)]
+        if sight.success is None or not whole or any(one != sight.globbed for one in found):
             return None
         return sight.globbed
 
@@ -168,18 +183,23 @@ def _through(manifest: dict[str, Any], there: dict[str, bytes]) -> Values | None
     return sorted(found)
 
 
+_ROOT = b"{root}"  # in the place of the root, where a list of files names it
+
+
 def contents(shop: Shop) -> dict[str, bytes]:
-    """Returns all files of a shop, by their paths from its root."""
+    """Returns all files of a shop, by their paths from its root; lists of files name none."""
     top = shop.settings.root
     patterns = [f"{top}/{'/'.join('*' * depth)}" for depth in range(1, 9)]
     paths = [path for pattern in patterns for path in files.find(pattern) if files.exists(path)]
-    return {path.removeprefix(top): files.read_bytes(path) for path in paths}
+    found = {path.removeprefix(top): files.read_bytes(path) for path in paths}
+    lists = {path for path in found if os.path.basename(path) == FILE_LIST}
+    return found | {path: found[path].replace(top.encode(), _ROOT) for path in lists}
 
 
 def shop_of(contents: dict[str, bytes], root: str) -> Shop:
     """Returns a new shop that has these files."""
     for path, data in contents.items():
-        files.write_bytes(root + path, data)
+        files.write_bytes(root + path, data.replace(_ROOT, root.encode()))
     return Shop(root)
 
 
@@ -215,11 +235,14 @@ class Readers:
     def __init__(self, shop: Shop, whole: list[Values]):
         self._shop, self._whole = shop, whole
         self._moments: list[Sight] = []
+        self._lists = set[bytes | None]()
 
     def poll(self) -> None:
-        """Looks once."""
+        """Looks once: through the manifest, and through every list of files that was ever read."""
         sight = self._shop.look()
-        assert sight.through_manifest is None or sight.through_manifest in self._whole
+        self._lists.add(sight.listed)
+        for found in (sight.through_manifest, *map(sight.through, self._lists)):
+            assert found is None or found in self._whole
         self._moments.append(sight)
 
     def check(self) -> None:
@@ -231,3 +254,4 @@ class Readers:
             assert named in self._whole
             for sight in self._moments[first:last]:
                 assert sight.globbed == named
+                assert sight.through(sight.listed) == named

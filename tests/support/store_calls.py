@@ -29,6 +29,11 @@ def deleted_as_seen(path: str) -> None:
     files.delete_seen(files.stat(path))
 
 
+def replaced_as_seen(path: str) -> None:
+    """Replaces the file as it stands there now."""
+    files.replace_seen(path, b"new", files.stat(path))
+
+
 # Each is called with the path of a file that holds b"data".
 CALLS: dict[str, Callable[[str], object]] = {
     "stat": files.stat,
@@ -45,6 +50,7 @@ CALLS: dict[str, Callable[[str], object]] = {
     "write": lambda path: files.write_bytes(path, b"data"),
     "writer": written,
     "write if unchanged": lambda path: files.write_if_unchanged(path, b"new", b"data"),
+    "replace as seen": replaced_as_seen,
     "link": lambda path: files.link(path, path + "2"),
     "move": lambda path: files.move(path, path + "2"),
     "delete": files.delete,

@@ -80,6 +80,25 @@ def test_a_file_that_was_replaced_since_it_was_seen_is_not_deleted(folder: str) 
     files.delete_seen(seen)
 
 
+def test_only_the_file_that_was_seen_is_replaced_and_not_one_of_the_same_bytes(folder: str) -> None:
+    path = f"{folder}/list"
+    files.replace_seen(path, b"one", None)
+    with pytest.raises(files.Changed):
+        files.replace_seen(path, b"two", None)
+    seen = files.stat(path)
+    files.write_bytes(path, b"one")
+    with pytest.raises(files.Changed):
+        files.replace_seen(path, b"two", seen)
+    assert files.read_bytes(path) == b"one"
+    seen = files.stat(path)
+    files.replace_seen(path, b"two", seen)
+    assert files.read_bytes(path) == b"two"
+    files.delete(path)
+    with pytest.raises(files.Changed):
+        files.replace_seen(path, b"three", seen)
+    assert files.list_names(folder) == []
+
+
 # ---- atomic writes ---------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Publishing: killed at any point it leaves no mixture, and the next run finishes it."""
 
 import os
+import shutil
 from collections.abc import Callable, Container
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from feature_jobs.schemas import CourierError, InputNotReady
 from feature_jobs.store import files, partitions
 from feature_jobs.store.documents import read_json
-from feature_jobs.store.partitions import MANIFEST, SUCCESS
+from feature_jobs.store.partitions import FILE_LIST, MANIFEST, SUCCESS
 from pipelines.running import publishing
 from pipelines.running.layout import Layout
 from pipelines.running.locks import Locks
@@ -18,7 +19,7 @@ from pipelines.running.states import PUBLISHED, STAGED, Look
 from pipelines.stages import HISTORIES, ITEM_FEATURES
 from tests.support.ill_disk import watch_disk
 from tests.support.schedules import CHANGING
-from tests.support.small_nights import DS, Readers, Shop
+from tests.support.small_nights import DS, Readers, Shop, stage_partition
 
 OLD, NEW, LOST = [1, 2, 3, 4], [5, 6, 7, 8, 9], [0, 0, 0]
 
@@ -97,9 +98,41 @@ def test_a_published_partition_is_what_was_staged(shop: Shop) -> None:
 def test_publishing_the_same_again_changes_nothing(shop: Shop) -> None:
     shop.publish(OLD)
     before = files_of(shop)
-    assert len(before) == 4
+    assert len(before) == 5
     shop.publish(OLD)
     assert files_of(shop) == before
+
+
+def test_the_list_names_the_files_of_the_manifest_in_its_order_by_full_paths(shop: Shop) -> None:
+    for values in (OLD, NEW):
+        shop.publish(values)
+        listed = Path(shop.place.folder, FILE_LIST).read_text().splitlines()
+        assert listed == partitions.open_published(shop.place.folder).paths
+        assert all(os.path.isabs(path) and os.path.exists(path) for path in listed)
+
+
+@pytest.mark.parametrize("listed", ["of another place", "none"])
+def test_what_is_published_again_gets_its_list_where_that_is_not_right(
+    tmp_path: Path, listed: str
+) -> None:
+    """As in a shop that was copied, or was made by an earlier version."""
+    Shop(str(tmp_path / "shop")).publish(OLD)
+    shutil.copytree(tmp_path / "shop", tmp_path / "copy")
+    copy = Shop(str(tmp_path / "copy"))
+    path = Path(copy.place.folder, FILE_LIST)
+    if listed == "none":
+        path.unlink()
+    before = files_of(copy)
+    (stage,) = copy.night(OLD).stages
+    staged = stage.staged_folder(ITEM_FEATURES.tables[0])
+    stage_partition(staged, OLD, run_id=stage.run_id)
+    manifest = files.read_bytes(os.path.join(copy.place.folder, MANIFEST))
+    publishing.publication(staged, copy.place, manifest, Locks()).run()
+    after = files_of(copy)
+    names = [name for name in after if after[name] != before.get(name)]
+    assert names == [FILE_LIST]
+    assert path.read_text().splitlines() == partitions.open_published(copy.place.folder).paths
+    assert copy.published() == OLD
 
 
 @pytest.mark.parametrize("before", [None, OLD, NEW], ids=["first", "over another", "the same"])
