@@ -366,11 +366,13 @@ class Output(_Section):
     """Tells where tables lie.
 
     Those with user IDs lie below `user_root`, for fewer people to read; the folder of a day in each
-    table is named `partition`.
+    table is named `partition`. Row groups of their files have at most `row_group_mb` uncompressed,
+    and 32,768 rows.
     """
 
     user_root: FullPath | None = None
     partition: Annotated[str, AfterValidator(_partition)] = "ds={ds}"
+    row_group_mb: Count = 128
 
 
 class Pin(_Section):
@@ -449,7 +451,8 @@ class Settings(_Section):
     def layout(self) -> Layout:
         """Returns where what is made lies."""
         user_root = self.output.user_root or self.root
-        return Layout(self.root, self.feature_set, user_root, self.output.partition)
+        size = self.output.row_group_mb * 10**6
+        return Layout(self.root, self.feature_set, user_root, self.output.partition, size)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":

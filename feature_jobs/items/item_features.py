@@ -41,7 +41,7 @@ _LOOKED_AT = 1_000_000  # items of a cluster, for a picture that many of them ha
 class FeaturesJob:
     """Holds all that the workers of ITEM-FEATURES need to know of one day.
 
-    One part is made for each part of `embeddings`. `previous` are the features of the day before,
+    One part is made for each of `shards`. `previous` are the features of the day before,
     None for none; they may be made by the same job. Where they are `of_another_lineage`, every
     number has changed its meaning.
     """
@@ -54,10 +54,7 @@ class FeaturesJob:
     previous: partitions.Partition | None
     of_another_lineage: bool
     staging: str
-
-    @property
-    def shards(self) -> int:
-        return len(self.embeddings.paths)
+    shards: int
 
 
 # ---- Pure functions ------------------------------------------------------------------------

@@ -40,8 +40,14 @@ EXAMPLES = 3  # told of what was counted, by ID
 _MADE_FROM = "made_from"
 # What a receipt says; one of an earlier version lacks some, and its part is made again.
 _TOLD = {"counts", "histograms", "examples", "work", _MADE_FROM}
-_ROW_GROUP_ROWS = 32_768
+_ROW_GROUP_ROWS = 32_768  # at most: more make no file smaller, and readers hold them at once
 _RECEIPT_READERS = 16
+_PART_READERS = 64
+_FOLDED_FILE = 8 * 10**6  # bytes, about, of a file of parts that are folded together
+_FOLDED_TABLE = 512 * 10**6  # more is not for one process to read
+
+ROW_GROUP_BYTES = 128 * 10**6  # uncompressed, at most, unless told otherwise
+_row_group_bytes = ROW_GROUP_BYTES
 
 
 # ---- Parts ---------------------------------------------------------------------------------
@@ -112,12 +118,7 @@ def write_part(
             f"{made_from.rows:,} went into it. Rows were lost or doubled; the part was not "
             "written. This is a fault of COURIER: please report it."
         )
-    rows = in_order(
-        pa.Table.from_arrays(
-            [rows[field.name].cast(field.type) for field in schema], schema=schema
-        ),
-        [table.key, *table.then_by],
-    )
+    rows = _as_table(table, schema, rows)
     for field in schema:
         if not field.nullable and rows[field.name].null_count:
             example = laws.name_row(table, rows.filter(pc.is_null(rows[field.name])), 0)
@@ -143,22 +144,49 @@ def write_part(
     write_json(_receipt_path(folder, shard, shards), receipt)
 
 
+def _as_table(table: Table, schema: pa.Schema, rows: pa.Table) -> pa.Table:
+    """Returns `rows` of this schema, sorted as `table` says."""
+    columns = [rows[field.name].cast(field.type) for field in schema]
+    return in_order(pa.Table.from_arrays(columns, schema=schema), [table.key, *table.then_by])
+
+
+def limit_row_groups(size: int) -> None:
+    """Makes row groups that this process writes have at most `size` bytes, uncompressed.
+
+    It lasts until the next call, in all threads. A group has one row at least.
+    """
+    global _row_group_bytes
+    _row_group_bytes = size
+
+
 def write_parquet(path: str, rows: pa.Table) -> tuple[int, str]:
     """Writes one Parquet file, zstd; returns how many bytes it has and their sha256, hex.
 
     It has no dictionary pages for lists of floats, which never repeat, and no statistics of lists,
     which nobody filters by.
     """
+    length = min(_ROW_GROUP_ROWS, _row_group_bytes * len(rows) // max(rows.nbytes, 1) or 1)
+    data, largest = _encoded(rows, length)
+    while largest > _row_group_bytes and length > 1:  # some rows are larger than the mean
+        length = max(1, length // 2)
+        data, largest = _encoded(rows, length)
+    files.write_bytes(path, data)
+    return data.size, hashlib.sha256(data).hexdigest()
+
+
+def _encoded(rows: pa.Table, length: int) -> tuple[pa.Buffer, int]:
+    """Returns a Parquet file of row groups of `length` rows, and the bytes of the largest group."""
     flat = [f.name for f in rows.schema if not pa.types.is_nested(f.type)]
     # In memory first: a writer that is interrupted at its file complains when it is thrown away.
     sink = pa.BufferOutputStream()
     pq.write_table(
-        rows, sink, compression="zstd", row_group_size=_ROW_GROUP_ROWS, use_dictionary=flat,
+        rows, sink, compression="zstd", row_group_size=length, use_dictionary=flat,
         write_statistics=flat,
     )  # fmt: skip
     data = sink.getvalue()
-    files.write_bytes(path, data)
-    return data.size, hashlib.sha256(data).hexdigest()
+    footer = pq.read_metadata(pa.BufferReader(data))
+    groups = [footer.row_group(n).total_byte_size for n in range(footer.num_row_groups)]
+    return data, max(groups, default=0)
 
 
 def receipts(folder: str) -> list[dict[str, Any]]:
@@ -196,6 +224,40 @@ def first_examples(parts: Iterable[Mapping[str, Any]]) -> dict[str, list[int | s
         for name, ids in part["examples"].items():
             found[name] = found.get(name, {}) | dict.fromkeys(ids)
     return {name: list(ids)[:EXAMPLES] for name, ids in sorted(found.items())}
+
+
+def fold(folder: str, table: Table, parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the fewest files of some 8 MB at most that hold all parts of a table, as receipts do.
+
+    They are a power of two, each of a range of the hash that those of its parts make up. The parts,
+    of the given receipts in shard order, stay where they are. Those of a table of more than 512 MB,
+    and those that are few already, are returned as they are.
+    """
+    sizes = np.array([part["bytes"] if part["rows"] else 0 for part in parts])
+    count = 1
+    while count < len(parts) and sizes.reshape(count, -1).sum(axis=1).max() > _FOLDED_FILE:
+        count *= 2
+    if count == len(parts) or sizes.sum() > _FOLDED_TABLE:
+        return list(parts)
+    together = len(parts) // count
+    return [
+        _folded(folder, table, parts[n * together : (n + 1) * together], n, count)
+        for n in range(count)
+    ]
+
+
+def _folded(
+    folder: str, table: Table, parts: Sequence[dict[str, Any]], shard: int, shards: int
+) -> dict[str, Any]:
+    """Writes one file of the rows of `parts`; returns what a receipt says of it."""
+    filled = [part for part in parts if part["rows"]] or parts[:1]
+    found = Partition(folder, {"files": filled})
+    with ThreadPoolExecutor(_PART_READERS) as pool:
+        rows = pa.concat_tables(pool.map(read_parquet, found.paths))
+    rows = _as_table(table, found.schema, rows)
+    name = part_name(shard, shards) + ".parquet"
+    size, sha256 = write_parquet(os.path.join(folder, name), rows)
+    return {"name": name, "rows": len(rows), "bytes": size, "sha256": sha256}
 
 
 # ---- Partitions ----------------------------------------------------------------------------

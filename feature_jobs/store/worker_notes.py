@@ -1,7 +1,7 @@
 """Carries notes between launcher and workers, by files below the staging folder.
 
-The launcher tells what share of a host a process has, workers tell errors, warnings, counts and
-what they used.
+The launcher tells what share of a host a process has and how large its row groups are; workers tell
+errors, warnings, counts and what they used.
 """
 
 import functools
@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 from feature_jobs.schemas import CourierError
-from feature_jobs.store import faults, files, threads, usage
+from feature_jobs.store import faults, files, partitions, threads, usage
 from feature_jobs.store.documents import digest, parse_json, read_json, write_json
 
 # As Python prints one, and Beam goes on.
@@ -30,13 +30,13 @@ def refusing(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Iterato
     The DoFn has its staging folder as `staging`. Once anything there was refused, the job runs to
     its end without doing more, and the launcher raises the error word for word. Raised in a worker
     it would be tried again, and reach the operator as a traceback within a traceback. So is a disk
-    told that is full, the worker's own included. The process keeps to the threads that `share_host`
-    told, and leaves what it used where that is in another process.
+    told that is full, the worker's own included. The process keeps to what `tell` told it, and
+    leaves what it used where that is in another process.
     """
 
     @functools.wraps(process)
     def guarded(self: Any, element: Any) -> Iterator[Any]:
-        is_asked = _keep_to_share(self.staging)
+        is_asked = _keep_to_told(self.staging)
         errors = os.path.join(self.staging, "errors")
         if files.list_names(errors):
             return
@@ -52,31 +52,35 @@ def refusing(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Iterato
     return guarded
 
 
-def share_host(staging: str, share: threads.Share) -> None:
-    """Tells the workers of the job below `staging` how many threads each process may use.
+def tell(staging: str, share: threads.Share, row_group_bytes: int) -> None:
+    """Tells the workers of the job below `staging` what each process is to keep to.
 
-    Asks those in other processes than this one, the launcher's, what they use (`usage`).
+    That is how many threads it may use, and how many bytes a row group has at most. Asks those in
+    other processes than this one, the launcher's, what they use (`usage`).
     """
-    write_json(_share_path(staging), asdict(share))
+    told = {"share": asdict(share), "row_group_bytes": row_group_bytes}
+    write_json(_told_path(staging), told)
     _launched.add(staging)
-    _keep_to_share.cache_clear()  # the local engine's workers are in this process
+    _keep_to_told.cache_clear()  # the local engine's workers are in this process
 
 
 _launched: set[str] = set()  # the staging folders of this process's own jobs
 
 
 @functools.cache
-def _keep_to_share(staging: str) -> bool:
-    """Keeps this process to its share; returns whether a launcher elsewhere asks what it uses."""
-    path = _share_path(staging)
-    told = files.read_if_there(path)
-    if told is not None:
-        threads.limit(threads.Share(**parse_json(path, told)).count())
-    return told is not None and staging not in _launched
+def _keep_to_told(staging: str) -> bool:
+    """Keeps this process to what was told; returns whether a launcher elsewhere asks what it uses."""
+    path = _told_path(staging)
+    found = files.read_if_there(path)
+    if found is not None:
+        told = parse_json(path, found)
+        threads.limit(threads.Share(**told["share"]).count())
+        partitions.limit_row_groups(told["row_group_bytes"])
+    return found is not None and staging not in _launched
 
 
-def _share_path(staging: str) -> str:
-    return os.path.join(staging, "threads.json")
+def _told_path(staging: str) -> str:
+    return os.path.join(staging, "told.json")
 
 
 def refused(staging: str) -> list[CourierError]:

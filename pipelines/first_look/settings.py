@@ -160,6 +160,8 @@ $impressions_columns
 # How the folder of a day is named in every table, if all your tables spell it otherwise. To be
 # chosen before the first night: a name by which the newest night is not found is refused.
 # partition = "ds={ds}"
+# A row group, which readers hold in memory at once, has at most so many MB, uncompressed.
+# row_group_mb = 128
 
 # Beam's own options, as Beam spells them; [beam.embed] and the like are for one stage alone.
 [beam]

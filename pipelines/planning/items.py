@@ -240,7 +240,7 @@ class PlannedFeatures(Planned):
                 look.table(day.stage.upstream[0], ITEM_EMBEDDINGS).slim(),
                 look.table(day.stage.upstream[0], ITEM_REJECTS).slim(), day.folder,
                 day.pinned.encoder.categories, day.schema, features_before(day),
-                day.of_another_lineage, day.stage.staging,
+                day.of_another_lineage, day.stage.staging, day.stage.shards,
             )
             for day in days
         ]  # fmt: skip

@@ -34,13 +34,15 @@ class Layout:
 
     Tables with user IDs, and what is written on the way to them, lie below `user_root`, all else
     below `root`: where the two differ, whoever may read items sees no users. `partition` names the
-    folder of a day in each table, as `DayNames` does.
+    folder of a day in each table, as `DayNames` does. A row group has at most `row_group_bytes`,
+    uncompressed.
     """
 
     root: str
     feature_set: str
     user_root: str
     partition: str = "ds={ds}"
+    row_group_bytes: int = partitions.ROW_GROUP_BYTES
 
     def of(self, feature_set: str) -> "Layout":
         """Returns where another feature set lies beside this one."""

@@ -148,7 +148,10 @@ def make(
         states.begin(one.stage, why.get(one.stage.run_id, ()), look)
     folder, kind = job_folder(planned), type(planned[0])
     try:
-        run_job(lambda root: kind.wire(root, planned, folder), folder, run_pipeline, share)
+        run_job(
+            lambda root: kind.wire(root, planned, folder), folder, run_pipeline, share,
+            planned[0].stage.layout.row_group_bytes,
+        )  # fmt: skip
     finally:
         with contextlib.suppress(CourierError):  # which would hide what the job ended for
             for one in planned:
@@ -164,15 +167,16 @@ def run_job(
     staging: str,
     run_pipeline: Callable[[Callable[[Any], None]], None],
     share: threads.Share,
+    row_group_bytes: int = partitions.ROW_GROUP_BYTES,
 ) -> None:
     """Runs the job that `define` wires to write below `staging`, in its `share` of the workers.
 
-    Adds what its workers used to what this process did (`usage`). Raises a worker's CourierError
-    word for word.
+    Row groups that it writes have at most `row_group_bytes`. Adds what its workers used to what this
+    process did (`usage`). Raises a worker's CourierError word for word.
     """
     for folder in ("errors", "usage"):  # of an earlier run
         files.delete_tree(os.path.join(staging, folder))
-    worker_notes.share_host(staging, share)
+    worker_notes.tell(staging, share, row_group_bytes)
     try:
         run_pipeline(define)
     except Exception as error:
@@ -213,16 +217,21 @@ def seal(one: Planned, table: Table) -> None:
             f"job ended well ({folder}). The table would lack rows. Run the command again; if it "
             "happens again, delete that folder."
         )
-    counts = partitions.sum_counts(parts)
+    counts, rows = partitions.sum_counts(parts), sum(part["rows"] for part in parts)
     if table is stage.tables[0]:
         _check_all_reached(one, counts)
+    made = parts
+    if table is not stage.tables[0] or not rows:  # the shards are as many as the first one needs
+        partitions.limit_row_groups(stage.layout.row_group_bytes)
+        made = partitions.fold(folder, table, parts)
     manifest = {
         "table": table.name,
         "ds": str(stage.ds),
         "feature_set": None if table.shared else stage.layout.feature_set,
         "run_id": stage.run_id,
-        "files": [{k: v for k, v in part.items() if k not in _OF_RECEIPT} for part in parts],
-        "rows": sum(part["rows"] for part in parts),
+        "files": [{k: v for k, v in part.items() if k not in _OF_RECEIPT} for part in made],
+        "rows": rows,
+        "shards": stage.shards,
         "counts": counts,
         "histograms": partitions.sum_histograms(parts),
         "examples": partitions.first_examples(parts),

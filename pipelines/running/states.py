@@ -212,7 +212,7 @@ def _changes(old: Partition, stage: Stage) -> Iterator[str]:
     for name in changed:
         if name != "log_rows" or len(changed) == 1:  # they follow from the log
             yield _input_changed(name, then.get(name), now.get(name), upstream)
-    shards = len(old.manifest["files"])
+    shards = old.manifest.get("shards", len(old.manifest["files"]))  # not told by earlier versions
     if shards != stage.shards and old.manifest["inputs"] == now:
         yield f"it had {shards} shards, has {stage.shards}"
 

@@ -82,6 +82,7 @@ threads = 3
 [output]
 user_root = "gs://users/features"
 partition = "dt={ds:%Y%m%d}"
+row_group_mb = 64
 
 [beam]
 runner = "FlinkRunner"
@@ -166,7 +167,11 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
             "impression_rows": {"warn": 1.5, "fail": 2.0},
         },
         "workers": {"threads": 3},
-        "output": {"user_root": "gs://users/features", "partition": "dt={ds:%Y%m%d}"},
+        "output": {
+            "user_root": "gs://users/features",
+            "partition": "dt={ds:%Y%m%d}",
+            "row_group_mb": 64,
+        },
         "pins": (
             {
                 "from_ds": dt.date(2026, 1, 5),

@@ -240,6 +240,7 @@ def jobs_below(
             FeaturesJob(
                 *items[day], codebooks[book], CATEGORIES, schema, previous,
                 day > 0 and CODEBOOK[day - 1] != book, str(top / str(day)),
+                SHARDS[day],
             )
         )  # fmt: skip
     return found

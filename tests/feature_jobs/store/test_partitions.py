@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import duckdb
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
@@ -195,6 +196,112 @@ def test_a_part_needs_every_column_and_leaves_out_further_ones(tmp_path: Path) -
     (receipt,) = partitions.receipts(str(tmp_path))
     found = partitions.read_parquet(str(tmp_path / receipt["name"])).column_names
     assert found == ["user_id", "item_ids", "click_times"]
+
+
+# ---- Sizes -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def groups_of() -> Iterator[Callable[[int], None]]:
+    """Gives what limits row groups, until the test ends."""
+    yield partitions.limit_row_groups
+    partitions.limit_row_groups(partitions.ROW_GROUP_BYTES)
+
+
+def sizes_of_groups(path: Path) -> list[tuple[int, int]]:
+    """Returns rows and uncompressed bytes of each row group."""
+    footer = pq.read_metadata(path)
+    groups = [footer.row_group(n) for n in range(footer.num_row_groups)]
+    return [(group.num_rows, group.total_byte_size) for group in groups]
+
+
+def test_a_row_group_has_at_most_so_many_rows_and_so_many_bytes(
+    tmp_path: Path, groups_of: Callable[[int], None]
+) -> None:
+    path, numbers = tmp_path / "x", pa.table({"x": np.arange(40_000)})
+    partitions.write_parquet(str(path), numbers)
+    assert [rows for rows, _ in sizes_of_groups(path)] == [32_768, 40_000 - 32_768]
+    _, rows = embeddings(1000)  # of a thousand bytes each
+    groups_of(100_000)
+    partitions.write_parquet(str(path), rows)
+    sizes = sizes_of_groups(path)
+    assert sum(count for count, _ in sizes) == 1000
+    assert max(size for _, size in sizes) <= 100_000
+    assert len(sizes) < 20
+    assert pq.read_table(path)["item_id"].to_pylist() == rows["item_id"].to_pylist()
+
+
+def test_rows_larger_than_the_mean_and_narrow_numbers_keep_row_groups_to_the_limit_too(
+    tmp_path: Path, groups_of: Callable[[int], None]
+) -> None:
+    """Parquet stores an int8 in four bytes; and all long lists may stand side by side."""
+    sizes = np.where(np.arange(2000) < 100, 1000, 1)
+    lists = arrays.list_array(sizes, pa.array(np.arange(sizes.sum()) % 100, pa.int8()))
+    path = tmp_path / "x"
+    groups_of(50_000)
+    partitions.write_parquet(str(path), pa.table({"x": lists}))
+    assert max(size for _, size in sizes_of_groups(path)) <= 50_000
+    groups_of(10)  # less than a row
+    partitions.write_parquet(str(path), pa.table({"x": lists.slice(0, 5)}))
+    assert [rows for rows, _ in sizes_of_groups(path)] == [1] * 5
+
+
+def folded(folder: str) -> partitions.Partition:
+    """Returns the partition of a table's parts, folded."""
+    parts = partitions.fold(folder, USER_HISTORIES, partitions.receipts(folder))
+    return partitions.Partition(folder, {"files": parts})
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(keys=KEYS, parts=SHARDS, readers=SHARDS, file=st.sampled_from([1, 3000, 10**6]))
+def test_parts_fold_into_files_that_hold_every_row_in_its_range_and_in_order(
+    tmp_path_factory: pytest.TempPathFactory, keys: list, parts: int, readers: int, file: int
+) -> None:
+    schema, rows = histories(keys)
+    folder = str(tmp_path_factory.mktemp("table"))
+    made = write_table(folder, schema, rows, parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partitions, "_FOLDED_FILE", file)
+        found = folded(folder)
+        assert folded(folder) == found  # as after a kill
+    assert len(found.paths) in (1, 2, 4, 8, 16, 32, 64)
+    assert len(found.paths) <= parts
+    assert found.rows == len(keys)
+    for shard in range(readers):
+        mine, theirs = (
+            one.read_shard(shard, readers, "user_id").sort_by("user_id") for one in (found, made)
+        )
+        assert mine.equals(theirs)
+    for path, told in zip(found.paths, found.manifest["files"], strict=True):
+        ids = partitions.read_parquet(path)["user_id"].to_pylist()
+        assert ids == sorted(ids)
+        assert pq.read_schema(path).equals(made.schema, check_metadata=True)
+        data = Path(path).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (told["bytes"], told["sha256"])
+        assert len(ids) == told["rows"]
+
+
+def test_as_few_files_as_keep_to_their_size_are_folded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(tmp_path)
+    schema, rows = histories(list(range(1000)))
+    made = write_table(folder, schema, rows, 16)
+    size = sum(file["bytes"] for file in made.manifest["files"])
+    for file, count in ((2 * size, 1), (size // 2, 4), (size // 10, 16), (1, 16)):
+        monkeypatch.setattr(partitions, "_FOLDED_FILE", file)
+        assert len(folded(folder).paths) == count
+    monkeypatch.setattr(partitions, "_FOLDED_FILE", size)
+    monkeypatch.setattr(partitions, "_FOLDED_TABLE", size - 1)
+    assert folded(folder).manifest["files"] == made.manifest["files"]
+
+
+def test_parts_without_rows_fold_into_one_file_without_rows(tmp_path: Path) -> None:
+    schema, rows = histories([])
+    write_table(str(tmp_path), schema, rows, 8)
+    found = folded(str(tmp_path))
+    assert [file["rows"] for file in found.manifest["files"]] == [0]
+    assert found.schema.equals(schema)
 
 
 # ---- What readers find -----------------------------------------------------------------------

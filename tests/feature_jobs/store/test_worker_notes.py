@@ -17,7 +17,7 @@ from feature_jobs.schemas import (
     OperatorError,
     StorageUnavailable,
 )
-from feature_jobs.store import documents, threads, usage, worker_notes
+from feature_jobs.store import documents, partitions, threads, usage, worker_notes
 from tests.support.processes import start
 
 
@@ -79,20 +79,22 @@ def test_a_full_disk_of_a_worker_reaches_the_launcher_with_its_place(
         assert str(found).startswith(f"{told or '/scratch'} could not be written (")
 
 
-def test_workers_keep_to_the_threads_that_the_launcher_told_each_job(
+def test_workers_keep_to_the_threads_and_row_groups_that_the_launcher_told_each_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits: list[int] = []
+    sizes: list[int] = []
     monkeypatch.setattr(threads, "limit", limits.append)
+    monkeypatch.setattr(partitions, "limit_row_groups", sizes.append)
     one, other = Worker(tmp_path / "one"), Worker(tmp_path / "other")
-    worker_notes.share_host(one.staging, threads.Share(3))
-    worker_notes.share_host(other.staging, threads.Share(2))
+    worker_notes.tell(one.staging, threads.Share(3), 300)
+    worker_notes.tell(other.staging, threads.Share(2), 200)
     for worker in (one, one, other):
         assert list(worker.process(1)) == [1]
-    assert limits == [3, 2]  # once in a process
-    worker_notes.share_host(one.staging, threads.Share(1))  # the job is run again
+    assert (limits, sizes) == ([3, 2], [300, 200])  # once in a process
+    worker_notes.tell(one.staging, threads.Share(1), 100)  # the job is run again
     list(one.process(1))
-    assert limits[2:] == [1]
+    assert (limits[2:], sizes[2:]) == ([1], [100])
 
 
 def test_a_heartbeat_is_one_file_that_grows_with_what_is_counted(tmp_path: Path) -> None:
@@ -155,14 +157,14 @@ list(Worker().process(float(sys.argv[3])))
 def test_what_worker_processes_used_adds_up(tmp_path: Path) -> None:
     staging, file = str(tmp_path / "job"), tmp_path / "file"
     file.write_bytes(bytes(3000))
-    worker_notes.share_host(staging, threads.Share(1))
+    worker_notes.tell(staging, threads.Share(1), 100)
     seconds = (0.2, 0.5)
     processes = [start(WORK, staging, file, one) for one in seconds]
     assert [process.wait(60) for process in processes] == [0, 0]
     used = worker_notes.used_by_workers(staging)
     assert len(os.listdir(tmp_path / "job/usage")) == 2
     assert sum(seconds) <= used.cpu_seconds
-    told = len((tmp_path / "job/threads.json").read_bytes())
+    told = len((tmp_path / "job/told.json").read_bytes())
     assert (used.bytes_read, used.bytes_written) == (2 * (3000 + told), 2 * 1000)
     assert 200_000_000 < used.peak_memory_bytes < 400_000_000  # of one of them
 
@@ -171,9 +173,9 @@ def test_a_worker_in_the_launchers_process_tells_nothing_that_the_launcher_measu
     tmp_path: Path,
 ) -> None:
     worker = Worker(tmp_path)
-    worker_notes.share_host(worker.staging, threads.Share(1))
+    worker_notes.tell(worker.staging, threads.Share(1), 100)
     list(worker.process(1))
-    assert os.listdir(tmp_path) == ["threads.json"]
+    assert os.listdir(tmp_path) == ["told.json"]
     assert worker_notes.used_by_workers(worker.staging) == usage.Usage()
 
 
@@ -183,7 +185,7 @@ def test_a_worker_tells_again_what_it_used_since_and_seldom(
     monkeypatch.setattr(worker_notes, "_launched", set())  # as in another process
     worker, clock = Worker(tmp_path), [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    worker_notes.share_host(worker.staging, threads.Share(1))
+    worker_notes.tell(worker.staging, threads.Share(1), 100)
     worker_notes._launched.clear()
     write = worker_notes.write_json
 

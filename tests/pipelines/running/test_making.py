@@ -9,15 +9,24 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from feature_jobs.schemas import DataContractError, StorageUnavailable
-from feature_jobs.store import documents, partitions, usage, worker_notes
+from feature_jobs.schemas import (
+    ITEM_EMBEDDINGS,
+    ITEM_REJECTS,
+    DataContractError,
+    StorageUnavailable,
+)
+from feature_jobs.store import documents, hashing, partitions, usage, worker_notes
+from feature_jobs.store.partitions import Partition
 from feature_jobs.store.threads import Share
 from pipelines.running import making, states
 from pipelines.running.layout import Layout
 from pipelines.running.locks import Locks
 from pipelines.running.stage import Stage
+from pipelines.running.states import Look
 from pipelines.stages import EMBED
 from tests.support.small_nights import JustAStage
+from tests.support.table_rows import embeddings
+from tests.support.world import DAYS
 
 
 def stage_of(root: Path, shards: int = 1) -> JustAStage:
@@ -135,3 +144,46 @@ def test_what_workers_used_and_cannot_be_read_hides_no_error(
     monkeypatch.setattr(worker_notes, "used_by_workers", away)
     with pytest.raises(RuntimeError, match="Beam failed"):
         making.run_job(lambda _: None, str(tmp_path), fail, Share())
+
+
+def sealed(root: Path, embedded: int, rejected: int) -> tuple[Partition, Partition]:
+    """Returns the two tables of four shards each, of so many rows, as they are sealed."""
+    one = stage_of(root, shards=4)
+    states.begin(one.stage, (), Look())
+    rejects = ITEM_REJECTS.schema(pa.int64())
+    row = {"stage": "read", "reason": "missing", "message": "m", "attempts": 1}
+    row |= {"first_ds": one.stage.ds, "last_ds": one.stage.ds, "next_ds": DAYS[-1]}
+    fallen = [{"item_id": item, **row} for item in range(rejected)]
+    schema, rows = embeddings(20)
+    made = {
+        ITEM_EMBEDDINGS: (schema, rows.slice(20 - embedded)),  # from item 0 on
+        ITEM_REJECTS: (rejects, pa.Table.from_pylist(fallen, schema=rejects)),
+    }
+    for table, (schema, rows) in made.items():
+        shard = hashing.shard_of(hashing.hash_ids(rows["item_id"]), 4)
+        for n in range(4):
+            mine = rows.filter(pa.array(shard == n))
+            folder, counts = one.stage.staged_folder(table), {"seen": len(mine)}
+            partitions.write_part(folder, table, schema, mine, n, 4, counts)
+    found = []
+    for table in one.stage.tables:
+        making.seal(one, table)
+        making.seal(one, table)  # as after a kill
+        found.append(partitions.find_staged(one.stage.staged_folder(table)))
+    return tuple(found)
+
+
+@pytest.mark.parametrize(
+    ("embedded", "rejected", "files"), [(20, 6, (4, 1)), (20, 0, (4, 1)), (0, 20, (1, 1))]
+)
+def test_a_table_that_comes_with_another_is_sealed_in_few_files_and_an_empty_one_in_one(
+    tmp_path: Path, embedded: int, rejected: int, files: tuple[int, int]
+) -> None:
+    found = sealed(tmp_path, embedded, rejected)
+    assert tuple(len(partition.paths) for partition in found) == files
+    for partition, rows in zip(found, (embedded, rejected), strict=True):
+        assert (partition.rows, partition.manifest["rows"]) == (rows, rows)
+        assert partition.manifest["counts"] == {"seen": rows}
+        assert partition.manifest["shards"] == 4
+        read = pa.concat_tables(map(partitions.read_parquet, partition.paths))
+        assert sorted(read["item_id"].to_pylist()) == list(range(rows))
