@@ -397,18 +397,29 @@ def fit_codebook(
 @click.option("--start-ds", type=Ds(), help="First day. [default: the last 14 that there are]")
 @click.option("--end-ds", type=Ds(), help="Last day. [default: the last one]")
 @click.option("--tables", is_flag=True, help="A line for each day, with the rows of its tables.")
+@click.option(
+    "--ddl",
+    type=click.Choice(["spark", "bigquery", "duckdb"]),
+    help="Instead, the SQL that makes the tables known there.",
+)
 @json_option
 def status(
     config: str, ds: dt.date | None, start_ds: dt.date | None, end_ds: dt.date | None,
-    tables: bool, json: bool,
+    tables: bool, ddl: str | None, json: bool,
 ) -> None:  # fmt: skip
     """Say how the last night went, what is next and unfinished, and which days and pins there are.
 
     With --ds it ends with 0 where the night of that day is whole, with 3 where it was refused or is
     on hold, and with 4 where it is not there.
     """
+    from pipelines.reports import ddl as ddls
     from pipelines.reports import status as statuses
 
+    if ddl:
+        if ds or start_ds or end_ds or tables or json:
+            raise click.UsageError("--ddl prints SQL for all days, and goes with no other option.")
+        click.echo(ddls.statements(_settings(config), ddl))
+        return
     if ds and (start_ds or end_ds):
         raise click.UsageError("Give one day as --ds, or several as --start-ds and --end-ds.")
     found = statuses.collect(_settings(config), ds or start_ds, ds or end_ds)
