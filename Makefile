@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs pins
+.PHONY: help demo test check java readers bench docs pins
 
 VENV := .venv
 DEMO ?= demo
@@ -19,6 +19,7 @@ help:
 	@echo 'make demo    a small synthetic shop in $(DEMO)/, an encoder trained on it, three nights of features'
 	@echo 'make test    the tests'
 	@echo 'make check   what CI runs: format check, lint, types, tests'
+	@echo 'make readers reads published tables with Spark, which it installs beside (needs Java 17)'
 	@echo 'make bench   the benchmarks in tests/benchmarks'
 	@echo 'make docs    pipelines/docs/settings.md anew after a change of settings'
 	@echo 'make pins    requirements.txt anew after a change of setup.py (needs uv)'
@@ -72,13 +73,33 @@ demo: $(READY)
 # Each file of tests in one process, so that what it sets up is set up once; in the order of
 # tests/conftest.py, which is not that of their numbers of tests.
 test: $(READY)
-	python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	python -m pytest -q -m 'not readers' \
+		--numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	ruff format --check .
 	ruff check .
 	mypy
 	$(MAKE) test
+
+# Spark has an environment of its own: it is large, needs Java, and nothing else of ours does.
+SPARK := 4.3.0
+READERS := .venv-readers
+SPARK_READY := $(READERS)/pyspark-$(SPARK)-installed
+
+java:
+	@java -version >/dev/null 2>&1 || { echo 'make readers reads with Spark, which needs Java 17' \
+		'or later, and no java on PATH runs here. Install one, as by apt-get install' \
+		'openjdk-17-jre-headless; make check goes without.' >&2; exit 1; }
+
+$(SPARK_READY):
+	rm -rf $(READERS)
+	python -m venv $(READERS)
+	$(READERS)/bin/python -m pip install pyspark==$(SPARK)
+	@touch $@
+
+readers: java $(READY) $(SPARK_READY)
+	python -m pytest -q -m readers tests/pipelines/test_readers.py
 
 bench: $(READY)
 	for b in $(wildcard tests/benchmarks/bench_*.py); do echo "== $$b"; python $$b || exit 1; done

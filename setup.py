@@ -49,6 +49,7 @@ setup(
             "hypothesis",
             "mypy",
             "pandas",
+            "polars",
             "pytest",
             "pytest-xdist",
             "ruff",

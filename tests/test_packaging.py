@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,7 @@ def dry_run(target: str) -> str:
         ("demo", ["courier demo", "courier train", "courier refresh", "courier status"]),
         ("test", ["python -m pytest"]),
         ("check", ["ruff format --check .", "ruff check .", "mypy", "python -m pytest"]),
+        ("readers", ["java -version", "python -m pytest -q -m readers"]),
         ("docs", ["python -m tests.support.settings_page"]),
         ("bench", ["tests/benchmarks" if any(ROOT.glob("tests/benchmarks/*.py")) else "for b in"]),
     ],
@@ -162,7 +164,14 @@ def test_make_does_what_its_help_says(target: str, commands: list[str]) -> None:
 
 def test_ci_runs_what_make_check_runs() -> None:
     assert os.access(ROOT / ".ci/run", os.X_OK)
-    assert "make check" in read(".ci/run")
+    assert re.findall(r"\bmake \w+(?= <)", read(".ci/run")) == ["make check", "make readers"]
+
+
+def test_make_readers_says_what_it_lacks_without_java() -> None:
+    make, env = shutil.which("make"), {"PATH": "nowhere"}
+    done = subprocess.run([make, "java"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "needs Java 17 or later" in done.stderr
 
 
 # ---- Nothing of the machine it was written on ----------------------------------------------
