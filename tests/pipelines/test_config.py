@@ -410,6 +410,8 @@ def test_every_problem_is_told_at_once(folder: Path) -> None:
         ("year={ds:%Y}/month={ds:%m}/day={ds:%d}", "the name of one folder"),
         ("_{ds}", "the name of one folder"),
         ("{ds}*", "the name of one folder"),
+        ("category={ds}", "item_embeddings has a column of that name"),
+        ("user_id={ds:%Y%m%d}", "user_histories has a column of that name"),
     ],
 )
 def test_a_partition_that_names_no_folder_of_one_day_is_refused(
@@ -628,6 +630,16 @@ def test_a_carried_column_that_would_overwrite_ours_is_refused(folder: Path, col
     assert "carry" in message
     assert column in message
     assert "price" not in message
+
+
+def test_a_carried_column_that_is_named_as_the_key_of_days_is_refused(folder: Path) -> None:
+    """Readers would take the day for it."""
+    text = with_line('carry = ["price", "dt"]', "[impressions]")
+    assert "carry" in refusal(folder, f'{text}\n[output]\npartition = "dt={{ds:%Y%m%d}}"\n')
+    assert load(folder, f'{text}\n[output]\npartition = "day={{ds}}"\n').log.carry == (
+        "price",
+        "dt",
+    )
 
 
 def test_a_beam_section_of_no_stage_is_refused(folder: Path) -> None:
