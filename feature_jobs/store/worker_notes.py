@@ -69,7 +69,7 @@ _launched: set[str] = set()  # the staging folders of this process's own jobs
 
 @functools.cache
 def _keep_to_told(staging: str) -> bool:
-    """Keeps this process to what was told; returns whether a launcher elsewhere asks what it uses."""
+    """Keeps this process to what was told; returns whether another one asks what it uses."""
     path = _told_path(staging)
     found = files.read_if_there(path)
     if found is not None:

@@ -171,8 +171,8 @@ def run_job(
 ) -> None:
     """Runs the job that `define` wires to write below `staging`, in its `share` of the workers.
 
-    Row groups that it writes have at most `row_group_bytes`. Adds what its workers used to what this
-    process did (`usage`). Raises a worker's CourierError word for word.
+    Row groups that it writes have at most `row_group_bytes`. Adds what its workers used to what
+    this process did (`usage`). Raises a worker's CourierError word for word.
     """
     for folder in ("errors", "usage"):  # of an earlier run
         files.delete_tree(os.path.join(staging, folder))

@@ -195,6 +195,7 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
     assert settings.impressions.input_timezone == "America/New_York"
     assert settings.impressions.click_delay_seconds == 2.0
     assert settings.impressions.carry == ("price", "device")
+    assert settings.layout.row_group_bytes == 64_000_000
     assert (settings.impressions.columns.user_id, settings.impressions.columns.history) == (
         "uid",
         "recent",

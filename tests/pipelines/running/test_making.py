@@ -3,6 +3,7 @@
 import contextlib
 import datetime as dt
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,20 @@ def test_what_workers_used_and_cannot_be_read_hides_no_error(
     monkeypatch.setattr(worker_notes, "used_by_workers", away)
     with pytest.raises(RuntimeError, match="Beam failed"):
         making.run_job(lambda _: None, str(tmp_path), fail, Share())
+
+
+def test_workers_are_told_how_large_a_row_group_may_be(tmp_path: Path) -> None:
+    stage = stage_of(tmp_path).stage
+    one = JustAStage(replace(stage, layout=replace(stage.layout, row_group_bytes=7)))
+    told = []
+
+    def look(_: Callable) -> None:
+        told.append(documents.read_json(f"{making.job_folder([one])}/told.json"))
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        making.make([one], look, Share(), Locks())
+    assert told[0]["row_group_bytes"] == 7
 
 
 def sealed(root: Path, embedded: int, rejected: int) -> tuple[Partition, Partition]:
