@@ -44,7 +44,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts) -> Worl
     world.put(NORMAL[0], picture(77))
     world.image(NORMAL[1]).unlink()
     world.write_impressions(SECOND, draw_impressions(SECOND, seed=77))
-    assert refresh(world, SECOND, "--remake", "--allow-churn") == 0
+    assert refresh(world, SECOND, "--remake", "--accept", "churn", "--reason", "a test") == 0
     assert make_rows(world, SECOND, SECOND) == 0
     return world
 
