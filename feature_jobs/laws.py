@@ -1,9 +1,10 @@
 """Checks what must hold of each published table (DESIGN §3), on the rows of one part.
 
 A table's law is one pure function of rows in memory. It yields the ways to break it, each with the
-rows that do; `check` raises for the first that has any. Parts are checked where they are written;
-how many rows a table has in all is for whoever publishes it. A partition that is read may have come
-to harm since: who computes with its embeddings asks `check_unit`.
+rows that do; `check` raises for the first that has any, `breaches` tells them all. Parts are
+checked where they are written; how many rows a table has in all is for whoever publishes it. A
+partition that is read may have come to harm since: who computes with its embeddings asks
+`check_unit`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -41,11 +42,16 @@ Limits = Mapping[str, int]
 
 
 class Breach(NamedTuple):
-    """Is a way to break a law: what is said of the `rows` bool [n] that do, and what helps."""
+    """Is a way to break a law: what is said of the `rows` bool [n] that do, and what helps.
+
+    One that is `fatal` leaves nothing to look at further: lists are not what the rest of the law
+    takes them for.
+    """
 
     what: str
     rows: np.ndarray
     remedy: str = _OURS
+    fatal: bool = False
 
 
 Breaches = Iterator[Breach]
@@ -57,17 +63,28 @@ def check(table: Table, rows: pa.Table, limits: Limits | None = None) -> None:
     `limits` are those of the settings and the codebook, by column: the largest of its values, the
     most places that its lists have, or, of sim_scores, how many they all have.
     """
+    for breach in breaches(table, rows, limits):
+        bad = np.flatnonzero(breach.rows)
+        raise DataContractError(
+            f"{table.name} breaks its law in {name_row(table, rows, int(bad[0]))}: "
+            f"{breach.what}. {len(bad):,} of {len(rows):,} rows of the part do. Whoever "
+            f"joins the table counts on it. {breach.remedy}"
+        )
+
+
+def breaches(table: Table, rows: pa.Table, limits: Limits | None = None) -> Breaches:
+    """Yields all ways in which `rows` break the law of `table`, as `check` takes them.
+
+    After a fatal one nothing more is looked at.
+    """
     rows = rows.combine_chunks()  # once for all; no copy where a column is one chunk
     law = LAWS[table.name]
-    for laid_down in (_in_order(table, rows), _no_null(table, rows), law(rows, limits or {})):
+    for laid_down in (in_order(table, rows), _no_null(table, rows), law(rows, limits or {})):
         for breach in laid_down:
-            bad = np.flatnonzero(breach.rows)
-            if len(bad):
-                raise DataContractError(
-                    f"{table.name} breaks its law in {name_row(table, rows, int(bad[0]))}: "
-                    f"{breach.what}. {len(bad):,} of {len(rows):,} rows of the part do. Whoever "
-                    f"joins the table counts on it. {breach.remedy}"
-                )
+            if breach.rows.any():
+                yield breach
+                if breach.fatal:
+                    return
 
 
 def name_row(table: Table, rows: pa.Table, at: int) -> str:
@@ -119,7 +136,7 @@ def _item_embeddings(rows: pa.Table, _: Limits) -> Breaches:
     # What is broken here may have been so the day before, and carried over.
     vectors = _lists(rows["embedding"])
     wrong = vectors.sizes != EMBEDDING_DIM
-    yield Breach(f"an embedding has not {EMBEDDING_DIM} floats", wrong, _EMBED_ANEW)
+    yield Breach(f"an embedding has not {EMBEDDING_DIM} floats", wrong, _EMBED_ANEW, fatal=True)
     wrong = _not_unit(vectors.matrix(EMBEDDING_DIM))
     yield Breach("an embedding is no finite unit vector", wrong, _EMBED_ANEW)
     left = _numbers(pc.is_valid(rows["left_catalogue_ds"]))
@@ -161,7 +178,8 @@ def _item_features(rows: pa.Table, limits: Limits) -> Breaches:
         yield Breach("a second_distance is below centre_distance or not finite", wrong)
     if "embedding" in rows.column_names:
         vectors = _lists(rows["embedding"])
-        yield Breach(f"an embedding has not {EMBEDDING_DIM} floats", vectors.sizes != EMBEDDING_DIM)
+        wrong = vectors.sizes != EMBEDDING_DIM
+        yield Breach(f"an embedding has not {EMBEDDING_DIM} floats", wrong, fatal=True)
         points = vectors.matrix(EMBEDDING_DIM)
         yield Breach("an embedding is no finite unit vector", _not_unit(points) & has_feature)
         wrong = points.any(axis=1) & ~has_feature
@@ -171,9 +189,12 @@ def _item_features(rows: pa.Table, limits: Limits) -> Breaches:
 def _user_simscores(rows: pa.Table, limits: Limits) -> Breaches:
     scores, masks, tiers = (_lists(rows[name]) for name in ("sim_scores", "sim_mask", "simtier"))
     length = limits.get("sim_scores", int(scores.sizes.max(initial=0)))
-    yield Breach("sim_scores are not history_len long", scores.sizes != length)
-    yield Breach("sim_mask is not aligned with sim_scores", masks.sizes != length)
-    yield Breach(f"simtier has not {SIM_TIERS} tiers", tiers.sizes != SIM_TIERS)
+    for what, lists, size in (
+        ("sim_scores are not history_len long", scores, length),
+        ("sim_mask is not aligned with sim_scores", masks, length),
+        (f"simtier has not {SIM_TIERS} tiers", tiers, SIM_TIERS),
+    ):
+        yield Breach(what, lists.sizes != size, fatal=True)
 
     score, mask = scores.matrix(length), masks.matrix(length)
     yield Breach("a sim_mask is neither 0 nor 1", masks.have(_outside(mask, 0, 1)))
@@ -218,8 +239,8 @@ LAWS: dict[str, Callable[[pa.Table, Limits], Breaches]] = {
 # ---- What laws are made of --------------------------------------------------------------------
 
 
-def _in_order(table: Table, rows: pa.Table) -> Breaches:
-    """States that rows ascend by the table's key, which is unique."""
+def in_order(table: Table, rows: pa.Table) -> Breaches:
+    """States that rows ascend by the table's key, which is unique; needs no other column."""
     names, pairs = (table.key, *table.then_by), max(0, len(rows) - 1)
     falls, same = np.zeros(pairs, bool), np.ones(pairs, bool)  # from each row to the next
     for name in names:
@@ -237,7 +258,7 @@ def _no_null(table: Table, rows: pa.Table) -> Breaches:
             lists = _lists(rows[column.name])
             if lists.values.null_count:
                 nulls = lists.have(_numbers(lists.values.is_null()))
-                yield Breach(f"there is a null in a list of {column.name}", nulls)
+                yield Breach(f"there is a null in a list of {column.name}", nulls, fatal=True)
 
 
 class _Lists(NamedTuple):

@@ -25,6 +25,7 @@ from pipelines.options import (
     Ds,
     PathText,
     beam_argument,
+    checked_days_options,
     config_option,
     days_options,
     ds_option,
@@ -454,6 +455,26 @@ def audit(config: str, ds: dt.date, impressions: int, from_log: bool, json: bool
             f"{report.leaks[0]}. A model trained on features that know the future, or miss what "
             "was known, fails online. Mend what is named, and make the day again."
         )
+
+
+@cli.command()
+@checked_days_options
+@click.option("--fast", is_flag=True, help="Take the bytes of files for right, without checksums.")
+def validate(config: str, days: Sequence[dt.date], fast: bool, json: bool) -> None:
+    """Check what is published of one day or several: every byte, every law, every gate again.
+
+    Files are those of the manifest, rows keep the laws of their tables, tables fit each other and
+    the night's record, and a sample of scores is computed again from the shop's own log. Writes
+    nothing. Ends with 1 where something is broken, 3 where a gate would refuse it now, 4 where a
+    day is not there, or is being published just now.
+    """
+    from pipelines.reports import validate as validations
+
+    found = validations.validate(_settings(config), days, fast)
+    told = [day.as_json() for day in found]
+    text = dumps(told[0] if len(days) == 1 else told, indent=1)
+    click.echo(text if json else validations.render(found))
+    validations.refuse(found)
 
 
 @cli.command()

@@ -151,22 +151,34 @@ def days_options(command: F) -> F:
         ),
         click.option("--reason", help="Why: said with --accept, and recorded."),
     )
-    days = (
-        click.option("--ds", type=Ds(), help="The day to make."),
-        click.option("--start-ds", type=Ds(), help="Or the first of several days."),
-        click.option("--end-ds", type=Ds(), help="And the last of them."),
-    )
     rest = (*accept, remake_option, dry_run_option, json_option, beam_argument)
 
     @functools.wraps(command)
-    def with_days(
-        ds: dt.date | None, start_ds: dt.date | None, end_ds: dt.date | None,
-        accept: tuple[str, ...], reason: str | None, **given: Any,
-    ) -> Any:  # fmt: skip
+    def with_accepted(accept: tuple[str, ...], reason: str | None, **given: Any) -> Any:
         if bool(accept) != bool(reason):
             raise click.UsageError("--accept GATE and --reason WHY go together.")
-        days = days_asked(ds, start_ds, end_ds)
-        return command(days=days, accepted=(accept, reason or ""), **given)
+        return command(accepted=(accept, reason or ""), **given)
+
+    return _with_days(cast(F, with_accepted), "make", rest)
+
+
+def checked_days_options(command: F) -> F:
+    """Gives `command` the options of one that looks at what is published of one ds or several."""
+    return _with_days(command, "look at", (json_option,))
+
+
+def _with_days(command: F, to_do: str, rest: Sequence[Callable[[F], F]]) -> F:
+    days = (
+        click.option("--ds", type=Ds(), help=f"The day to {to_do}."),
+        click.option("--start-ds", type=Ds(), help="Or the first of several days."),
+        click.option("--end-ds", type=Ds(), help="And the last of them."),
+    )
+
+    @functools.wraps(command)
+    def with_days(
+        ds: dt.date | None, start_ds: dt.date | None, end_ds: dt.date | None, **given: Any
+    ) -> Any:
+        return command(days=days_asked(ds, start_ds, end_ds), **given)
 
     return _with((config_option, *days, *rest), cast(F, with_days))
 

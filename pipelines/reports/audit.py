@@ -115,6 +115,32 @@ def audit(
 
     Raises OperatorError, DataContractError or InputNotReady where its features could not be made.
     """
+    day, scores, look, rows, report = _open(settings, ds, from_log, say)
+    if len(rows):
+        _audit_features(_Bucket(scores, look, rows, report.bucket, report.buckets), sample, report)
+    else:
+        report.tell(UNVERIFIED, f"ds {ds} has no impressions in this bucket: nothing to look at")
+    _audit_clicks(rows, scores.has_history, report)
+    _audit_artefacts(day, scores, look, report)
+    return report
+
+
+def recompute(settings: Settings, ds: dt.date) -> Report:
+    """Makes the features of the bucket of ds again and compares them with what is published.
+
+    Raises as `audit` does, of which it is a part.
+    """
+    _, scores, look, rows, report = _open(settings, ds, False, lambda _: None)
+    if len(rows):
+        bucket = _Bucket(scores, look, rows, report.bucket, report.buckets)
+        _audit_published(bucket, bucket.features(), report)
+    return report
+
+
+def _open(
+    settings: Settings, ds: dt.date, from_log: bool, say: Callable[[str], None]
+) -> tuple[DayPlan, PlannedScores, Look, pa.Table, Report]:
+    """Plans ds and reads the impressions of its bucket; the report has nothing to tell yet."""
     options = NightOptions(allow_overlap=True, from_log=from_log)
     day = DayPlan(Range(settings, settings.layout, say, options), ds)
     night = plan_day(day, [SIMSCORE])
@@ -123,14 +149,7 @@ def audit(
     bucket = ds.toordinal() % buckets
     rows = _rows_of_bucket(scores.log.log, bucket, buckets, scores, settings.history_len)
     users = pc.count_distinct(rows["user_id"]).as_py()
-    report = Report(str(ds), bucket, buckets, len(rows), users)
-    if len(rows):
-        _audit_features(_Bucket(scores, night.look, rows, bucket, buckets), sample, report)
-    else:
-        report.tell(UNVERIFIED, f"ds {ds} has no impressions in this bucket: nothing to look at")
-    _audit_clicks(rows, scores.has_history, report)
-    _audit_artefacts(day, scores, night.look, report)
-    return report
+    return day, scores, night.look, rows, Report(str(ds), bucket, buckets, len(rows), users)
 
 
 # ---- Features of a bucket ----------------------------------------------------------------------

@@ -150,6 +150,32 @@ def line(name: str, done: int, total: int, facts: str, unit: str = "") -> str:
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def counting(name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Gives what tells, from any thread, that so many more units of `total` are done.
+
+    It shows a bar on a terminal's stderr, or a line now and then elsewhere.
+    """
+    done, shown, telling = 0, time.monotonic(), threading.Lock()
+
+    def add(some: int) -> None:
+        nonlocal done, shown
+        with telling:
+            done += some
+            if time.monotonic() - shown < _pause(bar):
+                return
+            shown = time.monotonic()
+            facts = f"{(shown - started) * (total - done) / max(1, done):,.0f} s left"
+            if bar.disable:
+                tqdm.write(line(name, done, total, facts, unit), file=sys.stderr)
+            else:
+                _move(bar, done, total, facts)
+
+    started = shown
+    with _bar(name, total) as bar:
+        yield add
+
+
 # ---- Training ----------------------------------------------------------------------------------
 
 

@@ -1,0 +1,468 @@
+"""Validates what is published: every law and gate again, whoever made it and whatever came since.
+
+Of each day and each table: `_SUCCESS` names the manifest, the manifest names all files that an
+engine would read and no others, and the rows of each keep every law (`validate_parts`); tables fit
+each other (`validate_joins`), what they were made from, and the night's record; a sample of scores
+is computed again from the shop's own log, as `audit` does. Nothing is written. All that is found is
+told: a damaged file ends nothing but its own check.
+"""
+
+import datetime as dt
+import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import pyarrow as pa
+
+from feature_jobs import __version__
+from feature_jobs.schemas import (
+    ITEM_EMBEDDINGS,
+    ITEM_FEATURES,
+    TABLES,
+    TRAINING_ROWS,
+    USER_HISTORIES,
+    USER_SIMSCORES,
+    CourierError,
+    DataContractError,
+    GateRefused,
+    InputNotReady,
+    Table,
+)
+from feature_jobs.store import files, partitions, threads
+from feature_jobs.store.documents import parse_json
+from feature_jobs.store.partitions import MANIFEST, SUCCESS, Partition
+from feature_jobs.store.protocol import is_hidden
+from pipelines.config import Settings
+from pipelines.reports import audit
+from pipelines.reports.validate_joins import Checked, check_joins
+from pipelines.reports.validate_parts import (
+    BROKEN,
+    NOT_READY,
+    REFUSED,
+    UNVERIFIED,
+    WARNING,
+    Finding,
+    Part,
+    Published,
+    check_part,
+)
+from pipelines.running import progress, records
+from pipelines.running.layout import Layout
+
+FILE_LIST = "_files.txt"
+_LEVELS = (BROKEN, REFUSED, NOT_READY, WARNING, UNVERIFIED)
+_OF_FILE = ("name", "rows", "bytes", "sha256")
+_OF_MANIFEST = ("table", "ds", "files", "rows", "run_id", "version")
+# What manifests have by now; without it the laws that need it are not asked.
+_MORE = ("feature_set", "identities", "inputs", "settings", "made_from", "counts")
+
+
+@dataclass
+class Day:
+    """Holds what was found of a day: its tables, what they took, and what is wrong with them."""
+
+    ds: dt.date
+    tables: dict[str, dict[str, Any]] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    recomputed: int = 0
+    seconds: float = 0.0
+
+    @property
+    def rows(self) -> int:
+        return sum(table["rows"] for table in self.tables.values())
+
+    @property
+    def bytes(self) -> int:
+        return sum(table["bytes"] for table in self.tables.values())
+
+    @property
+    def rate(self) -> float:
+        """Returns the megabytes that were checked in a second."""
+        return self.bytes / 1e6 / max(self.seconds, 1e-9)
+
+    def of_level(self, level: str) -> list[Finding]:
+        return [finding for finding in self.findings if finding.level == level]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "ds": str(self.ds),
+            "sound": not any(map(self.of_level, (BROKEN, REFUSED, NOT_READY))),
+            "rows": self.rows,
+            "bytes": self.bytes,
+            "seconds": round(self.seconds, 3),
+            "mb_per_second": round(self.rate, 1),
+            "recomputed_impressions": self.recomputed,
+            "tables": self.tables,
+            "findings": [finding.as_json() for finding in self.findings],
+        }
+
+
+def validate(settings: Settings, days: Sequence[dt.date], fast: bool) -> list[Day]:
+    """Validates all that is published of `days`; without checksums where it is to be `fast`.
+
+    Raises OperatorError where the tables lie elsewhere than the settings say.
+    """
+    if not settings.layout.begun_days(ITEM_EMBEDDINGS):
+        records.refuse_other_layout(settings.layout, ITEM_EMBEDDINGS)
+    return [_validate_day(settings, ds, fast) for ds in days]
+
+
+def _validate_day(settings: Settings, ds: dt.date, fast: bool) -> Day:
+    started, day, opened = time.monotonic(), Day(ds), list[_Opened]()
+    for table in TABLES.values():
+        one = _Opened(settings.layout, table, ds)
+        day.findings += one.findings
+        if one.found:
+            opened.append(one)
+    if not opened and not day.findings:
+        told = f"nothing is published of ds {ds}: `courier refresh --ds {ds}` makes it"
+        day.findings.append(Finding(NOT_READY, "", "there is no such day", told))
+    tables = {one.table.name: one.found for one in opened if one.found}
+    with ThreadPoolExecutor(threads.budget()) as pool:
+        checked = _check_files(tables, fast, ds, pool)
+        day.findings += check_joins(checked, pool)
+    for found in tables.values():
+        day.findings += _of_manifest(found, settings, ds)
+    day.findings += _made_from(tables, settings.layout, _names_of(day, NOT_READY))
+    day.findings += _of_record(tables, settings.layout, ds, _names_of(day, NOT_READY))
+    _recompute(settings, day, checked)
+    day.findings += judged_again(settings, ds)
+    for one in opened:
+        if not one.stands():  # what was read of it is of two versions
+            day.findings = [x for x in day.findings if x.table != one.table.name] + [one.not_ready]
+    day.findings.sort(key=lambda finding: _LEVELS.index(finding.level))
+    day.tables = {name: _described(table) for name, table in checked.items()}
+    day.seconds = time.monotonic() - started
+    return day
+
+
+def _names_of(day: Day, level: str) -> set[str]:
+    return {finding.table for finding in day.of_level(level)}
+
+
+def _described(checked: Checked) -> dict[str, Any]:
+    manifest, part = checked.found.manifest, checked.part
+    told = {name: manifest[name] for name in ("version", "run_id")}
+    return {"rows": part.rows, "bytes": part.bytes, "files": len(manifest["files"]), **told}
+
+
+def judged_again(settings: Settings, ds: dt.date) -> list[Finding]:
+    """Returns what the gates say of a day as it is published."""
+    return []
+
+
+# ---- Opening -----------------------------------------------------------------------------------
+
+
+class _Opened:
+    """Opens what is published of a table of one ds: `found`, None with `findings` that say why."""
+
+    def __init__(self, layout: Layout, table: Table, ds: dt.date):
+        self.table, self._ds = table, ds
+        self._folder = layout.folder(table, ds)
+        self.found: Published | None = None
+        self.findings: list[Finding] = []
+        self._success = files.read_if_there(os.path.join(self._folder, SUCCESS))
+        path = os.path.join(self._folder, MANIFEST)
+        manifest = files.read_if_there(path)
+        if manifest is None:
+            self._without_manifest()
+        elif self._success is None or self._success.strip() != _digest(manifest):
+            self.findings.append(self.not_ready)
+        else:
+            self._parse(path, manifest)
+
+    @property
+    def not_ready(self) -> Finding:
+        """Returns what is told of a table that has no `_SUCCESS` of its manifest."""
+        return Finding(
+            NOT_READY, self.table.name, "_SUCCESS does not name the manifest",
+            f"ds {self._ds} is being published just now, or a run died at it: ask again, or run "
+            f"`courier refresh --ds {self._ds}`",
+        )  # fmt: skip
+
+    def _without_manifest(self) -> None:
+        if self._success is not None:
+            self._tell("the manifest is not there", f"{self._folder} has a {SUCCESS} alone")
+        elif any(not is_hidden(name) for name in files.list_names(self._folder)):
+            self.findings.append(self.not_ready)
+
+    def _parse(self, path: str, data: bytes) -> None:
+        try:
+            manifest = parse_json(path, data)
+        except DataContractError as error:
+            self._tell("the manifest cannot be read", str(error))
+            return
+        lacks = [name for name in _OF_MANIFEST if name not in manifest]
+        if not lacks:
+            entries = manifest["files"]
+            lacks = [name for name in _OF_FILE if any(name not in file for file in entries)]
+        if lacks:
+            self._tell("the manifest cannot be read", f"{path} lacks {', '.join(lacks)}")
+            return
+        self.found = Published(self.table, Partition(self._folder, manifest))
+
+    def _tell(self, law: str, text: str) -> None:
+        self.findings.append(Finding(BROKEN, self.table.name, law, text))
+
+    def stands(self) -> bool:
+        """Returns whether what was opened is what is published still."""
+        return files.read_if_there(os.path.join(self._folder, SUCCESS)) == self._success
+
+
+def _digest(manifest: bytes) -> bytes:
+    return hashlib.sha256(manifest).hexdigest().encode()
+
+
+# ---- Files -------------------------------------------------------------------------------------
+
+
+def _check_files(
+    tables: Mapping[str, Published], fast: bool, ds: dt.date, pool: ThreadPoolExecutor
+) -> dict[str, Checked]:
+    """Checks all files of a day, as many at once as there are cores."""
+    todo = [(found, n) for found in tables.values() for n in range(len(found.manifest["files"]))]
+    total = sum(found.manifest["files"][n]["bytes"] for found, n in todo)
+    parts: dict[str, list[Part]] = {name: [] for name in tables}
+    with progress.counting(f"validate {ds}", total, "byte ") as add:
+
+        def check(one: tuple[Published, int]) -> Part:
+            part = check_part(*one, fast)
+            add(part.bytes)
+            return part
+
+        for (found, _), part in zip(todo, pool.map(check, todo), strict=True):
+            parts[found.name].append(part)
+    return {name: Checked(tables[name], Part.together(found)) for name, found in parts.items()}
+
+
+# ---- Manifests ---------------------------------------------------------------------------------
+
+
+def _of_manifest(found: Published, settings: Settings, ds: dt.date) -> Iterator[Finding]:
+    """Yields what of a manifest does not fit its place, its own files, or what lies beside it."""
+    manifest, table = found.manifest, found.table
+    feature_set = None if table.shared else settings.feature_set
+    place = {"table": table.name, "ds": str(ds), "feature_set": feature_set}
+    other = [f"{k} {manifest[k]!r}" for k, v in place.items() if manifest.get(k, v) != v]
+    if other:
+        told = f"it says {', '.join(other)}"
+        yield found.finding("the manifest is that of another table or day", told)
+    if manifest["rows"] != found.partition.rows:
+        told = f"it says {manifest['rows']:,} rows, its files have {found.partition.rows:,}"
+        yield found.finding("rows were lost or doubled", told)
+    now = partitions.version_of({k: v for k, v in manifest.items() if k != "version"})
+    if "identities" in manifest and now != manifest["version"]:
+        told = f"it says {manifest['version']}, its files and identities give {now}"
+        yield found.finding("the version is not that of the content", told)
+    yield from _names(found)
+    yield from _earlier(found)
+
+
+def _names(found: Published) -> Iterator[Finding]:
+    """Yields files that are too many, or do not stand where their shard does."""
+    folder, named = found.partition.folder, [file["name"] for file in found.manifest["files"]]
+    there = [name for name in files.list_names(folder) if not is_hidden(name)]
+    if more := sorted(set(there) - set(named)):
+        told = f"{', '.join(more[:3])} {'lies' if len(more) == 1 else f'({len(more):,}) lie'} in "
+        told += f"{folder}, which the manifest does not name: engines that glob read it too"
+        yield found.finding("there is a file too many", told)
+    shards = len(named)
+    parts = [partitions.part_name(shard, shards) for shard in range(shards)]
+    if shards & (shards - 1) or not all(map(str.startswith, named, parts)):
+        told = f"they are {', '.join(named[:3])}{', …' if shards > 3 else ''}"
+        yield found.finding("the files are not one for each shard", told)
+    listed = files.read_if_there(os.path.join(folder, FILE_LIST))
+    if listed is not None and listed.decode(errors="replace").splitlines() != found.partition.paths:
+        told = f"{os.path.join(folder, FILE_LIST)} names others, or in another order"
+        yield found.finding("the file list names other files than the manifest", told)
+
+
+def _earlier(found: Published) -> Iterator[Finding]:
+    """Yields what an earlier version of COURIER did not write, and so is not checked."""
+    by = found.manifest.get("versions", {}).get("courier")
+    lacks = [name for name in _MORE if name not in found.manifest]
+    if lacks or by != __version__:
+        what = f"; it says nothing of {', '.join(lacks)}, by which it is not checked" * bool(lacks)
+        told = f"it is of COURIER {by or '(unknown)'}, this is {__version__}{what}"
+        yield found.finding("the manifest is of another version", told, UNVERIFIED)
+
+
+# ---- What it was made from ---------------------------------------------------------------------
+
+
+def _made_from(
+    tables: Mapping[str, Published], layout: Layout, changing: set[str]
+) -> Iterator[Finding]:
+    """Yields what was made from other versions than are published, or by other artefacts.
+
+    Of tables that are `changing` just now nothing can be said.
+    """
+    for found in tables.values():
+        ds = found.manifest["ds"]
+        then = dict(found.manifest.get("made_from", {}))
+        before = then.pop("before", {})
+        for name, version in then.items():
+            there = tables[name].partition.version if name in tables else None
+            if there == version or name in changing:
+                continue
+            told = f"{name} was {version}, and is {there or 'not there'} now: run `courier refresh "
+            yield found.finding("an upstream was made again since", f"{told}--ds {ds}`")
+        yield from _goes_on(found, before, layout)
+    yield from _artefacts(tables)
+    logs = [
+        tables[name].manifest.get("inputs", {}).get("impressions")
+        for name in (USER_HISTORIES.name, USER_SIMSCORES.name)
+        if name in tables
+    ]
+    if len(logs) == 2 and logs[0] != logs[1]:
+        told = "user_histories is of another log than these scores, as `courier status` says too"
+        yield tables[USER_SIMSCORES.name].finding("it is stale", told, WARNING)
+
+
+def _goes_on(found: Published, before: Mapping[str, str], layout: Layout) -> Iterator[Finding]:
+    """Yields a warning where the day before that it goes on from is another by now.
+
+    What a night goes on from may be another feature set's, where the encoder changed.
+    """
+    ds = dt.date.fromisoformat(found.manifest["ds"])
+    previous = found.manifest.get("inputs", {}).get("previous")
+    earlier = dt.date.fromisoformat(previous["ds"]) if previous else ds - dt.timedelta(days=1)
+    for name, version in before.items():
+        there = partitions.published_version(layout.folder(TABLES[name], earlier))
+        sets = [*layout.feature_sets(), *layout.candidates()]
+        folders = (layout.of(one).folder(TABLES[name], earlier) for one in sets)
+        if there and there != version and version not in map(partitions.published_version, folders):
+            told = f"it goes on from {name} of ds {earlier} as {version}, which is {there} by now"
+            yield found.finding("it is stale", told, WARNING)
+
+
+def _artefacts(tables: Mapping[str, Published]) -> Iterator[Finding]:
+    """Yields tables that another encoder or codebook made than made those before them."""
+    for name in ("encoder_id", "codebook_id"):
+        made_by = {
+            found.name: found.manifest["identities"][name]
+            for found in tables.values()
+            if name in found.manifest.get("identities", {})
+        }
+        first = next(iter(made_by), "")
+        for table, identity in made_by.items():
+            if identity != made_by[first]:
+                told = f"its {name} is {identity}, that of {first} is {made_by[first]}"
+                yield tables[table].finding("tables of one night are of two artefacts", told)
+
+
+# ---- The night's record ------------------------------------------------------------------------
+
+
+def _of_record(
+    tables: Mapping[str, Published], layout: Layout, ds: dt.date, changing: set[str]
+) -> Iterator[Finding]:
+    """Yields what the record of a night says that is not so."""
+    law = "the night's record names what is not published"
+    try:
+        record = records.read_night(layout, ds)
+    except DataContractError as error:
+        yield Finding(BROKEN, "", law, str(error))
+        return
+    if record is None:
+        if set(tables) - {TRAINING_ROWS.name}:
+            told = "a whole night has one: what is there was checked, and nothing that is missing"
+            yield Finding(UNVERIFIED, "", "there is no record of the night", told)
+        return
+    place = {"ds": str(ds), "feature_set": layout.feature_set}
+    if other := [f"{k} {record.get(k)!r}" for k, v in place.items() if record.get(k) != v]:
+        yield Finding(BROKEN, "", law, f"it says {', '.join(other)}")
+    for name, entry in record.get("tables", {}).items():
+        if name in changing:
+            continue
+        there = tables[name].manifest if name in tables else {}
+        for what in ("version", "rows"):
+            if entry.get(what) != there.get(what):
+                told = f"it says {what} {entry.get(what)}, published is {there.get(what, 'none')}"
+                yield Finding(BROKEN, name, law, told)
+                break
+
+
+# ---- A sample, computed again ------------------------------------------------------------------
+
+
+def _recompute(settings: Settings, day: Day, checked: Mapping[str, Checked]) -> None:
+    """Computes the scores of a bucket of users again, where all that they are made of is whole."""
+    if USER_SIMSCORES.name not in checked or settings.impressions is None:
+        return
+    found = checked[USER_SIMSCORES.name].found
+    needed = [ITEM_EMBEDDINGS.name, ITEM_FEATURES.name, USER_SIMSCORES.name]
+    not_whole = [name for name in needed if name not in checked or not checked[name].part.is_whole]
+    if not_whole:
+        why = f"{', '.join(not_whole)} cannot be read"
+    else:
+        try:
+            report = audit.recompute(settings, day.ds)
+        except (CourierError, pa.ArrowException, OSError) as error:
+            why = f"what they are made from cannot be read any more ({error})"
+        else:
+            for leak in report.leaks:
+                day.findings.append(found.finding("scores are not what their inputs give", leak))
+            unverified = [x.text for x in report.findings if x.level == audit.UNVERIFIED]
+            if not unverified:
+                day.recomputed = report.impressions
+                return
+            why = "; ".join(unverified)
+    law = "no score was computed again"
+    day.findings.append(found.finding(law, why, UNVERIFIED))
+
+
+# ---- Telling -----------------------------------------------------------------------------------
+
+
+def render(days: Iterable[Day]) -> str:
+    """Writes a line for each day, and below it what is wrong with it."""
+    lines = [f"{'ds':10}  {'tables':>6}  {'rows':>15}  {'MB':>11}  {'MB/s':>7}"]
+    for day in days:
+        rate = f"{day.bytes / 1e6:11,.1f}  {day.rate:7,.1f}"
+        lines.append(f"{day.ds}  {len(day.tables):6}  {day.rows:15,}  {rate}  {_summary(day)}")
+        for _, alike in groupby(day.findings, key=lambda x: (x.level, x.table, x.law)):
+            first, *others = alike
+            more = f" (and {len(others):,} more like it)" if others else ""
+            where = first.table or "night"
+            lines.append(f"  {first.level:10}  {where}: {first.law}: {first.text}{more}")
+    return "\n".join(lines)
+
+
+def _summary(day: Day) -> str:
+    counted = Counter(finding.level for finding in day.findings)
+    told = [f"{counted[level]:,} {level}" for level in _LEVELS if counted[level]]
+    again = f"{day.recomputed:,} impressions scored again" if day.recomputed else ""
+    sound = "" if any(counted[level] for level in _LEVELS[:3]) else "sound"
+    return ", ".join(filter(None, [sound, *told, again]))
+
+
+def refuse(days: Sequence[Day]) -> None:
+    """Raises for the worst that was found: DataContractError, GateRefused, then InputNotReady."""
+    for level, kind in ((BROKEN, DataContractError), (REFUSED, GateRefused)):
+        if found := [(day, x) for day in days for x in day.of_level(level)]:
+            raise kind(_paragraph(level, found, len(days)))
+    if missing := [(day, x) for day in days for x in day.of_level(NOT_READY)]:
+        day, first = missing[0]
+        rest = f" So are {len(missing) - 1:,} more." if len(missing) > 1 else ""
+        raise InputNotReady(f"{first.table or 'ds'} {day.ds}: {first.text}.{rest}")
+
+
+def _paragraph(level: str, found: Sequence[tuple[Day, Finding]], days: int) -> str:
+    day, first = found[0]
+    broken = len({one.ds for one, _ in found})
+    what = "broken laws" if level == BROKEN else "refused gates"
+    return (
+        f"What is published is not what it should be: {what} {len(found):,}, of {broken:,} of the "
+        f"days asked for ({days:,}). The first, of ds {day.ds}: "
+        f"{first.table or 'the record of the night'}: {first.law}: {first.text}. A model trained on such tables is quietly wrong. Restore the files from a "
+        f"copy, bring back the night before (`courier rollback --ds {day.ds}`), or make the day "
+        f"again: `courier refresh --ds {day.ds} --remake --full`."
+    )

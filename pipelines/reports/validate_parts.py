@@ -1,0 +1,481 @@
+"""Checks one file of a published table: its bytes, its schema, and every law of its rows.
+
+A file is read once: what is hashed is what is decoded, a row group at a time. A law that a part
+keeps when it is written is asked again (`laws`); beside it stands here what was left to the maker
+of a table, since the rows alone tell it: means and histograms of scores, times before the end of
+the day, one encoder, the hash range of the shard, and what the manifest counts.
+"""
+
+import datetime as dt
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from feature_jobs import inputs, laws
+from feature_jobs.impressions.scores import mean_scores, simtier
+from feature_jobs.laws import Breach, Breaches
+from feature_jobs.schemas import (
+    ITEM_EMBEDDINGS,
+    ITEM_FEATURES,
+    ITEM_REJECTS,
+    MAIN,
+    TRAINING_ROWS,
+    USER_HISTORIES,
+    USER_SIMSCORES,
+    StorageUnavailable,
+    Table,
+    cluster_column,
+    cluster_field,
+)
+from feature_jobs.store import files, hashing
+from feature_jobs.store.partitions import Partition
+
+BROKEN, REFUSED, NOT_READY = "broken", "refused", "not ready"
+WARNING, UNVERIFIED = "warning", "unverified"
+_BLOCK_ROWS = 1024  # whose scores are looked at at once, so that they stay in the cache
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Tells of one thing that was found in a table, or in the night's record where `table` is "".
+
+    `level` is one of the names above, `law` what ought to hold, or what does not; `text` says where
+    it does not, and what is known of it.
+    """
+
+    level: str
+    table: str
+    law: str
+    text: str
+
+    def as_json(self) -> dict[str, str]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Holds a table of one ds as it is published; `partition` is what its manifest lists."""
+
+    table: Table
+    partition: Partition
+
+    @property
+    def name(self) -> str:
+        return self.table.name
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return self.partition.manifest
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.manifest.get("settings", {})
+        return found
+
+    @property
+    def sharded_by(self) -> str:
+        """Names the column by whose hash rows are spread over the files."""
+        return "user_id" if self.table.has_users else "item_id"
+
+    def finding(self, law: str, text: str, level: str = BROKEN) -> Finding:
+        return Finding(level, self.name, law, text)
+
+    @cached_property
+    def limits(self) -> dict[str, int]:
+        """Returns the limits of `laws.check` that the manifest tells."""
+        if self.table is ITEM_FEATURES:
+            top = self.settings.get("max_id", {})
+            return {cluster_column(label): most for label, most in top.items()}
+        names = {USER_HISTORIES.name: "item_ids", USER_SIMSCORES.name: "sim_scores"}
+        length = self.settings.get("history_len")
+        return {names[self.name]: length} if length and self.name in names else {}
+
+    @cached_property
+    def end_us(self) -> int | None:
+        """Returns the end of its day in microseconds since 1970; None where nothing tells it."""
+        zone, ds = self.settings.get("day_timezone"), self.manifest["ds"]
+        return inputs.day_end(dt.date.fromisoformat(ds), zone) if zone else None
+
+
+@dataclass
+class Part:
+    """Holds what was found of one file.
+
+    `counts` are those that its rows give of what a manifest counts; `histograms` likewise; `ids`
+    are the types of its IDs, where it has rows. It `is_whole` where its rows could be read.
+    """
+
+    bytes: int = 0
+    rows: int = 0
+    is_whole: bool = False
+    findings: list[Finding] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    histograms: dict[str, np.ndarray] = field(default_factory=dict)
+    ids: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def together(cls, parts: Sequence["Part"]) -> "Part":
+        """Returns what was found of all files of a table."""
+        total = cls(is_whole=all(part.is_whole for part in parts))
+        for part in parts:
+            total.bytes += part.bytes
+            total.rows += part.rows
+            total.findings += part.findings
+            total.counts.update(part.counts)
+            total.ids |= part.ids
+            for name, bins in part.histograms.items():
+                total.histograms[name] = add_bins(total.histograms.get(name), bins)
+        return total
+
+
+def check_part(found: Published, number: int, fast: bool) -> Part:
+    """Checks the file `number` of a table; without its checksum where it is to be `fast`."""
+    file, path = found.manifest["files"][number], found.partition.paths[number]
+    part, name = Part(), file["name"]
+
+    def tell(law: str, text: str) -> None:
+        part.findings.append(found.finding(law, text))
+
+    try:
+        data = files.read_bytes(path)
+    except FileNotFoundError:
+        tell("a file of the manifest is not there", f"{path} is gone")
+        return part
+    except StorageUnavailable as error:
+        tell("a file cannot be read", str(error))
+        return part
+    part.bytes = len(data)
+    if len(data) != file["bytes"]:
+        tell(
+            "a file has not the bytes that the manifest says",
+            f"{name} has {len(data):,} bytes, the manifest says {file['bytes']:,}: it was cut "
+            "short, or replaced",
+        )
+    elif not fast and hashlib.sha256(data).hexdigest() != file["sha256"]:
+        tell("a file has another content than was published", f"the sha256 of {name} is another")
+    if part.findings:
+        return part  # what its rows say is that of another file
+    try:
+        _check_content(found, number, data, part)
+    except (pa.ArrowException, OSError) as error:
+        first = str(error).splitlines()[0]
+        tell("a file cannot be read as Parquet", f"{name} is damaged ({first})")
+    return part
+
+
+def _check_content(found: Published, number: int, data: bytes, part: Part) -> None:
+    file = found.manifest["files"][number]
+    with pq.ParquetFile(pa.BufferReader(data)) as parquet:
+        part.rows = parquet.metadata.num_rows
+        if part.rows != file["rows"]:
+            told = f"{file['name']} has {part.rows:,} rows, the manifest says {file['rows']:,}"
+            part.findings.append(found.finding("rows were lost or doubled", told))
+        if wrong := list(_schema_faults(found, parquet)):
+            told = f"{file['name']}: {'; '.join(wrong)}"
+            part.findings.append(found.finding("the schema is not that of the table", told))
+            return
+        rows = _Rows(found, number, part)
+        for group in range(parquet.num_row_groups):
+            rows.look_at(parquet.read_row_group(group, use_threads=False).combine_chunks())
+        rows.end(parquet.schema_arrow)
+        part.is_whole = True
+
+
+# ---- Schema ------------------------------------------------------------------------------------
+
+
+def _schema_faults(found: Published, file: pq.ParquetFile) -> Iterator[str]:
+    """Yields in words what of a file's schema is not the table's."""
+    there = file.schema_arrow
+    expected = _expected_schema(found, there)
+    if "ds" in there.names:
+        yield "ds is inside, which readers take from the folder's name: they would have it twice"
+    missing = [name for name in expected.names if name not in there.names]
+    more = [name for name in there.names if name not in expected.names and name != "ds"]
+    for what, names in (("lacks", missing), ("has besides", more)):
+        if names:
+            yield f"it {what} {', '.join(names)}"
+    if not missing and not more and "ds" not in there.names and there.names != expected.names:
+        yield f"its columns stand in another order: {', '.join(there.names)}"
+    for name in expected.names:
+        if name not in there.names:
+            continue
+        mine, wanted = there.field(name), expected.field(name)
+        if mine.type != wanted.type:
+            yield f"{name} is {mine.type} instead of {wanted.type}"
+        elif mine.nullable != wanted.nullable:
+            yield f"{name} may {'' if mine.nullable else 'not '}be null"
+    paths = [file.schema.column(place).path for place in range(len(file.schema.names))]
+    for path in paths:
+        if "." in path and not path.endswith(".list.element"):
+            yield f"the values of {path.partition('.')[0]} are named {path}, not list.element"
+
+
+def _expected_schema(found: Published, there: pa.Schema) -> pa.Schema:
+    """Returns the schema that a file ought to have, by its own IDs where they may be IDs."""
+    table, optional = found.table, _optional(found, there)
+    own = {column.name for column in table.columns} | {"ds"}
+    if table is ITEM_FEATURES:
+        labels = [label for label in found.settings.get("max_id", {}) if label != MAIN]
+        extra = [cluster_field(label) for label in labels]
+    elif table is USER_SIMSCORES:
+        extra = [one for one in there if one.name not in own]  # carried from the shop's log
+    else:
+        extra = []
+    names = ("item_id", "user_id", "impression_id", "request_id")
+    ids = {name: _id_type(there, name) for name in names}
+    return table.schema(**ids, extra=extra, without=optional)
+
+
+def _optional(found: Published, there: pa.Schema) -> list[str]:
+    """Returns the columns that were not asked for, as the manifest says, or else as is there."""
+    asked = {
+        ITEM_FEATURES.name: ["embedding", "second_distance"],
+        USER_SIMSCORES.name: ["history_item_ids"],
+    }
+    columns = asked.get(found.name, [])
+    return [name for name in columns if not found.settings.get(name, name in there.names)]
+
+
+_LISTS = ("item_ids", "pv_item_ids")  # of item IDs, in the tables that have no item_id
+
+
+def _id_type(there: pa.Schema, name: str) -> pa.DataType:
+    """Returns the type of a kind of ID in a file: int64, unless it is string there."""
+    lists = _LISTS if name == "item_id" else ()
+    for column in (name, *lists):
+        if column in there.names:
+            kind = there.field(column).type
+            kind = kind.value_type if pa.types.is_list(kind) else kind
+            return pa.string() if pa.types.is_string(kind) else pa.int64()
+    return pa.int64()
+
+
+# ---- Rows --------------------------------------------------------------------------------------
+
+
+class _Told(NamedTuple):
+    """Counts the rows of a part that break a law; names one of them."""
+
+    rows: int
+    example: str
+
+
+class _Rows:
+    """Looks at the rows of one file, row group by row group."""
+
+    def __init__(self, found: Published, number: int, part: Part):
+        self._found, self._part = found, part
+        self._name = found.manifest["files"][number]["name"]
+        self._number, self._shards = number, len(found.manifest["files"])
+        self._told: dict[str, _Told] = {}
+        self._last: pa.Table | None = None
+        self._users: list[np.ndarray] = []
+
+    def look_at(self, rows: pa.Table) -> None:
+        """Looks at the rows of the next row group, in one chunk a column."""
+        if not len(rows):
+            return
+        found, table = self._found, self._found.table
+        keys = rows.select([table.key, *table.then_by])
+        if self._last is not None:  # it goes on where the group before ended
+            both = pa.concat_tables([self._last, keys.slice(0, 1)]).combine_chunks()
+            self._tell(both, laws.in_order(table, both))
+        self._last = keys.slice(len(keys) - 1)
+        fatal = self._tell(rows, _nulls(table, rows))
+        if not fatal:
+            fatal = self._tell(rows, laws.breaches(table, rows, found.limits))
+            self._tell(rows, self._of_shard(rows))
+        if not fatal:
+            self._tell(rows, _more_laws(found, rows))
+            self._count(rows)
+
+    def _tell(self, rows: pa.Table, breaches: Breaches) -> bool:
+        """Notes what breaks a law; returns whether nothing more can be looked at."""
+        fatal = False
+        for breach in breaches:
+            bad = np.flatnonzero(breach.rows)
+            if not len(bad):
+                continue
+            fatal |= breach.fatal
+            example = laws.name_row(self._found.table, rows, int(bad[0]))
+            before = self._told.get(breach.what, _Told(0, example))
+            self._told[breach.what] = _Told(before.rows + len(bad), before.example)
+        return fatal
+
+    def _of_shard(self, rows: pa.Table) -> Breaches:
+        hashes = hashing.hash_ids(rows[self._found.sharded_by])
+        if self._found.table is USER_SIMSCORES:
+            self._users.append(hashes)
+        elsewhere = hashing.shard_of(hashes, self._shards) != self._number
+        yield Breach(f"a {self._found.sharded_by} belongs into another file by its hash", elsewhere)
+
+    def _count(self, rows: pa.Table) -> None:
+        counts, histograms = _COUNTED.get(self._found.name, _nothing)(rows)
+        self._part.counts.update(counts)
+        for name, bins in histograms.items():
+            self._part.histograms[name] = add_bins(self._part.histograms.get(name), bins)
+
+    def end(self, schema: pa.Schema) -> None:
+        """Tells what was noted, once all row groups were looked at."""
+        part, found = self._part, self._found
+        if part.rows:
+            part.ids = {
+                name: str(_id_type(schema, name))
+                for name in ("item_id", "user_id")
+                if name == "item_id" or name in schema.names
+            }
+        if self._users:
+            users = pa.array(np.concatenate(self._users))
+            part.counts["users"] = pc.count_distinct(users).as_py()
+        for law, (rows, example) in self._told.items():
+            text = f"{rows:,} of {part.rows:,} rows of {self._name} break it, such as {example}"
+            part.findings.append(found.finding(law, text))
+
+
+def add_bins(one: np.ndarray | None, other: np.ndarray) -> np.ndarray:
+    """Adds two histograms bin by bin; the longer one tells how many bins there are."""
+    if one is None:
+        return other
+    long, short = (one, other) if len(one) >= len(other) else (other, one)
+    added = long.copy()
+    added[: len(short)] += short
+    return added
+
+
+def _nulls(table: Table, rows: pa.Table) -> Breaches:
+    """States that no column has a null that may have none."""
+    for column in table.columns:
+        is_there = column.name in rows.column_names
+        if is_there and not column.nullable and rows[column.name].null_count:
+            nulls = rows[column.name].is_null().to_numpy()
+            yield Breach(f"{column.name} is null", nulls, fatal=True)
+
+
+# ---- What the maker of a table answers for -----------------------------------------------------
+
+
+def _more_laws(found: Published, rows: pa.Table) -> Breaches:
+    """Yields what no law of rows alone can tell when they are written, or leaves to their maker."""
+    for name, identity in found.manifest.get("identities", {}).items():
+        if name in rows.column_names:
+            other = pc.not_equal(rows[name], identity)
+            yield Breach(f"{name} is not that of the manifest", _bool(other))
+    if found.end_us is not None:
+        yield from _not_after(found, rows, found.end_us)
+    if found.table is USER_SIMSCORES:
+        yield from _derived(rows)
+    ds = pa.scalar(dt.date.fromisoformat(found.manifest["ds"]))
+    for name in ("left_catalogue_ds", "last_ds"):
+        if name in rows.column_names:
+            yield Breach(f"{name} comes after ds", _bool(pc.greater(rows[name], ds)))
+
+
+def _bool(column: pa.ChunkedArray) -> np.ndarray:
+    """Returns a column of bools, null for false, as an array [n]."""
+    found: np.ndarray = pc.fill_null(column, False).to_numpy()
+    return found
+
+
+def _not_after(found: Published, rows: pa.Table, end_us: int) -> Breaches:
+    """States that nothing is of a moment after ds, where the table tells of ds alone."""
+    if "event_time" in rows.column_names:
+        times = rows["event_time"].cast(pa.int64()).to_numpy()
+        yield Breach("event_time comes after ds", times >= end_us)
+    if found.table is USER_HISTORIES:
+        lists = rows["click_times"].combine_chunks()
+        late = _bool(pc.greater_equal(lists.flatten().cast(pa.int64()), end_us))
+        if late.any():
+            of_row = pc.list_parent_indices(lists).to_numpy()[late]
+            late = np.bincount(of_row, minlength=len(rows)) > 0
+        else:
+            late = np.zeros(len(rows), bool)
+        yield Breach("a click comes after the end of ds, which histories end at", late)
+
+
+def _derived(rows: pa.Table) -> Breaches:
+    """States that mean and histogram are those of the scores; their law has been kept by then."""
+    lists = {name: rows[name].chunk(0).flatten().to_numpy() for name in _OF_SCORES}
+    scores, masks, tiers = (values.reshape(len(rows), -1) for values in lists.values())
+    known, means = rows["sim_known"].to_numpy(), rows["sim_mean"].to_numpy()
+    other_mean, other_tiers = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
+    for at in range(0, len(rows), _BLOCK_ROWS):
+        block = slice(at, at + _BLOCK_ROWS)
+        other_mean[block] = means[block] != mean_scores(scores[block], known[block])
+        counted = simtier(scores[block], masks[block])
+        other_tiers[block] = (counted != tiers[block]).any(axis=1)
+    yield Breach("sim_mean is not the mean of the real scores", other_mean)
+    yield Breach("simtier is not the histogram of the real scores", other_tiers)
+
+
+_OF_SCORES = ("sim_scores", "sim_mask", "simtier")
+
+
+# ---- What a manifest counts --------------------------------------------------------------------
+
+Counted = tuple[Mapping[str, int], Mapping[str, np.ndarray]]
+
+
+def _nothing(_: pa.Table) -> Counted:
+    return {}, {}
+
+
+def _embeddings(rows: pa.Table) -> Counted:
+    return {"former_items": len(rows) - _true(rows["in_catalogue"])}, {}
+
+
+def _rejects(rows: pa.Table) -> Counted:
+    found = pc.value_counts(rows["reason"]).to_pylist()
+    return {f"rejected_{one['values']}": one["counts"] for one in found}, {}
+
+
+def _features(rows: pa.Table) -> Counted:
+    clusters = [name for name in rows.column_names if name.startswith("cluster_")]
+    return {
+        "items": len(rows),
+        "items_with_cluster": _true(pc.greater(rows["cluster_id"], 0)),
+        "items_out_of_scope": len(rows) - _true(rows["in_scope"]),
+        **{f"{name} > 0": _true(pc.greater(rows[name], 0)) for name in clusters},
+    }, {}
+
+
+def _histories(rows: pa.Table) -> Counted:
+    return {"users": len(rows)}, {}
+
+
+def _training(rows: pa.Table) -> Counted:
+    has_history = pc.greater(pc.list_value_length(rows["click_item_ids"]), 0)
+    clicks = _true(pc.list_flatten(rows["pv_clicked"]))
+    return {"rows_with_history": _true(has_history), "clicks": clicks}, {}
+
+
+def _scores(rows: pa.Table) -> Counted:
+    lengths = np.bincount(rows["history_len"].to_numpy())
+    return {
+        "impressions": len(rows),
+        "clicks": _true(rows["clicked"]),
+        "without_history": int(lengths[0]),
+        "scored_impressions": _true(pc.greater(rows["sim_known"], 0)),
+    }, {"history_len": lengths}
+
+
+def _true(column: pa.Array | pa.ChunkedArray) -> int:
+    return int(pc.sum(column).as_py() or 0)
+
+
+_COUNTED: dict[str, Callable[[pa.Table], Counted]] = {
+    ITEM_EMBEDDINGS.name: _embeddings,
+    ITEM_REJECTS.name: _rejects,
+    ITEM_FEATURES.name: _features,
+    USER_HISTORIES.name: _histories,
+    TRAINING_ROWS.name: _training,
+    USER_SIMSCORES.name: _scores,
+}
