@@ -115,7 +115,8 @@ def _clicks_of_users(rows: pa.Table, limits: Limits) -> Breaches:
     """States the law of user_histories and recent_clicks: aligned lists, newest first."""
     items, times = _lists(rows["item_ids"]), _lists(rows["click_times"])
     yield Breach("a user has no click", items.sizes == 0)
-    yield Breach("item_ids and click_times are not aligned", items.sizes != times.sizes)
+    wrong = items.sizes != times.sizes
+    yield Breach("item_ids and click_times are not aligned", wrong, fatal=True)
     longest = limits.get("item_ids", np.inf)
     yield Breach("item_ids are more than history_len", items.sizes > longest)
     moments = _numbers(times.values.cast(pa.int64()))
@@ -198,7 +199,8 @@ def _user_simscores(rows: pa.Table, limits: Limits) -> Breaches:
 
     score, mask = scores.matrix(length), masks.matrix(length)
     yield Breach("a sim_mask is neither 0 nor 1", masks.have(_outside(mask, 0, 1)))
-    yield Breach("a score is out of -1 to 1 or not finite", scores.have(_outside(score, -1, 1)))
+    wrong = scores.have(_outside(score, -1, 1))
+    yield Breach("a score is out of -1 to 1 or not finite", wrong, fatal=True)
     real = mask.view(bool)
     yield Breach("a score is not 0 where it is masked", scores.have((score != 0) > real))
     past = _numbers(rows["history_len"])

@@ -121,11 +121,12 @@ def _validate_day(settings: Settings, ds: dt.date, fast: bool) -> Day:
         if one.found:
             opened.append(one)
     if not opened and not day.findings:
-        told = f"nothing is published of ds {ds}: `courier refresh --ds {ds}` makes it"
-        day.findings.append(Finding(NOT_READY, "", "there is no such day", told))
+        told = f"`courier refresh --ds {ds}` makes it"
+        day.findings.append(Finding(NOT_READY, "", "nothing is published of this day", told))
     tables = {one.table.name: one.found for one in opened if one.found}
     with ThreadPoolExecutor(threads.budget()) as pool:
         checked = _check_files(tables, fast, ds, pool)
+        day.findings += [finding for one in checked.values() for finding in one.part.findings]
         day.findings += check_joins(checked, pool)
     for found in tables.values():
         day.findings += _of_manifest(found, settings, ds)
@@ -398,14 +399,15 @@ def _recompute(settings: Settings, day: Day, checked: Mapping[str, Checked]) -> 
     if USER_SIMSCORES.name not in checked or settings.impressions is None:
         return
     found = checked[USER_SIMSCORES.name].found
-    needed = [ITEM_EMBEDDINGS.name, ITEM_FEATURES.name, USER_SIMSCORES.name]
-    not_whole = [name for name in needed if name not in checked or not checked[name].part.is_whole]
-    if not_whole:
-        why = f"{', '.join(not_whole)} cannot be read"
+    needed = {ITEM_EMBEDDINGS.name, ITEM_FEATURES.name, USER_SIMSCORES.name}
+    without = sorted((needed - set(checked)) | (needed & _names_of(day, BROKEN)))
+    if without:
+        why = f"{', '.join(without)} cannot be relied on"
     else:
         try:
             report = audit.recompute(settings, day.ds)
-        except (CourierError, pa.ArrowException, OSError) as error:
+        # What is damaged of other days, which were not looked at, may show itself in any way.
+        except (CourierError, OSError, ValueError, LookupError, pa.ArrowException) as error:
             why = f"what they are made from cannot be read any more ({error})"
         else:
             for leak in report.leaks:
@@ -446,23 +448,35 @@ def _summary(day: Day) -> str:
 
 def refuse(days: Sequence[Day]) -> None:
     """Raises for the worst that was found: DataContractError, GateRefused, then InputNotReady."""
-    for level, kind in ((BROKEN, DataContractError), (REFUSED, GateRefused)):
-        if found := [(day, x) for day in days for x in day.of_level(level)]:
-            raise kind(_paragraph(level, found, len(days)))
-    if missing := [(day, x) for day in days for x in day.of_level(NOT_READY)]:
-        day, first = missing[0]
-        rest = f" So are {len(missing) - 1:,} more." if len(missing) > 1 else ""
-        raise InputNotReady(f"{first.table or 'ds'} {day.ds}: {first.text}.{rest}")
+    if broken := _all_of(BROKEN, days):
+        raise DataContractError(
+            f"{_counted(broken, days)} laws are broken. The first: {_named(*broken[0])}. A model "
+            "trained on such tables is quietly wrong. Restore the files from a copy, bring back "
+            f"the night before (`courier rollback --ds {broken[0][0]}`), or make the day again: "
+            f"`courier refresh --ds {broken[0][0]} --remake --full`."
+        )
+    if refused := _all_of(REFUSED, days):
+        raise GateRefused(
+            f"{_counted(refused, days)} gates would refuse what is published. The first: "
+            f"{_named(*refused[0])}."
+        )
+    if missing := _all_of(NOT_READY, days):
+        raise InputNotReady(
+            f"{_counted(missing, days)} tables cannot be validated yet. The first: "
+            f"{_named(*missing[0])}."
+        )
 
 
-def _paragraph(level: str, found: Sequence[tuple[Day, Finding]], days: int) -> str:
-    day, first = found[0]
-    broken = len({one.ds for one, _ in found})
-    what = "broken laws" if level == BROKEN else "refused gates"
-    return (
-        f"What is published is not what it should be: {what} {len(found):,}, of {broken:,} of the "
-        f"days asked for ({days:,}). The first, of ds {day.ds}: "
-        f"{first.table or 'the record of the night'}: {first.law}: {first.text}. A model trained on such tables is quietly wrong. Restore the files from a "
-        f"copy, bring back the night before (`courier rollback --ds {day.ds}`), or make the day "
-        f"again: `courier refresh --ds {day.ds} --remake --full`."
-    )
+def _all_of(level: str, days: Sequence[Day]) -> list[tuple[dt.date, Finding]]:
+    return [(day.ds, finding) for day in days for finding in day.of_level(level)]
+
+
+def _counted(found: Sequence[tuple[dt.date, Finding]], days: Sequence[Day]) -> str:
+    """Returns where how many findings are, as a sentence begins."""
+    if len(days) == 1:
+        return f"Of ds {days[0].ds} {len(found):,}"
+    return f"Of {len({ds for ds, _ in found}):,} of {len(days):,} days {len(found):,}"
+
+
+def _named(ds: dt.date, finding: Finding) -> str:
+    return f"ds {ds}, {finding.table or 'the night'}: {finding.law}: {finding.text}"

@@ -6,6 +6,7 @@ of a table, since the rows alone tell it: means and histograms of scores, times 
 the day, one encoder, the hash range of the shard, and what the manifest counts.
 """
 
+import contextlib
 import datetime as dt
 import hashlib
 from collections import Counter
@@ -110,11 +111,13 @@ class Part:
     """Holds what was found of one file.
 
     `counts` are those that its rows give of what a manifest counts; `histograms` likewise; `ids`
-    are the types of its IDs, where it has rows. It `is_whole` where its rows could be read.
+    are the types of its IDs, where it has rows. It `is_read` where its bytes are a table of the
+    right schema, and `is_whole` where its rows are what laws of several tables take them for.
     """
 
     bytes: int = 0
     rows: int = 0
+    is_read: bool = False
     is_whole: bool = False
     findings: list[Finding] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -124,7 +127,10 @@ class Part:
     @classmethod
     def together(cls, parts: Sequence["Part"]) -> "Part":
         """Returns what was found of all files of a table."""
-        total = cls(is_whole=all(part.is_whole for part in parts))
+        total = cls(
+            is_read=all(part.is_read for part in parts),
+            is_whole=all(part.is_whole for part in parts),
+        )
         for part in parts:
             total.bytes += part.bytes
             total.rows += part.rows
@@ -165,28 +171,43 @@ def check_part(found: Published, number: int, fast: bool) -> Part:
         return part  # what its rows say is that of another file
     try:
         _check_content(found, number, data, part)
-    except (pa.ArrowException, OSError) as error:
-        first = str(error).splitlines()[0]
-        tell("a file cannot be read as Parquet", f"{name} is damaged ({first})")
+    except _Damaged as damage:
+        tell("a file cannot be read as Parquet", f"{name} is damaged ({damage})")
     return part
+
+
+class _Damaged(Exception):
+    """Says that a file, or a row group of it, is no Parquet."""
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    """Raises _Damaged for what pyarrow says in the block, which does nothing but decode."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise _Damaged(str(error).splitlines()[0]) from error
 
 
 def _check_content(found: Published, number: int, data: bytes, part: Part) -> None:
     file = found.manifest["files"][number]
-    with pq.ParquetFile(pa.BufferReader(data)) as parquet:
-        part.rows = parquet.metadata.num_rows
-        if part.rows != file["rows"]:
-            told = f"{file['name']} has {part.rows:,} rows, the manifest says {file['rows']:,}"
-            part.findings.append(found.finding("rows were lost or doubled", told))
-        if wrong := list(_schema_faults(found, parquet)):
-            told = f"{file['name']}: {'; '.join(wrong)}"
-            part.findings.append(found.finding("the schema is not that of the table", told))
-            return
-        rows = _Rows(found, number, part)
-        for group in range(parquet.num_row_groups):
-            rows.look_at(parquet.read_row_group(group, use_threads=False).combine_chunks())
-        rows.end(parquet.schema_arrow)
-        part.is_whole = True
+    with _decoding():
+        parquet = pq.ParquetFile(pa.BufferReader(data))
+    part.rows = parquet.metadata.num_rows
+    if part.rows != file["rows"]:
+        told = f"{file['name']} has {part.rows:,} rows, the manifest says {file['rows']:,}"
+        part.findings.append(found.finding("rows were lost or doubled", told))
+    if wrong := list(_schema_faults(found, parquet)):
+        told = f"{file['name']}: {'; '.join(wrong)}"
+        part.findings.append(found.finding("the schema is not that of the table", told))
+        return
+    rows = _Rows(found, number, part)
+    for group in range(parquet.num_row_groups):
+        with _decoding():
+            decoded = parquet.read_row_group(group, use_threads=False)
+        rows.look_at(decoded.combine_chunks())
+    rows.end(parquet.schema_arrow)
+    part.is_read = True
 
 
 # ---- Schema ------------------------------------------------------------------------------------
@@ -277,6 +298,7 @@ class _Rows:
         self._name = found.manifest["files"][number]["name"]
         self._number, self._shards = number, len(found.manifest["files"])
         self._told: dict[str, _Told] = {}
+        self._fatal = False
         self._last: pa.Table | None = None
         self._users: list[np.ndarray] = []
 
@@ -290,11 +312,10 @@ class _Rows:
             both = pa.concat_tables([self._last, keys.slice(0, 1)]).combine_chunks()
             self._tell(both, laws.in_order(table, both))
         self._last = keys.slice(len(keys) - 1)
-        fatal = self._tell(rows, _nulls(table, rows))
-        if not fatal:
-            fatal = self._tell(rows, laws.breaches(table, rows, found.limits))
-            self._tell(rows, self._of_shard(rows))
-        if not fatal:
+        self._tell(rows, self._of_shard(rows))
+        if self._tell(rows, laws.breaches(table, rows, found.limits)):
+            self._fatal = True
+        else:
             self._tell(rows, _more_laws(found, rows))
             self._count(rows)
 
@@ -327,6 +348,7 @@ class _Rows:
     def end(self, schema: pa.Schema) -> None:
         """Tells what was noted, once all row groups were looked at."""
         part, found = self._part, self._found
+        part.is_whole = not self._fatal
         if part.rows:
             part.ids = {
                 name: str(_id_type(schema, name))
@@ -349,15 +371,6 @@ def add_bins(one: np.ndarray | None, other: np.ndarray) -> np.ndarray:
     added = long.copy()
     added[: len(short)] += short
     return added
-
-
-def _nulls(table: Table, rows: pa.Table) -> Breaches:
-    """States that no column has a null that may have none."""
-    for column in table.columns:
-        is_there = column.name in rows.column_names
-        if is_there and not column.nullable and rows[column.name].null_count:
-            nulls = rows[column.name].is_null().to_numpy()
-            yield Breach(f"{column.name} is null", nulls, fatal=True)
 
 
 # ---- What the maker of a table answers for -----------------------------------------------------
@@ -392,7 +405,7 @@ def _not_after(found: Published, rows: pa.Table, end_us: int) -> Breaches:
         yield Breach("event_time comes after ds", times >= end_us)
     if found.table is USER_HISTORIES:
         lists = rows["click_times"].combine_chunks()
-        late = _bool(pc.greater_equal(lists.flatten().cast(pa.int64()), end_us))
+        late = lists.flatten().cast(pa.int64()).to_numpy() >= end_us
         if late.any():
             of_row = pc.list_parent_indices(lists).to_numpy()[late]
             late = np.bincount(of_row, minlength=len(rows)) > 0
