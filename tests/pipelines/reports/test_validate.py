@@ -1,16 +1,19 @@
 """`courier validate` finds every way to break a published root, and nothing in sound ones."""
 
 import json
+import re
 import shutil
 from typing import Any
 
 import pytest
 
+from feature_jobs.store.local import LocalStore
 from pipelines.reports import validate as validations
+from pipelines.reports.validate_parts import Finding, Part
 from tests.conftest import Artefacts, pinned
 from tests.support import broken_roots
 from tests.support.broken_roots import FAULTS, Fault, Root
-from tests.support.commands import Capture, courier, make_night
+from tests.support.commands import Capture, courier, make_night, paragraph, published
 from tests.support.world import DAYS, Kept, World, draw_impressions
 
 OF_FILES = ("a file ", "there is a file too many")
@@ -83,3 +86,182 @@ def test_a_fault_is_found_in_its_table_and_by_its_law(fault: Fault, shop: World)
     ), told
     if not fault.law.startswith(OF_FILES):  # it was written back as if it had been made so
         assert not [law for _, _, law in told if law.startswith(OF_FILES)]
+
+
+# ---- Statuses ----------------------------------------------------------------------------------
+
+
+def told_of(day: dict[str, Any], level: str) -> list[tuple[str, str]]:
+    return [(x["table"], x["law"]) for x in day["findings"] if x["level"] == level]
+
+
+def test_all_faults_of_all_days_are_told_and_the_worst_status_wins(
+    shop: World, capsys: Capture
+) -> None:
+    root = Root(shop)
+    broken_roots.a_file_gone(root)
+    broken_roots.a_mean_off(root)
+    broken_roots.no_success(root)
+    gone = next(root.folder("item_rejects", DAYS[0]).glob("*.parquet"))
+    gone.unlink()
+    capsys.readouterr()
+    every = ("--start-ds", str(DAYS[0]), "--end-ds", str(DAYS[2]))
+    assert courier(shop, "validate", *every) == 1
+    printed = capsys.readouterr()
+    out = " ".join(printed.out.split())
+    for told in (
+        f"broken item_rejects: a file of the manifest is not there: {gone} is gone",
+        "broken item_embeddings: a file of the manifest is not there",
+        "broken user_simscores: sim_mean is not the mean of the real scores: 1 of",
+        "not ready item_features: _SUCCESS does not name the manifest",
+        "not ready night: nothing is published of this day",
+        "unverified user_simscores: no score was computed again: item_embeddings, item_features",
+    ):
+        assert told in out
+    (error,) = [line for line in printed.err.splitlines() if line.startswith("Error: ")]
+    assert "Of 2 of 3 days 3 laws are broken. The first: ds 2026-03-01, item_rejects: " in error
+    assert "`courier refresh --ds 2026-03-01 --remake --full`" in error
+
+
+def test_what_is_published_just_now_ends_with_4_and_so_does_a_day_that_is_not_there(
+    shop: World, capsys: Capture
+) -> None:
+    broken_roots.no_success(Root(shop))
+    assert courier(shop, "validate", "--ds", str(DAYS[1])) == 4
+    told = "is being published just now, or a run died at it: ask again, or run `courier refresh"
+    assert told in paragraph(capsys)
+    assert courier(shop, "validate", "--ds", str(DAYS[2])) == 4
+    assert f"`courier refresh --ds {DAYS[2]}` makes it" in paragraph(capsys)
+    assert courier(shop, "validate") == 2
+    assert courier(shop, "validate", "--ds", "2026-13-01") == 2
+
+
+def test_a_table_that_is_published_anew_meanwhile_is_no_broken_one(
+    shop: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that were there when the manifest was read are put away by the other run."""
+    root, real = Root(shop), validations.check_part
+
+    def check(*args: Any) -> Part:
+        (root.folder("item_features") / "_SUCCESS").unlink(missing_ok=True)
+        for path in root.folder("item_features").glob("*.parquet"):
+            path.unlink()
+        return real(*args)
+
+    monkeypatch.setattr(validations, "check_part", check)
+    status, day = validate(shop, capsys)
+    assert (status, told_of(day, "broken")) == (4, [])
+    assert told_of(day, "not ready") == [("item_features", "_SUCCESS does not name the manifest")]
+
+
+def test_a_gate_ends_with_3_unless_a_law_is_broken(
+    shop: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = Finding("refused", "item_features", "churn", "20.0% of the items moved")
+    monkeypatch.setattr(validations, "judged_again", lambda *_: [refused])
+    assert courier(shop, "validate", "--ds", str(DAYS[1])) == 3
+    assert "1 gates would refuse what is published. The first: ds 2026-03-02, item_features: " in (
+        paragraph(capsys)
+    )
+    broken_roots.a_file_gone(Root(shop))
+    assert courier(shop, "validate", "--ds", str(DAYS[1])) == 1
+
+
+def test_fast_takes_bytes_for_right_and_all_else_not(shop: World, capsys: Capture) -> None:
+    root = Root(shop)
+    manifest = root.manifest("item_features")
+    manifest["files"][0]["sha256"] = "0" * 64
+    root.publish_manifest("item_features", manifest)
+    status, day = validate(shop, capsys, "--fast")
+    assert (status, day["sound"], day["recomputed_impressions"]) == (0, True, 32)
+    status, day = validate(shop, capsys)
+    assert status == 1
+    law = "a file has another content than was published"
+    assert told_of(day, "broken") == [("item_features", law)]
+    broken_roots.a_mean_off(root)
+    assert validate(shop, capsys, "--fast")[0] == 1
+
+
+def test_a_day_of_an_earlier_version_is_checked_as_far_as_its_manifest_says(
+    shop: World, capsys: Capture
+) -> None:
+    root = Root(shop)
+    manifest = root.manifest("item_features")
+    for name in ("made_from", "inputs", "counts", "histograms"):
+        manifest.pop(name, None)
+    root.write_manifest("item_features", manifest | {"versions": {"courier": "0.0.1"}})
+    status, day = validate(shop, capsys)
+    assert (status, day["sound"]) == (0, True)
+    (told,) = [x["text"] for x in day["findings"] if x["table"] == "item_features"]
+    assert "it is of COURIER 0.0.1, this is " in told
+    assert "it says nothing of inputs, made_from, counts" in told
+    root.change("item_features", lambda rows: broken_roots.put(rows, "centre_distance", -1.0))
+    assert validate(shop, capsys)[0] == 1
+
+
+@pytest.mark.parametrize("lost", ["impressions", "encoder"])
+def test_what_cannot_be_computed_again_is_said_to_be_unverified(
+    lost: str, shop: World, capsys: Capture
+) -> None:
+    if lost == "impressions":
+        shutil.rmtree(shop.folder / "impressions")
+    else:
+        shop.pins = [pin.replace("encoder = '", "encoder = '/no/such") for pin in shop.pins]
+    status, day = validate(shop, capsys)
+    assert (status, day["sound"], day["recomputed_impressions"]) == (0, True, 0)
+    assert told_of(day, "unverified") == [("user_simscores", "no score was computed again")]
+
+
+def test_tables_without_a_night_are_checked_and_it_is_said(shop: World, capsys: Capture) -> None:
+    Root(shop).record.unlink()
+    status, day = validate(shop, capsys)
+    assert (status, told_of(day, "unverified")) == (0, [("", "there is no record of the night")])
+
+
+def test_nothing_is_written(shop: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A root may lie on a mount that is read-only."""
+
+    def refuse(_: LocalStore, path: str, *__: Any, **___: Any) -> None:
+        raise AssertionError(f"{path} is written")
+
+    writes = [name for name in ("write_bytes", "atomic_writer", "link", "move", "step", "lock")]
+    writes += ["delete", "delete_seen", "delete_tree", "write_if_unchanged", "_make_folder"]
+    for name in writes:
+        monkeypatch.setattr(LocalStore, name, refuse)
+    before = published(shop)
+    status, day = validate(shop, capsys)
+    assert (status, day["recomputed_impressions"]) == (0, 32)
+    assert published(shop) == before
+
+
+@pytest.mark.first_night
+def test_an_empty_day_and_a_night_of_items_alone_are_sound(world: World, capsys: Capture) -> None:
+    world.write("impressions", DAYS[1], [], rows_to_group=1)
+    assert courier(world, "refresh", "--ds", str(DAYS[1])) == 0
+    status, day = validate(world, capsys)
+    assert (status, day["findings"], day["tables"]["user_simscores"]["rows"]) == (0, [], 0)
+    for name in ("user_histories", "recent_clicks", "user_simscores"):
+        shutil.rmtree(Root(world).folder(name))
+    Root(world).record.unlink()
+    world.extra_settings = 'tables = "items"'
+    assert courier(world, "refresh", "--ds", str(DAYS[1])) == 0
+    status, day = validate(world, capsys)
+    assert (status, day["findings"], len(day["tables"])) == (0, [], 3)
+
+
+def test_tables_that_lie_elsewhere_than_the_settings_say_are_no_missing_days(
+    shop: World, capsys: Capture
+) -> None:
+    shop.extra_settings = '[output]\npartition = "dt={ds}"'
+    assert courier(shop, "validate", "--ds", str(DAYS[1])) == 2
+    assert "[output] partition" in paragraph(capsys)
+
+
+def test_people_get_a_line_for_each_day(shop: World, capsys: Capture) -> None:
+    capsys.readouterr()
+    assert courier(shop, "validate", "--ds", str(DAYS[1])) == 0
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split() == ["ds", "tables", "rows", "MB", "MB/s"]
+    assert re.fullmatch(
+        r"2026-03-02 +7 +\d+ +0\.\d +\d+\.\d  sound, 32 impressions scored again", line
+    )
