@@ -157,6 +157,29 @@ def test_a_row_that_breaks_the_law_is_told(name: str, change: dict[str, Any], to
     assert ("Run `courier embed --full`" in str(e.value)) == carried_over
 
 
+def test_all_breaches_are_told_until_one_is_fatal() -> None:
+    table, good = schemas.ITEM_EMBEDDINGS, GOOD["item_embeddings"]
+    several = {**good, "embedding": ZERO, "in_catalogue": False, "image_size": -1}
+    found = [b.what for b in laws.breaches(table, rows_of(table.name, several, good), LIMITS)]
+    assert found == [
+        "rows are not unique by item_id", "an embedding is no finite unit vector",
+        "left_catalogue_ds and in_catalogue disagree", "an image_size is below 0",
+    ]  # fmt: skip
+    short = {**several, "embedding": UNIT[1:]}
+    *_, last = laws.breaches(table, rows_of(table.name, short), LIMITS)
+    assert (last.what, last.fatal) == ("an embedding has not 256 floats", True)
+
+
+@pytest.mark.parametrize(("name", "change", "told"), BROKEN)
+def test_a_breach_that_is_not_fatal_leaves_the_rest_to_be_looked_at(
+    name: str, change: dict[str, Any], told: str
+) -> None:
+    table, good = schemas.TABLES[name], GOOD[name]
+    broken = {**another(table, good), **change}
+    found = [breach.what for breach in laws.breaches(table, rows_of(name, good, broken), LIMITS)]
+    assert any(told in what for what in found)
+
+
 @pytest.mark.parametrize("name", sorted(schemas.TABLES))
 def test_keys_are_unique_and_ascend(name: str) -> None:
     table, good = schemas.TABLES[name], GOOD[name]

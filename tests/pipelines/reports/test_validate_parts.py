@@ -1,0 +1,118 @@
+"""A file is checked with all its row groups, and what is found is of the table and not of it."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from feature_jobs.schemas import ITEM_REJECTS, TRAINING_ROWS
+from feature_jobs.store import files, hashing
+from feature_jobs.store.faults import unavailable
+from feature_jobs.store.partitions import Partition
+from pipelines.reports.validate_parts import Part, Published, add_bins, check_part
+from tests.feature_jobs.test_laws import GOOD, rows_of
+
+SCHEMA = ITEM_REJECTS.schema(pa.int64())
+
+
+def publish(folder: Path, rows: pa.Table, group_rows: int, shards: int = 1) -> Published:
+    """Writes one file of rejects in row groups of so many rows; its shard is the first."""
+    path = folder / "part-0.parquet"
+    pq.write_table(rows, path, row_group_size=group_rows)
+    data = path.read_bytes()
+    file = {"name": path.name, "rows": len(rows), "bytes": len(data)}
+    file |= {"sha256": hashlib.sha256(data).hexdigest()}
+    manifest = {"ds": "2026-01-06", "files": [file] * shards}
+    return Published(ITEM_REJECTS, Partition(str(folder), manifest))
+
+
+def rejects(ids: list[int], **fields: Any) -> pa.Table:
+    rows = [{**GOOD["item_rejects"], "item_id": one, **fields} for one in ids]
+    return rows_of("item_rejects", *rows).cast(SCHEMA)
+
+
+def laws_of(part: Part) -> list[str]:
+    return [finding.law for finding in part.findings]
+
+
+def test_a_sound_file_has_its_rows_and_counts_added_up_over_row_groups(tmp_path: Path) -> None:
+    part = check_part(publish(tmp_path, rejects([1, 2, 3, 4, 5]), group_rows=2), 0, fast=False)
+    assert part.findings == []
+    assert (part.rows, part.is_read, part.is_whole) == (5, True, True)
+    assert part.bytes == (tmp_path / "part-0.parquet").stat().st_size
+    assert part.counts == {"rejected_missing": 5}
+    assert part.ids == {"item_id": "int64"}
+
+
+@pytest.mark.parametrize(
+    ("ids", "law"),
+    [
+        ([1, 2, 2, 4], "rows are not unique by item_id"),
+        ([1, 3, 2, 4], "rows are not in the order of item_id"),
+    ],
+)
+def test_order_is_looked_at_across_row_groups(tmp_path: Path, ids: list[int], law: str) -> None:
+    """Each group alone is in order: [1, 2] and [2, 4]."""
+    found = publish(tmp_path, rejects(ids), group_rows=2)
+    (finding,) = check_part(found, 0, fast=False).findings
+    assert finding.law == law
+    assert f"the row of item_id {ids[2]}" in finding.text
+
+
+def test_a_law_is_told_once_however_many_row_groups_break_it(tmp_path: Path) -> None:
+    found = publish(tmp_path, rejects([1, 2, 3, 4, 5], attempts=0), group_rows=2)
+    (finding,) = check_part(found, 0, fast=False).findings
+    assert finding.law == "attempts are fewer than one"
+    assert finding.text == ("5 of 5 rows of part-0.parquet break it, such as the row of item_id 1")
+
+
+def test_several_laws_are_told_of_one_file(tmp_path: Path) -> None:
+    found = publish(tmp_path, rejects([1, 2], attempts=0, stage="forward"), group_rows=9)
+    assert laws_of(check_part(found, 0, fast=False)) == [
+        "a stage is neither read nor decode", "attempts are fewer than one",
+    ]  # fmt: skip
+
+
+def test_rows_of_another_hash_range_are_counted(tmp_path: Path) -> None:
+    ids = np.arange(1, 30)
+    mine = hashing.shard_of(hashing.hash_ids(pa.array(ids)), 2) == 0
+    assert 0 < mine.sum() < len(ids)
+    found = publish(tmp_path, rejects(ids.tolist()), group_rows=9, shards=2)
+    (finding,) = check_part(found, 0, fast=False).findings
+    assert finding.text.startswith(f"{(~mine).sum()} of 29 rows")
+
+
+def test_a_file_that_the_store_does_not_give_is_told_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = publish(tmp_path, rejects([1]), group_rows=9)
+
+    def ill(path: str) -> bytes:
+        raise unavailable(path, "Input/output error")
+
+    monkeypatch.setattr(files, "read_bytes", ill)
+    part = check_part(found, 0, fast=False)
+    assert laws_of(part) == ["a file cannot be read"]
+    assert "Input/output error" in part.findings[0].text
+    assert not part.is_read
+
+
+def test_no_user_is_named(tmp_path: Path) -> None:
+    rows = rows_of("training_rows", {**GOOD["training_rows"], "user_id": 900_001, "chunk": -1})
+    schema = TRAINING_ROWS.schema(pa.int64(), pa.int64(), request_id=pa.int64())
+    rejected = publish(tmp_path, rows.cast(schema), group_rows=9)
+    found = Published(TRAINING_ROWS, rejected.partition)
+    told = json.dumps([finding.as_json() for finding in check_part(found, 0, False).findings])
+    assert "a chunk is below 0" in told
+    assert "900001" not in told
+
+
+def test_histograms_add_up_and_the_longest_wins() -> None:
+    assert add_bins(None, np.array([1])).tolist() == [1]
+    for one, other in (([1, 2, 3], [1]), ([1], [1, 2, 3])):
+        assert add_bins(np.array(one), np.array(other)).tolist() == [2, 2, 3]
