@@ -231,7 +231,7 @@ def _check_files(
     todo = [(found, n) for found in tables.values() for n in range(len(found.manifest["files"]))]
     total = sum(found.manifest["files"][n]["bytes"] for found, n in todo)
     parts: dict[str, list[Part]] = {name: [] for name in tables}
-    with progress.counting(f"validate {ds}", total, "byte ") as add:
+    with progress.counting_bytes(f"validate {ds}", total) as add:
 
         def check(one: tuple[Published, int]) -> Part:
             part = check_part(*one, fast)

@@ -150,13 +150,22 @@ def line(name: str, done: int, total: int, facts: str, unit: str = "") -> str:
     )  # fmt: skip
 
 
+# ---- Bytes -------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def counting(name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Gives what tells, from any thread, that so many more units of `total` are done.
+def counting_bytes(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Gives what tells, from any thread, that so many more of `total` bytes are done.
 
     It shows a bar on a terminal's stderr, or a line now and then elsewhere.
     """
-    done, shown, telling = 0, time.monotonic(), threading.Lock()
+    done, started, telling = 0, time.monotonic(), threading.Lock()
+    shown = started
+
+    def facts() -> str:
+        seconds = max(time.monotonic() - started, 1e-3)
+        left = (total - done) * seconds / max(1, done)
+        return f"{done / seconds / 1e6:,.1f} MB/s, {left:,.0f} s left"
 
     def add(some: int) -> None:
         nonlocal done, shown
@@ -165,15 +174,15 @@ def counting(name: str, total: int, unit: str) -> Iterator[Callable[[int], None]
             if time.monotonic() - shown < _pause(bar):
                 return
             shown = time.monotonic()
-            facts = f"{(shown - started) * (total - done) / max(1, done):,.0f} s left"
             if bar.disable:
-                tqdm.write(line(name, done, total, facts, unit), file=sys.stderr)
+                tqdm.write(line(name, done, total, facts(), "byte "), file=sys.stderr)
             else:
-                _move(bar, done, total, facts)
+                _move(bar, done, total, facts())
 
-    started = shown
     with _bar(name, total) as bar:
         yield add
+        if not bar.disable:
+            _move(bar, done, total, facts())
 
 
 # ---- Training ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feature_jobs.schemas import ITEM_REJECTS, TRAINING_ROWS
+from feature_jobs.schemas import ITEM_REJECTS, TRAINING_ROWS, USER_SIMSCORES, Table
 from feature_jobs.store import files, hashing
 from feature_jobs.store.faults import unavailable
 from feature_jobs.store.partitions import Partition
@@ -20,15 +20,17 @@ from tests.feature_jobs.test_laws import GOOD, rows_of
 SCHEMA = ITEM_REJECTS.schema(pa.int64())
 
 
-def publish(folder: Path, rows: pa.Table, group_rows: int, shards: int = 1) -> Published:
-    """Writes one file of rejects in row groups of so many rows; its shard is the first."""
+def publish(
+    folder: Path, rows: pa.Table, group_rows: int, shards: int = 1, table: Table = ITEM_REJECTS
+) -> Published:
+    """Writes one file in row groups of so many rows; its shard is the first."""
     path = folder / "part-0.parquet"
     pq.write_table(rows, path, row_group_size=group_rows)
     data = path.read_bytes()
     file = {"name": path.name, "rows": len(rows), "bytes": len(data)}
     file |= {"sha256": hashlib.sha256(data).hexdigest()}
     manifest = {"ds": "2026-01-06", "files": [file] * shards}
-    return Published(ITEM_REJECTS, Partition(str(folder), manifest))
+    return Published(table, Partition(str(folder), manifest))
 
 
 def rejects(ids: list[int], **fields: Any) -> pa.Table:
@@ -102,11 +104,20 @@ def test_a_file_that_the_store_does_not_give_is_told_and_ends_nothing(
     assert not part.is_read
 
 
+def test_columns_that_are_carried_are_as_the_shop_has_them(tmp_path: Path) -> None:
+    """Only a mistake in what is ours is told: 0.5 lies in another tier."""
+    page = pa.field("page", pa.struct([("slots", pa.list_(pa.int32()))]))
+    schema = USER_SIMSCORES.schema(pa.int64(), pa.int64(), pa.int64(), extra=[page])
+    rows = rows_of("user_simscores", GOOD["user_simscores"])
+    rows = rows.append_column("page", pa.array([{"slots": [1, 2]}], page.type)).cast(schema)
+    part = check_part(publish(tmp_path, rows, 9, table=USER_SIMSCORES), 0, fast=False)
+    assert laws_of(part) == ["simtier is not the histogram of the real scores"]
+
+
 def test_no_user_is_named(tmp_path: Path) -> None:
     rows = rows_of("training_rows", {**GOOD["training_rows"], "user_id": 900_001, "chunk": -1})
     schema = TRAINING_ROWS.schema(pa.int64(), pa.int64(), request_id=pa.int64())
-    rejected = publish(tmp_path, rows.cast(schema), group_rows=9)
-    found = Published(TRAINING_ROWS, rejected.partition)
+    found = publish(tmp_path, rows.cast(schema), group_rows=9, table=TRAINING_ROWS)
     told = json.dumps([finding.as_json() for finding in check_part(found, 0, False).findings])
     assert "a chunk is below 0" in told
     assert "900001" not in told

@@ -214,6 +214,32 @@ def test_a_listing_that_failed_is_tried_again(
     assert len(failed) == 3
 
 
+# ---- Bytes -------------------------------------------------------------------------------------
+
+
+def test_on_a_terminal_bytes_are_a_bar_that_ends_at_100_percent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = at_a_terminal(monkeypatch)
+    with progress.counting_bytes("validate", 3_000_000) as add:
+        for _ in range(3):
+            add(1_000_000)
+    (line,) = terminal.lines()
+    assert line.startswith("validate: 100%|")
+    assert "3,000,000/3,000,000" in line
+    assert "0 s left" in line
+
+
+def test_without_a_terminal_bytes_are_lines_now_and_then(capsys: Capture) -> None:
+    with progress.counting_bytes("validate", 4_000_000) as add:
+        add(1_000_000)
+        time.sleep(0.02)
+        add(2_000_000)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("validate [##################......] byte 3,000,000/4,000,000, ")
+    assert line.endswith(" s left")
+
+
 # ---- The steps of a training run ---------------------------------------------------------------
 
 
