@@ -52,24 +52,33 @@ from pipelines.reports.validate_parts import (
     Published,
     check_part,
 )
-from pipelines.running import progress, records
+from pipelines.running import gates, progress, records
+from pipelines.running.judging import judge_published
 from pipelines.running.layout import Layout
+from pipelines.running.states import Look
 
 FILE_LIST = "_files.txt"
 _LEVELS = (BROKEN, REFUSED, NOT_READY, WARNING, UNVERIFIED)
+_OF_GATES = {gates.FAIL: REFUSED, gates.WARN: WARNING, gates.ACCEPTED: WARNING}
+# What is damaged elsewhere, where validate has not looked, may show itself in any of these ways.
+_ILL = (CourierError, OSError, ValueError, LookupError, pa.ArrowException)
 _OF_FILE = ("name", "rows", "bytes", "sha256")
 _OF_MANIFEST = ("table", "ds", "files", "rows", "run_id", "version")
 # What manifests have by now; without it the laws that need it are not asked.
-_MORE = ("feature_set", "identities", "inputs", "settings", "made_from", "counts")
+_MORE = ("feature_set", "identities", "inputs", "settings", "made_from", "counts", "histograms")
 
 
 @dataclass
 class Day:
-    """Holds what was found of a day: its tables, what they took, and what is wrong with them."""
+    """Holds what was found of a day: its tables, what they took, and what is wrong with them.
+
+    `judged` is what gates say against it, which is among the findings too.
+    """
 
     ds: dt.date
     tables: dict[str, dict[str, Any]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    judged: list[gates.Finding] = field(default_factory=list)
     recomputed: int = 0
     seconds: float = 0.0
 
@@ -99,6 +108,7 @@ class Day:
             "mb_per_second": round(self.rate, 1),
             "recomputed_impressions": self.recomputed,
             "tables": self.tables,
+            "gates": [gate.as_json() for gate in self.judged],
             "findings": [finding.as_json() for finding in self.findings],
         }
 
@@ -133,7 +143,7 @@ def _validate_day(settings: Settings, ds: dt.date, fast: bool) -> Day:
     day.findings += _made_from(tables, settings.layout, _names_of(day, NOT_READY))
     day.findings += _of_record(tables, settings.layout, ds, _names_of(day, NOT_READY))
     _recompute(settings, day, checked)
-    day.findings += judged_again(settings, ds)
+    judge_again(settings, day)
     for one in opened:
         if not one.stands():  # what was read of it is of two versions
             day.findings = [x for x in day.findings if x.table != one.table.name] + [one.not_ready]
@@ -153,9 +163,26 @@ def _described(checked: Checked) -> dict[str, Any]:
     return {"rows": part.rows, "bytes": part.bytes, "files": len(manifest["files"]), **told}
 
 
-def judged_again(settings: Settings, ds: dt.date) -> list[Finding]:
-    """Returns what the gates say of a day as it is published."""
-    return []
+def judge_again(settings: Settings, day: Day) -> None:
+    """Asks all gates about a day as it is published; only what they say against it is told."""
+    try:
+        judged = judge_published(settings, day.ds, Look())
+    except _ILL as error:
+        told = f"what the gates judge by cannot be read ({error})"
+        day.findings.append(Finding(UNVERIFIED, "", "no gate was asked again", told))
+        return
+    day.judged = [one for one in judged if one.level in _OF_GATES]
+    day.findings += [
+        Finding(_OF_GATES[one.level], "", f"gate {one.name}", _told(one)) for one in day.judged
+    ]
+
+
+def _told(gate: gates.Finding) -> str:
+    """Returns what is told of a gate, the value that it saw, and its limits."""
+    observed, warn, fail = map(gate.number, (gate.observed, gate.limits.warn, gate.limits.fail))
+    if gate.level == gates.ACCEPTED:
+        return f"{gate.text} ({observed}), which was accepted"
+    return f"{gate.text} ({observed}; it warns at {warn}, and refuses at {fail})"
 
 
 # ---- Opening -----------------------------------------------------------------------------------
@@ -406,8 +433,7 @@ def _recompute(settings: Settings, day: Day, checked: Mapping[str, Checked]) -> 
     else:
         try:
             report = audit.recompute(settings, day.ds)
-        # What is damaged of other days, which were not looked at, may show itself in any way.
-        except (CourierError, OSError, ValueError, LookupError, pa.ArrowException) as error:
+        except _ILL as error:
             why = f"what they are made from cannot be read any more ({error})"
         else:
             for leak in report.leaks:
@@ -458,7 +484,10 @@ def refuse(days: Sequence[Day]) -> None:
     if refused := _all_of(REFUSED, days):
         raise GateRefused(
             f"{_counted(refused, days)} gates would refuse what is published. The first: "
-            f"{_named(*refused[0])}."
+            f"{_named(*refused[0])}. A model had better not be trained on that. Mend what the gate "
+            "speaks of and make the day again, or bring back the night before: `courier rollback "
+            f"--ds {refused[0][0]}`.",
+            gates.table([one for day in days for one in day.judged if one.level == gates.FAIL]),
         )
     if missing := _all_of(NOT_READY, days):
         raise InputNotReady(

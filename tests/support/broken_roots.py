@@ -239,6 +239,18 @@ def a_history_of_nothing(root: Root) -> None:
     root.change("user_histories", change)
 
 
+@found_as("user_histories", "the manifest counts other rows")
+def a_user_lost(root: Root) -> None:
+    root.change("user_histories", lose)
+
+
+@found_as("user_simscores", "the manifest counts other rows")
+def scores_of_other_histograms(root: Root) -> None:
+    histograms = root.manifest("user_simscores")["histograms"]
+    histograms["sim_max_clicked"][100] += 1
+    root.edit_manifest("user_simscores", histograms=histograms)
+
+
 @found_as("user_histories", "not every impression reached the table")
 def a_runner_that_lost_rows_of_the_log(root: Root) -> None:
     counts = root.manifest("user_histories")["counts"]
