@@ -19,7 +19,6 @@ from pipelines.reports.validate_parts import BROKEN, UNVERIFIED, WARNING, Findin
 from pipelines.running import records
 from pipelines.running.layout import Layout
 
-FILE_LIST = "_files.txt"
 # What manifests have by now; without it the laws that need it are not asked.
 _MORE = ("feature_set", "identities", "inputs", "settings", "made_from", "counts", "histograms")
 
@@ -60,9 +59,9 @@ def _names(found: Published) -> Iterator[Finding]:
     if shards & (shards - 1) or not all(map(str.startswith, named, parts)):
         told = f"they are {', '.join(named[:3])}{', …' if shards > 3 else ''}"
         yield found.finding("the files are not one for each shard", told)
-    listed = files.read_if_there(os.path.join(folder, FILE_LIST))
+    listed = files.read_if_there(os.path.join(folder, partitions.FILE_LIST))
     if listed is not None and listed.decode(errors="replace").splitlines() != found.partition.paths:
-        told = f"{os.path.join(folder, FILE_LIST)} names others, or in another order"
+        told = f"{os.path.join(folder, partitions.FILE_LIST)} names others, or in another order"
         yield found.finding("the file list names other files than the manifest", told)
 
 

@@ -37,8 +37,8 @@ class RandomShop(World):
         closed = [day for day in self.days[1:] if self._rng.random() < 0.15]
         self.extra_settings = f"closed_days = {[str(day) for day in closed]}\nlate_days = 1"
         self.gates = "\n".join(
-            f"{name}.fail = 1.0"
-            for name in ("balance", "dead_clusters", "churn", "rejects", "outage")
+            ["image_coverage.fail = 0.0"]
+            + [f"{name}.fail = 1.0" for name in ("balance", "dead_clusters", "churn", "outage")]
         )
         self.rows_per_shard = int(self._rng.choice([6, 10, 40]))
         for number, day in enumerate(self.days):
