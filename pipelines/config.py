@@ -315,7 +315,7 @@ class Gates(_Section):
     image_coverage: AtLeast = AtLeast(warn=0.9, fail=0.5)
     rejects: AtMost = AtMost(warn=0.02, fail=0.05)
     outage: AtMost = AtMost(warn=0.01, fail=0.03)
-    item_rows: Factor = Factor(warn=1.2, fail=2.0)
+    item_rows: Factor = Factor(warn=1.2, fail=1.5)
     churn: AtMost = AtMost(warn=0.1, fail=0.2)
     balance: AtMost = AtMost(warn=0.3, fail=0.5)
     dead_clusters: AtMost = AtMost(warn=0.3, fail=0.5)

@@ -122,7 +122,7 @@ $impressions_columns
 # ... nor that of images that were there last time, or are new, and cannot be fetched.
 # outage = {warn = 0.01, fail = 0.03}
 # How many times more or fewer items there may be than in the median of the last seven nights.
-# item_rows = {warn = 1.2, fail = 2.0}
+# item_rows = {warn = 1.2, fail = 1.5}
 # The share of items, and of impressions, whose cluster ID is not that of the day before.
 # churn = {warn = 0.1, fail = 0.2}
 # The share of items in the largest cluster, and of clusters without an item.

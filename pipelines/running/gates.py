@@ -158,6 +158,25 @@ def _embed(evidence: Evidence, _: Gates) -> Iterator[_Seen]:
     yield _outage(evidence, counts, examples.get("not_fetched", ()))
     earlier = [m["counts"]["catalogue_items"] for m in evidence.earlier[ITEM_EMBEDDINGS.name]]
     yield _factor("item_rows", items, earlier, "catalogue items", evidence.is_closed)
+    yield _left(counts, evidence.before(ITEM_EMBEDDINGS), evidence.is_closed)
+
+
+def _left(counts: Mapping[str, int], before: Manifest | None, is_closed: bool) -> _Seen:
+    """Sees how many items left the catalogue, as another shop's has as many rows.
+
+    They are at least as many as there are more former items: of these some are forgotten each day.
+    """
+    gate, subject = "item_rows", "that stay"
+    if before is None:
+        return _Seen(gate, subject, None, "no day before is published to compare with")
+    items, former = before["counts"]["catalogue_items"], before["counts"]["former_items"]
+    left = min(items, max(0, counts["former_items"] - former))
+    text = f"{left:,} of {items:,} catalogue items of the day before have left"
+    if is_closed:
+        return _Seen(gate, subject, None, f"{text}: the day is one of closed_days")
+    if items < _LEAST_ROWS:
+        return _Seen(gate, subject, None, f"{text}: too few to judge")
+    return _Seen(gate, subject, _times(items, items - left), text)
 
 
 def _outage(evidence: Evidence, counts: Mapping[str, int], examples: Sequence[int | str]) -> _Seen:
@@ -194,6 +213,7 @@ def _clusters(label: str, found: Mapping[str, Any], limits: Gates, is_new: bool)
     churn = _share("churn", *moved, what, examples, subject=f"items, {label}")
     detail = f"clusters that most items left: {', '.join(left)}" if left else ""
     yield replace(churn, detail=detail)
+    yield _numbered(label, found)
     if not found["items"]:
         return
     yield _balance(label, found, limits.balance.fail)
@@ -204,6 +224,17 @@ def _clusters(label: str, found: Mapping[str, Any], limits: Gates, is_new: bool)
         yield _Seen("cluster_drift", label, None, why)
     else:
         yield _cluster_drift(label, found, limits.cluster_drift.warn)
+
+
+def _numbered(label: str, found: Mapping[str, Any]) -> _Seen:
+    """Sees whether about as many items have a cluster ID as the day before."""
+    now, before = found["items"], found.get("items_before")
+    if before is None:
+        return _Seen("item_rows", label, None, _EARLIER_VERSION)
+    text = f"{now:,} items have a cluster ID ({label}), {before:,} had one the day before"
+    if before < _LEAST_ROWS:
+        return _Seen("item_rows", label, None, f"{text}: too few to judge")
+    return _Seen("item_rows", label, _times(now, before), text)
 
 
 def _balance(label: str, found: Mapping[str, Any], fail: float) -> _Seen:
@@ -267,8 +298,12 @@ def _simscore(evidence: Evidence, limits: Gates) -> Iterator[_Seen]:
     scored = counts.get("scored_impressions"), n - counts["without_history"]
     yield _share("score_coverage", *scored, what, least=_LEAST_ROWS)
     yield from _score_drifts(evidence, limits)
-    earlier = [m["rows"] for m in evidence.earlier[USER_SIMSCORES.name]]
-    yield _factor("impression_rows", n, earlier, "impressions", evidence.is_closed)
+    for name in ("impressions", "clicks", "users"):
+        earlier = [m["counts"].get(name, 0) for m in evidence.earlier[USER_SIMSCORES.name]]
+        subject = "" if name == "impressions" else name
+        what = "users with an impression" if name == "users" else name
+        rows, is_closed = counts.get(name), evidence.is_closed
+        yield _factor("impression_rows", rows, earlier, what, is_closed, subject)
 
 
 def _score_drifts(evidence: Evidence, limits: Gates) -> Iterator[_Seen]:
@@ -357,14 +392,24 @@ def _share(
     return _Seen(gate, subject, some / total if total else None, text, examples if some else ())
 
 
-def _factor(gate: str, rows: int, earlier: Sequence[int], what: str, is_closed: bool) -> _Seen:
+def _factor(
+    gate: str, rows: int | None, earlier: Sequence[int], what: str, is_closed: bool,
+    subject: str = "",
+) -> _Seen:  # fmt: skip
+    if rows is None:
+        return _Seen(gate, subject, None, _EARLIER_VERSION)
     median = _median(earlier)
     if median is None:
-        return _Seen(gate, "", None, _too_few(earlier, what))
+        return _Seen(gate, subject, None, _too_few(earlier, what))
     text = f"{rows:,} {what}, {median:,.0f} in the median of the last nights"
     if is_closed:
-        return _Seen(gate, "", None, f"{text}: the day is one of closed_days")
-    return _Seen(gate, "", max(rows, median) / max(1, min(rows, median)), text)
+        return _Seen(gate, subject, None, f"{text}: the day is one of closed_days")
+    return _Seen(gate, subject, _times(rows, median), text)
+
+
+def _times(one: float, other: float) -> float:
+    """Returns how many times the smaller number goes into the larger one."""
+    return max(one, other) / max(1, min(one, other))
 
 
 def _median(earlier: Sequence[int]) -> float | None:
@@ -400,7 +445,8 @@ CAUSES: dict[str, str] = {
     "the reasons, mend the images and run the command again",
     "outage": "a mount or a bucket that is gone, an image export that is late, permissions; mend "
     "that and run the command again: nothing was noted against these images",
-    "item_rows": "a catalogue that is cut short, doubled, or another shop's; " + _AGAIN,
+    "item_rows": "a catalogue that is cut short, doubled, or another shop's, or whose IDs or "
+    "categories are written anew; " + _AGAIN,
     "churn": "a new codebook, whose numbers stand for other items: " + _ACCEPT_NEW + "; without a "
     "new pin: images that all changed",
     "balance": "an encoder that takes most images for the same one; do not pin it",
@@ -418,8 +464,8 @@ CAUSES: dict[str, str] = {
     "score_drift": "a new encoder (accept it once, with churn), or images that all changed",
     "history_drift": "a log that lost or doubled clicks, or histories that began anew; " + _AGAIN,
     "zero_rows": "embeddings or histories that are missing for a part of the log; " + _AGAIN,
-    "impression_rows": "a log that is cut short or doubled; " + _AGAIN + ", or name the day in "
-    "closed_days if the shop was closed",
+    "impression_rows": "a log that is cut short or doubled, or to which clicks or users are not "
+    "joined yet; " + _AGAIN + ", or name the day in closed_days if the shop was closed",
 }
 
 

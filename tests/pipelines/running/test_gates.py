@@ -79,7 +79,7 @@ def test_features_are_of_all_items_upstream(count: str) -> None:
 def embeddings(items: int = 1000, **counts: int) -> Manifest:
     made = {
         "catalogue_items": items, "items_without_uri": 0, "items_tried": items,
-        "items_not_fetched": 0, "rejected_missing": 0,
+        "items_not_fetched": 0, "rejected_missing": 0, "former_items": 30,
     }  # fmt: skip
     return _manifest("item_embeddings", items, made | counts)
 
@@ -143,7 +143,7 @@ def levels(found: Mapping[str, Finding]) -> dict[str, str]:
     return {name: one.level for name, one in found.items()}
 
 
-WEEK = [*[scores()] * 7, *[histories()] * 7, *[embeddings()] * 7]
+WEEK = [*[scores()] * 7, *[histories()] * 7, *[embeddings()] * 7, *[features()] * 7]
 
 
 @pytest.mark.parametrize("kind", OF_KIND)
@@ -175,7 +175,11 @@ FAULTS: dict[str, tuple[Kind, Sequence[Manifest], Sequence[Manifest]]] = {
         EMBED, [embeddings(items_not_fetched=11), rejects()],
         [embeddings(items_not_fetched=31), rejects()],
     ),
-    "item_rows": (EMBED, [embeddings(800), rejects()], [embeddings(2001), rejects()]),
+    "item_rows": (EMBED, [embeddings(800), rejects()], [embeddings(1501), rejects()]),
+    "item_rows (that stay)": (
+        EMBED, [embeddings(former_items=230), rejects()], [embeddings(former_items=365), rejects()],
+    ),
+    "item_rows (main)": (ITEM_FEATURES, [features(items=800)], [features(items=666)]),
     "churn (items, main)": (
         ITEM_FEATURES, [features(moved_items=101)], [features(moved_items=201)],
     ),
@@ -214,6 +218,8 @@ FAULTS: dict[str, tuple[Kind, Sequence[Manifest], Sequence[Manifest]]] = {
         SIMSCORE, [scores(scored_impressions=17_900)], [scores(scored_impressions=13_900)],
     ),
     "impression_rows": (SIMSCORE, [scores(9_900)], [scores(4_900)]),
+    "impression_rows (clicks)": (SIMSCORE, [scores(clicks=4_100)], [scores(clicks=0)]),
+    "impression_rows (users)": (SIMSCORE, [scores(users=900)], [scores(users=1)]),
 }  # fmt: skip
 
 
@@ -239,6 +245,10 @@ def test_every_gate_is_tried_and_has_a_cause() -> None:
         ("item_rows", EMBED, [embeddings(10), rejects()], [embeddings(0)] * 5 + [embeddings()] * 2),
         ("user_rows", HISTORIES, [histories(1)], [histories()] * 2),
         ("impression_rows", SIMSCORE, [scores(10)], [scores()] * 2),
+        ("item_rows (that stay)", EMBED, [embeddings(90, former_items=120), rejects()],
+         [embeddings(90)]),
+        ("item_rows (main)", ITEM_FEATURES, [features(items=10, items_before=99)], []),
+        ("impression_rows (clicks)", SIMSCORE, [scores(clicks=0)], [scores(900)] * 7),
         # One or two images that cannot be fetched are no outage in a small shop.
         ("outage", EMBED, [embeddings(50, items_not_fetched=2), rejects()], WEEK),
         ("outage", EMBED, [embeddings(items_not_fetched=900), rejects()], []),
@@ -286,6 +296,9 @@ def test_a_closed_day_may_be_empty_and_another_one_not() -> None:
     empty = scores(0, users=0, shape={"history_len": []})
     assert judge(SIMSCORE, [empty], WEEK, closed=True)["impression_rows"].level == UNJUDGED
     assert judge(SIMSCORE, [empty], WEEK)["impression_rows"].level == FAIL
+    no_catalogue = [embeddings(0, former_items=1030), rejects()]
+    assert judge(EMBED, no_catalogue, WEEK, closed=True)["item_rows (that stay)"].level == UNJUDGED
+    assert judge(EMBED, no_catalogue, WEEK)["item_rows (that stay)"].level == FAIL
 
 
 def test_a_log_without_click_times_is_not_judged_by_them() -> None:
