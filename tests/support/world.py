@@ -172,11 +172,11 @@ class Kept:
     It is always in the same place: what is published says which folders it was made from.
     """
 
-    def __init__(self, world: World):
-        self._world, self._copy = world, world.folder.with_name("kept")
+    def __init__(self, world: Any, name: str = "kept"):
+        self._world, self._copy = copy.deepcopy(world), world.folder.with_name(name)
         shutil.copytree(world.folder, self._copy)
 
-    def again(self) -> World:
+    def again(self) -> Any:
         shutil.rmtree(self._world.folder)
         shutil.copytree(self._copy, self._world.folder)
         return copy.deepcopy(self._world)
@@ -241,11 +241,13 @@ def draw_impressions(day: dt.date, seed: int, count: int = 150) -> list[dict[str
     return [*rows, rows[0], rows[0]]  # equal rows are kept, one for one
 
 
-def make_encoder(folder: Path, seed: int = 0, categories: tuple[str, ...] | None = SCOPE) -> str:
+def make_encoder(
+    folder: Path, seed: int = 0, categories: tuple[str, ...] | None = SCOPE, name: str = "tiny"
+) -> str:
     """Makes a small encoder package with random weights; returns its folder."""
     encoder = build_encoder("shufflenet_v2_x0_5", "random", input_size=32, seed=seed)
     info = save_encoder(
-        encoder, str(folder), "tiny", categories, data_start_ds=None, data_end_ds=None,
+        encoder, str(folder), name, categories, data_start_ds=None, data_end_ds=None,
         weights="random",
     )  # fmt: skip
     return str(folder / info.encoder_id)
