@@ -37,7 +37,9 @@ OK, WARN, FAIL, ACCEPTED, UNJUDGED = "ok", "warn", "fail", "accepted", "unjudged
 NIGHTS = 7  # of which the median is taken
 _LEAST_NIGHTS = 3
 _LEAST_ROWS = 100
-_LEAST_LOST = 3  # images, below which a small shop has no outage
+_LEAST_LOST = 3  # images, below which a small shop has no outage, nor a warning of rejects
+_UNEVEN = 2  # times its even share a cluster has of the items in every shop
+_VERY_UNEVEN = 3  # times its even share, up to which a cluster is no reason to warn
 _GROWING_DAYS = 7  # of a log's first days, in which histories grow from day to day
 _EARLIER_VERSION = "an earlier version of COURIER made this, which did not count it"
 
@@ -110,7 +112,10 @@ def counts_of(manifest: Manifest) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Seen:
-    """Is what a gate sees; `value` is None where `text` says why that cannot be judged."""
+    """Is what a gate sees; `value` is None where `text` says why that cannot be judged.
+
+    Up to `usual` it is what small shops see when all is well: no reason to warn.
+    """
 
     gate: str
     subject: str
@@ -118,6 +123,7 @@ class _Seen:
     text: str
     examples: Sequence[int | str] = ()
     detail: str = ""
+    usual: float = 0.0
 
 
 # ---- Judging -----------------------------------------------------------------------------------
@@ -130,6 +136,8 @@ def judge(kind: Kind, evidence: Evidence, limits: Gates) -> list[Finding]:
 
 
 def _finding(seen: _Seen, limits: Limits) -> Finding:
+    if seen.usual > limits.warn:
+        limits = limits.model_copy(update={"warn": min(seen.usual, limits.fail)})
     level, examples = _level(seen.value, limits), tuple(seen.examples)
     text, cause = seen.text, CAUSES[seen.gate]
     return Finding(
@@ -154,7 +162,8 @@ def _embed(evidence: Evidence, _: Gates) -> Iterator[_Seen]:
     unread = f"catalogue items with an address have no readable image ({reasons(counts)})"
     named = None if without is None else items - without
     unreadable = None if without is None else rejects - without
-    yield _share("rejects", unreadable, named, unread, rejected)
+    found = _share("rejects", unreadable, named, unread, rejected)
+    yield replace(found, usual=(_LEAST_LOST - 1) / named if named else 0.0)
     yield _outage(evidence, counts, examples.get("not_fetched", ()))
     earlier = [m["counts"]["catalogue_items"] for m in evidence.earlier[ITEM_EMBEDDINGS.name]]
     yield _factor("item_rows", items, earlier, "catalogue items", evidence.is_closed)
@@ -240,8 +249,8 @@ def _numbered(label: str, found: Mapping[str, Any]) -> _Seen:
 def _balance(label: str, found: Mapping[str, Any], fail: float) -> _Seen:
     what = f"items with a cluster ID ({label}) are in cluster {found['largest_cluster']}"
     largest = _share("balance", found["items_max"], found["items"], what, subject=label)
-    if fail * found["clusters"] >= 2:
-        return largest
+    if fail * found["clusters"] >= _UNEVEN:
+        return replace(largest, usual=_VERY_UNEVEN / found["clusters"])
     why = f"{largest.text}: of {found['clusters']:,} clusters some are as large when all is well"
     return replace(largest, value=None, text=why)
 
@@ -298,12 +307,23 @@ def _simscore(evidence: Evidence, limits: Gates) -> Iterator[_Seen]:
     scored = counts.get("scored_impressions"), n - counts["without_history"]
     yield _share("score_coverage", *scored, what, least=_LEAST_ROWS)
     yield from _score_drifts(evidence, limits)
-    for name in ("impressions", "clicks", "users"):
-        earlier = [m["counts"].get(name, 0) for m in evidence.earlier[USER_SIMSCORES.name]]
-        subject = "" if name == "impressions" else name
-        what = "users with an impression" if name == "users" else name
-        rows, is_closed = counts.get(name), evidence.is_closed
-        yield _factor("impression_rows", rows, earlier, what, is_closed, subject)
+    yield from _traffic(
+        counts, [m["counts"] for m in evidence.earlier[USER_SIMSCORES.name]], evidence.is_closed
+    )
+
+
+def _traffic(
+    counts: Mapping[str, int], earlier: Sequence[Mapping[str, int]], is_closed: bool
+) -> Iterator[_Seen]:
+    """Sees whether there are about as many impressions and users as usual, and clicks for them."""
+    gate, n = "impression_rows", counts["impressions"]
+    found = [night["impressions"] for night in earlier]
+    yield _factor(gate, n, found, "impressions", is_closed)
+    users = [night.get("users", 0) for night in earlier]
+    yield _factor(gate, counts.get("users"), users, "users", is_closed, "users")
+    clicks = [night["clicks"] * n / max(1, night["impressions"]) for night in earlier]
+    what = f"clicks of {n:,} impressions"
+    yield _factor(gate, counts["clicks"], clicks, what, is_closed, "clicks")
 
 
 def _score_drifts(evidence: Evidence, limits: Gates) -> Iterator[_Seen]:
@@ -393,7 +413,7 @@ def _share(
 
 
 def _factor(
-    gate: str, rows: int | None, earlier: Sequence[int], what: str, is_closed: bool,
+    gate: str, rows: int | None, earlier: Sequence[float], what: str, is_closed: bool,
     subject: str = "",
 ) -> _Seen:  # fmt: skip
     if rows is None:
@@ -412,14 +432,14 @@ def _times(one: float, other: float) -> float:
     return max(one, other) / max(1, min(one, other))
 
 
-def _median(earlier: Sequence[int]) -> float | None:
+def _median(earlier: Sequence[float]) -> float | None:
     """Returns the median of the last nights that are not empty; None where it tells nothing."""
     found = [rows for rows in earlier if rows]
     median = statistics.median(found) if len(found) >= _LEAST_NIGHTS else 0
     return median if median >= _LEAST_ROWS else None
 
 
-def _too_few(earlier: Sequence[int], what: str) -> str:
+def _too_few(earlier: Sequence[float], what: str) -> str:
     return f"earlier nights that are published, {len(earlier)}, have too few {what} to compare with"
 
 

@@ -218,7 +218,7 @@ FAULTS: dict[str, tuple[Kind, Sequence[Manifest], Sequence[Manifest]]] = {
         SIMSCORE, [scores(scored_impressions=17_900)], [scores(scored_impressions=13_900)],
     ),
     "impression_rows": (SIMSCORE, [scores(9_900)], [scores(4_900)]),
-    "impression_rows (clicks)": (SIMSCORE, [scores(clicks=4_100)], [scores(clicks=0)]),
+    "impression_rows (clicks)": (SIMSCORE, [scores(clicks=900)], [scores(clicks=0)]),
     "impression_rows (users)": (SIMSCORE, [scores(users=900)], [scores(users=1)]),
 }  # fmt: skip
 
@@ -248,7 +248,7 @@ def test_every_gate_is_tried_and_has_a_cause() -> None:
         ("item_rows (that stay)", EMBED, [embeddings(90, former_items=120), rejects()],
          [embeddings(90)]),
         ("item_rows (main)", ITEM_FEATURES, [features(items=10, items_before=99)], []),
-        ("impression_rows (clicks)", SIMSCORE, [scores(clicks=0)], [scores(900)] * 7),
+        ("impression_rows (clicks)", SIMSCORE, [scores(900, clicks=0)], [scores(900)] * 7),
         # One or two images that cannot be fetched are no outage in a small shop.
         ("outage", EMBED, [embeddings(50, items_not_fetched=2), rejects()], WEEK),
         ("outage", EMBED, [embeddings(items_not_fetched=900), rejects()], []),
@@ -290,6 +290,23 @@ def test_too_little_to_judge_is_said(
 
 def test_one_share_is_judged_however_few_there_are() -> None:
     assert judge(EMBED, [embeddings(10), rejects(1)])["rejects"].level == FAIL
+
+
+def test_a_small_shop_is_not_warned_of_what_is_usual_there() -> None:
+    few = features(clusters=4, items_max=499)
+    assert judge(ITEM_FEATURES, [few])["balance (main)"].level == OK
+    assert (
+        judge(ITEM_FEATURES, [features(clusters=4, items_max=501)])["balance (main)"].level == FAIL
+    )
+    assert judge(EMBED, [embeddings(60), rejects(2)])["rejects"].level == OK
+    assert judge(EMBED, [embeddings(75), rejects(3)])["rejects"].level == WARN
+    assert judge(EMBED, [embeddings(50), rejects(3)])["rejects"].level == FAIL
+
+
+def test_clicks_are_expected_as_there_are_impressions() -> None:
+    busy = judge(SIMSCORE, [scores(60_000)], WEEK)
+    assert busy["impression_rows"].level == WARN
+    assert busy["impression_rows (clicks)"].level == OK
 
 
 def test_a_closed_day_may_be_empty_and_another_one_not() -> None:
