@@ -19,8 +19,9 @@ from tests.support.world import DAYS, Kept, World, make_codebook, make_encoder
 # Files that take half a minute or more, the longest first. Begun last, one of them would still run
 # when all others have ended: a process takes whole files, in this order (`make test`).
 LONGEST = [
-    "test_gate_faults.py", "test_publishing_schedules.py", "test_ranges.py", "test_refresh.py",
-    "test_history_nights.py", "test_held_nights.py", "test_publishing_faults.py",
+    "test_false_alarms.py", "test_gate_faults.py", "test_publishing_schedules.py",
+    "test_ranges.py", "test_refresh.py", "test_history_nights.py", "test_held_nights.py",
+    "test_publishing_faults.py",
     "test_embed_killed.py", "test_readme.py", "test_simscore_worlds.py",
     "test_nights_in_a_bucket.py", "test_codebooks.py", "test_portable_runner.py",
     "test_full_runs.py", "test_embed_nights.py", "test_rows.py", "test_audit.py",

@@ -10,7 +10,6 @@ import datetime as dt
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from unittest import mock
 
@@ -124,10 +123,6 @@ class DrawnShop:
     @staticmethod
     def day(number: int) -> dt.date:
         return FIRST + dt.timedelta(days=number)
-
-    @cached_property
-    def days(self) -> list[dt.date]:
-        return [self.day(number) for number in range(self.nights)]
 
     def _pass_a_day(self, number: int) -> None:
         traits, rng = self.traits, self._rng
