@@ -498,13 +498,17 @@ def refusal(ds: Any, kind: Kind, findings: Sequence[Finding]) -> GateRefused:
         f"{'; ' * bool(one.detail)}{one.detail})"
         for one in failed
     )
-    gates = " ".join(f"--accept {name}" for name in dict.fromkeys(one.gate for one in failed))
+    # With those that were accepted already: the next run is asked again.
+    names = dict.fromkeys(one.gate for one in findings if one.level in (FAIL, ACCEPTED))
+    accept = " ".join(f"--accept {name}" for name in names)
     return GateRefused(
         f"ds {ds}: {told}. Nothing of {kind.name} was published, and what was published before "
         "stands. Mend what the table below names and run the command again; or publish this run "
-        f"all the same with `{gates} --reason '…'`, which the night's record will tell; or change "
+        f"all the same with `{accept} --reason '…'`, which the night's record will tell; or change "
         "the limits under [gates] in the settings.",
-        table(failed),
+        f"{table(failed)}\n"
+        f"next, once it is mended: `courier refresh --ds {ds}`; if it is right as it is: `courier "
+        f"refresh --ds {ds} {accept} --reason '…'`",
     )
 
 

@@ -369,6 +369,10 @@ def test_a_refusal_names_all_gates_that_refuse_and_what_to_do() -> None:
         "rejects      6.0%   5.0%  7, 12",
         f"  usually: {gates.CAUSES['rejects']}",
     ]
+    assert error.table.splitlines()[-1].startswith(
+        "next, once it is mended: `courier refresh --ds 2026-03-01`; if it is right as it is: "
+        "`courier refresh --ds 2026-03-01 --accept rejects --accept outage --reason "
+    )
     assert error.table.splitlines()[3].split() == ["outage", "4.0%", "3.0%", "12"]
 
 
