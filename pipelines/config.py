@@ -313,6 +313,7 @@ class Gates(_Section):
     """
 
     image_coverage: AtLeast = AtLeast(warn=0.9, fail=0.5)
+    lost_addresses: AtMost = AtMost(warn=0.02, fail=0.05)
     rejects: AtMost = AtMost(warn=0.02, fail=0.05)
     outage: AtMost = AtMost(warn=0.01, fail=0.03)
     item_rows: Factor = Factor(warn=1.2, fail=1.5)
@@ -329,7 +330,7 @@ class Gates(_Section):
     score_drift: Drift = Drift(warn=0.1, fail=0.25)
     history_drift: Drift = Drift(warn=0.1, fail=0.25)
     zero_rows: AtMost = AtMost(warn=0.1, fail=0.3)
-    impression_rows: Factor = Factor(warn=2.0, fail=4.0)
+    impression_rows: Factor = Factor(warn=2.5, fail=4.0)
 
     @model_validator(mode="before")
     @classmethod
@@ -575,6 +576,8 @@ def _problem(error: Any) -> str:
         return f"{where!r} is missing"
     found = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
     told = error["msg"].removeprefix("Value error, ").removesuffix(".")
+    if error["type"] == "model_type" and error["loc"][0] == "gates" and len(error["loc"]) == 2:
+        told = "Input should be {warn = …, fail = …}"
     return f"{where!r}: {told}{found}"
 
 

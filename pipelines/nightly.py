@@ -129,7 +129,9 @@ def make_nights(
     }  # all are checked before the first stage runs
     if all(map(_is_there, nights)):
         idle = _Making(options, say, Locks(), accepted)
-        return [idle.report(night, night.look) for night in nights], []
+        reports = [idle.report(night, night.look) for night in nights]
+        idle.tell_unneeded()
+        return reports, []
     beam_options.check_ready(options.values())
     with locks.holding(_lock_folders(settings, days, kinds[:1]), say) as held:
         refuse_held(settings, days, kinds)
@@ -145,7 +147,11 @@ def make_nights(
                 held.check()
                 making.write_run(night, report, started)
             publishing.publish_night(night, held)
+        for night in nights:
+            if told := night.ds in making_them.without and making_them.report_refused(night, look):
+                making.write_run(night, told, started, is_published=False)
         publishing.tidy_jobs(nights[0], held)
+    making_them.tell_unneeded()
     failed = _announce(good, say)
     return reports, [*making_them.refused, *failed]
 
@@ -326,6 +332,17 @@ class _Making:
             self._say(f"ds {night.ds}: already published from the same inputs, nothing to do")
         report = {"ds": str(night.ds), "run_id": night.run_id, "stages": found}
         return {**report, "warnings": told, "idle": is_idle}
+
+    def report_refused(self, night: Night, look: Look) -> dict[str, Any]:
+        """Returns what there is of a night that may not be published; nothing where none is."""
+        made = [stage for stage in night.stages if look.state(stage).is_made]
+        found = {stage.name: self._report_stage(stage, look) for stage in made}
+        return {"ds": str(night.ds), "run_id": night.run_id, "stages": found} if found else {}
+
+    def tell_unneeded(self) -> None:
+        """Tells which gates were accepted though they refused nothing."""
+        for name in self._judge.unneeded():
+            self._say(f"--accept {name} was not needed: the gate refused nothing of this run")
 
     def _report_stage(self, stage: Stage, look: Look) -> dict[str, Any]:
         is_published = look.state(stage).name == PUBLISHED

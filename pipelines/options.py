@@ -155,9 +155,10 @@ def days_options(command: F) -> F:
 
     @functools.wraps(command)
     def with_accepted(accept: tuple[str, ...], reason: str | None, **given: Any) -> Any:
+        reason = (reason or "").strip()
         if bool(accept) != bool(reason):
             raise click.UsageError("--accept GATE and --reason WHY go together.")
-        return command(accepted=(accept, reason or ""), **given)
+        return command(accepted=(accept, reason), **given)
 
     return _with_days(cast(F, with_accepted), "make", rest)
 

@@ -314,8 +314,8 @@ def count_impressions(
     clicks = rows.select(times).filter(rows["clicked"])
     counts = {
         "impressions": len(rows),
-        "users": pc.count_distinct(rows["user_id"]).as_py(),
         "clicks": len(clicks),
+        **_count_users(rows),
         "unknown_items": len(unknown),
         "scored_impressions": int(np.count_nonzero(scored["sim_known"])),
         "compared_impressions": int(compared[coded.shown].sum()),
@@ -329,6 +329,24 @@ def count_impressions(
     histograms = score_histograms(clicked, scored, coded.histories.shape[1])
     first = coded.item_ids.take(pa.array(np.unique(unknown)[: partitions.EXAMPLES]))
     return Counted(counts, histograms, {"unknown_items": first.to_pylist()})
+
+
+def _count_users(rows: pa.Table) -> dict[str, int]:
+    """Counts users, and the squares of how many impressions and clicks each has.
+
+    `rows` are sorted by user. By the squares it is known of how many users of equal weight they
+    are: a few may have most of them.
+    """
+    users, clicked = rows["user_id"].combine_chunks(), rows["clicked"].to_numpy()
+    is_other = pc.not_equal(users[1:], users[:-1]).to_numpy(zero_copy_only=False)
+    starts = np.flatnonzero(np.append(True, is_other)[: len(users)])
+    shown = np.diff(starts, append=len(users))
+    clicks = np.add.reduceat(clicked.astype(np.int64), starts) if len(users) else shown
+    return {
+        "users": len(starts),
+        "impressions_by_user_squared": int((shown**2).sum()),
+        "clicks_by_user_squared": int((clicks**2).sum()),
+    }
 
 
 def score_histograms(

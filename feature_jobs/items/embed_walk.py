@@ -244,8 +244,13 @@ def _count(mask: pa.ChunkedArray) -> int:
 
 
 def examples(walked: WalkedDay) -> dict[str, list[int | str]]:
-    """Returns the first items by ID of those that were rejected, and that were not fetched."""
-    found = {"rejected": walked.tables.rejects["item_id"], "not_fetched": walked.not_fetched}
+    """Returns the first items by ID of those that were rejected, and that were not fetched.
+
+    Those without an address are no example of a bad image.
+    """
+    rejects = walked.tables.rejects
+    rejected = rejects["item_id"].filter(pc.is_valid(rejects["image_uri"]))
+    found = {"rejected": rejected, "not_fetched": walked.not_fetched}
     return {name: ids[: partitions.EXAMPLES].to_pylist() for name, ids in found.items()}
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +21,7 @@ from feature_jobs.schemas import CourierError
 from feature_jobs.store import faults, files, partitions, threads, usage
 from feature_jobs.store.documents import digest, parse_json, read_json, write_json
 
+_READERS = 16
 # As Python prints one, and Beam goes on.
 _IN_TRACEBACK = rf"^{re.escape(CourierError.__module__)}\.(\w+): (.+?)(?: \[while running .*\])?$"
 
@@ -187,5 +189,7 @@ def _note_usage(staging: str) -> None:
 def used_by_workers(staging: str) -> usage.Usage:
     """Returns what other processes than the launcher's told that they used for its job."""
     folder = os.path.join(staging, "usage")
-    found = [read_json(os.path.join(folder, name)) for name in files.list_names(folder)]
+    paths = [os.path.join(folder, name) for name in files.list_names(folder)]
+    with ThreadPoolExecutor(_READERS) as pool:  # a worker may have many processes, far away
+        found = list(pool.map(read_json, paths))
     return usage.together(usage.Usage(**told) for told in found)

@@ -117,6 +117,8 @@ $impressions_columns
 # A night is judged before it is published: beyond `warn` a gate tells, beyond `fail` it refuses.
 # The share of catalogue items that have an embedding is not to be below ...
 # image_coverage = {warn = 0.9, fail = 0.5}
+# ... and the share without an image address not be above that of the day before by more than ...
+# lost_addresses = {warn = 0.02, fail = 0.05}
 # ... of those with an address, the share without a readable image not above ...
 # rejects = {warn = 0.02, fail = 0.05}
 # ... nor that of images that were there last time, or are new, and cannot be fetched.
@@ -148,7 +150,7 @@ $impressions_columns
 # By how much the share of impressions without any score may be above that of the day before.
 # zero_rows = {warn = 0.1, fail = 0.3}
 # How many times more or fewer impressions there may be than in the median of the last seven nights.
-# impression_rows = {warn = 2.0, fail = 4.0}
+# impression_rows = {warn = 2.5, fail = 4.0}
 
 [workers]
 # Threads that a worker process computes on; without it, its part of the host's cores.

@@ -240,7 +240,8 @@ def render(found: Mapping[str, Any], tables: bool = False) -> str:
         for name, days in found["candidates"].items()
         if days
     ]
-    told += [_unfinished(run) for run in found["staged"] if run["ds"] not in found["held"]]
+    unfinished = [run for run in found["staged"] if run["ds"] not in found["held"]]
+    told += [line for run in unfinished for line in (_unfinished(run), *_table_of(run))]
     listed = _rows(days) if tables else _compact(days)
     if found["earlier_days"]:
         listed.append(f"{found['earlier_days']:,} earlier days: --start-ds shows them")
@@ -310,6 +311,11 @@ def _unfinished(run: Mapping[str, Any]) -> str:
     if "refused" in run:
         return f"refused: {named}: {run['refused']}"
     return f"unfinished: {named} (the same command resumes it)"
+
+
+def _table_of(run: Mapping[str, Any]) -> list[str]:
+    """Returns the table of the gates that refuse a run, if any do."""
+    return [f"  {line}" for line in run.get("gates", "").splitlines()]
 
 
 def _compact(days: Mapping[str, Any]) -> list[str]:

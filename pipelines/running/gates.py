@@ -10,6 +10,7 @@ Before a gate is looked at, the laws of DESIGN §3 that join tables are: one tha
 our own fault or the disk's. The laws of rows were checked when they were written.
 """
 
+import datetime as dt
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,17 +31,19 @@ from feature_jobs.schemas import (
     Table,
 )
 from pipelines import stages
-from pipelines.config import Drift, Factor, Gates, Limits
+from pipelines.config import AtMost, Drift, Factor, Gates, Limits
 from pipelines.stages import EMBED, HISTORIES, SIMSCORE, TRAINING_ROWS, Kind
 
 OK, WARN, FAIL, ACCEPTED, UNJUDGED = "ok", "warn", "fail", "accepted", "unjudged"
 NIGHTS = 7  # of which the median is taken
 _LEAST_NIGHTS = 3
 _LEAST_ROWS = 100
-_LEAST_LOST = 3  # images, below which a small shop has no outage, nor a warning of rejects
+_LEAST_LOST = 3  # images or addresses, below which a small shop has lost none
+_LEAST_CLUSTERS = 4
 _UNEVEN = 2  # times its even share a cluster has of the items in every shop
 _VERY_UNEVEN = 3  # times its even share, up to which a cluster is no reason to warn
 _GROWING_DAYS = 7  # of a log's first days, in which histories grow from day to day
+_INDEX = "the population stability index of"
 _EARLIER_VERSION = "an earlier version of COURIER made this, which did not count it"
 
 Manifest = Mapping[str, Any]
@@ -82,7 +85,10 @@ class Finding:
             return "-"
         if isinstance(self.limits, Drift):
             return f"{value:.3f}"
-        return f"{value:,.3g} x" if isinstance(self.limits, Factor) else f"{value:.1%}"
+        if isinstance(self.limits, Factor):
+            return f"{value:,.0f} x" if value >= 100 else f"{value:.3g} x"
+        near = any(0 < abs(value - limit) < 0.001 for limit in (self.limits.warn, self.limits.fail))
+        return f"{value:.3%}" if near else f"{value:.1%}"
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,8 @@ def counts_of(manifest: Manifest) -> dict[str, int]:
 class _Seen:
     """Is what a gate sees; `value` is None where `text` says why that cannot be judged.
 
-    Up to `usual` it is what small shops see when all is well: no reason to warn.
+    Up to `usual` it is what small shops see when all is well, or chance: no reason to warn; nor is
+    it one to refuse up to `floor`.
     """
 
     gate: str
@@ -124,6 +131,7 @@ class _Seen:
     examples: Sequence[int | str] = ()
     detail: str = ""
     usual: float = 0.0
+    floor: float = 0.0
 
 
 # ---- Judging -----------------------------------------------------------------------------------
@@ -136,8 +144,10 @@ def judge(kind: Kind, evidence: Evidence, limits: Gates) -> list[Finding]:
 
 
 def _finding(seen: _Seen, limits: Limits) -> Finding:
-    if seen.usual > limits.warn:
-        limits = limits.model_copy(update={"warn": min(seen.usual, limits.fail)})
+    fail = max(seen.floor, limits.fail)
+    if seen.usual > limits.warn or fail > limits.fail:
+        warn = min(max(seen.usual, limits.warn), fail)
+        limits = limits.model_copy(update={"warn": warn, "fail": fail})
     level, examples = _level(seen.value, limits), tuple(seen.examples)
     text, cause = seen.text, CAUSES[seen.gate]
     return Finding(
@@ -159,6 +169,7 @@ def _embed(evidence: Evidence, _: Gates) -> Iterator[_Seen]:
     items, without = counts["catalogue_items"], counts.get("items_without_uri")
     rejected = examples.get("rejected", ())
     yield _share("image_coverage", items - rejects, items, "catalogue items have an embedding")
+    yield _lost_addresses(counts, evidence.before(ITEM_EMBEDDINGS))
     unread = f"catalogue items with an address have no readable image ({reasons(counts)})"
     named = None if without is None else items - without
     unreadable = None if without is None else rejects - without
@@ -166,11 +177,27 @@ def _embed(evidence: Evidence, _: Gates) -> Iterator[_Seen]:
     yield replace(found, usual=(_LEAST_LOST - 1) / named if named else 0.0)
     yield _outage(evidence, counts, examples.get("not_fetched", ()))
     earlier = [m["counts"]["catalogue_items"] for m in evidence.earlier[ITEM_EMBEDDINGS.name]]
-    yield _factor("item_rows", items, earlier, "catalogue items", evidence.is_closed)
-    yield _left(counts, evidence.before(ITEM_EMBEDDINGS), evidence.is_closed)
+    yield _factor("item_rows", items, earlier, "catalogue items", evidence.is_closed and not items)
+    if evidence.is_closed and not items:
+        yield _Seen("item_rows", "that stay", None, "the day is one of closed_days")
+    else:
+        yield _left(evidence.made[ITEM_EMBEDDINGS.name], evidence.before(ITEM_EMBEDDINGS))
 
 
-def _left(counts: Mapping[str, int], before: Manifest | None, is_closed: bool) -> _Seen:
+def _lost_addresses(now: Mapping[str, int], before: Manifest | None) -> _Seen:
+    """Sees by how much more of the catalogue has no image address than the day before."""
+    then = before["counts"] if before else {}
+    if not now["catalogue_items"] or not then.get("catalogue_items"):
+        return _Seen("lost_addresses", "", None, "no catalogue of a day before to compare with")
+    if "items_without_uri" not in now or "items_without_uri" not in then:
+        return _Seen("lost_addresses", "", None, _EARLIER_VERSION)
+    was, is_now = (c["items_without_uri"] / c["catalogue_items"] for c in (then, now))
+    text = f"{is_now:.1%} of catalogue items have no image address, {was:.1%} the day before"
+    few = (_LEAST_LOST - 1) / now["catalogue_items"]
+    return _Seen("lost_addresses", "", max(0.0, is_now - was), text, usual=few, floor=few)
+
+
+def _left(now: Manifest, before: Manifest | None) -> _Seen:
     """Sees how many items left the catalogue, as another shop's has as many rows.
 
     They are at least as many as there are more former items: of these some are forgotten each day.
@@ -179,12 +206,13 @@ def _left(counts: Mapping[str, int], before: Manifest | None, is_closed: bool) -
     if before is None:
         return _Seen(gate, subject, None, "no day before is published to compare with")
     items, former = before["counts"]["catalogue_items"], before["counts"]["former_items"]
-    left = min(items, max(0, counts["former_items"] - former))
+    left = min(items, max(0, now["counts"]["former_items"] - former))
     text = f"{left:,} of {items:,} catalogue items of the day before have left"
-    if is_closed:
-        return _Seen(gate, subject, None, f"{text}: the day is one of closed_days")
     if items < _LEAST_ROWS:
         return _Seen(gate, subject, None, f"{text}: too few to judge")
+    days = (dt.date.fromisoformat(now["ds"]) - dt.date.fromisoformat(before["ds"])).days
+    if days > NIGHTS:
+        return _Seen(gate, subject, None, f"{text}: that was {days} days before")
     return _Seen(gate, subject, _times(items, items - left), text)
 
 
@@ -200,6 +228,8 @@ def _outage(evidence: Evidence, counts: Mapping[str, int], examples: Sequence[in
 def reasons(counts: Mapping[str, int]) -> str:
     """Returns for which reasons images were rejected, the most frequent first."""
     found = {k.removeprefix("rejected_"): v for k, v in counts.items() if k.startswith("rejected_")}
+    if found.get("unsupported_uri"):  # as is none at all, which `image_coverage` is about
+        found["unsupported_uri"] -= counts.get("items_without_uri", 0)
     told = [f"{reason} {n:,}" for reason, n in sorted(found.items(), key=lambda x: -x[1]) if n]
     return ", ".join(told) or "none"
 
@@ -225,14 +255,14 @@ def _clusters(label: str, found: Mapping[str, Any], limits: Gates, is_new: bool)
     yield _numbered(label, found)
     if not found["items"]:
         return
-    yield _balance(label, found, limits.balance.fail)
+    yield _balance(label, found)
     dead = f"clusters ({label}) have no item"
     yield _share("dead_clusters", found["dead"], found["clusters"], dead, subject=label)
     if is_new:
         why = "the day before has another encoder or codebook: the gate churn judges that"
         yield _Seen("cluster_drift", label, None, why)
     else:
-        yield _cluster_drift(label, found, limits.cluster_drift.warn)
+        yield _cluster_drift(label, found, limits.cluster_drift)
 
 
 def _numbered(label: str, found: Mapping[str, Any]) -> _Seen:
@@ -246,16 +276,16 @@ def _numbered(label: str, found: Mapping[str, Any]) -> _Seen:
     return _Seen("item_rows", label, _times(now, before), text)
 
 
-def _balance(label: str, found: Mapping[str, Any], fail: float) -> _Seen:
+def _balance(label: str, found: Mapping[str, Any]) -> _Seen:
     what = f"items with a cluster ID ({label}) are in cluster {found['largest_cluster']}"
     largest = _share("balance", found["items_max"], found["items"], what, subject=label)
-    if fail * found["clusters"] >= _UNEVEN:
-        return replace(largest, usual=_VERY_UNEVEN / found["clusters"])
+    if (clusters := found["clusters"]) >= _LEAST_CLUSTERS:
+        return replace(largest, usual=_VERY_UNEVEN / clusters, floor=_UNEVEN / clusters)
     why = f"{largest.text}: of {found['clusters']:,} clusters some are as large when all is well"
     return replace(largest, value=None, text=why)
 
 
-def _cluster_drift(label: str, found: Mapping[str, Any], warn: float) -> _Seen:
+def _cluster_drift(label: str, found: Mapping[str, Any], limits: Drift) -> _Seen:
     if "items_before" not in found:
         return _Seen("cluster_drift", label, None, _EARLIER_VERSION)
     index, n, before = found["population_stability_index"], found["items"], found["items_before"]
@@ -266,11 +296,12 @@ def _cluster_drift(label: str, found: Mapping[str, Any], warn: float) -> _Seen:
         return _Seen("cluster_drift", label, None, "no item had a cluster ID the day before")
     # Items that stay and keep their number move nothing: chance is at work among the others.
     others = 1 - (found["compared_items"] - found["moved_items"]) / max(n, before)
-    if others * drift.expected_noise(found["clusters"], n, before) > warn:
+    chance = others * drift.expected_noise(found["clusters"], n, before)
+    if chance > limits.fail:
         why = f"{n:,} items are too few for {found['clusters']:,} clusters"
         return _Seen("cluster_drift", label, None, why)
-    text = f"sizes of clusters ({label}) of {n:,} items, before of {before:,}"
-    return _Seen("cluster_drift", label, index, text)
+    text = f"{_INDEX} sizes of clusters ({label}) of {n:,} items, before of {before:,}"
+    return _Seen("cluster_drift", label, index, text, usual=chance)
 
 
 def _histories(evidence: Evidence, _: Gates) -> Iterator[_Seen]:
@@ -328,7 +359,8 @@ def _traffic(
 
 def _score_drifts(evidence: Evidence, limits: Gates) -> Iterator[_Seen]:
     """Sees how far scores and histories are from those of the day before."""
-    now, before = evidence.made[USER_SIMSCORES.name], evidence.before(USER_SIMSCORES)
+    now, earlier = evidence.made[USER_SIMSCORES.name], evidence.earlier[USER_SIMSCORES.name]
+    before = next((night for night in earlier if night["rows"]), None)  # empty days tell nothing
     compared = [
         ("score_drift", "clicked", "sim_max_clicked", "largest scores of clicked impressions"),
         ("score_drift", "unclicked", "sim_max_unclicked", "largest scores of others"),
@@ -339,11 +371,11 @@ def _score_drifts(evidence: Evidence, limits: Gates) -> Iterator[_Seen]:
         if why or before is None:
             yield _Seen(gate, subject, None, why)
             continue
-        yield _drift(gate, subject, name, what, now, before, getattr(limits, gate).warn)
+        yield _drift(gate, subject, name, what, now, before, getattr(limits, gate))
     if why or before is None:
         yield _Seen("zero_rows", "", None, why)
         return
-    yield _zero_rows(now["counts"], before["counts"], limits.zero_rows.warn)
+    yield _zero_rows(now["counts"], before["counts"], limits.zero_rows)
 
 
 def _why_not_compared(evidence: Evidence, before: Manifest | None) -> str:
@@ -353,14 +385,16 @@ def _why_not_compared(evidence: Evidence, before: Manifest | None) -> str:
     if "histograms" not in before or "histograms" not in evidence.made[USER_SIMSCORES.name]:
         return _EARLIER_VERSION
     histories = evidence.before(USER_HISTORIES)
-    known = len(histories["inputs"]["log_rows"]) if histories else _GROWING_DAYS
-    if known < _GROWING_DAYS and not before["notes"].get("logged_histories"):
+    if histories is None or before["notes"].get("logged_histories"):
+        return ""
+    known, window = len(histories["inputs"]["log_rows"]), histories["settings"]["window_days"]
+    if known < min(_GROWING_DAYS, window):
         return f"histories of the day before know {known} days, and grow from day to day"
     return ""
 
 
 def _drift(
-    gate: str, subject: str, name: str, what: str, now: Manifest, before: Manifest, warn: float
+    gate: str, subject: str, name: str, what: str, now: Manifest, before: Manifest, limits: Drift
 ) -> _Seen:
     """Sees how far a distribution is from that of the day before, by deciles of that.
 
@@ -369,35 +403,52 @@ def _drift(
     counts = [np.array(m["histograms"].get(name, []), np.int64) for m in (before, now)]
     length = max(map(len, counts))
     counts = [np.pad(c, (0, length - len(c))) for c in counts]
+    some = "clicks" if subject == "clicked" else "impressions"
     users = [
-        min(int(c.sum()), m["counts"].get("users", 0))
-        for c, m in zip(counts, (before, now), strict=True)
+        min(_users(m["counts"], some), c.sum()) for m, c in zip((before, now), counts, strict=True)
     ]
-    if min(users) == 0:
+    if min(users) < 1:
         return _Seen(gate, subject, None, f"no {what} to compare")
     bins = drift.deciles(*counts)
     if len(bins[0]) < 2:
         return _Seen(gate, subject, None, f"{what} are all alike")
-    if drift.expected_noise(len(bins[0]), *users) > warn:
-        return _Seen(gate, subject, None, f"{what}: {min(users):,} users are too few to judge by")
-    text = f"{what} of {users[1]:,} users, before of {users[0]:,}"
-    return _Seen(gate, subject, drift.population_stability_index(*bins), text)
+    chance = drift.expected_noise(len(bins[0]), *users)
+    if chance > limits.fail:
+        few = f"{what}: {min(users):,.0f} users of equal weight are too few to judge by"
+        return _Seen(gate, subject, None, few)
+    text = f"{_INDEX} {what}, against the day before"
+    middle, was = (_median_bin(c, name) for c in reversed(counts))
+    index, detail = drift.population_stability_index(*bins), f"the median is {middle}, was {was}"
+    return _Seen(gate, subject, index, text, detail=detail, usual=chance)
 
 
-def _zero_rows(now: Mapping[str, int], before: Mapping[str, int], warn: float) -> _Seen:
+def _users(counts: Mapping[str, int], some: str) -> float:
+    """Returns of how many users `some` are, as if each had as many: few may have most of them."""
+    squared = counts.get(f"{some}_by_user_squared", 0)
+    return counts[some] ** 2 / squared if squared else 0.0
+
+
+def _median_bin(counts: np.ndarray, name: str) -> str:
+    """Returns the median of a histogram as people read it: a length, or a score."""
+    place = int(np.searchsorted(counts.cumsum(), counts.sum() / 2))
+    return f"{place}" if name == "history_len" else f"{(place + 0.5) * 2 / len(counts) - 1:.2f}"
+
+
+def _zero_rows(now: Mapping[str, int], before: Mapping[str, int], limits: AtMost) -> _Seen:
     """Sees by how much more of the impressions have no known score than the day before."""
     shares, noise = [], 0.0
     for counts in (before, now):
-        n, users = counts["impressions"], counts["users"]
-        if not users:
-            return _Seen("zero_rows", "", None, "one of the days has no impressions")
+        n, users = counts["impressions"], _users(counts, "impressions")
+        if users < _LEAST_ROWS:
+            return _Seen("zero_rows", "", None, "too few users to judge by")
         share = 1 - counts["scored_impressions"] / n
         shares.append(share)
         noise += share * (1 - share) / users
-    if 4 * sqrt(noise) > warn or min(now["users"], before["users"]) < _LEAST_ROWS:
+    chance = 4 * sqrt(noise)
+    if chance > limits.fail:
         return _Seen("zero_rows", "", None, "too few users to judge by")
     text = f"{shares[1]:.1%} of impressions have no known score, {shares[0]:.1%} the day before"
-    return _Seen("zero_rows", "", max(0.0, shares[1] - shares[0]), text)
+    return _Seen("zero_rows", "", max(0.0, shares[1] - shares[0]), text, usual=chance)
 
 
 def _share(
@@ -461,6 +512,7 @@ _ACCEPT_NEW = (
 # Of each gate: what usually causes it, and what to do.
 CAUSES: dict[str, str] = {
     "image_coverage": "an export without its image addresses; " + _AGAIN,
+    "lost_addresses": "an export to which the image addresses are not joined yet; " + _AGAIN,
     "rejects": "an image export that is late or incomplete, or files that are no pictures; look at "
     "the reasons, mend the images and run the command again",
     "outage": "a mount or a bucket that is gone, an image export that is late, permissions; mend "
@@ -489,8 +541,13 @@ CAUSES: dict[str, str] = {
 }
 
 
-def refusal(ds: Any, kind: Kind, findings: Sequence[Finding]) -> GateRefused:
-    """Returns the error that tells which gates refuse a stage of ds, and their table."""
+def refusal(
+    ds: Any, kind: Kind, findings: Sequence[Finding], accepted: Sequence[str] = ()
+) -> GateRefused:
+    """Returns the error that tells which gates refuse a stage of ds, and their table.
+
+    Those that this run `accepted`, of whatever stage, are judged again by the next one.
+    """
     failed = [finding for finding in findings if finding.level == FAIL]
     told = "; ".join(
         f"{one.text} ({one.number(one.observed)}, {_side(one)} the limit of "
@@ -498,17 +555,16 @@ def refusal(ds: Any, kind: Kind, findings: Sequence[Finding]) -> GateRefused:
         f"{'; ' * bool(one.detail)}{one.detail})"
         for one in failed
     )
-    # With those that were accepted already: the next run is asked again.
-    names = dict.fromkeys(one.gate for one in findings if one.level in (FAIL, ACCEPTED))
+    names = dict.fromkeys([*accepted, *(one.gate for one in failed)])
     accept = " ".join(f"--accept {name}" for name in names)
     return GateRefused(
         f"ds {ds}: {told}. Nothing of {kind.name} was published, and what was published before "
-        "stands. Mend what the table below names and run the command again; or publish this run "
-        f"all the same with `{accept} --reason '…'`, which the night's record will tell; or change "
+        "stands. Mend what led there and run the command again; or publish this run all the same "
+        f"by adding `{accept} --reason '…'` to it, which the night's record will tell; or change "
         "the limits under [gates] in the settings.",
         f"{table(failed)}\n"
-        f"next, once it is mended: `courier refresh --ds {ds}`; if it is right as it is: `courier "
-        f"refresh --ds {ds} {accept} --reason '…'`",
+        "next: the same command again, once that is mended; if it is right as it is, the same "
+        f"command with {accept} --reason '…'",
     )
 
 

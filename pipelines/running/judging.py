@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from pyarrow import ArrowInvalid
+
 from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
     ITEM_FEATURES,
@@ -90,13 +92,19 @@ class Judge:
         ]
         self.findings[stage.run_id] = findings
         if any(one.level == FAIL for one in findings):
-            raise gates.refusal(stage.ds, stage.kind, findings)
+            raise gates.refusal(stage.ds, stage.kind, findings, self._accepted.gates)
         making.note_gates(stage, [self._noted(one) for one in self.told_of(stage)])
 
     def told_of(self, stage: Stage) -> list[Finding]:
         """Returns what was found of a stage that an operator should know, though it may pass."""
         found = self.findings.get(stage.run_id, ())
         return [one for one in found if one.level in (WARN, ACCEPTED)]
+
+    def unneeded(self) -> list[str]:
+        """Returns the gates that were accepted and refused nothing."""
+        found = [one for stage in self.findings.values() for one in stage]
+        needed = {one.gate for one in found if one.level == ACCEPTED}
+        return [name for name in self._accepted.gates if name not in needed]
 
     def _noted(self, finding: Finding) -> dict[str, object]:
         """Returns what a manifest says of a finding."""
@@ -216,9 +224,12 @@ def _with_picture(finding: Finding, made: Made) -> Finding:
 
     features = made[ITEM_FEATURES.name]
     found = features.manifest["clusters"][finding.subject]
-    picture = most_frequent_picture(
-        made[ITEM_EMBEDDINGS.name], features, finding.subject, found["largest_cluster"]
-    )
+    try:
+        picture = most_frequent_picture(
+            made[ITEM_EMBEDDINGS.name], features, finding.subject, found["largest_cluster"]
+        )
+    except (OSError, ArrowInvalid, CourierError):  # of published tables a file may be damaged
+        return finding
     why = why_large(found["items_max"], found["items"], finding.limits.fail, picture)
     return replace(finding, cause=why, examples=(picture.item_id,))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from feature_jobs.schemas import CourierError, DataContractError, Table
 from feature_jobs.store import files, partitions, threads, usage, worker_notes
-from feature_jobs.store.documents import write_json
+from feature_jobs.store.documents import parse_json, write_json
 from feature_jobs.store.partitions import STAGED
 from pipelines.running import beam_options, progress, states
 from pipelines.running.beam_options import JobOptions
@@ -291,13 +291,37 @@ def reopen(stage: Stage) -> None:
             files.delete_tree(os.path.join(stage.staging, name))
 
 
-def write_run(night: Night, report: Mapping[str, Any], started: dt.datetime) -> None:
-    """Writes what a run did, and when: all else of a run is the same when it is run again."""
+def write_run(
+    night: Night, report: Mapping[str, Any], started: dt.datetime, is_published: bool = True
+) -> None:
+    """Writes what a run did, and when: all else of a run is the same when it is run again.
+
+    It is run.json, or refused.json where nothing was published. What a stage cost stays where an
+    earlier run had made it.
+    """
     folder = os.path.join(night.settings.layout.runs_folder(night.ds), night.run_id)
+    run, refused = (os.path.join(folder, name) for name in ("run.json", "refused.json"))
+    earlier = _stages_of(run) | _stages_of(refused)
+    stages = {
+        name: stage if "wall_seconds" in stage else {**earlier.get(name, {}), **_nonempty(stage)}
+        for name, stage in report["stages"].items()
+    }
     told = {
         "started": started.isoformat(timespec="milliseconds"),
         "ended": dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
         "command": sys.argv[1:],
         "versions": PACKAGE_VERSIONS,
     }
-    write_json(os.path.join(folder, "run.json"), {**report, **told})
+    write_json(run if is_published else refused, {**report, "stages": stages, **told})
+    if is_published:
+        files.delete(refused)
+
+
+def _stages_of(path: str) -> dict[str, Any]:
+    """Returns what an earlier run noted of its stages; nothing where there is none."""
+    found = files.read_if_there(path)
+    return dict(parse_json(path, found)["stages"]) if found else {}
+
+
+def _nonempty(stage: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in stage.items() if value}

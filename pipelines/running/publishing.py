@@ -93,7 +93,7 @@ def publish_night(night: Night, locks: Locks) -> None:
         folders = {**there, **folders}
     parts = [_still_published(folder) for folder in folders.values()]
     record = records.night_record(layout, night.ds, parts, before)
-    if before is None or before["tables"] != record["tables"]:
+    if before is None or any(before.get(k) != record[k] for k in ("tables", "gates")):
         write_record(path, to_json(record), found, locks)
 
 

@@ -5,6 +5,7 @@ import datetime as dt
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from pipelines.cli import main
 from pipelines.nightly import plan_nights
 from pipelines.running import gates, making, records
 from pipelines.running.states import Look
+from pipelines.stages import NIGHT
 from tests.conftest import Artefacts, pinned
 from tests.support.commands import (
     Capture,
@@ -127,6 +129,49 @@ def test_what_is_accepted_later_says_so_in_its_manifest(world: World, capsys: Ca
     assert told in record["gates"]
     assert courier(world, "status") == 0
     assert "the gate churn was accepted" in capsys.readouterr().out
+
+
+@pytest.mark.first_night
+def test_gates_of_two_stages_are_accepted_together_and_recorded(
+    world: World, capsys: Capture
+) -> None:
+    """What is upstream is judged again by each run until the night is published."""
+    usual = world.gates
+    world.gates += "\nimage_coverage.fail = 0.99\nscore_coverage.fail = 0.999"
+    world.settings()
+
+    def stages(name: str) -> dict[str, Any]:
+        (path,) = (world.root / f"test/_runs/ds={DAYS[1]}").rglob("*.json")
+        assert path.name == name
+        return json.loads(path.read_text())["stages"]
+
+    assert refresh(world, DAYS[1]) == 3
+    assert "`--accept image_coverage --reason '…'`" in paragraph(capsys)
+    embed = stages("refused.json")["embed"]
+    assert embed["wall_seconds"] > 0
+    assert "fail" in [gate["level"] for gate in embed["gates"]]
+
+    one = ("--accept", "image_coverage", "--reason", "a test")
+    assert refresh(world, DAYS[1], *one) == 3
+    assert "`--accept image_coverage --accept score_coverage --reason '…'`" in paragraph(capsys)
+    assert refresh(world, DAYS[1], "--accept", "score_coverage", *one, "--accept", "late") == 0
+    assert "--accept late was not needed" in capsys.readouterr().err
+    # This run made nothing: what making it took is that of the runs that did.
+    published = stages("run.json")
+    assert published["embed"]["wall_seconds"] == embed["wall_seconds"]
+    assert set(published) == {kind.name for kind in NIGHT}
+
+    def accepted() -> list[str]:
+        record = records.read_night(world.settings().layout, DAYS[1])
+        assert record
+        return [gate["gate"] for gate in record["gates"] if gate["level"] == "accepted"]
+
+    assert accepted() == ["image_coverage", "score_coverage"]
+    # Made again with equal rows, by limits that let it pass, it is recorded anew.
+    world.gates = usual
+    world.settings()
+    assert refresh(world, DAYS[1], "--remake") == 0
+    assert accepted() == []
 
 
 @pytest.mark.first_night

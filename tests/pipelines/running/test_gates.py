@@ -97,9 +97,10 @@ def features(**clusters: Any) -> Manifest:
     return {**_manifest("item_features", 1000, {}), "clusters": {"main": found | clusters}}
 
 
-def histories(users: int = 900, days: int = 30) -> Manifest:
+def histories(users: int = 900, days: int = 30, window: int = 30) -> Manifest:
     inputs = {"log_rows": {str(day): 1 for day in range(days)}}
-    return {**_manifest("user_histories", users, {"users": users}), "inputs": inputs}
+    made = {**_manifest("user_histories", users, {"users": users}), "inputs": inputs}
+    return {**made, "settings": {"window_days": window}}
 
 
 def scores(
@@ -110,6 +111,7 @@ def scores(
         "compared_impressions": rows, "moved_impressions": 0, "late_impressions": 0,
         "too_late_for_a_history": 0, "without_history": 0, "scored_impressions": rows,
         "clicks_with_time": rows // 10,
+        "impressions_by_user_squared": 10 * rows, "clicks_by_user_squared": rows // 10,
     }  # fmt: skip
     even = [rows // 20] * 20
     shapes = {"sim_max_clicked": even, "sim_max_unclicked": even, "history_len": even}
@@ -119,7 +121,7 @@ def scores(
 
 def _manifest(table: str, rows: int, counts: Mapping[str, int]) -> Manifest:
     made = {"table": table, "rows": rows, "counts": dict(counts), "notes": {}, "examples": {}}
-    return {**made, "identities": {"codebook_id": "a"}}
+    return {**made, "ds": str(DS), "identities": {"codebook_id": "a"}}
 
 
 OF_KIND = {
@@ -157,6 +159,9 @@ def test_a_first_night_passes_and_says_what_cannot_be_judged(kind: Kind) -> None
     assert set(found.values()) <= {OK, UNJUDGED}
 
 
+THIRTY = 20_000**2 // 30  # the squares of as many users with as many of 20,000 impressions
+
+
 def lopsided(share: float) -> list[int]:
     """Returns a distribution of which so much lies in one of twenty bins, the rest evenly."""
     rest = round(20_000 * (1 - share) / 19)
@@ -169,6 +174,10 @@ FAULTS: dict[str, tuple[Kind, Sequence[Manifest], Sequence[Manifest]]] = {
         EMBED,
         [embeddings(items_without_uri=150), rejects(150)],
         [embeddings(items_without_uri=501), rejects(501)],
+    ),
+    "lost_addresses": (
+        EMBED, [embeddings(items_without_uri=21), rejects(21)],
+        [embeddings(items_without_uri=51), rejects(51)],
     ),
     "rejects": (EMBED, [embeddings(), rejects(21)], [embeddings(), rejects(51)]),
     "outage": (
@@ -217,9 +226,9 @@ FAULTS: dict[str, tuple[Kind, Sequence[Manifest], Sequence[Manifest]]] = {
     "zero_rows": (
         SIMSCORE, [scores(scored_impressions=17_900)], [scores(scored_impressions=13_900)],
     ),
-    "impression_rows": (SIMSCORE, [scores(9_900)], [scores(4_900)]),
-    "impression_rows (clicks)": (SIMSCORE, [scores(clicks=900)], [scores(clicks=0)]),
-    "impression_rows (users)": (SIMSCORE, [scores(users=900)], [scores(users=1)]),
+    "impression_rows": (SIMSCORE, [scores(7_900)], [scores(4_900)]),
+    "impression_rows (clicks)": (SIMSCORE, [scores(clicks=790)], [scores(clicks=0)]),
+    "impression_rows (users)": (SIMSCORE, [scores(users=790)], [scores(users=1)]),
 }  # fmt: skip
 
 
@@ -271,8 +280,15 @@ def test_every_gate_is_tried_and_has_a_cause() -> None:
         ("click_times", SIMSCORE, [scores(clicks=99, clicks_with_time=0)], []),
         ("score_drift (clicked)", SIMSCORE, [scores(shape={"sim_max_clicked": [9, 1]})], WEEK),
         ("score_drift (clicked)", SIMSCORE, [scores(shape={"sim_max_clicked": []})], WEEK),
-        ("history_drift", SIMSCORE, [scores(users=30, shape={"history_len": lopsided(0.9)})], WEEK),
-        ("zero_rows", SIMSCORE, [scores(scored_impressions=0, users=30)], WEEK),
+        (
+            "history_drift", SIMSCORE,
+            [scores(impressions_by_user_squared=THIRTY, shape={"history_len": lopsided(0.9)})],
+            WEEK,
+        ),
+        (
+            "zero_rows", SIMSCORE,
+            [scores(scored_impressions=0, impressions_by_user_squared=THIRTY)], WEEK,
+        ),
         # Histories grow in the first days of a log.
         (
             "history_drift", SIMSCORE, [scores(shape={"history_len": lopsided(0.9)})],
@@ -350,6 +366,68 @@ def test_a_day_made_by_an_earlier_version_is_judged_as_far_as_it_counted() -> No
     assert judge(SIMSCORE, [scores()], [old])["zero_rows"].level == UNJUDGED
 
 
+# ---- What a shop is like -------------------------------------------------------------------------
+
+
+def test_the_impressions_of_a_few_users_are_no_drift_of_all() -> None:
+    """One user in ten has nine tenths of the clicks: as if there were a quarter of the users."""
+    few = scores(shape={"sim_max_clicked": lopsided(0.15)}, clicks_by_user_squared=2_000**2 // 40)
+    assert judge(SIMSCORE, [few], WEEK)["score_drift (clicked)"].level == UNJUDGED
+    assert judge(SIMSCORE, [few], WEEK)["score_drift (unclicked)"].level == OK
+
+
+def test_a_stricter_warning_does_not_keep_a_gate_from_refusing() -> None:
+    limits = Gates.model_validate_json('{"score_drift": {"warn": 0.001, "fail": 0.25}}')
+    made = {"user_simscores": scores(shape={"sim_max_clicked": lopsided(0.9)})}
+    before = {"user_simscores": [scores()], "user_histories": [histories()]}
+    found = {one.name: one for one in gates.judge(SIMSCORE, Evidence(made, before), limits)}
+    assert found["score_drift (clicked)"].level == FAIL
+    assert found["score_drift (unclicked)"].level == OK  # chance alone is no reason to warn
+    assert "the median is -0." in found["score_drift (clicked)"].detail
+
+
+def test_a_window_shorter_than_a_week_is_full_when_its_days_are() -> None:
+    made = [scores(shape={"history_len": lopsided(0.9)})]
+    earlier = [scores(), histories(days=4, window=3)]
+    assert judge(SIMSCORE, made, earlier)["history_drift"].level == FAIL
+
+
+def test_the_day_after_an_empty_one_is_compared_with_the_one_before() -> None:
+    made = [scores(shape={"history_len": lopsided(0.9)})]
+    earlier = [scores(0, users=0), scores(), histories()]
+    assert judge(SIMSCORE, made, earlier)["history_drift"].level == FAIL
+
+
+def test_of_few_clusters_one_may_be_large_however_strict_the_limit() -> None:
+    limits = Gates.model_validate_json('{"balance": {"fail": 0.05}}')
+
+    def level(items_max: int) -> str:
+        made = {"item_features": features(clusters=10, items_max=items_max)}
+        found = gates.judge(ITEM_FEATURES, Evidence(made, defaultdict(list)), limits)
+        return next(one.level for one in found if one.gate == "balance")
+
+    assert (level(199), level(990)) == (OK, FAIL)
+
+
+def test_items_that_left_long_ago_are_no_catalogue_of_another_shop() -> None:
+    made = [embeddings(former_items=400), rejects()]
+    long_ago = {**embeddings(), "ds": "2026-01-01"}
+    found = judge(EMBED, made, [long_ago] * 3)["item_rows (that stay)"]
+    assert (found.level, "59 days before" in found.text) == (UNJUDGED, True)
+    assert judge(EMBED, made, WEEK)["item_rows (that stay)"].level == FAIL
+
+
+def test_a_catalogue_that_is_cut_on_a_closed_day_is_refused() -> None:
+    found = judge(EMBED, [embeddings(400), rejects()], WEEK, closed=True)
+    assert found["item_rows"].level == FAIL
+
+
+def test_items_without_an_address_are_no_reason_of_bad_images() -> None:
+    made = embeddings(items_without_uri=30, rejected_unsupported_uri=31, rejected_missing=20)
+    text = judge(EMBED, [made, rejects(51)])["rejects"].text
+    assert "(missing 20, unsupported_uri 1)" in text
+
+
 # ---- What is told --------------------------------------------------------------------------------
 
 
@@ -370,8 +448,8 @@ def test_a_refusal_names_all_gates_that_refuse_and_what_to_do() -> None:
         f"  usually: {gates.CAUSES['rejects']}",
     ]
     assert error.table.splitlines()[-1].startswith(
-        "next, once it is mended: `courier refresh --ds 2026-03-01`; if it is right as it is: "
-        "`courier refresh --ds 2026-03-01 --accept rejects --accept outage --reason "
+        "next: the same command again, once that is mended; if it is right as it is, the same "
+        "command with --accept rejects --accept outage --reason "
     )
     assert error.table.splitlines()[3].split() == ["outage", "4.0%", "3.0%", "12"]
 
@@ -391,7 +469,23 @@ def test_what_is_told_of_a_finding_is_json_whatever_its_limits() -> None:
     )
     told = json.loads(json.dumps(found.as_json(), allow_nan=False))
     assert (told["level"], told["warn"], told["fail"]) == (WARN, 0.1, None)
-    assert "warns: sizes of clusters (main)" in gates.short(found)
+    assert "warns: the population stability index of sizes of clusters (main)" in gates.short(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "made", "observed"),
+    [
+        ("impression_rows", SIMSCORE, [scores(0)], "20,000 x"),
+        ("item_rows", EMBED, [embeddings(400), rejects()], "2.5 x"),
+        ("rejects", EMBED, [embeddings(10_000), rejects(503)], "5.030%"),
+        ("rejects", EMBED, [embeddings(), rejects(60)], "6.0%"),
+    ],
+)
+def test_numbers_can_be_told_from_their_limits(
+    name: str, kind: Kind, made: Sequence[Manifest], observed: str
+) -> None:
+    found = judge(kind, made, WEEK)[name]
+    assert found.number(found.observed) == observed
 
 
 def test_the_limits_of_a_gate_know_their_side() -> None:
