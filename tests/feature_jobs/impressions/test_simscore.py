@@ -169,6 +169,7 @@ def test_what_is_told_of_a_shard_does_not_follow_arrival() -> None:
         _, told = score_impressions(mixed, NOTHING_KNOWN, 3)
         assert told.counts == {
             "impressions": 32, "users": 2, "clicks": 8, "unknown_items": 32,
+            "impressions_by_user_squared": 512, "clicks_by_user_squared": 64,
             "scored_impressions": 0, "compared_impressions": 0, "moved_impressions": 0,
             "without_history": 0, "click_times_before_event": 0, "clicks_with_time": 0,
         }  # fmt: skip

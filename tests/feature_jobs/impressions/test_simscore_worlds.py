@@ -6,6 +6,7 @@ Beam costs a second.
 
 import datetime as dt
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -272,7 +273,11 @@ def check_told(
     mine = [row for row in drawn if row[0] == day]
     unknown = {row[2] for row in mine if row[2] >= items}
     assert counts["impressions"] == len(rows)
-    assert counts["users"] == len({row["user_id"] for row in rows})
+    shown = Counter(row["user_id"] for row in rows)
+    clicks = Counter(row["user_id"] for row in rows if row["clicked"])
+    assert counts["users"] == len(shown)
+    assert counts["impressions_by_user_squared"] == sum(n * n for n in shown.values())
+    assert counts["clicks_by_user_squared"] == sum(n * n for n in clicks.values())
     assert counts["clicks"] == counts.get("clicks_with_time", 0) == sum(row[4] for row in mine)
     assert counts["scored_impressions"] == sum(row["sim_known"] > 0 for row in rows)
     assert counts["late_impressions"] == sum(row[3] < 0 for row in mine)

@@ -289,7 +289,7 @@ def test_what_was_not_fetched_is_told_of_what_was_tried_and_was_no_reject_before
         "rejected_unsupported_uri": 2,
         "rejected_truncated": 1,
     }
-    assert embed_walk.examples(walked) == {"rejected": [2, 3, 4], "not_fetched": [2, 3, 8]}
+    assert embed_walk.examples(walked) == {"rejected": [2, 3, 5], "not_fetched": [2, 3, 8]}
 
 
 def test_where_all_is_well_nothing_is_told_to_be_amiss() -> None:
