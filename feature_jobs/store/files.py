@@ -190,7 +190,10 @@ def replace_seen(path: str, data: bytes, seen: FileInfo | None) -> None:
 
 
 def link(source: str, target: str) -> None:
-    """Gives a file a second name within one root, without copying where the disk can do so."""
+    """Gives a file a second name within one root, without copying where the disk can do so.
+
+    Replaces `target`.
+    """
     store_of(source).link(source, target)
 
 

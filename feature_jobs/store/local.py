@@ -198,7 +198,10 @@ class LocalStore:
         try:
             os.link(source, target)
         except FileExistsError:
-            return  # file names carry the version of the content, so it is the same file
+            folder, name = os.path.split(target)
+            aside = os.path.join(folder, f".tmp-{uuid.uuid4().hex[:12]}-{name}")
+            self.link(source, aside)
+            self.move(aside, target)
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise

@@ -110,8 +110,8 @@ class Store(Protocol):
     def link(self, source: str, target: str) -> None:
         """Gives a file a second name within one root: on a disk, where it can, without a copy.
 
-        In a bucket `target` is written anew, and so has a new generation. Raises FileNotFoundError
-        where there is no `source`.
+        A `target` that is there is replaced. In a bucket it is written anew in any case, and so has
+        a new generation. Raises FileNotFoundError where there is no `source`.
         """
 
     def move(self, source: str, target: str) -> None:

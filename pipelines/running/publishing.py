@@ -21,7 +21,8 @@ had staged for the partition, so that a copy which is on its way finds no source
 is there no more, and none is ever written twice.
 
 *The same rows*, made again from other inputs, are the same version in the same files: the manifest
-alone changes, its `publication` with it, and `_SUCCESS` follows.
+alone changes, its `publication` with it, and `_SUCCESS` follows. A file that is not as the manifest
+says any more (a disk lost some of it) is replaced by that which was made again, at once and whole.
 
 *Killed* at any point, the same run finishes it: each step is skipped where it is done, and nothing
 is "published" before the old files are away. A part that no manifest ever named was left by a run
@@ -239,15 +240,17 @@ class Publication:
     def run(self) -> None:
         """Publishes it, or finishes that; raises CourierError where another run has come first.
 
-        Publishing again what is published changes nothing, but for a list of files that names
-        another place: that of a partition that was moved.
+        Publishing again what is published changes nothing, but for files that are missing or
+        damaged, and a list of files that names another place: that of a partition that was moved.
         """
         if self._version_in(self.replaces) != self.manifest["version"]:
             data = self._replace()
-        elif self._says_the_same() and self._is_published():
-            return
         else:
+            damaged = self._damaged()
+            if self._says_the_same() and self._is_published() and not damaged:
+                return
             data = self._renew()
+            self._mend(data, damaged)
         self._put_away_others(data)
         self._list_files(data)
         self._announce(data)
@@ -368,6 +371,36 @@ class Publication:
         with self._step(found):
             self._swap(self._manifest_path, data, found)
         return data
+
+    def _damaged(self) -> list[str]:
+        """Returns the names of the files that are missing, or not as the manifest says."""
+        listed = self.manifest["files"]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            whole = pool.map(self._is_whole, listed)
+            return [
+                file["name"] for file, is_whole in zip(listed, whole, strict=True) if not is_whole
+            ]
+
+    def _is_whole(self, file: Mapping[str, Any]) -> bool:
+        """Returns whether a file of the manifest is the one that was made again.
+
+        A disk is asked for its sha256. A bucket has a checksum of its own, and of both files: so
+        neither is read.
+        """
+        path = os.path.join(self.place.folder, file["name"])
+        try:
+            if files.stat(path).size != file["bytes"]:
+                return False
+            found = files.checksum(path)
+            return found == file["sha256"] or found == files.checksum(self.sources[file["name"]])
+        except FileNotFoundError:
+            return False
+
+    def _mend(self, data: bytes, damaged: Sequence[str]) -> None:
+        """Replaces damaged files: none is ever away, so that whoever reads needs not ask again."""
+        for names in _batches(damaged):
+            with self._step(data):
+                self._bring_in(names)
 
     def _times_replaced(self, version: str) -> int:
         """Returns how often a version was published and replaced, or was about to be."""

@@ -402,6 +402,15 @@ def test_a_link_is_a_second_name_that_outlives_the_first(folder: str) -> None:
     assert files.list_names(f"{folder}/deep") == ["b"]
 
 
+def test_a_link_replaces_its_target(folder: str) -> None:
+    for name, data in (("a", b"one"), ("b", b"two")):
+        files.write_bytes(f"{folder}/{name}", data)
+        files.link(f"{folder}/{name}", f"{folder}/deep/c")
+        assert files.read_bytes(f"{folder}/deep/c") == data
+    assert files.list_names(f"{folder}/deep") == ["c"]
+    assert files.read_bytes(f"{folder}/a") == b"one"
+
+
 def test_a_move_replaces_its_target(folder: str) -> None:
     source, target = f"{folder}/a", f"{folder}/deep/b"
     for data in (b"one", b"two"):

@@ -1,5 +1,6 @@
 """Publishing: killed at any point it leaves no mixture, and the next run finishes it."""
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Container
@@ -12,14 +13,14 @@ from feature_jobs.schemas import CourierError, InputNotReady
 from feature_jobs.store import files, partitions
 from feature_jobs.store.documents import read_json
 from feature_jobs.store.partitions import FILE_LIST, MANIFEST, SUCCESS
-from pipelines.running import publishing
+from pipelines.running import publishing, states
 from pipelines.running.layout import Layout
 from pipelines.running.locks import Locks
-from pipelines.running.states import PUBLISHED, STAGED, Look
+from pipelines.running.states import PUBLISHED, STAGED, Look, Night
 from pipelines.stages import HISTORIES, ITEM_FEATURES
 from tests.support.ill_disk import watch_disk
-from tests.support.schedules import CHANGING
-from tests.support.small_nights import DS, Readers, Shop, stage_partition
+from tests.support.schedules import CHANGING, Calls
+from tests.support.small_nights import DS, JustAStage, Readers, Shop, contents, stage_partition
 
 OLD, NEW, LOST = [1, 2, 3, 4], [5, 6, 7, 8, 9], [0, 0, 0]
 
@@ -133,6 +134,87 @@ def test_what_is_published_again_gets_its_list_where_that_is_not_right(
     assert names == [FILE_LIST]
     assert path.read_text().splitlines() == partitions.open_published(copy.place.folder).paths
     assert copy.published() == OLD
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
+    "a byte flipped": lambda data: data[:9] + bytes([data[9] ^ 1]) + data[10:],
+    "cut short": lambda data: data[:-7],
+    "emptied": lambda _: b"",
+    "gone": lambda _: None,
+}
+
+
+def damage(path: str, how: str) -> None:
+    """Replaces a file, which is left as it is under its other names."""
+    data = DAMAGE[how](files.read_bytes(path))
+    files.delete(path)
+    if data is not None:
+        files.write_bytes(path, data)
+
+
+def remade(shop: Shop, values: list[int]) -> Night:
+    """Returns a night that was made again from the same inputs, as `--remake` does it."""
+    night = shop.night(values)
+    stage = dataclasses.replace(night.stages[0], forced_by="asked for")
+    states.begin(stage, ["asked for"], Look())
+    if not Look().state(stage).is_made:
+        stage_partition(stage.staged_folder(stage.tables[0]), values, run_id=stage.run_id)
+    return dataclasses.replace(night, planned=(JustAStage(stage),))
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_file_is_mended_where_the_same_rows_are_made_again(folder: str, how: str) -> None:
+    shop = Shop(folder)
+    shop.publish(OLD)
+    before = contents(shop)
+    one, other = partitions.open_published(shop.place.folder).paths
+    damage(one, how)
+    whole = files.stat(other)
+    assert contents(shop) != before
+    shop.publish(OLD)  # nobody asked for it, and files of what is published are not read
+    assert contents(shop) != before
+    publishing.publish_night(remade(shop, OLD), Locks())
+    assert contents(shop) == before
+    assert files.stat(other) == whole
+    assert shop.published() == OLD
+
+
+def test_of_a_mending_run_killed_at_any_change_no_file_is_away_and_the_next_finishes(
+    folder: str, calls: Calls
+) -> None:
+    killed_at, ended = 0, False
+    while not ended:
+        shop = Shop(f"{folder}/{killed_at}")
+        shop.publish(OLD)
+        before = contents(shop)
+        paths = partitions.open_published(shop.place.folder).paths
+        for path in paths:
+            damage(path, "a byte flipped")
+        night, made = remade(shop, OLD), 0
+
+        def kill(what: str, _: str, killed_at: int = killed_at, at: list[str] = paths) -> None:
+            nonlocal made
+            if what not in CHANGING:
+                return
+            with calls.quietly():
+                assert all(files.exists(path) for path in at)
+            if made == killed_at:
+                raise Killed
+            made += 1
+
+        calls.before = kill
+        try:
+            publishing.publish_night(night, Locks())
+            ended = True
+        except Killed:
+            pass
+        calls.before = lambda *_: None
+        assert {path.removeprefix(shop.settings.root) for path in paths} < contents(shop).keys()
+        publishing.publish_night(remade(shop, OLD), Locks())
+        found = {path: data for path, data in contents(shop).items() if "/.tmp-" not in path}
+        assert found == before
+        killed_at += 1
+    assert killed_at > 5
 
 
 @pytest.mark.parametrize("before", [None, OLD, NEW], ids=["first", "over another", "the same"])
