@@ -45,8 +45,8 @@ def stage_partition(folder: str, values: Values, shards: int = 2, run_id: str = 
         listed.append({"name": name, "rows": len(rows), "bytes": size, "sha256": sha256})
     manifest = {
         "table": ITEM_FEATURES.name, "run_id": run_id, "files": listed, "rows": len(values),
-        "counts": {}, "made_from": {}, "notes": {}, "identities": {}, "settings": {}, "inputs": {},
-        "values": values,
+        "counts": {}, "histograms": {}, "examples": {}, "made_from": {}, "notes": {},
+        "identities": {}, "settings": {}, "inputs": {}, "values": values,
     }  # fmt: skip
     write_json(os.path.join(folder, STAGED), manifest)
     staged = partitions.find_staged(folder)

@@ -1,6 +1,7 @@
 """What of a stage is done is found once, whatever an earlier run, a rollback or a gate has left."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from feature_jobs.schemas import GateRefused, InputNotReady
-from feature_jobs.store import files
+from feature_jobs.store import documents, files, partitions
 from pipelines.running import states
 from pipelines.running.locks import Locks
 from pipelines.running.publishing import publish_night
@@ -59,6 +60,30 @@ def test_what_a_gate_refused_is_refused_until_it_is_not(shop: Shop) -> None:
     assert str(states.refusal(stage.staging)) == "too many"
     states.note_refusal(stage, None)
     assert Look().state(stage).name == "staged"
+
+
+def test_what_an_earlier_version_staged_is_made_again_and_what_it_published_stays(
+    shop: Shop,
+) -> None:
+    """Its manifest lacks what gates judge by, and what is beside it when it is sealed again."""
+    (stage,) = shop.make(NEW).stages
+    states.note_refusal(stage, GateRefused("too many"))
+    path = os.path.join(stage.staged_folder(stage.tables[0]), partitions.STAGED)
+    manifest = documents.read_json(path)
+    older = {name: value for name, value in manifest.items() if name != "histograms"}
+    documents.write_json(path, older)
+    state = Look().state(stage)
+    assert (state.name, state.is_made) == ("absent", False)
+    documents.write_json(path, manifest)
+    publish_night(shop.night(NEW), Locks())
+    assert Look().state(stage).name == "published"
+    path = os.path.join(shop.place.folder, partitions.MANIFEST)
+    published = documents.read_json(path)
+    del published["histograms"]
+    files.write_bytes(path, documents.to_json(published))
+    digest = hashlib.sha256(files.read_bytes(path)).hexdigest()
+    files.write_bytes(os.path.join(shop.place.folder, partitions.SUCCESS), digest.encode())
+    assert Look().state(stage).name == "published"
 
 
 def test_a_day_on_hold_is_held_unless_it_is_there(shop: Shop) -> None:
