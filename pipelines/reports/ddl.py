@@ -83,6 +83,7 @@ def _find(settings: Settings, table: Table) -> _Published | None:
     newest = layout.folder(table, days[-1])
     return _Published(
         table,
+        # BigQuery takes no "-". No two feature sets meet in one schema: their names have no "_".
         "shared" if table.shared else layout.feature_set.replace("-", "_"),
         os.path.dirname(newest),
         [(value, layout.folder(table, ds)) for value, ds in zip(values, days, strict=True)],
@@ -104,10 +105,11 @@ def _spark(one: _Published) -> str:
     added = [f"  PARTITION (`{key}` = {_text(day)}) LOCATION {_at(at)}" for day, at in one.days]
     return _lines(
         *told,
-        f"CREATE TABLE IF NOT EXISTS {name} (",
+        f"DROP TABLE IF EXISTS {name};",
+        f"CREATE TABLE {name} (",
         ",\n".join(columns),
         f") USING PARQUET PARTITIONED BY (`{key}`) LOCATION {_at(one.top)};",
-        f"ALTER TABLE {name} ADD IF NOT EXISTS",
+        f"ALTER TABLE {name} ADD",
         *added[:-1],
         f"{added[-1]};",
     )
@@ -164,9 +166,11 @@ def _duckdb(one: _Published) -> str:
 _ENGINES: dict[str, tuple[str, str, Callable[[_Published], str]]] = {
     "spark": (
         """\
--- For Spark SQL. A table has the days that are added to it: here those that are published. Later
--- ones are to be added likewise, as a command of on_published can; a session that has read a day
--- which is published again needs REFRESH TABLE.""",
+-- For Spark SQL. A table that is known already is dropped and made again, since its columns or its
+-- place may be others now: an external one (it has a LOCATION), so that the files stay. A table has
+-- the days that are added to it: here those that are published. Later ones are added likewise, and
+-- a command of on_published can do that. A session that has read a day which is published again
+-- needs REFRESH TABLE.""",
         "CREATE DATABASE IF NOT EXISTS `{}`;",
         _spark,
     ),

@@ -73,8 +73,12 @@ def test_spark_has_a_typed_column_for_each_and_the_days_that_are_published(
     found = ddl.statements(settings, "spark")
     assert "CREATE DATABASE IF NOT EXISTS `my_shop`;" in found
     top = f"{near_bucket}/my-shop/item_embeddings"
-    table = statement(found, "CREATE TABLE")
-    assert table.startswith("CREATE TABLE IF NOT EXISTS `my_shop`.`item_embeddings` (\n")
+    name = "`my_shop`.`item_embeddings`"
+    table = statement(found, "DROP TABLE")
+    assert table.startswith(f"DROP TABLE IF EXISTS {name};\nCREATE TABLE {name} (\n")
+    comments = [line for line in found.splitlines() if line.startswith("--")]
+    assert not any(line.endswith(";") for line in comments)  # as who splits statements counts on
+    assert "an external one (it has a LOCATION), so that the files stay" in found
     for line in (
         "  `item_id` BIGINT COMMENT 'the item',",
         "  `embedding` ARRAY<FLOAT> COMMENT '[256] unit vector',",
