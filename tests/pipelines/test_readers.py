@@ -1,14 +1,18 @@
 """Each engine reads exactly the published rows of every table, by the paths that the docs name.
 
-All tables were published twice, so that files of an earlier version are kept. What is expected are
-the rows of the files that the manifests name.
+Of one shop all tables were published twice, so that files of an earlier version are kept. Another
+has string IDs, days of another name, user IDs in a place of their own, and a day without rows. What
+is expected are the rows of the files that the manifests name.
 """
 
+import datetime as dt
 import glob
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import duckdb
@@ -29,12 +33,16 @@ from tests.support.world import DAYS, NORMAL, World, draw_impressions, picture
 from tests.test_imports import ROOT
 
 FIRST, SECOND = DAYS[:2]
+EMPTY = {"user_simscores", "training_rows"}  # on a day without impressions
 SPARK_READER = ROOT / "tests/support/spark_reader.py"
 SPARK_PYTHON = ROOT / ".venv-readers/bin/python"
 
 
+OTHERWISE = '[output]\npartition = "dt={ds:%Y%m%d}"\nuser_root = "users"\n'
+
+
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts) -> World:
+def twice(tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts) -> World:
     """Makes two nights with training rows, and every table of the second once more."""
     folder = tmp_path_factory.mktemp("readers") / "shop"
     world = pinned(World(folder, extra_settings=SECTION), artefacts)
@@ -49,14 +57,34 @@ def shop(tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts) -> Worl
     return world
 
 
+@pytest.fixture(scope="module")
+def otherwise(tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts) -> World:
+    """Makes two nights of string IDs, the second without impressions, by other settings."""
+    folder = tmp_path_factory.mktemp("otherwise") / "shop"
+    world = pinned(World(folder, "string", extra_settings=OTHERWISE + SECTION), artefacts)
+    world.write("impressions", SECOND, [], rows_to_group=1)
+    for day in (FIRST, SECOND):
+        make_night(world.settings(), day)
+    assert make_rows(world, FIRST, SECOND) == 0
+    return world
+
+
+@pytest.fixture(params=["twice", "otherwise"])
+def shop(request: pytest.FixtureRequest) -> World:
+    return request.getfixturevalue(request.param)
+
+
 def top_of(shop: World, name: str) -> str:
     """Returns the folder of a whole table."""
-    return str(shop.root / ("shared" if TABLES[name].shared else "test") / name)
+    apart = TABLES[name].has_users and "user_root" in shop.extra_settings
+    root = shop.folder / "users" if apart else shop.root
+    return str(root / ("shared" if TABLES[name].shared else "test") / name)
 
 
-def day_of(shop: World, name: str) -> str:
-    """Returns the folder of the day of a table that was published twice."""
-    return f"{top_of(shop, name)}/ds={SECOND}"
+def folder_of(shop: World, name: str, day: dt.date) -> str:
+    """Returns the folder of a day of a table."""
+    key = f"dt={day:%Y%m%d}" if "dt=" in shop.extra_settings else f"ds={day}"
+    return f"{top_of(shop, name)}/{key}"
 
 
 def listed(folder: str) -> list[str]:
@@ -64,25 +92,33 @@ def listed(folder: str) -> list[str]:
     return Path(folder, "_files.txt").read_text().splitlines()
 
 
-def rows_of(shop: World, name: str, *days: object) -> pa.Table:
+def rows_of(shop: World, name: str, *days: dt.date) -> pa.Table:
     """Returns the published rows of some days, with the day as the column `ds`."""
     parts = []
     for day in days:
-        found = partitions.open_published(f"{top_of(shop, name)}/ds={day}")
+        found = partitions.open_published(folder_of(shop, name, day))
         rows = pa.concat_tables(map(partitions.read_parquet, found.paths))
         parts.append(rows.append_column("ds", pa.array([day] * len(rows), pa.date32())))
     return pa.concat_tables(parts)
 
 
-def check_same(found: pa.Table, expected: pa.Table, name: str) -> None:
-    """Asserts that both have the same columns and rows, in whatever order these are.
+def with_dates(found: pa.Table) -> pa.Table:
+    """Returns the rows with the day, where it is a column, as a date in `ds`.
 
-    A day that is told as text, as some engines do, is the same day.
+    Engines tell a day as a date, as text or, of one without dashes, as a number.
     """
-    if "ds" in found.column_names:
-        place = found.column_names.index("ds")
-        days = pc.cast(pc.cast(found["ds"], pa.string()), pa.date32())
-        found = found.set_column(place, "ds", days)
+    for place, name in enumerate(found.column_names):
+        if name in ("ds", "dt"):
+            text = pc.cast(found[name], pa.string())
+            digits = pc.replace_substring(text, "-", "")
+            days = pc.cast(pc.strptime(digits, "%Y%m%d", "s"), pa.date32())
+            found = found.set_column(place, "ds", days)
+    return found
+
+
+def check_same(found: pa.Table, expected: pa.Table, name: str) -> None:
+    """Asserts that both have the same columns and rows, in whatever order these are."""
+    found = with_dates(found)
     assert set(found.column_names) == set(expected.column_names)
     keys = [*(["ds"] if "ds" in found.column_names else []), TABLES[name].key]
     keys += TABLES[name].then_by
@@ -100,14 +136,22 @@ def by_duckdb(query: str, *given: object) -> pa.Table:
         return database.sql(query, params=given).to_arrow_table()
 
 
-def test_every_table_was_published_twice_with_other_rows(shop: World) -> None:
+def test_every_table_was_published_twice_with_other_rows(twice: World) -> None:
     for name in TABLES:
-        kept = day_of(shop, name).replace(str(shop.root), f"{shop.root}/_versions")
+        kept = folder_of(twice, name, SECOND).replace(str(twice.root), f"{twice.root}/_versions")
         (earlier,) = os.listdir(kept)
         old = pa.concat_tables(map(partitions.read_parquet, glob.glob(f"{kept}/{earlier}/*.p*")))
-        now = rows_of(shop, name, SECOND).drop_columns("ds")
+        now = rows_of(twice, name, SECOND).drop_columns("ds")
         assert len(old)
         assert sorted(map(repr, old.to_pylist())) != sorted(map(repr, now.to_pylist()))
+
+
+def test_the_other_shop_has_string_ids_and_tables_without_rows(otherwise: World) -> None:
+    found = {name: rows_of(otherwise, name, SECOND) for name in TABLES}
+    assert {name for name, rows in found.items() if not len(rows)} >= EMPTY
+    for name, rows in found.items():
+        assert rows[TABLES[name].key].type == pa.string()
+        assert len(rows_of(otherwise, name, FIRST))
 
 
 # ---- Paths -----------------------------------------------------------------------------------
@@ -138,16 +182,16 @@ LIST: dict[str, tuple[Callable[[list[str]], pa.Table], bool]] = {
 }
 
 
-def check_day(found: pa.Table, shop: World, name: str, with_ds: bool) -> None:
-    expected = rows_of(shop, name, SECOND)
+def check_day(found: pa.Table, shop: World, name: str, day: dt.date, with_ds: bool) -> None:
+    expected = rows_of(shop, name, day)
     check_same(found, expected if with_ds else expected.drop_columns("ds"), name)
 
 
 @pytest.mark.parametrize("engine", DAY)
 def test_the_folder_of_a_day_gives_its_published_rows(shop: World, engine: str) -> None:
     read, with_ds = DAY[engine]
-    for name in TABLES:
-        check_day(read(day_of(shop, name)), shop, name, with_ds)
+    for name, day in product(TABLES, (FIRST, SECOND)):
+        check_day(read(folder_of(shop, name, day)), shop, name, day, with_ds)
 
 
 @pytest.mark.parametrize("engine", TABLE)
@@ -160,8 +204,8 @@ def test_the_folder_of_a_table_gives_all_days_each_by_its_date(shop: World, engi
 @pytest.mark.parametrize("engine", LIST)
 def test_the_list_of_a_day_gives_its_published_rows(shop: World, engine: str) -> None:
     read, with_ds = LIST[engine]
-    for name in TABLES:
-        check_day(read(listed(day_of(shop, name))), shop, name, with_ds)
+    for name, day in product(TABLES, (FIRST, SECOND)):
+        check_day(read(listed(folder_of(shop, name, day))), shop, name, day, with_ds)
 
 
 # ---- What makes the tables known -------------------------------------------------------------
@@ -173,6 +217,11 @@ def ddl(shop: World, engine: str, capsys: Capture) -> str:
     return capsys.readouterr().out
 
 
+def day_type(shop: World) -> pa.DataType:
+    """Returns the type of the column of days, where an engine is told of it."""
+    return pa.string() if "dt=" in shop.extra_settings else pa.date32()
+
+
 def test_duckdb_has_all_tables_once_it_has_run_what_status_prints(
     shop: World, capsys: Capture
 ) -> None:
@@ -181,7 +230,7 @@ def test_duckdb_has_all_tables_once_it_has_run_what_status_prints(
         for name, table in TABLES.items():
             place = "shared" if table.shared else "test"
             found = database.sql(f"from {place}.{name}").to_arrow_table()
-            assert found["ds"].type == pa.date32()
+            assert found.schema.field(-1).type == day_type(shop)
             check_same(found, rows_of(shop, name, FIRST, SECOND), name)
 
 
@@ -208,18 +257,23 @@ def read_with_spark(
 def test_spark_reads_the_folders_the_lists_and_the_tables_that_it_is_told_of(
     shop: World, tmp_path: Path, capsys: Capture
 ) -> None:
-    statements = ddl(shop, "spark", capsys).strip().removesuffix(";").split(";\n")
+    """Once those of a shop that has moved since, and has got a column, were run, and twice."""
+    now = ddl(shop, "spark", capsys)
+    assert shop.folder.name == "shop"
+    before = re.sub("\n  `item_ids?` .*,", "", now).replace("/shop/", "/before-it-moved/")
+    statements = [
+        one for text in (before, now, now) for one in text.strip().removesuffix(";").split(";\n")
+    ]
     read, tables = {}, {}
     for name, table in TABLES.items():
-        read[f"{name}-day"] = [day_of(shop, name)]
+        read[f"{name}-day"] = [folder_of(shop, name, SECOND)]
         read[f"{name}-table"] = [top_of(shop, name)]
-        read[f"{name}-list"] = listed(day_of(shop, name))
+        read[f"{name}-list"] = listed(folder_of(shop, name, SECOND))
         tables[f"{name}-ddl"] = f"{'shared' if table.shared else 'test'}.{name}"
     found = read_with_spark(tmp_path, statements, read, tables)
     for name in TABLES:
-        check_day(found(f"{name}-day"), shop, name, False)
-        check_day(found(f"{name}-list"), shop, name, False)
+        check_day(found(f"{name}-day"), shop, name, SECOND, False)
+        check_day(found(f"{name}-list"), shop, name, SECOND, False)
+        assert found(f"{name}-ddl").schema.field(-1).type == day_type(shop)
         for how in ("table", "ddl"):
-            rows = found(f"{name}-{how}")
-            assert rows["ds"].type == pa.date32()
-            check_same(rows, rows_of(shop, name, FIRST, SECOND), name)
+            check_same(found(f"{name}-{how}"), rows_of(shop, name, FIRST, SECOND), name)
