@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from feature_jobs import inputs, laws
 from feature_jobs.impressions.scores import mean_scores, simtier
+from feature_jobs.impressions.simscore import score_histograms
 from feature_jobs.laws import Breach, Breaches
 from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
@@ -339,7 +340,9 @@ class _Rows:
         if self._found.table is USER_SIMSCORES:
             self._users.append(hashes)
         elsewhere = hashing.shard_of(hashes, self._shards) != self._number
-        yield Breach(f"a {self._found.sharded_by} belongs into another file by its hash", elsewhere)
+        key = self._found.sharded_by
+        article = "an" if key == "item_id" else "a"
+        yield Breach(f"{article} {key} belongs into another file by its hash", elsewhere)
 
     def _count(self, rows: pa.Table) -> None:
         counts, histograms = _COUNTED.get(self._found.name, _nothing)(rows)
@@ -473,13 +476,21 @@ def _training(rows: pa.Table) -> Counted:
 
 
 def _scores(rows: pa.Table) -> Counted:
-    lengths = np.bincount(rows["history_len"].to_numpy())
-    return {
+    counts = {
         "impressions": len(rows),
         "clicks": _true(rows["clicked"]),
-        "without_history": int(lengths[0]),
+        "without_history": _true(pc.equal(rows["history_len"], 0)),
         "scored_impressions": _true(pc.greater(rows["sim_known"], 0)),
-    }, {"history_len": lengths}
+    }
+    places = pc.list_value_length(rows["sim_scores"])[0].as_py()  # of each row, by its law
+    names = ("history_len", "sim_known", "sim_max")
+    scored = {name: rows[name].to_numpy() for name in names}
+    # A value that breaks its law, which is told, has no bin, or asks for memory without end.
+    has_bins = (scored["history_len"] >= 0) & (scored["history_len"] <= places)
+    has_bins &= np.abs(scored["sim_max"]) <= 1
+    binned = {name: values[has_bins] for name, values in scored.items()}
+    clicked = rows["clicked"].to_numpy()[has_bins]
+    return counts, score_histograms(clicked, binned, places)
 
 
 def _true(column: pa.Array | pa.ChunkedArray) -> int:

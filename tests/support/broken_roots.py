@@ -247,7 +247,9 @@ def a_user_lost(root: Root) -> None:
 @found_as("user_simscores", "the manifest counts other rows")
 def scores_of_other_histograms(root: Root) -> None:
     histograms = root.manifest("user_simscores")["histograms"]
-    histograms["sim_max_clicked"][100] += 1
+    bins = histograms["sim_max_unclicked"]
+    full = next(place for place, rows in enumerate(bins) if rows)
+    bins[full], bins[full - 1] = bins[full - 1], bins[full]  # of as many rows as before
     root.edit_manifest("user_simscores", histograms=histograms)
 
 
@@ -364,7 +366,7 @@ def items_unsorted(root: Root) -> None:
     root.change("item_embeddings", swap, two)
 
 
-@found_as("item_embeddings", "a item_id belongs into another file by its hash")
+@found_as("item_embeddings", "an item_id belongs into another file by its hash")
 def an_item_in_another_shard(root: Root) -> None:
     move_to_another_file(root, "item_embeddings")
 
@@ -640,6 +642,16 @@ def one_score_more_than_there_is(root: Root) -> None:
 @found_as("user_simscores", "history_item_ids are not history_len long")
 def a_history_len_that_lies(root: Root) -> None:
     _change_a_scored(root, "history_len", lambda length: length - 1)
+
+
+@found_as("user_simscores", "history_len is out of range")
+def a_history_of_less_than_nothing(root: Root) -> None:
+    _change_a_scored(root, "history_len", -1)
+
+
+@found_as("user_simscores", "history_len is out of range")
+def a_history_without_end(root: Root) -> None:
+    _change_a_scored(root, "history_len", 2**31 - 1)
 
 
 @found_as("user_simscores", "same_cluster is out of range")

@@ -114,6 +114,32 @@ def test_columns_that_are_carried_are_as_the_shop_has_them(tmp_path: Path) -> No
     assert laws_of(part) == ["simtier is not the histogram of the real scores"]
 
 
+TIERS = [*[0] * 15, 1, *[0] * 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("history_len", -1), ("history_len", 2**31 - 1), ("sim_known", -1),
+        ("sim_known", 2**31 - 1), ("sim_max", float("nan")), ("sim_max", 1e30),
+        ("sim_mean", float("nan")), ("same_cluster", -(2**31)), ("sim_mask", [-1, 0, 0]),
+        ("sim_mask", [2, 0, 0]), ("simtier", [2**31 - 1] * 20), ("simtier", [-1] * 20),
+    ],
+)  # fmt: skip
+def test_a_number_out_of_range_is_told_and_needs_no_bin(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    """A history of 2**31 - 1 items would take 16 GB of bins."""
+    good = {**GOOD["user_simscores"], "simtier": TIERS}
+    rows = rows_of("user_simscores", good, {**good, "impression_id": 2, name: value})
+    schema = USER_SIMSCORES.schema(pa.int64(), pa.int64(), pa.int64())
+    part = check_part(publish(tmp_path, rows.cast(schema), 9, table=USER_SIMSCORES), 0, fast=False)
+    assert part.findings
+    assert all(text.text.startswith("1 of 2 rows") for text in part.findings)
+    bins = {name: len(bins) for name, bins in part.histograms.items()}
+    assert bins == {"history_len": 4, "sim_max_clicked": 200, "sim_max_unclicked": 200}
+
+
 def test_no_user_is_named(tmp_path: Path) -> None:
     rows = rows_of("training_rows", {**GOOD["training_rows"], "user_id": 900_001, "chunk": -1})
     schema = TRAINING_ROWS.schema(pa.int64(), pa.int64(), request_id=pa.int64())
