@@ -32,7 +32,6 @@ from feature_jobs.schemas import (
     Table,
 )
 from feature_jobs.store import files, threads
-from feature_jobs.store.documents import parse_json
 from feature_jobs.store.partitions import MANIFEST, SUCCESS, Partition
 from feature_jobs.store.protocol import is_hidden
 from pipelines.config import Settings
@@ -42,6 +41,7 @@ from pipelines.reports.validate_manifests import (
     check_made_from,
     check_manifest,
     check_record,
+    parse_manifest,
 )
 from pipelines.reports.validate_parts import (
     BROKEN,
@@ -62,9 +62,9 @@ from pipelines.running.states import Look
 _LEVELS = (BROKEN, REFUSED, NOT_READY, WARNING, UNVERIFIED)
 _OF_GATES = {gates.FAIL: REFUSED, gates.WARN: WARNING, gates.ACCEPTED: WARNING}
 # What is damaged elsewhere, where validate has not looked, may show itself in any of these ways.
-_ILL = (CourierError, OSError, ValueError, LookupError, pa.ArrowException)
-_OF_FILE = ("name", "rows", "bytes", "sha256")
-_OF_MANIFEST = ("table", "ds", "files", "rows", "run_id", "version")
+_ILL = (
+    CourierError, OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException,
+)  # fmt: skip
 
 
 @dataclass
@@ -136,11 +136,13 @@ def _validate_day(settings: Settings, ds: dt.date, fast: bool) -> Day:
     with ThreadPoolExecutor(threads.budget()) as pool:
         checked = _check_files(tables, fast, ds, pool)
         day.findings += [finding for one in checked.values() for finding in one.part.findings]
-        day.findings += check_joins(checked, pool)
+        _add(day, "the tables were not compared", check_joins(checked, pool))
     for found in tables.values():
         day.findings += check_manifest(found, settings, ds)
-    day.findings += check_made_from(tables, settings.layout, _names_of(day, NOT_READY))
-    day.findings += check_record(tables, settings.layout, ds, _names_of(day, NOT_READY))
+    changing = _names_of(day, NOT_READY)
+    made_from = check_made_from(tables, settings.layout, changing)
+    _add(day, "what the tables were made from was not compared", made_from)
+    day.findings += check_record(tables, settings.layout, ds, changing)
     _recompute(settings, day, checked)
     judge_again(settings, day)
     for one in opened:
@@ -150,6 +152,16 @@ def _validate_day(settings: Settings, ds: dt.date, fast: bool) -> Day:
     day.tables = {name: _described(table) for name, table in checked.items()}
     day.seconds = time.monotonic() - started
     return day
+
+
+def _add(day: Day, otherwise: str, found: Iterable[Finding]) -> None:
+    """Adds what is `found`, up to what lies elsewhere or is gone and so cannot be read."""
+    try:
+        for finding in found:
+            day.findings.append(finding)
+    except _ILL as error:
+        told = f"not all of what they are compared with can be read ({error})"
+        day.findings.append(Finding(UNVERIFIED, "", otherwise, told))
 
 
 def _names_of(day: Day, level: str) -> set[str]:
@@ -222,16 +234,9 @@ class _Opened:
 
     def _parse(self, path: str, data: bytes) -> None:
         try:
-            manifest = parse_json(path, data)
+            manifest = parse_manifest(path, data)
         except DataContractError as error:
             self._tell("the manifest cannot be read", str(error))
-            return
-        lacks = [name for name in _OF_MANIFEST if name not in manifest]
-        if not lacks:
-            entries = manifest["files"]
-            lacks = [name for name in _OF_FILE if any(name not in file for file in entries)]
-        if lacks:
-            self._tell("the manifest cannot be read", f"{path} lacks {', '.join(lacks)}")
             return
         self.found = Published(self.table, Partition(self._folder, manifest))
 

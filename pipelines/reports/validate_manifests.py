@@ -3,6 +3,9 @@
 import datetime as dt
 import os
 from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from feature_jobs import __version__
 from feature_jobs.schemas import (
@@ -13,14 +16,117 @@ from feature_jobs.schemas import (
     DataContractError,
 )
 from feature_jobs.store import files, partitions
+from feature_jobs.store.documents import parse_json
 from feature_jobs.store.protocol import is_hidden
-from pipelines.config import Settings
+from pipelines.config import Settings, Timezone
 from pipelines.reports.validate_parts import BROKEN, UNVERIFIED, WARNING, Finding, Published
-from pipelines.running import records
 from pipelines.running.layout import Layout
 
 # What manifests have by now; without it the laws that need it are not asked.
 _MORE = ("feature_set", "identities", "inputs", "settings", "made_from", "counts", "histograms")
+
+
+# ---- Shapes ------------------------------------------------------------------------------------
+
+
+class _Document(BaseModel):
+    """Says what a document has where it has it; what else it may have is not looked at."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _File(_Document):
+    name: str
+    rows: NonNegativeInt
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class _Log(_Document):
+    rows: int | None = None
+
+
+class _Previous(_Document):
+    ds: dt.date
+
+
+class _Inputs(_Document):
+    catalogue: _Log | None = None
+    impressions: _Log | None = None
+    log: list[_Log] | None = None
+    previous: _Previous | None = None
+
+
+class _MadeFrom(_Document):
+    model_config = ConfigDict(extra="allow")
+
+    __pydantic_extra__: dict[str, str] = Field(init=False)
+    before: dict[str, str] = {}
+
+
+class _Settings(_Document):
+    day_timezone: Timezone = "UTC"
+    history_len: NonNegativeInt = 0
+    max_id: dict[str, int] = {}
+
+
+class _Clusters(_Document):
+    items: int
+
+
+class _Gate(_Document):
+    gate: str
+    level: str
+
+
+class _Manifest(_Document):
+    table: str
+    ds: dt.date
+    feature_set: str | None = None
+    files: list[_File] = Field(min_length=1)
+    rows: NonNegativeInt
+    run_id: str
+    version: str
+    identities: dict[str, str] = {}
+    inputs: _Inputs = _Inputs()
+    made_from: _MadeFrom = _MadeFrom()
+    settings: _Settings = _Settings()
+    counts: dict[str, int] = {}
+    histograms: dict[str, list[int]] = {}
+    clusters: dict[str, _Clusters] = {}
+    versions: dict[str, str] = {}
+    gates: list[_Gate] = []
+
+
+class _Entry(_Document):
+    version: str
+    rows: int
+
+
+class _Record(_Document):
+    ds: str
+    feature_set: str
+    tables: dict[str, _Entry]
+
+
+def parse_manifest(path: str, data: bytes) -> dict[str, Any]:
+    """Returns the manifest `data` at `path`; raises DataContractError where it is of another shape.
+
+    What earlier versions did not write may be missing.
+    """
+    return _parse(_Manifest, path, data)
+
+
+def _parse(shape: type[_Document], path: str, data: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = parse_json(path, data)
+    try:
+        shape.model_validate_json(data)
+    except ValidationError as error:
+        first, *others = error.errors(include_url=False, include_input=False)
+        where = ".".join(map(str, first["loc"])) or "all of it"
+        more = f", and {len(others):,} more such faults" if others else ""
+        raise DataContractError(f"{path}: {where}: {first['msg']}{more}") from error
+    return found
 
 
 # ---- Manifests ---------------------------------------------------------------------------------
@@ -146,9 +252,10 @@ def check_record(
     tables: Mapping[str, Published], layout: Layout, ds: dt.date, changing: set[str]
 ) -> Iterator[Finding]:
     """Yields what the record of a night says that is not so."""
-    law = "the night's record names what is not published"
+    law, path = "the night's record names what is not published", layout.night_path(ds)
+    data = files.read_if_there(path)
     try:
-        record = records.read_night(layout, ds)
+        record = None if data is None else _parse(_Record, path, data)
     except DataContractError as error:
         yield Finding(BROKEN, "", law, str(error))
         return
@@ -158,14 +265,14 @@ def check_record(
             yield Finding(UNVERIFIED, "", "there is no record of the night", told)
         return
     place = {"ds": str(ds), "feature_set": layout.feature_set}
-    if other := [f"{k} {record.get(k)!r}" for k, v in place.items() if record.get(k) != v]:
+    if other := [f"{k} {record[k]!r}" for k, v in place.items() if record[k] != v]:
         yield Finding(BROKEN, "", law, f"it says {', '.join(other)}")
-    for name, entry in record.get("tables", {}).items():
+    for name, entry in record["tables"].items():
         if name in changing:
             continue
         there = tables[name].manifest if name in tables else {}
         for what in ("version", "rows"):
-            if entry.get(what) != there.get(what):
-                told = f"it says {what} {entry.get(what)}, published is {there.get(what, 'none')}"
+            if entry[what] != there.get(what):
+                told = f"it says {what} {entry[what]}, published is {there.get(what, 'none')}"
                 yield Finding(BROKEN, name, law, told)
                 break

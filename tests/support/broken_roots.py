@@ -793,6 +793,24 @@ def a_manifest_without_files(root: Root) -> None:
     root.write_manifest("item_features", manifest)
 
 
+@found_as("item_features", "the manifest cannot be read")
+def a_manifest_whose_counts_are_null(root: Root) -> None:
+    root.edit_manifest("item_features", counts=None)
+
+
+@found_as("item_features", "the manifest cannot be read")
+def a_manifest_that_is_a_list(root: Root) -> None:
+    (root.folder("item_features") / "_manifest.json").write_text("[]")
+    seal(root.folder("item_features"))
+
+
+@found_as("", "what the tables were made from was not compared", "unverified")
+def a_manifest_of_the_day_before_that_is_a_list(root: Root) -> None:
+    folder = root.folder("item_features", DAY_BEFORE)
+    (folder / "_manifest.json").write_text("[]")
+    seal(folder)
+
+
 @found_as("item_features", "the manifest is not there")
 def a_manifest_gone(root: Root) -> None:
     (root.folder("item_features") / "_manifest.json").unlink()
@@ -850,6 +868,12 @@ def an_upstream_gone(root: Root) -> None:
 @found_as("", "the night's record names what is not published")
 def a_record_that_is_no_json(root: Root) -> None:
     root.record.write_text("{")
+
+
+@found_as("", "the night's record names what is not published")
+def a_record_whose_tables_are_null(root: Root) -> None:
+    record = json.loads(root.record.read_text())
+    root.record.write_text(json.dumps(record | {"tables": None}))
 
 
 @found_as("", "the night's record names what is not published")
