@@ -12,9 +12,9 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -32,7 +32,7 @@ from feature_jobs.schemas import (
     Table,
 )
 from feature_jobs.store import files, threads
-from feature_jobs.store.partitions import MANIFEST, SUCCESS, Partition
+from feature_jobs.store.partitions import MANIFEST, STAGED, SUCCESS, Partition
 from feature_jobs.store.protocol import is_hidden
 from pipelines.config import Settings
 from pipelines.reports import audit
@@ -54,10 +54,11 @@ from pipelines.reports.validate_parts import (
     Published,
     check_part,
 )
-from pipelines.running import gates, progress, records
+from pipelines.running import gates, progress, records, states
 from pipelines.running.judging import judge_published
 from pipelines.running.layout import Layout
 from pipelines.running.states import Look
+from pipelines.stages import KINDS
 
 _LEVELS = (BROKEN, REFUSED, NOT_READY, WARNING, UNVERIFIED)
 _OF_GATES = {gates.FAIL: REFUSED, gates.WARN: WARNING, gates.ACCEPTED: WARNING}
@@ -123,49 +124,78 @@ def validate(settings: Settings, days: Sequence[dt.date], fast: bool) -> list[Da
 
 
 def _validate_day(settings: Settings, ds: dt.date, fast: bool) -> Day:
-    started, day, opened = time.monotonic(), Day(ds), list[_Opened]()
-    for table in TABLES.values():
-        one = _Opened(settings.layout, table, ds)
-        day.findings += one.findings
-        if one.found:
-            opened.append(one)
-    if not opened and not day.findings:
+    started, day, layout = time.monotonic(), Day(ds), settings.layout
+    record = files.read_if_there(layout.night_path(ds))
+    opened = [_Opened(layout, table, ds) for table in TABLES.values()]
+    day.findings += [finding for one in opened for finding in one.findings]
+    tables = {one.table.name: one.found for one in opened if one.found}
+    if not tables and not day.findings:
         told = f"`courier refresh --ds {ds}` makes it"
         day.findings.append(Finding(NOT_READY, "", "nothing is published of this day", told))
-    tables = {one.table.name: one.found for one in opened if one.found}
+    for found in tables.values():
+        day.findings += check_manifest(found, settings, ds)
     with ThreadPoolExecutor(threads.budget()) as pool:
         checked = _check_files(tables, fast, ds, pool)
         day.findings += [finding for one in checked.values() for finding in one.part.findings]
-        _add(day, "the tables were not compared", check_joins(checked, pool))
-    for found in tables.values():
-        day.findings += check_manifest(found, settings, ds)
-    changing = _names_of(day, NOT_READY)
-    made_from = check_made_from(tables, settings.layout, changing)
-    _add(day, "what the tables were made from was not compared", made_from)
-    day.findings += check_record(tables, settings.layout, ds, changing)
-    _recompute(settings, day, checked)
-    judge_again(settings, day)
-    for one in opened:
-        if not one.stands():  # what was read of it is of two versions
-            day.findings = [x for x in day.findings if x.table != one.table.name] + [one.not_ready]
-    day.findings.sort(key=lambda finding: _LEVELS.index(finding.level))
+        joins = check_joins(checked, pool)
+        between = list(_as_far_as_known("the tables were not compared", joins))
+    changing = _names_of(day.findings, NOT_READY)
+    made_from = check_made_from(tables, layout, changing)
+    between += _as_far_as_known("what the tables were made from was not compared", made_from)
+    between += check_record(record, tables, layout, ds, changing)
+    between += _recompute(settings, day, checked, _names_of(day.findings + between, BROKEN))
+    between += judge_again(settings, day)
+    changed = [one for one in opened if not one.stands()]
+    for one in changed:  # what was read of it is of two versions
+        day.findings = [x for x in day.findings if x.table != one.table.name] + [one.not_ready]
+    is_over = not changed and files.read_if_there(layout.night_path(ds)) == record
+    if not is_over or _is_waiting(layout, ds):
+        between = [_not_ready(ds, finding) for finding in between]
+    day.findings = sorted(day.findings + between, key=lambda found: _LEVELS.index(found.level))
     day.tables = {name: _described(table) for name, table in checked.items()}
     day.seconds = time.monotonic() - started
     return day
 
 
-def _add(day: Day, otherwise: str, found: Iterable[Finding]) -> None:
-    """Adds what is `found`, up to what lies elsewhere or is gone and so cannot be read."""
+def _as_far_as_known(otherwise: str, found: Iterable[Finding]) -> Iterator[Finding]:
+    """Yields what is `found`, up to what lies elsewhere or is gone and so cannot be read."""
     try:
-        for finding in found:
-            day.findings.append(finding)
+        yield from found
     except _ILL as error:
         told = f"not all of what they are compared with can be read ({error})"
-        day.findings.append(Finding(UNVERIFIED, "", otherwise, told))
+        yield Finding(UNVERIFIED, "", otherwise, told)
 
 
-def _names_of(day: Day, level: str) -> set[str]:
-    return {finding.table for finding in day.of_level(level)}
+def _is_waiting(layout: Layout, ds: dt.date) -> bool:
+    """Returns whether a stage of ds is made, may be published, and has tables that are not yet.
+
+    Tables are published one after another, and each stage's are staged until all of them are.
+    """
+    for kind in KINDS:
+        top = os.path.dirname(layout.staging(kind, ds, "any"))
+        for run in (os.path.join(top, name) for name in files.list_names(top)):
+            staged = (os.path.join(run, table.name, STAGED) for table in kind.tables)
+            if all(map(files.exists, staged)) and not states.refusal(run):
+                return True
+    return False
+
+
+def _not_ready(ds: dt.date, finding: Finding) -> Finding:
+    """Returns what is told of tables that do not fit while those of ds are published."""
+    if finding.level not in (BROKEN, REFUSED):
+        return finding
+    return replace(finding, level=NOT_READY, text=f"{finding.text}; {_just_now(ds)}")
+
+
+def _just_now(ds: dt.date) -> str:
+    return (
+        f"ds {ds} is being published just now, or a run died at it: ask again, or run "
+        f"`courier refresh --ds {ds}`"
+    )
+
+
+def _names_of(findings: Iterable[Finding], level: str) -> set[str]:
+    return {finding.table for finding in findings if finding.level == level}
 
 
 def _described(checked: Checked) -> dict[str, Any]:
@@ -174,18 +204,17 @@ def _described(checked: Checked) -> dict[str, Any]:
     return {"rows": part.rows, "bytes": part.bytes, "files": len(manifest["files"]), **told}
 
 
-def judge_again(settings: Settings, day: Day) -> None:
+def judge_again(settings: Settings, day: Day) -> Iterator[Finding]:
     """Asks all gates about a day as it is published; only what they say against it is told."""
     try:
         judged = judge_published(settings, day.ds, Look())
     except _ILL as error:
         told = f"what the gates judge by cannot be read ({error})"
-        day.findings.append(Finding(UNVERIFIED, "", "no gate was asked again", told))
+        yield Finding(UNVERIFIED, "", "no gate was asked again", told)
         return
     day.judged = [one for one in judged if one.level in _OF_GATES]
-    day.findings += [
-        Finding(_OF_GATES[one.level], "", f"gate {one.name}", _told(one)) for one in day.judged
-    ]
+    for one in day.judged:
+        yield Finding(_OF_GATES[one.level], "", f"gate {one.name}", _told(one))
 
 
 def _told(gate: gates.Finding) -> str:
@@ -221,10 +250,8 @@ class _Opened:
     def not_ready(self) -> Finding:
         """Returns what is told of a table that has no `_SUCCESS` of its manifest."""
         return Finding(
-            NOT_READY, self.table.name, "_SUCCESS does not name the manifest",
-            f"ds {self._ds} is being published just now, or a run died at it: ask again, or run "
-            f"`courier refresh --ds {self._ds}`",
-        )  # fmt: skip
+            NOT_READY, self.table.name, "_SUCCESS does not name the manifest", _just_now(self._ds)
+        )
 
     def _without_manifest(self) -> None:
         if self._success is not None:
@@ -277,13 +304,15 @@ def _check_files(
 # ---- A sample, computed again ------------------------------------------------------------------
 
 
-def _recompute(settings: Settings, day: Day, checked: Mapping[str, Checked]) -> None:
+def _recompute(
+    settings: Settings, day: Day, checked: Mapping[str, Checked], broken: set[str]
+) -> Iterator[Finding]:
     """Computes the scores of a bucket of users again, where all that they are made of is whole."""
     if USER_SIMSCORES.name not in checked or settings.impressions is None:
         return
     found = checked[USER_SIMSCORES.name].found
     needed = {ITEM_EMBEDDINGS.name, ITEM_FEATURES.name, USER_SIMSCORES.name}
-    without = sorted((needed - set(checked)) | (needed & _names_of(day, BROKEN)))
+    without = sorted((needed - set(checked)) | (needed & broken))
     if without:
         why = f"{', '.join(without)} cannot be relied on"
     else:
@@ -293,14 +322,13 @@ def _recompute(settings: Settings, day: Day, checked: Mapping[str, Checked]) -> 
             why = f"what they are made from cannot be read any more ({error})"
         else:
             for leak in report.leaks:
-                day.findings.append(found.finding("scores are not what their inputs give", leak))
+                yield found.finding("scores are not what their inputs give", leak)
             unverified = [x.text for x in report.findings if x.level == audit.UNVERIFIED]
             if not unverified:
                 day.recomputed = report.impressions
                 return
             why = "; ".join(unverified)
-    law = "no score was computed again"
-    day.findings.append(found.finding(law, why, UNVERIFIED))
+    yield found.finding("no score was computed again", why, UNVERIFIED)
 
 
 # ---- Telling -----------------------------------------------------------------------------------
@@ -332,35 +360,68 @@ def refuse(days: Sequence[Day]) -> None:
     """Raises for the worst that was found: DataContractError, GateRefused, then InputNotReady."""
     if broken := _all_of(BROKEN, days):
         raise DataContractError(
-            f"{_counted(broken, days)} laws are broken. The first: {_named(*broken[0])}. A model "
-            "trained on such tables is quietly wrong. Restore the files from a copy, bring back "
-            f"the night before (`courier rollback --ds {broken[0][0]}`), or make the day again: "
-            f"`courier refresh --ds {broken[0][0]} --remake --full`."
+            f"{_counted(broken, days, 'law is', 'laws are')} broken. The first: "
+            f"{_named(*broken[0])}. A model trained on such tables is quietly wrong. "
+            f"{_remedy(*broken[0])}"
         )
     if refused := _all_of(REFUSED, days):
         raise GateRefused(
-            f"{_counted(refused, days)} gates would refuse what is published. The first: "
-            f"{_named(*refused[0])}. A model had better not be trained on that. Mend what the gate "
-            "speaks of and make the day again, or bring back the night before: `courier rollback "
-            f"--ds {refused[0][0]}`.",
+            f"{_counted(refused, days, 'gate', 'gates')} would refuse what is published. The "
+            f"first: {_named(*refused[0])}. A model had better not be trained on that. Mend what "
+            f"the gate speaks of and make the day again, or {_bring_back(refused[0][0])}.",
             gates.table([one for day in days for one in day.judged if one.level == gates.FAIL]),
         )
     if missing := _all_of(NOT_READY, days):
         raise InputNotReady(
-            f"{_counted(missing, days)} tables cannot be validated yet. The first: "
+            f"{_counted(missing, days, 'thing', 'things')} cannot be validated yet. The first: "
             f"{_named(*missing[0])}."
         )
+
+
+# What to do about laws that begin so; `{again}` is the command that makes the day again.
+REMEDIES = {
+    ("a file ", "the manifest is not there", "the manifest cannot be read"): (
+        "What is damaged is made again by `{again} --remake`."
+    ),
+    ("there is a file too many",): (
+        "What the manifest names is right: take the other away, where nobody reads it."
+    ),
+    ("the file list names other files",): "`{again} --remake` writes the list anew.",
+    ("an upstream was made again since",): (
+        "A stage was run alone, or a run died: `{again}` makes what follows from it."
+    ),
+    ("the night's record",): "A stage was run alone, or a run died: `{again}` writes it anew.",
+    ("scores are not what",): (
+        "Make the day again, `{again} --remake`; if it stays, it is a fault of COURIER: please "
+        "report it."
+    ),
+}
+
+
+def _remedy(ds: dt.date, finding: Finding) -> str:
+    again = f"courier refresh --ds {ds}"
+    for laws, remedy in REMEDIES.items():
+        if finding.law.startswith(laws):
+            return remedy.format(again=again)
+    return f"Make the day again, `{again} --remake --full`, or {_bring_back(ds)}."
+
+
+def _bring_back(ds: dt.date) -> str:
+    return f"bring back what was published of the same day before: `courier rollback --ds {ds}`"
 
 
 def _all_of(level: str, days: Sequence[Day]) -> list[tuple[dt.date, Finding]]:
     return [(day.ds, finding) for day in days for finding in day.of_level(level)]
 
 
-def _counted(found: Sequence[tuple[dt.date, Finding]], days: Sequence[Day]) -> str:
+def _counted(
+    found: Sequence[tuple[dt.date, Finding]], days: Sequence[Day], one: str, many: str
+) -> str:
     """Returns where how many findings are, as a sentence begins."""
+    number = f"{len(found):,} {one if len(found) == 1 else many}"
     if len(days) == 1:
-        return f"Of ds {days[0].ds} {len(found):,}"
-    return f"Of {len({ds for ds, _ in found}):,} of {len(days):,} days {len(found):,}"
+        return f"Of ds {days[0].ds} {number}"
+    return f"Of {len({ds for ds, _ in found}):,} of {len(days):,} days {number}"
 
 
 def _named(ds: dt.date, finding: Finding) -> str:

@@ -149,6 +149,7 @@ def check_manifest(found: Published, settings: Settings, ds: dt.date) -> Iterato
         told = f"it says {manifest['version']}, its files and identities give {now}"
         yield found.finding("the version is not that of the content", told)
     yield from _names(found)
+    yield from _file_list(found)
     yield from _earlier(found)
 
 
@@ -165,10 +166,30 @@ def _names(found: Published) -> Iterator[Finding]:
     if shards & (shards - 1) or not all(map(str.startswith, named, parts)):
         told = f"they are {', '.join(named[:3])}{', …' if shards > 3 else ''}"
         yield found.finding("the files are not one for each shard", told)
-    listed = files.read_if_there(os.path.join(folder, partitions.FILE_LIST))
-    if listed is not None and listed.decode(errors="replace").splitlines() != found.partition.paths:
-        told = f"{os.path.join(folder, partitions.FILE_LIST)} names others, or in another order"
+
+
+def _file_list(found: Published) -> Iterator[Finding]:
+    """Yields what of the list of files is not the manifest's; one of another place is a warning.
+
+    A shop that was moved, or is mounted elsewhere, has such lists.
+    """
+    path = os.path.join(found.partition.folder, partitions.FILE_LIST)
+    mend = f"`courier refresh --ds {found.manifest['ds']} --remake` writes it anew"
+    data = files.read_if_there(path)
+    if data is None:
+        told = f"{path} is not there, as in days made by an earlier version: {mend}"
+        yield found.finding("there is no file list", told, WARNING)
+        return
+    listed, named = data.decode(errors="replace").splitlines(), found.partition.paths
+    if list(map(os.path.basename, listed)) != list(map(os.path.basename, named)):
+        told = f"{path} names others, or in another order: {mend}"
         yield found.finding("the file list names other files than the manifest", told)
+        return
+    elsewhere = [there for there, here in zip(listed, named, strict=True) if there != here]
+    if elsewhere:
+        place = os.path.dirname(elsewhere[0])
+        told = f"{path} names the place {place}: engines that read by it look there; {mend}"
+        yield found.finding("the file list names another place", told, WARNING)
 
 
 def _earlier(found: Published) -> Iterator[Finding]:
@@ -249,13 +270,16 @@ def _artefacts(tables: Mapping[str, Published]) -> Iterator[Finding]:
 
 
 def check_record(
-    tables: Mapping[str, Published], layout: Layout, ds: dt.date, changing: set[str]
+    data: bytes | None,
+    tables: Mapping[str, Published],
+    layout: Layout,
+    ds: dt.date,
+    changing: set[str],
 ) -> Iterator[Finding]:
-    """Yields what the record of a night says that is not so."""
-    law, path = "the night's record names what is not published", layout.night_path(ds)
-    data = files.read_if_there(path)
+    """Yields what the record of a night, None where there is none, says that is not so."""
+    law = "the night's record names what is not published"
     try:
-        record = None if data is None else _parse(_Record, path, data)
+        record = None if data is None else _parse(_Record, layout.night_path(ds), data)
     except DataContractError as error:
         yield Finding(BROKEN, "", law, str(error))
         return

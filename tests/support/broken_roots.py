@@ -887,6 +887,17 @@ def a_file_list_of_another_file(root: Root) -> None:
     (root.folder("item_features") / "_files.txt").write_text("\n".join([*listed, "other"]) + "\n")
 
 
+@found_as("item_features", "the file list names another place", "warning")
+def a_file_list_of_where_the_shop_was(root: Root) -> None:
+    path = root.folder("item_features") / "_files.txt"
+    path.write_text(path.read_text().replace(str(path.parent), "/mnt/shop"))
+
+
+@found_as("item_features", "there is no file list", "warning")
+def a_file_list_gone(root: Root) -> None:
+    (root.folder("item_features") / "_files.txt").unlink()
+
+
 # ---- Files -------------------------------------------------------------------------------------
 
 

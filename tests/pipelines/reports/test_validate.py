@@ -10,12 +10,13 @@ import pytest
 from feature_jobs.store.local import LocalStore
 from pipelines.cli import main
 from pipelines.reports import validate as validations
-from pipelines.reports.validate_parts import Part
+from pipelines.reports.validate_parts import BROKEN, NOT_READY, Part
+from pipelines.running import publishing
 from tests.conftest import Artefacts, pinned
 from tests.support import broken_roots
 from tests.support.broken_roots import FAULTS, Fault, Root
 from tests.support.commands import Capture, courier, make_night, paragraph, published
-from tests.support.world import DAYS, Kept, World, draw_impressions
+from tests.support.world import DAYS, NORMAL, Kept, World, draw_impressions, picture
 
 OF_FILES = ("a file ", "there is a file too many")
 
@@ -126,7 +127,29 @@ def test_all_faults_of_all_days_are_told_and_the_worst_status_wins(
         assert told in out
     (error,) = [line for line in printed.err.splitlines() if line.startswith("Error: ")]
     assert "Of 2 of 3 days 3 laws are broken. The first: ds 2026-03-01, item_rejects: " in error
-    assert "`courier refresh --ds 2026-03-01 --remake --full`" in error
+    assert error.endswith(
+        " What is damaged is made again by `courier refresh --ds 2026-03-01 --remake`."
+    )
+
+
+@pytest.mark.parametrize("law", [law for laws in validations.REMEDIES for law in laws])
+def test_each_remedy_is_of_a_law_that_a_fault_breaks(law: str) -> None:
+    assert any(fault.law.startswith(law) for fault in FAULTS)
+
+
+def test_a_broken_law_ends_with_what_mends_it(shop: World, capsys: Capture) -> None:
+    root = Root(shop)
+    broken_roots.a_mean_off(root)
+    assert courier(shop, "validate", "--ds", str(DAYS[1])) == 1
+    told = paragraph(capsys)
+    assert "Of ds 2026-03-02 1 law is broken. The first: " in told
+    assert told.endswith(
+        "Make the day again, `courier refresh --ds 2026-03-02 --remake --full`, or bring back what "
+        "was published of the same day before: `courier rollback --ds 2026-03-02`."
+    )
+    broken_roots.a_file_too_many(root)
+    assert courier(shop, "validate", "--ds", str(DAYS[1])) == 1
+    assert "Of ds 2026-03-02 2 laws are broken. The first: " in paragraph(capsys)
 
 
 def test_what_is_published_just_now_ends_with_4_and_so_does_a_day_that_is_not_there(
@@ -160,6 +183,66 @@ def test_a_table_that_is_published_anew_meanwhile_is_no_broken_one(
     assert told_of(day, "not ready") == [("item_features", "_SUCCESS does not name the manifest")]
 
 
+def test_a_night_that_is_published_anew_is_not_ready_and_never_broken(
+    shop: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tables follow one another: between two of them, those there are not of one night."""
+    shop.put(NORMAL[2], picture(50))
+    shop.write_impressions(DAYS[1], draw_impressions(DAYS[1], seed=7, count=30))
+    real, found = publishing.Publication.run, []
+
+    def look() -> None:
+        found.extend(validations.validate(shop.settings(), [DAYS[1]], fast=True))
+
+    def publish_one(publication: publishing.Publication) -> None:
+        look()
+        real(publication)
+
+    monkeypatch.setattr(publishing.Publication, "run", publish_one)
+    assert courier(shop, "refresh", "--ds", str(DAYS[1]), "--full") == 0
+    look()
+    first, *between, last = found
+    assert not first.of_level(NOT_READY)
+    assert not last.of_level(NOT_READY)
+    assert len(between) == 5
+    for day in found:
+        assert not day.of_level(BROKEN), day.of_level(BROKEN)
+    laws = {one.law for day in between for one in day.of_level(NOT_READY)}
+    assert laws >= {
+        "an upstream was made again since", "the night's record names what is not published",
+    }  # fmt: skip
+    assert all("is being published just now" in x.text for x in between[0].of_level(NOT_READY))
+
+
+def test_a_record_that_comes_meanwhile_is_not_ready(
+    shop: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, real = Root(shop), validations.check_part
+    right = root.record.read_text()
+    broken_roots.a_record_of_another_version(root)
+
+    def check(*args: Any) -> Part:
+        root.record.write_text(right)
+        return real(*args)
+
+    monkeypatch.setattr(validations, "check_part", check)
+    status, day = validate(shop, capsys)
+    law = "the night's record names what is not published"
+    assert (status, told_of(day, "broken"), told_of(day, "not ready")) == (
+        4, [], [("item_features", law)],
+    )  # fmt: skip
+
+
+def test_what_a_refused_run_has_left_excuses_nothing(shop: World, capsys: Capture) -> None:
+    broken_roots.a_record_of_another_version(Root(shop))
+    staged = shop.root / "_staging/test/item-features" / f"ds={DAYS[1]}" / "run"
+    (staged / "item_features").mkdir(parents=True)
+    (staged / "item_features/_staged.json").write_text("{}")
+    assert validate(shop, capsys)[0] == 4
+    (staged / "refused.json").write_text('{"message": "gate churn"}')
+    assert validate(shop, capsys)[0] == 1
+
+
 def test_a_gate_ends_with_3_unless_a_law_is_broken(shop: World, capsys: Capture) -> None:
     shop.settings()
     shop.config.write_text(shop.config.read_text().replace("rejects.fail = 0.5", ""))
@@ -174,9 +257,8 @@ def test_a_gate_ends_with_3_unless_a_law_is_broken(shop: World, capsys: Capture)
     assert main(args) == 3
     printed = capsys.readouterr()
     assert "refused night: gate rejects: " in " ".join(printed.out.split())
-    assert "gates would refuse what is published. The first: ds 2026-03-02, the night: gate" in (
-        printed.err
-    )
+    told = "1 gate would refuse what is published. The first: ds 2026-03-02, the night: gate"
+    assert told in printed.err
     assert "`courier rollback --ds 2026-03-02`" in printed.err
     assert "usually: " in printed.err  # the table of gates
     broken_roots.a_file_gone(Root(shop))
