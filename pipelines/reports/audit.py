@@ -131,9 +131,17 @@ def recompute(settings: Settings, ds: dt.date) -> Report:
     Raises as `audit` does, of which it is a part.
     """
     _, scores, look, rows, report = _open(settings, ds, False, lambda _: None)
+    published = _published(scores, look, report)
+    if published is None:
+        return report
     if len(rows):
         bucket = _Bucket(scores, look, rows, report.bucket, report.buckets)
-        _audit_published(bucket, bucket.features(), report)
+        _audit_published(published, bucket.features(), report)
+        return report
+    if found := len(published):
+        report.tell(LEAK, f"{found:,} published user_simscores are of no impression of the log")
+    else:
+        report.tell(UNVERIFIED, f"ds {ds} has no impressions in this bucket: nothing to look at")
     return report
 
 
@@ -234,7 +242,9 @@ def _rows_of_bucket(
 
 def _audit_features(bucket: _Bucket, sample: int, report: Report) -> None:
     before = bucket.features()
-    _audit_published(bucket, before, report)
+    published = _published(bucket.scores, bucket.look, report)
+    if published is not None:
+        _audit_published(published, before, report)
     if bucket.job is None:
         report.tell(
             UNVERIFIED,
@@ -364,17 +374,21 @@ def _judge(moved: Moved, report: Report) -> None:
 # ---- What was published ------------------------------------------------------------------------
 
 
-def _audit_published(bucket: _Bucket, made: pa.Table, report: Report) -> None:
-    """Tells whether the published `user_simscores` of the bucket are those that were made here."""
-    stage, look = bucket.scores.stage, bucket.look
+def _published(scores: PlannedScores, look: Look, report: Report) -> pa.Table | None:
+    """Returns the published `user_simscores` of the bucket; None, and tells why, without any."""
+    stage = scores.stage
     state = look.state(stage)
     if state.name != PUBLISHED:
         other = look.published(stage.folder(USER_SIMSCORES))
         why = "are of other inputs or settings than the present ones" if other else "are not there"
         report.tell(UNVERIFIED, f"the published user_simscores of ds {stage.ds} {why}")
-        return
+        return None
     (partition,) = state.tables
-    found = partition.read_shard(bucket.bucket, bucket.buckets, "user_id")
+    return partition.read_shard(report.bucket, report.buckets, "user_id")
+
+
+def _audit_published(found: pa.Table, made: pa.Table, report: Report) -> None:
+    """Tells whether the published `user_simscores` are those that were made here."""
     found = arrays.in_order(found, ["impression_id", "user_id", "event_time", "item_id"])
     made = arrays.in_order(made, ["impression_id", "user_id", "event_time", "item_id"])
     wrong = _not_as_published(found, made)

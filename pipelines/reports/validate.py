@@ -144,7 +144,7 @@ def _validate_day(settings: Settings, ds: dt.date, fast: bool) -> Day:
     between += _as_far_as_known("what the tables were made from was not compared", made_from)
     between += check_record(record, tables, layout, ds, changing)
     between += _recompute(settings, day, checked, _names_of(day.findings + between, BROKEN))
-    between += judge_again(settings, day)
+    between += judge_again(settings, day) if tables else ()
     changed = [one for one in opened if not one.stands()]
     for one in changed:  # what was read of it is of two versions
         day.findings = [x for x in day.findings if x.table != one.table.name] + [one.not_ready]
@@ -205,16 +205,24 @@ def _described(checked: Checked) -> dict[str, Any]:
 
 
 def judge_again(settings: Settings, day: Day) -> Iterator[Finding]:
-    """Asks all gates about a day as it is published; only what they say against it is told."""
-    try:
-        judged = judge_published(settings, day.ds, Look())
-    except _ILL as error:
-        told = f"what the gates judge by cannot be read ({error})"
-        yield Finding(UNVERIFIED, "", "no gate was asked again", told)
-        return
-    day.judged = [one for one in judged if one.level in _OF_GATES]
-    for one in day.judged:
-        yield Finding(_OF_GATES[one.level], "", f"gate {one.name}", _told(one))
+    """Asks all gates about a day as it is published; only what they say against it is told.
+
+    Each stage is asked about by itself: what one lacks is told, and keeps no other from it.
+    """
+    look = Look()
+    for kind in settings.night:
+        try:
+            judged = judge_published(settings, day.ds, kind, look)
+        except _ILL as error:
+            what = "what a manifest does not say: " if isinstance(error, LookupError) else ""
+            law, told = "its gates were not asked again", f"they judge by {what}{error}"
+            told = str(error) if isinstance(error, InputNotReady) else told
+            yield Finding(UNVERIFIED, kind.tables[0].name, law, told)
+            continue
+        against = [one for one in judged if one.level in _OF_GATES]
+        day.judged += against
+        for one in against:
+            yield Finding(_OF_GATES[one.level], "", f"gate {one.name}", _told(one))
 
 
 def _told(gate: gates.Finding) -> str:
@@ -308,9 +316,10 @@ def _recompute(
     settings: Settings, day: Day, checked: Mapping[str, Checked], broken: set[str]
 ) -> Iterator[Finding]:
     """Computes the scores of a bucket of users again, where all that they are made of is whole."""
-    if USER_SIMSCORES.name not in checked or settings.impressions is None:
+    scores = checked.get(USER_SIMSCORES.name)
+    if scores is None or not scores.part.rows or settings.impressions is None:
         return
-    found = checked[USER_SIMSCORES.name].found
+    found = scores.found
     needed = {ITEM_EMBEDDINGS.name, ITEM_FEATURES.name, USER_SIMSCORES.name}
     without = sorted((needed - set(checked)) | (needed & broken))
     if without:

@@ -150,7 +150,7 @@ def check_manifest(found: Published, settings: Settings, ds: dt.date) -> Iterato
         yield found.finding("the version is not that of the content", told)
     yield from _names(found)
     yield from _file_list(found)
-    yield from _earlier(found)
+    yield from _lacking(found)
 
 
 def _names(found: Published) -> Iterator[Finding]:
@@ -192,14 +192,15 @@ def _file_list(found: Published) -> Iterator[Finding]:
         yield found.finding("the file list names another place", told, WARNING)
 
 
-def _earlier(found: Published) -> Iterator[Finding]:
-    """Yields what an earlier version of COURIER did not write, and so is not checked."""
-    by = found.manifest.get("versions", {}).get("courier")
+def _lacking(found: Published) -> Iterator[Finding]:
+    """Yields what a manifest says nothing of, as an earlier version's, and is not checked by."""
     lacks = [name for name in _MORE if name not in found.manifest]
-    if lacks or by != __version__:
-        what = f"; it says nothing of {', '.join(lacks)}, by which it is not checked" * bool(lacks)
-        told = f"it is of COURIER {by or '(unknown)'}, this is {__version__}{what}"
-        yield found.finding("the manifest is of another version", told, UNVERIFIED)
+    if lacks:
+        by = found.manifest.get("versions", {}).get("courier", "(unknown)")
+        version = f" (it was made by COURIER {by}, this is {__version__})"
+        told = f"it says nothing of {', '.join(lacks)}{version * (by != __version__)}"
+        law = "the manifest lacks what it would be checked by"
+        yield found.finding(law, told, UNVERIFIED)
 
 
 # ---- What it was made from ---------------------------------------------------------------------

@@ -16,6 +16,7 @@ from feature_jobs.schemas import (
     CourierError,
     DataContractError,
     GateRefused,
+    InputNotReady,
     Table,
 )
 from feature_jobs.store.partitions import Partition
@@ -121,23 +122,22 @@ def _accept(finding: Finding, accepted: Collection[str]) -> Finding:
 # ---- What is published -------------------------------------------------------------------------
 
 
-def judge_published(settings: Settings, ds: dt.date, look: Look) -> list[Finding]:
-    """Judges again what is published of ds; what an operator had accepted is accepted.
+def judge_published(settings: Settings, ds: dt.date, kind: Kind, look: Look) -> list[Finding]:
+    """Judges again what is published of a stage; what an operator had accepted is accepted.
 
-    Days that were published since count as well: those before ds.
+    Days that were published since count as well: those before ds. Raises InputNotReady where a
+    table of the stage, or one that it reads, is not published.
     """
-    layout, found = settings.layout, list[Finding]()
-    earlier = Nights(layout, look)
-    for kind in settings.night:
-        tables = [table for one in KINDS for table in one.tables if one in (*_READS[kind], kind)]
-        there = {table.name: look.published(layout.folder(table, ds)) for table in tables}
-        made = {name: partition for name, partition in there.items() if partition}
-        if len(made) == len(there):
-            noted = made[kind.tables[0].name].manifest.get("gates", ())
-            accepted = {gate["gate"] for gate in noted if gate["level"] == ACCEPTED}
-            findings = _findings(settings, ds, kind, made, earlier)
-            found += [_accept(one, accepted) for one in findings]
-    return found
+    layout = settings.layout
+    tables = [table for one in KINDS for table in one.tables if one in (*_READS[kind], kind)]
+    there = {table.name: look.published(layout.folder(table, ds)) for table in tables}
+    made = {name: partition for name, partition in there.items() if partition}
+    if missing := [name for name in there if name not in made]:
+        raise InputNotReady(f"{', '.join(missing)} of ds {ds} not published")
+    noted = made[kind.tables[0].name].manifest.get("gates", ())
+    accepted = {gate["gate"] for gate in noted if gate["level"] == ACCEPTED}
+    findings = _findings(settings, ds, kind, made, Nights(layout, look))
+    return [_accept(one, accepted) for one in findings]
 
 
 _READS: Mapping[Kind, tuple[Kind, ...]] = {

@@ -9,6 +9,7 @@ import pytest
 
 from feature_jobs.store.local import LocalStore
 from pipelines.cli import main
+from pipelines.reports import audit
 from pipelines.reports import validate as validations
 from pipelines.reports.validate_parts import BROKEN, NOT_READY, Part
 from pipelines.running import publishing
@@ -290,11 +291,58 @@ def test_a_day_of_an_earlier_version_is_checked_as_far_as_its_manifest_says(
     root.write_manifest("item_features", manifest | {"versions": {"courier": "0.0.1"}})
     status, day = validate(shop, capsys)
     assert (status, day["sound"]) == (0, True)
-    (told,) = [x["text"] for x in day["findings"] if x["table"] == "item_features"]
-    assert "it is of COURIER 0.0.1, this is " in told
-    assert "it says nothing of inputs, made_from, counts" in told
+    told = {x["law"]: x["text"] for x in day["findings"] if x["table"] == "item_features"}
+    text = told["the manifest lacks what it would be checked by"]
+    assert text.startswith("it says nothing of inputs, made_from, counts, histograms (it was made ")
+    assert "by COURIER 0.0.1, this is " in text
     root.change("item_features", lambda rows: broken_roots.put(rows, "centre_distance", -1.0))
     assert validate(shop, capsys)[0] == 1
+
+
+def test_a_manifest_of_this_version_that_lacks_something_is_not_called_another_versions(
+    shop: World, capsys: Capture
+) -> None:
+    manifest = Root(shop).manifest("item_features")
+    del manifest["inputs"]
+    Root(shop).write_manifest("item_features", manifest)
+    _, day = validate(shop, capsys)
+    told = [x["text"] for x in day["findings"] if x["table"] == "item_features"]
+    assert "it says nothing of inputs" in told
+
+
+def test_the_gates_of_a_stage_are_asked_though_those_of_another_cannot_be(
+    shop: World, capsys: Capture
+) -> None:
+    """Two of this shop's twelve items have no image, whatever its scores' manifest lacks."""
+    root = Root(shop)
+    manifest = root.manifest("user_simscores")
+    del manifest["counts"]
+    root.write_manifest("user_simscores", manifest)
+    (root.folder("user_histories") / "_SUCCESS").unlink()
+    _, day = validate(shop, capsys)
+    told = {x["table"]: x["text"] for x in day["findings"] if x["law"].startswith("its gates")}
+    assert told == {
+        "user_histories": "user_histories of ds 2026-03-02 not published",
+        "user_simscores": "they judge by what a manifest does not say: 'counts'",
+    }
+    assert [gate["gate"] for gate in day["gates"]] == ["image_coverage"]
+
+
+def test_a_bucket_without_impressions_is_no_sound_one(
+    shop: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = audit._rows_of_bucket
+    monkeypatch.setattr(audit, "_rows_of_bucket", lambda *args: read(*args).slice(0, 0))
+    status, day = validate(shop, capsys)
+    assert status == 1
+    (told,) = [x["text"] for x in day["findings"] if x["level"] == "broken"]
+    assert told == "32 published user_simscores are of no impression of the log"
+    published = audit._published
+    monkeypatch.setattr(audit, "_published", lambda *args: published(*args).slice(0, 0))
+    status, day = validate(shop, capsys)
+    assert (status, day["recomputed_impressions"]) == (0, 0)
+    (told,) = [x["text"] for x in day["findings"] if x["law"] == "no score was computed again"]
+    assert told == "ds 2026-03-02 has no impressions in this bucket: nothing to look at"
 
 
 @pytest.mark.parametrize("lost", ["impressions", "encoder"])
@@ -364,6 +412,7 @@ def test_people_get_a_line_for_each_day(shop: World, capsys: Capture) -> None:
     assert re.fullmatch(
         r"2026-03-02 +7 +\d+ +0\.\d +\d+\.\d  sound, \d warning, 32 impressions scored again", line
     )
-    rejects = "  warning     night: gate rejects: 2 of 12 catalogue items with an address have no"
-    (told,) = [text for text in warned if text.startswith(rejects)]
-    assert told.endswith("(16.7%; it warns at 2.0%, and refuses at 50.0%)")
+    assert warned == [
+        "  warning     night: gate image_coverage: 10 of 12 catalogue items have an embedding "
+        "(83.3%; it warns at 90.0%, and refuses at 50.0%)"
+    ]
