@@ -72,6 +72,7 @@ def test_sound_nights_are_sound_and_their_scores_are_computed_again(
         assert (day["sound"], day["recomputed_impressions"]) == (True, 152)
         assert day["tables"]["user_simscores"]["rows"] == 152
         assert day["rows"] == sum(table["rows"] for table in day["tables"].values())
+        assert 0 < day["file_seconds"] < day["seconds"]
 
 
 # ---- Faults ------------------------------------------------------------------------------------
@@ -402,6 +403,13 @@ def test_tables_that_lie_elsewhere_than_the_settings_say_are_no_missing_days(
     shop.extra_settings = '[output]\npartition = "dt={ds}"'
     assert courier(shop, "validate", "--ds", str(DAYS[1])) == 2
     assert "[output] partition" in paragraph(capsys)
+
+
+def test_the_rate_is_that_of_reading_files() -> None:
+    """What is asked of tables together, and of a sample, says nothing of how fast files are."""
+    day = validations.Day(DAYS[1], seconds=10.0, file_seconds=2.0)
+    day.tables = {"item_features": {"rows": 1, "bytes": 8_000_000}}
+    assert day.as_json()["mb_per_second"] == 4.0
 
 
 def test_people_get_a_line_for_each_day(shop: World, capsys: Capture) -> None:
