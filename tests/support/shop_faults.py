@@ -324,7 +324,7 @@ FAULTS: dict[str, Fault] = {
     "pages in place of images": Fault(replace_by_pages, ("rejects",)),
     "images cut short": Fault(cut_images_short, ("rejects",)),
     "empty images": Fault(empty_images, ("rejects",)),
-    "image addresses are null": Fault(lose_addresses, ("image_coverage",)),
+    "image addresses are null": Fault(lose_addresses, ("image_coverage", "lost_addresses")),
     "the catalogue is cut in half": Fault(halve_catalogue, ("item_rows",)),
     "the catalogue is cut to a fifth": Fault(cut_catalogue_to_a_fifth, ("item_rows",)),
     "the catalogue is doubled under new IDs": Fault(double_catalogue, ("item_rows",)),
@@ -337,9 +337,13 @@ FAULTS: dict[str, Fault] = {
     ),
     "many new items of one kind": Fault(flood_catalogue_with_one_kind, ("cluster_drift",)),
     "images of other items": Fault(shuffle_images, ("churn",)),
-    "images without colour": Fault(lose_colours, ("churn",)),
-    "images without colour, accepted": Fault(lose_colours, ("score_drift",), accepted=("churn",)),
-    "one placeholder for most items": Fault(show_a_placeholder, ("balance", "churn")),
+    "images without colour": Fault(lose_colours, ("churn", "cluster_drift")),
+    "images without colour, accepted": Fault(
+        lose_colours, ("score_drift",), accepted=("churn", "cluster_drift")
+    ),
+    "one placeholder for most items": Fault(
+        show_a_placeholder, ("balance", "churn", "cluster_drift")
+    ),
     "an encoder that sees nothing": Fault(
         pin_an_encoder_that_sees_nothing, ("balance", "churn", "dead_clusters")
     ),
