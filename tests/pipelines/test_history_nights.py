@@ -262,6 +262,7 @@ def test_an_impression_later_than_late_days_has_no_history_and_is_told(
     rows = draw_impressions(DAYS[3], seed=3)
     late = [{**r, "event_time": r["event_time"] - 3 * DAY_US, "clicked": False} for r in rows[:9]]
     shop.write_impressions(DAYS[3], [*rows, *late])
+    shop.gates += "\ntoo_late.fail = 1.0"
     assert courier(shop, "simscore", "--ds", str(DAYS[3])) == 0
     assert "WARNING: Some impressions came in the log more than late_days" in (
         capsys.readouterr().err
