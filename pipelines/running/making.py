@@ -16,6 +16,7 @@ from feature_jobs.store.documents import parse_json, write_json
 from feature_jobs.store.partitions import STAGED
 from pipelines.running import beam_options, progress, states
 from pipelines.running.beam_options import JobOptions
+from pipelines.running.gates import counts_of as counts_of_table
 from pipelines.running.locks import Locks
 from pipelines.running.stage import PACKAGE_VERSIONS, Planned, Stage
 from pipelines.running.states import PUBLISHED, Look, Night
@@ -270,8 +271,8 @@ def _check_all_reached(one: Planned, counts: Mapping[str, int]) -> None:
 def counts_of(stage: Stage, look: Look) -> dict[str, int]:
     """Returns counts and rows of all tables that the stage made."""
     counts: dict[str, int] = {}
-    for table, partition in zip(stage.tables, look.made(stage), strict=True):
-        counts |= {f"{table.name}_rows": partition.manifest["rows"], **partition.manifest["counts"]}
+    for partition in look.made(stage):
+        counts |= counts_of_table(partition.manifest)
     return counts
 
 
