@@ -25,6 +25,7 @@ from feature_jobs.schemas import TIMESTAMP, DataContractError, InputNotReady, Op
 from feature_jobs.store import addresses, day_names, documents, files
 from feature_jobs.store.day_names import DayNames
 from feature_jobs.store.faults import patiently
+from feature_jobs.store.files import FileInfo
 
 _FOOTER_READERS = 16
 CATALOGUE_COLUMNS = ("item_id", "image_uri", "category")
@@ -68,6 +69,7 @@ class Source:
     """Describes the files of one input table of one ds, checked by their footers.
 
     ID types are None where there is no file to tell. `checksums` are those of the files' bytes.
+    Of a catalogue, so many rows have an image_uri; None where footers don't tell.
     """
 
     form: Form
@@ -80,6 +82,7 @@ class Source:
     impression_id: pa.DataType | None
     request_id: pa.DataType | None
     carried: tuple[pa.Field, ...]
+    image_uris: int | None = None
 
     def groups(self) -> list[RowGroup]:
         return [
@@ -107,7 +110,14 @@ class Source:
 def find_files(
     table: str, template: str, ds: dt.date, require_success: bool, closed: bool = False
 ) -> list[str]:
-    """Returns the paths of the files of one ds; empty for an empty day.
+    """Returns the paths of the files of one ds, as `list_files` finds them."""
+    return [file.path for file in list_files(table, template, ds, require_success, closed)]
+
+
+def list_files(
+    table: str, template: str, ds: dt.date, require_success: bool, closed: bool = False
+) -> list[FileInfo]:
+    """Returns the files of one ds; none for an empty day.
 
     A `template` (`day_names`) is that of files, or of a folder, of which those that are Parquet by
     their names are taken. An empty day has a `_SUCCESS` and no file, or is one without a file on
@@ -118,41 +128,41 @@ def find_files(
     a day that is marked as whole and has other files only.
     """
     typed = day_names.name_of(template, ds)
-    paths, folder = _look(typed)
-    if closed and paths and table == "impressions":
+    found, folder = _look(typed)
+    if closed and found and table == "impressions":
         raise OperatorError(
             f"closed_days in the settings names {ds}, but the {table} table has files of that day, "
-            f"such as {paths[0]}. To pass them over would lose what they hold. Take the day out of "
-            "closed_days, or the files away."
+            f"such as {found[0].path}. To pass them over would lose what they hold. Take the day "
+            "out of closed_days, or the files away."
         )
-    if closed and not paths:
+    if closed and not found:
         return []
     done = _has_success(folder)
-    others = "" if paths else _others(template, typed, folder)
+    others = "" if found else _others(template, typed, folder)
     if others and done:
         raise DataContractError(
             f"The {table} partition of ds {ds} has a _SUCCESS and {others}, but none at {folder} "
             f"that is {_asked(typed, folder)}. Taken for an empty day, it would publish empty "
             f"tables. Correct [{table}] path in the settings."
         )
-    if not done and (require_success or not paths):
-        missing = "no _SUCCESS" if paths else "no file and no _SUCCESS"
-        found = f" (there is {others})" if others else ""
+    if not done and (require_success or not found):
+        missing = "no _SUCCESS" if found else "no file and no _SUCCESS"
+        beside = f" (there is {others})" if others else ""
         raise InputNotReady(
             f"The {table} table has no partition for ds {ds} yet: {missing} at {folder}; "
-            f"{_asked(typed, folder)} was looked for{found}. Without it the features of that day "
+            f"{_asked(typed, folder)} was looked for{beside}. Without it the features of that day "
             "would be made from nothing. Run the command again when the partition is there, or "
             f"correct [{table}] path in the settings. If the shop was closed on that day, say so: "
             f'closed_days = ["{ds}"] in the settings, or a _SUCCESS in the empty folder.'
         )
-    return paths
+    return found
 
 
 def find_days(template: str) -> list[dt.date]:
     """Returns the days of which a table has a file, ascending; the template has a day."""
     names = DayNames(template)
     found = [file.path for file in files.glob(names.glob())]
-    found = found or [os.path.dirname(path) for path in _parquet_in(names.glob())]
+    found = found or [os.path.dirname(file.path) for file in _parquet_in(names.glob())]
     return sorted({day for path in found if (day := names.day_of(path))})
 
 
@@ -167,23 +177,23 @@ def is_parquet_name(path: str) -> bool:
     return name.lower().endswith(PARQUET_ENDINGS) or "." not in name
 
 
-def _look(typed: str) -> tuple[list[str], str]:
+def _look(typed: str) -> tuple[list[FileInfo], str]:
     """Returns the files of a day, and a pattern of the folder where its `_SUCCESS` would lie.
 
     What is typed is matched as typed. Only what is no file is a folder, whatever its name is:
     Spark calls folders log.parquet.
     """
     above = os.path.dirname(typed).removesuffix("/**")
-    if found := [file.path for file in files.glob(typed)]:
+    if found := files.glob(typed):
         return found, above
     if _names_files(typed) and not files.find(os.path.join(typed, "*")):
         return [], above
     return _parquet_in(typed), typed
 
 
-def _parquet_in(folder: str) -> list[str]:
-    paths = [file.path for file in files.glob(os.path.join(folder, "*"))]
-    return [path for path in paths if is_parquet_name(path)]
+def _parquet_in(folder: str) -> list[FileInfo]:
+    found = files.glob(os.path.join(folder, "*"))
+    return [file for file in found if is_parquet_name(file.path)]
 
 
 def _names_files(typed: str) -> bool:
@@ -268,7 +278,24 @@ def open_source(
         impression_id=same_id_type("impression_id", present, paths, footers),
         request_id=same_id_type("request_id", present, paths, footers),
         carried=tuple(pa.field(c, plain_type(first.field(c).type)) for c in carry) if first else (),
+        image_uris=_values_in(present.get("image_uri"), [metadata for metadata, _ in footers]),
     )
+
+
+def _values_in(column: str | None, footers: Sequence[pq.FileMetaData]) -> int | None:
+    """Returns how many values other than null a flat column has; None where footers don't tell."""
+    values = 0
+    for footer in footers:
+        paths = [footer.schema.column(at).path for at in range(footer.num_columns)]
+        if column not in paths:
+            return None
+        at = paths.index(column)
+        for group in range(footer.num_row_groups):
+            told = footer.row_group(group).column(at).statistics
+            if told is None or not told.has_null_count:
+                return None
+            values += footer.row_group(group).num_rows - told.null_count
+    return values
 
 
 def read_footer(path: str) -> tuple[pq.FileMetaData, pa.Schema]:

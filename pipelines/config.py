@@ -113,6 +113,7 @@ Timezone = Annotated[str, AfterValidator(_timezone)]
 Prefix = Annotated[str, Field(min_length=1), AfterValidator(_prefix)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Section(BaseModel):
@@ -387,6 +388,17 @@ class Output(_Section):
     row_group_mb: Count = 128
 
 
+class Prices(_Section):
+    """Tells what is paid, in a `currency`, so that estimates come with their money.
+
+    That is for an hour of one core, and for each GB that is kept for a month.
+    """
+
+    currency: str = "USD"
+    core_hour: Price | None = None
+    gb_month: Price | None = None
+
+
 class Pin(_Section):
     """A pin names the encoder and codebook (package folders) of features from `from_ds` on."""
 
@@ -413,8 +425,9 @@ class Settings(_Section):
     A history knows a click `history_lag_seconds` after it, and an item clicked twice once, or with
     `keep_repeats` twice. Impressions that come more than `late_days` late have none. Before
     `history_start_ds` there are no clicks, and on `closed_days` no impressions, nor perhaps a
-    catalogue. A night is of all `tables`, or of those of items alone, which need no impressions.
-    The command `on_published` is called for each.
+    catalogue. Who waits for inputs takes files that nothing marks as whole once they have stood
+    still for `settle_minutes`. A night is of all `tables`, or of those of items alone, which need
+    no impressions. The command `on_published` is called for each.
     """
 
     base: PackagePath | None = None
@@ -428,6 +441,7 @@ class Settings(_Section):
     late_days: Annotated[int, Field(ge=0, le=30)] = 2
     history_start_ds: dt.date | None = None
     closed_days: tuple[dt.date, ...] = ()
+    settle_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
     rows_per_shard: Count = 131_072
     on_published: tuple[str, ...] = ()
     tables: Literal["all", "items"] = "all"
@@ -440,6 +454,7 @@ class Settings(_Section):
     gates: Gates = Gates()
     workers: Workers = Workers()
     output: Output = Output()
+    costs: Prices = Prices()
     beam: dict[str, Any] = {}
     pins: tuple[Pin, ...] = ()
 

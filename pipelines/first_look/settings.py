@@ -39,6 +39,9 @@ day_timezone = "UTC"
 # history_start_ds = "2026-01-01"
 # On these days the shop was closed: no log of them is waited for.
 # closed_days = ["2025-12-25"]
+# Who waits for inputs (`courier refresh --wait`) takes files for whole that have stood still for so
+# many minutes, unless a _SUCCESS is required.
+# settle_minutes = 10.0
 # Tables are split into files of at most about so many rows.
 # rows_per_shard = 131072
 # A command that is called for each night that is published. Its environment names the day, as
@@ -164,6 +167,13 @@ $impressions_columns
 # partition = "ds={ds}"
 # A row group, which readers hold in memory at once, has at most so many MB, uncompressed.
 # row_group_mb = 128
+
+[costs]
+# What an hour of one core costs, and keeping a GB for a month: estimates of what is to be made come
+# with their money then.
+# currency = "USD"
+# core_hour = 0.05
+# gb_month = 0.02
 
 # Beam's own options, as Beam spells them; [beam.embed] and the like are for one stage alone.
 [beam]

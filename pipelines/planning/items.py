@@ -100,6 +100,17 @@ class PlannedEmbed(Planned):
         same = self.before.identities["encoder_id"] == self.pinned.encoder.encoder_id
         return same and wanted.items() <= made.items()
 
+    @property
+    def images(self) -> int:
+        told = self.catalogue.image_uris
+        return self.catalogue.rows if told is None else told
+
+    @property
+    def items_known(self) -> int | None:
+        if self.full or self.before is None or not self.is_reusable:
+            return None
+        return int(self.before.inputs["catalogue"]["rows"])
+
     def _chunk_folder(self, shards: int) -> str:
         """Names the folder of chunk files, shared by all runs that would embed alike."""
         settings = self.settings

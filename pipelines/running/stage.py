@@ -171,6 +171,16 @@ class Planned(ABC):
         """
         return {}
 
+    @property
+    def images(self) -> int:
+        """Returns at how many images it looks, as far as footers tell them: 0, but for EMBED."""
+        return 0
+
+    @property
+    def items_known(self) -> int | None:
+        """Returns how many items the day had whose embeddings it takes over; None for no such."""
+        return None
+
     def clean(self) -> None:
         """Frees what the job left on this machine: nothing, but for those that say so."""
         return

@@ -248,6 +248,19 @@ def test_an_identity_changes_with_files_and_settings_and_with_nothing_else(tmp_p
     assert len({digest for digest, _ in told}) == len({read_as for _, read_as in told}) == 3
 
 
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [({}, 3), ({"row_group_size": 1}, 3), ({"write_statistics": ["item_id"]}, None)],
+)
+def test_footers_tell_how_many_items_have_an_image_where_they_have_statistics(
+    tmp_path: Path, options: dict[str, object], known: int | None
+) -> None:
+    every = catalogue(item_id=[3, 4], image_uri=["b.jpg", "c.jpg"])
+    source = open_catalogue(write(tmp_path, catalogue(), every, **options))
+    assert (source.rows, source.image_uris) == (4, known)
+    assert open_impressions(write(tmp_path / "log", impressions())).image_uris is None
+
+
 # ---- Refused by footers ----------------------------------------------------------------------
 
 

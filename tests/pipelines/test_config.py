@@ -35,6 +35,7 @@ keep_repeats = true
 late_days = 3
 history_start_ds = 2025-12-01
 closed_days = ["2025-12-25", "2026-01-01"]
+settle_minutes = 2.5
 rows_per_shard = 1000
 on_published = ["notify", "--all"]
 tables = "items"
@@ -83,6 +84,10 @@ threads = 3
 user_root = "gs://users/features"
 partition = "dt={ds:%Y%m%d}"
 row_group_mb = 64
+[costs]
+currency = "CNY"
+core_hour = 0.3
+gb_month = 0
 
 [beam]
 runner = "FlinkRunner"
@@ -147,6 +152,7 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
         "late_days": 3,
         "history_start_ds": dt.date(2025, 12, 1),
         "closed_days": (dt.date(2025, 12, 25), dt.date(2026, 1, 1)),
+        "settle_minutes": 2.5,
         "rows_per_shard": 1000,
         "on_published": ("notify", "--all"),
         "tables": "items",
@@ -172,6 +178,7 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
             "partition": "dt={ds:%Y%m%d}",
             "row_group_mb": 64,
         },
+        "costs": {"currency": "CNY", "core_hour": 0.3, "gb_month": 0.0},
         "pins": (
             {
                 "from_ds": dt.date(2026, 1, 5),
@@ -214,6 +221,8 @@ def test_what_is_left_out_has_a_default(folder: Path) -> None:
     assert (settings.history_len, settings.window_days) == (50, 30)
     assert (settings.history_lag_seconds, settings.keep_repeats) == (0, False)
     assert settings.history_start_ds is None
+    assert settings.settle_minutes == 10
+    assert (settings.costs.core_hour, settings.costs.gb_month) == (None, None)
     assert settings.simscore.embeddings_by == "auto"
     assert (settings.beam, settings.pins) == ({}, ())
     assert settings.impressions.input_timezone is None
@@ -377,6 +386,11 @@ def test_an_unknown_key_like_no_other_is_refused_with_all_known_ones(folder: Pat
         ("gates = 3", "root = ", "gates"),
         ("embed = {precision = 'fp16'}", "root = ", "embed.precision"),
         ("workers = {threads = 0}", "root = ", "workers.threads"),
+        ("settle_minutes = -1", "root = ", "settle_minutes"),
+        ("settle_minutes = inf", "root = ", "settle_minutes"),
+        ("costs = {core_hour = -0.1}", "root = ", "costs.core_hour"),
+        ("costs = {gb_month = inf}", "root = ", "costs.gb_month"),
+        ("costs = {currency = 3}", "root = ", "costs.currency"),
         ("item_features = {vector = 1}", "root = ", "item_features.vector"),
         ("require_success = 'yes'", "[catalogue]", "catalogue.require_success"),
         ("carry = 'price'", "[impressions]", "impressions.carry"),

@@ -60,6 +60,7 @@ def test_a_setting_that_is_commented_out_shows_its_default(shop: Shop) -> None:
     head, tail = first.toml.split("[beam]")
     assert head.count("\n# ") > 30
     examples = "base|input_timezone|history_start_ds|closed_days|threads|user_root|on_published"
+    examples += "|core_hour|gb_month"
     switched_on = re.sub(rf"^# (?!{examples})(\w+ = )", r"\1", head, flags=re.MULTILINE)
     assert switched_on.count(" = ") == head.count(" = ")
     path = shop.folder / "switched-on.toml"
