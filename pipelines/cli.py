@@ -36,6 +36,7 @@ from pipelines.options import (
     json_option,
     out_option,
     overlap_option,
+    waiting_options,
 )
 from pipelines.stages import Kind
 
@@ -71,24 +72,27 @@ def cli() -> None:
 
 def _make(
     kinds: Sequence[Kind] | None, config: str, days: Sequence[dt.date], dry_run: bool, json: bool,
-    accepted: tuple[tuple[str, ...], str], beam_args: Sequence[str], **asked: Any,
+    accepted: tuple[tuple[str, ...], str], beam_args: Sequence[str],
+    wait: dt.timedelta | None = None, deadline: dt.time | None = None, **asked: Any,
 ) -> None:  # fmt: skip
     """Makes stages of all days, each kind in one job; the JSON of several days is a list.
 
-    Without `kinds` they are those of a whole night.
+    Without `kinds` they are those of a whole night. Inputs are waited for where it is said how long
+    (`wait`) or until when (`deadline`).
 
     What is refused of some days is told when the rest is done.
     """
     from pipelines import nightly
     from pipelines.nightly import NightOptions
+    from pipelines.planning.readiness import wait_for_inputs
     from pipelines.reports import night
     from pipelines.running import beam_options
     from pipelines.running.judging import Accepted
 
     settings, options = _settings(config), NightOptions(**asked)
     kinds = kinds or settings.night
-    for kind in kinds:  # a mistyped option is told before anything is read
-        beam_options.job_options(settings, kind.name, beam_args)
+    # A mistyped option is told before anything is read, and all that is wrong before a long wait.
+    jobs = [beam_options.job_options(settings, kind.name, beam_args) for kind in kinds]
     found: list[dict[str, Any]] = []
     refused: list[CourierError] = []
     if dry_run:
@@ -99,6 +103,10 @@ def _make(
         if not options.encoder:
             free, refused = nightly.without_held(settings, days, kinds)
         try:
+            if wait is not None or deadline is not None:
+                beam_options.check_ready(jobs)
+                overlap = options.allow_overlap
+                wait_for_inputs(settings, free, kinds, wait, deadline, _say, overlap)
             nights = nightly.plan_nights(settings, free, kinds, _say, options)
             if nights:
                 made = nightly.make_nights(nights, beam_args, _say, Accepted(*accepted))
@@ -123,9 +131,11 @@ def _make(
 @full_option
 @embeddings_by_option
 @from_log_option
+@waiting_options
 def refresh(**options: Any) -> None:
     """Make and publish whole nights, of one day or several; resumes, and does nothing twice.
 
+    With --wait or --deadline it waits for its inputs, and then ends with 4 where they are missing.
     Of several days each stage is one job, and the tables are those that night after night would
     make. With --json, of several days a list.
     """

@@ -25,6 +25,41 @@ class Ds(click.ParamType):
             self.fail(f"{value!r} is no date YYYY-MM-DD", param, ctx)
 
 
+class Duration(click.ParamType):
+    """Reads an option's value as a time span: seconds, or with units as in 1h30m."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> dt.timedelta:
+        if isinstance(value, dt.timedelta):
+            return value
+        pattern = r"(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+)s)?|([0-9]+)"
+        found = re.fullmatch(pattern, str(value).strip())
+        if not found or not any(found.groups()):
+            self.fail(
+                f"{value!r} is no time span such as 2h, 1h30m, 45m or 90 (seconds)", param, ctx
+            )
+        hours, minutes, *seconds = (int(number or 0) for number in found.groups())
+        total = 3600 * hours + 60 * minutes + sum(seconds)
+        if total > 7 * 86_400:
+            self.fail(f"{value!r} is more than a week", param, ctx)
+        return dt.timedelta(seconds=total)
+
+
+class Clock(click.ParamType):
+    """Reads an option's value as a time of day, HH:MM."""
+
+    name = "HH:MM"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> dt.time:
+        if isinstance(value, dt.time):
+            return value
+        found = re.fullmatch(r"([01]?[0-9]|2[0-3]):([0-5][0-9])", str(value).strip())
+        if not found:
+            self.fail(f"{value!r} is no time of day HH:MM, from 00:00 to 23:59", param, ctx)
+        return dt.time(int(found[1]), int(found[2]))
+
+
 class PathText(click.ParamType):
     """Reads an option's value as a path: local, or in a bucket unless `local` only.
 
@@ -119,6 +154,24 @@ from_log_option = click.option(
     is_flag=True,
     help="Begin histories from the log of the window, not from those of the day before.",
 )
+
+
+def waiting_options(command: F) -> F:
+    """Gives `command` the options by which it waits for its inputs."""
+    options = (
+        click.option(
+            "--wait",
+            type=Duration(),
+            metavar="2h|45m|90",
+            help="Wait so long for inputs that are not there yet. [default: end with 4 at once]",
+        ),
+        click.option(
+            "--deadline",
+            type=Clock(),
+            help="Wait for them until it is this time, in the settings' day_timezone.",
+        ),
+    )
+    return _with(options, command)
 
 
 def encoder_option(help: str) -> Callable[[F], F]:

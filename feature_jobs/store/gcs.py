@@ -60,7 +60,7 @@ _LOCK = ".tmp-lock"  # readers look at no name that begins so
 _STAMP = "courier-write"
 _NAME_BYTES = 1024  # at most
 _BUCKET = "[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]"  # the store refuses other names with HTTP 400
-_LISTED = "items(name,size,generation),prefixes,nextPageToken"
+_LISTED = "items(name,size,generation,timeCreated),prefixes,nextPageToken"
 
 _LOG = logging.getLogger(__name__)
 
@@ -131,7 +131,9 @@ def _path(blob: Blob) -> str:
 
 
 def _info(path: str, blob: Blob) -> FileInfo:
-    return FileInfo(path, blob.size, None, blob.generation)
+    created = blob.time_created
+    created_us = created and int(created.timestamp() * 1e6)
+    return FileInfo(path, blob.size, None, blob.generation, created_us)
 
 
 def _before_wildcards(pattern: str) -> str:

@@ -19,17 +19,27 @@ from typing import IO, Any, Protocol
 
 @dataclass(frozen=True)
 class FileInfo:
-    """Holds what can be known of a file without reading it; `mtime_us` is µs since 1970."""
+    """Holds what can be known of a file without reading it.
+
+    `mtime_us` is µs since 1970; None in a bucket, which knows instead when each generation was
+    created, `created_us`.
+    """
 
     path: str
     size: int
     mtime_us: int | None
     generation: int | None = None
+    created_us: int | None = None
 
     @property
     def version(self) -> tuple[int | None, ...]:
         """Returns what changes whenever the bytes may have changed."""
         return (self.size, self.mtime_us, self.generation)
+
+    @property
+    def written_us(self) -> int | None:
+        """Returns when the bytes were written, µs since 1970; None where no store tells."""
+        return self.created_us if self.mtime_us is None else self.mtime_us
 
 
 def is_hidden(path: str) -> bool:
