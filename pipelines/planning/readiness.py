@@ -128,7 +128,7 @@ class _Waiting:
 
     def _why_missing(self, name: str, ds: dt.date) -> str:
         section, shop = self._section(name), ShopTables(self._settings, ds, self._say)
-        closed = ds in self._settings.closed_days and day_names.has_day(section.path)
+        closed = ds in self._settings.closed_days
         try:
             found = inputs.list_files(name, section.path, ds, section.require_success, closed)
             if found and not section.require_success and (why := self._why_moving(name, ds, found)):
