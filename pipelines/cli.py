@@ -27,7 +27,9 @@ from pipelines.options import (
     beam_argument,
     checked_days_options,
     config_option,
+    days_asked,
     days_options,
+    dry_run_option,
     ds_option,
     embeddings_by_option,
     encoder_option,
@@ -36,6 +38,7 @@ from pipelines.options import (
     json_option,
     out_option,
     overlap_option,
+    remake_option,
     waiting_options,
 )
 from pipelines.stages import Kind
@@ -101,7 +104,8 @@ def _make(
     else:
         free = list(days)
         if not options.encoder:
-            free, refused = nightly.without_held(settings, days, kinds)
+            free, held = nightly.without_held(settings, days, kinds)
+            refused = [one.error for one in held]
         try:
             if wait is not None or deadline is not None:
                 beam_options.check_ready(jobs)
@@ -110,7 +114,7 @@ def _make(
             nights = nightly.plan_nights(settings, free, kinds, _say, options)
             if nights:
                 made = nightly.make_nights(nights, beam_args, _say, Accepted(*accepted))
-                found, refused = made[0], refused + made[1]
+                found, refused = made[0], refused + [one.error for one in made[1]]
         except CourierError as told:
             refused.append(told)
     if json and found:
@@ -140,6 +144,68 @@ def refresh(**options: Any) -> None:
     make. With --json, of several days a list.
     """
     _make(None, **options)
+
+
+@cli.command()
+@config_option
+@click.option("--start-ds", type=Ds(), help="First day. [default: all that the choice concerns]")
+@click.option("--end-ds", type=Ds(), help="Last day.")
+@click.option("--only-missing", is_flag=True, help="Leave days alone that are published.")
+@click.option("--cascade", is_flag=True, help="Only what is stale, and what goes on from it.")
+@click.option("--late", is_flag=True, help="Only days whose log grew, within late_days.")
+@click.option("--failed", is_flag=True, help="Only days that failed in the backfill before.")
+@click.option(
+    "--step-days",
+    type=click.IntRange(1),
+    help="So many days together. [default: as many as [backfill] in the settings has room for]",
+)
+@click.option(
+    "--max-failures", type=click.IntRange(1), help="End once so many days failed. [default: go on]"
+)
+@remake_option
+@dry_run_option
+@json_option
+@beam_argument
+def backfill(
+    config: str, start_ds: dt.date | None, end_ds: dt.date | None, only_missing: bool,
+    cascade: bool, late: bool, failed: bool, step_days: int | None, max_failures: int | None,
+    remake: bool, dry_run: bool, json: bool, beam_args: Sequence[str],
+) -> None:  # fmt: skip
+    """Make a range of nights: says beforehand what, why and what it takes, and resumes.
+
+    A day that fails or is refused stops what goes on from it, and nothing else. Ends with 0 once
+    every day is there, else with the status of the worst.
+    """
+    from pipelines import backfill as backfills
+    from pipelines.running import beam_options
+
+    choices: dict[backfills.Only, bool] = {
+        "missing": only_missing, "stale": cascade, "late": late, "failed": failed
+    }  # fmt: skip
+    chosen = [name for name, is_asked in choices.items() if is_asked]
+    if len(chosen) > 1:
+        raise click.UsageError("--only-missing, --cascade, --late and --failed exclude each other.")
+    if remake and chosen not in ([], ["failed"]):
+        raise click.UsageError("--remake makes all days again, and goes with --failed alone.")
+    only = chosen[0] if chosen else None
+    days: tuple[dt.date, ...] = ()
+    if start_ds or end_ds or only in (None, "missing"):
+        days = tuple(days_asked(None, start_ds, end_ds))
+    settings = _settings(config)
+    for kind in settings.night:  # a mistyped option is told before anything is read
+        beam_options.job_options(settings, kind.name, beam_args)
+    asked = backfills.Asked(days, only, step_days, max_failures, remake)
+    plan = backfills.plan_backfill(settings, asked)
+    if not json:
+        click.echo(plan.render())
+    if dry_run:
+        if json:
+            click.echo(dumps({"plan": plan.as_json()}, indent=1))
+        return
+    outcome = backfills.carry_out(plan, beam_args, sys.argv[1:], _say)
+    result = {"plan": plan.as_json(), **outcome.as_json()}
+    click.echo(dumps(result, indent=1) if json else f"\n{outcome.render()}")
+    outcome.refuse()
 
 
 @cli.command()

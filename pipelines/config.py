@@ -399,6 +399,16 @@ class Prices(_Section):
     gb_month: Price | None = None
 
 
+class Backfill(_Section):
+    """Tells what a step of `courier backfill` may take, which says how many days it has.
+
+    They are the memory of the local engine, and room for what is staged and not published yet.
+    """
+
+    memory_gb: Annotated[float, Field(gt=0)] = 4.0
+    disk_gb: Annotated[float, Field(gt=0)] = 100.0
+
+
 class Pin(_Section):
     """A pin names the encoder and codebook (package folders) of features from `from_ds` on."""
 
@@ -453,6 +463,7 @@ class Settings(_Section):
     training: Training = Training()
     gates: Gates = Gates()
     workers: Workers = Workers()
+    backfill: Backfill = Backfill()
     output: Output = Output()
     costs: Prices = Prices()
     beam: dict[str, Any] = {}

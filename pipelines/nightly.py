@@ -13,11 +13,11 @@ fits either.
 
 import datetime as dt
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from feature_jobs.schemas import CourierError, DataContractError, GateRefused
+from feature_jobs.schemas import CourierError, DataContractError, GateRefused, InputNotReady
 from pipelines.config import Settings
 from pipelines.planning.day_plan import DayPlan, NightOptions, Range
 from pipelines.planning.impressions import plan_histories, plan_simscore, plan_training_rows
@@ -76,21 +76,64 @@ def plan_nights(
     return [plan_day(DayPlan(together, ds), wanted, again) for ds in days]
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """Holds the plan of a day as far as there can be one.
+
+    Of the stages that are asked for and not in `night`, `blocked` says why they are not.
+    """
+
+    night: Night
+    blocked: Mapping[Kind, CourierError]
+
+
+def look_ahead(
+    settings: Settings, wanted: Mapping[dt.date, Collection[Kind]], options: NightOptions
+) -> list[Outlook]:
+    """Plans the wanted stages of ascending days, as far as their inputs are there and are good.
+
+    Raises OperatorError where settings are wrong for a day.
+    """
+    together = Range(settings, settings.layout, lambda _: None, options, len(wanted))
+    found = []
+    for ds, kinds in wanted.items():
+        blocked: dict[Kind, CourierError] = {}
+        again = partial(plan_nights, settings, [ds], kinds, options=options)
+        night = plan_day(DayPlan(together, ds), kinds, again, blocked)
+        found.append(Outlook(night, {kind: blocked[kind] for kind in kinds if kind in blocked}))
+    return found
+
+
 def plan_day(
-    day: DayPlan, wanted: Collection[Kind], again: Callable[[], Sequence[Night]] = tuple
+    day: DayPlan,
+    wanted: Collection[Kind],
+    again: Callable[[], Sequence[Night]] = tuple,
+    blocked: dict[Kind, CourierError] | None = None,
 ) -> Night:
     """Plans the `wanted` stages of a day, and those that they take.
 
-    `again` plans anew all days that are planned together.
+    `again` plans anew all days that are planned together. Where a dict `blocked` is given, what an
+    input keeps from being planned is noted there with the error, and left out.
     """
     needed: list[Plan] = []
     for plan in reversed(the_night()):
         if plan.kind in wanted or any(plan.kind is t.kind for one in needed for t in one.takes):
             needed.insert(0, plan)
-    day.open_inputs([plan.kind for plan in needed])
+    if blocked is None:
+        day.open_inputs([plan.kind for plan in needed])
     planned: dict[Kind, Planned] = {}
     for plan in needed:
-        planned[plan.kind] = plan.function(day, *(planned[taken.kind] for taken in plan.takes))
+        taken = [one.kind for one in plan.takes]
+        try:
+            if blocked is not None:
+                if missing := next((blocked[kind] for kind in taken if kind in blocked), None):
+                    raise missing
+                day.open_inputs([plan.kind])
+            planned[plan.kind] = plan.function(day, *(planned[kind] for kind in taken))
+        except (InputNotReady, DataContractError) as error:
+            if blocked is None:
+                raise
+            blocked[plan.kind] = error.with_traceback(None)
     day.range.planned |= {(kind.name, day.ds): one for kind, one in planned.items()}
     mine = tuple(one for kind, one in planned.items() if kind in wanted)
     upstream = {stage.name: stage for one in mine for stage in one.stage.upstream}
@@ -108,12 +151,21 @@ def plan_day(
 # ---- Making --------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Refused:
+    """Tells what refused a stage of ds, or (without a `kind`) its hold, or its announcement."""
+
+    ds: dt.date
+    kind: Kind | None
+    error: CourierError
+
+
 def make_nights(
     nights: Sequence[Night],
     beam_args: Sequence[str],
     say: Callable[[str], None],
     accepted: Accepted = _NOTHING_ACCEPTED,
-) -> tuple[list[dict[str, Any]], list[CourierError]]:
+) -> tuple[list[dict[str, Any]], list[Refused]]:
     """Makes, checks and publishes the stages of consecutive days, each kind in one job.
 
     Gates that are `accepted` refuse none of them. Returns what was made, by day, and what was
@@ -127,7 +179,7 @@ def make_nights(
     options = {
         kind: beam_options.job_options(settings, kind.name, beam_args) for kind in kinds
     }  # all are checked before the first stage runs
-    if all(map(_is_there, nights)):
+    if all(map(is_there, nights)):
         idle = _Making(options, say, Locks(), accepted)
         reports = [idle.report(night, night.look) for night in nights]
         idle.tell_unneeded()
@@ -156,28 +208,28 @@ def make_nights(
     return reports, [*making_them.refused, *failed]
 
 
-def _announce(nights: Sequence[Night], say: Callable[[str], None]) -> list[CourierError]:
+def _announce(nights: Sequence[Night], say: Callable[[str], None]) -> list[Refused]:
     """Announces nights that are published; returns what failed."""
     failed = []
     for night in nights:
         try:
             announcing.announce(night.settings, night.ds, say)
         except CourierError as error:
-            failed.append(error)
+            failed.append(Refused(night.ds, None, error))
     return failed
 
 
 def without_held(
     settings: Settings, days: Sequence[dt.date], kinds: Collection[Kind]
-) -> tuple[list[dt.date], list[CourierError]]:
+) -> tuple[list[dt.date], list[Refused]]:
     """Returns the days that are not on hold, and what refuses those that are."""
-    free, refused = list[dt.date](), list[CourierError]()
+    free, refused = list[dt.date](), list[Refused]()
     for ds in days:
         try:
             refuse_held(settings, [ds], kinds)
             free.append(ds)
         except GateRefused as error:
-            refused.append(error)
+            refused.append(Refused(ds, None, error))
     return free, refused
 
 
@@ -196,7 +248,7 @@ def _tables_of(kinds: Collection[Kind]) -> list[Any]:
     return [table for kind in kinds for table in kind.tables]
 
 
-def _is_there(night: Night) -> bool:
+def is_there(night: Night) -> bool:
     """Returns whether a night is published as it is planned, and its record says so."""
     look = night.look
     if any(stage.forced or look.state(stage).name != PUBLISHED for stage in night.stages):
@@ -247,7 +299,7 @@ class _Making:
         self._judge, self._costs = Judge(accepted), Costs()
         self.why: dict[str, tuple[str, ...]] = {}
         self.without: set[dt.date] = set()
-        self.refused: list[CourierError] = []
+        self.refused: list[Refused] = []
 
     def make_all(self, nights: Sequence[Night]) -> bool:
         """Makes all stages that are not made yet.
@@ -302,7 +354,7 @@ class _Making:
                 making.reopen(one.stage)
         for one, error in sorted([*made.refused, *refused], key=lambda pair: pair[0].stage.ds):
             self.without.add(one.stage.ds)
-            self.refused.append(error)
+            self.refused.append(Refused(one.stage.ds, kind, error))
 
     def _leave_out_later_days(self, nights: Sequence[Night]) -> None:
         """Leaves out the days that go on from what a day left out has not published."""

@@ -26,7 +26,7 @@ T = TypeVar("T")
 OfPath = Callable[Concatenate[Self_, str, P], T]
 
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR}
-FORBIDDEN = {errno.EACCES, errno.EPERM}
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 FULL = {errno.ENOSPC, errno.EDQUOT}
 # What a name is, or what a call is asked to do, does not change by waiting.
 _ANSWERS = NOT_THERE | {

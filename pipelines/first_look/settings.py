@@ -159,6 +159,12 @@ $impressions_columns
 # Threads that a worker process computes on; without it, its part of the host's cores.
 # threads = 4
 
+[backfill]
+# What a step of `courier backfill` may take, which decides how many days it has: memory of the
+# local engine, and room for what is staged before it is published.
+# memory_gb = 4.0
+# disk_gb = 100.0
+
 [output]
 # Where the tables with user IDs go, if not below the root: people may then read items alone.
 # user_root = "gs://shop-users/features"

@@ -56,7 +56,7 @@ class Range:
     """Holds what the plans of days share that are planned together, of which there are `days`.
 
     `nights` is where nights lie, also where a candidate's embeddings are planned; `sources` are
-    what was opened of the shop's tables.
+    what was opened of the shop's tables, and `changed` the days for whose change stages are made.
     """
 
     settings: Settings
@@ -66,16 +66,21 @@ class Range:
     days: int = 1
     sources: dict[str, Source | InputNotReady] = field(default_factory=dict)
     planned: dict[tuple[str, dt.date], Planned] = field(default_factory=dict)
+    changed: dict[tuple[str, dt.date], frozenset[dt.date]] = field(default_factory=dict)
     look: Look = field(default_factory=Look)
 
     def yesterdays(self) -> Yesterdays:
         """Returns the finder of what one of the days goes on from."""
-        return Yesterdays(self.settings.layout, self.look, self.planned)
+        strict = self.options.remake or self.options.full
+        return Yesterdays(
+            self.settings.layout, self.settings, self.look, self.planned, self.changed, strict
+        )
 
     def yesterdays_beside(self, encoder_id: str) -> Yesterdays:
         """Returns that of the other side: of the nights for a candidate, and the reverse."""
         mine, nights = self.settings.layout, self.nights
-        return Yesterdays(nights.candidate(encoder_id) if mine == nights else nights, self.look, {})
+        beside = nights.candidate(encoder_id) if mine == nights else nights
+        return Yesterdays(beside, self.settings, self.look, {}, {})
 
 
 class DayPlan:
@@ -112,7 +117,7 @@ class DayPlan:
             planned = plan(candidate)
             if planned.stage.run_id == there:
                 break
-        return planned
+        return self.yesterdays.note(planned)
 
     def stage(self, kind: Kind, forced_by: str = "", **fields: Any) -> Stage:
         forced_by = forced_by or self.options.forced_by

@@ -23,7 +23,13 @@ from feature_jobs.impressions.training_rows import (
 )
 from feature_jobs.inputs import IMPRESSION_COLUMNS, Source
 from feature_jobs.items.item_vectors import ItemTables, broadcast_bytes
-from feature_jobs.schemas import ITEM_EMBEDDINGS, ROW_CLICKS, USER_HISTORIES, OperatorError
+from feature_jobs.schemas import (
+    ITEM_EMBEDDINGS,
+    ROW_CLICKS,
+    USER_HISTORIES,
+    InputNotReady,
+    OperatorError,
+)
 from feature_jobs.schemas import ITEM_FEATURES as FEATURES_TABLE
 from feature_jobs.schemas import TRAINING_ROWS as ROWS_TABLE
 from feature_jobs.schemas import USER_SIMSCORES as SCORES_TABLE
@@ -41,7 +47,7 @@ from pipelines.planning.yesterday import (
 )
 from pipelines.running import records
 from pipelines.running.stage import Planned, Stage
-from pipelines.running.states import Look
+from pipelines.running.states import PUBLISHED, Look
 from pipelines.stages import HISTORIES, SIMSCORE, TRAINING_ROWS
 
 _USUAL_LENGTH = 50  # of a history; shards of much longer ones have fewer rows
@@ -248,10 +254,25 @@ def plan_simscore(
             "days_without_log": [] if has_history else list(log.before.missing),
         },
     )
+    if log.before.is_gone and not has_history:
+        _refuse_if_to_be_made(day, stage)
     return PlannedScores(
         stage, log, has_history, _embeddings_by(day, embedded.stage.input_rows),
-        features.before, features.of_another_lineage, schema,
+        features.compared_with, features.of_another_lineage, schema,
     )  # fmt: skip
+
+
+def _refuse_if_to_be_made(day: DayPlan, stage: Stage) -> None:
+    """Raises InputNotReady for scores that are to be made of histories that are gone."""
+    state = day.range.look.state(stage)
+    if state.name == PUBLISHED and not stage.forced:
+        return
+    raise InputNotReady(
+        f"The scores of ds {stage.ds} are to be made again ({'; '.join(state.why)}), of the "
+        "histories of the day before, which were pruned. Run `courier simscore --ds "
+        f"{stage.ds} --from-log`, which reads the log of the window in their place, or leave the "
+        "day as it is."
+    )
 
 
 def _embeddings_by(day: DayPlan, items: int) -> str:

@@ -142,11 +142,14 @@ def _goes_on_from(day: DayPlan) -> Iterator[Earlier | None]:
     wanted = day.pinned.encoder.encoder_id
     if newest and newest.identities["encoder_id"] == wanted:
         return
-    if named := day.yesterdays.named(EMBED, day.ds, day.beside):
+    named = day.yesterdays.named(EMBED, day.ds, day.beside)
+    if named:
         yield named
     other = day.beside.before(EMBED, day.ds)
     if other and (newest is None or other.identities["encoder_id"] == wanted):
         yield other
+    elif named and named.is_gone:  # nothing can be made from that
+        yield newest
 
 
 def _plan_embed(day: DayPlan, item_id: pa.DataType, before: Earlier | None) -> PlannedEmbed:
@@ -225,6 +228,11 @@ class PlannedFeatures(Planned):
         )
 
     @property
+    def compared_with(self) -> Earlier | None:
+        """Returns the features of the day before, None where there are none any more."""
+        return None if self.before is None or self.before.is_gone else self.before
+
+    @property
     def folder(self) -> str:
         """Returns the folder of the codebook's package."""
         return str(self.pinned.pin.codebook)
@@ -293,7 +301,7 @@ def _plan_features(day: DayPlan, embedded: Planned, before: Earlier | None) -> P
             "previous": before.as_input() if before else None,
         },
         upstream=(embedded.stage,),
-        before=before.tables if before else (),
+        before=before.tables if before and not before.is_gone else (),
         identities=day.pinned.identities(),
         settings={
             **wanted,

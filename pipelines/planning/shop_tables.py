@@ -117,7 +117,7 @@ class ShopTables:
         """
         found, missing = [open_day(self._ds)], []
         start = self._settings.history_start_ds or dt.date.min
-        for back in range(1, self._days_that_count() + 1):
+        for back in range(1, days_that_count(self._settings) + 1):
             day = self._ds - dt.timedelta(days=back)
             if day < start:
                 break
@@ -126,16 +126,6 @@ class ShopTables:
             except InputNotReady:
                 missing.append(str(day))
         return found, missing
-
-    def _days_that_count(self) -> int:
-        """Returns how many days back a partition may hold a click of ds's histories.
-
-        These are the window's days, those that impressions may be late, and some, since a click may
-        come after the day that logs it.
-        """
-        settings = self._settings
-        delay_days = math.ceil(settings.log.click_delay_seconds / 86_400)
-        return settings.window_days + settings.late_days + delay_days + _CLICK_DAYS
 
     def _once(self, key: str, open_it: Callable[[], Source]) -> Source:
         if key not in self._found:
@@ -148,6 +138,16 @@ class ShopTables:
             raise found.with_traceback(None)
         self._opened[key] = found
         return found
+
+
+def days_that_count(settings: Settings) -> int:
+    """Returns how many days back a partition may hold a click of a day's histories.
+
+    These are the window's days, those that impressions may be late, and some, since a click may
+    come after the day that logs it.
+    """
+    delay_days = math.ceil(settings.log.click_delay_seconds / 86_400)
+    return settings.window_days + settings.late_days + delay_days + _CLICK_DAYS
 
 
 def check_one_snapshot(template: str, catalogue: Source) -> None:

@@ -2,8 +2,11 @@
 
 A night reads one day of the log, since `user_histories` and `recent_clicks` of the day before hold
 all that the earlier days have to say; and images only that may have changed since the newest
-embeddings. What a published day goes on from, by the run that it names, stays so while that run
-stands: filling a hole between the two changes no later day.
+embeddings. What a published day goes on from, by the run that it names, stays so while that
+*stands*: filling a hole between the two changes no later day, nor does taking that day away
+(`courier prune`). It stands also where it was made again and came out the same, or for days whose
+clicks, or whose former items, no table shows any more: what changed on a day concerns days after it
+as far as the window reaches.
 
 Histories know no holes. A day between them that was never made is told, not bridged: its clicks
 would be missing from every history after it.
@@ -12,33 +15,31 @@ would be missing from every history after it.
 import contextlib
 import datetime as dt
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 
 from feature_jobs.impressions.clicks import HistoryLaw
 from feature_jobs.impressions.histories import DAY_US
 from feature_jobs.inputs import Source
-from feature_jobs.schemas import (
-    USER_HISTORIES,
-    USER_SIMSCORES,
-    InputNotReady,
-    OperatorError,
-    Table,
-)
+from feature_jobs.schemas import ITEM_EMBEDDINGS, InputNotReady, OperatorError
 from feature_jobs.store import files, hashing
 from feature_jobs.store.partitions import MANIFEST, Partition
 from pipelines.config import Settings
 from pipelines.planning.made_with import history_settings
-from pipelines.planning.shop_tables import ShopTables
+from pipelines.planning.shop_tables import ShopTables, days_that_count
 from pipelines.running import records, states
 from pipelines.running.layout import Layout
-from pipelines.running.stage import Planned, Reference
+from pipelines.running.stage import Planned, Reference, Stage
 from pipelines.running.states import Look
-from pipelines.stages import HISTORIES, Kind
+from pipelines.stages import EMBED, HISTORIES, Kind
 
+P = TypeVar("P", bound=Planned)
+
+MADE_AGAIN_FOR = "made_again_for"  # in the notes of a manifest: days whose change it was made for
+_OF_YESTERDAY = {"previous", "histories_before", "log_rows"}  # inputs that come from there
 IMPRESSIONS_PER_CLICK = 8  # at least, as a rule: it only sizes the shards
 _ONE_DAY = dt.timedelta(days=1)
 
@@ -50,7 +51,8 @@ _ONE_DAY = dt.timedelta(days=1)
 class Earlier:
     """Holds what a day goes on from: a stage of an earlier day, planned with it or published.
 
-    `inputs`, `identities` and `settings` are the stage's; `tables` name what it makes.
+    `inputs`, `identities` and `settings` are the stage's; `tables` name what it makes. One that
+    `is_gone` was taken away since: what is known of it is what the day says that named it.
     """
 
     ds: dt.date
@@ -61,6 +63,7 @@ class Earlier:
     tables: tuple[Reference, ...]
     planned: Planned | None
     published: tuple[Partition, ...] = ()
+    is_gone: bool = False
 
     def as_input(self) -> dict[str, str]:
         """Returns what the id of a run changes with that goes on from here."""
@@ -87,16 +90,36 @@ def _of_published(kind: Kind, ds: dt.date, found: tuple[Partition, ...]) -> Earl
     )  # fmt: skip
 
 
+# Which tables of a day tell whether it hands on the same; rejects are tried again by dates.
+_HANDED_ON = {EMBED: (ITEM_EMBEDDINGS,), HISTORIES: HISTORIES.tables}
+
+
+def reach(settings: Settings, kind: Kind) -> int:
+    """Returns for how many days what changed on one may show in tables of `kind`.
+
+    Of ITEM-FEATURES the day before is only compared with. One day more than the window is needed,
+    so that the last one has come out as it was, and tells so.
+    """
+    if kind is HISTORIES:
+        return days_that_count(settings) + 1
+    return settings.window_days + 2 if kind is EMBED else 0
+
+
 @dataclass
 class Yesterdays:
     """Finds for days that are planned together what each goes on from; `look` reads manifests.
 
-    `planned` are the stages of the days that are planned already. What was found is remembered.
+    `planned` are the stages of the days that are planned already, and `changed` the days for whose
+    change those of them are made (again) that are not published. With `strict`, what a day names
+    stands only as that very run. What was found is remembered.
     """
 
     layout: Layout
+    settings: Settings
     look: Look
     planned: dict[tuple[str, dt.date], Planned]
+    changed: dict[tuple[str, dt.date], frozenset[dt.date]]
+    strict: bool = False
     found: dict[tuple[Kind, dt.date, dt.date], str | None] = field(default_factory=dict)
 
     def is_outdated(self, look: Look) -> bool:
@@ -179,8 +202,99 @@ class Yesterdays:
         previous = own[0].manifest["inputs"].get("previous") if own else None
         if previous is None:
             return None
-        found = among.at(kind, dt.date.fromisoformat(previous["ds"]))
-        return found if found and found.run_id == previous["run_id"] else None
+        day = dt.date.fromisoformat(previous["ds"])
+        return among.standing(kind, ds, own[0], day, previous["run_id"])
+
+    def standing(
+        self, kind: Kind, ds: dt.date, own: Partition, day: dt.date, run_id: str
+    ) -> Earlier | None:
+        """Returns what `own`, published for ds, went on from: the run `run_id` of an earlier `day`.
+
+        It goes by that name also where it was made again since, and nothing of ds would change.
+        None where it does not stand.
+        """
+        found = self.at(kind, day)
+        if found is None:
+            return self._gone(kind, own, day, run_id)
+        if found.run_id == run_id:
+            return found
+        if self.strict or not self._hands_on_the_same(kind, ds, own, found):
+            return None
+        return replace(found, run_id=run_id)
+
+    def _gone(self, kind: Kind, own: Partition, day: dt.date, run_id: str) -> Earlier | None:
+        """Returns what is known of a run that was taken away; None where that is on its way."""
+        if self.strict or any(
+            files.exists(os.path.join(f, MANIFEST)) for f in self._folders(kind, day)
+        ):
+            return None
+        said, tables = own.manifest, zip(kind.tables, self._folders(kind, day), strict=True)
+        rows = {k: v for k, v in said["inputs"].get("log_rows", {}).items() if k <= str(day)}
+        return Earlier(
+            day, run_id, {"log_rows": rows}, said["identities"], said["settings"],
+            tuple(Reference(table, day, run_id, folder) for table, folder in tables), None,
+            is_gone=True,
+        )  # fmt: skip
+
+    def _hands_on_the_same(self, kind: Kind, ds: dt.date, own: Partition, found: Earlier) -> bool:
+        """Returns whether `found`, no run that `own` of ds names, has the same to say to it."""
+        made_again = self.changes_of(kind, found)
+        oldest = ds - dt.timedelta(days=reach(self.settings, kind))
+        if not any(oldest <= day for day in made_again):
+            return True
+        then = own.manifest["made_from"].get("before", {})
+        now = {p.manifest["table"]: p.version for p in self._published_now(found)}
+        handed_on = [table.name for table in _HANDED_ON.get(kind, ())]
+        return bool(now) and all(then.get(name) == now.get(name) for name in handed_on)
+
+    def _published_now(self, earlier: Earlier) -> tuple[Partition, ...]:
+        """Returns its tables as they are published; none where they are to be made."""
+        if earlier.planned is None:
+            return earlier.published
+        state = self.look.state(earlier.planned.stage)
+        is_there = state.name == states.PUBLISHED and not earlier.planned.stage.forced
+        return state.tables if is_there else ()
+
+    def changes_of(self, kind: Kind, earlier: Earlier) -> frozenset[dt.date]:
+        """Returns the days for whose change a stage was made again, or is to be; else its own."""
+        if found := self._published_now(earlier):
+            noted = found[0].manifest["notes"].get(MADE_AGAIN_FOR, [str(earlier.ds)])
+            return frozenset(map(dt.date.fromisoformat, noted))
+        return self.changed.get((kind.name, earlier.ds), frozenset([earlier.ds]))
+
+    def note(self, planned: P) -> P:
+        """Notes which days' changes a planned stage is made for, if it is; returns it noting them.
+
+        Those that it is handed on are followed as far as they reach, and so are those that the
+        published one was made again for: days after it may not have followed yet.
+        """
+        stage, kind = planned.stage, planned.stage.kind
+        if self.look.state(stage).name == states.PUBLISHED and not stage.forced:
+            return planned
+        own = self.published(kind, stage.ds)
+        changed = self._handed_on(own[0], stage) if own else frozenset()
+        if not (own and changed and _is_alike(own[0], stage)):
+            changed |= {stage.ds}
+        self.changed[kind.name, stage.ds] = changed
+        if not own or own[0].run_id == stage.run_id:
+            return planned
+        earlier = map(dt.date.fromisoformat, own[0].manifest["notes"].get(MADE_AGAIN_FOR, ()))
+        changed |= {day for day in earlier if self._oldest(stage) <= day}
+        self.changed[kind.name, stage.ds] = changed
+        notes = {**stage.notes, MADE_AGAIN_FOR: sorted(map(str, changed))}
+        return cast(P, replace(cast(Any, planned), stage=replace(stage, notes=notes)))
+
+    def _oldest(self, stage: Stage) -> dt.date:
+        """Returns the first day whose change may show in a stage."""
+        return stage.ds - dt.timedelta(days=reach(self.settings, stage.kind))
+
+    def _handed_on(self, own: Partition, stage: Stage) -> frozenset[dt.date]:
+        """Returns the days whose changes come from the day before, if `own` names another."""
+        found = self.at(stage.kind, stage.before[0].ds) if stage.before else None
+        if found is None or found.run_id == _named_run(own):
+            return frozenset()
+        oldest = self._oldest(stage)
+        return frozenset(day for day in self.changes_of(stage.kind, found) if oldest <= day)
 
     def _newest_published(self, kind: Kind, ds: dt.date, start: dt.date) -> Earlier | None:
         days = self.layout.begun_days(kind.tables[0])
@@ -198,6 +312,29 @@ class Yesterdays:
         return None
 
 
+def _named_run(own: Partition) -> str | None:
+    """Returns the run of an earlier day that a published stage says it went on from."""
+    inputs = own.manifest["inputs"]
+    previous = inputs.get("previous")
+    named: str | None = previous["run_id"] if previous else inputs.get("histories_before")
+    return named
+
+
+def _is_alike(own: Partition, stage: Stage) -> bool:
+    """Returns whether a stage differs from what is published by what it goes on from alone."""
+    now = stage.as_json()
+    mine = [
+        {k: v for k, v in said["inputs"].items() if k not in _OF_YESTERDAY}
+        for said in (own.manifest, now)
+    ]
+    same = all(own.manifest[what] == _as_json(now[what]) for what in ("identities", "settings"))
+    return mine[0] == _as_json(mine[1]) and same
+
+
+def _as_json(said: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in said.items()}
+
+
 # ---- Histories ---------------------------------------------------------------------------------
 
 
@@ -207,7 +344,7 @@ class Before:
 
     Of the days of the `log` some are `missing`. `log_rows` are the rows of the log by day, as far
     as the window reaches, `ids` the types of user_id and item_id in the histories, None where no
-    file tells them.
+    file tells them. Histories that are gone (`Earlier`) are known by name alone.
     """
 
     run_id: str | None
@@ -216,6 +353,7 @@ class Before:
     missing: tuple[str, ...]
     log_rows: dict[str, int]
     ids: tuple[pa.DataType, pa.DataType] | None = None
+    is_gone: bool = False
 
     def inputs(self) -> dict[str, Any]:
         """Returns what the id of a run changes with that begins from here."""
@@ -294,9 +432,16 @@ def befores(
     Those that began from the log stay so, whatever was made before them since.
     """
     own = yesterdays.published(HISTORIES, ds)
-    if own and own[0].manifest["inputs"]["histories_before"] is None and not from_log:
+    named = own[0].manifest["inputs"]["histories_before"] if own else None
+    if own and named is None and not from_log:
         with contextlib.suppress(InputNotReady):
             yield _from_log(shop)
+    elif (
+        own and named and not from_log and own[0].manifest["settings"] == history_settings(settings)
+    ):
+        earlier = yesterdays.standing(HISTORIES, ds, own[0], ds - _ONE_DAY, named)
+        if earlier:
+            yield _day_before(settings, ds, earlier)
     yield find_before(settings, ds, shop, from_log, yesterdays)
 
 
@@ -317,6 +462,8 @@ def _day_before(settings: Settings, ds: dt.date, earlier: Earlier) -> Before:
             "--from-log."
         )
     rows = _within_window(earlier.inputs["log_rows"], ds - _ONE_DAY, settings)
+    if earlier.is_gone:
+        return Before(earlier.run_id, earlier.tables, (), (), rows, is_gone=True)
     if not earlier.planned and not any(partition.rows for partition in earlier.published):
         # Empty ones say nothing of types either.
         return Before(earlier.run_id, earlier.tables, (), (), rows)
@@ -336,44 +483,3 @@ def _within_window(log_rows: dict[str, int], ds: dt.date, settings: Settings) ->
     """Returns the entries of `log_rows` that still count for the day after ds."""
     oldest = ds + _ONE_DAY - dt.timedelta(days=settings.window_days)
     return {day: rows for day, rows in log_rows.items() if day >= str(oldest)}
-
-
-# ---- Days that are stale -----------------------------------------------------------------------
-
-
-def stale_days(settings: Settings, days: Sequence[dt.date], look: Look) -> dict[str, dt.date]:
-    """Returns which of `days` are stale, each with the day that was made again without it.
-
-    A day is stale whose histories or SimScores go on from other histories, or come from another
-    log, than are published now.
-    """
-    looked_at = {*days, *(day - _ONE_DAY for day in days)}
-    histories = _inputs_of(settings, USER_HISTORIES, looked_at, look)
-    scores = _inputs_of(settings, USER_SIMSCORES, looked_at, look)
-    stale: dict[str, dt.date] = {}
-    for ds in sorted((histories | scores).keys() & set(days)):
-        yesterday = ds - _ONE_DAY
-        now, _ = histories.get(yesterday, (None, {}))
-        for _, inputs in (found[ds] for found in (histories, scores) if ds in found):
-            before = inputs.get("histories_before")
-            if before and str(yesterday) in stale:
-                stale[str(ds)] = stale[str(yesterday)]
-            elif before and now and before != now:
-                stale[str(ds)] = yesterday
-        if ds in histories and ds in scores and str(ds) not in stale:
-            one, other = (found[ds][1]["impressions"] for found in (histories, scores))
-            if one != other:
-                stale[str(ds)] = ds
-    return stale
-
-
-def _inputs_of(
-    settings: Settings, table: Table, days: Collection[dt.date], look: Look
-) -> dict[dt.date, tuple[str, dict[str, Any]]]:
-    """Returns by day the run_id and the inputs of what is published of a table."""
-    found = {}
-    for ds in days:
-        folder = settings.layout.folder(table, ds)
-        if partition := look.published(folder):
-            found[ds] = (partition.run_id, partition.manifest["inputs"])
-    return found

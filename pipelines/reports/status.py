@@ -27,8 +27,8 @@ from feature_jobs.schemas import (
 )
 from feature_jobs.store import files
 from feature_jobs.store.documents import read_json
+from pipelines.backfill import stale_days
 from pipelines.config import Settings
-from pipelines.planning.yesterday import stale_days
 from pipelines.running import announcing, records, states
 from pipelines.running.layout import Layout, date_of
 from pipelines.running.states import NEVER_MADE, Look
@@ -54,7 +54,7 @@ def collect(
 
     Returns the pins; the last night and the next; for each ds from `start` to `end`, of the last
     fourteen where no `start` is given, its tables and whether its night is whole; days on hold;
-    those that are stale, with the day that was made again before them; what is unfinished.
+    those that are stale, with the reasons, by stage; what is unfinished.
     """
     known = _known_days(settings)
     asked = [day for day in known if (start or day) <= day <= (end or day)]
@@ -82,7 +82,7 @@ def collect(
         "candidates": {
             name: _days_of(settings.layout.of(name)) for name in settings.layout.candidates()
         },
-        "stale": {ds: str(after) for ds, after in stale_days(settings, shown, look).items()},
+        "stale": {str(ds): day.reasons for ds, day in stale_days(settings, shown).items()},
         "staged": [run for kind in KINDS for run in _staged(settings, kind)],
     }
 
@@ -382,23 +382,18 @@ def _hold(ds: str, hold: Mapping[str, Any]) -> str:
 
 
 def _stale(found: Mapping[str, Any]) -> list[str]:
-    """Returns a line for each row of days that go on from histories of a day made again.
-
-    A day on hold is passed over: it could not be made.
-    """
+    """Returns a line for each row of days that are stale alike, and what to do about it."""
+    stale = found["stale"]
+    if not stale:
+        return []
     lines = []
-    rows = groupby(found["stale"].items(), key=lambda pair: (pair[1], pair[0] in found["held"]))
-    for (after, is_held), pairs in rows:
-        if is_held:
-            continue
-        row = [ds for ds, _ in pairs]
-        scored = all(USER_SIMSCORES.name in found["days"][ds]["tables"] for ds in row)
-        command = "simscore" if scored else "histories"  # not all days have what scores need
-        lines.append(
-            f"stale: {row[0]}, since histories of {after} were made again after it; `courier "
-            f"{command} --start-ds {row[0]} --end-ds {row[-1]}` makes them anew"
-        )
-    return lines
+    for why, row in groupby(stale, key=lambda ds: stale[ds]):
+        first, *_, last = [*row] * 2
+        days = first if first == last else f"{first} to {last}"
+        told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in why.items())
+        lines.append(f"stale: {days} ({told})")
+    ends = f"--start-ds {min(stale)} --end-ds {max(stale)}"
+    return [*lines, f"`courier backfill --cascade {ends}` makes anew what is stale"]
 
 
 def _clusters(days: Mapping[str, Any]) -> list[str]:

@@ -164,6 +164,25 @@ class Layout:
         """Returns where it is written which versions of a night were announced."""
         return os.path.join(self._records, "_announced", f"ds={ds}.json")
 
+    def backfill_path(self, start: dt.date, end: dt.date) -> str:
+        """Returns where it is written how far a backfill of these days is."""
+        return os.path.join(self._records, "_backfills", f"{start}_{end}.json")
+
+    def backfill_paths(self) -> list[str]:
+        """Returns where it is written of all backfills how far they are."""
+        folder = os.path.join(self._records, "_backfills")
+        return [os.path.join(folder, name) for name in files.list_names(folder)]
+
+    def backfill_lock(self, start: dt.date, end: dt.date) -> str:
+        """Returns what a backfill of these days locks."""
+        return os.path.join(self._records, "_locks", "backfill", f"{start}_{end}")
+
+    def backfill_locks(self) -> list[tuple[dt.date, dt.date]]:
+        """Returns the first and the last day of all backfills that have locked theirs."""
+        names = files.list_names(os.path.join(self._records, "_locks", "backfill"))
+        days = (name.split("_") for name in names)
+        return [(dt.date.fromisoformat(one), dt.date.fromisoformat(other)) for one, other in days]
+
     def runs_folder(self, ds: dt.date) -> str:
         """Returns where it is written what runs did of a day, each in a folder of its run_id."""
         return os.path.join(self._records, "_runs", f"ds={ds}")

@@ -5,15 +5,25 @@ what keeps readers safe: a holder may lose a lease without noticing, and publish
 """
 
 import contextlib
+import datetime as dt
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from feature_jobs.schemas import CourierError
 from feature_jobs.store import files
 from feature_jobs.store.files import Held
-from pipelines.running.layout import is_shared
+from pipelines.running.layout import date_of, is_shared
 
 _LATER = ", or within five minutes where that was killed on another machine"
+
+
+class Busy(CourierError):
+    """Says that another run is at the same tables of a day, `ds`."""
+
+    def __init__(self, message: str, ds: dt.date | None) -> None:
+        super().__init__(message)
+        self.ds = ds
 
 
 @dataclass
@@ -27,8 +37,8 @@ class Locks:
     def take(self, folders: Sequence[str]) -> bool:
         """Takes those of `folders` that are not held yet, in this order; returns whether any was.
 
-        Those below `shared` belong to other feature sets too, and are waited for. Raises
-        CourierError at once where another run of this feature set is at the same tables.
+        Those below `shared` belong to other feature sets too, and are waited for. Raises Busy at
+        once where another run of this feature set is at the same tables.
         """
         missing = [folder for folder in folders if folder not in self._held]
         for folder in missing:
@@ -59,9 +69,10 @@ def holding(folders: Sequence[str], say: Callable[[str], None]) -> Iterator[Lock
         yield held
 
 
-def _busy(folder: str) -> CourierError:
-    return CourierError(
+def _busy(folder: str) -> Busy:
+    return Busy(
         f"Another run is writing the same tables of the same day (it holds {folder}). Two at once "
         "would do the same work twice and publish over each other. Wait for it, or stop it: its "
-        f"lock is freed when its process ends{_LATER if files.is_remote(folder) else ''}."
+        f"lock is freed when its process ends{_LATER if files.is_remote(folder) else ''}.",
+        date_of(os.path.basename(folder)),
     )

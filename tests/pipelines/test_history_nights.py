@@ -284,28 +284,36 @@ def test_an_impression_later_than_late_days_has_no_history_and_is_told(
 # ---- Stale days --------------------------------------------------------------------------------
 
 
+def stale(world: World, capsys: Capture) -> dict[str, dict[str, list[str]]]:
+    """Returns the days that `courier status` calls stale, with the stages by their reasons."""
+    capsys.readouterr()
+    assert courier(world, "status", "--json") == 0
+    return json.loads(capsys.readouterr().out)["stale"]
+
+
+def follow_the_advice(world: World, capsys: Capture) -> None:
+    """Types the command that `courier status` has for stale days."""
+    _, told = status(world, capsys)
+    command = told.split("`courier backfill ")[1].split("`")[0]
+    assert courier(world, "backfill", *command.split()) == 0
+    assert stale(world, capsys) == {}
+
+
 def test_days_after_one_that_was_made_again_are_stale_until_they_are_too(
     nights: World, capsys: Capture
 ) -> None:
-    assert courier(nights, "status") == 0
-    assert "stale" not in capsys.readouterr().out
-    rewrite(nights, DAYS[1], lambda rows: rows.slice(0, 40))
+    assert stale(nights, capsys) == {}
+    rewrite(nights, DAYS[1], lambda rows: rows.slice(0, 10))
     assert courier(nights, "simscore", "--ds", str(DAYS[1])) == 0
     _, told = status(nights, capsys)
-    command = "courier simscore --start-ds 2026-03-03 --end-ds 2026-03-04"
-    assert (
-        f"stale: 2026-03-03, since histories of 2026-03-02 were made again after it; `{command}`"
-        in told
-    )
-    assert courier(nights, "status", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["stale"] == {
-        "2026-03-03": "2026-03-02",
-        "2026-03-04": "2026-03-02",
+    why = "ds 2026-03-02, from which it goes on, was made again"
+    assert f"stale: 2026-03-03 (histories, simscore: {why})" in told
+    then = "ds 2026-03-03, from which it goes on, is made again"
+    assert stale(nights, capsys) == {
+        "2026-03-03": {why: ["histories", "simscore"]},
+        "2026-03-04": {then: ["histories", "simscore"]},
     }
-    assert courier(nights, *command.split()[1:]) == 0
-    capsys.readouterr()
-    assert courier(nights, "status") == 0
-    assert "stale" not in capsys.readouterr().out
+    follow_the_advice(nights, capsys)
 
 
 def test_scores_of_histories_that_were_made_again_are_stale_too(
@@ -313,25 +321,19 @@ def test_scores_of_histories_that_were_made_again_are_stale_too(
 ) -> None:
     rewrite(nights, DAYS[0], lambda rows: rows.slice(0, 40))
     assert courier(nights, "histories", *RANGE) == 0
-    capsys.readouterr()
-    assert courier(nights, "status", "--json") == 0
-    stale = json.loads(capsys.readouterr().out)["stale"]
-    assert stale == {str(day): str(DAYS[0]) for day in DAYS}
-    assert courier(nights, "simscore", *RANGE) == 0
-    capsys.readouterr()
-    assert courier(nights, "status", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["stale"] == {}
+    found = stale(nights, capsys)
+    assert list(found) == [str(day) for day in DAYS]
+    assert found[str(DAYS[0])] == {"impressions rewritten": ["simscore"]}
+    assert {str(stages) for why in found.values() for stages in why.values()} == {"['simscore']"}
+    follow_the_advice(nights, capsys)
 
 
-def test_days_without_scores_are_told_to_make_histories_anew(shop: World, capsys: Capture) -> None:
+def test_of_days_without_scores_the_histories_are_made_anew(shop: World, capsys: Capture) -> None:
     assert courier(shop, "histories", *RANGE) == 0
     rewrite(shop, DAYS[0], lambda rows: rows.slice(0, 40))
     assert courier(shop, "histories", "--ds", str(DAYS[0])) == 0
-    capsys.readouterr()
-    assert courier(shop, "status") == 0
-    told = "courier histories --start-ds 2026-03-02 --end-ds 2026-03-04"
-    assert f"`{told}`" in capsys.readouterr().out
-    assert courier(shop, *told.split()[1:]) == 0
+    follow_the_advice(shop, capsys)
+    assert not list((shop.root / "test").glob("user_simscores/*"))
 
 
 def test_a_whole_night_stays_whole_when_its_scores_are_made_again(

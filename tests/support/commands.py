@@ -55,8 +55,8 @@ def make_night(
 
 def finish(nights: Sequence[Night], say: Callable[[str], None] = lambda _: None) -> None:
     """Makes nights that are planned; raises the first of what refuses one."""
-    for error in nightly.make_nights(nights, [], say)[1]:
-        raise error
+    for refused in nightly.make_nights(nights, [], say)[1]:
+        raise refused.error
 
 
 def counts(world: World, table: str, day: dt.date) -> dict[str, Any]:
