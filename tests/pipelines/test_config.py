@@ -80,6 +80,10 @@ cluster_drift.fail = inf
 impression_rows = {warn = 1.5, fail = 2}
 [workers]
 threads = 3
+[backfill]
+memory_gb = 12
+disk_gb = 500.5
+
 [output]
 user_root = "gs://users/features"
 partition = "dt={ds:%Y%m%d}"
@@ -178,6 +182,7 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
             "partition": "dt={ds:%Y%m%d}",
             "row_group_mb": 64,
         },
+        "backfill": {"memory_gb": 12.0, "disk_gb": 500.5},
         "costs": {"currency": "CNY", "core_hour": 0.3, "gb_month": 0.0},
         "pins": (
             {
@@ -388,6 +393,8 @@ def test_an_unknown_key_like_no_other_is_refused_with_all_known_ones(folder: Pat
         ("workers = {threads = 0}", "root = ", "workers.threads"),
         ("settle_minutes = -1", "root = ", "settle_minutes"),
         ("settle_minutes = inf", "root = ", "settle_minutes"),
+        ("backfill = {memory_gb = 0}", "root = ", "backfill.memory_gb"),
+        ("backfill = {disk_gb = -1}", "root = ", "backfill.disk_gb"),
         ("costs = {core_hour = -0.1}", "root = ", "costs.core_hour"),
         ("costs = {gb_month = inf}", "root = ", "costs.gb_month"),
         ("costs = {currency = 3}", "root = ", "costs.currency"),
