@@ -14,6 +14,7 @@ import contextlib
 import datetime as dt
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import groupby
@@ -33,11 +34,11 @@ from pipelines import nightly
 from pipelines.config import Settings
 from pipelines.nightly import Outlook
 from pipelines.planning.day_plan import NightOptions
-from pipelines.running import estimates, records
+from pipelines.running import beam_options, beside, estimates, records
 from pipelines.running.locks import Busy
 from pipelines.running.stage import Planned
 from pipelines.running.states import PUBLISHED, REFUSED, STAGED, Look, Night
-from pipelines.stages import HISTORIES, ITEMS, SIMSCORE, Kind
+from pipelines.stages import EMBED, HISTORIES, ITEMS, SIMSCORE, Kind
 
 COMPUTE, REUSE, LEAVE, BLOCKED, HELD = "compute", "reuse", "leave", "blocked", "held"
 Only = Literal["missing", "stale", "late", "failed"]
@@ -425,9 +426,12 @@ class Outcome:
 
 
 def carry_out(
-    plan: Plan, beam_args: Sequence[str], command: Sequence[str], say: Callable[[str], None]
-) -> Outcome:
+    plan: Plan, config: str, beam_args: Sequence[str], command: Sequence[str],
+    say: Callable[[str], None],
+) -> Outcome:  # fmt: skip
     """Makes what is planned, in steps; what came of it is noted below the root after each.
+
+    `config` is the file of the settings, `command` what was typed.
 
     Raises CourierError where another backfill is at some of these days, and where the store is away
     or full: the same command goes on from there.
@@ -440,7 +444,7 @@ def carry_out(
     if not plan.todo:
         return outcome
     with _alone(plan.settings, days):
-        work = _Work(plan, beam_args, command, say, outcome)
+        work = _Work(plan, config, beam_args, command, say, outcome)
         work.make_all()
         work.note(ended=True)
     return outcome
@@ -478,11 +482,11 @@ class _Work:
     """Makes the days of a plan step by step, and keeps what came of them."""
 
     def __init__(
-        self, plan: Plan, beam_args: Sequence[str], command: Sequence[str],
+        self, plan: Plan, config: str, beam_args: Sequence[str], command: Sequence[str],
         say: Callable[[str], None], outcome: Outcome,
     ):  # fmt: skip
         self._plan, self._beam_args, self._say, self._outcome = plan, beam_args, say, outcome
-        self._settings, self._command = plan.settings, list(command)
+        self._settings, self._config, self._command = plan.settings, config, list(command)
         self._options = NightOptions(remake=plan.asked.remake)
         self._wanted: dict[dt.date, tuple[Kind, ...]] = {day.ds: day.kinds for day in plan.todo}
         self._total, self._started = len(self._wanted), time.monotonic()
@@ -541,7 +545,8 @@ class _Work:
         nights = [replace(one.night, again=again) for one in together]
         reports, refused = list[dict[str, Any]](), list[nightly.Refused]()
         if kinds:
-            reports, refused = nightly.make_nights(nights, self._beam_args, self._say)
+            with self._histories_beside(nights):
+                reports, refused = nightly.make_nights(nights, self._beam_args, self._say)
         for one in refused:
             self._fail(one.ds, one.kind, one.error)
         idle = {report["ds"]: report["idle"] for report in reports}
@@ -556,6 +561,28 @@ class _Work:
             if not idle.get(str(ds), True) and ds not in self._outcome.failures:
                 self._outcome.made.append(ds)
         return bool(refused)
+
+    def _histories_beside(self, nights: Sequence[Night]) -> AbstractContextManager[None]:
+        """Makes the histories of nights beside their items, where they are made elsewhere.
+
+        It is the command for them, for days of which nothing stands yet: the step waits for it at
+        their locks, finds what it made, and makes what it did not.
+        """
+        kinds = {stage.kind for stage in nights[0].stages}
+        options = beam_options.job_options(self._settings, HISTORIES.name, self._beam_args)
+        days = [night.ds for night in nights]
+        layout = self._settings.layout
+        if (
+            not {EMBED, HISTORIES} <= kinds
+            or self._options.remake
+            or beam_options.is_local(options)
+            or (days[-1] - days[0]).days >= len(days)
+            or any(records.read_night(layout, ds) for ds in days)
+        ):
+            return contextlib.nullcontext()
+        ends = ["--start-ds", str(days[0]), "--end-ds", str(days[-1])]
+        command = ["histories", "--config", self._config, *ends, "--", *self._beam_args]
+        return beside.running(command)
 
     def _try_again_or_fail(self, ds: dt.date, error: Exception) -> None:
         """Notes a failure of ds; once it is only tried again, where another run came first."""

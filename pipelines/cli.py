@@ -202,7 +202,7 @@ def backfill(
         if json:
             click.echo(dumps({"plan": plan.as_json()}, indent=1))
         return
-    outcome = backfills.carry_out(plan, beam_args, sys.argv[1:], _say)
+    outcome = backfills.carry_out(plan, config, beam_args, sys.argv[1:], _say)
     result = {"plan": plan.as_json(), **outcome.as_json()}
     click.echo(dumps(result, indent=1) if json else f"\n{outcome.render()}")
     outcome.refuse()

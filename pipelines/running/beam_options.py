@@ -117,6 +117,11 @@ def job_options(settings: Settings, stage: str, given: Sequence[str]) -> JobOpti
     return JobOptions(options, Share(settings.workers.threads, processes_per_host(options)))
 
 
+def is_local(job: JobOptions) -> bool:
+    """Returns whether a job's workers have this machine alone to share."""
+    return bool(job.beam.view_as(StandardOptions).runner == runners.LOCAL)
+
+
 def check_ready(jobs: Iterable[JobOptions]) -> None:
     """Raises OperatorError where a runner lacks what its first job would ask for.
 

@@ -1,0 +1,30 @@
+"""Runs a command in a process of its own beside this one."""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+_SECONDS_TO_END = 30.0  # until a process that was asked to end is killed
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str]) -> Iterator[None]:
+    """Runs `courier` with these arguments until the block ends, whether it has ended or not.
+
+    What it tells goes to this process's stderr. That it fails is none of the block's, which finds
+    what it published and makes the rest.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", *command],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
