@@ -12,6 +12,7 @@ what cannot be made is told at the end. No stage is made twice, by this run or b
 
 import contextlib
 import datetime as dt
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -171,8 +172,8 @@ def plan_backfill(settings: Settings, asked: Asked) -> Plan:
     Raises OperatorError for days before the settings' `history_start_ds`, or without a pin.
     """
     days = asked.days or _days_concerned(settings, asked.only)
-    start = settings.history_start_ds
-    if start and days and days[0] < start and HISTORIES in settings.night:
+    start = settings.history_start_ds if HISTORIES in settings.night else None
+    if start and asked.days and days[0] < start:
         raise OperatorError(
             f"--start-ds {days[0]} lies before history_start_ds = {start}, from which on the "
             "settings say that there are clicks: all histories before it would be empty. Begin "
@@ -181,6 +182,8 @@ def plan_backfill(settings: Settings, asked: Asked) -> Plan:
     held = records.held_days(settings.layout)
     wanted = {ds: settings.night for ds in days if ds not in held}
     outlooks = nightly.look_ahead(settings, wanted, NightOptions(remake=asked.remake))
+    if asked.only in (None, "missing", "failed"):
+        _refuse_wrong_settings(outlooks)
     look = outlooks[0].night.look if outlooks else Look()
     chosen = _Chosen(settings, asked, held, look)
     ahead = {outlook.night.ds: chosen.day_ahead(outlook) for outlook in outlooks}
@@ -195,11 +198,16 @@ def stale_days(settings: Settings, days: Sequence[dt.date]) -> dict[dt.date, Day
 
     Days on hold are none of them, nor those whose inputs are not there any more.
     """
-    try:
-        plan = plan_backfill(settings, Asked(tuple(days), "stale")) if days else None
-    except OperatorError:  # which the next command tells
-        plan = None
-    return {day.ds: day for day in plan.todo} if plan else {}
+    todo = plan_backfill(settings, Asked(tuple(days), "stale")).todo if days else []
+    return {day.ds: day for day in todo}
+
+
+def _refuse_wrong_settings(outlooks: Sequence[Outlook]) -> None:
+    """Raises OperatorError where the settings keep a day from being made."""
+    for outlook in outlooks:
+        for error in outlook.blocked.values():
+            if isinstance(error, OperatorError):
+                raise error
 
 
 def _days_concerned(settings: Settings, only: Only | None) -> tuple[dt.date, ...]:
@@ -356,9 +364,8 @@ def _left(action: str, why: str) -> tuple[str, str]:
 
 
 def _sentence(error: CourierError) -> str:
-    """Returns how an error begins, until its first full stop."""
-    text, *_ = str(error).split(". ")
-    return text.rstrip(".")
+    """Returns how an error begins, until its first full stop or colon."""
+    return re.split(r"[.:;] ", str(error))[0].rstrip(".")
 
 
 def _days(count: int) -> str:

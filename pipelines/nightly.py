@@ -17,7 +17,13 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from feature_jobs.schemas import CourierError, DataContractError, GateRefused, InputNotReady
+from feature_jobs.schemas import (
+    CourierError,
+    DataContractError,
+    GateRefused,
+    InputNotReady,
+    OperatorError,
+)
 from pipelines.config import Settings
 from pipelines.planning.day_plan import DayPlan, NightOptions, Range
 from pipelines.planning.impressions import plan_histories, plan_simscore, plan_training_rows
@@ -90,10 +96,7 @@ class Outlook:
 def look_ahead(
     settings: Settings, wanted: Mapping[dt.date, Collection[Kind]], options: NightOptions
 ) -> list[Outlook]:
-    """Plans the wanted stages of ascending days, as far as their inputs are there and are good.
-
-    Raises OperatorError where settings are wrong for a day.
-    """
+    """Plans the wanted stages of ascending days, as far as inputs are there and settings allow."""
     together = Range(settings, settings.layout, lambda _: None, options, len(wanted))
     found = []
     for ds, kinds in wanted.items():
@@ -112,8 +115,8 @@ def plan_day(
 ) -> Night:
     """Plans the `wanted` stages of a day, and those that they take.
 
-    `again` plans anew all days that are planned together. Where a dict `blocked` is given, what an
-    input keeps from being planned is noted there with the error, and left out.
+    `again` plans anew all days that are planned together. Where a dict `blocked` is given, what
+    cannot be planned is noted there with the error, and left out.
     """
     needed: list[Plan] = []
     for plan in reversed(the_night()):
@@ -130,7 +133,7 @@ def plan_day(
                     raise missing
                 day.open_inputs([plan.kind])
             planned[plan.kind] = plan.function(day, *(planned[kind] for kind in taken))
-        except (InputNotReady, DataContractError) as error:
+        except (InputNotReady, DataContractError, OperatorError) as error:
             if blocked is None:
                 raise
             blocked[plan.kind] = error.with_traceback(None)
