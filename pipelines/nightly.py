@@ -259,6 +259,8 @@ def is_there(night: Night) -> bool:
     record = records.read_night(night.settings.layout, night.ds)
     if record is None:
         return not night.is_whole
+    if not records.is_latest_written(night.settings.layout, record):
+        return False
     if announcing.is_due(night.settings, record):
         return False
     recorded = {

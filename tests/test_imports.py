@@ -24,6 +24,7 @@ MAY_IMPORT = {
     # A part is checked when it is written.
     "feature_jobs.store": {"feature_jobs.schemas", "feature_jobs.laws"},
     "feature_jobs.inputs": {"feature_jobs.schemas", "feature_jobs.store"},
+    "feature_jobs.tables": {"feature_jobs.schemas", "feature_jobs.store"},
     "feature_jobs.codebooks": SHARED_GROUND,
     # An item's cluster is found by the search that also fits centres.
     "feature_jobs.items": {*SHARED_GROUND, "feature_jobs.codebooks", "courier_model"},
@@ -224,6 +225,12 @@ def test_help_of_every_command_loads_nothing_heavy() -> None:
     assert loaded_by("import pipelines.running.beam_options") & HEAVY == {
         "apache_beam"
     }  # it would show
+
+
+def test_reading_a_night_loads_nothing_heavy_and_no_pipeline() -> None:
+    loaded = loaded_by("import feature_jobs.tables")
+    assert "pyarrow" in loaded
+    assert not loaded & {*HEAVY, "pipelines", "click", "courier_model"}
 
 
 def test_planning_and_running_a_night_loads_torch_only_where_it_embeds_or_assigns() -> None:

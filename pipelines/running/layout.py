@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from feature_jobs.schemas import Table
-from feature_jobs.store import documents, files, partitions
+from feature_jobs.store import documents, files, nights, partitions
 from feature_jobs.store.day_names import DayNames
 from pipelines.stages import KINDS, Kind, kind_of
 
@@ -59,8 +59,7 @@ class Layout:
 
     def feature_sets(self) -> list[str]:
         """Returns the feature sets that have published a night here."""
-        names = [name for name in files.list_names(self.root) if name[0] != "_"]
-        return [n for n in names if files.list_names(os.path.join(self.root, n, "_nights"))]
+        return nights.feature_sets(self.root)
 
     def root_of(self, table: Table) -> str:
         """Returns the root below which a table lies."""
@@ -149,12 +148,16 @@ class Layout:
 
     def night_path(self, ds: dt.date) -> str:
         """Returns where the record of a night lies."""
-        return os.path.join(self._records, "_nights", f"ds={ds}.json")
+        return nights.record_path(self.root, self.feature_set, ds)
+
+    @property
+    def latest_path(self) -> str:
+        """Returns where it is written which night is the newest."""
+        return nights.latest_path(self.root, self.feature_set)
 
     def recorded_days(self) -> list[dt.date]:
         """Returns the ds of all nights that have a record, ascending."""
-        names = files.list_names(os.path.join(self._records, "_nights"))
-        return [day for day in map(date_of, names) if day]
+        return nights.recorded_days(self.root, self.feature_set)
 
     def hold_path(self, ds: dt.date) -> str:
         """Returns where the hold of a day lies, if there is one."""

@@ -41,7 +41,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from feature_jobs.schemas import CourierError
-from feature_jobs.store import files, partitions
+from feature_jobs.store import files, nights, partitions
 from feature_jobs.store.documents import parse_json, to_json
 from feature_jobs.store.files import FileInfo
 from feature_jobs.store.partitions import (
@@ -54,7 +54,7 @@ from feature_jobs.store.partitions import (
 )
 from pipelines import stages
 from pipelines.running import records, states
-from pipelines.running.layout import CHUNK_FOLDER, Place, date_of, days_of_job
+from pipelines.running.layout import CHUNK_FOLDER, Layout, Place, date_of, days_of_job
 from pipelines.running.locks import Locks
 from pipelines.running.stage import Stage
 from pipelines.running.states import PUBLISHED, Look, Night
@@ -73,6 +73,8 @@ _PART = r"part-\d+-of-\d+-([0-9a-f]+)\.parquet"
 def publish_night(night: Night, locks: Locks) -> None:
     """Publishes all tables of a night, then its record, which is "not ready" until then.
 
+    Last comes `latest.json`, which names the newest night's record.
+
     What is published now is looked at before the first step, in the order of the steps: if another
     run publishes the day in between, the first step finds that and raises CourierError.
     """
@@ -81,13 +83,24 @@ def publish_night(night: Night, locks: Locks) -> None:
     look = Look()
     waiting = [(stage, publications(stage, look, locks)) for stage in night.stages]
     found = files.read_if_there(path)
-    before = parse_json(path, found) if found else None
+    before = nights.parse_record(path, found) if found else None
     for stage, tables in waiting:
         for table in tables:
             table.run()
         _tidy_up(stage, bool(tables), locks)
-    if not night.is_whole and not (before and _goes_into(night, before)):
-        return
+    if night.is_whole or (before and _goes_into(night, before)):
+        _record_night(night, found, before, locks)
+    renew_latest(layout, locks)
+
+
+def _record_night(
+    night: Night, found: bytes | None, before: Mapping[str, Any] | None, locks: Locks
+) -> None:
+    """Writes the record of a night whose tables are published, in place of `before`.
+
+    That is what was `found`; one that says the same stays.
+    """
+    layout = night.settings.layout
     folders = {table.name: stage.folder(table) for stage in night.stages for table in stage.tables}
     if before and not night.is_whole:
         there = {name: records.folder_of(before, name, layout) for name in before["tables"]}
@@ -95,7 +108,7 @@ def publish_night(night: Night, locks: Locks) -> None:
     parts = [_still_published(folder) for folder in folders.values()]
     record = records.night_record(layout, night.ds, parts, before)
     if before is None or any(before.get(k) != record[k] for k in ("tables", "gates")):
-        write_record(path, to_json(record), found, locks)
+        write_record(layout.night_path(night.ds), to_json(record), found, locks)
 
 
 def _tidy_up(stage: Stage, has_published: bool, locks: Locks) -> None:
@@ -159,7 +172,25 @@ def write_record(path: str, record: bytes, found: bytes | None, locks: Locks) ->
         raise superseded(path) from error
 
 
-def _goes_into(night: Night, record: dict[str, Any]) -> bool:
+def renew_latest(layout: Layout, locks: Locks) -> None:
+    """Makes `latest.json` name the newest night, as its record stands; it never goes back a day.
+
+    Whoever changes a record does this last. The record is looked at after the file that is to be
+    replaced: a writer that was asleep in between, while another changed the record and then that
+    file, finds the file changed, and looks again.
+    """
+    path, days = layout.latest_path, layout.recorded_days()
+    while days:
+        with contextlib.suppress(files.Changed), files.step(os.path.dirname(path)):
+            seen, latest = _seen(path), records.read_latest(layout)
+            record = records.read_night(layout, days[-1])
+            if record and not nights.stands(latest, record):
+                locks.check()
+                files.replace_seen(path, to_json(nights.latest_of(record)), seen)
+            return
+
+
+def _goes_into(night: Night, record: Mapping[str, Any]) -> bool:
     """Returns whether the stages of `night` take the place of those in a whole night's record.
 
     They do where they are of the night, nothing else of the same ds reads what they make, and the

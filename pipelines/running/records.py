@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from feature_jobs.schemas import TABLES, GateRefused, OperatorError, Table
-from feature_jobs.store import files, partitions
+from feature_jobs.store import files, nights, partitions
 from feature_jobs.store.documents import parse_json
 from feature_jobs.store.partitions import Partition
 from pipelines.running.layout import Layout, date_of
@@ -22,8 +22,8 @@ def night_record(
 ) -> dict[str, Any]:
     """Returns which version of each table together is the night of ds, and which were before.
 
-    It has what gates had to say of them, and which of them were accepted. `before` is the record
-    that stands there now.
+    It has what gates had to say of them, which of them were accepted, and since when its own
+    versions are there. `before` is the record that stands there now.
     """
     entries = {
         p.manifest["table"]: {
@@ -37,6 +37,7 @@ def night_record(
     record = {
         "ds": str(ds),
         "feature_set": layout.feature_set,
+        "published_at": _published_at({"tables": entries}, before),
         "tables": entries,
         "gates": [gate for part in parts for gate in part.manifest.get("gates", ())],
         "before": None,
@@ -49,9 +50,37 @@ def night_record(
     return {**record, "before": {**before, "before": None}}  # one step back is kept, not all
 
 
+def _published_at(record: Mapping[str, Any], before: Mapping[str, Any] | None) -> str | None:
+    """Returns when the versions of a night's own tables first were one, as far as records tell.
+
+    What was published, brought back or made of shared tables since does not matter: it is from then
+    on that a feature could have been read. To the microsecond, as clicks are told.
+    """
+    while before:
+        if own_versions(before) == own_versions(record):
+            return before.get("published_at")  # none in those of earlier versions of COURIER
+        before = before["before"]
+    return dt.datetime.now(dt.UTC).isoformat(timespec="microseconds")
+
+
 def read_night(layout: Layout, ds: dt.date) -> dict[str, Any] | None:
     """Reads the record of a night, whole or not; None where there is none."""
-    return _read(layout.night_path(ds))
+    return _read_record(layout.night_path(ds))
+
+
+def read_latest(layout: Layout) -> dict[str, Any] | None:
+    """Reads which night is the newest, as its record says it; None where that is not written."""
+    return _read_record(layout.latest_path)
+
+
+def is_latest_written(layout: Layout, record: Mapping[str, Any]) -> bool:
+    """Returns whether `latest.json`, the last step of a night, names its record or a later day."""
+    return nights.stands(read_latest(layout), record)
+
+
+def _read_record(path: str) -> dict[str, Any] | None:
+    data = files.read_if_there(path)
+    return None if data is None else nights.parse_record(path, data)
 
 
 def refuse_other_layout(layout: Layout, table: Table) -> None:
@@ -121,7 +150,9 @@ def own_versions(record: Mapping[str, Any]) -> dict[str, str]:
 
 def read_hold(layout: Layout, ds: dt.date) -> dict[str, Any] | None:
     """Reads the hold of a day: since when, why, which versions; None where it has none."""
-    return _read(layout.hold_path(ds))
+    path = layout.hold_path(ds)
+    data = files.read_if_there(path)
+    return None if data is None else parse_json(path, data)
 
 
 def held_days(layout: Layout) -> dict[dt.date, dict[str, Any]]:
@@ -133,10 +164,14 @@ def held_days(layout: Layout) -> dict[dt.date, dict[str, Any]]:
 
 
 def is_rolled_back(hold: Mapping[str, Any], layout: Layout, ds: dt.date) -> bool:
-    """Returns whether the night that a hold names is what is published and recorded."""
+    """Returns whether the night that a hold names is published and recorded, to the last step."""
     record = read_night(layout, ds)
-    named = record is not None and own_versions(record) == own_versions(hold["record"])
-    return named and own_tables_stand(hold["record"], layout)
+    return (
+        record is not None
+        and own_versions(record) == own_versions(hold["record"])
+        and own_tables_stand(hold["record"], layout)
+        and is_latest_written(layout, record)
+    )
 
 
 def refuse_held(layout: Layout, days: Sequence[dt.date], tables: Sequence[Table]) -> None:
@@ -154,8 +189,3 @@ def refuse_held(layout: Layout, days: Sequence[dt.date], tables: Sequence[Table]
                 f"it until it is released. Say `courier rollback --ds {ds} --release` once what "
                 "was wrong is mended, and run the command again."
             )
-
-
-def _read(path: str) -> dict[str, Any] | None:
-    data = files.read_if_there(path)
-    return None if data is None else parse_json(path, data)

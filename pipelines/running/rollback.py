@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from feature_jobs.schemas import TABLES, DataContractError, OperatorError, Table
-from feature_jobs.store import files, partitions
+from feature_jobs.store import files, nights, partitions
 from feature_jobs.store.documents import parse_json, to_json, write_json
 from feature_jobs.store.partitions import MANIFEST, STAGED
 from pipelines.config import Settings
 from pipelines.running import locks, records
 from pipelines.running.layout import Place
 from pipelines.running.locks import Locks
-from pipelines.running.publishing import publication, superseded, write_record
+from pipelines.running.publishing import publication, renew_latest, superseded, write_record
 from pipelines.stages import kind_of
 
 _AT_ONCE = 16
@@ -73,7 +73,7 @@ def plan_rollback(settings: Settings, ds: dt.date, reason: str) -> Rollback:
     layout = settings.layout
     path = layout.night_path(ds)
     found = files.read_if_there(path)
-    record = parse_json(path, found) if found else None
+    record = nights.parse_record(path, found) if found else None
     hold = records.read_hold(layout, ds)
     if hold:
         wanted = hold["record"]
@@ -180,7 +180,7 @@ def _done_before(settings: Settings, ds: dt.date) -> dict[str, Any] | None:
 
 
 def carry_out(plan: Rollback, held: Locks, now: dt.datetime) -> None:
-    """Does what was planned: hold, record, then the tables; `now` is when the hold begins.
+    """Does what was planned: hold, record, tables, then `latest.json`; the hold begins `now`.
 
     The record changes before the tables: until every table is what it names, the night is "not
     ready", and the same command goes on after a kill. Each file is written anew, since another
@@ -203,6 +203,7 @@ def carry_out(plan: Rollback, held: Locks, now: dt.datetime) -> None:
         raise superseded(layout.night_path(ds)) from error
     for version in plan.versions:
         _bring_back(plan.settings, ds, version, held)
+    renew_latest(layout, held)
 
 
 def _bring_back(settings: Settings, ds: dt.date, version: Version, held: Locks) -> None:

@@ -63,6 +63,22 @@ def test_the_same_night_again_changes_no_file(world: World, capsys: Capture) -> 
 
 
 @pytest.mark.first_night
+def test_a_night_that_died_before_it_was_named_the_newest_is_named_by_the_same_command(
+    world: World, capsys: Capture
+) -> None:
+    path = world.root / "test/_nights/latest.json"
+    right = path.read_bytes()
+    before = published(world)
+    path.unlink()
+    assert refresh(world, DAYS[0]) == 0
+    assert path.read_bytes() == right
+    assert published(world) == before
+    inode = path.stat().st_ino
+    assert refresh(world, DAYS[0]) == 0
+    assert path.stat().st_ino == inode
+
+
+@pytest.mark.first_night
 def test_the_same_night_on_an_empty_root_gives_the_same_bytes(world: World) -> None:
     before = published(world)
     files.delete_tree(str(world.root))
@@ -92,10 +108,10 @@ def test_stages_one_by_one_make_what_the_whole_night_makes(world: World, capsys:
         assert courier(world, stage, "--ds", str(DAYS[0])) == 0
     apart = published(world)
     assert refresh(world, DAYS[0]) == 0
-    night = f"test/_nights/ds={DAYS[0]}.json"
+    records = {f"test/_nights/ds={DAYS[0]}.json", "test/_nights/latest.json"}
     together = published(world)
-    assert set(together) - set(apart) == {night}
-    assert {k: v for k, v in together.items() if k != night} == apart
+    assert set(together) - set(apart) == records
+    assert {k: v for k, v in together.items() if k not in records} == apart
     capsys.readouterr()
     assert courier(world, "status") == 0
     assert "whole" in capsys.readouterr().out

@@ -21,6 +21,7 @@ from feature_jobs.store import files, partitions
 from feature_jobs.store.documents import write_json
 from feature_jobs.store.files import FileInfo
 from feature_jobs.store.partitions import FILE_LIST, MANIFEST, STAGED, SUCCESS, Partition
+from feature_jobs.tables import LATEST, NightNotReady, open_night
 from pipelines import stages
 from pipelines.running import records
 from pipelines.running.layout import Layout, Place
@@ -84,13 +85,14 @@ class Sight:
 
 
 class Shop:
-    """Is a root with one feature set, whose nights consist of one table."""
+    """Is a root with one feature set, whose nights consist of one table; and the night of `ds`."""
 
-    def __init__(self, root: str):
+    def __init__(self, root: str, ds: dt.date = DS):
+        self.ds = ds
         self.settings: Any = SimpleNamespace(
             root=root, on_published=(), layout=Layout(root, "test", root)
         )
-        self.place: Place = self.settings.layout.place(ITEM_FEATURES, DS)
+        self.place: Place = self.settings.layout.place(ITEM_FEATURES, ds)
         self._bytes: dict[str, tuple[tuple, bytes]] = {}
 
     def night(self, values: Values, run: str = "") -> Night:
@@ -99,10 +101,10 @@ class Shop:
         They come from other inputs then, and come out the same.
         """
         stage = Stage(
-            stages.ITEM_FEATURES, DS, self.settings.layout, shards=2,
+            stages.ITEM_FEATURES, self.ds, self.settings.layout, shards=2,
             inputs={"values": values, **({"run": run} if run else {})}, identities={}, settings={},
         )  # fmt: skip
-        return _WholeNight(self.settings, DS, (JustAStage(stage),), (), Look())
+        return _WholeNight(self.settings, self.ds, (JustAStage(stage),), (), Look())
 
     def make(self, values: Values, run: str = "") -> Night:
         """Makes what the night publishes, unless that is there already."""
@@ -119,10 +121,10 @@ class Shop:
 
     def roll_back(self) -> None:
         """Rolls the day back, whatever holds it."""
-        hold = records.read_hold(self.settings.layout, DS)
-        if hold and records.is_rolled_back(hold, self.settings.layout, DS):
+        hold = records.read_hold(self.settings.layout, self.ds)
+        if hold and records.is_rolled_back(hold, self.settings.layout, self.ds):
             return
-        carry_out(plan_rollback(self.settings, DS, "a test"), Locks(), NOW)
+        carry_out(plan_rollback(self.settings, self.ds, "a test"), Locks(), NOW)
 
     # -- What readers see --
 
@@ -149,11 +151,23 @@ class Shop:
             self._bytes[file.path] = (file.version, files.read_bytes(file.path))
         return self._bytes[file.path][1]
 
+    def newest(self) -> tuple[dt.date, Values] | None:
+        """Opens the newest night; returns its ds and its values, None for "ask again"."""
+        try:
+            night = open_night(self.settings.root, "test", LATEST)
+            data = [self._read(files.stat(path)) for path in night[ITEM_FEATURES.name].paths]
+        except (NightNotReady, FileNotFoundError):
+            return None
+        return night.ds, sorted(value for one in data for value in values_in(one))
+
     def published(self) -> Values | None:
         """Returns the values of the night, whole by every measure there is, None if it is not."""
-        sight = self.look()
-        whole = is_whole_night(self.settings.layout, DS)
+        sight, newest = self.look(), self.newest()
+        if newest is None or newest[0] < self.ds:
+            return None
+        whole = is_whole_night(self.settings.layout, self.ds)
         found = [sight.globbed, sight.through_manifest, sight.through(sight.listed)]
+        found += [newest[1]] if newest[0] == self.ds else []
         if sight.success is None or not whole or any(one != sight.globbed for one in found):
             return None
         return sight.globbed
@@ -230,15 +244,21 @@ def values_in(data: bytes) -> Values:
 
 
 class Readers:
-    """Readers that look again and again: none of them may ever accept a mixture."""
+    """Readers that look again and again: none accepts a mixture, or an earlier newest night."""
 
     def __init__(self, shop: Shop, whole: list[Values]):
         self._shop, self._whole = shop, whole
         self._moments: list[Sight] = []
         self._lists = set[bytes | None]()
+        self._newest = dt.date.min
 
     def poll(self) -> None:
-        """Looks once: through the manifest, and through every list of files that was ever read."""
+        """Looks once: for the newest night, through the manifest, and every list ever read."""
+        if newest := self._shop.newest():
+            ds, values = newest
+            assert values in self._whole
+            assert ds >= self._newest
+            self._newest = ds
         sight = self._shop.look()
         self._lists.add(sight.listed)
         for found in (sight.through_manifest, *map(sight.through, self._lists)):

@@ -1,6 +1,8 @@
 """Publishing: killed at any point it leaves no mixture, and the next run finishes it."""
 
 import dataclasses
+import datetime as dt
+import json
 import os
 import shutil
 from collections.abc import Callable, Container
@@ -9,18 +11,31 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from feature_jobs.schemas import CourierError, InputNotReady
-from feature_jobs.store import files, partitions
-from feature_jobs.store.documents import read_json
+from feature_jobs.schemas import (
+    USER_HISTORIES,
+    CourierError,
+    DataContractError,
+    InputNotReady,
+)
+from feature_jobs.store import files, nights, partitions
+from feature_jobs.store.documents import read_json, write_json
 from feature_jobs.store.partitions import FILE_LIST, MANIFEST, SUCCESS
-from pipelines.running import publishing, states
+from pipelines.running import publishing, records, rollback, states
 from pipelines.running.layout import Layout
 from pipelines.running.locks import Locks
 from pipelines.running.states import PUBLISHED, STAGED, Look, Night
 from pipelines.stages import HISTORIES, ITEM_FEATURES
 from tests.support.ill_disk import watch_disk
 from tests.support.schedules import CHANGING, Calls
-from tests.support.small_nights import DS, JustAStage, Readers, Shop, contents, stage_partition
+from tests.support.small_nights import (
+    DS,
+    JustAStage,
+    Readers,
+    Shop,
+    contents,
+    is_whole_night,
+    stage_partition,
+)
 
 OLD, NEW, LOST = [1, 2, 3, 4], [5, 6, 7, 8, 9], [0, 0, 0]
 
@@ -337,3 +352,134 @@ def test_the_record_names_what_was_published(shop: Shop) -> None:
     assert record["tables"]["item_features"]["rows"] == len(NEW)
     assert record["before"]["tables"]["item_features"]["rows"] == len(OLD)
     assert record["before"]["before"] is None
+
+
+# ---- Since when a night is there ---------------------------------------------------------------
+
+
+def published_at(shop: Shop) -> dt.datetime:
+    at = dt.datetime.fromisoformat(read_json(shop.settings.layout.night_path(DS))["published_at"])
+    assert at.utcoffset() == dt.timedelta()
+    return at
+
+
+def test_a_night_is_there_since_its_versions_first_were_one(shop: Shop) -> None:
+    before = dt.datetime.now(dt.UTC)
+    shop.publish(OLD)
+    first = published_at(shop)
+    assert before <= first <= dt.datetime.now(dt.UTC)
+    shop.publish(OLD, "of other inputs")  # the same rows: its record is written again
+    assert published_at(shop) == first
+    shop.publish(NEW)
+    second = published_at(shop)
+    assert second > first
+    shop.roll_back()
+    assert published_at(shop) == first
+    rollback.release(shop.settings, DS, False, print)
+    shop.publish(NEW)
+    assert published_at(shop) == second
+    shop.publish(LOST)
+    assert published_at(shop) > second
+
+
+def test_other_versions_of_shared_tables_make_no_night_later(shop: Shop) -> None:
+    shop.publish(OLD)
+    layout = shop.settings.layout
+    path, own = layout.night_path(DS), partitions.open_published(shop.place.folder)
+    shared = layout.folder(USER_HISTORIES, DS)
+    for values in (OLD, NEW):
+        histories = stage_partition(shared, values)
+        parts = [own, dataclasses.replace(histories, manifest={
+            **publishing.versioned(histories.manifest), "table": USER_HISTORIES.name,
+        })]  # fmt: skip
+        record = records.night_record(layout, DS, parts, records.read_night(layout, DS))
+        assert record["published_at"] == read_json(path)["published_at"]
+        write_json(path, record)
+
+
+def test_a_time_that_an_earlier_version_did_not_note_stays_unknown(shop: Shop) -> None:
+    shop.publish(OLD)
+    path = shop.settings.layout.night_path(DS)
+    record = read_json(path)
+    del record["published_at"]
+    write_json(path, record)
+    shop.publish(OLD, "again")
+    assert read_json(path)["published_at"] is None
+    shop.publish(NEW)
+    shop.roll_back()
+    assert read_json(path)["published_at"] is None
+    assert shop.published() == OLD
+
+
+# ---- The newest night --------------------------------------------------------------------------
+
+
+def latest(shop: Shop) -> dict:
+    found: dict = read_json(shop.settings.layout.latest_path)
+    return found
+
+
+def on(shop: Shop, days: int) -> Shop:
+    """Returns the shop on a day so many days later."""
+    return Shop(shop.settings.root, DS + dt.timedelta(days=days))
+
+
+def test_latest_names_the_newest_night_with_what_its_record_says(shop: Shop) -> None:
+    shop.publish(OLD)
+    record = read_json(shop.settings.layout.night_path(DS))
+    told = latest(shop)
+    assert {k: told[k] for k in ("ds", "feature_set", "published_at", "tables")} == {
+        "ds": str(DS), "feature_set": "test", "published_at": record["published_at"],
+        "tables": record["tables"],
+    }  # fmt: skip
+    assert told["tables"]["item_features"].keys() >= {"path", "version", "rows"}
+
+
+def test_earlier_days_leave_latest_and_the_newest_renews_it(shop: Shop) -> None:
+    shop.publish(OLD)
+    before = files.stat(shop.settings.layout.latest_path)
+    on(shop, -1).publish(OLD)
+    on(shop, -1).publish(NEW)
+    on(shop, -1).roll_back()
+    shop.publish(OLD)
+    assert files.stat(shop.settings.layout.latest_path) == before
+    for publish in (lambda: shop.publish(NEW), shop.roll_back, lambda: on(shop, 1).publish(OLD)):
+        was = latest(shop)
+        publish()
+        assert latest(shop) != was
+    assert latest(shop)["ds"] == str(on(shop, 1).ds)
+    assert json.loads(json.dumps(latest(shop))) == nights.latest_of(
+        read_json(shop.settings.layout.night_path(on(shop, 1).ds))
+    )
+
+
+def test_a_latest_that_is_lost_is_written_again_by_the_next_night_of_whatever_day(
+    shop: Shop,
+) -> None:
+    shop.publish(OLD)
+    was = latest(shop)
+    files.delete(shop.settings.layout.latest_path)
+    on(shop, -1).publish(NEW)
+    assert latest(shop) == was
+
+
+def test_latest_never_goes_back_where_a_record_was_deleted(shop: Shop) -> None:
+    for day in (0, 1):
+        on(shop, day).publish(OLD)
+    was = latest(shop)
+    files.delete(shop.settings.layout.night_path(on(shop, 1).ds))
+    shop.publish(NEW)
+    assert latest(shop) == was
+    on(shop, 1).publish(NEW)
+    assert latest(shop)["tables"] != was["tables"]
+
+
+def test_a_damaged_latest_is_told_once_all_else_is_published(shop: Shop) -> None:
+    shop.publish(OLD)
+    files.write_bytes(shop.settings.layout.latest_path, b"[]")
+    with pytest.raises(DataContractError, match="restore it, or delete that file, and run"):
+        shop.publish(NEW)
+    assert is_whole_night(shop.settings.layout, DS)
+    files.delete(shop.settings.layout.latest_path)
+    shop.publish(NEW)
+    assert shop.published() == NEW

@@ -4,11 +4,26 @@ On a disk a writer is stopped between calls of the system, in a bucket between r
 of schedules that were tried are printed (`pytest -s`).
 """
 
+import datetime as dt
+
 import pytest
 
+from feature_jobs.store import files
 from tests.support.schedules import Calls, Schedule
-from tests.support.small_nights import Readers, Shop, contents, shop_of
-from tests.support.writers import FIRST, NIGHTS, SECOND, begin, nothing_is_lost, refused, stage
+from tests.support.small_nights import DS, Readers, Shop, contents, shop_of
+from tests.support.writers import (
+    FIRST,
+    MINE,
+    NIGHTS,
+    OLD,
+    OLDEST,
+    OTHER,
+    SECOND,
+    begin,
+    nothing_is_lost,
+    refused,
+    stage,
+)
 
 
 @pytest.mark.parametrize("second", SECOND)
@@ -66,3 +81,55 @@ def test_a_writer_that_stops_anywhere_for_another_leaves_what_that_one_published
     assert stop_at > 15
     assert overtaken or (first, second) == ("publishes", "rolls back")
     print(f"\n{first}, the other {second}: {stop_at - 1} schedules, overtaken in {overtaken}")  # noqa: T201
+
+
+_OF_RECORDS = 40  # calls at the end of a publication, for record and latest.json, and some more
+
+
+@pytest.mark.parametrize("days", [1, -1], ids=["a later day", "an earlier day"])
+@pytest.mark.parametrize("second", SECOND)
+def test_of_two_days_in_any_order_the_later_one_is_the_newest(
+    folder: str, calls: Calls, second: str, days: int
+) -> None:
+    """The first writer stops for one of another day, which had been published before.
+
+    They meet at what follows their tables, so that only there it stops.
+    """
+    other_day = DS + dt.timedelta(days=days)
+    for values in (OLDEST, OLD):
+        Shop(f"{folder}/begun", other_day).publish(values)
+    shop = Shop(f"{folder}/begun")
+    stage(shop, "publishes")
+    begun = contents(shop)
+
+    def run(stop_at: int) -> Schedule:
+        shop = shop_of(begun, f"{folder}/{stop_at}")
+        other = Shop(shop.settings.root, other_day)
+        record_there = list[bool]()
+
+        def run_other() -> None:
+            with calls.quietly():
+                record_there.append(files.exists(shop.settings.layout.night_path(DS)))
+            SECOND[second](other)
+
+        readers = Readers(shop, NIGHTS)
+        schedule = Schedule(calls, stop_at, run_other, readers.poll)
+        with pytest.MonkeyPatch.context() as patch, schedule.running(patch):
+            shop.publish(MINE)
+        readers.poll()
+        if not schedule.was_stopped:
+            SECOND[second](other)
+        theirs = OTHER if second == "publishes" else OLDEST
+        newest = (DS, MINE) if days < 0 else (other_day, theirs)
+        assert shop.newest() == newest, schedule.stopped_at
+        assert (shop.published(), other.published()) == (MINE, theirs)
+        came_first.extend(record_there)
+        return schedule
+
+    came_first = list[bool]()
+    last = run(10**6).calls_made
+    for stop_at in range(last - _OF_RECORDS, last + 1):
+        assert run(stop_at).was_stopped
+    assert came_first[0] is False
+    assert sum(came_first) > 4
+    print(f"\n{second} on {other_day}: {len(came_first)} schedules")  # noqa: T201
