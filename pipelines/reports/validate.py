@@ -38,6 +38,7 @@ from pipelines.config import Settings
 from pipelines.reports import audit
 from pipelines.reports.validate_joins import Checked, check_joins
 from pipelines.reports.validate_manifests import (
+    check_latest,
     check_made_from,
     check_manifest,
     check_record,
@@ -148,6 +149,7 @@ def _validate_day(settings: Settings, ds: dt.date, fast: bool) -> Day:
     made_from = check_made_from(tables, layout, changing)
     between += _as_far_as_known("what the tables were made from was not compared", made_from)
     between += check_record(record, tables, layout, ds, changing)
+    between += check_latest(layout, ds)
     between += _recompute(settings, day, checked, _names_of(day.findings + between, BROKEN))
     between += judge_again(settings, day) if tables else ()
     changed = [one for one in opened if not one.stands()]
@@ -405,6 +407,7 @@ REMEDIES = {
         "A stage was run alone, or a run died: `{again}` makes what follows from it."
     ),
     ("the night's record",): "A stage was run alone, or a run died: `{again}` writes it anew.",
+    ("latest.json",): "Delete latest.json: `{again}` writes it anew.",
     ("scores are not what",): (
         "Make the day again, `{again} --remake`; if it stays, it is a fault of COURIER: please "
         "report it."

@@ -15,11 +15,19 @@ from feature_jobs.schemas import (
     USER_SIMSCORES,
     DataContractError,
 )
-from feature_jobs.store import files, partitions
+from feature_jobs.store import files, nights, partitions
 from feature_jobs.store.documents import parse_json
 from feature_jobs.store.protocol import is_hidden
 from pipelines.config import Settings, Timezone
-from pipelines.reports.validate_parts import BROKEN, UNVERIFIED, WARNING, Finding, Published
+from pipelines.reports.validate_parts import (
+    BROKEN,
+    NOT_READY,
+    UNVERIFIED,
+    WARNING,
+    Finding,
+    Published,
+)
+from pipelines.running import records
 from pipelines.running.layout import Layout
 
 # What manifests have by now; without it the laws that need it are not asked.
@@ -301,3 +309,32 @@ def check_record(
                 told = f"it says {what} {entry[what]}, published is {there.get(what, 'none')}"
                 yield Finding(BROKEN, name, law, told)
                 break
+
+
+def check_latest(layout: Layout, ds: dt.date) -> Iterator[Finding]:
+    """Yields what `latest.json` does not say of the night of ds, where that is the newest.
+
+    It follows the record, so that one that lags is not ready; of an earlier ds it says nothing.
+    """
+    law = "latest.json does not name the newest night"
+    try:
+        latest = records.read_latest(layout)
+    except DataContractError as error:
+        yield Finding(BROKEN, "", law, str(error))
+        return
+    try:
+        record = records.read_night(layout, ds)  # after latest.json, as that is written after it
+    except DataContractError:
+        return  # `check_record` tells
+    if record is None:
+        if latest and latest["ds"] == str(ds):
+            yield Finding(BROKEN, "", law, f"it names {ds}, whose night has no record")
+    elif latest is None:
+        if layout.recorded_days()[-1] == ds:
+            told = "it is not there, as where an earlier version published the night, or a run died"
+            yield Finding(WARNING, "", law, f"{told}: `courier refresh --ds {ds}` writes it")
+    elif not nights.stands(latest, record):
+        same = "another state of it" if latest["ds"] == str(ds) else f"ds {latest['ds']}"
+        told = f"it names {same}: the night is being published or brought back just now, or a run "
+        told += "died at it; ask again, or run the same command again"
+        yield Finding(NOT_READY, "", law, told)

@@ -21,6 +21,8 @@ import pyarrow.parquet as pq
 from feature_jobs.impressions.scores import mean_scores, simtier
 from feature_jobs.schemas import TABLES
 from feature_jobs.store import hashing, partitions
+from pipelines.running.locks import Locks
+from pipelines.running.publishing import renew_latest
 from tests.support.world import DAYS, World
 
 DS, DAY_BEFORE = DAYS[1], DAYS[0]
@@ -63,7 +65,7 @@ class Root:
     """Is what a world has published, of which the second night is to be broken."""
 
     def __init__(self, world: World):
-        self._top = world.root
+        self._top, self._layout = world.root, world.settings().layout
 
     def folder(self, table: str, day: dt.date = DS) -> Path:
         return self._top / ("shared" if TABLES[table].shared else "test") / table / f"ds={day}"
@@ -71,6 +73,10 @@ class Root:
     @property
     def record(self) -> Path:
         return self._top / "test/_nights" / f"ds={DS}.json"
+
+    @property
+    def latest(self) -> Path:
+        return self.record.with_name("latest.json")
 
     def manifest(self, table: str) -> dict[str, Any]:
         return json.loads((self.folder(table) / "_manifest.json").read_text())
@@ -118,6 +124,7 @@ class Root:
                 path.write_text(text.replace(old, new))
                 if path.name == "_manifest.json":
                     seal(path.parent)
+        renew_latest(self._layout, Locks())
 
     def write_manifest(self, table: str, manifest: dict[str, Any]) -> None:
         folder = self.folder(table)
@@ -879,6 +886,36 @@ def a_record_whose_tables_are_null(root: Root) -> None:
 @found_as("", "the night's record names what is not published")
 def the_record_of_the_day_before(root: Root) -> None:
     shutil.copy(root.record.with_name(f"ds={DAY_BEFORE}.json"), root.record)
+
+
+LATEST = "latest.json does not name the newest night"
+
+
+@found_as("", LATEST, NOT_READY)
+def a_latest_that_lags(root: Root) -> None:
+    text = root.latest.read_text()
+    root.latest.write_text(text.replace(f'"ds": "{DS}"', f'"ds": "{DAY_BEFORE}"'))
+
+
+@found_as("", LATEST, NOT_READY)
+def a_latest_of_another_record(root: Root) -> None:
+    record = json.loads(root.record.read_text())
+    root.record.write_text(json.dumps(record | {"rolled_back": "2026-03-03T00:00:00+00:00"}))
+
+
+@found_as("", LATEST)
+def a_latest_that_is_no_json(root: Root) -> None:
+    root.latest.write_text("{")
+
+
+@found_as("", LATEST)
+def a_latest_without_a_record(root: Root) -> None:
+    root.record.unlink()
+
+
+@found_as("", LATEST, "warning")
+def a_latest_gone(root: Root) -> None:
+    root.latest.unlink()
 
 
 @found_as("item_features", "the file list names other files than the manifest")

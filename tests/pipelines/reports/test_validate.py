@@ -361,6 +361,7 @@ def test_what_cannot_be_computed_again_is_said_to_be_unverified(
 
 def test_tables_without_a_night_are_checked_and_it_is_said(shop: World, capsys: Capture) -> None:
     Root(shop).record.unlink()
+    Root(shop).latest.unlink()
     status, day = validate(shop, capsys)
     assert (status, told_of(day, "unverified")) == (0, [("", "there is no record of the night")])
 
