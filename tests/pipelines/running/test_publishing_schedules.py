@@ -16,7 +16,6 @@ from tests.support.writers import (
     MINE,
     NIGHTS,
     OLD,
-    OLDEST,
     OTHER,
     SECOND,
     begin,
@@ -83,21 +82,19 @@ def test_a_writer_that_stops_anywhere_for_another_leaves_what_that_one_published
     print(f"\n{first}, the other {second}: {stop_at - 1} schedules, overtaken in {overtaken}")  # noqa: T201
 
 
-_OF_RECORDS = 40  # calls at the end of a publication, for record and latest.json, and some more
+_OF_RECORDS = 20  # calls at the end of a publication, for record and latest.json, and some more
 
 
 @pytest.mark.parametrize("days", [1, -1], ids=["a later day", "an earlier day"])
-@pytest.mark.parametrize("second", SECOND)
 def test_of_two_days_in_any_order_the_later_one_is_the_newest(
-    folder: str, calls: Calls, second: str, days: int
+    folder: str, calls: Calls, days: int
 ) -> None:
     """The first writer stops for one of another day, which had been published before.
 
     They meet at what follows their tables, so that only there it stops.
     """
     other_day = DS + dt.timedelta(days=days)
-    for values in (OLDEST, OLD):
-        Shop(f"{folder}/begun", other_day).publish(values)
+    Shop(f"{folder}/begun", other_day).publish(OLD)
     shop = Shop(f"{folder}/begun")
     stage(shop, "publishes")
     begun = contents(shop)
@@ -110,7 +107,7 @@ def test_of_two_days_in_any_order_the_later_one_is_the_newest(
         def run_other() -> None:
             with calls.quietly():
                 record_there.append(files.exists(shop.settings.layout.night_path(DS)))
-            SECOND[second](other)
+            other.publish(OTHER)
 
         readers = Readers(shop, NIGHTS)
         schedule = Schedule(calls, stop_at, run_other, readers.poll)
@@ -118,11 +115,10 @@ def test_of_two_days_in_any_order_the_later_one_is_the_newest(
             shop.publish(MINE)
         readers.poll()
         if not schedule.was_stopped:
-            SECOND[second](other)
-        theirs = OTHER if second == "publishes" else OLDEST
-        newest = (DS, MINE) if days < 0 else (other_day, theirs)
+            other.publish(OTHER)
+        newest = (DS, MINE) if days < 0 else (other_day, OTHER)
         assert shop.newest() == newest, schedule.stopped_at
-        assert (shop.published(), other.published()) == (MINE, theirs)
+        assert (shop.published(), other.published()) == (MINE, OTHER)
         came_first.extend(record_there)
         return schedule
 
@@ -131,5 +127,5 @@ def test_of_two_days_in_any_order_the_later_one_is_the_newest(
     for stop_at in range(last - _OF_RECORDS, last + 1):
         assert run(stop_at).was_stopped
     assert came_first[0] is False
-    assert sum(came_first) > 4
-    print(f"\n{second} on {other_day}: {len(came_first)} schedules")  # noqa: T201
+    assert sum(came_first) >= 4
+    print(f"\nthe other on {other_day}: {len(came_first)} schedules")  # noqa: T201
