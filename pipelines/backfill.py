@@ -205,7 +205,7 @@ def stale_days(settings: Settings, days: Sequence[dt.date]) -> dict[dt.date, Day
 def _refuse_wrong_settings(outlooks: Sequence[Outlook]) -> None:
     """Raises OperatorError where the settings keep a day from being made."""
     for outlook in outlooks:
-        for error in outlook.blocked.values():
+        for error in _missing(outlook).values():
             if isinstance(error, OperatorError):
                 raise error
 
@@ -235,17 +235,20 @@ class _Chosen:
     def day_ahead(self, outlook: Outlook) -> DayAhead:
         night, actions = outlook.night, dict[Kind, tuple[str, str]]()
         planned = {one.stage.kind: one for one in night.planned}
+        missing = _missing(outlook)
         for kind in self.settings.night:
-            if error := outlook.blocked.get(kind):
-                actions[kind] = BLOCKED, self._blocked_by(kind, outlook, error)
-            else:
+            if kind in planned:
                 actions[kind] = self._action(planned[kind])
+            elif kind in missing:
+                actions[kind] = BLOCKED, self._blocked_by(kind, outlook)
+            else:
+                actions[kind] = LEAVE, f"as it is: {self._blocked_by(kind, outlook)}"
         kinds = self._kinds(night, actions)
         if not kinds:
             actions = {kind: _left(action, why) for kind, (action, why) in actions.items()}
         computed = tuple(one for kind, one in planned.items() if kind in kinds
                          and actions[kind][0] == COMPUTE)  # fmt: skip
-        error = next(iter(outlook.blocked.values()), None) if self._counts(night.ds) else None
+        error = next(iter(missing.values()), None) if self._counts(night.ds) else None
         return DayAhead(night.ds, actions, kinds, computed, error)
 
     def held(self, ds: dt.date) -> DayAhead:
@@ -262,9 +265,9 @@ class _Chosen:
             return ds in self._failed
         return self.asked.only not in ("stale", "late")
 
-    def _blocked_by(self, kind: Kind, outlook: Outlook, error: CourierError) -> str:
+    def _blocked_by(self, kind: Kind, outlook: Outlook) -> str:
         """Returns what blocks a stage: another one that is blocked, else what its input tells."""
-        ds, kinds = outlook.night.ds, list(outlook.blocked)
+        ds, kinds, error = outlook.night.ds, list(outlook.blocked), outlook.blocked[kind]
         self._blocked.add((kind, ds))
         if kind is HISTORIES and (kind, ds - _ONE_DAY) in self._blocked:
             return f"by {kind.name} of ds {ds - _ONE_DAY}"
@@ -306,7 +309,7 @@ class _Chosen:
         possible = tuple(stage.kind for stage in night.stages)
         if nightly.is_there(night) or not possible:
             return ()
-        there = {stage.kind for stage in night.stages if self._is_there(stage)}
+        there = {kind for kind in self.settings.night if _is_published(night, kind)}
         stale = tuple(
             kind for kind in possible if kind in there and actions[kind][0] in (COMPUTE, REUSE)
         )
@@ -325,10 +328,6 @@ class _Chosen:
                 is_asked = True
         is_part = self.asked.only in ("stale", "late") and record is None
         return () if not is_asked else stale if is_part else self.settings.night
-
-    def _is_there(self, stage: Any) -> bool:
-        """Returns whether a stage is published, by whatever run."""
-        return all(self.look.published(stage.folder(table)) for table in stage.tables)
 
     def _has_grown(self, night: Night, kind: Kind) -> bool:
         """Returns whether the log of a day has more rows than a stage was made from, of late."""
@@ -354,13 +353,25 @@ class _Chosen:
         return _failed_before(self.settings)
 
 
+def _is_published(night: Night, kind: Kind) -> bool:
+    """Returns whether a stage of a day is published, by whatever run."""
+    folders = (night.settings.layout.folder(table, night.ds) for table in kind.tables)
+    return all(map(night.look.published, folders))
+
+
+def _missing(outlook: Outlook) -> dict[Kind, CourierError]:
+    """Returns which stages cannot be made and are not there, with what keeps them from it.
+
+    What is published stays, whatever became of the shop's own tables since.
+    """
+    night = outlook.night
+    return {k: error for k, error in outlook.blocked.items() if not _is_published(night, k)}
+
+
 def _left(action: str, why: str) -> tuple[str, str]:
-    """Returns what is said of a stage that could be made and is not asked for."""
-    return (
-        (LEAVE, f"not asked for; {why}" if why else "")
-        if action in (COMPUTE, REUSE)
-        else (action, why)
-    )
+    """Returns what is said of a stage of a day that is not asked for."""
+    could_be_made = action in (COMPUTE, REUSE)
+    return (LEAVE, f"not asked for; {why}") if could_be_made else (action, why)
 
 
 def _sentence(error: CourierError) -> str:
@@ -561,8 +572,7 @@ class _Work:
             ds = outlook.night.ds
             if kinds and str(ds) not in idle:
                 continue  # refused, or it waits for one that is
-            if outlook.blocked:
-                kind, error = next(iter(outlook.blocked.items()))
+            for kind, error in _missing(outlook).items():
                 self._outcome.failures.setdefault(ds, Failure(kind.name, error))
             self._wanted.pop(ds, None)
             if not idle.get(str(ds), True) and ds not in self._outcome.failures:
