@@ -129,6 +129,11 @@ def list_names(folder: str) -> list[str]:
     return store_of(folder).list_names(folder)
 
 
+def below(folder: str) -> list[FileInfo]:
+    """Returns all files below `folder`, and when each was written: hidden ones, too."""
+    return store_of(folder).below(folder)
+
+
 # ---- Reading ---------------------------------------------------------------------------------
 
 
@@ -215,6 +220,11 @@ def delete_seen(file: FileInfo) -> None:
 def delete_tree(folder: str) -> None:
     """Deletes a folder and all below it; being gone is no error."""
     store_of(folder).delete_tree(folder)
+
+
+def delete_empty(folder: str) -> None:
+    """Deletes a folder, and those below it, as far as they hold nothing; no error where they do."""
+    store_of(folder).delete_empty(folder)
 
 
 # ---- Excluding others ------------------------------------------------------------------------

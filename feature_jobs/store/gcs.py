@@ -279,6 +279,9 @@ class GcsStore:
         names = {path.removeprefix(folder) for path in (*map(_path, blobs), *below)}
         return sorted(name for name in names if name and not name.startswith(".tmp-"))
 
+    def below(self, folder: str) -> list[FileInfo]:
+        return [_info(_path(blob), blob) for blob in _list(os.path.join(folder, ""))[0]]
+
     # -- Reading --
 
     def read_bytes(self, path: str, limit: int = -1) -> bytes:
@@ -354,6 +357,9 @@ class GcsStore:
         ]
         _delete_all(marks)
         _delete_all(set(paths) - set(marks))
+
+    def delete_empty(self, folder: str) -> None:
+        pass
 
     # -- Excluding others --
 

@@ -16,11 +16,12 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 from feature_jobs.store import usage
-from feature_jobs.store.faults import Changed, gave_up, is_waited_for, patient
-from feature_jobs.store.protocol import FileInfo, Held, is_hidden
+from feature_jobs.store.faults import NOT_THERE, Changed, gave_up, is_waited_for, patient
+from feature_jobs.store.protocol import FileInfo, is_hidden
 
 # What a disk without hard links says.
 _NO_LINKS = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_NOT_EMPTY = {errno.ENOTEMPTY, errno.EEXIST}  # what systems say of a folder that holds something
 
 
 class LocalStore:
@@ -103,6 +104,15 @@ class LocalStore:
 
     def list_names(self, folder: str) -> list[str]:
         return [name for name in self._names(folder) if not name.startswith(".tmp-")]
+
+    def below(self, folder: str) -> list[FileInfo]:
+        found = []
+        for path in (os.path.join(folder, name) for name in self._names(folder)):
+            try:
+                found.append(self.stat(path))
+            except FileNotFoundError:  # a folder, or gone meanwhile
+                found += self.below(path)
+        return found
 
     # -- Reading --
 
@@ -234,6 +244,20 @@ class LocalStore:
     def _remove_tree(self, folder: str) -> None:
         shutil.rmtree(folder)
 
+    def delete_empty(self, folder: str) -> None:
+        for path in (os.path.join(folder, name) for name in self._names(folder)):
+            if self.is_folder(path):
+                self.delete_empty(path)
+        self._remove_if_empty(folder)
+
+    @patient
+    def _remove_if_empty(self, folder: str) -> None:
+        try:
+            os.rmdir(folder)
+        except OSError as error:
+            if error.errno not in _NOT_EMPTY | NOT_THERE:
+                raise
+
     # -- Excluding others --
 
     @contextlib.contextmanager
@@ -242,23 +266,31 @@ class LocalStore:
         if folder in mine:
             yield
             return
-        with self.lock(folder, wait=True):
-            mine.add(folder)
-            try:
-                yield
-            finally:
-                mine.remove(folder)
+        while True:  # until the folder is the one that is locked: another may delete an empty one
+            with self.lock(folder, wait=True) as held:
+                mine.add(folder)
+                try:
+                    if self._is_there_as(folder, held.handle):
+                        yield
+                        return
+                finally:
+                    mine.remove(folder)
 
     @contextlib.contextmanager
-    def lock(self, folder: str, wait: bool = False) -> Iterator[Held]:
-        self._make_folder(folder)
-        handle = self._open_folder(folder)
+    def lock(self, folder: str, wait: bool = False) -> Iterator["_Kept"]:
+        handle = self._open_new_folder(folder)
         try:
             if not self._is_locked(folder, handle, wait):
                 raise BlockingIOError(errno.EWOULDBLOCK, "held by another process", folder)
-            yield _Kept()
+            yield _Kept(handle)
         finally:
             os.close(handle)
+
+    def _open_new_folder(self, folder: str) -> int:
+        while True:
+            self._make_folder(folder)
+            with contextlib.suppress(FileNotFoundError):  # another deleted it, as it was empty
+                return self._open_folder(folder)
 
     @patient
     def _is_locked(self, folder: str, handle: int, wait: bool) -> bool:
@@ -267,6 +299,14 @@ class LocalStore:
         except BlockingIOError:
             return False
         return True
+
+    @patient
+    def _is_there_as(self, folder: str, handle: int) -> bool:
+        """Returns whether the folder is the one that was opened, and not another made since."""
+        try:
+            return os.path.samestat(os.fstat(handle), os.stat(folder))
+        except FileNotFoundError:
+            return False
 
     @patient
     def _open_folder(self, folder: str) -> int:
@@ -288,7 +328,10 @@ class _CountedFile(io.FileIO):
 
 
 class _Kept:
-    """Stands for a lock of the system, which lasts as long as its process."""
+    """Stands for a lock of the system on an open folder, which lasts as long as its process."""
+
+    def __init__(self, handle: int):
+        self.handle = handle
 
     def check(self) -> None:
         pass

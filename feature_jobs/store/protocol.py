@@ -78,6 +78,9 @@ class Store(Protocol):
     def list_names(self, folder: str) -> list[str]:
         """Returns the names in `folder`, sorted; none where there is no such folder."""
 
+    def below(self, folder: str) -> list[FileInfo]:
+        """Returns all files below `folder`, and when each was written: hidden ones, too."""
+
     # -- Reading --
 
     def read_bytes(self, path: str, limit: int = -1) -> bytes:
@@ -141,6 +144,12 @@ class Store(Protocol):
 
         On a disk it is gone at once for any reader; in a bucket what says that other files are
         whole goes first.
+        """
+
+    def delete_empty(self, folder: str) -> None:
+        """Deletes `folder`, and folders below it, as far as they hold nothing.
+
+        A bucket has no folders to delete.
         """
 
     # -- Excluding others --

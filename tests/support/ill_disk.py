@@ -10,7 +10,7 @@ import pytest
 
 from feature_jobs.store import local
 
-_OF_OS = ("stat", "listdir", "makedirs", "open", "replace", "link", "unlink")
+_OF_OS = ("stat", "listdir", "makedirs", "open", "replace", "link", "unlink", "rmdir")
 
 
 class _Seen:

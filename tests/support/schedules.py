@@ -20,7 +20,7 @@ from tests.support.gcs_emulator import Nearby
 from tests.support.ill_disk import watch_disk
 
 _WAIT = 60.0
-CHANGING = {"replace", "link", "unlink", "rmtree", "POST", "PUT", "PATCH", "DELETE"}
+CHANGING = {"replace", "link", "unlink", "rmdir", "rmtree", "POST", "PUT", "PATCH", "DELETE"}
 
 
 class Calls:

@@ -42,6 +42,7 @@ CALLS: dict[str, Callable[[str], object]] = {
     "glob": lambda path: files.glob(path + "*"),
     "find": lambda path: files.find(path + "*"),
     "names": lambda path: files.list_names(os.path.dirname(path)),
+    "below": lambda path: files.below(os.path.dirname(path)),
     "read": files.read_bytes,
     "read in part": lambda path: files.read_bytes(path, 2),
     "read if there": files.read_if_there,

@@ -4,8 +4,11 @@ import hashlib
 import os
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from inspect import signature
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -97,6 +100,34 @@ def test_only_the_file_that_was_seen_is_replaced_and_not_one_of_the_same_bytes(f
     with pytest.raises(files.Changed):
         files.replace_seen(path, b"three", seen)
     assert files.list_names(folder) == []
+
+
+def test_all_files_below_a_folder_are_told_and_when_they_were_written(folder: str) -> None:
+    assert files.below(folder) == []
+    started = time.time()
+    names = ["a", "_b", ".tmp-c", "deep/d", "deep/_e/.f"]
+    for name in names:
+        files.write_bytes(f"{folder}/{name}", name.encode())
+    found = {file.path.removeprefix(f"{folder}/"): file for file in files.below(folder)}
+    assert found.keys() == set(names)
+    for name, file in found.items():
+        assert file == files.stat(f"{folder}/{name}")
+        assert started - 5 < file.written_us / 1e6 < time.time() + 5
+        files.delete_seen(file)
+    assert files.below(folder) == []
+
+
+def test_folders_that_hold_nothing_are_deleted_and_others_are_not(folder: str) -> None:
+    files.write_bytes(f"{folder}/deep/empty/a", b"a")
+    files.write_bytes(f"{folder}/deep/full/_b", b"b")
+    files.delete(f"{folder}/deep/empty/a")
+    for _ in range(2):
+        files.delete_empty(folder)
+        assert files.list_names(folder) == ["deep"]
+        assert files.list_names(f"{folder}/deep") == ["full"]
+    files.delete(f"{folder}/deep/full/_b")
+    files.delete_empty(folder)
+    assert not files.is_folder(folder)
 
 
 # ---- atomic writes ---------------------------------------------------------------------------
@@ -438,3 +469,33 @@ def test_deleting_what_is_gone_is_no_error(folder: str) -> None:
         assert files.list_names(f"{folder}/top") == ["folders"]
     files.delete_tree(folder)
     assert not files.is_folder(folder)
+
+
+def test_a_step_of_a_folder_that_was_deleted_meanwhile_is_in_the_one_that_is_there(
+    tmp_path: Path,
+) -> None:
+    """Else two would be in a step of one folder: whoever waited, and whoever came after."""
+    folder, order = str(tmp_path / "day"), list[str]()
+    waits = threading.Event()
+
+    def wait_for_it() -> None:
+        waits.set()
+        with files.step(folder):
+            order.append("the one that waited")
+            files.write_bytes(f"{folder}/a", b"a")
+            try:
+                with files.lock(folder):
+                    order.append("another one")
+            except BlockingIOError:
+                order.append("nobody else")
+
+    waiting = threading.Thread(target=wait_for_it)
+    with files.step(folder):
+        waiting.start()
+        assert waits.wait(30)
+        time.sleep(0.05)
+        files.delete_empty(folder)
+        order.append("the one that deleted it")
+    waiting.join(30)
+    assert order == ["the one that deleted it", "the one that waited", "nobody else"]
+    assert files.read_bytes(f"{folder}/a") == b"a"
