@@ -93,7 +93,7 @@ def _make(
     from pipelines.running.judging import Accepted
 
     settings, options = _settings(config), NightOptions(**asked)
-    kinds = kinds or settings.night
+    is_night, kinds = not kinds, kinds or settings.night
     # A mistyped option is told before anything is read, and all that is wrong before a long wait.
     jobs = [beam_options.job_options(settings, kind.name, beam_args) for kind in kinds]
     found: list[dict[str, Any]] = []
@@ -123,6 +123,10 @@ def _make(
         render = night.render_plan if dry_run else night.render_report
         for text in filter(None, map(render, found)):
             click.echo(text)
+    if is_night and not dry_run and not refused:
+        from pipelines.running import retention
+
+        retention.prune_by_the_night(settings, _say)
     for error in refused[:-1]:
         _tell_error(error)
     if refused:
@@ -584,6 +588,23 @@ def rollback(
     click.echo(dumps(found, indent=1) if json else rollbacks.render(found))
     if not release and not dry_run:
         announcing.announce(settings, ds, _say, again="rollback")
+
+
+@cli.command()
+@config_option
+@click.option("--dry-run", is_flag=True, help="Only look, and say what would go.")
+@json_option
+def prune(config: str, dry_run: bool, json: bool) -> None:
+    """Delete what [retention] keeps no longer: old days, earlier versions, what dead runs staged.
+
+    Never what a pin, a night's record, a hold or the window still needs. A day on which a run is at
+    work is left as it is, and the next prune comes back to it. The same command goes on after a
+    kill.
+    """
+    from pipelines.running import retention
+
+    found = retention.prune(_settings(config), dry_run, _say)
+    click.echo(dumps(found.as_json(), indent=1) if json else retention.render(found))
 
 
 @cli.command()

@@ -409,6 +409,31 @@ class Backfill(_Section):
     disk_gb: Annotated[float, Field(gt=0)] = 100.0
 
 
+def _table(name: str) -> str:
+    if name in TABLES:
+        return name
+    near = difflib.get_close_matches(name, TABLES, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"tables are {', '.join(TABLES)}"
+    raise ValueError(f"names no table, {hint}")
+
+
+class Retention(_Section):
+    """Tells what `courier prune` keeps; `running/retention.py` says what it never deletes.
+
+    Of a table in `days` so many days are kept, the newest night's being the first of them; of
+    others all. Of each partition it keeps as many `versions` that were replaced, besides those that
+    a night's record or a hold names, and all that was replaced in the last `grace_hours`. What a
+    run has staged that was refused, or died, is kept for `staging_hours`. With `by_the_night`,
+    `courier refresh` ends with it.
+    """
+
+    days: dict[Annotated[str, AfterValidator(_table)], Count] = {}
+    versions: Annotated[int, Field(ge=0)] = 1
+    grace_hours: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 24.0
+    staging_hours: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 168.0
+    by_the_night: bool = False
+
+
 class Pin(_Section):
     """A pin names the encoder and codebook (package folders) of features from `from_ds` on."""
 
@@ -465,6 +490,7 @@ class Settings(_Section):
     workers: Workers = Workers()
     backfill: Backfill = Backfill()
     output: Output = Output()
+    retention: Retention = Retention()
     costs: Prices = Prices()
     beam: dict[str, Any] = {}
     pins: tuple[Pin, ...] = ()
@@ -498,6 +524,13 @@ class Settings(_Section):
             raise ValueError("feature_set must not be 'shared', where tables of all sets lie")
         if len({pin.from_ds for pin in self.pins}) < len(self.pins):
             raise ValueError("two [[pins]] have the same from_ds, so neither can win")
+        for table, days in self.retention.days.items():
+            if days < self.window_days:
+                raise ValueError(
+                    f"retention.days keeps {days} days of {table}, fewer than window_days = "
+                    f"{self.window_days}: nights to come, and a recomputation of the window, would "
+                    "miss what they read. Keep as many days, or more"
+                )
         if self.history_lag_seconds >= self.window_days * 86_400:
             raise ValueError("history_lag_seconds reaches past window_days: no click would count")
         if self.impressions is None and self.tables == "all":

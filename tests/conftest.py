@@ -24,7 +24,8 @@ LONGEST = [
     "test_publishing_faults.py",
     "test_embed_killed.py", "test_readme.py", "test_simscore_worlds.py",
     "test_nights_in_a_bucket.py", "test_codebooks.py", "test_portable_runner.py",
-    "test_full_runs.py", "test_embed_nights.py", "test_rows.py", "test_audit.py",
+    "test_full_runs.py", "test_embed_nights.py", "test_retention.py", "test_rows.py",
+    "test_audit.py",
 ]  # fmt: skip
 
 

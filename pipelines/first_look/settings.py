@@ -174,6 +174,19 @@ $impressions_columns
 # A row group, which readers hold in memory at once, has at most so many MB, uncompressed.
 # row_group_mb = 128
 
+[retention]
+# What `courier prune` keeps. Of a table that is named, as in {user_simscores = 400}, so many days,
+# counted back from the newest night, not fewer than window_days; of others all.
+# days = {}
+# So many earlier versions of each partition, besides those that a rollback would bring back.
+# versions = 1
+# What was replaced less than so many hours ago stays: somebody may be reading it.
+# grace_hours = 24.0
+# What a run has staged that was refused, or died, can be resumed for so long.
+# staging_hours = 168.0
+# Prune at the end of each `courier refresh`.
+# by_the_night = false
+
 [costs]
 # What an hour of one core costs, and keeping a GB for a month: estimates of what is to be made come
 # with their money then.

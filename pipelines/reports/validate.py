@@ -43,6 +43,7 @@ from pipelines.reports.validate_manifests import (
     check_manifest,
     check_record,
     parse_manifest,
+    pruned_tables,
 )
 from pipelines.reports.validate_parts import (
     BROKEN,
@@ -131,8 +132,14 @@ def _validate_day(settings: Settings, ds: dt.date, fast: bool) -> Day:
     started, day, layout = time.monotonic(), Day(ds), settings.layout
     record = files.read_if_there(layout.night_path(ds))
     opened = [_Opened(layout, table, ds) for table in TABLES.values()]
-    day.findings += [finding for one in opened for finding in one.findings]
     tables = {one.table.name: one.found for one in opened if one.found}
+    there = pruned_tables(record, layout.night_path(ds))
+    pruned = {name: at for name, at in there.items() if name not in tables}
+    day.findings += [x for one in opened for x in one.findings if one.table.name not in pruned]
+    day.findings += [
+        Finding(UNVERIFIED, name, "it was pruned", f"at {at}, as [retention] of the settings says")
+        for name, at in pruned.items()
+    ]
     if not tables and not day.findings:
         told = f"`courier refresh --ds {ds}` makes it"
         day.findings.append(Finding(NOT_READY, "", "nothing is published of this day", told))
@@ -146,7 +153,7 @@ def _validate_day(settings: Settings, ds: dt.date, fast: bool) -> Day:
         joins = check_joins(checked, pool)
         between = list(_as_far_as_known("the tables were not compared", joins))
     changing = _names_of(day.findings, NOT_READY)
-    made_from = check_made_from(tables, layout, changing)
+    made_from = check_made_from(tables, layout, changing, pruned)
     between += _as_far_as_known("what the tables were made from was not compared", made_from)
     between += check_record(record, tables, layout, ds, changing)
     between += check_latest(layout, ds)

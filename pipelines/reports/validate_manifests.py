@@ -2,7 +2,7 @@
 
 import datetime as dt
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
@@ -115,6 +115,7 @@ class _Record(_Document):
     ds: str
     feature_set: str
     tables: dict[str, _Entry]
+    pruned: dict[str, str] = {}
 
 
 def parse_manifest(path: str, data: bytes) -> dict[str, Any]:
@@ -215,11 +216,14 @@ def _lacking(found: Published) -> Iterator[Finding]:
 
 
 def check_made_from(
-    tables: Mapping[str, Published], layout: Layout, changing: set[str]
+    tables: Mapping[str, Published],
+    layout: Layout,
+    changing: set[str],
+    pruned: Collection[str] = (),
 ) -> Iterator[Finding]:
     """Yields what was made from other versions than are published, or by other artefacts.
 
-    Of tables that are `changing` just now nothing can be said.
+    Of tables that are `changing` just now, or were `pruned`, nothing can be said.
     """
     for found in tables.values():
         ds = found.manifest["ds"]
@@ -227,7 +231,7 @@ def check_made_from(
         before = then.pop("before", {})
         for name, version in then.items():
             there = tables[name].partition.version if name in tables else None
-            if there == version or name in changing:
+            if there == version or name in changing or (there is None and name in pruned):
                 continue
             told = f"{name} was {version}, and is {there or 'not there'} now: run `courier refresh "
             yield found.finding("an upstream was made again since", f"{told}--ds {ds}`")
@@ -276,6 +280,17 @@ def _artefacts(tables: Mapping[str, Published]) -> Iterator[Finding]:
 
 
 # ---- The night's record ------------------------------------------------------------------------
+
+
+def pruned_tables(data: bytes | None, path: str) -> dict[str, str]:
+    """Returns when tables of a night were pruned, by name, as its record at `path` says.
+
+    None were where it cannot be read, of which `check_record` tells.
+    """
+    try:
+        return {} if data is None else dict(_parse(_Record, path, data).get("pruned", {}))
+    except DataContractError:
+        return {}
 
 
 def check_record(

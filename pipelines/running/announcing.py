@@ -23,12 +23,15 @@ _SHOWN = 2000  # of the bytes of what a command had said, the last ones
 
 
 def is_due(settings: Settings, record: Mapping[str, Any]) -> bool:
-    """Returns whether the night of a record is still to be announced."""
+    """Returns whether the night of a record is still to be announced.
+
+    One that lost a table since, which was pruned, is not.
+    """
     if not settings.on_published:
         return False
     path = settings.layout.announced_path(dt.date.fromisoformat(record["ds"]))
     found = files.read_if_there(path)
-    return found is None or parse_json(path, found) != _versions(record)
+    return found is None or not _versions(record).items() <= parse_json(path, found).items()
 
 
 def announce(

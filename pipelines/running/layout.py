@@ -89,7 +89,14 @@ class Layout:
 
     def begun_days(self, table: Table) -> list[dt.date]:
         """Returns the ds that have a folder, published or not, ascending."""
-        names = files.list_names(os.path.join(self.root_of(table), self._of_table(table)))
+        return self._days_in(os.path.join(self.root_of(table), self._of_table(table)))
+
+    def kept_days(self, table: Table) -> list[dt.date]:
+        """Returns the ds of which earlier versions are kept, ascending."""
+        return self._days_in(os.path.join(self.root_of(table), "_versions", self._of_table(table)))
+
+    def _days_in(self, folder: str) -> list[dt.date]:
+        names = files.list_names(folder)
         return sorted(day for name in names if (day := self._day_names.day_of(name)))
 
     def published_days(self, table: Table) -> list[dt.date]:

@@ -69,6 +69,14 @@ def holding(folders: Sequence[str], say: Callable[[str], None]) -> Iterator[Lock
         yield held
 
 
+@contextlib.contextmanager
+def holding_at_once(folders: Sequence[str]) -> Iterator[Locks]:
+    """Holds `folders` until the block ends; raises BlockingIOError where another holds one."""
+    with contextlib.ExitStack() as stack:
+        held = {folder: stack.enter_context(files.lock(folder)) for folder in folders}
+        yield Locks(_held=held)
+
+
 def _busy(folder: str) -> Busy:
     return Busy(
         f"Another run is writing the same tables of the same day (it holds {folder}). Two at once "

@@ -58,6 +58,7 @@ from pipelines.running.layout import CHUNK_FOLDER, Layout, Place, date_of, days_
 from pipelines.running.locks import Locks
 from pipelines.running.stage import Stage
 from pipelines.running.states import PUBLISHED, Look, Night
+from pipelines.stages import Kind
 
 T = TypeVar("T")
 
@@ -132,23 +133,28 @@ def tidy_jobs(night: Night, locks: Locks) -> None:
     chunk file be needed that was there before.
     """
     for stage in night.stages:
-        top = stage.layout.kind_folder(stage.kind)
-        chunks = files.find(os.path.join(top, CHUNK_FOLDER + "*", "*"))
-        names = files.list_names(top)  # after the look for chunks: none of them is of a later job
-        unfinished = [day for name in names if name.startswith("ds=") and (day := date_of(name))]
-        locks.check()
-        for name in names:
-            ends = days_of_job(name)
-            if ends and not any(ends[0] <= day <= ends[1] for day in unfinished):
-                files.delete_tree(os.path.join(top, name))
-        if unfinished:
-            continue
-        for paths in _batches(chunks):
-            _all_at_once(_delete_if_there, paths)
-        for name in names:
-            folder = os.path.join(top, name)
-            if name.startswith(CHUNK_FOLDER) and not files.list_names(folder):
-                files.delete_tree(folder)
+        tidy_jobs_of(stage.layout, stage.kind, locks)
+
+
+def tidy_jobs_of(layout: Layout, kind: Kind, locks: Locks) -> None:
+    """Deletes what jobs of a kind left that died, as `tidy_jobs` does."""
+    top = layout.kind_folder(kind)
+    chunks = files.find(os.path.join(top, CHUNK_FOLDER + "*", "*"))
+    names = files.list_names(top)  # after the look for chunks: none of them is of a later job
+    unfinished = [day for name in names if name.startswith("ds=") and (day := date_of(name))]
+    locks.check()
+    for name in names:
+        ends = days_of_job(name)
+        if ends and not any(ends[0] <= day <= ends[1] for day in unfinished):
+            files.delete_tree(os.path.join(top, name))
+    if unfinished:
+        return
+    for paths in _batches(chunks):
+        _all_at_once(_delete_if_there, paths)
+    for name in names:
+        folder = os.path.join(top, name)
+        if name.startswith(CHUNK_FOLDER) and not files.list_names(folder):
+            files.delete_tree(folder)
 
 
 def _delete_if_there(path: str) -> None:
@@ -317,11 +323,7 @@ class Publication:
 
     @contextlib.contextmanager
     def _step(self, expected: bytes | None) -> Iterator[None]:
-        """Goes into the block only while the manifest is `expected` (None: while there is none)."""
-        self.locks.check()
-        with files.step(self.place.folder):
-            if files.read_if_there(self._manifest_path) != expected:
-                raise superseded(self.place.folder)
+        with _step(self.place.folder, self.locks, expected):
             yield
 
     # -- Until the manifest changes --
@@ -538,6 +540,58 @@ class Publication:
                     files.write_if_unchanged(self._success_path, success, found)
                     return
         raise superseded(self.place.folder)
+
+
+@contextlib.contextmanager
+def _step(folder: str, locks: Locks, expected: bytes | None) -> Iterator[None]:
+    """Goes into the block only while the manifest is `expected` (None: while there is none)."""
+    locks.check()
+    with files.step(folder):
+        if files.read_if_there(os.path.join(folder, MANIFEST)) != expected:
+            raise superseded(folder)
+        yield
+
+
+# ---- Taking away -------------------------------------------------------------------------------
+
+
+def withdraw(place: Place, seen: Sequence[FileInfo], locks: Locks) -> None:
+    """Takes a partition from before readers for good: the files that were `seen` in its folder.
+
+    `_SUCCESS` goes first, then the manifest, the parts, the list. Whatever another has written in
+    between stays, as it was not seen; the manifest was seen before it is looked at here. Killed at
+    any point, the same call finishes it. Raises CourierError where another run publishes meanwhile.
+    """
+    by_name = {os.path.relpath(file.path, place.folder): file for file in seen}
+    manifest = files.read_if_there(os.path.join(place.folder, MANIFEST))
+    if manifest is not None:
+        _note_withdrawn(place, manifest, locks)
+    for name in (SUCCESS, MANIFEST):
+        if name in by_name:
+            with _step(place.folder, locks, manifest):
+                files.delete_seen(by_name.pop(name))
+    listed = [by_name.pop(FILE_LIST)] if FILE_LIST in by_name else []
+    for some in (*_batches(by_name.values()), *_batches(listed)):
+        with _step(place.folder, locks, None):
+            _all_at_once(files.delete_seen, some)
+    with _step(place.folder, locks, None):
+        files.delete_empty(place.folder)
+
+
+def _note_withdrawn(place: Place, manifest: bytes, locks: Locks) -> None:
+    """Notes among the kept versions that this one is replaced, though nothing takes its place.
+
+    Whoever publishes it again counts from there: its `_SUCCESS` must not come twice, or a reader
+    that saw it before and after would trust what it found in between.
+    """
+    path = os.path.join(place.folder, MANIFEST)
+    found: dict[str, Any] = parse_json(path, manifest)
+    kept_path = os.path.join(place.kept, str(found["version"]), MANIFEST)
+    kept = files.read_if_there(kept_path)
+    counted = parse_json(kept_path, kept).get("publication", 1) if kept else 0
+    times = max(found.get("publication", 1) + 1, counted)
+    with _step(place.folder, locks, manifest):
+        files.write_bytes(kept_path, _manifest_bytes({**found, "publication": times}))
 
 
 def _seen(path: str) -> FileInfo | None:

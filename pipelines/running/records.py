@@ -2,7 +2,7 @@
 
 import datetime as dt
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from feature_jobs.schemas import TABLES, GateRefused, OperatorError, Table
@@ -23,7 +23,8 @@ def night_record(
     """Returns which version of each table together is the night of ds, and which were before.
 
     It has what gates had to say of them, which of them were accepted, and since when its own
-    versions are there. `before` is the record that stands there now.
+    versions are there. `before` is the record that stands there now. A night that lost a table,
+    which was pruned, is none to go back to.
     """
     entries = {
         p.manifest["table"]: {
@@ -44,9 +45,14 @@ def night_record(
     }
     if before is None:
         return record
+    pruned = {name: at for name, at in before.get("pruned", {}).items() if name not in entries}
+    if pruned:
+        record["pruned"] = pruned
     if own_versions(before) == own_versions(record):
         # Shared tables alone changed: the way back stays.
         return {**record, "before": before["before"]}
+    if "pruned" in before:
+        return record
     return {**record, "before": {**before, "before": None}}  # one step back is kept, not all
 
 
@@ -61,6 +67,22 @@ def _published_at(record: Mapping[str, Any], before: Mapping[str, Any] | None) -
             return before.get("published_at")  # none in those of earlier versions of COURIER
         before = before["before"]
     return dt.datetime.now(dt.UTC).isoformat(timespec="microseconds")
+
+
+def without_pruned(
+    record: Mapping[str, Any], tables: Collection[str], now: dt.datetime
+) -> dict[str, Any]:
+    """Returns a night's record that names some tables no more, and says when they were pruned.
+
+    There is no way back from it: what it would bring back are parts of two nights.
+    """
+    pruned = dict.fromkeys(tables, now.isoformat(timespec="seconds"))
+    return {
+        **record,
+        "tables": {name: one for name, one in record["tables"].items() if name not in pruned},
+        "pruned": {**record.get("pruned", {}), **pruned},
+        "before": None,
+    }
 
 
 def read_night(layout: Layout, ds: dt.date) -> dict[str, Any] | None:
@@ -115,9 +137,10 @@ def is_whole(
 ) -> bool:
     """Returns whether every table that a night's record names is published in that version.
 
-    `find` finds what is published in a folder.
+    So it is without those that were pruned since, unless all were. `find` finds what is published
+    in a folder.
     """
-    return all(
+    return bool(record["tables"]) and all(
         (found := find(folder_of(record, name, layout))) and found.version == entry["version"]
         for name, entry in record["tables"].items()
     )

@@ -84,7 +84,7 @@ def plan_rollback(settings: Settings, ds: dt.date, reason: str) -> Rollback:
     if not wanted:
         raise OperatorError(
             f"There is no earlier night of ds {ds} to bring back: it was published once, or not "
-            "at all. What is published stays as it is."
+            "at all, or tables of it were pruned. What is published stays as it is."
         )
     own = records.own_versions(wanted)
     versions = tuple(_find(settings, ds, TABLES[name], version) for name, version in own.items())

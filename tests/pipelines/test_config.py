@@ -88,6 +88,12 @@ disk_gb = 500.5
 user_root = "gs://users/features"
 partition = "dt={ds:%Y%m%d}"
 row_group_mb = 64
+[retention]
+days = {user_simscores = 400, item_features = 7}
+versions = 0
+grace_hours = 2.5
+staging_hours = 48
+by_the_night = true
 [costs]
 currency = "CNY"
 core_hour = 0.3
@@ -181,6 +187,13 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
             "user_root": "gs://users/features",
             "partition": "dt={ds:%Y%m%d}",
             "row_group_mb": 64,
+        },
+        "retention": {
+            "days": {"user_simscores": 400, "item_features": 7},
+            "versions": 0,
+            "grace_hours": 2.5,
+            "staging_hours": 48,
+            "by_the_night": True,
         },
         "backfill": {"memory_gb": 12.0, "disk_gb": 500.5},
         "costs": {"currency": "CNY", "core_hour": 0.3, "gb_month": 0.0},
@@ -332,6 +345,28 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(
     message = refusal(folder, with_line(line, section))
     assert f"unknown key {key!r}, did you mean {near!r}?" in message
     assert str(folder / "courier.toml") in message
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("days = {user_simscore = 90}", "names no table, did you mean 'user_simscores'?"),
+        ("days = {zzz = 90}", "names no table, tables are user_histories, "),
+        ("days = {user_simscores = 29}", "retention.days keeps 29 days of user_simscores, fewer "
+         "than window_days = 30: nights to come, and a recomputation of the window, would miss"),
+        ("days = {user_simscores = 0}", "'retention.days.user_simscores': Input should be greater"),
+        ("days = {user_simscores = 90.5}", "'retention.days.user_simscores': Input should be a"),
+        ("days = 90", "'retention.days': Input should be a"),
+        ("versions = -1", "'retention.versions': Input should be greater than or equal to 0"),
+        ("grace_hours = -1", "'retention.grace_hours': Input should be greater than or equal to 0"),
+        ("staging_hours = inf", "'retention.staging_hours': Input should be a finite number"),
+        ("by_night = true", "unknown key 'retention.by_night', did you mean 'by_the_night'?"),
+    ],
+)  # fmt: skip
+def test_what_is_to_be_kept_is_said_of_tables_and_keeps_the_window(
+    folder: str, line: str, told: str
+) -> None:
+    assert told in refusal(folder, f"{LEAST}\n[retention]\n{line}\n")
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,7 @@ def _keys(schema: Mapping[str, Any], section: str) -> dict[str, tuple[str, str]]
     return {
         key: (_takes(about), "required" if key in required else _value(about["default"]))
         for key, about in model.get("properties", {}).items()
-        if _is_gate(about)
-        or (not _model(about) and about["type" if "type" in about else "anyOf"] != "object")
+        if _is_gate(about) or (not _model(about) and about.get("additionalProperties") is not True)
     }
 
 
@@ -105,6 +104,8 @@ def _takes(about: Mapping[str, Any]) -> str:
         return f"[{', '.join(map(_takes, about['prefixItems']))}]"
     if about["type"] == "array":
         return f"list of {_takes(about['items'])}"
+    if about["type"] == "object":
+        return f"table of {_takes(about['additionalProperties'])}"
     name = about.get("format") or {"string": "text", "boolean": "true, false"}.get(about["type"])
     least, above, most = (about.get(k) for k in ("minimum", "exclusiveMinimum", "maximum"))
     bounds = {"≥": least, ">": above, "≤": most}

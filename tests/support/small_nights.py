@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from feature_jobs.schemas import ITEM_FEATURES
+from feature_jobs.schemas import ITEM_FEATURES, Table
 from feature_jobs.store import files, partitions
 from feature_jobs.store.documents import write_json
 from feature_jobs.store.files import FileInfo
@@ -36,7 +36,9 @@ NOW = dt.datetime(2026, 3, 2, tzinfo=dt.UTC)
 Values = list[int]
 
 
-def stage_partition(folder: str, values: Values, shards: int = 2, run_id: str = "r") -> Partition:
+def stage_partition(
+    folder: str, values: Values, shards: int = 2, run_id: str = "r", table: Table = ITEM_FEATURES
+) -> Partition:
     """Writes a staged partition of `shards` files with the given values."""
     listed = []
     for shard in range(shards):
@@ -45,7 +47,7 @@ def stage_partition(folder: str, values: Values, shards: int = 2, run_id: str = 
         size, sha256 = partitions.write_parquet(os.path.join(folder, name), rows)
         listed.append({"name": name, "rows": len(rows), "bytes": size, "sha256": sha256})
     manifest = {
-        "table": ITEM_FEATURES.name, "run_id": run_id, "files": listed, "rows": len(values),
+        "table": table.name, "run_id": run_id, "files": listed, "rows": len(values),
         "counts": {}, "histograms": {}, "examples": {}, "made_from": {}, "notes": {},
         "identities": {}, "settings": {}, "inputs": {}, "values": values,
     }  # fmt: skip
