@@ -509,6 +509,40 @@ def test_of_a_prune_killed_at_any_change_no_reader_gets_a_mixture_and_the_next_f
     assert killed_at > 8
 
 
+def test_what_is_published_again_after_a_prune_has_another_success(folder: str) -> None:
+    """A reader that saw one before and after would trust what it found in between."""
+    shop, days = Shop(folder), SmallDays(folder, days=FOUR)
+    shop.publish(NEW)
+    days.night(10, tables=[ITEM_FEATURES])
+    path = os.path.join(shop.place.folder, SUCCESS)
+    seen = set[bytes]()
+    for _ in range(3):
+        assert shop.published() == NEW
+        seen.add(files.read_bytes(path))
+        days.prune()
+        assert shop.look().there == {}
+        shop.publish(NEW)
+    assert len(seen) == 3
+
+
+def test_a_record_that_comes_while_it_is_found_out_what_goes_stops_a_prune(root: str) -> None:
+    shop = SmallDays(root, days=FOUR).nights([10], ITEM_FEATURES)
+    shop.publish(ITEM_FEATURES, 1, 1)
+    keeping = retention.Keeping(shop.settings, dt.datetime.now(dt.UTC))
+    find = keeping.of_day
+
+    def of_day(ds: dt.date, mine: retention.Documents) -> list[retention.Gone]:
+        gone = find(ds, mine)
+        shop.record(1, [ITEM_FEATURES])
+        return gone
+
+    keeping.of_day = of_day
+    with pytest.raises(CourierError, match="Another run published"):
+        retention.take_away(keeping, day(1))
+    assert shop.days(ITEM_FEATURES) == [1, 10]
+    assert records.is_whole(shop.recorded(1), shop.layout)
+
+
 @pytest.mark.parametrize("first", ["prunes", "publishes"])
 def test_a_prune_and_a_publication_that_stop_anywhere_for_each_other_leave_no_mixture(
     begun: tuple[str, dict[str, bytes]], calls: Calls, first: str
