@@ -35,6 +35,7 @@ from tests.support.writers import refused
 
 LATER = 1000.0  # hours, after which whatever is left is old
 OLD, NEW, OTHER = [1, 2, 3, 4], [5, 6, 7, 8, 9], [11, 12, 13]
+LATEST = [10] * 4  # of the newer night from which days count
 FOUR = {ITEM_FEATURES.name: 4}
 
 
@@ -473,7 +474,11 @@ def test_of_a_prune_killed_at_any_change_no_reader_gets_a_mixture_and_the_next_f
     killed_at, ended = 0, False
     while not ended:
         shop = shop_of(there, f"{folder}/{killed_at}")
-        days, readers, made = SmallDays(shop.settings.root, days=FOUR), Readers(shop, [OLD, NEW]), 0
+        days, readers, made = (
+            SmallDays(shop.settings.root, days=FOUR),
+            Readers(shop, [OLD, NEW, LATEST]),
+            0,
+        )
 
         def kill(what: str, _: str, readers: Readers = readers, killed_at: int = killed_at) -> None:
             nonlocal made
@@ -553,7 +558,10 @@ def test_a_prune_and_a_publication_that_stop_anywhere_for_each_other_leave_no_mi
     while not ended:
         stop_at += 5 if files.is_remote(folder) else 2  # more would take minutes
         shop = shop_of(there, f"{folder}/{stop_at}")
-        days, readers = SmallDays(shop.settings.root, days=FOUR), Readers(shop, [OLD, NEW, OTHER])
+        days, readers = (
+            SmallDays(shop.settings.root, days=FOUR),
+            Readers(shop, [OLD, NEW, OTHER, LATEST]),
+        )
         shop.make(OTHER)
         keeping = retention.Keeping(days.settings, dt.datetime.now(dt.UTC))
 
