@@ -23,6 +23,9 @@ class Kind:
     tables: tuple[Table, ...]
     uses: frozenset[str]
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # not of all that there is to say of its tables, time and again
+
     @property
     def is_shared(self) -> bool:
         """Returns whether its tables are those of all feature sets."""

@@ -139,10 +139,8 @@ def histories_job(days: Sequence[LogOfDay], shards: Sequence[int], staging: str)
 def _check_shared(day: DayPlan) -> None:
     """Refuses to replace histories that another feature set made under another law."""
     settings, look, layout = day.settings, day.range.look, day.settings.layout
-    for other in layout.feature_sets():
-        if other == settings.feature_set:
-            continue
-        record = records.read_night(layout.of(other), day.ds) or {"tables": {}}
+    for other in layout.beside():
+        record = records.read_night(other, day.ds) or {"tables": {}}
         entry = record["tables"].get(USER_HISTORIES.name)
         theirs = entry and look.published(layout.folder(USER_HISTORIES, day.ds))
         if not theirs or theirs.manifest["version"] != entry["version"]:
@@ -150,8 +148,8 @@ def _check_shared(day: DayPlan) -> None:
         made_with = theirs.manifest["settings"]
         if made_with != history_settings(settings):
             raise OperatorError(
-                f"The feature set {other!r} below {settings.root} made user_histories of ds "
-                f"{day.ds} with {made_with}, which differs from these settings. The table is "
+                f"The feature set {other.feature_set!r} below {settings.root} made user_histories "
+                f"of ds {day.ds} with {made_with}, which differs from these settings. The table is "
                 "shared, so that each set would undo the other's night. Use the same settings, or "
                 "another root."
             )
@@ -195,7 +193,8 @@ class PlannedScores(Planned):
 
     def _broadcast_key(self, look: Look) -> str:
         """Names the machine's copy of the items that the job makes."""
-        found = [p.manifest for one in self.stage.upstream for p in look.made(one)]
+        made = [partition for one in self.stage.upstream for partition in look.made(one)]
+        found = [[one.version, one.manifest["made_from"]] for one in made]
         return documents.digest([found, self.stage.staging])[:16]
 
     @classmethod

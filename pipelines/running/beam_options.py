@@ -30,9 +30,13 @@ _TOLD_PROCESSES = (runners.PORTABLE, runners.FLINK, runners.SPARK)
 
 @dataclass(frozen=True)
 class JobOptions:
-    """Holds Beam's options of a stage, and what share of a host a process of its workers has."""
+    """Holds Beam's options of a stage, and what share of a host a process of its workers has.
+
+    `flags` are what the options were made of: Beam takes long to tell whether two are equal.
+    """
 
     beam: PipelineOptions
+    flags: tuple[str, ...]
     share: Share
 
 
@@ -114,7 +118,8 @@ def job_options(settings: Settings, stage: str, given: Sequence[str]) -> JobOpti
     supported.
     """
     options = pipeline_options(settings.beam, stage, given)
-    return JobOptions(options, Share(settings.workers.threads, processes_per_host(options)))
+    share = Share(settings.workers.threads, processes_per_host(options))
+    return JobOptions(options, (*flags(settings.beam, stage), *given), share)
 
 
 def is_local(job: JobOptions) -> bool:
@@ -127,7 +132,7 @@ def check_ready(jobs: Iterable[JobOptions]) -> None:
 
     To be asked before jobs are sent, and not before: what a job service needs may be fetched.
     """
-    for options in {str(job.beam.get_all_options()): job.beam for job in jobs}.values():
+    for options in {job.flags: job.beam for job in jobs}.values():
         runners.check_ready(options)
 
 

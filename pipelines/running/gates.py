@@ -13,7 +13,7 @@ our own fault or the disk's. The laws of rows were checked when they were writte
 import datetime as dt
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import isinf, sqrt
 from typing import Any
 
@@ -76,7 +76,8 @@ class Finding:
     def as_json(self) -> dict[str, Any]:
         """Returns it as a JSON document holds it: without limits that are infinite."""
         limits = {k: None if isinf(v) else v for k, v in self.limits.model_dump().items()}
-        told = {k: v for k, v in asdict(self).items() if k not in ("limits", "examples")}
+        names = [one.name for one in fields(self) if one.name not in ("limits", "examples")]
+        told = {name: getattr(self, name) for name in names}
         return {**told, **limits, "examples": list(self.examples)}
 
     def number(self, value: float | None) -> str:

@@ -1,9 +1,11 @@
 """Gathers what the gates judge by, of what is staged or published, and says what they refuse."""
 
+import bisect
 import datetime as dt
 from collections import ChainMap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from pyarrow import ArrowInvalid
@@ -63,20 +65,20 @@ class Judge:
         Of the others, the manifests say from then on what is beyond a limit. The days `without` are
         not published: nothing is compared with what was made for them.
         """
-        look, refused, left_out = Look(), list[tuple[Planned, CourierError]](), set(without)
-        for night in nights:
-            for one in night.planned:
+        look, refused = Look(), list[tuple[Planned, CourierError]]()
+        asked = [night for night in nights if night.ds not in without]
+        earlier = Nights(nights[0].settings.layout, look, asked)
+        for night in asked:
+            for one in (one for one in night.planned if one.stage.kind is kind):
                 state = look.state(one.stage)
-                is_asked = one.stage.kind is kind and night.ds not in without
-                if not is_asked or state.name == PUBLISHED or not state.is_made:
+                if state.name == PUBLISHED or not state.is_made:
                     continue
-                earlier = [other for other in nights if other.ds not in left_out]
                 try:
-                    self._judge(one.stage, night.settings, Nights(one.stage.layout, look, earlier))
+                    self._judge(one.stage, night.settings, earlier)
                     states.note_refusal(one.stage, None)
                 except (GateRefused, DataContractError) as error:
                     refused.append((one, error))
-                    left_out.add(night.ds)
+                    earlier.leave_out(night.ds)
         return refused
 
     def _judge(self, stage: Stage, settings: Settings, earlier: "Nights") -> None:
@@ -167,16 +169,20 @@ class Nights:
 
     def __init__(self, layout: Layout, look: Look, nights: Sequence[Night] = ()):
         self.look, self._layout, self._nights = look, layout, {night.ds: night for night in nights}
+        self._days: dict[str, list[dt.date]] = {}  # by table: a folder of many days is listed once
+
+    def leave_out(self, ds: dt.date) -> None:
+        """Forgets what was made for a day: it will not be published."""
+        del self._nights[ds]
 
     def manifests(self, table: Table, ds: dt.date) -> list[Manifest]:
         """Returns the manifests of the newest days before ds, at most `gates.NIGHTS` of them."""
-        found: list[Manifest] = []
-        for day in sorted({*self._nights, *self._layout.begun_days(table)}, reverse=True):
-            if day < ds and (partition := self._partition(table, day)):
-                found.append(partition.manifest)
-            if len(found) == gates.NIGHTS:
-                break
-        return found
+        if table.name not in self._days:
+            self._days[table.name] = sorted({*self._nights, *self._layout.begun_days(table)})
+        days = self._days[table.name]
+        before = reversed(days[: bisect.bisect_left(days, ds)])
+        there = filter(None, (self._partition(table, day) for day in before))
+        return [partition.manifest for partition in islice(there, gates.NIGHTS)]
 
     def _partition(self, table: Table, ds: dt.date) -> Partition | None:
         stages = self._nights[ds].stages if ds in self._nights else ()

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from feature_jobs.schemas import Table
 from feature_jobs.store import documents, files, nights, partitions
@@ -48,6 +49,11 @@ class Layout:
         """Returns where another feature set lies beside this one."""
         return replace(self, feature_set=feature_set)
 
+    def beside(self) -> list["Layout"]:
+        """Returns where other feature sets lie, and what else may be one."""
+        names = [name for name in files.list_names(self.root) if name[0] != "_"]
+        return [self.of(name) for name in names if name != self.feature_set]
+
     def candidate(self, encoder_id: str) -> "Layout":
         """Returns where the embeddings of an encoder lie that is not pinned yet."""
         return self.of(f"{self.feature_set}-candidate-{encoder_id.rpartition('-')[2]}")
@@ -80,7 +86,7 @@ class Layout:
         """Returns the folder in which a partition is published."""
         return self.place(table, ds).folder
 
-    @property
+    @cached_property
     def _day_names(self) -> DayNames:
         return DayNames(self.partition)
 

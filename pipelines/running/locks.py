@@ -34,6 +34,9 @@ class Locks:
     _held: dict[str, Held] = field(default_factory=dict)
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
+    def __post_init__(self) -> None:
+        self._distinct = set(self._held.values())  # one for all that a disk holds
+
     def take(self, folders: Sequence[str]) -> bool:
         """Takes those of `folders` that are not held yet, in this order; returns whether any was.
 
@@ -43,6 +46,7 @@ class Locks:
         missing = [folder for folder in folders if folder not in self._held]
         for folder in missing:
             self._held[folder] = self._take(folder)
+            self._distinct.add(self._held[folder])
         return bool(missing)
 
     def _take(self, folder: str) -> Held:
@@ -56,7 +60,7 @@ class Locks:
 
     def check(self) -> None:
         """Raises CourierError where a lock may have been lost: nothing more may be written."""
-        for lock in self._held.values():
+        for lock in self._distinct:
             lock.check()
 
 

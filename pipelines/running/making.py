@@ -42,21 +42,23 @@ def make_missing(
     are made apart, so that those before it are made.
     """
     locks.check()
-    why, before, begun = {}, Look(), Look()
-    for one in planned:
-        why[one.stage.run_id] = before.state(one.stage).why
-        if one.stage.forced:
-            states.begin(one.stage, why[one.stage.run_id], begun)
     look, made = Look(), Made()
-    missing = [one for one in planned if not look.state(one.stage).is_made]
+    why = {one.stage.run_id: look.state(one.stage).why for one in planned}
+    if forced := [one.stage for one in planned if one.stage.forced]:
+        begun = Look()
+        for stage in forced:
+            states.begin(stage, why[stage.run_id], begun)
+        look = Look()  # what is published of them counts for nothing now
+    is_made = [look.state(one.stage).is_made for one in planned]
+    missing = [one for one, there in zip(planned, is_made, strict=True) if not there]
     for one in missing:
         if any(look.staged(one.stage.staged_folder(table)) for table in one.stage.tables):
             reopen(one.stage)  # it goes on from what is another by now
         made.why[one.stage.run_id] = why[one.stage.run_id]
     for together in _consecutive(missing):
         made.refused += _make_or_part(together, made, options, say, locks)
-    for one in planned:
-        if one not in missing and look.state(one.stage).name != PUBLISHED:
+    for one, there in zip(planned, is_made, strict=True):
+        if there and look.state(one.stage).name != PUBLISHED:
             _bring_notes_up_to_date(one, look, locks)
     return made
 
@@ -93,7 +95,7 @@ def _bring_notes_up_to_date(one: Planned, look: Look, locks: Locks) -> None:
     for table, found in zip(one.stage.tables, look.made(one.stage), strict=True):
         if found.manifest["notes"] != dict(one.stage.notes):
             locks.check()
-            seal(one, table)
+            seal(one, table, Look())
 
 
 def _consecutive(planned: Sequence[Planned]) -> list[list[Planned]]:
@@ -144,9 +146,9 @@ def make(
     `why` says for what reasons, by run_id. Raises a worker's CourierError word for word; nothing is
     published in any case.
     """
-    look = Look()
+    before = Look()
     for one in planned:
-        states.begin(one.stage, why.get(one.stage.run_id, ()), look)
+        states.begin(one.stage, why.get(one.stage.run_id, ()), before)
     folder, kind = job_folder(planned), type(planned[0])
     try:
         run_job(
@@ -158,9 +160,10 @@ def make(
             for one in planned:
                 one.clean()
     locks.check()
+    look = Look()  # each day is sealed when the look comes to it, for the day after
     for one in planned:
         for table in one.stage.tables:
-            seal(one, table)
+            seal(one, table, look)
 
 
 def run_job(
@@ -204,10 +207,11 @@ def _told(staging: str, error: Exception) -> CourierError | None:
     return None
 
 
-def seal(one: Planned, table: Table) -> None:
+def seal(one: Planned, table: Table, look: Look) -> None:
     """Writes what a manifest will say beside the parts, after every shard has its receipt.
 
-    Raises DataContractError where rows were lost on the way to them; they are made again then.
+    `look` has not seen the stage, nor what it goes on from before that was sealed. Raises
+    DataContractError where rows were lost on the way to the parts; they are made again then.
     """
     stage = one.stage
     folder = stage.staged_folder(table)
@@ -238,11 +242,12 @@ def seal(one: Planned, table: Table) -> None:
         "examples": partitions.first_examples(parts),
         "identities": dict(stage.identities),
         "inputs": dict(stage.inputs),
-        "made_from": states.made_from(stage),
+        "made_from": states.made_from(stage, look),
         "settings": dict(stage.settings),
         "notes": dict(stage.notes),
         "versions": PACKAGE_VERSIONS,
         **one.summarise(),
+        **({"gates": []} if table is stage.tables[0] else {}),  # until they have something to say
     }
     write_json(os.path.join(folder, STAGED), manifest)
 

@@ -110,11 +110,11 @@ class Stage:
 
     # -- Where it lies --
 
-    @property
+    @cached_property
     def staging(self) -> str:
         return self.forced_staging if self.forced else self._staging(self.run_id)
 
-    @property
+    @cached_property
     def forced_staging(self) -> str:
         """Returns the staging folder of the same run where it is forced."""
         return self._staging(self.run_id + "-forced")
@@ -128,7 +128,11 @@ class Stage:
 
     def place(self, table: Table) -> Place:
         """Returns where the table is published, and where its earlier versions are kept."""
-        return self.layout.place(table, self.ds)
+        return self._places[table.name]
+
+    @cached_property
+    def _places(self) -> dict[str, Place]:
+        return {table.name: self.layout.place(table, self.ds) for table in self.tables}
 
     def folder(self, table: Table) -> str:
         """Returns the folder in which the table is published."""

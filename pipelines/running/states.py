@@ -355,12 +355,17 @@ def begin(stage: Stage, why: Sequence[str], look: Look) -> None:
 
 def _sources(stage: Stage, look: Look) -> dict[str, Any]:
     """Returns the versions of all that a stage is made from; None for what is not made yet."""
-    before = {one.table.name: look.find(one) for one in stage.before}
-    found = {name: p and p.version for name, p in before.items()}
+    found = _before(stage, look)
     return {**(look.made_from(stage) or {}), **({"before": found} if found else {})}
 
 
-def made_from(stage: Stage) -> dict[str, Any]:
+def _before(stage: Stage, look: Look) -> dict[str, str | None]:
+    """Returns the versions of the tables of an earlier day that a stage goes on from."""
+    found = {one.table.name: look.find(one) for one in stage.before}
+    return {name: partition.version if partition else None for name, partition in found.items()}
+
+
+def made_from(stage: Stage, look: Look) -> dict[str, Any]:
     """Returns the versions of all that a stage that is made now was made from.
 
     What is upstream is what it was when the job began: should it have been published anew since,
@@ -370,7 +375,7 @@ def made_from(stage: Stage) -> dict[str, Any]:
     path = os.path.join(stage.staging, _BEGUN)
     found: dict[str, Any] = read_json(path)["made_from"]
     if None in found.get("before", {}).values():
-        found["before"] = _sources(stage, Look())["before"]
+        found["before"] = _before(stage, look)
     return found
 
 

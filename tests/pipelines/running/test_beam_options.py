@@ -14,8 +14,12 @@ from apache_beam.options.pipeline_options import (
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from feature_jobs.schemas import OperatorError
+from feature_jobs.store.threads import Share
+from pipelines.running import runners
 from pipelines.running.beam_options import (
+    JobOptions,
     check_flags,
+    check_ready,
     flags,
     pipeline_options,
     processes_per_host,
@@ -217,3 +221,12 @@ def test_a_pipeline_has_run_to_its_end_on_return(tmp_path: Path) -> None:
 def test_the_failure_of_a_worker_is_raised(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="-1 is negative"):
         square([-1], tmp_path)
+
+
+def test_stages_of_the_same_options_are_looked_at_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(runners, "check_ready", asked.append)
+    some, others = pipeline_options({}, "embed", []), pipeline_options({}, "embed", ["--streaming"])
+    same = [JobOptions(some, (), Share()) for _ in range(3)]
+    check_ready([*same, JobOptions(others, ("--streaming",), Share())])
+    assert asked == [some, others]

@@ -14,7 +14,7 @@ from feature_jobs.schemas import (
     USER_SIMSCORES,
     CourierError,
 )
-from feature_jobs.store import faults, files, gcs
+from feature_jobs.store import faults, files, gcs, local
 from pipelines.running import locks
 from pipelines.running.layout import Layout
 
@@ -80,6 +80,17 @@ def test_shared_tables_are_waited_for_and_that_is_said(tmp_path: Path) -> None:
     thread.join(30)
     assert "another run is at the tables of" in order[0]
     assert order[1:] == ["first", "second"]
+
+
+def test_locks_of_a_disk_are_asked_as_one_however_many_days_are_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step of publishing asks: the locks of all days would be asked for each day."""
+    asked: list[object] = []
+    monkeypatch.setattr(local._Kept, "check", lambda kept: asked.append(kept))
+    with locks.holding([*folders(tmp_path, "a", ONE), *folders(tmp_path, "a", TWO)], print) as held:
+        held.check()
+    assert len(asked) == 1
 
 
 def test_a_lock_in_a_bucket_that_cannot_be_renewed_is_not_relied_upon(

@@ -105,12 +105,23 @@ def test_a_manifest_tells_the_histograms_and_examples_of_all_parts(tmp_path: Pat
             folder, table, schema, schema.empty_table(), shard, 2, histograms=histograms,
             examples=examples,
         )  # fmt: skip
-    making.seal(planned, table)
+    making.seal(planned, table, Look())
     made = partitions.find_staged(folder)
     assert made is not None
     assert made.manifest["histograms"] == {"x": [1, 7, 1]}
     assert made.manifest["examples"] == {"bad": [4, 2]}
     assert set(made.manifest["files"][0]) == {"name", "rows", "bytes", "sha256"}
+
+
+def test_a_manifest_that_gates_have_nothing_to_say_of_is_written_once(tmp_path: Path) -> None:
+    made, _ = sealed(tmp_path, 20, 6)
+    path, stage = Path(made.folder, partitions.STAGED), stage_of(tmp_path, shards=4).stage
+    written = path.stat()
+    making.note_gates(stage, [])
+    assert path.stat() == written
+    assert list(made.manifest)[-1] == "gates"
+    making.note_gates(stage, [{"gate": "churn"}])
+    assert documents.read_json(str(path)) == made.manifest | {"gates": [{"gate": "churn"}]}
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -182,8 +193,8 @@ def sealed(root: Path, embedded: int, rejected: int) -> tuple[Partition, Partiti
             partitions.write_part(folder, table, schema, mine, n, 4, counts)
     found = []
     for table in one.stage.tables:
-        making.seal(one, table)
-        making.seal(one, table)  # as after a kill
+        making.seal(one, table, Look())
+        making.seal(one, table, Look())  # as after a kill
         found.append(partitions.find_staged(one.stage.staged_folder(table)))
     return tuple(found)
 
