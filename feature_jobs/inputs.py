@@ -10,10 +10,10 @@ import datetime as dt
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, TypeVar
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -37,6 +37,8 @@ _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _FIRST_SECOND, _LAST_SECOND = -62_135_510_400, 253_402_214_400
 # What pyarrow raises for damaged bytes; a damaged footer may name impossible types or columns.
 _UNREADABLE = (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError, OSError)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -248,9 +250,7 @@ def open_source(
     `input_timezone`, impressions of a closed day).
     """
     paths = find_files(table, template, ds, require_success, closed)
-    with ThreadPoolExecutor(_FOOTER_READERS) as pool:
-        footers = list(pool.map(read_footer, paths))
-        checksums = tuple(pool.map(files.checksum, paths))
+    footers, checksums = _read_all(read_footer, paths), tuple(_read_all(files.checksum, paths))
     rows = sum(metadata.num_rows for metadata, _ in footers)
     if not rows and not (closed and not paths) and not is_marked_whole(template, ds):
         raise InputNotReady(
@@ -309,6 +309,13 @@ def read_footer(path: str) -> tuple[pq.FileMetaData, pa.Schema]:
         return patiently(path, read)
     except _UNREADABLE as error:
         raise unreadable(path, error) from error
+
+
+def _read_all(read: Callable[[str], T], paths: Sequence[str]) -> list[T]:
+    if len(paths) == 1:  # of many small days, threads would take longer
+        return [read(paths[0])]
+    with ThreadPoolExecutor(_FOOTER_READERS) as pool:
+        return list(pool.map(read, paths))
 
 
 def _open_parquet(data: IO[bytes], int96_unit: str = "us") -> pq.ParquetFile:

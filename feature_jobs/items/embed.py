@@ -209,14 +209,10 @@ def all_to_read(days: Iterable[WalkedDay], before: Tables, shard: int, reuse: bo
 
     They are in the columns of `embed_plan.images_to_read`.
     """
-    found: list[pa.Table] = []
-    for day in days:
-        images = embed_plan.images_to_read(day.plan, before.embeddings, shard, reuse)
-        if found and len(images):
-            known = pa.concat_tables(found).combine_chunks()
-            images = images.filter(pc.is_null(embed_plan.row_of_image(images, known)))
-        found.append(images)
-    return pa.concat_tables(found)
+    asked = (embed_plan.images_to_read(day.plan, before.embeddings, shard, reuse) for day in days)
+    images = pa.concat_tables(asked).combine_chunks()
+    _, first = np.unique(embed_plan.row_of_image(images, images), return_index=True)
+    return images.take(pa.array(np.sort(first)))
 
 
 def still_valid(results: pa.Table, images: pa.Table) -> pa.Table:
@@ -472,6 +468,8 @@ class WriteDay(beam.DoFn):
 
     def __init__(self, job: EmbedJob):
         self._job, self.staging = job, job.staging
+        # By what lists them: the next day of a shard is made of the same ones.
+        self._results: dict[Piece, pa.Table] = {}
 
     @worker_notes.refusing
     def process(self, element: tuple[tuple[int, int], Iterable[DayRows | bytes]]) -> None:
@@ -498,6 +496,7 @@ class WriteDay(beam.DoFn):
 
     def _embeddings(self, day: int, shard: int, found: Sequence[DayRows]) -> pa.Table:
         job, parts, results = self._job, [], [self._job.no_results().select(["embedding"])]
+        self._read_results({of_walk.results for of_walk in found if of_walk.results})
         for of_walk in found:
             if of_walk.embeddings is None:
                 continue
@@ -506,12 +505,19 @@ class WriteDay(beam.DoFn):
             offset = pa.scalar(sum(map(len, results)), pa.int64())
             parts.append(rows.set_column(place, RESULT_ROW, pc.add(rows[RESULT_ROW], offset)))
             if of_walk.results is not None:
-                listed = read_pieces([of_walk.results], pa.table({})).to_pylist()
-                results.append(read_pieces([Piece(**x) for x in listed], results[0], ["embedding"]))
+                results.append(self._results[of_walk.results])
         if not parts:
             return arrays.empty_rows(job.embeddings_schema)
         before = job.vectors_before(shard, job.days[day].shards)
         return embed_walk.with_vectors(pa.concat_tables(parts), pa.concat_tables(results), before)
+
+    def _read_results(self, wanted: set[Piece]) -> None:
+        """Reads the vectors of the results that these pieces list, and holds no others."""
+        nothing = self._job.no_results().select(["embedding"])
+        self._results = {listed: self._results[listed] for listed in wanted & self._results.keys()}
+        for listed in wanted - self._results.keys():
+            pieces = [Piece(**found) for found in read_pieces([listed], pa.table({})).to_pylist()]
+            self._results[listed] = read_pieces(pieces, nothing, ["embedding"])
 
     def _write(
         self, day: int, table: Table, shard: int, rows: pa.Table, pieces: Sequence[Piece],

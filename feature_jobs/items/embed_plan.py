@@ -193,10 +193,14 @@ class Sightings:
 
 
 def _find(uris: Sequence[str | None], roots: Sequence[str]) -> list[FileInfo | Rejected]:
+    def find(block: Sequence[str | None]) -> list[FileInfo | Rejected]:
+        return [find_image(uri, roots) for uri in block]
+
     blocks = [uris[at : at + _BLOCK] for at in range(0, len(uris), _BLOCK)]
+    if len(blocks) == 1:  # of many small days, threads would take longer
+        return find(blocks[0])
     with ThreadPoolExecutor(_FINDERS) as pool:
-        found = pool.map(lambda block: [find_image(uri, roots) for uri in block], blocks)
-        return list(chain.from_iterable(found))
+        return list(chain.from_iterable(pool.map(find, blocks)))
 
 
 def _as_table(uris: pa.Array, found: Sequence[FileInfo | Rejected]) -> pa.Table:

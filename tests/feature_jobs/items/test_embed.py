@@ -1,11 +1,30 @@
 """Tests what EMBED takes from an earlier run."""
 
 import datetime as dt
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from feature_jobs.items import embed
-from tests.support.embed_rows import WRITTEN, Row, digest, images, reject, results
+from feature_jobs.items.embed_plan import TO_READ, UNCHANGED
+from feature_jobs.items.embed_walk import Tables, WalkedDay
+from feature_jobs.store.pieces import Piece, write_piece, write_pieces
+from tests.support.embed_rows import (
+    DAY,
+    WRITTEN,
+    Row,
+    digest,
+    embeddings,
+    images,
+    reject,
+    rejects,
+    results,
+    vector,
+)
 
 # ---- What of an earlier run holds still ------------------------------------------------------
 
@@ -69,3 +88,67 @@ def test_an_item_holds_under_each_of_its_addresses() -> None:
     for asked in ([one, two], [two, one], [two]):
         found = embed.still_valid(done, images(*asked, {"item_id": 2, "image_uri": "one.png"}))
         assert {row["image_uri"] for row in found.to_pylist()} == {a["image_uri"] for a in asked}
+
+
+# ---- What is read for several days ------------------------------------------------------------
+
+
+def walked(*asked: Row, unchanged: Row) -> WalkedDay:
+    """Returns a day that asks for some images, and not for that of one item more."""
+    plan = images(*asked, unchanged)
+    state = pa.array([TO_READ] * len(asked) + [UNCHANGED])
+    before = Tables.before_the_first_day(embeddings({"item_id": 1}), rejects())
+    return WalkedDay(DAY, before, plan.append_column("state", state), results())
+
+
+def test_an_image_that_several_days_ask_for_is_read_once() -> None:
+    one, two = ({"item_id": 1, "image_uri": name} for name in ("one.png", "two.png"))
+    days = [
+        walked({"item_id": 3}, one, unchanged={"item_id": 9}),
+        walked(two, {"item_id": 2}, unchanged={"item_id": 3}),
+        walked(one, {"item_id": 4, "image_uri": "one.png"}, unchanged={"item_id": 2}),
+    ]
+    found = embed.all_to_read(days, days[0].before, 5, reuse=True)
+    asked = [(row["item_id"], row["image_uri"]) for row in found.to_pylist()]
+    expected = [(3, "3.png"), (1, "one.png"), (1, "two.png"), (2, "2.png"), (4, "one.png")]
+    assert asked == expected
+    assert found["known_sha256"].to_pylist() == [None, digest(1), digest(1), None, None]
+    assert found["shard"].to_pylist() == [5] * 5
+    assert len(embed.all_to_read(days[:0] or [walked(unchanged=one)], days[0].before, 5, True)) == 0
+
+
+def test_results_are_read_once_for_all_days_that_are_made_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listed(items: list[int]) -> Piece:
+        """Writes results, a file for each item, and what lists them."""
+        pieces = [
+            piece
+            for item in items
+            for _, piece in write_pieces(
+                str(tmp_path / str(item)), results({"item_id": item}), np.zeros(1, np.int64)
+            )
+        ]
+        places = {name: [getattr(piece, name) for piece in pieces] for name in Piece._fields}
+        found = write_piece(str(tmp_path / "listed"), pa.table(places))
+        assert found
+        return found
+
+    read: list[Piece] = []
+    real = embed.read_pieces
+
+    def counted(pieces: Any, *args: Any) -> pa.Table:
+        some = list(pieces)
+        read.extend(some)
+        return real(some, *args)
+
+    monkeypatch.setattr(embed, "read_pieces", counted)
+    job = SimpleNamespace(staging=str(tmp_path), no_results=results)
+    of_shard, of_another = listed([1, 2]), listed([3])
+    writer = embed.WriteDay(job)  # type: ignore[arg-type]
+    for _ in range(2):
+        writer._read_results({of_shard})
+        assert writer._results[of_shard]["embedding"].to_pylist() == [vector(1), vector(2)]
+        assert len(read) == 3  # the list, and both files
+    writer._read_results({of_another})
+    assert list(writer._results) == [of_another]  # what the days before needed is let go
