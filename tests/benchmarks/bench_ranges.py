@@ -1,7 +1,7 @@
 """Measures what a day of a range costs, beside a night of its own, and what many small days take.
 
     python tests/benchmarks/bench_ranges.py [--days 60] [--items 20000] [--impressions 100000]
-        [--small 700]
+        [--small 700] [--step-days 100]
 
 `make bench` runs it. Images and the encoder are stubs: what is measured is all else of a night.
 
@@ -13,6 +13,9 @@
 2. So many days of 300 items and 300 impressions through all stages (goal: 3 minutes on 2 cores),
    their training rows (goal: 60 s), and then, of the last of them, a night that is there (goal: 1 s
    once all is imported) and `courier status`.
+3. The same days by `courier backfill`, so many of them in a step (goal: 1.5 of the range). And what
+   `--dry-run` takes once they are there (goal: 5 s), with the reads of a partition (goal: 3 at
+   most).
 
 Each runs in a process of its own, on a shop of its own.
 """
@@ -25,6 +28,8 @@ import json
 import logging
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,6 +46,8 @@ from courier_model import inference
 from courier_model.encoder import build_encoder, save_encoder
 from feature_jobs.codebooks.codebook import save_codebook
 from feature_jobs.schemas import TIMESTAMP
+from feature_jobs.store.local import LocalStore
+from feature_jobs.store.partitions import MANIFEST
 from pipelines import cli
 from pipelines.config import load_settings
 from pipelines.nightly import plan_nights
@@ -67,7 +74,7 @@ def make_shop(top: Path, days: int, items: int, impressions: int) -> None:
     (top / "courier.toml").write_text(
         'root = "features"\n[catalogue]\npath = "catalogue/{ds}"\nimage_roots = ["/"]\n'
         '[impressions]\npath = "impressions/{ds}"\n'
-        "[gates]\nbalance.fail = 1.0\ndead_clusters.fail = 1.0\n"
+        "[gates]\nbalance.fail = 1.0\ndead_clusters.fail = 1.0\nhistory_drift.fail = 100.0\n"
         f'[[pins]]\nfrom_ds = {FIRST}\nencoder = "{info.encoder_id}"\n'
         f'codebook = "{Path(book).name}"\n'
     )
@@ -128,14 +135,35 @@ def peak_of_runs(top: Path) -> int:
     return max(s.get("peak_memory_bytes", 0) for run in runs for s in run["stages"].values())
 
 
+@contextlib.contextmanager
+def counting_reads() -> Iterator[Counter[Path]]:
+    """Counts, in the block, how often a file is read in each folder."""
+    reads: Counter[Path] = Counter()
+    with contextlib.ExitStack() as stack:
+        for name in ("read_bytes", "open_input"):
+            real = getattr(LocalStore, name)
+
+            def counted(store: LocalStore, path: str, *more: Any, _real: Any = real) -> Any:
+                reads[Path(path).parent] += 1
+                return _real(store, path, *more)
+
+            stack.enter_context(mock.patch.object(LocalStore, name, counted))
+        yield reads
+
+
 def ends(first: int, last: int) -> tuple[str, ...]:
     """Returns the options for the days of two numbers, both included."""
     days = (FIRST + dt.timedelta(days=number) for number in (first, last))
     return "--start-ds", str(next(days)), "--end-ds", str(next(days))
 
 
-def measure(what: str, days: int, items: int, impressions: int) -> dict[str, float]:
-    """Makes a shop and measures one thing of it, all imports and a first night aside."""
+def measure(
+    what: str, days: int, items: int, impressions: int, step_days: int = 0
+) -> dict[str, float]:
+    """Makes a shop and measures one thing of it, all imports and a first night aside.
+
+    With `step_days`, its range is made by `courier backfill`.
+    """
     vectors = unit_vectors(CENTRES)
 
     def embed(embedder: object, pixels: np.ndarray) -> np.ndarray:
@@ -150,7 +178,8 @@ def measure(what: str, days: int, items: int, impressions: int) -> dict[str, flo
         make_shop(top, days + 2, items, impressions)
         found = {"first": courier(top, "refresh", *ends(0, 0))}
         found["estimated"] = estimated(top, 1, days)
-        found["seconds"] = courier(top, "refresh", *ends(1, days))
+        steps = ["backfill", "--step-days", str(step_days)] if step_days else ["refresh"]
+        found["seconds"] = courier(top, *steps, *ends(1, days))
         found["peak_mb"] = peak_of_runs(top) / 1e6
         if what == "half":
             found["next"] = courier(top, "refresh", *ends(days + 1, days + 1))
@@ -159,11 +188,15 @@ def measure(what: str, days: int, items: int, impressions: int) -> dict[str, flo
             found["there"] = courier(top, "refresh", *ends(days, days))
             found["all there"] = courier(top, "refresh", *ends(0, days))
             found["status"] = courier(top, "status")
+        if what == "steps":
+            with counting_reads() as reads:
+                found["plan"] = courier(top, "backfill", "--dry-run", *ends(1, days))
+            found["reads"] = max(n for folder, n in reads.items() if (folder / MANIFEST).exists())
     return found
 
 
-def child(what: str, days: int, items: int, impressions: int) -> dict[str, Any]:
-    return nights.child(__file__, "--measure", what, days, items, impressions)
+def child(what: str, *sizes: int) -> dict[str, Any]:
+    return nights.child(__file__, "--measure", what, *sizes)
 
 
 # ---- Told --------------------------------------------------------------------------------------
@@ -187,7 +220,7 @@ def bench_range(days: int, items: int, impressions: int) -> None:
     )
 
 
-def bench_small(days: int) -> None:
+def bench_small(days: int, step_days: int) -> None:
     found = child("small", days, SMALL_ROWS, SMALL_ROWS)
     print(f"  {days} days of {SMALL_ROWS} items and {SMALL_ROWS} impressions")
     print(f"    the range {found['seconds']:.1f} s (goal 180), a night {found['first']:.1f} s")
@@ -195,6 +228,15 @@ def bench_small(days: int) -> None:
     print(
         f"    there already: the last day {found['there']:.2f} s (goal 1), all days "
         f"{found['all there']:.1f} s; status {found['status']:.2f} s"
+    )
+    steps = child("steps", days, SMALL_ROWS, SMALL_ROWS, step_days)
+    print(
+        f"    backfill in steps of {step_days} days {steps['seconds']:.1f} s, "
+        f"{steps['seconds'] / found['seconds']:.2f} of the range (goal 1.5)"
+    )
+    print(
+        f"    its plan once all is there {steps['plan']:.1f} s (goal 5), "
+        f"{steps['reads']:.0f} reads of a partition at most (goal 3)"
     )
 
 
@@ -209,9 +251,10 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=20_000)
     parser.add_argument("--impressions", type=int, default=100_000)
     parser.add_argument("--small", type=int, default=700)
+    parser.add_argument("--step-days", type=int, default=100)
     given = parser.parse_args()
     print(nights.head())
-    bench_small(given.small)
+    bench_small(given.small, given.step_days)
     bench_range(given.days, given.items, given.impressions)
 
 

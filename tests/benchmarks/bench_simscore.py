@@ -197,7 +197,7 @@ def publish_items(shop: Shop, day: dt.date, vectors: np.ndarray) -> None:
     states.begin(stage, (), Look())  # begins the staging folder, which is sealed below
     shutil.copytree(parts, stage.staging, copy_function=os.link, dirs_exist_ok=True)
     for table in stage.tables:
-        making.seal(night.planned[0], table)
+        making.seal(night.planned[0], table, Look())
     make_nights([night], [], lambda _: None)
 
 
