@@ -179,18 +179,22 @@ def plan_backfill(settings: Settings, asked: Asked) -> Plan:
             "settings say that there are clicks: all histories before it would be empty. Begin "
             "there, or correct history_start_ds. Nothing was started."
         )
-    held = records.held_days(settings.layout)
-    wanted = {ds: settings.night for ds in days if ds not in held}
+    recorded = set(settings.layout.recorded_days())
+    nights = {ds: records.read_night(settings.layout, ds) for ds in days if ds in recorded}
+    chosen = _Chosen(settings, asked, records.held_days(settings.layout), nights)
+    ahead = {ds: left for ds in days if (left := chosen.left(ds))}
+    wanted = {ds: settings.night for ds in days if ds not in ahead}
     outlooks = nightly.look_ahead(settings, wanted, NightOptions(remake=asked.remake))
     if asked.only in (None, "missing", "failed"):
         _refuse_wrong_settings(outlooks)
-    look = outlooks[0].night.look if outlooks else Look()
-    chosen = _Chosen(settings, asked, held, look)
-    ahead = {outlook.night.ds: chosen.day_ahead(outlook) for outlook in outlooks}
-    ahead |= {ds: chosen.held(ds) for ds in days if ds in held}
+    if outlooks:
+        chosen.look = outlooks[0].night.look
+    ahead |= {outlook.night.ds: chosen.day_ahead(outlook) for outlook in outlooks}
     found = tuple(ahead[ds] for ds in days)
     computed = [one for day in found for one in day.computed]
-    return Plan(settings, asked, found, estimates.estimate(settings, computed, look), look)
+    return Plan(
+        settings, asked, found, estimates.estimate(settings, computed, chosen.look), chosen.look
+    )
 
 
 def stale_days(settings: Settings, days: Sequence[dt.date]) -> dict[dt.date, DayAhead]:
@@ -229,7 +233,8 @@ class _Chosen:
     settings: Settings
     asked: Asked
     holds: Mapping[dt.date, Any]
-    look: Look
+    nights: Mapping[dt.date, Any]
+    look: Look = field(default_factory=Look)
     _blocked: set[tuple[Kind, dt.date]] = field(default_factory=set)
 
     def day_ahead(self, outlook: Outlook) -> DayAhead:
@@ -251,13 +256,19 @@ class _Chosen:
         error = next(iter(missing.values()), None) if self._counts(night.ds) else None
         return DayAhead(night.ds, actions, kinds, computed, error)
 
-    def held(self, ds: dt.date) -> DayAhead:
-        """Returns what is to be done of a day on hold: nothing."""
-        hold = self.holds[ds]
-        why = f"rolled back at {hold['since']}: {hold['reason']}"
-        _, refused = nightly.without_held(self.settings, [ds], self.settings.night)
-        error = refused[0].error if refused and self._counts(ds) else None
-        return DayAhead(ds, dict.fromkeys(self.settings.night, (HELD, why)), error=error)
+    def left(self, ds: dt.date) -> DayAhead | None:
+        """Returns a day that is not planned at all: on hold, or pruned; None for any other."""
+        kinds, night = self.settings.night, self.nights.get(ds)
+        if ds in self.holds:
+            hold = self.holds[ds]
+            why = f"rolled back at {hold['since']}: {hold['reason']}"
+            _, refused = nightly.without_held(self.settings, [ds], kinds)
+            error = refused[0].error if refused and self._counts(ds) else None
+            return DayAhead(ds, dict.fromkeys(kinds, (HELD, why)), error=error)
+        if night and night.get("pruned") and not self.asked.remake:
+            why = f"pruned: {', '.join(sorted(night['pruned']))}; --remake makes it anew"
+            return DayAhead(ds, dict.fromkeys(kinds, (LEAVE, why)))
+        return None
 
     def _counts(self, ds: dt.date) -> bool:
         """Returns whether a day that cannot be made is missed: it was asked for by name."""
@@ -313,10 +324,10 @@ class _Chosen:
         stale = tuple(
             kind for kind in possible if kind in there and actions[kind][0] in (COMPUTE, REUSE)
         )
-        record = records.read_night(night.settings.layout, night.ds)
+        is_recorded = night.ds in self.nights
         match self.asked.only:
             case "missing":
-                is_asked = record is None or bool(set(self.settings.night) - there)
+                is_asked = not is_recorded or bool(set(self.settings.night) - there)
             case "stale":
                 is_asked = bool(stale)
             case "late":
@@ -326,7 +337,7 @@ class _Chosen:
                 is_asked = night.ds in self._failed
             case None:
                 is_asked = True
-        is_part = self.asked.only in ("stale", "late") and record is None
+        is_part = self.asked.only in ("stale", "late") and not is_recorded
         return () if not is_asked else stale if is_part else self.settings.night
 
     def _has_grown(self, night: Night, kind: Kind) -> bool:

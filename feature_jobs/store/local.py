@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from feature_jobs.store import usage
 from feature_jobs.store.faults import NOT_THERE, Changed, gave_up, is_waited_for, patient
-from feature_jobs.store.protocol import FileInfo, is_hidden
+from feature_jobs.store.protocol import FileInfo, Held, is_hidden
 
 # What a disk without hard links says.
 _NO_LINKS = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -267,22 +267,28 @@ class LocalStore:
             yield
             return
         while True:  # until the folder is the one that is locked: another may delete an empty one
-            with self.lock(folder, wait=True) as held:
+            with self._locked(folder, wait=True) as handle:
                 mine.add(folder)
                 try:
-                    if self._is_there_as(folder, held.handle):
+                    if self._is_there_as(folder, handle):
                         yield
                         return
                 finally:
                     mine.remove(folder)
 
     @contextlib.contextmanager
-    def lock(self, folder: str, wait: bool = False) -> Iterator["_Kept"]:
+    def lock(self, folder: str, wait: bool = False) -> Iterator[Held]:
+        with self._locked(folder, wait):
+            yield _KEPT
+
+    @contextlib.contextmanager
+    def _locked(self, folder: str, wait: bool) -> Iterator[int]:
+        """Gives the open folder, while it is locked."""
         handle = self._open_new_folder(folder)
         try:
             if not self._is_locked(folder, handle, wait):
                 raise BlockingIOError(errno.EWOULDBLOCK, "held by another process", folder)
-            yield _Kept(handle)
+            yield handle
         finally:
             os.close(handle)
 
@@ -328,10 +334,10 @@ class _CountedFile(io.FileIO):
 
 
 class _Kept:
-    """Stands for a lock of the system on an open folder, which lasts as long as its process."""
-
-    def __init__(self, handle: int):
-        self.handle = handle
+    """Stands for any lock of the system, which lasts as long as its process."""
 
     def check(self) -> None:
         pass
+
+
+_KEPT = _Kept()
