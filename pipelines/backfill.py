@@ -14,6 +14,7 @@ import contextlib
 import datetime as dt
 import re
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -37,14 +38,18 @@ from pipelines.nightly import Outlook
 from pipelines.planning.day_plan import NightOptions
 from pipelines.running import beam_options, beside, estimates, records
 from pipelines.running.locks import Busy
-from pipelines.running.stage import Planned
-from pipelines.running.states import PUBLISHED, REFUSED, STAGED, Look, Night
-from pipelines.stages import EMBED, HISTORIES, ITEMS, SIMSCORE, Kind
+from pipelines.running.stage import Planned, Stage
+from pipelines.running.states import NEVER_MADE, PUBLISHED, REFUSED, STAGED, Look, Night
+from pipelines.stages import EMBED, HISTORIES, ITEMS, SIMSCORE, Kind, kind_of
 
-COMPUTE, REUSE, LEAVE, BLOCKED, HELD = "compute", "reuse", "leave", "blocked", "held"
+COMPUTE, REUSE, RECORD, LEAVE = "compute", "reuse", "record", "leave"
+BLOCKED, HELD = "blocked", "held"
 Only = Literal["missing", "stale", "late", "failed"]
 
+_MOST_DAYS = 60  # of a step, unless more are asked for: after each it is told how far the work is
 _BYTES_IN_MEMORY = 64  # of the local engine, for each row that a step of several days reads
+_OF_THE_DAY_BEFORE = ("previous made again", "histories before made again")  # reasons
+_TELL_SECONDS = 600.0
 _PAUSE = 5.0  # seconds between two looks whether another run has ended
 _ONE_DAY = dt.timedelta(days=1)
 
@@ -109,12 +114,17 @@ class Plan:
     settings: Settings
     asked: Asked
     days: tuple[DayAhead, ...]
-    estimate: estimates.Estimate
     look: Look
 
     @property
     def todo(self) -> list[DayAhead]:
         return [day for day in self.days if day.kinds]
+
+    @cached_property
+    def estimate(self) -> estimates.Estimate:
+        """Returns what all that is computed is likely to take."""
+        computed = [one for day in self.days for one in day.computed]
+        return estimates.estimate(self.settings, computed, self.look)
 
     @cached_property
     def step_days(self) -> int:
@@ -123,16 +133,14 @@ class Plan:
             return self.asked.step_days
         settings, todo = self.settings, self.todo
         rows = [sum(one.stage.input_rows for one in day.computed) for day in todo]
-        items = [
-            one.stage.input_rows for day in todo for one in day.computed if one.stage.kind in ITEMS
-        ]
         written = self.estimate.bytes_written / max(1, len(todo))
         fitting = [
+            _MOST_DAYS,
             settings.backfill.memory_gb * 1e9 / max(1, _BYTES_IN_MEMORY * max(rows, default=0)),
             settings.backfill.disk_gb * 1e9 / max(1.0, written),
         ]
-        if SIMSCORE in settings.night and items:  # each day of a job has a copy of its items
-            fitting.append(settings.simscore.broadcast_limit_gb * 1e9 / broadcast_bytes(max(items)))
+        if copied := max(map(_items_copied, todo), default=0):
+            fitting.append(settings.simscore.broadcast_limit_gb * 1e9 / broadcast_bytes(copied))
         return max(1, int(min(fitting)))
 
     def as_json(self) -> dict[str, Any]:
@@ -166,6 +174,12 @@ class Plan:
         return "\n".join([*lines, *self.estimate.lines()])
 
 
+def _items_copied(day: DayAhead) -> int:
+    """Returns of how many items a job that scores the day makes a copy: each day has its own."""
+    scores = (one.stage for one in day.computed if one.stage.kind is SIMSCORE)
+    return max((up.input_rows for stage in scores for up in stage.upstream), default=0)
+
+
 def plan_backfill(settings: Settings, asked: Asked) -> Plan:
     """Plans a backfill; nothing is written.
 
@@ -173,7 +187,7 @@ def plan_backfill(settings: Settings, asked: Asked) -> Plan:
     """
     days = asked.days or _days_concerned(settings, asked.only)
     start = settings.history_start_ds if HISTORIES in settings.night else None
-    if start and asked.days and days[0] < start:
+    if start and asked.days and days[0] < start and asked.only in (None, "missing"):
         raise OperatorError(
             f"--start-ds {days[0]} lies before history_start_ds = {start}, from which on the "
             "settings say that there are clicks: all histories before it would be empty. Begin "
@@ -183,18 +197,14 @@ def plan_backfill(settings: Settings, asked: Asked) -> Plan:
     nights = {ds: records.read_night(settings.layout, ds) for ds in days if ds in recorded}
     chosen = _Chosen(settings, asked, records.held_days(settings.layout), nights)
     ahead = {ds: left for ds in days if (left := chosen.left(ds))}
-    wanted = {ds: settings.night for ds in days if ds not in ahead}
+    wanted = {ds: chosen.wanted(ds) for ds in days if ds not in ahead}
     outlooks = nightly.look_ahead(settings, wanted, NightOptions(remake=asked.remake))
     if asked.only in (None, "missing", "failed"):
         _refuse_wrong_settings(outlooks)
     if outlooks:
         chosen.look = outlooks[0].night.look
     ahead |= {outlook.night.ds: chosen.day_ahead(outlook) for outlook in outlooks}
-    found = tuple(ahead[ds] for ds in days)
-    computed = [one for day in found for one in day.computed]
-    return Plan(
-        settings, asked, found, estimates.estimate(settings, computed, chosen.look), chosen.look
-    )
+    return Plan(settings, asked, tuple(ahead[ds] for ds in days), chosen.look)
 
 
 def stale_days(settings: Settings, days: Sequence[dt.date]) -> dict[dt.date, DayAhead]:
@@ -236,39 +246,52 @@ class _Chosen:
     nights: Mapping[dt.date, Any]
     look: Look = field(default_factory=Look)
     _blocked: set[tuple[Kind, dt.date]] = field(default_factory=set)
+    _waiting: dict[tuple[Kind, dt.date], dt.date] = field(default_factory=dict)
 
     def day_ahead(self, outlook: Outlook) -> DayAhead:
         night, actions = outlook.night, dict[Kind, tuple[str, str]]()
         planned = {one.stage.kind: one for one in night.planned}
-        missing = _missing(outlook)
+        ds, missing, hold = night.ds, _missing(outlook), self.holds.get(night.ds)
         for kind in self.settings.night:
             if kind in planned:
                 actions[kind] = self._action(planned[kind])
+            elif hold and not kind.is_shared:
+                actions[kind] = HELD, f"rolled back at {hold['since']}: {hold['reason']}"
             elif kind in missing:
                 actions[kind] = BLOCKED, self._blocked_by(kind, outlook)
             else:
                 actions[kind] = LEAVE, f"as it is: {self._blocked_by(kind, outlook)}"
         kinds = self._kinds(night, actions)
+        if kinds and _breaks_a_night(outlook):
+            kinds, missing = (), missing or dict(outlook.blocked)
+        has_work = any(action in (COMPUTE, REUSE) for action, _ in actions.values())
+        if not has_work and any(day == ds for _, day in self._waiting):
+            kinds = ()
         if not kinds:
             actions = {kind: _left(action, why) for kind, (action, why) in actions.items()}
+        elif not has_work:
+            actions = dict.fromkeys(actions, (RECORD, "all tables are published"))
         computed = tuple(one for kind, one in planned.items() if kind in kinds
                          and actions[kind][0] == COMPUTE)  # fmt: skip
-        error = next(iter(missing.values()), None) if self._counts(night.ds) else None
-        return DayAhead(night.ds, actions, kinds, computed, error)
+        error = next(iter(missing.values()), None) or (self._hold(ds) if hold else None)
+        return DayAhead(ds, actions, kinds, computed, error if self._counts(ds) else None)
 
     def left(self, ds: dt.date) -> DayAhead | None:
-        """Returns a day that is not planned at all: on hold, or pruned; None for any other."""
-        kinds, night = self.settings.night, self.nights.get(ds)
-        if ds in self.holds:
-            hold = self.holds[ds]
-            why = f"rolled back at {hold['since']}: {hold['reason']}"
-            _, refused = nightly.without_held(self.settings, [ds], kinds)
-            error = refused[0].error if refused and self._counts(ds) else None
-            return DayAhead(ds, dict.fromkeys(kinds, (HELD, why)), error=error)
-        if night and night.get("pruned") and not self.asked.remake:
-            why = f"pruned: {', '.join(sorted(night['pruned']))}; --remake makes it anew"
-            return DayAhead(ds, dict.fromkeys(kinds, (LEAVE, why)))
-        return None
+        """Returns a day that is not planned at all, since it was pruned; None for any other."""
+        night = self.nights.get(ds)
+        if not night or not night.get("pruned") or self.asked.remake:
+            return None
+        why = f"pruned: {', '.join(sorted(night['pruned']))}; --remake makes it anew"
+        return DayAhead(ds, dict.fromkeys(self.settings.night, (LEAVE, why)))
+
+    def wanted(self, ds: dt.date) -> tuple[Kind, ...]:
+        """Returns the stages that may be made: of a day on hold those alone that others share."""
+        is_held = ds in self.holds
+        return tuple(kind for kind in self.settings.night if kind.is_shared or not is_held)
+
+    def _hold(self, ds: dt.date) -> CourierError | None:
+        _, refused = nightly.without_held(self.settings, [ds], self.settings.night)
+        return refused[0].error if refused else None
 
     def _counts(self, ds: dt.date) -> bool:
         """Returns whether a day that cannot be made is missed: it was asked for by name."""
@@ -286,26 +309,44 @@ class _Chosen:
         return f"by {first.name}" if first is not kind else _sentence(error)
 
     def _action(self, one: Planned) -> tuple[str, str]:
-        state = self.look.state(one.stage)
-        why = "; ".join(self._reason(one, reason) for reason in state.why)
-        if state.name == PUBLISHED and not one.stage.forced:
+        stage, state = one.stage, self.look.state(one.stage)
+        if state.name == PUBLISHED and not stage.forced:
             return LEAVE, ""
+        if day := self._waits_for(stage, state.why):
+            self._waiting[stage.kind, stage.ds] = day
+            if day != stage.ds:
+                return LEAVE, f"waits for ds {day}, which is refused"
+        why = "; ".join(self._reason(one, reason) for reason in state.why if reason != NEVER_MADE)
         if state.name in (STAGED, REFUSED):
-            return REUSE, "made by an earlier run" + (f": {why}" if why else "")
-        done = (
-            f", {state.shards_done} of {one.stage.shards} shards done" if state.shards_done else ""
-        )
-        return COMPUTE, why + done
+            if state.name == REFUSED:
+                self._waiting[stage.kind, stage.ds] = stage.ds
+            return REUSE, "made by an earlier run" + (f", as {why}" if why else "")
+        if state.shards_done:
+            why = f"{why or NEVER_MADE}, {state.shards_done} of {stage.shards} shards are done"
+        return COMPUTE, why or NEVER_MADE
+
+    def _waits_for(self, stage: Stage, why: Sequence[str]) -> dt.date | None:
+        """Returns the refused day for whose sake alone a published stage would be made again."""
+        found = set[dt.date | None]()
+        for reason in why:
+            if reason in _OF_THE_DAY_BEFORE:
+                earlier = stage.before[0]
+                found.add(self._waiting.get((kind_of(earlier.table), earlier.ds)))
+            else:
+                name = reason.removeprefix("upstream ").removesuffix(" made again")
+                waiting = {k.name: day for (k, ds), day in self._waiting.items() if ds == stage.ds}
+                found.add(waiting.get(name))
+        return found.pop() if len(found) == 1 else None
 
     def _reason(self, one: Planned, reason: str) -> str:
         """Tells of the day before, where that is the reason, what became of it."""
-        if reason not in ("previous made again", "histories before made again"):
+        if reason not in _OF_THE_DAY_BEFORE:
             return reason
         earlier = one.stage.before[0]
         there = self.look.published(earlier.folder)
         accepted = [g["gate"] for g in (there.manifest.get("gates", ()) if there else ())
                     if g["level"] == "accepted"]  # fmt: skip
-        if earlier.ds in self.holds:
+        if earlier.ds in self.holds and not earlier.table.shared:
             became = "was rolled back"
         elif accepted:
             became = f"was accepted ({', '.join(accepted)})"
@@ -327,7 +368,7 @@ class _Chosen:
         is_recorded = night.ds in self.nights
         match self.asked.only:
             case "missing":
-                is_asked = not is_recorded or bool(set(self.settings.night) - there)
+                is_asked = not is_recorded or bool(set(self.wanted(night.ds)) - there)
             case "stale":
                 is_asked = bool(stale)
             case "late":
@@ -337,8 +378,8 @@ class _Chosen:
                 is_asked = night.ds in self._failed
             case None:
                 is_asked = True
-        is_part = self.asked.only in ("stale", "late") and not is_recorded
-        return () if not is_asked else stale if is_part else self.settings.night
+        is_part = self.asked.only == "late" or (self.asked.only == "stale" and not is_recorded)
+        return () if not is_asked else stale if is_part else self.wanted(night.ds)
 
     def _has_grown(self, night: Night, kind: Kind) -> bool:
         """Returns whether the log of a day has more rows than a stage was made from, of late."""
@@ -379,6 +420,18 @@ def _missing(outlook: Outlook) -> dict[Kind, CourierError]:
     return {k: error for k, error in outlook.blocked.items() if not _is_published(night, k)}
 
 
+def _breaks_a_night(outlook: Outlook) -> bool:
+    """Returns whether to make what can be made would leave a whole night half as it was.
+
+    What is read of the rest could not be made again from it.
+    """
+    night = outlook.night
+    if not outlook.blocked or all(night.look.state(s).name == PUBLISHED for s in night.stages):
+        return False
+    record = records.read_night(night.settings.layout, night.ds)
+    return record is not None and records.is_whole(record, night.settings.layout)
+
+
 def _left(action: str, why: str) -> tuple[str, str]:
     """Returns what is said of a stage of a day that is not asked for."""
     could_be_made = action in (COMPUTE, REUSE)
@@ -408,8 +461,15 @@ class Failure:
     def exit_status(self) -> int:
         return self.error.exit_status if isinstance(self.error, CourierError) else 1
 
+    @property
+    def told(self) -> str:
+        """Returns the reason in one line; what nobody expected is told by its kind."""
+        if isinstance(self.error, CourierError):
+            return str(self.error)
+        return f"{type(self.error).__name__}: {self.error}".splitlines()[0]
+
     def as_json(self) -> dict[str, Any]:
-        return {"stage": self.stage, "status": self.exit_status, "reason": str(self.error)}
+        return {"stage": self.stage, "status": self.exit_status, "reason": self.told}
 
 
 @dataclass
@@ -430,11 +490,12 @@ class Outcome:
 
     def render(self) -> str:
         """Returns the closing table: what was made, and a line for each day that is not there."""
-        there = len(self.days) - len(self.failures) - len(self.untried)
-        lines = [f"{_days(len(self.made))} made; {there:,} of {_days(len(self.days))} are there"]
+        left = len(self.days) - len(self.made) - len(self.failures) - len(self.untried)
+        told = f"of {_days(len(self.days))}: {len(self.made):,} made, {left:,} left as they were"
+        lines = [f"{told}, {len(self.failures):,} not made"]
         for ds, failure in sorted(self.failures.items()):
             stage = failure.stage or "-"
-            lines.append(f"{ds}  {stage:14} {failure.exit_status}  {failure.error}")
+            lines.append(f"{ds}  {stage:14} {failure.exit_status}  {failure.told}")
         if self.untried:
             lines.append(f"not tried: {_days(len(self.untried))} from {self.untried[0]} on")
         return "\n".join(lines)
@@ -448,62 +509,57 @@ class Outcome:
         kinds: dict[int, type[CourierError]] = {2: OperatorError, 3: GateRefused, 4: InputNotReady}
         count = len(self.failures) + len(self.untried)
         raise kinds.get(worst.exit_status, CourierError)(
-            f"{_days(count)} of {len(self.days):,} {'is' if count == 1 else 'are'} not there, as "
-            "the table above says; all else is published. Mend what it names, and run the same "
-            "command again, or with --failed for those days alone: what is there is left alone."
+            f"{_days(count)} of {len(self.days):,} {'is' if count == 1 else 'are'} not made, as "
+            "the table above says; all else is there. Mend what it names, and run the same command "
+            "again, or with --failed for those days alone: what is there is left alone."
         )
 
 
+def begin(plan: Plan) -> Outcome:
+    """Returns the outcome of a backfill of which nothing is made yet."""
+    found = {day.ds: day.error for day in plan.days if day.error and not day.kinds}
+    failures = {ds: Failure(None, error) for ds, error in found.items()}
+    return Outcome(tuple(day.ds for day in plan.days), failures=failures)
+
+
 def carry_out(
-    plan: Plan, config: str, beam_args: Sequence[str], command: Sequence[str],
-    say: Callable[[str], None],
-) -> Outcome:  # fmt: skip
-    """Makes what is planned, in steps; what came of it is noted below the root after each.
+    plan: Plan, outcome: Outcome, config: str, beam_args: Sequence[str],
+    command: Sequence[str], say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Makes what is planned, in steps; what comes of it is noted in `outcome`, and below the root.
 
-    `config` is the file of the settings, `command` what was typed.
-
-    Raises CourierError where another backfill is at some of these days, and where the store is away
-    or full: the same command goes on from there.
+    `config` is the file of the settings, `command` what was typed. Raises CourierError where
+    another backfill is at some of these days, and where the store is away or full: the same command
+    goes on from there.
     """
-    days = tuple(day.ds for day in plan.days)
-    outcome = Outcome(days)
-    for day in plan.days:
-        if day.error and not day.kinds:
-            outcome.failures[day.ds] = Failure(None, day.error)
-    if not plan.todo:
-        return outcome
-    with _alone(plan.settings, days):
+    if not plan.todo and not outcome.failures:
+        return
+    with _alone(plan.settings, outcome.days):
         work = _Work(plan, config, beam_args, command, say, outcome)
-        work.make_all()
-        work.note(ended=True)
-    return outcome
+        try:
+            work.make_all()
+        finally:
+            with contextlib.suppress(CourierError, OSError):  # which would hide what ended it
+                work.note()
 
 
 @contextlib.contextmanager
 def _alone(settings: Settings, days: Sequence[dt.date]) -> Iterator[None]:
     """Keeps other backfills from the same days until the block ends."""
-    layout = settings.layout
-    mine = layout.backfill_lock(days[0], days[-1])
-    others = [
-        layout.backfill_lock(*ends)
-        for ends in layout.backfill_locks()
-        if ends != (days[0], days[-1]) and ends[0] <= days[-1] and days[0] <= ends[1]
-    ]
+    layout, ends = settings.layout, (days[0], days[-1])
     with contextlib.ExitStack() as stack:
-        for folder in [mine, *others]:
-            try:
-                lock = files.lock(folder)
-                if folder == mine:
-                    stack.enter_context(lock)
-                else:
-                    with lock:
+        try:
+            stack.enter_context(files.lock(layout.backfill_lock(*ends)))
+            for other in layout.backfill_locks():  # seen by now: also of one that begins just now
+                if other != ends and other[0] <= ends[1] and ends[0] <= other[1]:
+                    with files.lock(layout.backfill_lock(*other)):
                         pass
-            except BlockingIOError as error:
-                raise CourierError(
-                    f"Another backfill is at some of the days {days[0]} to {days[-1]} (it holds "
-                    f"{folder}). Two at once would wait for each other day by day. Wait for it, or "
-                    "stop it and run this command: it goes on where that was."
-                ) from error
+        except BlockingIOError as error:
+            raise CourierError(
+                f"Another backfill is at some of the days {days[0]} to {days[-1]} (it holds "
+                f"{error.filename}). Two at once would wait for each other day by day. Wait for "
+                "it, or stop it and run this command: it goes on where that was."
+            ) from error
         yield
 
 
@@ -521,7 +577,10 @@ class _Work:
         self._total, self._started = len(self._wanted), time.monotonic()
         self._began = dt.datetime.now(dt.UTC)
         self._steps: list[dict[str, Any]] = []
+        days = outcome.days
+        self._path = self._settings.layout.backfill_path(days[0], days[-1], self._began)
         self._failed, self._tried_again = set[dt.date](), set[dt.date]()
+        self._told_done, self._waiting_told = 0, -_TELL_SECONDS
 
     def make_all(self) -> None:
         while self._wanted:
@@ -563,7 +622,9 @@ class _Work:
                 except Exception as error:  # noqa: BLE001  # a worker may raise anything
                     if len(together) == 1:
                         self._try_again_or_fail(together[0].night.ds, error)
-                    at_once = max(1, len(together) // 2)  # to find the day
+                        at_once = len(days)
+                    else:
+                        at_once = max(1, len(together) // 2)  # to find the day
                     break
             self._tell()
 
@@ -584,6 +645,7 @@ class _Work:
             if kinds and str(ds) not in idle:
                 continue  # refused, or it waits for one that is
             for kind, error in _missing(outlook).items():
+                self._failed.add(ds)
                 self._outcome.failures.setdefault(ds, Failure(kind.name, error))
             self._wanted.pop(ds, None)
             if not idle.get(str(ds), True) and ds not in self._outcome.failures:
@@ -616,8 +678,10 @@ class _Work:
         """Notes a failure of ds; once it is only tried again, where another run came first."""
         if type(error) is CourierError and ds not in self._tried_again:
             self._tried_again.add(ds)
-        else:
-            self._fail(ds, None, error)
+            return
+        if not isinstance(error, CourierError):
+            traceback.print_exception(error)
+        self._fail(ds, None, error)
 
     def _fail(self, ds: dt.date, kind: Kind | None, error: Exception) -> None:
         """Notes a failure; what later days need of ds, and nobody has yet, is made all the same."""
@@ -627,35 +691,38 @@ class _Work:
         with contextlib.suppress(ValueError):
             self._outcome.made.remove(ds)
         is_new = records.read_night(self._settings.layout, ds) is None
-        if kind in ITEMS and HISTORIES in wanted and is_new:
+        if (kind is None or kind in ITEMS) and {HISTORIES} < set(wanted) and is_new:
             self._wanted = dict(sorted([*self._wanted.items(), (ds, (HISTORIES,))]))
 
     def _wait(self, busy: Busy) -> None:
-        self._say(f"backfill: another run is at ds {busy.ds}: waiting until it has ended")
+        if time.monotonic() - self._waiting_told >= _TELL_SECONDS:
+            self._waiting_told = time.monotonic()
+            self._say(f"backfill: another run is at ds {busy.ds}: waiting until it has ended")
         time.sleep(_PAUSE)
 
     def _tell(self) -> None:
-        """Tells how far the work is."""
+        """Tells how far the work is, where that has changed."""
         done, seconds = self._total - len(self._wanted), time.monotonic() - self._started
-        left = len(self._wanted) * seconds / max(1, done)
+        if done == self._told_done:
+            return
+        self._told_done = done
+        left = estimates.duration(len(self._wanted) * seconds / max(1, done))
         rate = f"{done / max(seconds, 1e-3) * 60:,.1f} a minute"
-        told = f"backfill: {done:,} of {_days(self._total)} done, {rate}"
         failed = f", {_days(len(self._failed))} failed" if self._failed else ""
-        self._say(f"{told}, {estimates.duration(left)} left{failed}")
+        self._say(f"backfill: {done:,} of {_days(self._total)} done, {rate}, {left} left{failed}")
 
-    def note(self, ended: bool = False) -> None:
+    def note(self) -> None:
         """Writes below the root how far the work is."""
         now = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
         told = {
             "command": self._command,
             "started": self._began.isoformat(timespec="milliseconds"),
-            "ended" if ended else "seen": now,
+            "noted": now,
             "left": [str(ds) for ds in self._wanted],
             **self._outcome.as_json(),
             "steps": self._steps,
         }
-        days = self._outcome.days
-        write_json(self._settings.layout.backfill_path(days[0], days[-1]), told)
+        write_json(self._path, told)
 
 
 def _kinds_of(outlook: Outlook) -> list[Kind]:

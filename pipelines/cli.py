@@ -206,9 +206,12 @@ def backfill(
         if json:
             click.echo(dumps({"plan": plan.as_json()}, indent=1))
         return
-    outcome = backfills.carry_out(plan, config, beam_args, sys.argv[1:], _say)
-    result = {"plan": plan.as_json(), **outcome.as_json()}
-    click.echo(dumps(result, indent=1) if json else f"\n{outcome.render()}")
+    outcome = backfills.begin(plan)
+    try:
+        backfills.carry_out(plan, outcome, config, beam_args, sys.argv[1:], _say)
+    finally:  # what was made until then is told also where something ended it
+        result = {"plan": plan.as_json(), **outcome.as_json()}
+        click.echo(dumps(result, indent=1) if json else f"\n{outcome.render()}")
     outcome.refuse()
 
 

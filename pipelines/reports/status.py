@@ -1,6 +1,7 @@
 """Tells people how the last night went, what is next and to be done, and which days are there.
 
-What it costs follows what it prints: of earlier days nothing is read but their names.
+What it costs follows what it prints: of earlier days nothing is read but their names. The days
+shown are planned anew, to see what is stale, for which the inputs of each are looked at.
 """
 
 import datetime as dt

@@ -10,10 +10,10 @@ _SECONDS_TO_END = 30.0  # until a process that was asked to end is killed
 
 @contextlib.contextmanager
 def running(command: Sequence[str]) -> Iterator[None]:
-    """Runs `courier` with these arguments until the block ends, whether it has ended or not.
+    """Runs `courier` with these arguments beside the block, and waits for it.
 
     What it tells goes to this process's stderr. That it fails is none of the block's, which finds
-    what it published and makes the rest.
+    what it published and makes the rest. Where the block raises, it is ended.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines.cli", *command],
@@ -21,6 +21,7 @@ def running(command: Sequence[str]) -> Iterator[None]:
     )  # fmt: skip
     try:
         yield
+        process.wait()  # a job that it has begun elsewhere is not left alone
     finally:
         process.terminate()
         try:

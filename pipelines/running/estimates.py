@@ -5,6 +5,7 @@ shop, its machines and its encoder are known by what they did. Where none was pu
 are guessed by the columns; where nothing was made yet, there are no rates.
 """
 
+import contextlib
 import datetime as dt
 import os
 import statistics
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from feature_jobs import schemas
-from feature_jobs.schemas import EMBEDDING_DIM, Table
+from feature_jobs.schemas import EMBEDDING_DIM, DataContractError, Table
 from feature_jobs.store import files
 from feature_jobs.store.documents import parse_json
 from pipelines.config import Prices, Settings
@@ -262,12 +263,20 @@ def _newest_runs(layout: Layout) -> Iterator[dict[str, Any]]:
     for day in sorted(filter(None, map(date_of, names)), reverse=True):
         folder = layout.runs_folder(day)
         paths = [os.path.join(folder, run_id, "run.json") for run_id in files.list_names(folder)]
-        noted = [parse_json(path, data) for path in paths if (data := files.read_if_there(path))]
+        noted = [run for path in paths if (run := _read(path))]
         found = [run for run in noted if any(_measured(run))]
         yield from found
         days, read = days + bool(found), read + len(noted)
         if days == _RUN_DAYS or read >= _RUNS_READ:
             return
+
+
+def _read(path: str) -> dict[str, Any] | None:
+    """Returns what a run noted; nothing where it is damaged: an estimate is to stop nobody."""
+    found = files.read_if_there(path)
+    with contextlib.suppress(DataContractError):
+        return parse_json(path, found) if found else None
+    return None
 
 
 def _measured(run: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -180,9 +180,10 @@ class Layout:
         """Returns where it is written which versions of a night were announced."""
         return os.path.join(self._records, "_announced", f"ds={ds}.json")
 
-    def backfill_path(self, start: dt.date, end: dt.date) -> str:
-        """Returns where it is written how far a backfill of these days is."""
-        return os.path.join(self._records, "_backfills", f"{start}_{end}.json")
+    def backfill_path(self, start: dt.date, end: dt.date, began: dt.datetime) -> str:
+        """Returns where it is written how far a backfill of these days is, that `began` then."""
+        name = f"{start}_{end}_{began:%Y%m%dT%H%M%S%f}.json"
+        return os.path.join(self._records, "_backfills", name)
 
     def backfill_paths(self) -> list[str]:
         """Returns where it is written of all backfills how far they are."""

@@ -38,17 +38,31 @@ def test_it_runs_while_the_block_does(tmp_path: Path) -> None:
         assert ended(told)
 
 
+def test_it_is_waited_for(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    text = f"import time\ntime.sleep(1)\nopen({str(told)!r}, 'w')"
+    with run(script(tmp_path, text)), beside.running([]):
+        assert not told.exists()
+    assert told.exists()
+
+
 @pytest.mark.parametrize("is_deaf", [False, True])
-def test_it_is_ended_with_the_block(
+def test_it_is_ended_where_the_block_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_deaf: bool
 ) -> None:
     monkeypatch.setattr(beside, "_SECONDS_TO_END", 0.5)
     began = tmp_path / "began"
     deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" if is_deaf else ""
     text = f"{deaf}import time\nopen({str(began)!r}, 'w')\ntime.sleep(600)"
+
+    def fail() -> None:
+        with run(script(tmp_path, text)), beside.running([]):
+            assert ended(began)
+            raise KeyError
+
     started = time.monotonic()
-    with run(script(tmp_path, text)), beside.running([]):
-        assert ended(began)
+    with pytest.raises(KeyError):
+        fail()
     assert time.monotonic() - started < 300
 
 

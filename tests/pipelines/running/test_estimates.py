@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from feature_jobs import schemas
-from feature_jobs.schemas import DataContractError, Table
+from feature_jobs.schemas import Table
 from feature_jobs.store import files
 from pipelines import nightly, stages
 from pipelines.config import Settings, load_settings
@@ -242,13 +242,12 @@ def test_runs_of_the_newest_days_count_and_few_are_read(
     assert (cost, len(runs)) == ((estimates.Cost(8.0, 8.0), 14) if has_rates else (None, 28))
 
 
-def test_a_damaged_run_is_named(settings: Settings) -> None:
-    note_run(settings, 0, simscore={})
-    path = Path(settings.layout.runs_folder(day(0)), "r", "run.json")
-    path.write_text("{")
-    with pytest.raises(DataContractError, match="should be JSON but cannot be parsed") as told:
-        of(settings, scores(settings, 1, 1))
-    assert str(path) in str(told.value)
+def test_a_damaged_run_is_passed_over(settings: Settings) -> None:
+    """An estimate is to stop nobody."""
+    note_run(settings, 0, simscore=measured("impressions", 1, 3.0, 3.0))
+    note_run(settings, 1, simscore={})
+    Path(settings.layout.runs_folder(day(1)), "r", "run.json").write_text("{")
+    assert of(settings, scores(settings, 50, 1)).cost == estimates.Cost(3.0, 3.0)
 
 
 # ---- Bytes ---------------------------------------------------------------------------------------
