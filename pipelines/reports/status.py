@@ -113,6 +113,7 @@ def _day(settings: Settings, ds: dt.date, look: Look) -> dict[str, Any]:
     whole = record is not None and records.is_whole(record, settings.layout, look.published)
     return {
         "whole_night": whole,
+        "pruned": sorted(record.get("pruned") or ()) if record else [],
         "announced": not (whole and record and announcing.is_due(settings, record)),
         "has_codebook": _has_codebook(settings, ds),
         "tables": tables,
@@ -337,7 +338,8 @@ def _told_of(day: Mapping[str, Any]) -> str:
 def _night_of(day: Mapping[str, Any]) -> str:
     """Returns how much of a night is there."""
     if day["whole_night"]:
-        return "whole"
+        pruned = f", but for {', '.join(day['pruned'])}, pruned" if day["pruned"] else ""
+        return f"whole{pruned}"
     why = "" if day["has_codebook"] else " (no codebook is pinned for it)"
     return f"not whole: {_stages(day)}{why}"
 
