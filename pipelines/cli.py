@@ -601,13 +601,15 @@ def prune(config: str, dry_run: bool, json: bool) -> None:
     """Delete what [retention] keeps no longer: old days, earlier versions, what dead runs staged.
 
     Never what a pin, a night's record, a hold or the window still needs. A day on which a run is at
-    work is left as it is, and the next prune comes back to it. The same command goes on after a
-    kill.
+    work is left as it is, and the next prune comes back to it. So is one of which a record, a hold
+    or a manifest is damaged, and the command ends with 1. The same command goes on after a kill.
     """
     from pipelines.running import retention
 
     found = retention.prune(_settings(config), dry_run, _say)
     click.echo(dumps(found.as_json(), indent=1) if json else retention.render(found))
+    if found.damaged:
+        click.get_current_context().exit(1)
 
 
 @cli.command()

@@ -421,10 +421,11 @@ class Retention(_Section):
     """Tells what `courier prune` keeps; `running/retention.py` says what it never deletes.
 
     Of a table in `days` so many days are kept, the newest night's being the first of them; of
-    others all. Of each partition it keeps as many `versions` that were replaced, besides those that
-    a night's record or a hold names, and all that was replaced in the last `grace_hours`. What a
-    run has staged that was refused, or died, is kept for `staging_hours`. With `by_the_night`,
-    `courier refresh` ends with it.
+    others all. Tables of one kind of stage stay and go together (`days_of`). Of each partition it
+    keeps as many `versions` that were replaced, besides those that a night's record or a hold
+    names, and all that was replaced in the last `grace_hours`. What a run has staged that was
+    refused, or died, is kept for `staging_hours`. With `by_the_night`, `courier refresh` ends with
+    it, where no day was refused.
     """
 
     days: dict[Annotated[str, AfterValidator(_table)], Count] = {}
@@ -432,6 +433,14 @@ class Retention(_Section):
     grace_hours: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 24.0
     staging_hours: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 168.0
     by_the_night: bool = False
+
+    def days_of(self, kind: Kind) -> int | None:
+        """Returns how many days of a kind's tables are kept, None for all: as many as of any.
+
+        One without the other would look to every night as if it were being published just now.
+        """
+        days = [self.days.get(table.name) for table in kind.tables]
+        return None if None in days else max(day for day in days if day is not None)
 
 
 class Pin(_Section):

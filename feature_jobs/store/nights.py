@@ -57,7 +57,7 @@ def feature_sets(root: str) -> list[str]:
 def parse_record(path: str, data: bytes) -> dict[str, Any]:
     """Returns what a record, or `latest.json`, says; raises DataContractError where it is none."""
     found = parse_json(path, data)
-    if _is_record(found):
+    if is_record(found):
         return {"published_at": None, **found}  # earlier versions of COURIER did not note it
     raise DataContractError(
         f"{path} should say of a night its ds, its feature_set and, of each of its tables, "
@@ -67,11 +67,14 @@ def parse_record(path: str, data: bytes) -> dict[str, Any]:
     )
 
 
-def _is_record(found: Any) -> bool:
+def is_record(found: Any) -> bool:
+    """Returns whether a document is a night's record, with the one before where it has that."""
     return (
         isinstance(found, dict)
         and _day_of(f"ds={found.get('ds')}.json") is not None
         and isinstance(found.get("feature_set"), str)
+        and isinstance(found.get("pruned", {}), dict)
+        and (found.get("before") is None or is_record(found["before"]))
         and isinstance(tables := found.get("tables"), dict)
         and all(
             isinstance(entry, dict) and entry.keys() >= _OF_A_TABLE for entry in tables.values()

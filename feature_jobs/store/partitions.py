@@ -346,16 +346,29 @@ def find_staged(folder: str) -> Partition | None:
 def find_published(folder: str) -> Partition | None:
     """Returns the partition that is published: `_SUCCESS` names the manifest that lies beside it.
 
-    Returns None where there is none, or one is being replaced just now.
+    Returns None where there is none, or one is being replaced just now. Raises DataContractError
+    where the manifest is damaged.
     """
     success = files.read_if_there(os.path.join(folder, SUCCESS))
     path = os.path.join(folder, MANIFEST)
     manifest = None if success is None else files.read_if_there(path)
     if success is None or manifest is None:
         return None
-    if success.decode().strip() != hashlib.sha256(manifest).hexdigest():
+    if success.decode(errors="replace").strip() != hashlib.sha256(manifest).hexdigest():
         return None
-    return Partition(folder, parse_json(path, manifest))
+    return Partition(folder, parse_manifest(path, manifest))
+
+
+def parse_manifest(path: str, data: bytes) -> dict[str, Any]:
+    """Returns what a manifest says; raises DataContractError where it names no version."""
+    manifest = parse_json(path, data)
+    if isinstance(manifest, dict) and isinstance(manifest.get("version"), str):
+        return manifest
+    raise DataContractError(
+        f"{path} should name the version of its table and does not, so that nobody can tell what "
+        "belongs to it. It was written by COURIER and has since been damaged: restore it, or "
+        "delete that file, and run the command again."
+    )
 
 
 def is_published(folder: str) -> bool:

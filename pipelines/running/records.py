@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from feature_jobs.schemas import TABLES, GateRefused, OperatorError, Table
+from feature_jobs.schemas import TABLES, DataContractError, GateRefused, OperatorError, Table
 from feature_jobs.store import files, nights, partitions
 from feature_jobs.store.documents import parse_json
 from feature_jobs.store.partitions import Partition
@@ -170,12 +170,27 @@ def own_versions(record: Mapping[str, Any]) -> dict[str, str]:
 
 # ---- Holds -------------------------------------------------------------------------------------
 
+_OF_A_HOLD = {"since", "reason", "record"}
+
 
 def read_hold(layout: Layout, ds: dt.date) -> dict[str, Any] | None:
-    """Reads the hold of a day: since when, why, which versions; None where it has none."""
+    """Reads the hold of a day: since when, why, which versions; None where it has none.
+
+    Raises DataContractError where it is damaged: nobody can tell then what it holds.
+    """
     path = layout.hold_path(ds)
     data = files.read_if_there(path)
-    return None if data is None else parse_json(path, data)
+    if data is None:
+        return None
+    hold = parse_json(path, data)
+    if isinstance(hold, dict) and hold.keys() >= _OF_A_HOLD and nights.is_record(hold["record"]):
+        return hold
+    raise DataContractError(
+        f"{path} should say since when a day is on hold, the reason, and the record of its night, "
+        "and does not, so that nobody can tell what may be published or deleted. It was written by "
+        f"`courier rollback` and has since been damaged: restore it, or delete that file, say "
+        f"`courier rollback --ds {ds}` if the day is still to be held, and run the command again."
+    )
 
 
 def held_days(layout: Layout) -> dict[dt.date, dict[str, Any]]:

@@ -7,6 +7,7 @@ whole, so that a shop which stopped loses nothing. Never deleted are
 - a day on hold, and all versions that a hold or a night's record names, with the night before it;
   of tables that feature sets share, those of every set, so that the last one that names a version
   lets it go;
+- one of the tables of a kind of stage without the other: nights take them for one;
 - histories and embeddings that a night, or a recomputation of the window, may still go on from:
   `window_days`, what comes late, and a day more; and those of the last day before a hole;
 - packages and candidates, which are no tables of a night.
@@ -24,9 +25,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from feature_jobs.schemas import TABLES, CourierError, StorageUnavailable, Table
+from feature_jobs.schemas import (
+    TABLES,
+    CourierError,
+    DataContractError,
+    StorageUnavailable,
+    Table,
+)
 from feature_jobs.store import files, partitions
-from feature_jobs.store.documents import parse_json, to_json
+from feature_jobs.store.documents import to_json
 from feature_jobs.store.files import FileInfo
 from feature_jobs.store.nights import parse_record
 from feature_jobs.store.partitions import MANIFEST
@@ -40,6 +47,7 @@ from pipelines.stages import EMBED, HISTORIES, KINDS, Kind, kind_of
 DAY, VERSION, STAGED = "published", "earlier versions", "staged"
 
 _AT_ONCE = 64
+_OF_DAMAGE = (AttributeError, LookupError, TypeError, ValueError)  # what no check foresaw
 _DAY_SECONDS = 86_400
 _GO_ON = (EMBED, HISTORIES)  # a day of these is made from the day before
 
@@ -66,13 +74,25 @@ class Gone:
 
 @dataclass
 class Pruned:
-    """Tells what a prune took away, or would, by day; `skipped` says why of the days left alone."""
+    """Tells what a prune took away, or would, by day; `skipped` says why of the days left alone.
+
+    Of those some are `damaged`: no prune to come will do more of them.
+    """
 
     feature_set: str
     dry_run: bool
     newest: dt.date | None
     gone: list[Gone] = field(default_factory=list)
     skipped: dict[dt.date, str] = field(default_factory=dict)
+    damaged: set[dt.date] = field(default_factory=set)
+
+    def skip(self, ds: dt.date, error: Exception, say: Callable[[str], None]) -> None:
+        """Notes that a day is left as it is, and says why; a run at work is nothing to warn of."""
+        is_busy = isinstance(error, BlockingIOError)
+        self.skipped[ds] = "a run is at work on it" if is_busy else str(error)
+        if isinstance(error, DataContractError):
+            self.damaged.add(ds)
+        say(f"{'' if is_busy else 'WARNING: '}ds {ds} is left as it is: {self.skipped[ds]}")
 
     def as_json(self) -> dict[str, Any]:
         """Returns what `courier prune --json` prints: sums by table, or stage, and by what went."""
@@ -120,24 +140,22 @@ def prune(
     """
     keeping = Keeping(settings, now or dt.datetime.now(dt.UTC))
     told = Pruned(settings.feature_set, dry_run, keeping.newest)
+    for ds, error in keeping.damaged.items():
+        told.skip(ds, error, say)
     for ds in keeping.days():
+        if ds in keeping.damaged:
+            continue
         try:
             planned = keeping.of_day(ds, documents(settings.layout, ds))
             told.gone += planned if dry_run or not planned else take_away(keeping, ds)
-        except BlockingIOError:
-            told.skipped[ds] = "a run is at work on it"
         except StorageUnavailable:
             raise
-        except CourierError as error:
-            told.skipped[ds] = str(error)
-        if ds in told.skipped:
-            say(f"ds {ds} is left as it is: {told.skipped[ds]}")
-    for kind in {one.name for one in told.gone if one.what == STAGED and not dry_run}:
-        tidy_jobs_of(settings.layout, _KINDS[kind], Locks())
+        except (BlockingIOError, CourierError) as error:
+            told.skip(ds, error, say)
+    if not dry_run:
+        for kind in KINDS:
+            tidy_jobs_of(settings.layout, kind, Locks())
     return told
-
-
-_KINDS: Mapping[str, Kind] = {kind.name: kind for kind in KINDS}
 
 
 def prune_by_the_night(settings: Settings, say: Callable[[str], None]) -> None:
@@ -146,7 +164,7 @@ def prune_by_the_night(settings: Settings, say: Callable[[str], None]) -> None:
         return
     try:
         told = prune(settings, False, say)
-    except (CourierError, OSError) as error:
+    except (CourierError, OSError, *_OF_DAMAGE) as error:
         say(f"WARNING: the night is published, but not all was pruned after it: {error}")
         return
     if told.gone:
@@ -215,13 +233,14 @@ def _is_mark(path: str) -> bool:
 class Keeping:
     """Finds what the settings keep no longer, at a moment; `newest` is the night they count from.
 
-    Nothing is expired where no night is whole.
+    Nothing is expired where no night is whole. `damaged` says of which newer days no one can tell.
     """
 
     def __init__(self, settings: Settings, now: dt.datetime):
         self.layout, self.now = settings.layout, now
         self._settings, self._retention = settings, settings.retention
-        self.newest = _newest_night(self.layout)
+        self.damaged = dict[dt.date, DataContractError]()
+        self.newest = self._newest_night()
         self._begun = {table: self.layout.begun_days(table) for table in TABLES.values()}
         self._kept = {table: self.layout.kept_days(table) for table in TABLES.values()}
         self._others = [
@@ -254,14 +273,29 @@ class Keeping:
             gone += self._versions(table, ds, expired, protected)
         return gone + [one for kind in KINDS for one in self._staged(kind, ds)]
 
+    def _newest_night(self) -> dt.date | None:
+        """Returns the newest day whose night is whole, None where none is.
+
+        Newer days whose documents cannot be read are noted, and passed over: fewer days go so.
+        """
+        for ds in reversed(self.layout.recorded_days()):
+            try:
+                record = records.read_night(self.layout, ds)
+                if record and records.is_whole(record, self.layout):
+                    return ds
+            except DataContractError as error:
+                self.damaged[ds] = error
+        return None
+
     # -- Days --
 
     def _is_old(self, table: Table, ds: dt.date) -> bool:
         """Returns whether a day lies before those that are kept of a table."""
-        days = self._retention.days.get(table.name)
+        kind = kind_of(table)
+        days = self._retention.days_of(kind)
         if days is None or self.newest is None:
             return False
-        if kind_of(table) in _GO_ON:
+        if kind in _GO_ON:
             days = max(days, _days_gone_on_from(self._settings))
         return ds <= self.newest - dt.timedelta(days=days)
 
@@ -270,11 +304,16 @@ class Keeping:
 
     def _is_gone_on_from(self, table: Table, ds: dt.date) -> bool:
         """Returns whether the day after is still to be made: a hole, and not what was pruned."""
-        after, begun = ds + dt.timedelta(days=1), self._begun[table]
-        if kind_of(table) not in _GO_ON or ds not in begun or after in begun:
+        after, begun, kind = ds + dt.timedelta(days=1), self._begun[table], kind_of(table)
+        if kind not in _GO_ON or ds not in begun:
+            return False
+        if after in begun and self._is_published(table, after):
             return False
         record = records.read_night(self.layout, after)
         return record is None or table.name not in record.get("pruned", {})
+
+    def _is_published(self, table: Table, ds: dt.date) -> bool:
+        return partitions.is_published(self.layout.folder(table, ds))
 
     def _day(
         self, table: Table, ds: dt.date, mine: "Documents", named: Mapping[str, set[str]]
@@ -284,7 +323,11 @@ class Keeping:
         there = tuple(files.below(folder))
         path = os.path.join(folder, MANIFEST)
         found = files.read_if_there(path)
-        version = parse_json(path, found)["version"] if found and any(named.values()) else None
+        version = (
+            partitions.parse_manifest(path, found)["version"]
+            if found and any(named.values())
+            else None
+        )
         stays_for = tuple(name for name, versions in named.items() if version in versions)
         if not stays_for:
             yield Gone(DAY, table.name, ds, folder, there)
@@ -352,15 +395,6 @@ def _days_gone_on_from(settings: Settings) -> int:
     return settings.window_days + settings.late_days + delay + 1
 
 
-def _newest_night(layout: Layout) -> dt.date | None:
-    """Returns the newest day whose night is whole, None where none is."""
-    for ds in reversed(layout.recorded_days()):
-        record = records.read_night(layout, ds)
-        if record and records.is_whole(record, layout):
-            return ds
-    return None
-
-
 def _staged_days(top: str) -> list[dt.date]:
     names = [name for name in files.list_names(top) if name.startswith("ds=")]
     return [day for day in map(date_of, names) if day]
@@ -388,7 +422,7 @@ class Documents:
             if one := left.pop():
                 if entry := one["tables"].get(table.name):
                     found.add(entry["version"])
-                left.append(one["before"])
+                left.append(one.get("before"))
         return found
 
 
@@ -417,6 +451,11 @@ def render(told: Pruned) -> str:
             )
     verb = "would go" if told.dry_run else "gone"
     lines.append(f"{verb}: {_amount(told.gone)}" if told.gone else "nothing to prune")
+    if told.skipped:
+        days = ", ".join(f"ds {ds}" for ds in sorted(told.skipped))
+        number = len(told.skipped)
+        left = "day left as it is" if number == 1 else "days left as they are"
+        lines.append(f"{number:,} {left}: {days}")
     return "\n".join(lines)
 
 

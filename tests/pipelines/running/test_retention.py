@@ -3,6 +3,7 @@
 import contextlib
 import datetime as dt
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -19,12 +20,13 @@ from feature_jobs.schemas import (
     CourierError,
     OperatorError,
     StorageUnavailable,
+    Table,
 )
 from feature_jobs.store import faults, files
 from feature_jobs.store.partitions import MANIFEST, SUCCESS
 from pipelines.running import announcing, records, retention
 from pipelines.running.locks import holding_at_once
-from pipelines.stages import EMBED, HISTORIES
+from pipelines.stages import EMBED, HISTORIES, Kind, kind_of
 from pipelines.stages import ITEM_FEATURES as FEATURES
 from tests.pipelines.running.test_publishing import Killed
 from tests.support.ill_disk import watch_disk
@@ -37,6 +39,11 @@ LATER = 1000.0  # hours, after which whatever is left is old
 OLD, NEW, OTHER = [1, 2, 3, 4], [5, 6, 7, 8, 9], [11, 12, 13]
 LATEST = [10] * 4  # of the newer night from which days count
 FOUR = {ITEM_FEATURES.name: 4}
+
+
+def of(kind: Kind, days: int = WINDOW) -> dict[str, int]:
+    """Returns how many days are kept, of all tables of a kind of stage."""
+    return dict.fromkeys([table.name for table in kind.tables], days)
 
 
 @pytest.fixture
@@ -73,7 +80,7 @@ def test_a_day_that_is_no_whole_night_yet_is_not_what_days_are_counted_from(root
 
 
 def test_nothing_is_counted_back_where_no_night_is_whole(root: str) -> None:
-    shop = SmallDays(root, days={ITEM_FEATURES.name: 4, ITEM_EMBEDDINGS.name: 4})
+    shop = SmallDays(root, days={ITEM_FEATURES.name: 4, **of(EMBED, 4)})
     for number in range(1, 11):
         shop.publish(ITEM_EMBEDDINGS, number, number)
     assert shop.prune(LATER).gone == []
@@ -82,15 +89,39 @@ def test_nothing_is_counted_back_where_no_night_is_whole(root: str) -> None:
 
 def test_histories_and_embeddings_stay_as_long_as_the_window_goes_on_from_them(root: str) -> None:
     tables = (USER_HISTORIES, RECENT_CLICKS, ITEM_EMBEDDINGS)
-    shop = SmallDays(root, days=dict.fromkeys([t.name for t in tables], WINDOW))
+    shop = SmallDays(root, days={**of(EMBED), **of(HISTORIES)})
     shop.nights(range(1, 11), *tables).prune()
     first = 10 - (WINDOW + LATE + 1) + 1
     for table in tables:
         assert shop.days(table) == list(range(first, 11))
 
 
+@pytest.mark.parametrize("one", [*EMBED.tables, *HISTORIES.tables], ids=lambda table: table.name)
+def test_tables_of_one_kind_stay_and_go_together(root: str, one: Table) -> None:
+    """One without the other would look as if it were being published just now."""
+    tables = kind_of(one).tables
+    shop = SmallDays(root, days={one.name: WINDOW}).nights(range(1, 11), *tables)
+    assert shop.prune(LATER).gone == []  # of the other all days are kept
+    more = SmallDays(root, days={**of(kind_of(one), 7), one.name: WINDOW})
+    more.prune()
+    assert {tuple(shop.days(table)) for table in tables} == {(4, 5, 6, 7, 8, 9, 10)}
+
+
+@pytest.mark.parametrize("left", ["an empty folder", "a manifest"])
+def test_what_a_run_left_in_a_hole_fills_it_not(root: str, left: str) -> None:
+    shop = SmallDays(root, days=of(EMBED)).nights([1, 2, *range(11, 16)], *EMBED.tables)
+    for table in EMBED.tables:
+        folder = shop.layout.folder(table, day(3))
+        os.makedirs(folder)
+        if left == "a manifest":
+            files.write_bytes(os.path.join(folder, MANIFEST), b"{}")
+    shop.prune()
+    for table in EMBED.tables:
+        assert shop.days(table) == [2, *range(11, 16)]
+
+
 def test_the_last_day_before_a_hole_stays_and_goes_once_that_is_filled(root: str) -> None:
-    shop = SmallDays(root, days={ITEM_EMBEDDINGS.name: WINDOW, ITEM_FEATURES.name: WINDOW})
+    shop = SmallDays(root, days={**of(EMBED), ITEM_FEATURES.name: WINDOW})
     tables = [ITEM_EMBEDDINGS, ITEM_FEATURES]
     shop.nights([1, 2, 5, 6, *range(11, 16)], *tables).prune()
     assert shop.days(ITEM_EMBEDDINGS) == [2, 6, *range(11, 16)]
@@ -102,14 +133,14 @@ def test_the_last_day_before_a_hole_stays_and_goes_once_that_is_filled(root: str
 def test_a_table_that_nights_make_no_more_keeps_the_day_from_which_it_would_go_on(
     root: str,
 ) -> None:
-    shop = SmallDays(root, days={USER_HISTORIES.name: WINDOW}).nights(range(1, 4))
+    shop = SmallDays(root, days=of(HISTORIES)).nights(range(1, 4))
     shop.nights(range(4, 12), ITEM_FEATURES).prune()
     assert shop.days(USER_HISTORIES) == [3]
 
 
 def test_a_day_on_hold_stays_whole_with_all_that_its_record_names(root: str) -> None:
     tables = [ITEM_FEATURES, USER_HISTORIES]
-    keeps = {table.name: WINDOW for table in tables}
+    keeps = {ITEM_FEATURES.name: WINDOW, **of(HISTORIES)}
     shop = SmallDays(root, days=keeps, versions=0).nights(range(1, 11), *tables)
     shop.night(2, 99, tables)
     shop.night(2, 100, tables)
@@ -186,7 +217,7 @@ def test_a_night_that_lost_a_table_is_not_announced_again(root: str) -> None:
 
 
 def test_a_shared_table_goes_with_the_last_record_that_names_it(root: str) -> None:
-    keeps = {USER_HISTORIES.name: WINDOW}
+    keeps = of(HISTORIES)
     tables = [ITEM_FEATURES, USER_HISTORIES]
     one = SmallDays(root, "one", days=keeps).nights(range(1, 11), *tables)
     other = SmallDays(root, "other", days=keeps)
@@ -207,7 +238,7 @@ def test_a_shared_table_goes_with_the_last_record_that_names_it(root: str) -> No
 
 
 def test_a_shared_table_of_a_day_that_another_set_holds_stays(root: str) -> None:
-    one = SmallDays(root, "one", days={USER_HISTORIES.name: WINDOW})
+    one = SmallDays(root, "one", days=of(HISTORIES))
     one.nights(range(1, 11), ITEM_FEATURES, USER_HISTORIES)
     other = SmallDays(root, "other")
     for value in (98, 99):
@@ -337,6 +368,17 @@ def test_what_a_dead_run_staged_can_be_resumed_for_so_long_and_then_goes(root: s
     assert not os.path.exists(os.path.dirname(folder))
 
 
+def test_what_a_job_left_goes_where_no_day_of_it_is_staged_any_more(root: str) -> None:
+    shop = SmallDays(root)
+    files.delete_tree(os.path.dirname(stage(shop)))
+    (left,) = shop.contents()
+    assert left.endswith("of a job")
+    assert shop.prune(dry_run=True).gone == []
+    assert shop.contents().keys() == {left}
+    shop.prune()
+    assert shop.contents() == {}
+
+
 def test_what_tells_that_one_of_two_tables_may_be_published_stays(root: str) -> None:
     shop = SmallDays(root)
     folder = stage(shop, "run-forced")
@@ -356,8 +398,11 @@ def test_a_day_on_which_a_run_is_at_work_is_left_for_the_next_prune(
     shop = SmallDays(f"{folder}/root", days=FOUR).nights(range(1, 7), ITEM_FEATURES)
     busy = shop.layout.lock_folders(kind.tables, [day(2)])
     with holding_at_once(busy):
-        told = shop.prune()
+        said: list[str] = []
+        told = retention.prune(shop.settings, False, said.append)
+    assert said == [f"ds {day(2)} is left as it is: a run is at work on it"]
     assert told.skipped == {day(2): "a run is at work on it"}
+    assert told.damaged == set()
     assert shop.days(ITEM_FEATURES) == [2, 3, 4, 5, 6]
     assert records.is_whole(shop.recorded(2), shop.layout)
     shop.prune()
@@ -426,6 +471,75 @@ def test_a_manifest_that_cannot_be_read_stops_its_own_day_alone(root: str) -> No
     assert "_manifest.json" in told.skipped[day(2)]
     assert shop.days(ITEM_FEATURES) == [7, 8, 9, 10]
     assert shop.layout.begun_days(ITEM_FEATURES) == [day(2), *map(day, range(7, 11))]
+
+
+WHOLE_ENTRY = {"path": "a", "version": "b", "rows": 1}
+A_RECORD = {"ds": "2026-03-02", "feature_set": "test", "tables": {}}
+
+
+@pytest.mark.parametrize("where", ["hold", "record", "manifest"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        None,
+        [],
+        {},
+        {"record": {}},
+        {"since": "now", "reason": "none"},
+        {"since": "now", "reason": "none", "record": {"tables": {}}},
+        {**A_RECORD, "before": {"tables": {}}},
+        {**A_RECORD, "pruned": ["item_features"], "tables": {"item_features": WHOLE_ENTRY}},
+        {**A_RECORD, "tables": {"item_features": {}}},
+    ],
+    ids=str,
+)
+def test_a_damaged_document_stops_its_own_day_alone(root: str, where: str, said: object) -> None:
+    shop, other = SmallDays(root, days=of(HISTORIES)), SmallDays(root, "other")
+    shop.nights(range(1, 11), *HISTORIES.tables)
+    for number in (1, 2):
+        other.record(number, HISTORIES.tables)
+    path = {
+        "hold": other.layout.hold_path(day(2)),
+        "record": other.layout.night_path(day(2)),
+        "manifest": os.path.join(shop.layout.folder(RECENT_CLICKS, day(2)), MANIFEST),
+    }[where]
+    data = json.dumps(said).encode()
+    files.write_bytes(path, data)
+    if where == "manifest":  # whatever `_SUCCESS` says of it
+        success = hashlib.sha256(data).hexdigest().encode()
+        files.write_bytes(os.path.join(os.path.dirname(path), SUCCESS), success)
+    told = shop.prune(LATER)
+    assert list(told.skipped) == [day(2)]
+    assert told.damaged == {day(2)}
+    assert f"{path} should " in told.skipped[day(2)]
+    assert "run the command again" in told.skipped[day(2)]
+    assert 2 in shop.days(USER_HISTORIES)
+    assert {x.ds for x in told.gone} >= {day(1), day(3)}
+
+
+def test_a_newest_record_that_is_damaged_lets_days_count_from_the_one_before(root: str) -> None:
+    shop = SmallDays(root, days=FOUR).nights(range(1, 11), ITEM_FEATURES)
+    files.write_bytes(shop.layout.night_path(day(10)), b"{}")
+    said: list[str] = []
+    told = retention.prune(shop.settings, False, said.append)
+    assert told.newest == day(9)
+    assert shop.days(ITEM_FEATURES) == [6, 7, 8, 9, 10]
+    assert told.damaged == {day(10)}
+    assert [line[:42] for line in said] == ["WARNING: ds 2026-03-10 is left as it is: /"]
+
+
+def test_what_no_check_of_a_document_foresaw_is_a_warning_after_a_night(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prune(*_: object) -> None:
+        raise KeyError("a key")
+
+    monkeypatch.setattr(retention, "prune", prune)
+    settings = SmallDays(root, by_the_night=True).settings
+    said: list[str] = []
+    retention.prune_by_the_night(settings, said.append)
+    (warning,) = said
+    assert warning.startswith("WARNING: the night is published, but not all was pruned")
 
 
 # ---- Killed, overtaken ---------------------------------------------------------------------------
@@ -614,5 +728,10 @@ def test_what_is_told_is_a_line_for_each_table_and_the_sum(root: str) -> None:
     assert [(one["table"], len(one["days"])) for one in found["gone"]] == [
         ("item_features", 1), ("user_simscores", 5),
     ]  # fmt: skip
+    told.skipped = {day(3): "a", day(2): "b"}
+    left = retention.render(told).splitlines()[3]
+    assert left == "2 days left as they are: ds 2026-03-02, ds 2026-03-03"
+    del told.skipped[day(3)]
+    assert retention.render(told).splitlines()[3] == "1 day left as it is: ds 2026-03-02"
     shop.prune()
     assert retention.render(shop.prune()) == "nothing to prune"
