@@ -609,7 +609,7 @@ def prune(config: str, dry_run: bool, json: bool) -> None:
     found = retention.prune(_settings(config), dry_run, _say)
     click.echo(dumps(found.as_json(), indent=1) if json else retention.render(found))
     if found.damaged:
-        click.get_current_context().exit(1)
+        raise retention.damaged(found)
 
 
 @cli.command()

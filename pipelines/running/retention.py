@@ -313,7 +313,11 @@ class Keeping:
         return record is None or table.name not in record.get("pruned", {})
 
     def _is_published(self, table: Table, ds: dt.date) -> bool:
-        return partitions.is_published(self.layout.folder(table, ds))
+        """Returns whether a day is published; one whose manifest is damaged is to be made again."""
+        try:
+            return partitions.is_published(self.layout.folder(table, ds))
+        except DataContractError:
+            return False
 
     def _day(
         self, table: Table, ds: dt.date, mine: "Documents", named: Mapping[str, set[str]]
@@ -457,6 +461,16 @@ def render(told: Pruned) -> str:
         left = "day left as it is" if number == 1 else "days left as they are"
         lines.append(f"{number:,} {left}: {days}")
     return "\n".join(lines)
+
+
+def damaged(told: Pruned) -> CourierError:
+    """Returns the error with which a prune ends that could not tell what goes of some days."""
+    days = ", ".join(f"ds {ds}" for ds in sorted(told.damaged))
+    return CourierError(
+        f"Documents are damaged by which it is told what may go of {days}, so that nothing of it "
+        "was deleted, nor will be; all else was pruned. Mend what the warnings above name, and run "
+        "the command again."
+    )
 
 
 def _days(some: Sequence[Gone]) -> str:

@@ -72,6 +72,49 @@ def test_pruned_nights_are_told_as_such_by_all_who_look(world: World, capsys: Ca
 
 
 @pytest.mark.parametrize("refreshed", ["int"], indirect=True)
+def test_no_day_is_stale_after_a_prune_of_one_of_two_tables_of_a_stage(
+    world: World, capsys: Capture
+) -> None:
+    """Of both as many days are kept as of the one of which more are."""
+    assert stale(world, capsys) == {}
+    settings = world.extra_settings
+    days = "user_histories = 2, recent_clicks = 3, item_embeddings = 3, item_rejects = 2"
+    world.extra_settings = f"late_days = 0\nretention = {{days = {{{days}}}}}"
+    assert courier(world, "prune", "--json") == 0
+    gone = {(one["table"], *one["days"]) for one in json.loads(capsys.readouterr().out)["gone"]}
+    names = ("user_histories", "recent_clicks", "item_embeddings", "item_rejects")
+    assert {one for one in gone if one[0] in names} == {(name, FIRST) for name in names}
+    world.extra_settings = settings  # else histories are to be made by another law
+    assert stale(world, capsys) == {}
+
+
+def stale(world: World, capsys: Capture) -> dict[str, dict[str, list[str]]]:
+    """Returns the days that `courier status` calls stale, with the stages by their reasons."""
+    assert courier(world, "status", "--json") == 0
+    found: dict[str, dict[str, list[str]]] = json.loads(capsys.readouterr().out)["stale"]
+    return found
+
+
+@pytest.mark.parametrize("refreshed", ["int"], indirect=True)
+def test_a_damaged_hold_ends_a_prune_with_1_and_a_refresh_with_a_warning(
+    world: World, capsys: Capture
+) -> None:
+    hold = Path(world.settings().layout.hold_path(DAYS[0]))
+    hold.parent.mkdir(exist_ok=True)
+    hold.write_text("{}")
+    assert courier(world, "prune") == 1
+    told = capsys.readouterr()
+    assert f"WARNING: ds {FIRST} is left as it is: {hold} should say" in told.err
+    assert f"may go of ds {FIRST}, so that nothing of it was deleted" in " ".join(told.err.split())
+    assert told.out.endswith(f"\n1 day left as it is: ds {FIRST}\n")
+    assert (world.root / f"test/item_features/ds={FIRST}").exists()
+    assert not (world.root / f"test/item_features/ds={SECOND}").exists()
+    world.extra_settings = f"retention = {{{KEPT}, by_the_night = true}}"
+    assert refresh(world, DAYS[3]) == 0
+    assert f"WARNING: ds {FIRST} is left as it is: {hold} should say" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("refreshed", ["int"], indirect=True)
 def test_a_refresh_prunes_at_its_end_where_the_settings_say_so(
     world: World, capsys: Capture
 ) -> None:

@@ -473,31 +473,27 @@ def test_a_manifest_that_cannot_be_read_stops_its_own_day_alone(root: str) -> No
     assert shop.layout.begun_days(ITEM_FEATURES) == [day(2), *map(day, range(7, 11))]
 
 
-WHOLE_ENTRY = {"path": "a", "version": "b", "rows": 1}
 A_RECORD = {"ds": "2026-03-02", "feature_set": "test", "tables": {}}
 
 
-@pytest.mark.parametrize("where", ["hold", "record", "manifest"])
 @pytest.mark.parametrize(
-    "said",
+    ("where", "said"),
     [
-        None,
-        [],
-        {},
-        {"record": {}},
-        {"since": "now", "reason": "none"},
-        {"since": "now", "reason": "none", "record": {"tables": {}}},
-        {**A_RECORD, "before": {"tables": {}}},
-        {**A_RECORD, "pruned": ["item_features"], "tables": {"item_features": WHOLE_ENTRY}},
-        {**A_RECORD, "tables": {"item_features": {}}},
+        ("hold", None),
+        ("hold", {"record": A_RECORD}),
+        ("hold", {"since": "now", "reason": "none", "record": {"tables": {}}}),
+        ("record", []),
+        ("record", {**A_RECORD, "tables": {"item_features": {}}}),
+        ("record", {**A_RECORD, "before": {"tables": {}}}),
+        ("record", {**A_RECORD, "pruned": ["item_features"]}),
+        ("manifest", None),
+        ("manifest", {}),
     ],
-    ids=str,
 )
 def test_a_damaged_document_stops_its_own_day_alone(root: str, where: str, said: object) -> None:
     shop, other = SmallDays(root, days=of(HISTORIES)), SmallDays(root, "other")
     shop.nights(range(1, 11), *HISTORIES.tables)
-    for number in (1, 2):
-        other.record(number, HISTORIES.tables)
+    other.record(2, HISTORIES.tables)
     path = {
         "hold": other.layout.hold_path(day(2)),
         "record": other.layout.night_path(day(2)),
@@ -514,7 +510,8 @@ def test_a_damaged_document_stops_its_own_day_alone(root: str, where: str, said:
     assert f"{path} should " in told.skipped[day(2)]
     assert "run the command again" in told.skipped[day(2)]
     assert 2 in shop.days(USER_HISTORIES)
-    assert {x.ds for x in told.gone} >= {day(1), day(3)}
+    assert day(3) in {x.ds for x in told.gone}
+    assert (1 in shop.days(USER_HISTORIES)) == (where == "manifest")  # it would go on from there
 
 
 def test_a_newest_record_that_is_damaged_lets_days_count_from_the_one_before(root: str) -> None:
