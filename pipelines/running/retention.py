@@ -307,7 +307,8 @@ class Keeping:
         after, begun, kind = ds + dt.timedelta(days=1), self._begun[table], kind_of(table)
         if kind not in _GO_ON or ds not in begun:
             return False
-        if after in begun and self._is_published(table, after):
+        together = [one for one in kind.tables if ds in self._begun[one]]
+        if after in begun and all(self._is_published(one, after) for one in together):
             return False
         record = records.read_night(self.layout, after)
         return record is None or table.name not in record.get("pruned", {})

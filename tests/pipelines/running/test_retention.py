@@ -3,7 +3,6 @@
 import contextlib
 import datetime as dt
 import errno
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -501,9 +500,6 @@ def test_a_damaged_document_stops_its_own_day_alone(root: str, where: str, said:
     }[where]
     data = json.dumps(said).encode()
     files.write_bytes(path, data)
-    if where == "manifest":  # whatever `_SUCCESS` says of it
-        success = hashlib.sha256(data).hexdigest().encode()
-        files.write_bytes(os.path.join(os.path.dirname(path), SUCCESS), success)
     told = shop.prune(LATER)
     assert list(told.skipped) == [day(2)]
     assert told.damaged == {day(2)}
