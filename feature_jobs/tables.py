@@ -12,7 +12,7 @@ carries its version. Where that cannot be had at this moment, NightNotReady says
 
 import datetime as dt
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,7 @@ LATEST = "latest"
 
 _TRIES = 5
 _AT_ONCE = 16  # files that are read side by side
+_UNREADABLE = (OSError, pa.ArrowException, UnicodeDecodeError)  # what Arrow raises of damage
 T = TypeVar("T")
 
 
@@ -74,26 +75,34 @@ class NightTable:
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Returns all rows, of these columns in this order; None for all columns.
 
-        Raises OperatorError where there is no such column. What is too large for memory is read by
-        `read_files`, or by its `paths` with an engine.
+        Raises OperatorError where there is no such column, and DataContractError where a file is
+        damaged so that it cannot be read. What is too large for memory is read by `read_files`, or
+        by its `paths` with an engine.
         """
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            return pa.concat_tables(pool.map(partial(self._read_file, columns), self.paths))
+            rows = pa.concat_tables(pool.map(self._reader(columns), self.paths))
+        return rows if columns is None else rows.select(list(columns))
 
     def read_files(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yields the rows of file after file; see `read`."""
-        yield from map(partial(self._read_file, columns), self.paths)
+        for rows in map(self._reader(columns), self.paths):
+            yield rows if columns is None else rows.select(list(columns))
+
+    def _reader(self, columns: Sequence[str] | None) -> Callable[[str], pa.Table]:
+        """Returns what reads a file: at least one column of it, else Arrow counts no rows."""
+        _refuse_text(columns, "columns")
+        if columns is not None and not columns:
+            columns = self.schema.names[:1]
+        return partial(self._read_file, columns)
 
     def _read_file(self, columns: Sequence[str] | None, path: str) -> pa.Table:
         rows = self._reading(path, lambda path: partitions.read_parquet(path, columns))
-        if columns is None:
-            return rows
-        if missing := [name for name in columns if name not in rows.column_names]:
+        if missing := [name for name in columns or () if name not in rows.column_names]:
             raise OperatorError(
                 f"{self.name} has no column {', '.join(map(repr, missing))}; it has "
                 f"{', '.join(self.schema.names)}. Give `columns` a list of some of these."
             )
-        return rows.select(list(columns))
+        return rows
 
     def _reading(self, path: str, read: Callable[[str], T]) -> T:
         try:
@@ -104,7 +113,9 @@ class NightTable:
                 "published anew, brought back or pruned. Nothing was read by halves. Open the "
                 "night again, and read all that belongs together of that one."
             ) from error
-        except pa.ArrowInvalid as error:
+        except _UNREADABLE as error:
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+                raise  # of memory or of the disk; what is damaged, Arrow tells without a number
             raise DataContractError(
                 f"{path} cannot be read as Parquet ({error}). COURIER published it whole, so it "
                 f"was damaged since, and the rows of {self.name} are not all to be had. `courier "
@@ -125,18 +136,25 @@ class Night:
     feature_set: str
     published_at: dt.datetime | None
     tables: Mapping[str, NightTable]
+    _recorded: Collection[str]
     _pruned: Mapping[str, str]
 
     def __getitem__(self, table: str) -> NightTable:
         """Returns a table.
 
         Raises NightNotReady where this night has it no more, or was made without it, OperatorError
-        where COURIER has no table of that name.
+        where it was not among the `tables` that were opened, or no night has a table of that name.
         """
         if table in self.tables:
             return self.tables[table]
         _refuse_unknown([table])
-        raise _without(table, self.ds, list(self.tables), self._pruned)
+        if table in self._recorded:
+            raise OperatorError(
+                f"{table} is part of the night of ds {self.ds}, but was not among the tables asked "
+                f"for when it was opened: {', '.join(self.tables) or 'none'}. Open the night with "
+                f"{table!r} among its `tables`, or without `tables` for all of them."
+            )
+        raise _without(table, self.ds, self._recorded, self._pruned)
 
 
 def open_night(
@@ -161,13 +179,14 @@ def open_night(
     """
     place = _Place(_folder(root), feature_set, _folder(user_root or root), user_root is not None)
     day = None if ds == LATEST else _day(ds)
+    _refuse_text(tables, "tables")
     _refuse_unknown(tables or ())
     for _ in range(_TRIES):
         at = day or place.newest()
         path = nights.record_path(place.root, feature_set, at)
         data = files.read_if_there(path)
         if data is None:
-            raise place.no_night(at)
+            raise place.no_night(at) if day else place.lost_night(at)
         # Of a record that changed meanwhile, what was found of tables may be of either night.
         try:
             night = place.open(at, nights.parse_record(path, data), tables)
@@ -204,12 +223,21 @@ def _day(ds: str | dt.date) -> dt.date:
     )
 
 
-def _refuse_unknown(tables: Sequence[str]) -> None:
-    """Raises OperatorError for names that are those of no table."""
-    if unknown := [name for name in tables if name not in TABLES]:
+def _refuse_text(names: Sequence[str] | None, what: str) -> None:
+    """Raises OperatorError for one name in the place of a list, which is one of letters else."""
+    if isinstance(names, str):
         raise OperatorError(
-            f"There is no table {', '.join(map(repr, unknown))}, whatever the night. `tables` is a "
-            f"list of some of {', '.join(TABLES)}."
+            f"`{what}` is the text {names!r}, and should be a list of names. Give [{names!r}] for "
+            "this one."
+        )
+
+
+def _refuse_unknown(tables: Sequence[str]) -> None:
+    """Raises OperatorError for names that are those of no table of a night."""
+    if unknown := [name for name in tables if name not in nights.NIGHT_TABLES]:
+        raise OperatorError(
+            f"There is no table {', '.join(map(repr, unknown))} in any night. `tables` is a list "
+            f"of some of {', '.join(nights.NIGHT_TABLES)}."
         )
 
 
@@ -260,19 +288,29 @@ class _Place:
             "or ask again when a first night is published."
         )
 
+    def lost_night(self, ds: dt.date) -> NightNotReady:
+        """Returns the error for a newest night that has no record."""
+        record = nights.record_path(self.root, self.feature_set, ds)
+        return NightNotReady(
+            f"{nights.latest_path(self.root, self.feature_set)} names ds {ds} as the newest night, "
+            f"but its record, {record}, is gone, so that nobody can tell whether its tables belong "
+            f"together. Restore that file, or say `courier refresh --ds {ds}`, which writes it "
+            "anew, and ask again. Any other night can be opened by its ds."
+        )
+
     def open(self, ds: dt.date, record: Mapping[str, Any], wanted: Sequence[str] | None) -> Night:
         """Opens the tables that a record names; raises what is wrong with them if it stands."""
         pruned, entries = record.get("pruned", {}), record["tables"]
         opened = dict[str, NightTable]()
         for name in entries if wanted is None else wanted:
             if name not in entries:
-                raise _without(name, ds, list(entries), pruned)
+                raise _without(name, ds, entries, pruned)
             opened[name] = self._open_table(ds, name, entries[name])
-        if not opened and pruned:
+        if not entries and pruned:
             raise _without(next(iter(pruned)), ds, [], pruned)
         at = record["published_at"]
         published_at = dt.datetime.fromisoformat(at) if at else None
-        return Night(ds, self.feature_set, published_at, opened, pruned)
+        return Night(ds, self.feature_set, published_at, opened, tuple(entries), pruned)
 
     def _open_table(self, ds: dt.date, name: str, entry: Mapping[str, Any]) -> NightTable:
         has_users = name in TABLES and TABLES[name].has_users
@@ -286,17 +324,30 @@ class _Place:
                 "user IDs lie below the `user_root` of [output] in the shop's settings, where it "
                 "has one. Give that as `user_root`, or name the `tables` that you read."
             )
-        there = f"as version {found.version}" if found else "not whole"
         raise NightNotReady(
             f"The night of ds {ds} of {self.feature_set!r} consists of {name} as version "
-            f"{entry['version']}, but at {folder} it is {there}. The day is being published or "
-            "brought back just now, or a run died at it: its tables follow one another. Ask again; "
-            "`courier status` tells what is unfinished."
+            f"{entry['version']}, but at {folder} it is "
+            + (f"as version {found.version}. " if found else "not whole. ")
+            + self._why_other(ds, name, found)
+        )
+
+    def _why_other(self, ds: dt.date, name: str, found: Partition | None) -> str:
+        """Returns why a table may be another than the night's, and what to do."""
+        if found and name in TABLES and TABLES[name].shared:
+            return (
+                "Feature sets share it: another one, or a stage that was run alone, such as "
+                "`courier histories`, made it again since, unless this night is being published "
+                f"just now. `courier refresh --ds {ds}` of {self.feature_set!r} takes it into the "
+                "night; ask again then."
+            )
+        return (
+            "The day is being published or brought back just now, or a run died at it: its tables "
+            "follow one another. Ask again; `courier status` tells what is unfinished."
         )
 
 
 def _without(
-    table: str, ds: dt.date, there: Sequence[str], pruned: Mapping[str, str]
+    table: str, ds: dt.date, there: Collection[str], pruned: Mapping[str, str]
 ) -> NightNotReady:
     """Returns the error for a table that a night does not have."""
     has = f"it has {', '.join(there)}" if there else "nothing of it is left"

@@ -11,9 +11,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from feature_jobs.schemas import DataContractError
+from feature_jobs.schemas import TABLES, TRAINING_ROWS, DataContractError
 from feature_jobs.store import files
 from feature_jobs.store.documents import digest, parse_json
+
+# Those that a night can have: rows for training are made now and then, and are in no record.
+NIGHT_TABLES = tuple(name for name in TABLES if name != TRAINING_ROWS.name)
 
 _TO_READERS = ("ds", "feature_set", "published_at", "tables")
 _OF_A_TABLE = {"path", "version", "rows"}
@@ -60,10 +63,10 @@ def parse_record(path: str, data: bytes) -> dict[str, Any]:
     if is_record(found):
         return {"published_at": None, **found}  # earlier versions of COURIER did not note it
     raise DataContractError(
-        f"{path} should say of a night its ds, its feature_set and, of each of its tables, "
-        f"{', '.join(sorted(_OF_A_TABLE))}, and does not, so that nobody can tell which versions "
-        "belong together. It was written by COURIER and has since been damaged: restore it, or "
-        "delete that file, and run the command again."
+        f"{path} should say of a night its ds, its feature_set, the time at which it was published "
+        f"and, of each of its tables, {', '.join(sorted(_OF_A_TABLE))}, and does not, so that "
+        "nobody can tell which versions belong together. It was written by COURIER and has since "
+        "been damaged: restore it, or delete that file, and run the command again."
     )
 
 
@@ -73,12 +76,28 @@ def is_record(found: Any) -> bool:
         isinstance(found, dict)
         and _day_of(f"ds={found.get('ds')}.json") is not None
         and isinstance(found.get("feature_set"), str)
-        and isinstance(found.get("pruned", {}), dict)
         and (found.get("before") is None or is_record(found["before"]))
+        and _is_time(found.get("published_at"))
         and isinstance(tables := found.get("tables"), dict)
-        and all(
-            isinstance(entry, dict) and entry.keys() >= _OF_A_TABLE for entry in tables.values()
-        )
+        and all(map(_is_entry, tables.values()))
+        and isinstance(pruned := found.get("pruned", {}), dict)
+        and all(isinstance(at, str) for at in pruned.values())
+    )
+
+
+def _is_time(at: Any) -> bool:
+    """Returns whether `at` is a time with its offset from UTC, or None: it was not noted."""
+    try:
+        return at is None or dt.datetime.fromisoformat(at).tzinfo is not None
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and entry.keys() >= _OF_A_TABLE
+        and all(isinstance(entry[name], str) for name in ("path", "version"))
     )
 
 

@@ -1,6 +1,7 @@
 """A night is opened whole, in the versions of its record, or NightNotReady says why it is not."""
 
 import datetime as dt
+import errno
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from feature_jobs import tables
@@ -210,6 +212,28 @@ def test_a_night_whose_tables_are_not_those_of_its_record_is_being_published(sho
     assert values(opened(shop, tables=[NAME])) == OLD
 
 
+def test_a_shared_table_that_was_made_again_is_taken_by_the_next_refresh(shop: Shop) -> None:
+    (entry,) = read_json(shop.settings.layout.night_path(DS))["tables"].values()
+    edit_record(shop, tables={"user_histories": entry | {"version": "0123456789ab"}})
+    told = refused(lambda: opened(shop))
+    assert f"it is as version {entry['version']}. Feature sets share it" in told
+    assert "`courier refresh --ds 2026-03-01` of 'test' takes it" in told
+    files.delete(os.path.join(shop.place.folder, partitions.SUCCESS))
+    told = refused(lambda: opened(shop))
+    assert "it is not whole. The day is being published" in told
+
+
+def test_a_newest_night_whose_record_is_gone_is_told_with_what_names_it(shop: Shop) -> None:
+    Shop(shop.settings.root, DS - dt.timedelta(days=1)).publish(NEW)
+    files.delete(shop.settings.layout.night_path(DS))
+    told = refused(lambda: opened(shop))
+    assert told.startswith(f"{shop.settings.layout.latest_path} names ds 2026-03-01 as the newest")
+    assert f"its record, {shop.settings.layout.night_path(DS)}, is gone" in told
+    assert "`courier refresh --ds 2026-03-01`, which writes it anew" in told
+    shop.publish(OLD)
+    assert values(opened(shop)) == OLD
+
+
 def test_a_table_that_was_pruned_is_told_with_the_time_and_hinders_no_other(shop: Shop) -> None:
     edit_record(shop, pruned={"user_simscores": "2026-06-01T00:00:00+00:00"})
     night = opened(shop)
@@ -299,16 +323,51 @@ def test_names_that_are_none_of_a_table_or_a_column_are_refused(shop: Shop) -> N
     ):
         with pytest.raises(OperatorError, match=r"no table 'itemfeatures'.*item_features"):
             call()
-    for columns in (["x", "cluster"], "cluster"):
-        with pytest.raises(OperatorError, match=r"has no column 'c.*it has x"):
-            opened(shop)[NAME].read(columns)
+    with pytest.raises(OperatorError, match=r"has no column 'cluster'; it has x"):
+        opened(shop)[NAME].read(["x", "cluster"])
+
+
+def test_one_name_in_the_place_of_a_list_is_refused_by_name(shop: Shop) -> None:
+    with pytest.raises(OperatorError, match=r"^`tables` is the text 'item_features'.*\['item_f"):
+        opened(shop, tables=NAME)
+    table = opened(shop)[NAME]
+    for call in (lambda: table.read("x"), lambda: list(table.read_files("x"))):
+        with pytest.raises(OperatorError, match=r"^`columns` is the text 'x'.*Give \['x'\]"):
+            call()
+
+
+def test_no_columns_are_all_rows(shop: Shop) -> None:
+    table = opened(shop)[NAME]
+    assert table.read([]).shape == (len(OLD), 0)
+    assert [rows.shape for rows in table.read_files([])] == [(2, 0), (2, 0)]
+
+
+def test_rows_for_training_are_of_no_night(shop: Shop) -> None:
+    for call in (
+        lambda: opened(shop)["training_rows"],
+        lambda: opened(shop, tables=["training_rows"]),
+    ):
+        with pytest.raises(OperatorError, match="no table 'training_rows' in any") as error:
+            call()
+        assert str(error.value).count("training_rows") == 1
+
+
+def test_a_table_that_was_not_asked_for_is_told_from_one_that_the_night_lacks(shop: Shop) -> None:
+    (entry,) = read_json(shop.settings.layout.night_path(DS))["tables"].values()
+    edit_record(shop, tables={NAME: entry, "user_simscores": entry})
+    night = opened(shop, tables=[NAME])
+    with pytest.raises(OperatorError, match=r"not among the tables asked for .*: item_features"):
+        night["user_simscores"]
+    assert "was made without recent_clicks" in refused(lambda: night["recent_clicks"])
+    assert not opened(shop, tables=[]).tables
 
 
 def test_what_is_damaged_is_told_with_its_path(shop: Shop) -> None:
     night = opened(shop)
     files.write_bytes(night[NAME].paths[0], b"PAR1 and no more")
-    with pytest.raises(DataContractError, match=r"part-.*cannot be read as Parquet"):
-        night[NAME].read()
+    for call in (night[NAME].read, lambda: night[NAME].schema):
+        with pytest.raises(DataContractError, match=r"part-.*cannot be read as Parquet"):
+            call()
     for path in (shop.settings.layout.night_path(DS), shop.settings.layout.latest_path):
         right = files.read_bytes(path)
         for data in (b"{", b"[]"):
@@ -317,3 +376,35 @@ def test_what_is_damaged_is_told_with_its_path(shop: Shop) -> None:
                 opened(shop)
             assert path in str(error.value)
         files.write_bytes(path, right)
+
+
+def test_whichever_byte_of_a_file_is_damaged_is_told_with_its_path_and_what_mends_it(
+    tmp_path: Path,
+) -> None:
+    shop = Shop(str(tmp_path))
+    shop.publish(OLD)
+    table = opened(shop)[NAME]
+    path = table.paths[0]
+    data, told = files.read_bytes(path), list[DataContractError]()
+    for at in range(len(data)):
+        files.write_bytes(path, data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
+        try:
+            table.read()
+        except DataContractError as error:
+            told.append(error)
+    assert all(str(one).startswith(f"{path} cannot be read as Parquet (") for one in told)
+    assert all("`courier validate` tells" in str(one) for one in told)
+    assert {type(one.__cause__) for one in told} >= {OSError, pa.ArrowInvalid}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "a bad sector"), pa.ArrowMemoryError()])
+def test_a_fault_of_the_machine_is_not_taken_for_damage(
+    shop: Shop, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: str, columns: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(tables.partitions, "read_parquet", read)
+    with pytest.raises(type(error)) as found:
+        opened(shop)[NAME].read()
+    assert found.value is error

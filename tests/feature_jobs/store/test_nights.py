@@ -10,10 +10,12 @@ import pytest
 from feature_jobs.schemas import DataContractError
 from feature_jobs.store import nights
 from feature_jobs.store.documents import write_json
+from pipelines import stages
 
 DAY, NEXT = dt.date(2026, 3, 1), dt.date(2026, 3, 2)
 TABLES = {"item_features": {"path": "x/item_features/ds=…", "version": "aa", "rows": 3}}
-RECORD = {"ds": str(DAY), "feature_set": "x", "published_at": "t", "tables": TABLES, "gates": []}
+TIME = "2026-03-02T04:05:06.000007+00:00"
+RECORD = {"ds": str(DAY), "feature_set": "x", "published_at": TIME, "tables": TABLES, "gates": []}
 
 
 def test_days_are_those_of_records_and_of_nothing_that_lies_beside_them(tmp_path: Path) -> None:
@@ -45,12 +47,22 @@ def test_a_record_of_an_earlier_version_has_no_time() -> None:
     assert nights.parse_record("r", json.dumps(old).encode())["published_at"] is None
 
 
+def test_tables_of_a_night_are_those_that_its_stages_make() -> None:
+    made = {table.name for kind in stages.NIGHT for table in kind.tables}
+    assert set(nights.NIGHT_TABLES) == made
+
+
 @pytest.mark.parametrize(
     "told",
     [
         None, [], "x", RECORD | {"ds": 3}, RECORD | {"ds": "2026-02-30"},
         RECORD | {"feature_set": None}, RECORD | {"tables": None}, RECORD | {"tables": {"t": 1}},
         RECORD | {"tables": {"t": {"version": "aa"}}},
+        RECORD | {"tables": {"t": {"path": 3, "version": "aa", "rows": 3}}},
+        RECORD | {"tables": {"t": {"path": "x", "version": None, "rows": 3}}},
+        RECORD | {"published_at": "yesterday"}, RECORD | {"published_at": 3},
+        RECORD | {"published_at": "2026-03-02T04:05:06"},  # of which clock?
+        RECORD | {"pruned": None}, RECORD | {"pruned": {"t": 3}},
     ],
 )  # fmt: skip
 def test_what_is_no_record_is_told_with_its_path(told: Any) -> None:
