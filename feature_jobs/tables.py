@@ -117,9 +117,9 @@ class NightTable:
             if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
                 raise  # of memory or of the disk; what is damaged, Arrow tells without a number
             raise DataContractError(
-                f"{path} cannot be read as Parquet ({error}). COURIER published it whole, so it "
-                f"was damaged since, and the rows of {self.name} are not all to be had. `courier "
-                "validate` tells what else is damaged and what mends it."
+                f"{path} cannot be read as Parquet ({' '.join(str(error).split())}). COURIER "
+                f"published it whole, so it was damaged since, and the rows of {self.name} are not "
+                "all to be had. `courier validate` tells what else is damaged and what mends it."
             ) from error
 
 

@@ -394,6 +394,7 @@ def test_whichever_byte_of_a_file_is_damaged_is_told_with_its_path_and_what_mend
             told.append(error)
     assert all(str(one).startswith(f"{path} cannot be read as Parquet (") for one in told)
     assert all("`courier validate` tells" in str(one) for one in told)
+    assert not any("\n" in str(one) for one in told)
     assert {type(one.__cause__) for one in told} >= {OSError, pa.ArrowInvalid}
 
 
