@@ -1,7 +1,9 @@
 """Makes the worlds that several tests read; no test changes what a session-wide one holds."""
 
+import os
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from tests.support.world import DAYS, Kept, World, make_codebook, make_encoder
 # Files that take half a minute or more, the longest first. Begun last, one of them would still run
 # when all others have ended: a process takes whole files, in this order (`make test`).
 LONGEST = [
+    "test_any_order_of_jobs.py", "test_any_order.py", "test_killed_nights.py",
     "test_false_alarms.py", "test_gate_faults.py", "test_publishing_schedules.py",
     "test_ranges.py", "test_refresh.py", "test_history_nights.py", "test_held_nights.py",
     "test_publishing_faults.py",
@@ -94,6 +97,19 @@ def refreshed(
         world.write_images(day)
         make_night(world.settings(), day)
     return world
+
+
+@pytest.fixture(scope="session")
+def in_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Gives a folder whose files are in memory, where there is such a one.
+
+    Nights of a few rows spend half of their time on deleting small files from a disk.
+    """
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path_factory.mktemp("in-memory")
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ _CHANGING = {"replace", "link", "unlink", "rmtree", "makedirs"}
 _COMPRESSION = ("zstd", "snappy", "gzip", "none")
 _HIDDEN = {"_runs", "_locks", "_backfills", "_staging"}
 ITEMS = range(1, 8)
+DAYS_KEPT = 3  # of user_simscores
 
 
 class Killed(BaseException):
@@ -58,6 +59,7 @@ class Shop:
             '[catalogue]\npath = "catalogue/ds={ds}/*.parquet"\nimage_roots = ["images"]\n'
             '[impressions]\npath = "impressions/ds={ds}/*.parquet"\n'
             "[embed]\nbatch_size = 4\nchunk_items = 4\n"
+            f"[retention]\ndays = {{user_simscores = {DAYS_KEPT}}}\ngrace_hours = 0.0\n"
             "[gates]\nlost_addresses.fail = 1.0\n"
             + "".join(
                 f"{name}.fail = 1.0\n"
