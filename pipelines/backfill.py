@@ -372,8 +372,8 @@ class _Chosen:
             case "stale":
                 is_asked = bool(stale)
             case "late":
-                stale = tuple(kind for kind in stale if self._has_grown(night, kind))
-                is_asked = bool(stale)
+                # With what is stale upstream: scores are made of the items as they are now.
+                is_asked = any(self._has_grown(night, kind) for kind in stale)
             case "failed":
                 is_asked = night.ds in self._failed
             case None:
