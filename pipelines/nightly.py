@@ -96,13 +96,16 @@ class Outlook:
 def look_ahead(
     settings: Settings, wanted: Mapping[dt.date, Collection[Kind]], options: NightOptions
 ) -> list[Outlook]:
-    """Plans the wanted stages of ascending days, as far as inputs are there and settings allow."""
+    """Plans the wanted stages of ascending days, as far as inputs are there and settings allow.
+
+    Whoever makes them says how they are planned again (`Night.again`), as that is for the days that
+    go together.
+    """
     together = Range(settings, settings.layout, lambda _: None, options, len(wanted))
     found = []
     for ds, kinds in wanted.items():
         blocked: dict[Kind, CourierError] = {}
-        again = partial(plan_nights, settings, [ds], kinds, options=options)
-        night = plan_day(DayPlan(together, ds), kinds, again, blocked)
+        night = plan_day(DayPlan(together, ds), kinds, blocked=blocked)
         found.append(Outlook(night, {kind: blocked[kind] for kind in kinds if kind in blocked}))
     return found
 
