@@ -39,7 +39,15 @@ from pipelines.planning.day_plan import NightOptions
 from pipelines.running import beam_options, beside, estimates, records
 from pipelines.running.locks import Busy
 from pipelines.running.stage import Planned, Stage
-from pipelines.running.states import NEVER_MADE, PUBLISHED, REFUSED, STAGED, Look, Night
+from pipelines.running.states import (
+    BEFORE_MADE_AGAIN,
+    NEVER_MADE,
+    PUBLISHED,
+    REFUSED,
+    STAGED,
+    Look,
+    Night,
+)
 from pipelines.stages import EMBED, HISTORIES, ITEMS, SIMSCORE, Kind, kind_of
 
 COMPUTE, REUSE, RECORD, LEAVE = "compute", "reuse", "record", "leave"
@@ -48,7 +56,7 @@ Only = Literal["missing", "stale", "late", "failed"]
 
 _MOST_DAYS = 60  # of a step, unless more are asked for: after each it is told how far the work is
 _BYTES_IN_MEMORY = 64  # of the local engine, for each row that a step of several days reads
-_OF_THE_DAY_BEFORE = ("previous made again", "histories before made again")  # reasons
+_OF_THE_DAY_BEFORE = (BEFORE_MADE_AGAIN, "histories before made again")  # reasons
 _TELL_SECONDS = 600.0
 _PAUSE = 5.0  # seconds between two looks whether another run has ended
 _ONE_DAY = dt.timedelta(days=1)

@@ -238,14 +238,35 @@ class Yesterdays:
 
     def _hands_on_the_same(self, kind: Kind, ds: dt.date, own: Partition, found: Earlier) -> bool:
         """Returns whether `found`, no run that `own` of ds names, has the same to say to it."""
-        made_again = self.changes_of(kind, found)
-        oldest = ds - dt.timedelta(days=reach(self.settings, kind))
-        if not any(oldest <= day for day in made_again):
+        if not self._reaches(kind, ds, found):
             return True
         then = own.manifest["made_from"].get("before", {})
         now = {p.manifest["table"]: p.version for p in self._published_now(found)}
         handed_on = [table.name for table in _HANDED_ON.get(kind, ())]
         return bool(now) and all(then.get(name) == now.get(name) for name in handed_on)
+
+    def _reaches(self, kind: Kind, ds: dt.date, found: Earlier) -> bool:
+        """Returns whether what `found` was made again for, or is to be, may show on ds."""
+        oldest = ds - dt.timedelta(days=reach(self.settings, kind))
+        return any(oldest <= day for day in self.changes_of(kind, found))
+
+    def _is_outdone(self, stage: Stage) -> bool:
+        """Returns whether what a published stage went on from was made again under the same run_id.
+
+        Images are in no run_id, so that other vectors may have come of it, or may come. What only
+        fills a hole is taken for what was there.
+        """
+        own = self.published(stage.kind, stage.ds)
+        if stage.kind is not EMBED or not own or own[0].run_id != stage.run_id or not stage.before:
+            return False
+        found = self.at(EMBED, stage.before[0].ds)
+        if found is None or found.run_id != _named_run(own[0]):
+            return False
+        is_to_be_made = not self._published_now(found)
+        if is_to_be_made and not self.published(EMBED, found.ds):
+            return False
+        is_same = all(self.look.is_followed(stage.before, one) for one in own)
+        return (is_to_be_made or not is_same) and self._reaches(EMBED, stage.ds, found)
 
     def _published_now(self, earlier: Earlier) -> tuple[Partition, ...]:
         """Returns its tables as they are published; none where they are to be made."""
@@ -268,6 +289,8 @@ class Yesterdays:
         Those that it is handed on are followed as far as they reach, and so are those that the
         published one was made again for: days after it may not have followed yet.
         """
+        if self._is_outdone(planned.stage):
+            planned = _with(planned, follows=True)
         stage, kind = planned.stage, planned.stage.kind
         if self.look.state(stage).name == states.PUBLISHED and not stage.forced:
             return planned
@@ -276,13 +299,13 @@ class Yesterdays:
         if not (own and changed and _is_alike(own[0], stage)):
             changed |= {stage.ds}
         self.changed[kind.name, stage.ds] = changed
-        if not own or own[0].run_id == stage.run_id:
+        if not own or (own[0].run_id == stage.run_id and not stage.follows):
             return planned
         earlier = map(dt.date.fromisoformat, own[0].manifest["notes"].get(MADE_AGAIN_FOR, ()))
         changed |= {day for day in earlier if self._oldest(stage) <= day}
         self.changed[kind.name, stage.ds] = changed
         notes = {**stage.notes, MADE_AGAIN_FOR: sorted(map(str, changed))}
-        return cast(P, replace(cast(Any, planned), stage=replace(stage, notes=notes)))
+        return _with(planned, notes=notes)
 
     def _oldest(self, stage: Stage) -> dt.date:
         """Returns the first day whose change may show in a stage."""
@@ -291,7 +314,7 @@ class Yesterdays:
     def _handed_on(self, own: Partition, stage: Stage) -> frozenset[dt.date]:
         """Returns the days whose changes come from the day before, if `own` names another."""
         found = self.at(stage.kind, stage.before[0].ds) if stage.before else None
-        if found is None or found.run_id == _named_run(own):
+        if found is None or (found.run_id == _named_run(own) and not stage.follows):
             return frozenset()
         oldest = self._oldest(stage)
         return frozenset(day for day in self.changes_of(stage.kind, found) if oldest <= day)
@@ -310,6 +333,12 @@ class Yesterdays:
                     f"command again when that has ended, or `courier refresh --ds {day}` to end it."
                 )
         return None
+
+
+def _with(planned: P, **changes: Any) -> P:
+    """Returns a planned stage that says something else besides."""
+    stage = replace(planned.stage, **changes)
+    return cast(P, replace(cast(Any, planned), stage=stage))
 
 
 def _named_run(own: Partition) -> str | None:

@@ -54,7 +54,8 @@ class Stage:
     `inputs` are what the work depends on, `identities` the artefacts it uses, `notes` what a reader
     of the manifest should know. `upstream` are stages of the same ds, `before` the tables of an
     earlier day that it goes on from, by name. A `forced` stage is made again although it is
-    published, for the reason `forced_by`.
+    published, for the reason `forced_by`. One that `follows` is published only as it is
+    made from the content that `before` has now: the run_id does not tell that.
     """
 
     kind: Kind
@@ -69,6 +70,7 @@ class Stage:
     input_rows: int = 0
     notes: Mapping[str, Any] = field(default_factory=dict)
     forced_by: str = ""
+    follows: bool = False
 
     @cached_property
     def run_id(self) -> str:

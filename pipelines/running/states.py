@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from feature_jobs.schemas import GateRefused, InputNotReady, Table
+from feature_jobs.schemas import ITEM_EMBEDDINGS, GateRefused, InputNotReady, Table
 from feature_jobs.store import documents, files, partitions
 from feature_jobs.store.documents import parse_json, read_json, write_json
 from feature_jobs.store.partitions import Partition
@@ -21,7 +21,7 @@ from pipelines.running.stage import PACKAGE_VERSIONS, Planned, Reference, Stage
 
 ABSENT, BEGUN, STAGED, PUBLISHED = "absent", "begun", "staged", "published"
 OTHER, REFUSED, HELD = "published from something else", "refused", "held"
-NEVER_MADE = "never made"
+NEVER_MADE, BEFORE_MADE_AGAIN = "never made", "previous made again"
 
 _BEGUN = "begun.json"  # what it is made from; the first file of a staging folder
 _PUBLISHING = "publishing.json"  # of a forced stage: its tables may be partly published
@@ -99,6 +99,8 @@ class Look:
             made_from = self.made_from(stage)
             published = [self.published(stage.folder(table)) for table in stage.tables]
             mine = [p for p in published if p and _is_mine(p, stage, made_from)]
+            if stage.follows:
+                mine = [p for p in mine if self.is_followed(stage.before, p)]
             is_published = len(mine) == len(published) and not _is_forced_now(stage)
             if not is_published:
                 staged = [self.staged(stage.staged_folder(table)) for table in stage.tables]
@@ -114,6 +116,17 @@ class Look:
             (found := self.find(one)) and then.get(one.table.name) == found.version
             for one in stage.before
         )
+
+    def is_followed(self, before: Sequence[Reference], partition: Partition) -> bool:
+        """Returns whether embeddings that a partition was made from are, in content, as then.
+
+        They are taken to be where its manifest does not tell, as those of earlier versions.
+        """
+        then = partition.manifest["made_from"].get("before", {})
+        return all(
+            (found := self.find(one)) and then.get(one.table.name, found.version) == found.version
+            for one in before if one.table is ITEM_EMBEDDINGS
+        )  # fmt: skip
 
     def _is_held(self, stage: Stage) -> bool:
         """Returns whether the day is on hold; tables that other feature sets share never are."""
@@ -190,6 +203,8 @@ class Look:
         yield from changes
         if not changes:
             yield from (f"upstream {name} made again" for name in again)
+        if not changes and stage.follows:
+            yield BEFORE_MADE_AGAIN
 
 
 def _was_made_again(upstream: Stage, old: Partition, made_from: Mapping[str, str] | None) -> bool:

@@ -25,7 +25,7 @@ def test_any_order_of_commands_shows_what_the_model_says(
         run_state_machine_as_test(
             AnyOrder,
             settings=settings(
-                max_examples=60, stateful_step_count=12, derandomize=True, deadline=None,
+                max_examples=80, stateful_step_count=12, derandomize=True, deadline=None,
                 database=None, suppress_health_check=list(HealthCheck),
             ),
         )  # fmt: skip

@@ -584,6 +584,25 @@ def test_an_accepted_day_makes_later_ones_stale_and_says_so(made: Shop) -> None:
     assert why in stale(made)[str(DAYS[2])]
 
 
+def test_other_images_under_the_same_run_make_later_days_stale(made: Shop) -> None:
+    made.draw_images()
+    before, remake = run_ids(made), ("refresh", "--ds", DAYS[0], "--remake")
+    assert made.run(*remake) == DONE
+    assert run_ids(made) == before
+    assert stale(made)[str(DAYS[1])] == {
+        f"ds {DAYS[0]}, from which it goes on, was made again": ["embed"],
+        "upstream embed made again": ["item-features"],
+        "upstream embed made again; upstream item-features made again": ["simscore"],
+    }
+    assert set(computed(made, "--cascade")) == set(DAYS[1:5])  # as far as the window reaches
+    assert made.run("backfill", "--cascade") == DONE, made.told
+    assert stale(made) == {}
+    there = made.seen()
+    assert made.run(*remake) == DONE  # with the same images
+    assert stale(made) == {}
+    assert made.seen() == there
+
+
 def test_a_filled_hole_or_a_day_that_is_gone_makes_no_day_stale(shop: Shop) -> None:
     for ds in (DAYS[0], DAYS[2]):
         assert shop.run("embed", "--ds", ds) == DONE

@@ -81,6 +81,13 @@ class AnyOrder(RuleBasedStateMachine):
         self.shop.draw_images()
         self.is_straight = False
 
+    @rule(ds=some_day)
+    def remake_of_other_images(self, ds: dt.date) -> None:
+        """Makes a day again, by the same run, of which other vectors come; later ones follow."""
+        self.draw_images()
+        self.refresh(ds, 1, remake=True, kill_at=None)
+        self.cascade(step_days=3, kill_at=None)
+
     # -- Commands --
 
     @rule(ds=some_day, count=st.integers(1, 3), remake=st.booleans(), kill_at=moments)
