@@ -56,7 +56,8 @@ class Range:
     """Holds what the plans of days share that are planned together, of which there are `days`.
 
     `nights` is where nights lie, also where a candidate's embeddings are planned; `sources` are
-    what was opened of the shop's tables, and `changed` the days for whose change stages are made.
+    what was opened of the shop's tables, `artefacts` encoders and codebooks by folder, and
+    `changed` the days for whose change stages are made.
     """
 
     settings: Settings
@@ -65,6 +66,7 @@ class Range:
     options: NightOptions
     days: int = 1
     sources: dict[str, Source | InputNotReady] = field(default_factory=dict)
+    artefacts: dict[str, Any] = field(default_factory=dict)
     planned: dict[tuple[str, dt.date], Planned] = field(default_factory=dict)
     changed: dict[tuple[str, dt.date], frozenset[dt.date]] = field(default_factory=dict)
     look: Look = field(default_factory=Look)
@@ -90,7 +92,7 @@ class DayPlan:
         self.settings, self.options, self.ds = of.settings, of.options, ds
         self.range = of
         self.shop = ShopTables(self.settings, ds, of.say, of.sources)
-        self.pinned = PinnedArtefacts(self.settings, ds, self.options.allow_overlap)
+        self.pinned = PinnedArtefacts(self.settings, ds, self.options.allow_overlap, of.artefacts)
         self.yesterdays = of.yesterdays()
         self._beside: Yesterdays | None = None
 

@@ -2,11 +2,15 @@
 
 import datetime as dt
 import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 from feature_jobs.codebooks import codebook as codebooks
 from feature_jobs.schemas import OperatorError
 from feature_jobs.store import encoder_info, files
 from pipelines.config import PackagePath, Pin, Settings
+
+T = TypeVar("T")
 
 
 def with_candidate(settings: Settings, encoder: str) -> Settings:
@@ -23,11 +27,16 @@ def with_candidate(settings: Settings, encoder: str) -> Settings:
 class PinnedArtefacts:
     """Holds the encoder and codebook that are pinned for ds.
 
-    `allow_overlap` lets them be made from data of ds or later days.
+    `allow_overlap` lets them be made from data of ds or later days. `known` are artefacts that days
+    planned together have read already, by folder.
     """
 
-    def __init__(self, settings: Settings, ds: dt.date, allow_overlap: bool = False):
+    def __init__(
+        self, settings: Settings, ds: dt.date, allow_overlap: bool = False,
+        known: dict[str, Any] | None = None,
+    ):  # fmt: skip
         self._settings, self._ds, self._allow_overlap = settings, ds, allow_overlap
+        self._known = {} if known is None else known
 
     @functools.cached_property
     def pin(self) -> Pin:
@@ -35,7 +44,7 @@ class PinnedArtefacts:
 
     @functools.cached_property
     def encoder(self) -> encoder_info.EncoderInfo:
-        return encoder_info.read_encoder_info(self.pin.encoder)
+        return self._read(encoder_info.read_encoder_info, self.pin.encoder)
 
     @functools.cached_property
     def codebook(self) -> codebooks.CodebookInfo:
@@ -48,7 +57,7 @@ class PinnedArtefacts:
                 "codebook, and the night never fits one. Run `courier embed` and `courier "
                 "fit-codebook` for an earlier day, and add the stanza that it prints."
             )
-        info = codebooks.read_codebook_info(self.pin.codebook)
+        info = self._read(codebooks.read_codebook_info, self.pin.codebook)
         if info.encoder_id != self.encoder.encoder_id:
             raise OperatorError(
                 f"The pin from {self.pin.from_ds} mixes two encoders: its encoder is "
@@ -57,6 +66,11 @@ class PinnedArtefacts:
                 "codebook's own encoder, or fit a codebook on the new embeddings."
             )
         return info
+
+    def _read(self, read: Callable[[str], T], folder: str) -> T:
+        if folder not in self._known:
+            self._known[folder] = read(folder)
+        return cast(T, self._known[folder])
 
     def identities(self) -> dict[str, str]:
         return {"encoder_id": self.encoder.encoder_id, "codebook_id": self.codebook.codebook_id}
