@@ -356,7 +356,7 @@ def find_published(folder: str) -> Partition | None:
         return None
     if success.decode(errors="replace").strip() != hashlib.sha256(manifest).hexdigest():
         return None
-    return Partition(folder, parse_json(path, manifest))
+    return Partition(folder, parse_manifest(path, manifest))
 
 
 def parse_manifest(path: str, data: bytes) -> dict[str, Any]:

@@ -176,7 +176,8 @@ $impressions_columns
 
 [retention]
 # What `courier prune` keeps. Of a table that is named, as in {user_simscores = 400}, so many days,
-# counted back from the newest night, not fewer than window_days; of others all.
+# counted back from the newest night, not fewer than window_days; of others all. The two tables of
+# one stage go together: name user_histories with recent_clicks, item_embeddings with item_rejects.
 # days = {}
 # So many earlier versions of each partition, besides those that a rollback would bring back.
 # versions = 1

@@ -585,8 +585,8 @@ def _note_withdrawn(place: Place, manifest: bytes, locks: Locks) -> None:
     that saw it before and after would trust what it found in between.
     """
     path = os.path.join(place.folder, MANIFEST)
-    found: dict[str, Any] = parse_json(path, manifest)
-    kept_path = os.path.join(place.kept, str(found["version"]), MANIFEST)
+    found = partitions.parse_manifest(path, manifest)
+    kept_path = os.path.join(place.kept, found["version"], MANIFEST)
     kept = files.read_if_there(kept_path)
     counted = parse_json(kept_path, kept).get("publication", 1) if kept else 0
     times = max(found.get("publication", 1) + 1, counted)

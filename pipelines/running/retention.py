@@ -109,6 +109,7 @@ class Pruned:
                 for (name, what), some in self.together().items()
             ],
             "skipped": {str(ds): why for ds, why in self.skipped.items()},
+            "damaged": sorted(map(str, self.damaged)),
             **_sums(self.gone),
         }  # fmt: skip
 

@@ -5,7 +5,9 @@ Tables are made by stub jobs; all else is the real code.
 
 import contextlib
 import datetime as dt
+import errno
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,15 +16,18 @@ from unittest import mock
 
 import pytest
 
-from feature_jobs.schemas import StorageUnavailable
-from feature_jobs.store import files, partitions
+from feature_jobs.schemas import ITEM_EMBEDDINGS, StorageUnavailable
+from feature_jobs.store import faults, files, partitions
 from pipelines import backfill, nightly, stages
 from pipelines.running import beam_options, beside
 from tests.conftest import Artefacts
 from tests.support import any_order
 from tests.support.any_order import COMES_LATE, TABLES, Catalogue, Inputs, Log
+from tests.support.ill_disk import watch_disk
 from tests.support.ordered_shop import Shop
+from tests.support.schedules import CHANGING
 from tests.support.stub_nights import UNKNOWN_FROM, stub_jobs
+from tests.support.world import make_codebook, make_encoder
 
 DAYS = any_order.DAYS[:6]
 OWN = [name for name, kind in TABLES.items() if not kind.is_shared]
@@ -313,6 +318,28 @@ def test_a_store_that_is_full_ends_it_at_once_and_nothing_is_lost(shop: Shop) ->
     assert whole_nights(shop) == list(DAYS)
 
 
+def test_a_root_that_cannot_be_written_is_told_at_once(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faults, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(faults, "FORBIDDEN_SECONDS", 0.01)
+    tried = []
+
+    def read_only(what: str, path: str) -> None:
+        if what in (*CHANGING, "makedirs"):
+            tried.append(path)
+            raise OSError(errno.EROFS, "Read-only file system", path)
+
+    with monkeypatch.context() as patch:
+        watch_disk(patch, read_only)
+        assert shop.run("backfill", *ALL, "--dry-run") == DONE
+        assert tried == []
+        assert shop.run("backfill", *ALL) == FAILED
+    assert re.search(r"may not be read or written.*Read-only", shop.told)
+    assert not Path(shop.root).exists()
+    assert shop.run("backfill", *ALL) == DONE
+
+
 def test_the_worst_status_is_that_of_the_command(shop: Shop) -> None:
     shop.inputs.catalogues[DAYS[1]] = Catalogue(is_bad=True)
     shop.write_inputs()
@@ -501,6 +528,50 @@ def test_only_one_choice_is_made_and_days_are_given(shop: Shop) -> None:
     assert shop.run("backfill", "--only-missing") == USAGE
     assert shop.run("backfill", "--start-ds", DAYS[1], "--end-ds", DAYS[0]) == USAGE
     assert not Path(shop.root).exists()
+
+
+def test_another_encoder_within_the_range_is_taken_from_its_day_on(
+    shop: Shop, artefacts: Artefacts, tmp_path: Path
+) -> None:
+    """Its nights go on from none of the other's vectors, and are those of commands day by day."""
+    encoder = make_encoder(tmp_path, seed=1, name="other")
+    book = make_codebook(tmp_path, encoder)
+    text = shop.config.read_text() + f"[[pins]]\nfrom_ds = {DAYS[3]}\nencoder = '{encoder}'\n"
+    shop.config.write_text(f"{text}codebook = '{artefacts.codebook}'\n")
+    assert shop.run("backfill", *ALL) == USAGE
+    assert f"The pin from {DAYS[3]} mixes two encoders" in shop.told
+    assert not Path(shop.root).exists()
+    shop.config.write_text(f"{text}codebook = '{book}'\n")
+    assert shop.run("backfill", *ALL, "--step-days", 4) == DONE, shop.told
+    found = contents(shop)
+    layout = shop.settings.layout
+    by_day = {ds: partitions.find_published(layout.folder(ITEM_EMBEDDINGS, ds)) for ds in DAYS}
+    used = [os.path.basename(pin) for pin in (artefacts.encoder, encoder)]
+    assert [one and one.manifest["identities"]["encoder_id"] for one in by_day.values()] == [
+        *[used[0]] * 3, *[used[1]] * 3
+    ]  # fmt: skip
+    files.delete_tree(shop.root)
+    for ds in DAYS:
+        assert shop.run("refresh", "--ds", ds) == DONE, shop.told
+    assert contents(shop) == found
+
+
+def test_a_hole_in_the_histories_before_the_range_is_told_and_filled(shop: Shop) -> None:
+    assert shop.run("refresh", "--ds", DAYS[0]) == DONE
+    later = ("--start-ds", DAYS[3], "--end-ds", DAYS[4])
+    plan = plan_of(shop, *later)
+    assert plan[str(DAYS[3])]["histories"]["action"] == "blocked"
+    assert plan[str(DAYS[3])]["embed"]["action"] == "compute"
+    assert plan[str(DAYS[4])]["histories"] == {
+        "action": "blocked", "why": f"by histories of ds {DAYS[3]}"
+    }  # fmt: skip
+    assert shop.run("backfill", *later) == NOT_READY
+    assert f"the clicks from {DAYS[1]} to {DAYS[2]} would be missing" in shop.out
+    command = re.search(r"`courier (histories --start-ds [^`]+)`", shop.out)
+    assert command
+    assert shop.run(*command[1].split()) == DONE
+    assert shop.run("backfill", *later) == DONE
+    assert whole_nights(shop) == [DAYS[n] for n in (0, 3, 4)]
 
 
 def test_days_before_the_beginning_of_the_log_are_refused(shop: Shop) -> None:

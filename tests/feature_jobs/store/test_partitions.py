@@ -46,7 +46,9 @@ def write_table(
     for i in range(shards):
         mine = rows.filter(pa.array(shard == i))
         partitions.write_part(folder, USER_HISTORIES, schema, mine, i, shards)
-    return partitions.Partition(folder, {"files": partitions.receipts(folder), "run_id": "r"})
+    return partitions.Partition(
+        folder, {"files": partitions.receipts(folder), "run_id": "r", "version": "v"}
+    )
 
 
 # ---- Parts -----------------------------------------------------------------------------------
@@ -467,12 +469,14 @@ def test_no_partition_is_open_unless_success_names_its_manifest(
     if lacking != "folder":
         folder.mkdir()
     if lacking not in ("folder", "everything"):
-        publish(folder, {"files": [], "run_id": "r"})
+        publish(folder, {"files": [], "run_id": "r", "version": "v"})
         assert partitions.is_published(str(folder))
     if lacking in ("_SUCCESS", "_manifest.json"):
         (folder / lacking).unlink()
     if lacking == "agreement":  # a manifest of the next version, whose _SUCCESS is still to come
-        documents.write_json(str(folder / "_manifest.json"), {"files": [], "run_id": "next"})
+        documents.write_json(
+            str(folder / "_manifest.json"), {"files": [], "run_id": "next", "version": "w"}
+        )
     assert not partitions.is_published(str(folder))
     with pytest.raises(InputNotReady) as refused:
         partitions.open_published(str(folder))
@@ -483,7 +487,7 @@ def test_no_partition_is_open_unless_success_names_its_manifest(
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data + b" "])
 def test_a_damaged_manifest_is_never_read(tmp_path: Path, damage) -> None:
-    publish(tmp_path, {"files": [], "run_id": "r"})
+    publish(tmp_path, {"files": [], "run_id": "r", "version": "v"})
     path = tmp_path / "_manifest.json"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(InputNotReady):
@@ -492,6 +496,8 @@ def test_a_damaged_manifest_is_never_read(tmp_path: Path, damage) -> None:
 
 def test_a_staged_partition_is_open_to_us_and_to_nobody_else(tmp_path: Path) -> None:
     assert partitions.find_staged(str(tmp_path)) is None
-    documents.write_json(str(tmp_path / "_staged.json"), {"files": [], "run_id": "r"})
+    documents.write_json(
+        str(tmp_path / "_staged.json"), {"files": [], "run_id": "r", "version": "v"}
+    )
     assert partitions.find_staged(str(tmp_path)).run_id == "r"
     assert not partitions.is_published(str(tmp_path))

@@ -3,6 +3,7 @@
 import contextlib
 import datetime as dt
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -464,9 +465,14 @@ def test_a_root_that_cannot_be_written_is_told_and_nothing_is_done(
 
 def test_a_manifest_that_cannot_be_read_stops_its_own_day_alone(root: str) -> None:
     shop = SmallDays(root, days=FOUR).nights(range(1, 11), ITEM_FEATURES)
-    files.write_bytes(os.path.join(shop.layout.folder(ITEM_FEATURES, day(2)), MANIFEST), b"{")
-    told = shop.prune()
-    assert list(told.skipped) == [day(2)]
+    folder = shop.layout.folder(ITEM_FEATURES, day(2))
+    for data in (b"{", b"{}"):
+        files.write_bytes(os.path.join(folder, MANIFEST), data)
+        files.write_bytes(os.path.join(folder, SUCCESS), hashlib.sha256(data).hexdigest().encode())
+        told = shop.prune()
+        assert list(told.skipped) == [day(2)]
+        assert told.as_json()["damaged"] == [str(day(2))]
+    files.delete(os.path.join(folder, SUCCESS))
     assert "_manifest.json" in told.skipped[day(2)]
     assert shop.days(ITEM_FEATURES) == [7, 8, 9, 10]
     assert shop.layout.begun_days(ITEM_FEATURES) == [day(2), *map(day, range(7, 11))]
