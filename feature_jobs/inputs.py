@@ -31,6 +31,10 @@ _FOOTER_READERS = 16
 CATALOGUE_COLUMNS = ("item_id", "image_uri", "category")
 PARQUET_ENDINGS = (".parquet", ".parq", ".pq")
 IMPRESSION_COLUMNS = ("user_id", "item_id", "event_time", "clicked")
+SAMPLE_COLUMNS = IMPRESSION_COLUMNS[:3]
+_REQUIRED = {
+    "catalogue": CATALOGUE_COLUMNS, "impressions": IMPRESSION_COLUMNS, "samples": SAMPLE_COLUMNS
+}  # fmt: skip
 _NULLABLE = ("image_uri", "category", "title", "click_time", "request_id", "history")
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 # The years 1 to 9999, which Python can print, less a day, so that no time zone leaves them.
@@ -76,7 +80,7 @@ class Source:
 
     form: Form
     paths: tuple[str, ...]
-    row_groups: tuple[int, ...]
+    row_groups: tuple[tuple[int, ...], ...]  # the rows of each, by file
     rows: int
     checksums: tuple[str, ...]
     item_id: pa.DataType | None
@@ -90,7 +94,7 @@ class Source:
         return [
             RowGroup(path, index, self.form)
             for path, groups in zip(self.paths, self.row_groups, strict=True)
-            for index in range(groups)
+            for index in range(len(groups))
         ]
 
     def identity(self) -> dict[str, object]:
@@ -145,7 +149,7 @@ def list_files(
         raise DataContractError(
             f"The {table} partition of ds {ds} has a _SUCCESS and {others}, but none at {folder} "
             f"that is {_asked(typed, folder)}. Taken for an empty day, it would publish empty "
-            f"tables. Correct [{table}] path in the settings."
+            f"tables. Correct {_setting(table, 'path')}."
         )
     if not done and (require_success or not found):
         missing = "no _SUCCESS" if found else "no file and no _SUCCESS"
@@ -154,10 +158,21 @@ def list_files(
             f"The {table} table has no partition for ds {ds} yet: {missing} at {folder}; "
             f"{_asked(typed, folder)} was looked for{beside}. Without it the features of that day "
             "would be made from nothing. Run the command again when the partition is there, or "
-            f"correct [{table}] path in the settings. If the shop was closed on that day, say so: "
+            f"correct {_setting(table, 'path')}. If the shop was closed on that day, say so: "
             f'closed_days = ["{ds}"] in the settings, or a _SUCCESS in the empty folder.'
         )
     return found
+
+
+def _setting(table: str, key: str) -> str:
+    """Names what an operator says of a table: by a setting, or of samples by an option."""
+    options = {
+        "path": "--samples", "columns": "--user-id, --item-id or --time",
+        "input_timezone": "--timezone", "carry": "the samples",
+    }  # fmt: skip
+    if table == "samples":
+        return options[key]
+    return f"[{table}.columns] in the settings" if key == "columns" else f"[{table}] {key}"
 
 
 def find_days(template: str) -> list[dt.date]:
@@ -224,6 +239,30 @@ def _others(template: str, typed: str, folder: str) -> str:
     return f"{len(others):,} other file(s), such as {others[0].path}" if others else ""
 
 
+def earliest_event(source: Source) -> int | None:
+    """Returns a moment, in microseconds, not after any event of a partition; None without rows.
+
+    It is told by footers, of times without a zone up to a day too early; else times are read.
+    """
+    column, found = source.form.columns.get("event_time"), list[int]()
+    groups = source.groups()
+    for path in source.paths:
+        footer, _ = read_footer(path)
+        leaves = [footer.schema.column(at).path for at in range(footer.num_columns)]
+        for index in range(footer.num_row_groups):
+            told = footer.row_group(index).column(leaves.index(column)).statistics
+            if told is None or not told.has_min_max:
+                (group,) = (g for g in groups if (g.path, g.index) == (path, index))
+                times = read_rows(group, ["event_time"])["event_time"].cast(pa.int64())
+                found += [pc.min(times).as_py()] if len(times) else []
+            elif told.min.tzinfo:
+                found.append(int(told.min.timestamp()) * 1_000_000)
+            else:
+                first = told.min.replace(tzinfo=dt.UTC) - dt.timedelta(days=1)
+                found.append(int(first.timestamp()) * 1_000_000)
+    return min(found, default=None)
+
+
 # ---- Checking what footers tell --------------------------------------------------------------
 
 
@@ -258,8 +297,7 @@ def open_source(
             "is all. An empty day is published only when it is marked as whole: write the "
             "_SUCCESS, or wait for the rows."
         )
-    required = CATALOGUE_COLUMNS if table == "catalogue" else IMPRESSION_COLUMNS
-    required = tuple(dict.fromkeys([*required, *named]))
+    required = tuple(dict.fromkeys([*_REQUIRED[table], *named]))
     found = [
         check_schema(table, path, schema, columns, required, carry, input_timezone)
         for path, (_, schema) in zip(paths, footers, strict=True)
@@ -270,7 +308,7 @@ def open_source(
     return Source(
         Form(table, ds, present, tuple(carry), input_timezone, rewrite),
         tuple(paths),
-        tuple(metadata.num_row_groups for metadata, _ in footers),
+        tuple(_group_rows(metadata) for metadata, _ in footers),
         rows,
         checksums,
         item_id=same_id_type("item_id", present, paths, footers),
@@ -280,6 +318,10 @@ def open_source(
         carried=tuple(pa.field(c, plain_type(first.field(c).type)) for c in carry) if first else (),
         image_uris=_values_in(present.get("image_uri"), [metadata for metadata, _ in footers]),
     )
+
+
+def _group_rows(footer: pq.FileMetaData) -> tuple[int, ...]:
+    return tuple(footer.row_group(at).num_rows for at in range(footer.num_row_groups))
 
 
 def _values_in(column: str | None, footers: Sequence[pq.FileMetaData]) -> int | None:
@@ -367,8 +409,8 @@ def check_schema(
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise DataContractError(
                 f"The {table} table lacks the column {name!r} in {path}; it has "
-                f"{', '.join(schema.names)}.{hint} Add the column, or name the right one under "
-                f"[{table}.columns] in the settings."
+                f"{', '.join(schema.names)}.{hint} Add the column, or name the right one: "
+                f"{_setting(table, 'columns')}."
             )
     present = {ours: theirs for ours, theirs in columns.items() if theirs in schema.names}
     for name in [*present.values(), *carry]:
@@ -393,7 +435,7 @@ def check_schema(
             raise DataContractError(
                 f"The column {name!r} of the {table} table has type {found} in {path}, which "
                 "cannot be carried: its rows cannot be read or sorted. Cast it where the table is "
-                f"written, or take it out of carry under [{table}] in the settings."
+                f"written, or take it out of {_setting(table, 'carry')}."
             )
     if {"item_id", "history"} <= present.keys():
         one = id_type(schema.field(present["item_id"]).type)
@@ -412,8 +454,8 @@ def _check_zone(
         raise OperatorError(
             f"The column {column!r} of the {table} table holds times without a time zone "
             f"({found}) in {path}. Taken for the wrong zone they would shift every click by "
-            f"hours, past impressions that they followed. Set input_timezone under [{table}], "
-            'for example input_timezone = "UTC".'
+            f"hours, past impressions that they followed. Say which it is: "
+            f"{_setting(table, 'input_timezone')}, for example UTC."
         )
     try:
         to_utc(pa.chunked_array([[0]], pa.timestamp("us")), input_timezone)

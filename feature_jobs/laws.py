@@ -19,6 +19,7 @@ from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
     ITEM_FEATURES,
     ITEM_REJECTS,
+    JOINED,
     MAIN,
     RECENT_CLICKS,
     ROW_CLICKS,
@@ -78,8 +79,9 @@ def breaches(table: Table, rows: pa.Table, limits: Limits | None = None) -> Brea
     After a fatal one nothing more is looked at.
     """
     rows = rows.combine_chunks()  # once for all; no copy where a column is one chunk
-    law = LAWS[table.name]
-    for laid_down in (in_order(table, rows), _no_null(table, rows), law(rows, limits or {})):
+    law = LAWS[table.name.partition("/")[0]]
+    ordered = in_order(table, rows) if table.key else ()
+    for laid_down in (ordered, _no_null(table, rows), law(rows, limits or {})):
         for breach in laid_down:
             if breach.rows.any():
                 yield breach
@@ -89,7 +91,7 @@ def breaches(table: Table, rows: pa.Table, limits: Limits | None = None) -> Brea
 
 def name_row(table: Table, rows: pa.Table, at: int) -> str:
     """Names the row `at` by its key, but no user: by what the key has beside user_id, if any."""
-    names = [name for name in (table.key, *table.then_by) if name != "user_id"]
+    names = [name for name in (table.key, *table.then_by) if name not in ("", "user_id")]
     return f"the row of {names[0]} {rows[names[0]][at]}" if names else "a row"
 
 
@@ -227,6 +229,26 @@ def _user_simscores(rows: pa.Table, limits: Limits) -> Breaches:
         yield Breach("history_item_ids are not history_len long", items.sizes != past)
 
 
+def _joined(rows: pa.Table, limits: Limits) -> Breaches:
+    there, known, image, scope = (
+        _numbers(rows[name]) for name in ("has_night", "item_known", "has_image", "in_scope")
+    )
+    yield Breach(
+        "feature_ds is not where there is a night",
+        there != _numbers(pc.is_valid(rows["feature_ds"])),
+    )
+    yield Breach("an item is known without a night", known & ~there)
+    yield Breach("an unknown item has an image or is in scope", (image | scope) & ~known)
+    for name in rows.column_names:
+        if name == cluster_column(MAIN) or name.startswith(cluster_column("")):
+            ids = _numbers(rows[name])
+            yield Breach(f"{name} is out of range", _outside(ids, 0, limits.get(name, np.inf)))
+            yield Breach(f"{name} is not where an item has a feature", (ids > 0) != (image & scope))
+    yield from _user_simscores(rows, limits)
+    wrong = (_numbers(rows["sim_known"]) > 0) & ~(image & scope)
+    yield Breach("an item without a feature has a score", wrong)
+
+
 LAWS: dict[str, Callable[[pa.Table, Limits], Breaches]] = {
     USER_HISTORIES.name: _clicks_of_users,
     RECENT_CLICKS.name: _clicks_of_users,
@@ -235,6 +257,7 @@ LAWS: dict[str, Callable[[pa.Table, Limits], Breaches]] = {
     ITEM_REJECTS.name: _item_rejects,
     ITEM_FEATURES.name: _item_features,
     USER_SIMSCORES.name: _user_simscores,
+    JOINED.name: _joined,
 }
 
 

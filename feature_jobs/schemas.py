@@ -85,7 +85,8 @@ class Column:
 class Table:
     """Describes one published table.
 
-    Rows are sorted by `key` within each file, then by `then_by`.
+    Rows are sorted by `key` within each file, then by `then_by`. One without a key has the rows of
+    a table of the shop's own, as they came, with its columns before ours.
     """
 
     name: str
@@ -97,7 +98,7 @@ class Table:
     @property
     def has_users(self) -> bool:
         """Returns whether it holds user IDs."""
-        return any(column.name == _USER_ID for column in self.columns)
+        return not self.key or any(column.name == _USER_ID for column in self.columns)
 
     def schema(
         self,
@@ -278,6 +279,29 @@ USER_SIMSCORES = Table(
         Column("same_cluster", pa.int32(), "history items with the impression's cluster_id"),
         Column("encoder_id", _STRING, "the encoder of the scores"),
         Column("codebook_id", _STRING, "the codebook of same_cluster"),
+    ),
+)
+
+JOINED = Table(
+    "joined",
+    key="",
+    shared=False,
+    columns=(
+        Column("feature_ds", pa.date32(), "the night of the features; null: none yet", True),
+        Column("has_night", pa.bool_(), "a night was available at the sample's moment"),
+        Column("item_known", pa.bool_(), "the night has the item"),
+        Column("has_image", pa.bool_(), "and an embedding of it"),
+        Column("in_scope", pa.bool_(), "and its category is one the encoder was made for"),
+        Column("cluster_id", pa.int32(), "1..max_id; 0 = none"),
+        Column("sim_scores", _FLOATS, "[L] cosine with each history item, newest first"),
+        Column("sim_mask", pa.list_(pa.int8()), "[L] 1 = a real score"),
+        Column("history_len", pa.int32(), "items in the history, at most L"),
+        Column("sim_known", pa.int32(), "real scores"),
+        Column("sim_max", pa.float32(), "largest real score; 0 if none"),
+        Column("sim_mean", pa.float32(), "mean of the real scores; 0 if none"),
+        Column("simtier", pa.list_(pa.int32()), f"[{SIM_TIERS}] real scores per tier of 0.1"),
+        Column("same_cluster", pa.int32(), "history items with the sample's cluster_id"),
+        Column("night_created", TIMESTAMP, "when the night was first published", True),
     ),
 )
 

@@ -24,6 +24,7 @@ from pipelines import stages
 from pipelines.options import (
     Ds,
     PathText,
+    SetName,
     beam_argument,
     checked_days_options,
     config_option,
@@ -117,16 +118,28 @@ def _make(
                 found, refused = made[0], refused + [one.error for one in made[1]]
         except CourierError as told:
             refused.append(told)
-    if json and found:
-        click.echo(dumps(found[0] if len(days) == 1 else found, indent=1))
-    elif not json:
-        render = night.render_plan if dry_run else night.render_report
-        for text in filter(None, map(render, found)):
-            click.echo(text)
+    _echo(found, len(days) == 1, dry_run, json)
     if is_night and not dry_run and not refused:
         from pipelines.running import retention
 
         retention.prune_by_the_night(settings, _say)
+    _refuse(refused)
+
+
+def _echo(found: Sequence[dict[str, Any]], is_one: bool, dry_run: bool, json: bool) -> None:
+    """Prints plans, or what runs did, of days; of one day the JSON is no list."""
+    from pipelines.reports import night
+
+    if json and found:
+        click.echo(dumps(found[0] if is_one else found, indent=1))
+    elif not json:
+        render = night.render_plan if dry_run else night.render_report
+        for text in filter(None, map(render, found)):
+            click.echo(text)
+
+
+def _refuse(refused: Sequence[CourierError]) -> None:
+    """Tells all errors, and raises the last one, if there is any."""
     for error in refused[:-1]:
         _tell_error(error)
     if refused:
@@ -266,6 +279,72 @@ def simscore(**options: Any) -> None:
 def training_rows(**options: Any) -> None:
     """Make what an encoder is trained on, for one day or several: training_rows."""
     _make([stages.TRAINING_ROWS], **options)
+
+
+@cli.command()
+@days_options
+@click.option(
+    "--samples",
+    required=True,
+    metavar="TEMPLATE",
+    help="Where they lie: 'ctr/dt={ds:%Y%m%d}/*.parquet', relative to the settings' folder.",
+)
+@click.option("--name", type=SetName(), default="ctr", help="Of the training set.")
+@click.option("--user-id", default="user_id", metavar="COLUMN", help="Their column of users.")
+@click.option("--item-id", default="item_id", metavar="COLUMN", help="Their column of items.")
+@click.option("--time", default="event_time", metavar="COLUMN", help="Their column of moments.")
+@click.option("--label", metavar="COLUMN", help="Their column of labels, to count it.")
+@click.option("--timezone", metavar="ZONE", help="Of moments that have none: 'Asia/Shanghai'.")
+@click.option(
+    "--features-from",
+    type=click.Choice(["previous", "same"]),
+    default="previous",
+    help="The newest night that is available at a moment, or that of the day itself.",
+)
+@click.option(
+    "--history-as-of",
+    type=click.Choice(["moment", "night"]),
+    default="moment",
+    help="Clicks until the moment, or those that its night knew.",
+)
+@click.option(
+    "--as-of",
+    type=click.Choice(["day", "created"]),
+    default="day",
+    help="A night is available a delay after its day, or once it was really published.",
+)
+@click.option("--created-timestamp", is_flag=True, help="Add when nights were published.")
+@click.option("--mixed-encoders", is_flag=True, help="Let scores be of several encoders.")
+def join(
+    samples: str, name: str, user_id: str, item_id: str, time: str, label: str | None,
+    timezone: str | None, config: str, days: Sequence[dt.date], dry_run: bool, json: bool,
+    remake: bool, accepted: tuple[tuple[str, ...], str], beam_args: Sequence[str], **asked: Any,
+) -> None:  # fmt: skip
+    """Join samples of your own with features as they were at each moment: a training set.
+
+    Samples are any Parquet with user, item and time: impressions, candidates, sampled negatives.
+    One row comes out for each, in the same order, with all of its columns.
+    """
+    from pipelines import nightly
+    from pipelines.planning import joins
+    from pipelines.planning.day_plan import NightOptions
+    from pipelines.reports import night
+    from pipelines.running import beam_options
+
+    if accepted[0]:
+        raise click.UsageError("No gate judges a training set: there is nothing to --accept.")
+    settings = _settings(config)
+    beam_options.job_options(settings, stages.JOIN.name, beam_args)
+    columns = {"user_id": user_id, "item_id": item_id, "event_time": time}
+    template = joins.samples_template(samples, config)
+    wanted = joins.JoinAsked(name, template, columns, timezone, label, **asked)
+    nights = joins.plan_joins(settings, days, wanted, _say, NightOptions(remake=remake))
+    if dry_run:
+        found = [night.describe_plan(one, beam_args) for one in nights]
+        return _echo(found, len(days) == 1, dry_run, json)
+    made, refused = nightly.make_nights(nights, beam_args, _say)
+    _echo(made, len(days) == 1, dry_run, json)
+    _refuse([one.error for one in refused])
 
 
 # ---- Artefacts -------------------------------------------------------------------------------

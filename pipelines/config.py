@@ -470,7 +470,8 @@ class Settings(_Section):
     `keep_repeats` twice. Impressions that come more than `late_days` late have none. Before
     `history_start_ds` there are no clicks, and on `closed_days` no impressions, nor perhaps a
     catalogue. Who waits for inputs takes files that nothing marks as whole once they have stood
-    still for `settle_minutes`. A night is of all `tables`, or of those of items alone, which need
+    still for `settle_minutes`. The night of a day counts as available `availability_delay_hours`
+    after the end of it. A night is of all `tables`, or of those of items alone, which need
     no impressions. The command `on_published` is called for each.
     """
 
@@ -486,6 +487,7 @@ class Settings(_Section):
     history_start_ds: dt.date | None = None
     closed_days: tuple[dt.date, ...] = ()
     settle_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
+    availability_delay_hours: Annotated[float, Field(ge=0, lt=24)] = 6.0
     rows_per_shard: Count = 131_072
     on_published: tuple[str, ...] = ()
     tables: Literal["all", "items"] = "all"

@@ -38,7 +38,15 @@ from pipelines.running.locks import Locks
 from pipelines.running.making import Made
 from pipelines.running.stage import Planned, Stage
 from pipelines.running.states import PUBLISHED, Look, Night
-from pipelines.stages import EMBED, HISTORIES, ITEM_FEATURES, SIMSCORE, TRAINING_ROWS, Kind
+from pipelines.stages import (
+    EMBED,
+    HISTORIES,
+    ITEM_FEATURES,
+    NIGHT,
+    SIMSCORE,
+    TRAINING_ROWS,
+    Kind,
+)
 
 _NOTHING_ASKED, _NOTHING_ACCEPTED = NightOptions(), Accepted()
 
@@ -271,7 +279,7 @@ def is_there(night: Night) -> bool:
     }
     return all(
         recorded.get(table.name) == (partition.version, partition.run_id)
-        for stage in night.stages if stage.kind is not TRAINING_ROWS
+        for stage in night.stages if stage.kind in NIGHT
         for table, partition in zip(stage.tables, look.state(stage).tables, strict=True)
     )  # fmt: skip
 

@@ -87,6 +87,22 @@ class PathText(click.ParamType):
         return re.split(rf"{os.pathsep}(?!//)", rv)
 
 
+class SetName(click.ParamType):
+    """Reads an option's value as the name of a training set, which is that of a folder."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", str(value)):
+            self.fail(
+                f"{value!r} is no name of small letters, digits, - and _, which begins with a "
+                "letter or digit",
+                param,
+                ctx,
+            )
+        return str(value)
+
+
 class GateName(click.ParamType):
     """Reads an option's value as the name of a gate."""
 

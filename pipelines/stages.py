@@ -4,7 +4,7 @@ A kind's name is that of its command, of its section `[beam.<name>]` and of its 
 `_staging`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from feature_jobs import schemas
 from feature_jobs.schemas import Table
@@ -49,13 +49,20 @@ SIMSCORE = Kind(
 TRAINING_ROWS = Kind(
     "training-rows", "training", (schemas.TRAINING_ROWS,), uses=frozenset(["impressions"])
 )  # fmt: skip
+JOIN = Kind("join", "joined", (schemas.JOINED,), uses=frozenset(["impressions"]))
 
 ITEMS = (EMBED, ITEM_FEATURES)
 NIGHT = (*ITEMS, HISTORIES, SIMSCORE)  # in the order in which they are made
-KINDS = (*NIGHT, TRAINING_ROWS)
+KINDS = (*NIGHT, TRAINING_ROWS, JOIN)
+
+
+def join_of(name: str) -> Kind:
+    """Returns the kind of stage that makes the training set of this name, a table of its own."""
+    return replace(JOIN, tables=(replace(schemas.JOINED, name=f"{schemas.JOINED.name}/{name}"),))
 
 
 def kind_of(table: Table) -> Kind:
-    """Returns the kind of stage that makes a table."""
-    (kind,) = (kind for kind in KINDS if table in kind.tables)
+    """Returns the kind of stage that makes a table, or tables of its kind."""
+    family = table.name.partition("/")[0]
+    (kind,) = (kind for kind in KINDS if family in [one.name for one in kind.tables])
     return kind

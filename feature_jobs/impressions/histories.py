@@ -427,19 +427,29 @@ class WriteHistories(beam.DoFn):
 
 
 def clicks_by_user(
-    root: beam.Pipeline, log: Sequence[Source], job: HistoriesJob
-) -> beam.PCollection:
+    root: beam.Pipeline, log: Sequence[Source], job: HistoriesJob,
+    wanted: beam.PCollection | None = None,
+) -> beam.PCollection:  # fmt: skip
     """Returns the clicks of `log` by the job's shards of users, every shard among them.
 
-    Days of the log that cannot be meant are refused, and those of which something is lost.
+    Days of the log that cannot be meant are refused, and those of which something is lost. It is
+    not read where `wanted`, a collection of one number, is 0.
     """
     read_clicks = ReadClicks(job.law, job.day_timezone, job.shards, job.staging)
-    read = (
-        root
-        | "ClickGroups" >> beam.Create([group for day in log for group in day.groups()])
-        | "ReadClicks" >> beam.ParDo(read_clicks).with_outputs("facts", main="clicks")
-    )
-    _ = read.facts | "JudgeLog" >> JudgeDays(log, job.staging)
+    groups = root | "ClickGroups" >> beam.Create([g for day in log for g in day.groups()])
+    unread = []
+    if wanted is not None:
+        is_wanted = beam.pvalue.AsSingleton(wanted)
+        told = [(day.form.ds.toordinal(), DayFacts(rows=day.rows)) for day in log]
+        unread.append(
+            root
+            | "FactsOfUnread" >> beam.Create(told)
+            | "IfUnread" >> beam.Filter(lambda _, count: not count, is_wanted)
+        )
+        groups |= "IfWanted" >> beam.Filter(lambda _, count: bool(count), is_wanted)
+    read = groups | "ReadClicks" >> beam.ParDo(read_clicks).with_outputs("facts", main="clicks")
+    facts = (read.facts, *unread) | "FactsOfLog" >> beam.Flatten()
+    _ = facts | "JudgeLog" >> JudgeDays(log, job.staging)
     return (read.clicks, every_shard(root, job.shards)) | "ClicksAndShards" >> beam.Flatten()
 
 

@@ -203,6 +203,20 @@ def _check_ids(ids: pa.Array) -> None:
         raise repeated_id(again[0].as_py())
 
 
+def score_rows(rows: pa.Table, items: ItemVectors, length: int) -> dict[str, pa.Array]:
+    """Returns the columns that are made of scores of some rows, [n] each, in their order.
+
+    `rows` have an `item_id` and a `history`, newest first, null where it is that of the row before.
+    """
+    lists = rows["history"].combine_chunks()
+    history = lists.is_valid().to_numpy(zero_copy_only=False).cumsum() - 1
+    rows = rows.set_column(rows.column_names.index("history"), "history", pa.array(history))
+    coded = _coded(rows, lists.drop_null(), length)
+    found = items.look_up(coded.item_ids)
+    scored = _score(items.vectors, found, coded, np.arange(len(rows)))
+    return {name: _column(values) for name, values in scored.items()}
+
+
 class _Coded(NamedTuple):
     """Holds impressions as codes into distinct `item_ids`.
 
@@ -508,12 +522,12 @@ class AskForItems(beam.DoFn):
         (place, shard), pieces = element
         day = self._job.days[place]
         rows = read_pieces(pieces, day.no_rows)
-        wanted = pa.table({"item_id": _items_of(rows)})
+        wanted = pa.table({"item_id": items_of(rows)})
         for item_shard, ids in hashing.split_by_shard(wanted, "item_id", day.items.shards):
             yield (place, item_shard), (shard, ids)
 
 
-def _items_of(rows: pa.Table) -> pa.Array:
+def items_of(rows: pa.Table) -> pa.Array:
     """Returns the distinct items that impressions with histories are about."""
     both = [rows["item_id"].combine_chunks(), pc.list_flatten(rows["history"].combine_chunks())]
     return pc.unique(pa.concat_arrays(both))
@@ -576,7 +590,7 @@ class ScoreShard(beam.DoFn):
         wanted = "history_item_ids" in day.schema.names
         if self._job.embeddings_by == SHUFFLE:
             asked = sum(answer.asked for answer in answers)
-            check_all_came("answers of item shards, by items", asked, len(_items_of(rows)))
+            check_all_came("answers of item shards, by items", asked, len(items_of(rows)))
         items = self._items(day, [answer.told for answer in answers])
         scored, counted = score_impressions(rows, items, self._job.history_len, wanted)
         for name, value in (("encoder_id", day.encoder_id), ("codebook_id", day.codebook_id)):

@@ -147,7 +147,8 @@ def write_part(
 def _as_table(table: Table, schema: pa.Schema, rows: pa.Table) -> pa.Table:
     """Returns `rows` of this schema, sorted as `table` says."""
     columns = [rows[field.name].cast(field.type) for field in schema]
-    return in_order(pa.Table.from_arrays(columns, schema=schema), [table.key, *table.then_by])
+    found = pa.Table.from_arrays(columns, schema=schema)
+    return in_order(found, [table.key, *table.then_by]) if table.key else found
 
 
 def limit_row_groups(size: int) -> None:

@@ -37,8 +37,10 @@ def write_pieces(path: str, rows: pa.Table, keys: np.ndarray) -> Iterator[tuple[
     """
     if not len(rows):
         return
-    order = np.argsort(keys, kind="stable")
-    rows, keys = rows.take(pa.array(order)).combine_chunks(), keys[order]
+    if (keys[1:] < keys[:-1]).any():
+        order = np.argsort(keys, kind="stable")
+        rows, keys = rows.take(pa.array(order)), keys[order]
+    rows = rows.combine_chunks()
     starts = np.flatnonzero(np.diff(keys, prepend=-1))
     sink = pa.BufferOutputStream()
     # The histories of neighbours repeat: lz4 makes a fifth of them at the speed of a network.

@@ -42,6 +42,9 @@ day_timezone = "UTC"
 # Who waits for inputs (`courier refresh --wait`) takes files for whole that have stood still for so
 # many minutes, unless a _SUCCESS is required.
 # settle_minutes = 10.0
+# So many hours after the end of its day a night counts as available, whenever it was made: who
+# reads what a moment may know ([simscore] features_from = "previous") finds no newer one.
+# availability_delay_hours = 6.0
 # Tables are split into files of at most about so many rows.
 # rows_per_shard = 131072
 # A command that is called for each night that is published. Its environment names the day, as

@@ -256,7 +256,7 @@ def plan_simscore(
     if log.before.is_gone and not has_history:
         _refuse_if_to_be_made(day, stage)
     return PlannedScores(
-        stage, log, has_history, _embeddings_by(day, embedded.stage.input_rows),
+        stage, log, has_history, embeddings_by(day, embedded.stage.input_rows),
         features.compared_with, features.of_another_lineage, schema,
     )  # fmt: skip
 
@@ -274,7 +274,7 @@ def _refuse_if_to_be_made(day: DayPlan, stage: Stage) -> None:
     )
 
 
-def _embeddings_by(day: DayPlan, items: int) -> str:
+def embeddings_by(day: DayPlan, items: int) -> str:
     """Chooses how the embeddings of so many items reach the impressions.
 
     Of several days in one job each day has a copy of its own.

@@ -157,12 +157,29 @@ def _training_rows(counts: Numbers, _: Numbers) -> str:
     return _of(f"{counts['training_rows_rows']:,} rows", found)
 
 
+def _join(counts: Numbers, _: Numbers) -> str:
+    found = _nonzero(
+        (counts["matched"], "matched"),
+        (counts["no_snapshot"], "before any night"),
+        (counts["unknown_item"], "of items that the night lacks"),
+        (counts["no_image"], "of items without an embedding"),
+        (counts["out_of_scope"], "out of scope"),
+        (counts["no_history"], "without a history"),
+        (counts["scores_taken"], "with published scores"),
+    )
+    told = _of(f"{counts['samples']:,} samples", found)
+    if "positives" in counts and counts["samples"]:
+        told += f"; label rate {counts['positives'] / counts['samples']:.3%}, as in the samples"
+    return told
+
+
 _TOLD: dict[str, Callable[[Numbers, Numbers], str]] = {
     stages.EMBED.name: _embed,
     stages.ITEM_FEATURES.name: _item_features,
     stages.HISTORIES.name: _histories,
     stages.SIMSCORE.name: _simscore,
     stages.TRAINING_ROWS.name: _training_rows,
+    stages.JOIN.name: _join,
 }
 
 

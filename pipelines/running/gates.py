@@ -662,3 +662,5 @@ def _laws(
     elif kind is TRAINING_ROWS:
         reached = mine["impressions"] + mine["out_of_scope_impressions"]
         yield "impressions that reached TRAINING-ROWS", reached, input_rows
+    elif kind.name == stages.JOIN.name:
+        yield "rows of the training set", mine[f"{kind.tables[0].name}_rows"], input_rows

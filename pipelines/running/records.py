@@ -215,9 +215,9 @@ def is_rolled_back(hold: Mapping[str, Any], layout: Layout, ds: dt.date) -> bool
 def refuse_held(layout: Layout, days: Sequence[dt.date], tables: Sequence[Table]) -> None:
     """Raises GateRefused where `tables` of a day on hold would be published.
 
-    A hold is one feature set's; tables that others share are not held.
+    A hold is one feature set's; tables that others share are not held, nor are training sets.
     """
-    if all(table.shared for table in tables):
+    if all(table.shared or table.name not in TABLES for table in tables):
         return
     for ds in days:
         if hold := read_hold(layout, ds):

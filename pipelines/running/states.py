@@ -18,6 +18,7 @@ from feature_jobs.store.partitions import Partition
 from pipelines.config import Settings
 from pipelines.running import records
 from pipelines.running.stage import PACKAGE_VERSIONS, Planned, Reference, Stage
+from pipelines.stages import NIGHT
 
 ABSENT, BEGUN, STAGED, PUBLISHED = "absent", "begun", "staged", "published"
 OTHER, REFUSED, HELD = "published from something else", "refused", "held"
@@ -129,8 +130,8 @@ class Look:
         )  # fmt: skip
 
     def _is_held(self, stage: Stage) -> bool:
-        """Returns whether the day is on hold; tables that other feature sets share never are."""
-        if stage.kind.is_shared:
+        """Returns whether the day is on hold: tables of its night that no other set shares."""
+        if stage.kind.is_shared or stage.kind not in NIGHT:
             return False
         day = stage.layout.feature_set, str(stage.ds)
         if day not in self._held:

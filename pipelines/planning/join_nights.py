@@ -1,0 +1,170 @@
+"""Finds the published nights that samples of a day may know, and since when each is available."""
+
+import datetime as dt
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from feature_jobs import inputs
+from feature_jobs.impressions.snapshots import Snapshot, after_its_day, night_at
+from feature_jobs.schemas import ITEM_EMBEDDINGS, USER_HISTORIES, InputNotReady
+from feature_jobs.schemas import ITEM_FEATURES as FEATURES_TABLE
+from feature_jobs.store import documents
+from feature_jobs.store.partitions import Partition
+from pipelines.config import Settings
+from pipelines.running import records
+from pipelines.running.states import Look
+
+_AT_ONCE = 16
+_ALWAYS = int(np.iinfo(np.int64).min)
+
+
+@dataclass(frozen=True)
+class JoinAsked:
+    """Holds what is asked of a training set.
+
+    `samples` is the template of their paths, `columns` maps user_id, item_id and event_time to
+    theirs, and `label` names their column of labels, None for none. `features_from` says whether a
+    sample takes the newest night that is available at its moment ("previous") or that of its own ds
+    ("same"); `as_of` since when a night is: a delay after its day, or since it was really
+    published. Its history is that of its moment, or of its night. With `created_timestamp` the set
+    says when nights were published, with `mixed_encoders` its scores may be of several encoders.
+    """
+
+    name: str
+    samples: str
+    columns: Mapping[str, str]
+    input_timezone: str | None = None
+    label: str | None = None
+    features_from: Literal["previous", "same"] = "previous"
+    history_as_of: Literal["moment", "night"] = "moment"
+    as_of: Literal["day", "created"] = "day"
+    created_timestamp: bool = False
+    mixed_encoders: bool = False
+
+
+@dataclass(frozen=True)
+class NightThere:
+    """Holds a published night that samples may know: since when, and its tables."""
+
+    snapshot: Snapshot
+    created: dt.datetime | None
+    features: Partition
+    embeddings: Partition
+    histories: Partition | None
+
+    @property
+    def codebook(self) -> tuple[str, tuple[str, ...]]:
+        """Returns the id of its codebook, and those of the ancestors."""
+        manifest = self.features.manifest
+        return manifest["identities"]["codebook_id"], tuple(manifest["settings"]["ancestors"])
+
+    @property
+    def encoder_id(self) -> str:
+        return str(self.features.manifest["identities"]["encoder_id"])
+
+    @property
+    def max_ids(self) -> dict[str, int]:
+        """Returns the highest cluster number by label."""
+        return dict(self.features.manifest["settings"]["max_id"])
+
+    def as_input(self) -> dict[str, Any]:
+        """Returns what the id of a run changes with that takes features of it."""
+        tables = {"item_features": self.features, "item_embeddings": self.embeddings}
+        if self.histories:
+            tables["user_histories"] = self.histories
+        versions = {name: partition.version for name, partition in tables.items()}
+        return {"ds": str(self.snapshot.ds), "from_us": self.snapshot.from_us, **versions}
+
+    @property
+    def key(self) -> str:
+        """Names the machine's copies of its items."""
+        return documents.digest([self.features.version, self.embeddings.version])[:16]
+
+
+@dataclass(frozen=True)
+class Nights:
+    """Finds the nights that are published, as `asked` takes them."""
+
+    settings: Settings
+    asked: JoinAsked
+    look: Look
+    say: Callable[[str], None]
+
+    def of(self, ds: dt.date, earliest_us: int) -> tuple[NightThere, ...]:
+        """Returns the nights that samples of ds may know, the earliest of which is of that moment.
+
+        Raises InputNotReady where one of them is being published just now.
+        """
+        settings, asked = self.settings, self.asked
+        days = [day for day in settings.layout.recorded_days() if day <= ds]
+        if asked.features_from == "same":
+            days = [day for day in days if day == ds]
+        found: list[NightThere] = []
+        if asked.as_of == "created":
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                found = [one for one in pool.map(self._open, days) if one]
+            return _needed(found, earliest_us, self._end(ds))
+        for day in reversed([day for day in days if day < ds or asked.features_from == "same"]):
+            if night := self._open(day):
+                found.append(night)
+                if night.snapshot.from_us <= earliest_us:
+                    break
+        return _needed(found, earliest_us, self._end(ds))
+
+    def _end(self, ds: dt.date) -> int:
+        return inputs.day_end(ds, self.settings.day_timezone)
+
+    def _open(self, ds: dt.date) -> NightThere | None:
+        """Opens a night; returns None for one that has no features, or not as asked."""
+        layout = self.settings.layout
+        record = records.read_night(layout, ds)
+        if record is None:
+            return None
+        tables = [FEATURES_TABLE, ITEM_EMBEDDINGS]
+        if self.asked.history_as_of == "night":
+            tables.append(USER_HISTORIES)
+        if lacking := [table.name for table in tables if table.name not in record["tables"]]:
+            self.say(f"WARNING: the night of ds {ds} has no {lacking[0]}: an older one is taken")
+            return None
+        created = record["published_at"] and dt.datetime.fromisoformat(record["published_at"])
+        snapshot = self._snapshot(ds, created)
+        if snapshot is None:
+            return None
+        found = []
+        for table in tables:
+            there = self.look.published(layout.folder(table, ds))
+            is_mine = there and there.version == record["tables"][table.name]["version"]
+            if there is None or not (is_mine or table.shared):
+                raise InputNotReady(
+                    f"{table.name} of ds {ds}, which samples are joined with, is not what the "
+                    "night's record names: the night is being published just now, or was when a "
+                    f"run died. Run this command again when it is there; `courier refresh --ds {ds}"
+                    "` ends it."
+                )
+            found.append(there)
+        histories = found[2] if len(found) > 2 else None
+        return NightThere(snapshot, created, found[0], found[1], histories)
+
+    def _snapshot(self, ds: dt.date, created: dt.datetime | None) -> Snapshot | None:
+        if self.asked.as_of == "created":
+            if created is None:
+                self.say(f"WARNING: nobody noted when the night of ds {ds} was published")
+                return None
+            return Snapshot(ds, int(created.timestamp() * 1_000_000))
+        if self.asked.features_from == "same":
+            return Snapshot(ds, _ALWAYS)
+        delay = round(self.settings.availability_delay_hours * 3_600_000_000)
+        return after_its_day(ds, self.settings.day_timezone, delay)
+
+
+def _needed(nights: Sequence[NightThere], earliest_us: int, end_us: int) -> tuple[NightThere, ...]:
+    """Returns those of the nights that a moment from the earliest to the end of the day takes."""
+    snapshots = [night.snapshot for night in nights]
+    moments = [earliest_us, *(s.from_us for s in snapshots if earliest_us < s.from_us < end_us)]
+    taken = set(night_at(np.array(moments, np.int64), snapshots).tolist())
+    kept = [night for at, night in enumerate(nights) if at in taken]
+    return tuple(sorted(kept, key=lambda night: night.snapshot.ds))

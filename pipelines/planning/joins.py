@@ -1,0 +1,449 @@
+"""Plans JOIN: the training set of each day, from the nights and the log that samples may know."""
+
+import datetime as dt
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import combinations
+from typing import Any
+
+import pyarrow as pa
+
+from feature_jobs import inputs
+from feature_jobs.impressions.ctr_join import (
+    JoinDay,
+    JoinJob,
+    JoinNight,
+    cut,
+    define_join,
+)
+from feature_jobs.impressions.histories import HistoryDay
+from feature_jobs.inputs import Source
+from feature_jobs.items.item_vectors import ItemTables
+from feature_jobs.schemas import (
+    JOINED,
+    MAIN,
+    USER_HISTORIES,
+    USER_SIMSCORES,
+    DataContractError,
+    OperatorError,
+    cluster_column,
+    cluster_field,
+)
+from feature_jobs.store import broadcast, day_names, files, hashing
+from feature_jobs.store.partitions import Partition
+from pipelines.config import Settings
+from pipelines.planning.day_plan import NO_IDS, DayPlan, NightOptions, Range
+from pipelines.planning.impressions import LogOfDay, embeddings_by, histories_job
+from pipelines.planning.join_nights import JoinAsked, Nights, NightThere
+from pipelines.planning.made_with import history_settings
+from pipelines.running.stage import Planned, Stage
+from pipelines.running.states import Look, Night
+from pipelines.stages import join_of
+
+_AT_ONCE = 16
+_NOTHING_ASKED = NightOptions()
+_ONE_DAY = dt.timedelta(days=1)
+
+
+def samples_template(given: str, config: str) -> str:
+    """Returns the template of samples, relative to the folder of the settings `config`.
+
+    Raises OperatorError for one that names no day.
+    """
+    template = files.absolute(files.expanded(given), os.path.dirname(os.path.abspath(config)))
+    if not day_names.has_day(template):
+        raise OperatorError(
+            f"--samples {given!r} names no day, and a training set has a partition for each. Say "
+            "where the day stands in the path, as in 'ctr/ds={ds}/*.parquet' or "
+            "'ctr/dt={ds:%Y%m%d}/*.parquet'."
+        )
+    day_names.DayNames(template)
+    return template
+
+
+# ---- The stage ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlannedJoin(Planned):
+    """Holds what JOIN must know of a day.
+
+    `log` is None where samples have the histories of their night; `hands_on` is the run of the
+    histories that stand for its end, None where they are of another log.
+    """
+
+    stage: Stage
+    settings: Settings
+    asked: JoinAsked
+    samples: Source
+    day: HistoryDay
+    nights: tuple[NightThere, ...]
+    clusters: Mapping[str, int]
+    ids: tuple[pa.DataType, pa.DataType]
+    schema: pa.Schema
+    log: LogOfDay | None
+    hands_on: str | None
+    scores: Partition | None
+    embeddings_by: str
+
+    def continues(self, earlier: Planned) -> bool:
+        assert isinstance(earlier, PlannedJoin)
+        if self.log is None:
+            return True
+        return earlier.hands_on is not None and self.log.before.run_id == earlier.hands_on
+
+    @property
+    def id_types(self) -> tuple[pa.DataType, ...]:
+        return self.ids
+
+    def came_in(self) -> Mapping[str, int]:
+        return {"samples": self.stage.input_rows}
+
+    @classmethod
+    def wire(cls, root: Any, days: Sequence["PlannedJoin"], folder: str) -> None:
+        first, logs = days[0], [day.log for day in days if day.log]
+        rows, settings = max(day.samples.rows for day in days), first.settings
+        shards = hashing.num_shards(rows, settings.rows_per_shard)
+        histories, log = None, list[Source]()
+        if logs:
+            histories = histories_job(logs, [shards], folder)
+            shards = histories.shards
+            log = [*logs[0].before.log, *(one.log for one in logs)]
+        job = JoinJob(
+            tuple(day._as_worker_knows_it() for day in days), shards, histories,
+            settings.history_len, first.embeddings_by, first.clusters, first.asked.label,
+            first.stage.tables[0], folder,
+        )  # fmt: skip
+        define_join(root, log, job)
+
+    def _as_worker_knows_it(self) -> JoinDay:
+        group_rows = [rows for groups in self.samples.row_groups for rows in groups]
+        nights = tuple(
+            JoinNight(
+                night.snapshot,
+                int(night.created.timestamp() * 1_000_000) if night.created else None,
+                ItemTables(night.features.slim(), night.embeddings.slim(), None, False),
+                night.histories.slim() if night.histories else None,
+                night.key,
+            )
+            for night in self.nights
+        )
+        return JoinDay(
+            self.day, tuple(self.samples.groups()), cut(group_rows, self.settings.rows_per_shard),
+            nights, self.scores and self.scores.slim(), self.schema, self.ids, self.stage.staging,
+        )  # fmt: skip
+
+    def clean(self) -> None:
+        for night in self.nights:
+            broadcast.discard(night.key)
+            broadcast.discard(f"facts-{night.key}")
+
+
+def plan_joins(
+    settings: Settings,
+    days: Sequence[dt.date],
+    asked: JoinAsked,
+    say: Callable[[str], None] = lambda _: None,
+    options: NightOptions = _NOTHING_ASKED,
+) -> list[Night]:
+    """Plans a training set of ascending days.
+
+    Raises InputNotReady where samples, log or histories of a day are not there, OperatorError for
+    columns that clash and codebooks of two lineages, DataContractError for IDs of another type.
+    """
+    together = Range(settings, settings.layout, say, options, len(days))
+    opened = [_OpenDay(DayPlan(together, ds), asked) for ds in days]
+    nights = [one.nights for one in opened]
+    known = list({night.key: night for some in nights for night in some}.values())
+    set_of = _SetOfDays(settings, asked, known, together.look)
+    set_of.check(days)
+    again = partial(plan_joins, settings, days, asked, say, options)
+    return [one.planned(set_of, again) for one in opened]
+
+
+@dataclass(frozen=True)
+class _SetOfDays:
+    """Holds what days of one training set have in common: they are read as one table.
+
+    `known` are the nights that the days which are planned take their features from.
+    """
+
+    settings: Settings
+    asked: JoinAsked
+    known: Sequence[NightThere]
+    look: Look
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Returns the resolutions of which all nights have cluster IDs, the main one first."""
+        common = [set(night.max_ids) for night in self.known] or [{MAIN}]
+        further = sorted(set.intersection(*common) - {MAIN})
+        return (MAIN, *further)
+
+    @property
+    def max_ids(self) -> dict[str, int]:
+        """Returns the highest cluster number of any night by label."""
+        return {label: max((night.max_ids[label] for night in self.known), default=0)
+                for label in self.labels}  # fmt: skip
+
+    def as_settings(self) -> dict[str, Any]:
+        """Returns what a manifest says of how the set is made: alike on all of its days."""
+        asked, settings = self.asked, self.settings
+        law = {"history_len": settings.history_len}
+        if settings.impressions:
+            law = history_settings(settings)
+        return {
+            **law,
+            "features_from": asked.features_from,
+            "availability_delay_hours": settings.availability_delay_hours,
+            "history_as_of": asked.history_as_of,
+            "as_of": asked.as_of,
+            "created_timestamp": asked.created_timestamp,
+            "label": asked.label,
+            "labels": list(self.labels),
+        }
+
+    def check(self, days: Sequence[dt.date]) -> None:
+        """Raises OperatorError where days cannot be read as one table with those published."""
+        layout, (table,) = self.settings.layout, join_of(self.asked.name).tables
+        others = [ds for ds in layout.begun_days(table) if ds not in days]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            found = list(pool.map(lambda ds: self.look.published(layout.folder(table, ds)), others))
+        there = [one.manifest for one in found if one]
+        codebooks = dict(night.codebook for night in self.known)
+        encoders = {night.encoder_id for night in self.known}
+        for manifest in there:
+            if manifest["settings"] != self.as_settings():
+                raise self._another_set(manifest)
+            codebooks |= {one: tuple(of) for one, of in manifest["notes"]["codebooks"].items()}
+            encoders |= set(manifest["notes"]["encoders"])
+        _refuse_two_lineages(codebooks)
+        if len(encoders) > 1 and not self.asked.mixed_encoders:
+            raise OperatorError(
+                f"The nights of these samples, or those of other days of the set "
+                f"{self.asked.name!r}, have embeddings of {len(encoders)} encoders: "
+                f"{', '.join(sorted(encoders))}. Each score is of one of them, but those of two "
+                "encoders are spread differently, and a model would learn from one what does not "
+                "hold for the other. Join days of one encoder, or say --mixed-encoders, which the "
+                "manifest tells."
+            )
+
+    def _another_set(self, manifest: Mapping[str, Any]) -> OperatorError:
+        mine, theirs = self.as_settings(), manifest["settings"]
+        differ = [
+            name for name in dict.fromkeys([*theirs, *mine]) if theirs.get(name) != mine.get(name)
+        ]
+        told = "; ".join(f"{name} was {theirs.get(name)}, is {mine.get(name)}" for name in differ)
+        return OperatorError(
+            f"The training set {self.asked.name!r} has days that were made otherwise, such as ds "
+            f"{manifest['ds']}: {told}. They are read as one table, in which columns would mean "
+            "two things. Ask as they were made, or give another --name."
+        )
+
+
+def _refuse_two_lineages(codebooks: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises OperatorError where of two codebooks neither is an ancestor of the other."""
+    for one, other in combinations(sorted(codebooks), 2):
+        if one not in codebooks[other] and other not in codebooks[one]:
+            raise OperatorError(
+                f"The nights of this training set have cluster IDs of two codebooks, {one} and "
+                f"{other}, of which neither descends from the other: one number would be two "
+                "clusters in one column. Join their days into sets of their own (--name), or fit "
+                "the later codebook from the earlier one (`courier fit-codebook`), which keeps "
+                "numbers."
+            )
+
+
+class _OpenDay:
+    """Opens what a day of a training set is made of."""
+
+    def __init__(self, day: DayPlan, asked: JoinAsked):
+        self.day, self.asked, settings = day, asked, day.settings
+        self.samples = _open_samples(asked, day.ds)
+        start_us = inputs.day_end(day.ds - _ONE_DAY, settings.day_timezone)
+        earliest = inputs.earliest_event(self.samples)
+        found = Nights(settings, asked, day.range.look, day.range.say)
+        self.nights = found.of(day.ds, min(start_us, start_us if earliest is None else earliest))
+        self.log = self._open_log() if asked.history_as_of == "moment" else None
+        self._tell_nights()
+
+    def _open_log(self) -> LogOfDay:
+        """Opens the log of the day, and what its histories begin from."""
+        day = self.day
+        log, before = day.shop.impressions(day.ds), next(day.befores())
+        return LogOfDay(day.settings, day.history_day(), log, before, day.history_ids(before.ids))
+
+    def _tell_nights(self) -> None:
+        """Warns of samples that take no night, or an old one."""
+        ds, say = self.day.ds, self.day.range.say
+        newest = self.nights[-1].snapshot.ds if self.nights else None
+        wanted = ds if self.asked.features_from == "same" else ds - _ONE_DAY
+        if newest is None:
+            say(f"WARNING: no night is available to samples of ds {ds}: all features are 0")
+        elif newest < wanted and self.asked.as_of == "day":
+            say(f"WARNING: there is no night of ds {wanted}: samples of ds {ds} take {newest}")
+
+    def planned(self, set_of: _SetOfDays, again: Callable[[], Sequence[Night]]) -> Night:
+        day, asked, samples = self.day, self.asked, self.samples
+        ids = self._ids()
+        clusters = {cluster_column(label): most for label, most in set_of.max_ids.items()}
+        schema = self._schema(list(clusters))
+        scores, why = self._scores()
+        told = "taken where a sample is an impression of the day" if scores else f"not taken: {why}"
+        rows = [n for groups in samples.row_groups for n in groups]
+        kind = join_of(asked.name)
+        stage = day.stage(
+            kind,
+            shards=len(cut(rows, day.settings.rows_per_shard)),
+            inputs={
+                "samples": samples.identity(),
+                "nights": [night.as_input() for night in self.nights],
+                **self._log_inputs(),
+            },
+            identities={},
+            settings=set_of.as_settings(),
+            before=self.log.before.tables if self.log else (),
+            input_rows=samples.rows,
+            notes={
+                "codebooks": {one: list(of) for one, of in (n.codebook for n in self.nights)},
+                "encoders": sorted({night.encoder_id for night in self.nights}),
+                "max_id": set_of.max_ids,
+                "published_scores": told,
+                "days_without_log": list(self.log.before.missing) if self.log else [],
+            },
+        )
+        day.range.say(f"join of ds {day.ds}: published scores are {told}")
+        by = embeddings_by(day, max((night.features.rows for night in self.nights), default=0))
+        planned = PlannedJoin(
+            stage, day.settings, asked, samples, day.history_day(), self.nights, clusters, ids,
+            schema, self.log, self._hands_on(), scores, by,
+        )  # fmt: skip
+        return Night(day.settings, day.ds, (planned,), (), day.range.look, self._is_outdated, again)
+
+    def _is_outdated(self, look: Look) -> bool:
+        tables = [one for night in self.nights for one in (night.features, night.embeddings)]
+        moved = (look.published(one.folder) for one in tables)
+        versions = [one.version if one else None for one in moved]
+        return versions != [one.version for one in tables] or self.day.is_outdated(look)
+
+    def _log_inputs(self) -> dict[str, Any]:
+        if self.log is None:
+            return {}
+        return {"impressions": self.log.log.identity(), **self.log.before.inputs()}
+
+    def _ids(self) -> tuple[pa.DataType, pa.DataType]:
+        """Returns the types of users and items; raises DataContractError where they differ."""
+        sources = [self.samples, *([self.log.log] if self.log else [])]
+        user, item = (
+            inputs.common_id_type(name, sources, known)
+            for name, known in zip(("user_id", "item_id"), NO_IDS, strict=True)
+        )
+        for night in self.nights:
+            theirs = night.features.schema.field("item_id").type
+            if self.samples.rows and theirs != item:
+                raise DataContractError(
+                    f"item_id is {item} in the samples of ds {self.day.ds}, but {theirs} in "
+                    f"item_features of ds {night.snapshot.ds}. IDs of two types never meet in a "
+                    "join, and every feature would be empty. Cast it where the samples are "
+                    f"written, as in CAST({self.asked.columns['item_id']} AS "
+                    f"{'BIGINT' if theirs == pa.int64() else 'VARCHAR'})."
+                )
+        return user, item
+
+    def _schema(self, clusters: Sequence[str]) -> pa.Schema:
+        """Returns the columns of the set; raises OperatorError where samples have one of ours."""
+        optional = [] if self.asked.created_timestamp else ["night_created"]
+        ours = JOINED.schema(NO_IDS[1], without=optional)
+        further = [cluster_field(name.removeprefix("cluster_")) for name in clusters[1:]]
+        at = ours.get_field_index(clusters[0]) + 1
+        fields = [*list(ours)[:at], *further, *list(ours)[at:]]
+        carried = list(self.samples.carried)
+        clash = {field.name for field in fields} & {field.name for field in carried}
+        if clash:
+            raise OperatorError(
+                f"The samples of ds {self.day.ds} have columns named {', '.join(sorted(clash))}, "
+                "as those of the join are. Which is which could not be told. Rename them where "
+                "the samples are written, or leave them out: they may come from an earlier join."
+            )
+        return pa.schema([*carried, *fields])
+
+    def _scores(self) -> tuple[Partition | None, str]:
+        """Returns the published scores that may be taken, or why there are none."""
+        day = self.day
+        there = day.range.look.published(day.settings.layout.folder(USER_SIMSCORES, day.ds))
+        if self.log is None:
+            return None, "histories are those of the night"
+        if there is None:
+            return None, "none are published for the day"
+        said = there.manifest
+        if said["notes"].get("logged_histories"):
+            return None, "they are of histories that came with the log"
+        law = history_settings(day.settings)
+        if {name: said["settings"].get(name) for name in law} != law:
+            return None, "they were made by another law of histories"
+        now = self._log_inputs()
+        if {name: said["inputs"].get(name) for name in now} != _as_json(now):
+            return None, "the log, or the histories before it, changed since they were made"
+        if not self._are_of(said):
+            return None, "they are of other nights than these samples know"
+        return there, ""
+
+    def _are_of(self, said: Mapping[str, Any]) -> bool:
+        """Returns whether published scores took the nights that these samples take."""
+        made_from = said["made_from"]
+        if "snapshots" not in said["inputs"]:  # each impression by the night of its own ds
+            same = [n for n in self.nights if self.asked.features_from == "same"]
+            return [(n.embeddings.version, n.features.version) for n in same] == [
+                (made_from.get("item_embeddings"), made_from.get("item_features"))
+            ]
+        if self.asked.features_from == "same":
+            return False
+        theirs = {
+            (one["ds"], one["from_us"], *sorted(made_from["snapshots"][one["ds"]].items()))
+            for one in said["inputs"]["snapshots"]
+        }
+        mine = {
+            (
+                str(n.snapshot.ds), n.snapshot.from_us,
+                ("item_embeddings", n.embeddings.version), ("item_features", n.features.version),
+            )
+            for n in self.nights
+        }  # fmt: skip
+        # Late impressions may have asked for older nights, and late samples.
+        start = inputs.day_end(self.day.ds - _ONE_DAY, self.day.settings.day_timezone)
+        return _since(mine, start) == _since(theirs, start)
+
+    def _hands_on(self) -> str | None:
+        """Returns the run of the histories at the end of the day, if they are of this very log."""
+        if self.log is None:
+            return None
+        layout, look = self.day.settings.layout, self.day.range.look
+        there = look.published(layout.folder(USER_HISTORIES, self.day.ds))
+        now = self._log_inputs()
+        if there and {k: there.manifest["inputs"].get(k) for k in now} == _as_json(now):
+            return there.run_id
+        return None
+
+
+def _since(taken: set[tuple[Any, ...]], start_us: int) -> set[tuple[Any, ...]]:
+    """Returns the nights that a moment from the start of the day on can take."""
+    before = [one for one in taken if one[1] <= start_us]
+    newest = max(before, key=lambda one: one[0], default=None)
+    return {one for one in taken if one[1] > start_us} | ({newest} if newest else set())
+
+
+def _as_json(said: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(said)))
+
+
+def _open_samples(asked: JoinAsked, ds: dt.date) -> Source:
+    """Opens the samples of a day, of which all columns are carried."""
+    paths = inputs.find_files("samples", asked.samples, ds, require_success=False)
+    names = inputs.read_footer(paths[0])[1].names if paths else []
+    return inputs.open_source(
+        "samples", asked.samples, ds, dict(asked.columns), names, asked.input_timezone
+    )
