@@ -3,7 +3,6 @@
 import copy
 import datetime as dt
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ import pytest
 
 from feature_jobs.store import partitions
 from pipelines.cli import main
-from tests.support.commands import Capture
-from tests.support.world import DAYS, UNKNOWN, World
+from tests.support.world import DAYS, World
 
 DAY = DAYS[2]
 SCORES = ["sim_scores", "sim_mask", "history_len", "sim_known", "sim_max", "sim_mean", "simtier",
@@ -76,6 +74,11 @@ def scores_of_impressions(world: World, day: dt.date, rows: pa.Table) -> pa.Tabl
     return found.select(SCORES).take(pa.array(places))
 
 
+def available_from(night: dt.date) -> dt.datetime:
+    """Returns when a night is available, six hours after its day by default."""
+    return dt.datetime.combine(night, dt.time(), dt.UTC) + dt.timedelta(hours=30)
+
+
 # ---- What comes out ----------------------------------------------------------------------------
 
 
@@ -122,20 +125,17 @@ def test_a_sample_takes_the_night_that_was_available_at_its_moment(world: World)
     assert join(world, "--ds", DAY) == DONE
     found, manifest = joined(world, DAY)
     assert found.select(samples.column_names).equals(samples)
-    start = dt.datetime.combine(DAY, dt.time(), dt.UTC)
     expected = []
     for moment in samples["event_time"].to_pylist():
-        known = [day for day in DAYS[:3]
-                 if dt.datetime.combine(day, dt.time(), dt.UTC) + dt.timedelta(days=1, hours=6) <= moment]  # fmt: skip
+        known = [day for day in DAYS[:3] if available_from(day) <= moment]
         expected.append(max(known, default=None))
     assert found["feature_ds"].to_pylist() == expected
     assert {DAYS[0], DAYS[1]} <= set(expected)
-    assert start
     assert manifest["counts"]["no_snapshot"] == expected.count(None)
     for row, ds in zip(found.to_pylist(), expected, strict=True):
         assert row["has_night"] == (ds is not None)
         if ds is None:
-            assert not row["item_known"] and row["cluster_id"] == 0 and row["sim_known"] == 0
+            assert [row[name] for name in ("item_known", "cluster_id", "sim_known")] == [0, 0, 0]
             continue
         items = {r["item_id"]: r for r in world.table("item_features", ds).to_pylist()}
         item = items.get(row["item_id"])
