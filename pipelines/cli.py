@@ -193,10 +193,11 @@ def backfill(
     A day that fails or is refused stops what goes on from it, and nothing else. Ends with 0 once
     every day is there, else with the status of the worst.
     """
-    from pipelines import backfill as backfills
+    from pipelines.backfill import begin, carry_out
+    from pipelines.backfill_plan import Asked, Only, plan_backfill
     from pipelines.running import beam_options
 
-    choices: dict[backfills.Only, bool] = {
+    choices: dict[Only, bool] = {
         "missing": only_missing, "stale": cascade, "late": late, "failed": failed
     }  # fmt: skip
     chosen = [name for name, is_asked in choices.items() if is_asked]
@@ -211,17 +212,17 @@ def backfill(
     settings = _settings(config)
     for kind in settings.night:  # a mistyped option is told before anything is read
         beam_options.job_options(settings, kind.name, beam_args)
-    asked = backfills.Asked(days, only, step_days, max_failures, remake)
-    plan = backfills.plan_backfill(settings, asked)
+    asked = Asked(days, only, step_days, max_failures, remake)
+    plan = plan_backfill(settings, asked)
     if not json:
         click.echo(plan.render())
     if dry_run:
         if json:
             click.echo(dumps({"plan": plan.as_json()}, indent=1))
         return
-    outcome = backfills.begin(plan)
+    outcome = begin(plan)
     try:
-        backfills.carry_out(plan, outcome, config, beam_args, sys.argv[1:], _say)
+        carry_out(plan, outcome, config, beam_args, sys.argv[1:], _say)
     finally:  # what was made until then is told also where something ended it
         result = {"plan": plan.as_json(), **outcome.as_json()}
         click.echo(dumps(result, indent=1) if json else f"\n{outcome.render()}")

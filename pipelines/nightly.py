@@ -100,6 +100,15 @@ class Outlook:
     night: Night
     blocked: Mapping[Kind, CourierError]
 
+    @property
+    def missing(self) -> dict[Kind, CourierError]:
+        """Returns which stages cannot be made and are not there, with what keeps them from it.
+
+        What is published stays, whatever became of the shop's own tables since.
+        """
+        night = self.night
+        return {k: error for k, error in self.blocked.items() if not night.is_published(k)}
+
 
 def look_ahead(
     settings: Settings, wanted: Mapping[dt.date, Collection[Kind]], options: NightOptions

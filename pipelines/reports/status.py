@@ -28,7 +28,7 @@ from feature_jobs.schemas import (
 )
 from feature_jobs.store import files
 from feature_jobs.store.documents import read_json
-from pipelines.backfill import stale_days
+from pipelines.backfill_plan import stale_days
 from pipelines.config import Settings
 from pipelines.running import announcing, records, states
 from pipelines.running.layout import Layout, date_of

@@ -18,7 +18,7 @@ from feature_jobs.store.partitions import Partition
 from pipelines.config import Settings
 from pipelines.running import records
 from pipelines.running.stage import PACKAGE_VERSIONS, Planned, Reference, Stage
-from pipelines.stages import NIGHT
+from pipelines.stages import NIGHT, Kind
 
 ABSENT, BEGUN, STAGED, PUBLISHED = "absent", "begun", "staged", "published"
 OTHER, REFUSED, HELD = "published from something else", "refused", "held"
@@ -333,6 +333,11 @@ class Night:
     def is_whole(self) -> bool:
         """Returns whether it consists of all stages of a night."""
         return {stage.kind for stage in self.stages} == set(self.settings.night)
+
+    def is_published(self, kind: Kind) -> bool:
+        """Returns whether a stage of the day is published, by whatever run."""
+        folders = (self.settings.layout.folder(table, self.ds) for table in kind.tables)
+        return all(map(self.look.published, folders))
 
     @property
     def run_id(self) -> str:
