@@ -24,13 +24,13 @@ from pipelines.planning.day_plan import NightOptions
 from pipelines.running import estimates, records
 from pipelines.running.stage import Planned, Stage
 from pipelines.running.states import (
-    BEFORE_MADE_AGAIN,
     NEVER_MADE,
     PUBLISHED,
     REFUSED,
     STAGED,
     Look,
     Night,
+    Reason,
 )
 from pipelines.stages import HISTORIES, SIMSCORE, Kind, kind_of
 
@@ -40,7 +40,6 @@ Only = Literal["missing", "stale", "late", "failed"]
 
 _MOST_DAYS = 60  # of a step, unless more are asked for: after each it is told how far the work is
 _BYTES_IN_MEMORY = 64  # of the local engine, for each row that a step of several days reads
-_OF_THE_DAY_BEFORE = (BEFORE_MADE_AGAIN, "histories before made again")  # reasons
 _ONE_DAY = dt.timedelta(days=1)
 
 
@@ -254,7 +253,7 @@ class _Chosen:
         ds, missing, hold = night.ds, outlook.missing, self.holds.get(night.ds)
         for kind in self.settings.night:
             if kind in planned:
-                actions[kind] = self._action(planned[kind])
+                actions[kind] = self._action(planned[kind].stage)
             elif hold and not kind.is_shared:
                 actions[kind] = HELD, f"rolled back at {hold['since']}: {hold['reason']}"
             elif kind in missing:
@@ -308,15 +307,15 @@ class _Chosen:
         first = next(one for one in kinds if outlook.blocked[one] is error)
         return f"by {first.name}" if first is not kind else _sentence(error)
 
-    def _action(self, one: Planned) -> tuple[str, str]:
-        stage, state = one.stage, self.look.state(one.stage)
+    def _action(self, stage: Stage) -> tuple[str, str]:
+        state = self.look.state(stage)
         if state.name == PUBLISHED and not stage.forced:
             return LEAVE, ""
-        if day := self._waits_for(stage, state.why):
+        if day := self._waits_for(state.reasons):
             self._waiting[stage.kind, stage.ds] = day
             if day != stage.ds:
                 return LEAVE, f"waits for ds {day}, which is refused"
-        why = "; ".join(self._reason(one, reason) for reason in state.why if reason != NEVER_MADE)
+        why = "; ".join(self._told(stage, one) for one in state.reasons if one.text != NEVER_MADE)
         if state.name in (STAGED, REFUSED):
             if state.name == REFUSED:
                 self._waiting[stage.kind, stage.ds] = stage.ds
@@ -325,24 +324,17 @@ class _Chosen:
             why = f"{why or NEVER_MADE}, {state.shards_done} of {stage.shards} shards are done"
         return COMPUTE, why or NEVER_MADE
 
-    def _waits_for(self, stage: Stage, why: Sequence[str]) -> dt.date | None:
+    def _waits_for(self, reasons: Sequence[Reason]) -> dt.date | None:
         """Returns the refused day for whose sake alone a published stage would be made again."""
-        found = set[dt.date | None]()
-        for reason in why:
-            if reason in _OF_THE_DAY_BEFORE:
-                earlier = stage.before[0]
-                found.add(self._waiting.get((kind_of(earlier.table), earlier.ds)))
-            else:
-                name = reason.removeprefix("upstream ").removesuffix(" made again")
-                waiting = {k.name: day for (k, ds), day in self._waiting.items() if ds == stage.ds}
-                found.add(waiting.get(name))
+        again = [reason.of for reason in reasons]
+        found = {self._waiting.get((kind_of(one.table), one.ds)) if one else None for one in again}
         return found.pop() if len(found) == 1 else None
 
-    def _reason(self, one: Planned, reason: str) -> str:
+    def _told(self, stage: Stage, reason: Reason) -> str:
         """Tells of the day before, where that is the reason, what became of it."""
-        if reason not in _OF_THE_DAY_BEFORE:
-            return reason
-        earlier = one.stage.before[0]
+        earlier = reason.of
+        if earlier is None or earlier.ds == stage.ds:
+            return reason.text
         there = self.look.published(earlier.folder)
         accepted = [g["gate"] for g in (there.manifest.get("gates", ()) if there else ())
                     if g["level"] == "accepted"]  # fmt: skip

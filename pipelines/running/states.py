@@ -22,25 +22,39 @@ from pipelines.stages import NIGHT, Kind
 
 ABSENT, BEGUN, STAGED, PUBLISHED = "absent", "begun", "staged", "published"
 OTHER, REFUSED, HELD = "published from something else", "refused", "held"
-NEVER_MADE, BEFORE_MADE_AGAIN = "never made", "previous made again"
+NEVER_MADE = "never made"
 
 _BEGUN = "begun.json"  # what it is made from; the first file of a staging folder
 _PUBLISHING = "publishing.json"  # of a forced stage: its tables may be partly published
 _REFUSED = "refused.json"
+_OF_THE_DAY_BEFORE = ("previous", "histories_before")  # inputs by which a stage goes on from it
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Says in words why a stage is to be made; `of` is the table that was made again, if any."""
+
+    text: str
+    of: Reference | None = None
 
 
 @dataclass(frozen=True)
 class State:
     """Tells what of a stage is done, by one of the names above.
 
-    `tables` are its partitions where they are made, `why` says for what reasons it is to be made,
+    `tables` are its partitions where they are made, `reasons` say why it is to be made,
     `shards_done` how many shards a run that ended early has written whole.
     """
 
     name: str
     tables: tuple[Partition, ...] = ()
-    why: tuple[str, ...] = ()
+    reasons: tuple[Reason, ...] = ()
     shards_done: int = 0
+
+    @property
+    def why(self) -> tuple[str, ...]:
+        """Returns the reasons in words, as they are told and noted."""
+        return tuple(reason.text for reason in self.reasons)
 
     @property
     def is_made(self) -> bool:
@@ -79,16 +93,16 @@ class Look:
     def _find(self, stage: Stage) -> State:
         is_published, tables = self._tables(stage)
         if is_published:
-            return State(PUBLISHED, tables, (stage.forced_by,) if stage.forced else ())
-        why = tuple(self._why(stage))
+            return State(PUBLISHED, tables, (Reason(stage.forced_by),) if stage.forced else ())
+        reasons = tuple(self._reasons(stage))
         if self._is_held(stage):
-            return State(HELD, why=why)
+            return State(HELD, reasons=reasons)
         if tables and all(self._goes_on_from_now(stage, table) for table in tables):
-            return State(REFUSED if refusal(stage.staging) else STAGED, tables, why)
+            return State(REFUSED if refusal(stage.staging) else STAGED, tables, reasons)
         if done := shards_done(stage):
-            return State(BEGUN, (), why, done)
+            return State(BEGUN, (), reasons, done)
         is_there = any(self.published(stage.folder(table)) for table in stage.tables)
-        return State(OTHER if is_there else ABSENT, (), why)
+        return State(OTHER if is_there else ABSENT, (), reasons)
 
     def _tables(self, stage: Stage) -> tuple[bool, tuple[Partition, ...]]:
         """Returns a stage's tables, made from what is upstream now, and whether they are published.
@@ -186,26 +200,26 @@ class Look:
 
     # -- Why --
 
-    def _why(self, stage: Stage) -> Iterator[str]:
+    def _reasons(self, stage: Stage) -> Iterator[Reason]:
         """Yields for what reasons a stage is not simply there."""
         found = [self.published(stage.folder(table)) for table in stage.tables]
         made_from = self.made_from(stage)
         if stage.forced:
-            yield stage.forced_by
+            yield Reason(stage.forced_by)
         old = next(filter(None, found), None)
         if old is None:
-            yield NEVER_MADE
+            yield Reason(NEVER_MADE)
             return
         if not all(found):
             missing = (t.name for t, p in zip(stage.tables, found, strict=True) if p is None)
-            yield f"{', '.join(missing)} not published"
+            yield Reason(f"{', '.join(missing)} not published")
         changes = list(_changes(old, stage))
-        again = [one.name for one in stage.upstream if _was_made_again(one, old, made_from)]
+        again = [one for one in stage.upstream if _was_made_again(one, old, made_from)]
         yield from changes
         if not changes:
-            yield from (f"upstream {name} made again" for name in again)
+            yield from (_again(f"upstream {one.name}", one.references()) for one in again)
         if not changes and stage.follows:
-            yield BEFORE_MADE_AGAIN
+            yield _again("previous", stage.before)
 
 
 def _was_made_again(upstream: Stage, old: Partition, made_from: Mapping[str, str] | None) -> bool:
@@ -215,41 +229,44 @@ def _was_made_again(upstream: Stage, old: Partition, made_from: Mapping[str, str
     )
 
 
-def _changes(old: Partition, stage: Stage) -> Iterator[str]:
-    """Yields in words what was otherwise when the partition `old` was made."""
+def _again(what: str, tables: Sequence[Reference]) -> Reason:
+    return Reason(f"{what} made again", next(iter(tables), None))
+
+
+def _changes(old: Partition, stage: Stage) -> Iterator[Reason]:
+    """Yields what was otherwise when the partition `old` was made."""
     for what in ("identities", "settings"):
         then, now = old.manifest[what], _as_json(getattr(stage, what))
         for name in dict.fromkeys([*then, *now]):
             if then.get(name) != now.get(name):
-                yield f"{name} was {_told(then.get(name))}, is {_told(now.get(name))}"
+                yield Reason(f"{name} was {_told(then.get(name))}, is {_told(now.get(name))}")
     then, now = old.manifest["inputs"], _as_json(stage.inputs)
-    upstream = {one.run_id: one.name for one in stage.upstream}
     changed = [name for name in dict.fromkeys([*then, *now]) if then.get(name) != now.get(name)]
     for name in changed:
         if name != "log_rows" or len(changed) == 1:  # they follow from the log
-            yield _input_changed(name, then.get(name), now.get(name), upstream)
+            yield _input_changed(name, then.get(name), now.get(name), stage)
     shards = old.manifest.get("shards", len(old.manifest["files"]))  # not told by earlier versions
     if shards != stage.shards and old.manifest["inputs"] == now:
-        yield f"it had {shards} shards, has {stage.shards}"
+        yield Reason(f"it had {shards} shards, has {stage.shards}")
 
 
-def _input_changed(name: str, then: Any, now: Any, upstream: Mapping[str, str]) -> str:
-    if isinstance(now, str) and now in upstream:
-        return f"upstream {upstream[now]} made again"
+def _input_changed(name: str, then: Any, now: Any, stage: Stage) -> Reason:
+    if upstream := next((one for one in stage.upstream if one.run_id == now), None):
+        return _again(f"upstream {upstream.name}", upstream.references())
     what = name.replace("_", " ")
     if isinstance(then, dict) and isinstance(now, dict) and then.get("ds") != now.get("ds"):
-        return f"{what} was ds {then.get('ds')}, is ds {now.get('ds')}"
+        return Reason(f"{what} was ds {then.get('ds')}, is ds {now.get('ds')}")
     if then is None or now is None:
-        return f"{what} {'is new' if then is None else 'is gone'}"
+        return Reason(f"{what} {'is new' if then is None else 'is gone'}")
     if isinstance(now, dict) and "digest" in now:
         is_read = {k: v for k, v in now.items() if k != "read_as"}
         rewritten = any(then.get(name) != value for name, value in is_read.items())
-        return f"{what} {'rewritten' if rewritten else 'read by other settings'}"
+        return Reason(f"{what} {'rewritten' if rewritten else 'read by other settings'}")
     if isinstance(then, list) and isinstance(now, list):
         days = [str(one["ds"]) for one in now if one not in then]
         gone = [str(one["ds"]) for one in then if one["ds"] not in {n["ds"] for n in now}]
-        return f"{what} changed: {_few([*days, *gone])}"
-    return f"{what} made again"
+        return Reason(f"{what} changed: {_few([*days, *gone])}")
+    return _again(what, stage.before if name in _OF_THE_DAY_BEFORE else ())
 
 
 def _few(names: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """What of a stage is done is found once, whatever an earlier run, a rollback or a gate has left."""
 
 import dataclasses
+import datetime as dt
 import hashlib
 import json
 import os
@@ -14,7 +15,8 @@ from pipelines.running import states
 from pipelines.running.locks import Locks
 from pipelines.running.publishing import publish_night
 from pipelines.running.stage import Stage
-from pipelines.running.states import Look
+from pipelines.running.states import Look, Reason
+from pipelines.stages import EMBED
 from tests.support.small_nights import Shop
 
 OLD, NEW = [1, 2, 3, 4], [5, 6, 7]
@@ -32,7 +34,7 @@ def stage_of(shop: Shop, values: list[int]) -> Stage:
 
 def test_a_stage_goes_from_absent_to_published(shop: Shop) -> None:
     new = stage_of(shop, NEW)
-    assert Look().state(new) == states.State("absent", why=("never made",))
+    assert Look().state(new) == states.State("absent", reasons=(Reason("never made"),))
     files.write_bytes(os.path.join(new.staged_folder(new.tables[0]), "receipts", "0"), b"{}")
     begun = Look().state(new)
     assert (begun.name, begun.shards_done, begun.is_made) == ("begun", 1, False)
@@ -50,6 +52,24 @@ def test_what_another_run_published_is_something_else(shop: Shop) -> None:
     state = Look().state(stage_of(shop, NEW))
     assert (state.name, state.tables) == ("published from something else", ())
     assert state.why == ("values is new",)
+
+
+def test_a_reason_names_the_table_that_was_made_again(shop: Shop) -> None:
+    shop.publish(OLD)
+    one = dataclasses.replace(stage_of(shop, OLD), inputs={})  # as its manifest says
+    assert Look().state(one).reasons == ()
+    embedded, _ = dataclasses.replace(one, kind=EMBED).references()
+    earlier = dataclasses.replace(embedded, ds=one.ds - dt.timedelta(days=1), stage=None)
+    for changes, expected in (
+        ({"upstream": (embedded.stage,)}, Reason("upstream embed made again", embedded)),
+        (
+            {"upstream": (embedded.stage,), "inputs": {"embeddings": embedded.run_id}},
+            Reason("upstream embed made again", embedded),
+        ),
+        ({"before": (earlier,), "follows": True}, Reason("previous made again", earlier)),
+        ({"inputs": {"values": NEW}}, Reason("values is new")),
+    ):
+        assert Look().state(dataclasses.replace(one, **changes)).reasons == (expected,)
 
 
 def test_what_a_gate_refused_is_refused_until_it_is_not(shop: Shop) -> None:
