@@ -260,7 +260,7 @@ def publish(
     folder.mkdir(parents=True)
     sizes = ((rows, size - 1), (0, 1))
     listed = [{"name": "a", "rows": n, "bytes": of_file} for n, of_file in sizes]
-    manifest = {"files": listed, "inputs": inputs}
+    manifest = {"files": listed, "inputs": inputs, "version": "v"}
     (folder / "_manifest.json").write_text(json.dumps(manifest))
     seal(folder)
 
