@@ -115,6 +115,11 @@ class Nights:
                     break
         return _needed(found, earliest_us, self._end(ds))
 
+    def first(self) -> list[NightThere]:
+        """Returns the first night that is there, alone; nothing where there is none."""
+        found = (self._open(day) for day in self.settings.layout.recorded_days())
+        return next(([night] for night in found if night), [])
+
     def _end(self, ds: dt.date) -> int:
         return inputs.day_end(ds, self.settings.day_timezone)
 

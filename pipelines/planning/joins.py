@@ -159,6 +159,7 @@ def plan_joins(
     opened = [_OpenDay(DayPlan(together, ds), asked) for ds in days]
     nights = [one.nights for one in opened]
     known = list({night.key: night for some in nights for night in some}.values())
+    known = known or Nights(settings, asked, together.look, say).first()
     set_of = _SetOfDays(settings, asked, known, together.look)
     set_of.check(days)
     again = partial(plan_joins, settings, days, asked, say, options)
@@ -169,7 +170,8 @@ def plan_joins(
 class _SetOfDays:
     """Holds what days of one training set have in common: they are read as one table.
 
-    `known` are the nights that the days which are planned take their features from.
+    `known` are the nights that the days which are planned take their features from, or where they
+    take none, one of those to come.
     """
 
     settings: Settings

@@ -2,6 +2,7 @@
 
 import copy
 import datetime as dt
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 
 from feature_jobs.store import partitions
 from pipelines.cli import main
+from pipelines.running import records
+from tests.support.commands import Capture
 from tests.support.world import DAYS, World
 
 DAY = DAYS[2]
@@ -142,3 +145,138 @@ def test_a_sample_takes_the_night_that_was_available_at_its_moment(world: World)
         assert row["item_known"] == (item is not None)
         for name in ("has_image", "in_scope", "cluster_id", "cluster_coarse"):
             assert row[name] == (item[name] if item else 0), name
+
+
+def test_histories_may_be_those_that_the_night_knew(world: World) -> None:
+    samples = write_samples(world, DAY, as_samples(impressions(world, DAY)))
+    assert join(world, "--ds", DAY, "--history-as-of", "night") == DONE
+    found, _ = joined(world, DAY)
+    assert len(found) == len(samples)
+    for row in found.to_pylist():
+        clicks = {}
+        if row["feature_ds"]:
+            table = world.table("user_histories", row["feature_ds"]).to_pylist()
+            clicks = {user["user_id"]: user["item_ids"] for user in table}
+        assert row["history_len"] == len(clicks.get(row["user_id"], ()))
+
+
+def test_a_night_counts_from_when_it_was_really_published(world: World) -> None:
+    """The world's nights were all made long after their days: no sample of theirs knew one."""
+    write_samples(world, DAY, as_samples(impressions(world, DAY)))
+    assert join(world, "--ds", DAY, "--as-of", "created", "--created-timestamp") == DONE
+    found, manifest = joined(world, DAY)
+    assert manifest["counts"]["no_snapshot"] == len(found)
+    assert set(found["night_created"].to_pylist()) == {None}
+    assert join(world, "--ds", DAY, "--name", "day", "--created-timestamp") == DONE
+    found, _ = joined(world, DAY, "day")
+    for row in found.to_pylist():
+        record = records.read_night(world.settings().layout, row["feature_ds"] or DAY)
+        assert record
+        expected = dt.datetime.fromisoformat(record["published_at"])
+        assert row["night_created"] == (expected if row["feature_ds"] else None)
+
+
+def test_days_together_are_those_of_one_command_each(world: World) -> None:
+    for day in DAYS[1:]:
+        write_samples(world, day, as_samples(impressions(world, day)))
+    ends = ("--start-ds", DAYS[1], "--end-ds", DAYS[3])
+    shutil.rmtree(world.root / "test" / "user_simscores")
+    assert join(world, *ends) == DONE
+    for day in DAYS[1:]:
+        assert join(world, "--ds", day, "--name", "alone") == DONE
+        assert joined(world, day)[0].equals(joined(world, day, "alone")[0])
+    before = {path: path.read_bytes() for path in (world.root / "test" / "joined").rglob("*.*")}
+    assert join(world, *ends) == DONE
+    assert before == {
+        path: path.read_bytes() for path in (world.root / "test" / "joined").rglob("*.*")
+    }
+
+
+def test_what_is_to_be_joined_is_told_beforehand(world: World, capsys: Capture) -> None:
+    write_samples(world, DAY, as_samples(impressions(world, DAY)))
+    assert join(world, "--ds", DAY, "--dry-run") == DONE
+    told = capsys.readouterr()
+    assert "join           compute: never made" in told.out
+    assert "not taken: they are of other nights than these samples know" in told.err
+    assert join(world, "--ds", DAY, "--dry-run", "--features-from", "same") == DONE
+    assert "taken where a sample is an impression of the day" in capsys.readouterr().err
+    assert not (world.root / "test" / "joined").exists()
+    assert join(world, "--ds", DAY, "--label", "clicked") == DONE
+    assert re.search(r"join .* 152 samples: [\d,]+ matched, .*label rate", capsys.readouterr().out)
+
+
+# ---- What cannot be joined ---------------------------------------------------------------------
+
+
+def with_column(rows: pa.Table, name: str, values: pa.ChunkedArray | pa.Array) -> pa.Table:
+    return rows.set_column(rows.column_names.index(name), name, values)
+
+
+def test_samples_that_cannot_be_read_as_such_are_refused(world: World, capsys: Capture) -> None:
+    rows = impressions(world, DAY)
+    naive = rows["event_time"].cast(pa.timestamp("us"))
+    is_text = world.ids == "string"
+    other = (
+        pc.utf8_length(rows["item_id"]).cast(pa.int64())
+        if is_text
+        else rows["item_id"].cast(pa.string())
+    )
+    no_user = pc.if_else(pc.equal(rows["clicked"], True), rows["user_id"], None)
+    for bad, status, said in (
+        (with_column(rows, "event_time", naive), USAGE, "Say which it is: --timezone"),
+        (with_column(rows, "item_id", other), FAILED, "IDs of two types never meet"),
+        (with_column(rows, "user_id", no_user), FAILED, "'user_id' of the samples table is null"),
+        (rows.rename_columns(["user_id", "item_id", "event_time", "clicked", "sim_max"]), USAGE,
+         "have columns named sim_max, as those of the join are"),
+        (rows.rename_columns(["user", "item_id", "event_time", "clicked", "price"]), FAILED,
+         "lacks the column 'user_id'"),
+    ):  # fmt: skip
+        write_samples(world, DAY, bad)
+        assert join(world, "--ds", DAY) == status
+        told = capsys.readouterr().err
+        assert said in told
+        assert not (world.root / "test" / "joined").exists()
+    write_samples(world, DAY, rows.rename_columns(["u", "i", "t", "clicked", "later"]))
+    assert join(world, "--ds", DAY, "--user-id", "u", "--item-id", "i", "--time", "t") == DONE
+
+
+def test_what_is_not_there_yet_is_told(world: World, capsys: Capture) -> None:
+    beyond = DAYS[-1] + dt.timedelta(days=3)
+    assert join(world, "--ds", DAY) == NOT_READY
+    assert "The samples table has no partition for ds" in capsys.readouterr().err
+    rows = impressions(world, DAYS[-1])
+    moved = pc.add(rows["event_time"], pa.scalar(dt.timedelta(days=3)))
+    write_samples(world, beyond, with_column(rows, "event_time", moved))
+    assert join(world, "--ds", beyond) == NOT_READY
+    assert "The impressions table has no partition" in capsys.readouterr().err
+    assert join(world, "--ds", beyond, "--history-as-of", "night") == DONE
+    told = capsys.readouterr().err
+    assert f"there is no night of ds {DAYS[-1] + dt.timedelta(days=2)}" in told
+    assert set(joined(world, beyond)[0]["feature_ds"].to_pylist()) == {DAYS[-1]}
+    write_samples(world, DAYS[0], impressions(world, DAYS[0]))
+    assert join(world, "--ds", DAYS[0], "--name", "first") == DONE
+    assert "no night is available to samples of ds" in capsys.readouterr().err
+    found, manifest = joined(world, DAYS[0], "first")
+    assert pc.sum(found["cluster_coarse"]).as_py() == 0
+    assert manifest["counts"]["no_snapshot"] == len(found)
+    assert pc.sum(found["cluster_id"]).as_py() == 0
+
+
+def test_days_of_one_set_are_made_alike(world: World, capsys: Capture) -> None:
+    for day in DAYS[1:3]:
+        write_samples(world, day, as_samples(impressions(world, day)))
+    assert join(world, "--ds", DAYS[1]) == DONE
+    capsys.readouterr()
+    assert join(world, "--ds", DAYS[2], "--history-as-of", "night") == USAGE
+    assert "history_as_of was moment, is night" in capsys.readouterr().err
+    assert join(world, "--ds", DAYS[2]) == DONE
+
+
+def test_wrong_usage_is_told(world: World, capsys: Capture) -> None:
+    for args, said in (
+        (("--name", "No Name"), "is no name of small letters"),
+        (("--samples", "samples/*.parquet"), "names no day"),
+        (("--accept", "churn", "--reason", "x"), "No gate judges a training set"),
+    ):
+        assert join(world, "--ds", DAY, *args) == USAGE
+        assert said in capsys.readouterr().err
