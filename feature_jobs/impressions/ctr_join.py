@@ -410,7 +410,7 @@ class AddHistories(_JoinFn):
         kind, nights = pa.list_(day.ids[1]), rows["night"].to_numpy()
         for night in np.unique(nights).tolist():
             mine = rows.filter(pa.array(nights == night))
-            lists = pa.array([[]] * len(mine), kind)
+            lists = arrays.list_array(np.zeros(len(mine), int), pa.array([], kind.value_type))
             if night >= 0:
                 histories = day.nights[night].histories
                 assert histories is not None
