@@ -552,6 +552,38 @@ def fit_codebook(
     click.echo(codebooks.fit_codebook(settings, plan, folder, out, _say))
 
 
+@cli.command()
+@click.option(
+    "--rows",
+    type=PathText(local=True),
+    required=True,
+    metavar="FILE",
+    help="The embedding table, .npy of floats [max_id + 1, d]: row n is that of number n.",
+)
+@click.option(
+    "--from", type=PathText(), required=True, metavar="FOLDER", help="The codebook it is for."
+)
+@click.option(
+    "--to", type=PathText(), required=True, metavar="FOLDER", help="A codebook that continues it."
+)
+@click.option("--label", default="main", help="The resolution whose numbers the rows have.")
+@click.option(
+    "--out", type=PathText(local=True), required=True, metavar="FILE", help="The table to write."
+)
+@json_option
+def crosswalk(rows: str, to: str, label: str, out: str, json: bool, **given: str) -> None:
+    """Move the rows of a model's embedding table to a codebook that continues the table's own.
+
+    A number that lived on keeps its row, and so does a retired one. A new number gets the mean of
+    the rows that its items had, one without such items the mean of all. Of several generations the
+    packages between are looked for beside the two.
+    """
+    from pipelines.artefacts import embedding_rows
+
+    found = embedding_rows.move_rows(rows, given["from"], to, label, out)
+    click.echo(dumps(found, indent=1) if json else embedding_rows.render(found))
+
+
 # ---- Looking and starting --------------------------------------------------------------------
 
 

@@ -507,8 +507,7 @@ _SEEN = {
 
 _AGAIN = "mend the input and run the command again"
 _ACCEPT_NEW = (
-    "if it is on purpose, move the CTR model's rows by the crosswalk.parquet in the codebook's "
-    "folder and accept it once"
+    "if it is on purpose, move the CTR model's rows with `courier crosswalk` and accept it once"
 )
 # Of each gate: what usually causes it, and what to do.
 CAUSES: dict[str, str] = {
