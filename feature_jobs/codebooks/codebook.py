@@ -48,7 +48,14 @@ class Resolution:
     @property
     def numbers(self) -> np.ndarray:
         """Returns the numbers of all centres, ascending: what is not retired; int64 [clusters]."""
-        return np.setdiff1d(np.arange(1, self.max_id + 1), self.retired)
+        return np.flatnonzero(self.in_use)
+
+    @property
+    def in_use(self) -> np.ndarray:
+        """Tells of 0..max_id which are numbers of a centre; bool [max_id + 1]."""
+        found = np.ones(self.max_id + 1, bool)
+        found[[0, *self.retired]] = False
+        return found
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,23 @@ def crosswalk_by_hand(world: World, stanza: str) -> dict[tuple[int, int], tuple[
     return found
 
 
+def test_rows_of_a_model_follow_the_items_to_a_later_fit(night: World, capsys: Capture) -> None:
+    stanza, _ = fit(night, capsys, "--clusters", "8", "--mode", "fresh", ds=1)
+    rows = np.random.default_rng(0).normal(size=(9, 4))
+    np.save(night.folder / "rows.npy", rows)
+    ends = ["--from", str(folder_of(night, night.pins[1])), "--to", str(folder_of(night, stanza))]
+    paths = ["--rows", str(night.folder / "rows.npy"), "--out", str(night.folder / "new.npy")]
+    assert main(["crosswalk", *ends, *paths]) == 0
+    assert "0 numbers kept, 8 mixed, 0 seeded, 8 retired" in capsys.readouterr().out
+    expected, items = np.zeros((17, 4)), np.zeros((17, 1))
+    for (old, new), (count, _) in crosswalk_by_hand(night, stanza).items():
+        expected[new] += count * rows[old]
+        items[new] += count
+    found = np.load(night.folder / "new.npy")
+    np.testing.assert_array_equal(found[:9], rows)
+    np.testing.assert_allclose(found[9:], expected[9:] / items[9:])
+
+
 def test_a_pin_that_moves_many_items_publishes_nothing_until_it_is_allowed(
     night: World, capsys: Capture
 ) -> None:
