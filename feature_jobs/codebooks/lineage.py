@@ -131,7 +131,7 @@ def step_of(crosswalk: pa.Table, parent: Resolution, child: Resolution) -> Step:
     totals = np.bincount(old, weights=items, minlength=parent.max_id + 1)
     if not totals.any():  # nobody has an item: all its numbers count alike
         totals = parent.in_use.astype(np.float64)
-    came = np.flatnonzero((new > parent.max_id) & (items > 0))
+    came = np.flatnonzero(new > parent.max_id)
     came = came[np.argsort(new[came], kind="stable")]
     born = new[came]
     share = items[came] / np.bincount(born, weights=items[came])[born]

@@ -1,7 +1,8 @@
 """`courier crosswalk` moves the rows of an embedding table to the numbers of a new codebook.
 
-The table is read through the memory of its file and written block by block, so that one larger than
-the machine's memory does no harm. It appears when all of it is there.
+The table is memory-mapped and written block by block, so that one larger than the machine's memory
+does no harm. What is written is mapped for the next generation, but nothing is written through a
+map: on a full disk that would kill the process. The new table appears when all of it is there.
 """
 
 import filecmp
@@ -20,9 +21,9 @@ _BLOCK_ROWS = 65_536
 def move_rows(rows: str, old: str, new: str, label: str, out: str) -> dict[str, Any]:
     """Writes `out` [max_id of `new` + 1, d] with the rows of `rows` [max_id of `old` + 1, d].
 
-    Both are .npy files of one dtype, `old` and `new` folders of codebooks. Returns what became of
-    the numbers. Raises OperatorError, also where `out` is there with other content, InputNotReady
-    or DataContractError.
+    Both are .npy files of one dtype, `old` and `new` folders of codebooks. The rows of generations
+    on the way are rounded to the dtype, too. Returns what became of the numbers. Raises
+    OperatorError, also where `out` is there with other content, InputNotReady or DataContractError.
     """
     lineage = read_lineage(old, new, label)
     table = _open(rows)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feature_jobs.codebooks import lineage as lineages
-from feature_jobs.codebooks.codebook import Resolution
+from feature_jobs.codebooks.codebook import Codebook, Resolution
 from feature_jobs.codebooks.crosswalk import count_moves, crosswalk
 from feature_jobs.codebooks.lineage import Step, born_rows, read_lineage, step_of
 from feature_jobs.schemas import CourierError, DataContractError, InputNotReady, OperatorError
@@ -34,15 +34,22 @@ def moved(rows: np.ndarray, steps: list[Step]) -> np.ndarray:
     return rows
 
 
+def book(*numbers: int) -> Codebook:
+    return by_hand({"main": unit_rows(len(numbers))}, {"main": np.array(numbers)}, ENCODER)
+
+
+def step_between(parent: Codebook, child: Codebook, old: list[int], new: list[int]) -> Step:
+    counts = count_moves(np.array(old), np.array(new), np.zeros(len(old)), "main")
+    resolutions = (codebook.info.resolution("main") for codebook in (parent, child))
+    return step_of(crosswalk([counts], parent, child), *resolutions)
+
+
 # ---- Rows ----------------------------------------------------------------------------------
 
 
 def test_a_new_number_gets_the_mean_of_the_rows_that_its_items_had() -> None:
-    old, new = np.array([1, 1, 1, 2, 2, 3]), np.array([1, 5, 5, 5, 2, 3])
-    parent = by_hand({"main": unit_rows(3)}, {"main": np.array([1, 2, 3])}, ENCODER)
-    child = by_hand({"main": unit_rows(5)}, {"main": np.array([1, 2, 3, 4, 5])}, ENCODER)
-    table = crosswalk([count_moves(old, new, np.zeros(6), "main")], parent, child)
-    step = step_of(table, parent.info.resolution("main"), child.info.resolution("main"))
+    old, new = [1, 1, 1, 2, 2, 3], [1, 5, 5, 5, 2, 3]
+    step = step_between(book(1, 2, 3), book(1, 2, 3, 4, 5), old, new)
     rows = np.array([[9, 9], [3, 0], [0, 3], [6, 6]], "f4")
     seed = (3 * rows[1] + 2 * rows[2] + rows[3]) / 6  # nobody's number 4
     mixed = (2 * rows[1] + rows[2]) / 3
@@ -83,12 +90,18 @@ def test_random_lineages_have_every_kind_of_number() -> None:
     assert later > 0
 
 
+def test_a_number_whose_items_come_from_seeded_numbers_alone_is_seeded() -> None:
+    first, second, third = book(1), book(1, 2, 3), book(1, 4, 5)
+    steps = (
+        step_between(first, second, [1, 1, 0, 0], [1, 2, 3, 3]),
+        step_between(second, third, [1, 2, 3, 3], [1, 4, 4, 5]),
+    )
+    found = lineages.Lineage(first.info, third.info, "main", steps)
+    assert found.fates() == {"kept": 1, "mixed": 1, "seeded": 1, "retired": 0}
+
+
 def test_without_a_single_item_all_numbers_of_the_parent_count_alike() -> None:
-    parent = by_hand({"main": unit_rows(2)}, {"main": np.array([1, 3])}, ENCODER)
-    child = by_hand({"main": unit_rows(1)}, {"main": np.array([4])}, ENCODER)
-    nothing = count_moves(np.zeros(0, "i4"), np.zeros(0, "i4"), np.zeros(0, "i8"), "main")
-    table = crosswalk([nothing], parent, child)
-    step = step_of(table, parent.info.resolution("main"), child.info.resolution("main"))
+    step = step_between(book(1, 3), book(4), [], [])
     (found,) = born_rows(np.array([[9.0], [1.0], [9.0], [2.0]]), step)
     assert found.tolist() == [[1.5]]
 
