@@ -308,7 +308,7 @@ def open_source(
     return Source(
         Form(table, ds, present, tuple(carry), input_timezone, rewrite),
         tuple(paths),
-        tuple(_group_rows(metadata) for metadata, _ in footers),
+        tuple(group_rows(metadata) for metadata, _ in footers),
         rows,
         checksums,
         item_id=same_id_type("item_id", present, paths, footers),
@@ -320,7 +320,7 @@ def open_source(
     )
 
 
-def _group_rows(footer: pq.FileMetaData) -> tuple[int, ...]:
+def group_rows(footer: pq.FileMetaData) -> tuple[int, ...]:
     return tuple(footer.row_group(at).num_rows for at in range(footer.num_row_groups))
 
 

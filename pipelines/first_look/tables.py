@@ -276,7 +276,7 @@ def open_table(place: Place, ds: dt.date, section: Catalogue | Impressions | Non
     source = inputs.Source(
         inputs.Form(place.table, ds, usable, input_timezone=zone or "UTC"),
         tuple(paths),
-        tuple(metadata.num_row_groups for metadata, _ in footers),
+        tuple(inputs.group_rows(metadata) for metadata, _ in footers),
         sum(metadata.num_rows for metadata, _ in footers),
         checksums=(),
         item_id=inputs.same_id_type("item_id", usable, paths, footers),
