@@ -168,11 +168,16 @@ def _setting(table: str, key: str) -> str:
     """Names what an operator says of a table: by a setting, or of samples by an option."""
     options = {
         "path": "--samples", "columns": "--user-id, --item-id or --time",
-        "input_timezone": "--timezone", "carry": "the samples",
+        "input_timezone": "Say which it is: --timezone UTC, for example.", "carry": "the samples",
     }  # fmt: skip
-    if table == "samples":
-        return options[key]
-    return f"[{table}.columns] in the settings" if key == "columns" else f"[{table}] {key}"
+    settings = {
+        "path": f"[{table}] path in the settings",
+        "columns": f"[{table}.columns] in the settings",
+        "input_timezone": f"Set input_timezone under [{table}], for example input_timezone = "
+        '"UTC".',
+        "carry": f"carry under [{table}] in the settings",
+    }
+    return (options if table == "samples" else settings)[key]
 
 
 def find_days(template: str) -> list[dt.date]:
@@ -409,7 +414,7 @@ def check_schema(
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise DataContractError(
                 f"The {table} table lacks the column {name!r} in {path}; it has "
-                f"{', '.join(schema.names)}.{hint} Add the column, or name the right one: "
+                f"{', '.join(schema.names)}.{hint} Add the column, or name the right one by "
                 f"{_setting(table, 'columns')}."
             )
     present = {ours: theirs for ours, theirs in columns.items() if theirs in schema.names}
@@ -454,8 +459,7 @@ def _check_zone(
         raise OperatorError(
             f"The column {column!r} of the {table} table holds times without a time zone "
             f"({found}) in {path}. Taken for the wrong zone they would shift every click by "
-            f"hours, past impressions that they followed. Say which it is: "
-            f"{_setting(table, 'input_timezone')}, for example UTC."
+            f"hours, past impressions that they followed. {_setting(table, 'input_timezone')}"
         )
     try:
         to_utc(pa.chunked_array([[0]], pa.timestamp("us")), input_timezone)
