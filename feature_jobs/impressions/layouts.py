@@ -182,7 +182,7 @@ def _check_lengths(column: pa.ChunkedArray, feature: Feature) -> None:
     if len(column) and found.as_py() != {"min": feature.length, "max": feature.length}:
         raise DataContractError(
             f"Lists of column {feature.name} should have {feature.length} places in every row, and "
-            f"have {found['min']} to {found['max']} (-1: there is none). A model would take some "
+            f"have {found['min']} to {found['max']} (-1: a null). A model would take some "
             "places for others. The rows were not joined with these settings: join them again."
         )
 
