@@ -150,6 +150,7 @@ def dry_run(target: str) -> str:
         ("demo", ["courier demo", "courier train", "courier refresh", "courier status"]),
         ("test", ["python -m pytest"]),
         ("check", ["ruff format --check .", "ruff check .", "mypy", "python -m pytest"]),
+        ("test-frameworks", ["fuxictr==", "python -m pytest -q -m frameworks"]),
         ("readers", ["java -version", "python -m pytest -q -m readers"]),
         ("docs", ["python -m tests.support.settings_page"]),
         ("bench", ["tests/benchmarks" if any(ROOT.glob("tests/benchmarks/*.py")) else "for b in"]),
@@ -164,7 +165,8 @@ def test_make_does_what_its_help_says(target: str, commands: list[str]) -> None:
 
 def test_ci_runs_what_make_check_runs() -> None:
     assert os.access(ROOT / ".ci/run", os.X_OK)
-    assert re.findall(r"\bmake \w+(?= <)", read(".ci/run")) == ["make check", "make readers"]
+    found = re.findall(r"\bmake ([\w-]+)(?= <)", read(".ci/run"))
+    assert found == ["check", "test-frameworks", "readers"]
 
 
 def test_make_readers_says_what_it_lacks_without_java() -> None:

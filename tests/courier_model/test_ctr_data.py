@@ -1,5 +1,6 @@
 """Tests the loader of joined training sets: no row is lost, torn or read twice, in known orders."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from courier_model import ctr_data
 from courier_model.ctr_data import CtrBatches
 from feature_jobs.schemas import CourierError, DataContractError, InputNotReady, OperatorError
 from feature_jobs.store.arrays import list_column
+from tests.support import joined_rows
+from tests.test_imports import ROOT
 
 PLACES, ROWS = 5, 1_003
 COLUMNS = ["row", "clicked", "sim_mean", "sim_scores", "sim_mask", "simtier"]
@@ -186,3 +189,23 @@ def test_lists_of_unequal_lengths_are_refused(tmp_path: Path) -> None:
     two = write(tmp_path / "b.parquet", tags=[[1, 2]] * 4)
     three = write(tmp_path / "c.parquet", tags=[[1, 2, 3]] * 4)
     assert "one file and another" in refusal(DataContractError, [two, three], ["tags"])
+
+
+# ---- The page ----------------------------------------------------------------------------------
+
+
+def test_the_pages_lines_train_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = joined_rows.joined(300).rename_columns({"label": "clicked"})
+    (tmp_path / "training_set/ds=2026-01-07").mkdir(parents=True)
+    pq.write_table(drawn, tmp_path / "training_set/ds=2026-01-07/part-0.parquet")
+    page = (
+        (ROOT / "pipelines/docs/ctr.md")
+        .read_text()
+        .partition("## PyTorch")[2]
+        .partition("\n## ")[0]
+    )
+    (script,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    known = {"max_id": joined_rows.MAX_IDS["main"], "history_len": joined_rows.PLACES}
+    exec(script, known)
+    assert 0 < known["loss"].item() < 2

@@ -9,7 +9,7 @@ from feature_jobs.impressions.layouts import Form
 from feature_jobs.schemas import TIMESTAMP
 from feature_jobs.store.arrays import list_column
 
-PLACES, TIERS, TOP = 6, 22, 3
+PLACES, TIERS, TOP = 6, 20, 3
 MAX_IDS = {"main": 32, "fine": 1000}
 FORM = Form("user", "label", PLACES, MAX_IDS, TIERS, TOP)
 FLOATS, COUNTS, FLAGS = (pa.list_(t) for t in (pa.float32(), pa.int32(), pa.int8()))
@@ -50,7 +50,7 @@ def joined(n: int, seed: int = 0) -> pa.Table:
         "sim_known": numbers(PLACES + 1),
         "sim_max": rng.uniform(-1, 1, n).astype(np.float32),
         "sim_mean": rng.uniform(-1, 1, n).astype(np.float32),
-        "simtier": list_column(rng.random((n, TIERS)).astype(np.float32), FLOATS),
+        "simtier": list_column(numbers(PLACES + 1, TIERS), COUNTS),
         "same_cluster": numbers(PLACES + 1),
         "history_cluster_ids": list_column(numbers(main, PLACES), COUNTS),
         "history_cluster_fine": list_column(numbers(fine, PLACES), COUNTS),

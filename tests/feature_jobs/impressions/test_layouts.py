@@ -25,7 +25,7 @@ from feature_jobs.impressions.layouts import (
 )
 from feature_jobs.schemas import DataContractError, OperatorError
 from feature_jobs.store.arrays import list_column
-from tests.support.joined_rows import COUNTS, FORM, MAX_IDS, PLACES, TIERS, TOP, as_array, joined
+from tests.support.joined_rows import FLOATS, FORM, MAX_IDS, PLACES, TIERS, TOP, as_array, joined
 
 FRAMEWORKS = ("fuxictr", "torcheasyrec")
 ROWS = joined(500)
@@ -328,7 +328,10 @@ def test_a_set_without_columns_of_the_history_has_no_sequence_group() -> None:
     assert "sequence_feature" not in text
 
 
-def test_tiers_that_are_counts_are_taken_too() -> None:
-    counts = list_column(np.ones((500, TIERS), np.int32), COUNTS)
-    found = to_layout("torcheasyrec", with_column("simtier", counts), FORM)
-    assert found["simtier"].type == COUNTS
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_tiers_of_muse_are_taken_too(name: str) -> None:
+    tiers = list_column(np.ones((500, 22), np.float32), FLOATS)
+    rows, form = with_column("simtier", tiers), replace(FORM, tiers=22)
+    assert to_layout(name, rows, form)["simtier"].type == FLOATS
+    (text,) = layout_config(name, rows.schema, form).values()
+    assert re.search(r"simtier.*\n?.*(pretrain_dim|value_dim): 22", text)
