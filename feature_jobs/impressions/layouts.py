@@ -4,8 +4,8 @@ readers take, with their own configuration.
 `plain` is what the join writes. `fuxictr` (2.3.10) adds a group key of the user and makes the label
 a float; FuxiCTR reads the columns that its configuration lists, and leaves all others where they
 are. `torcheasyrec` casts every column to one of the few types that TorchEasyRec accepts, and names
-what goes along with the history `history__<feature>`. No value is renumbered: cluster ID 7 is row 7
-of the model's table, which has `max_id` + 1 rows.
+what goes along with the history `history__<feature>`, without its padding. No value is renumbered:
+cluster ID 7 is row 7 of the model's table, which has `max_id` + 1 rows.
 
 What these functions take as the join's is told by name (`Form`); all other columns are the user's.
 They are features where their type says how they are one: floats and booleans are numbers. Whole
@@ -30,6 +30,7 @@ from feature_jobs.schemas import (
     OperatorError,
     cluster_column,
 )
+from feature_jobs.store.arrays import list_array
 from feature_jobs.store.hashing import hash_ids
 
 LAYOUTS = ("plain", "fuxictr", "torcheasyrec")
@@ -65,7 +66,8 @@ class Feature:
 
     A `number` or a `vector` of so many is fed as it is. An `id`, or each of a list of `ids`, is a
     row in 0..size-1 of a table: 0 for none, and the table that of the column `shares`, where it
-    names one. Lists have `length` places, those of the `history` one for each item of it.
+    names one; where the size is 0, only the user knows it. Lists have `length` places, those of the
+    `history` one for each item of it.
     """
 
     name: str
@@ -104,12 +106,12 @@ def to_layout(name: str, rows: pa.Table, form: Form) -> pa.Table:
     schema = layout_schema(name, rows.schema, form)
     if name == "plain":
         return rows
-    for feature in features(rows.schema, form):
-        if feature.kind in ("vector", "ids"):
-            _check_lengths(rows[feature.name], feature)
+    _check_lengths(rows, form)
     columns = _without_nulls(rows, form)
     if name == "fuxictr":
         columns.append(_group_ids(rows[form.user]))
+    else:
+        columns = _without_padding(rows, columns, form)
     cast = [_cast(column, field.type) for column, field in zip(columns, schema, strict=True)]
     return pa.Table.from_arrays(cast, schema=schema)
 
@@ -136,15 +138,16 @@ def features(schema: pa.Schema, form: Form) -> list[Feature]:
 
     Those whose table another shares come first.
     """
-    ours = _ours(form)
-    known = {GROUP_ID, form.user, form.label}
-    found = []
+    ours, found = _ours(form), []
     for field in schema:
         if field.name in ours:
             found.append(ours[field.name])
-        elif field.name not in known and (pt.is_boolean(field.type) or pt.is_floating(field.type)):
+        elif field.name not in (form.user, form.label) and (
+            pt.is_boolean(field.type) or pt.is_floating(field.type)
+        ):
             found.append(Feature(field.name, "number"))
-    return sorted(found, key=lambda feature: feature.shares != "")
+    told = [one for one in found if one.size or one.kind in ("number", "vector")]
+    return sorted(told, key=lambda feature: feature.shares != "")
 
 
 def _ours(form: Form) -> dict[str, Feature]:
@@ -154,6 +157,7 @@ def _ours(form: Form) -> dict[str, Feature]:
         Feature("sim_scores", "vector", length=places, history=True),
         Feature("sim_mask", "vector", length=places, history=True),
         Feature("sim_bucket", "ids", form.tiers + 1, places, history=True),
+        Feature("history_item_ids", "ids", 0, places, history=True),
         Feature("simtier", "vector", length=form.tiers),
         Feature("top_positions", "ids", places + 1, form.top_positions),
     ]
@@ -176,15 +180,18 @@ def _others(schema: pa.Schema, form: Form) -> list[pa.Field]:
     return [field for field in schema if field.name not in fed]
 
 
-def _check_lengths(column: pa.ChunkedArray, feature: Feature) -> None:
-    """Raises DataContractError unless each list has the length that its feature has."""
-    found = pc.min_max(pc.fill_null(pc.list_value_length(column), -1))
-    if len(column) and found.as_py() != {"min": feature.length, "max": feature.length}:
-        raise DataContractError(
-            f"Lists of column {feature.name} should have {feature.length} places in every row, and "
-            f"have {found['min']} to {found['max']} (-1: a null). A model would take some "
-            "places for others. The rows were not joined with these settings: join them again."
-        )
+def _check_lengths(rows: pa.Table, form: Form) -> None:
+    """Raises DataContractError unless each list of ours has the length of its feature."""
+    for name, feature in _ours(form).items():
+        if feature.kind in ("number", "id") or name not in rows.column_names:
+            continue
+        found = pc.min_max(pc.fill_null(pc.list_value_length(rows[name]), -1)).as_py()
+        if len(rows) and found != {"min": feature.length, "max": feature.length}:
+            raise DataContractError(
+                f"Lists of column {name} should have {feature.length} places in every row, and "
+                f"have {found['min']} to {found['max']} (-1: a null). A model would take some "
+                "places for others. The rows were not joined with these settings: join them again."
+            )
 
 
 def _without_nulls(rows: pa.Table, form: Form) -> list[pa.ChunkedArray]:
@@ -203,7 +210,7 @@ def _without_nulls(rows: pa.Table, form: Form) -> list[pa.ChunkedArray]:
     ]
 
 
-def _cast(column: pa.ChunkedArray, type: pa.DataType) -> pa.ChunkedArray:
+def _cast(column: pa.Array | pa.ChunkedArray, type: pa.DataType) -> pa.Array | pa.ChunkedArray:
     """Casts to a type of a layout; times become their microseconds, days their number."""
     if pt.is_timestamp(column.type) and not pt.is_timestamp(type):
         column = column.cast(pa.timestamp("us", column.type.tz), safe=False)  # below: cut off
@@ -341,7 +348,7 @@ def torcheasyrec_type(type: pa.DataType) -> pa.DataType | None:
     """Returns the type that a column of `type` has in TorchEasyRec's layout, None for none.
 
     Its reader takes int64, int32, float64, float32 and string, lists of these, lists of such
-    lists, and maps of these whose keys are no floats; and refuses files that hold anything else.
+    lists, and maps of these whose keys are no floats; and stops at a column of anything else.
     """
     if _is_list(type):
         inner = torcheasyrec_type(type.value_type)
@@ -360,10 +367,28 @@ def torcheasyrec_type(type: pa.DataType) -> pa.DataType | None:
 
 def _torcheasyrec_name(name: str, form: Form) -> str:
     """Returns a column's name: `history__<feature>` for what goes along with the history."""
+    return f"{HISTORY}__{name.removeprefix('history_')}" if _is_of_history(name, form) else name
+
+
+def _is_of_history(name: str, form: Form) -> bool:
     ours = _ours(form)
-    if name == "history_item_ids" or (name in ours and ours[name].history):
-        return f"{HISTORY}__{name.removeprefix('history_')}"
-    return name
+    return name in ours and ours[name].history
+
+
+def _without_padding(rows: pa.Table, columns: list[pa.ChunkedArray], form: Form) -> list[pa.Array]:
+    """Returns the columns of `rows`, lists of the history with its items alone.
+
+    TorchEasyRec takes the length of a list for that of the history, and would attend to padding. An
+    empty history keeps one place, as its own reader fills an empty list.
+    """
+    sizes = np.clip(rows["history_len"].to_numpy(), 1, form.history_len)
+    kept = pa.array((np.arange(form.history_len) < sizes[:, None]).reshape(-1))
+    return [
+        list_array(sizes, column.combine_chunks().flatten().filter(kept))
+        if _is_of_history(name, form)
+        else column
+        for name, column in zip(rows.column_names, columns, strict=True)
+    ]
 
 
 def _torcheasyrec_schema(schema: pa.Schema, form: Form) -> pa.Schema:
@@ -375,7 +400,7 @@ def _torcheasyrec_schema(schema: pa.Schema, form: Form) -> pa.Schema:
             raise OperatorError(
                 f"Column {field.name} is of type {field.type}, which TorchEasyRec cannot read: it "
                 "takes int64, int32, float64, float32, string, lists and maps of these, and stops "
-                "at a file that holds anything else. Cast the column before the join, or leave it "
+                "at a column of anything else. Cast the column before the join, or leave it "
                 "out of the samples."
             )
         if name != field.name and name in schema.names:
@@ -405,6 +430,7 @@ def _torcheasyrec_config(schema: pa.Schema, form: Form) -> str:
     flat = [_torcheasyrec_feature(feature, form) for feature in found if not feature.history]
     inner = [_torcheasyrec_feature(feature, form) for feature in found if feature.history]
     group = f'sequence_name: "{HISTORY}"\nsequence_length: {form.history_len}\n'
+    group += 'sequence_delim: ";"\n'  # required, though of strings only
     group += "".join(_block("features", text) for text in inner)
     others = [_quoted(_torcheasyrec_name(f.name, form)) for f in _others(schema, form)]
     return _TORCHEASYREC.format(

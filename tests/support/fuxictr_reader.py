@@ -15,6 +15,7 @@ from fuxictr.preprocess import FeatureProcessor, build_dataset
 from fuxictr.pytorch.dataloaders import RankDataLoader
 from fuxictr.pytorch.layers import FeatureEmbedding
 from fuxictr.utils import load_dataset_config
+from ray.data import DataContext
 
 
 def main(config: str, out: str) -> None:
@@ -28,6 +29,7 @@ def main(config: str, out: str) -> None:
     with open(processor.json_file) as made:
         sys.stdout.write(made.read() + "\n")
     embed = FeatureEmbedding(feature_map, embedding_dim=8)
+    DataContext.get_current().execution_options.preserve_order = True  # among files, to compare
     train, _ = RankDataLoader(feature_map, stage="train", **params)
     batches = []
     for batch in train:
