@@ -1,5 +1,4 @@
-"""Hands a joined training set over to CTR frameworks: in the types and shapes that their own
-readers take, with their own configuration.
+"""Hands a joined training set over to CTR frameworks, as their own readers take it.
 
 `plain` is what the join writes. `fuxictr` (2.3.10) adds a group key of the user and makes the label
 a float; FuxiCTR reads the columns that its configuration lists, and leaves all others where they
@@ -246,9 +245,11 @@ def _fuxictr_schema(schema: pa.Schema, form: Form) -> pa.Schema:
 
 def _label(schema: pa.Schema, form: Form, name: str) -> pa.Field:
     """Returns the column of labels; raises OperatorError where it is none."""
-    found = None if form.label is None else schema.field(form.label)
+    found = schema.field(form.label) if form.label in schema.names else None
     if found is None or not _is_number(found.type):
-        told = "none is named" if found is None else f"{found.name} is of type {found.type}"
+        told = f"there is no {form.label}" if form.label else "none is named"
+        if found is not None:
+            told = f"{found.name} is of type {found.type}"
         raise OperatorError(
             f"The layout {name} needs a column of labels, booleans or numbers, and {told}: its "
             "framework would have nothing to learn. Name one that is, or write the plain layout."

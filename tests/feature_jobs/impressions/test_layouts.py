@@ -119,7 +119,8 @@ def test_lists_of_another_length_are_refused(name: str, column: str) -> None:
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_a_set_without_labels_is_refused(name: str) -> None:
-    for form in (replace(FORM, label=None), replace(FORM, label="page"), replace(FORM, label="at")):
+    for label in (None, "gone", "page", "at"):
+        form = replace(FORM, label=label)
         with pytest.raises(OperatorError, match="labels"):
             layout_schema(name, ROWS.schema, form)
         with pytest.raises(OperatorError, match="labels"):
