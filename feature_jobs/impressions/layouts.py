@@ -161,7 +161,8 @@ def _ours(form: Form) -> dict[str, Feature]:
         Feature("top_positions", "ids", places + 1, form.top_positions),
     ]
     for label, max_id in form.max_ids.items():
-        column, rows = cluster_column(label), max_id + 1
+        # FuxiCTR wants two rows at least, also where no night has been there yet.
+        column, rows = cluster_column(label), max(max_id, 1) + 1
         is_main = label == MAIN
         of_history = "history_cluster_ids" if is_main else f"history_{column}"
         found += [

@@ -196,8 +196,9 @@ def test_lists_of_unequal_lengths_are_refused(tmp_path: Path) -> None:
 
 def test_the_pages_lines_train_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = joined_rows.joined(300).rename_columns({"label": "clicked"})
-    (tmp_path / "training_set/ds=2026-01-07").mkdir(parents=True)
-    pq.write_table(drawn, tmp_path / "training_set/ds=2026-01-07/part-0.parquet")
+    day = tmp_path / "features/demo/joined/ctr/ds=2026-01-07"
+    day.mkdir(parents=True)
+    pq.write_table(drawn, day / "part-0.parquet")
     page = (
         (ROOT / "pipelines/docs/ctr.md")
         .read_text()

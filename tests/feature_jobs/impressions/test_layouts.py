@@ -23,7 +23,7 @@ from feature_jobs.impressions.layouts import (
     to_layout,
     torcheasyrec_type,
 )
-from feature_jobs.schemas import DataContractError, OperatorError
+from feature_jobs.schemas import JOINED, DataContractError, OperatorError
 from feature_jobs.store.arrays import list_column
 from tests.support.joined_rows import FLOATS, FORM, MAX_IDS, PLACES, TIERS, TOP, joined
 
@@ -103,6 +103,20 @@ def test_features_are_ours_and_the_users_floats_and_booleans() -> None:
     names = list(found)
     for feature in found.values():
         assert not feature.shares or names.index(feature.shares) < names.index(feature.name)
+
+
+def test_every_column_of_the_join_is_known() -> None:
+    ours = JOINED.schema(pa.int64())
+    found = {feature.name for feature in features(ours, FORM)}
+    assert set(ours.names) - found == {"feature_ds", "night_created"}  # no numbers
+    for field in ours:
+        assert ROWS.schema.field(field.name).type == field.type
+
+
+def test_a_set_that_knows_no_night_has_tables_of_two_rows() -> None:
+    form = replace(FORM, max_ids={"main": 0})
+    (cluster,) = (one for one in features(ROWS.schema, form) if one.name == "cluster_id")
+    assert cluster.size == 2
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
