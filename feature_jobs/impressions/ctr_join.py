@@ -35,11 +35,11 @@ from feature_jobs.impressions.histories import (
     history_lists,
     open_chunks,
 )
+from feature_jobs.impressions.scoring import ScoreForm, score_rows
 from feature_jobs.impressions.simscore import (
     SHUFFLE,
     Answer,
     items_of,
-    score_rows,
     share_histories,
 )
 from feature_jobs.impressions.snapshots import Snapshot, night_at
@@ -477,7 +477,7 @@ class ScoreSamples(_JoinFn):
         day = self._job.days[place]
         rows = read_pieces(found["rows"], day.no_rows)
         items = self._items(day, night, rows, list(found.get("items", ())))
-        scored = score_rows(rows, items, self._job.history_len)
+        scored = score_rows(rows, items, ScoreForm(self._job.history_len)).arrow()
         name = ("scored", place, night, shard)
         yield from self._finish(place, rows, scored, False, *name)
 

@@ -42,10 +42,9 @@ from feature_jobs.impressions.histories import (
     history_lists,
     open_chunks,
 )
-from feature_jobs.impressions.scores import mean_scores, sim_scores, simtier
+from feature_jobs.impressions.scoring import Scored, ScoreForm, score_rows, unfolded
 from feature_jobs.inputs import IMPRESSION_COLUMNS, RowGroup, Source, check_day, read_rows
 from feature_jobs.items.item_vectors import (
-    FoundItems,
     ItemTables,
     ItemVectors,
     answer,
@@ -56,12 +55,11 @@ from feature_jobs.items.item_vectors import (
 )
 from feature_jobs.schemas import USER_SIMSCORES, DataContractError
 from feature_jobs.store import arrays, documents, hashing, partitions, worker_notes
-from feature_jobs.store.arrays import differ_from_before, list_array, padded_codes
+from feature_jobs.store.arrays import differ_from_before
 from feature_jobs.store.every_shard import check_all_came, every_shard_of_days
 from feature_jobs.store.pieces import Piece, made_from, read_pieces, write_pieces
 
 _READ_TOO = ("click_time", "impression_id", "history")  # of the optional columns
-_BLOCK_ROWS = 4096  # impressions scored at once
 _SHARDS_PER_ID_SHARD = 16  # hashes of IDs are small
 _SCORE_BINS = 200  # of the largest scores, for gates
 _ITEMS_AT_ONCE = 6_553_600  # of the histories that the impressions of a user shard get at once
@@ -100,12 +98,12 @@ class SimscoreDay:
 class SimscoreJob:
     """Holds all that the workers of SIMSCORE need to know.
 
-    `histories` are None where all days have logged ones.
+    `histories` are None where all days have logged ones; `form` says what is made of scores.
     """
 
     days: tuple[SimscoreDay, ...]
     histories: HistoriesJob | None
-    history_len: int
+    form: ScoreForm
     embeddings_by: str
     staging: str
 
@@ -157,40 +155,32 @@ def _can_be_ordered(kind: pa.DataType) -> bool:
 
 
 def score_impressions(
-    rows: pa.Table, items: ItemVectors, length: int, history_item_ids: bool = True
+    rows: pa.Table, items: ItemVectors, form: ScoreForm
 ) -> tuple[pa.Table, "Counted"]:
     """Returns `user_simscores` of a shard's impressions, artefact IDs aside, and what was counted.
 
-    `rows` have a `history`, newest first, null where it is that of the row before. The first
-    `length` places are scored; they become a column where `history_item_ids` are asked for. Sorted
-    by impression_id. Raises DataContractError where one of the shop's own occurs twice in the
-    shard, ValueError where the first history is null.
+    `rows` have a `history`, newest first, null where it is that of the row before. Sorted by
+    impression_id. Raises DataContractError where one of the shop's own occurs twice in the shard,
+    ValueError where the first history is null.
     """
-    lists = rows["history"].combine_chunks()
-    history = lists.is_valid().to_numpy(zero_copy_only=False).cumsum() - 1
-    if len(rows) and history[0] < 0:
-        raise ValueError("the first of some rows has no row before it whose history it could have")
-    rows = rows.set_column(rows.column_names.index("history"), "history", pa.array(history))
-    rows = sort_impressions(rows)
-    coded = _coded(rows, lists.drop_null(), length)
-    found = items.look_up(coded.item_ids)
+    lists, place = unfolded(rows["history"])
+    at = rows.column_names.index("history")
+    rows = sort_impressions(rows.set_column(at, "history", pa.array(place)))
+    place = rows["history"].to_numpy()
+    moved = np.diff(place, prepend=-1) != 0
+    rows = rows.set_column(at, "history", lists.take(pa.array(place, mask=~moved)))
+    scored = score_rows(rows, items, form)
     given = "impression_id" in rows.column_names
     ids = rows["impression_id"].combine_chunks() if given else impression_ids(rows)
     order = pc.sort_indices(ids)
     if given:
         _check_ids(ids.take(order))  # as laws.check would, in other words
-    at = order.to_numpy()
-    scored = _score(items.vectors, found, coded, at)
     columns = {
         **{name: rows[name].take(order) for name in rows.column_names if name not in _READ_TOO},
         "impression_id": ids.take(order),
-        **{name: _column(values) for name, values in scored.items()},
+        **scored.arrow(order.to_numpy()),
     }
-    if history_item_ids:
-        past = coded.histories[coded.history_of[at]]
-        flat = coded.item_ids.take(pa.array(past[past >= 0]))
-        columns["history_item_ids"] = list_array((past >= 0).sum(axis=1), flat)
-    return pa.table(columns), count_impressions(rows, coded, found, scored, at)
+    return pa.table(columns), count_impressions(rows, scored)
 
 
 def _check_ids(ids: pa.Array) -> None:
@@ -201,108 +191,6 @@ def _check_ids(ids: pa.Array) -> None:
     again = ids[1:].filter(pc.equal(ids[:-1], ids[1:]))
     if len(again):
         raise repeated_id(again[0].as_py())
-
-
-def score_rows(rows: pa.Table, items: ItemVectors, length: int) -> dict[str, pa.Array]:
-    """Returns the columns that are made of scores of some rows, [n] each, in their order.
-
-    `rows` have an `item_id` and a `history`, newest first, null where it is that of the row before.
-    """
-    lists = rows["history"].combine_chunks()
-    history = lists.is_valid().to_numpy(zero_copy_only=False).cumsum() - 1
-    rows = rows.set_column(rows.column_names.index("history"), "history", pa.array(history))
-    coded = _coded(rows, lists.drop_null(), length)
-    found = items.look_up(coded.item_ids)
-    scored = _score(items.vectors, found, coded, np.arange(len(rows)))
-    return {name: _column(values) for name, values in scored.items()}
-
-
-class _Coded(NamedTuple):
-    """Holds impressions as codes into distinct `item_ids`.
-
-    These are `shown` int32 [n], `histories` int32 [h, L] with -1 = none, and which of these each
-    impression has, `history_of` int64 [n], ascending.
-    """
-
-    item_ids: pa.Array
-    shown: np.ndarray
-    histories: np.ndarray
-    history_of: np.ndarray
-
-
-def _coded(rows: pa.Table, lists: pa.Array, length: int) -> _Coded:
-    """Returns the codes of `rows`, whose `history` is a place among `lists`."""
-    place = rows["history"].to_numpy()
-    moved = np.diff(place, prepend=-1) != 0
-    # Rows that came from afar may be neighbours now, with equal histories at several places.
-    lists = lists.take(pa.array(place[moved]))
-    new = differ_from_before(lists)
-    lists = lists.filter(pa.array(new))
-    both = pa.concat_arrays([rows["item_id"].combine_chunks(), lists.flatten()])
-    encoded = pc.dictionary_encode(both)
-    codes = encoded.indices.to_numpy()
-    shown, clicked = codes[: len(rows)], codes[len(rows) :]
-    history_of = (np.cumsum(new) - 1)[np.cumsum(moved) - 1]
-    return _Coded(encoded.dictionary, shown, padded_codes(lists, clicked, length), history_of)
-
-
-def _score(
-    vectors: np.ndarray, found: FoundItems, coded: _Coded, order: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Returns the columns that are made of scores, [n, ...] each, of impressions in `order` [n].
-
-    They are scored in their own order, in which neighbours share histories, block by block.
-    """
-    n = len(coded.shown)
-    made: dict[str, np.ndarray] = {}
-    place = np.empty(n, np.int64)
-    place[order] = np.arange(n)
-    vector, cluster = np.append(found.vector, -1), np.append(found.cluster, 0)  # at -1: none
-    for at in range(0, max(1, n), _BLOCK_ROWS):
-        items, of = coded.shown[at : at + _BLOCK_ROWS], coded.history_of[at : at + _BLOCK_ROWS]
-        first, end = (of[0], of[-1] + 1) if n else (0, 0)
-        past, of = coded.histories[first:end], of - first
-        block = _score_block(vectors, vector, cluster, items, past, of)
-        made = made or {k: np.empty((n, *v.shape[1:]), v.dtype) for k, v in block.items()}
-        for name, values in block.items():
-            made[name][place[at : at + _BLOCK_ROWS]] = values
-    return made
-
-
-def _score_block(
-    vectors: np.ndarray,
-    vector: np.ndarray,
-    cluster: np.ndarray,
-    items: np.ndarray,
-    past: np.ndarray,
-    of: np.ndarray,
-) -> dict[str, np.ndarray]:
-    """Returns the columns that are made of scores of a block, [b, ...] each.
-
-    Its `items` [b] have the histories `past` [h, L] `of` [b]; they are codes, of which `vector` and
-    `cluster` tell the row of `vectors` and the cluster ID.
-    """
-    scores, mask = sim_scores(vectors, vector[items], vector[past], of)
-    known = mask.sum(axis=1, dtype=np.int32)
-    largest = np.where(mask, scores, -np.inf).max(axis=1, initial=-np.inf)
-    own = cluster[items]
-    same = cluster[past][of] == np.where(own > 0, own, -1)[:, None]
-    return {
-        "sim_scores": scores,
-        "sim_mask": mask,
-        "history_len": (past >= 0).sum(axis=1, dtype=np.int32)[of],
-        "sim_known": known,
-        "sim_max": np.where(known > 0, largest, 0.0).astype(np.float32),
-        "sim_mean": mean_scores(scores, known),
-        "simtier": simtier(scores, mask),
-        "same_cluster": np.count_nonzero(same, axis=1).astype(np.int32),
-    }
-
-
-def _column(values: np.ndarray) -> pa.Array:
-    """Returns a column of numbers [n], or of lists of numbers [n, m]."""
-    kind = pa.from_numpy_dtype(values.dtype)
-    return arrays.list_column(values, pa.list_(kind)) if values.ndim == 2 else pa.array(values)
 
 
 # ---- Pure functions: what is told of a shard ---------------------------------------------------
@@ -316,11 +204,9 @@ class Counted(NamedTuple):
     examples: dict[str, list[int | str]]
 
 
-def count_impressions(
-    rows: pa.Table, coded: _Coded, found: FoundItems, scored: dict[str, np.ndarray],
-    order: np.ndarray,
-) -> Counted:  # fmt: skip
-    """Counts impressions: `rows` sorted by user, and what `_score` made of them in `order` [n]."""
+def count_impressions(rows: pa.Table, scored: Scored) -> Counted:
+    """Counts impressions: `rows` sorted by user, and what `score_rows` made of them."""
+    coded, found, columns = scored.coded, scored.found, scored.columns
     compared = (found.old_cluster != 0) & (found.cluster > 0)
     moved = compared & (found.old_cluster != found.cluster)
     unknown = coded.shown[~found.known[coded.shown]]
@@ -331,16 +217,16 @@ def count_impressions(
         "clicks": len(clicks),
         **_count_users(rows),
         "unknown_items": len(unknown),
-        "scored_impressions": int(np.count_nonzero(scored["sim_known"])),
+        "scored_impressions": int(np.count_nonzero(columns["sim_known"])),
         "compared_impressions": int(compared[coded.shown].sum()),
         "moved_impressions": int(moved[coded.shown].sum()),
-        "without_history": int((scored["history_len"] == 0).sum()),
+        "without_history": int((columns["history_len"] == 0).sum()),
         "click_times_before_event": click_moments(clicks, 0)[1],
     }
     if "click_time" in times:
         counts["clicks_with_time"] = len(clicks) - clicks["click_time"].null_count
-    clicked = rows["clicked"].to_numpy()[order]
-    histograms = score_histograms(clicked, scored, coded.histories.shape[1])
+    clicked = rows["clicked"].to_numpy()
+    histograms = score_histograms(clicked, columns, coded.histories.shape[1])
     first = coded.item_ids.take(pa.array(np.unique(unknown)[: partitions.EXAMPLES]))
     return Counted(counts, histograms, {"unknown_items": first.to_pylist()})
 
@@ -436,7 +322,7 @@ class ReadImpressions(beam.DoFn):
     def process(self, group: RowGroup) -> Iterator[Any]:
         place = self._places[group.form.ds.toordinal()]
         day, histories = self._job.days[place], self._job.histories
-        rows = read_impressions(group, day.day.end_us, self._job.history_len)
+        rows = read_impressions(group, day.day.end_us, self._job.form.length)
         if len(rows):
             facts = facts_of(rows, day.day.start_us, day.day.end_us)
             yield beam.pvalue.TaggedOutput("facts", (day.day.number, facts))
@@ -485,7 +371,7 @@ class AddHistories(beam.DoFn):
                 continue
             shard = user_shard * job.days[place].shards // histories.shards
             rows = read_pieces(pieces[place], job.days[place].no_rows)
-            at_once = max(1, _ITEMS_AT_ONCE // job.history_len)
+            at_once = max(1, _ITEMS_AT_ONCE // job.form.length)
             for at in range(0, len(rows), at_once):
                 some = rows.slice(at, at_once)
                 some = some.append_column("history", history_lists(known, some))
@@ -587,19 +473,18 @@ class ScoreShard(beam.DoFn):
         if partitions.has_part(folder, shard, day.shards, source):
             return
         rows = read_pieces(pieces, day.no_rows)
-        wanted = "history_item_ids" in day.schema.names
         if self._job.embeddings_by == SHUFFLE:
             asked = sum(answer.asked for answer in answers)
             check_all_came("answers of item shards, by items", asked, len(items_of(rows)))
         items = self._items(day, [answer.told for answer in answers])
-        scored, counted = score_impressions(rows, items, self._job.history_len, wanted)
+        scored, counted = score_impressions(rows, items, self._job.form)
         for name, value in (("encoder_id", day.encoder_id), ("codebook_id", day.codebook_id)):
             scored = scored.append_column(name, pa.array([value] * len(scored), pa.string()))
         counts = counted.counts | self._count_late(day, rows)
         work = {"shuffled_bytes": sum(answer.sent for answer in answers)} if answers else {}
         partitions.write_part(
             folder, USER_SIMSCORES, day.schema, scored, shard, day.shards, counts, work,
-            {"sim_scores": self._job.history_len}, source, counted.histograms, counted.examples,
+            {"sim_scores": self._job.form.length}, source, counted.histograms, counted.examples,
         )  # fmt: skip
 
     def _items(self, day: SimscoreDay, answers: list[bytes]) -> ItemVectors:

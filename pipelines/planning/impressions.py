@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from feature_jobs.impressions.histories import HistoriesJob, HistoryDay, define_histories
+from feature_jobs.impressions.scoring import ScoreForm
 from feature_jobs.impressions.simscore import (
     BROADCAST,
     SHUFFLE,
@@ -206,11 +207,18 @@ class PlannedScores(Planned):
             log = [*logs[0].before.log, *(one.log for one in logs)]
         known = tuple(day.as_worker_knows_it(look) for day in days)
         by = SHUFFLE if SHUFFLE in {day.embeddings_by for day in days} else BROADCAST
-        job = SimscoreJob(known, histories, logs[0].settings.history_len, by, folder)
+        form = score_form(logs[0].settings)
+        job = SimscoreJob(known, histories, form, by, folder)
         define_simscore(root, [one.log for one in logs], log, job)
 
     def clean(self) -> None:
         broadcast.discard(self._broadcast_key(Look()))
+
+
+def score_form(settings: Settings) -> ScoreForm:
+    """Returns what the settings ask to be made of scores."""
+    asked = settings.simscore.history_item_ids
+    return ScoreForm(settings.history_len, ("history_item_ids",) if asked else ())
 
 
 def plan_simscore(

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_jobs.impressions.histories import HistoriesJob, clicks_of, history_lists
+from feature_jobs.impressions.scoring import ScoreForm
 from feature_jobs.impressions.simscore import read_impressions, score_impressions
 from feature_jobs.inputs import RowGroup, Source, day_end
 from feature_jobs.items.item_vectors import ItemVectors, ask_all
@@ -216,7 +217,8 @@ class _Bucket:
             planted = rows.slice(0, 0) if planted is None else planted
             (known,) = self.job.known(self.bucket, self._chunks(planted))
             rows = rows.append_column("history", history_lists(known, rows))
-        return score_impressions(rows, self.items, self.length)[0]
+        form = ScoreForm(self.length, ("history_item_ids",))
+        return score_impressions(rows, self.items, form)[0]
 
 
 def _rows_of_bucket(

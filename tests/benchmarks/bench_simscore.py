@@ -55,6 +55,7 @@ from feature_jobs.codebooks.codebook import (
 )
 from feature_jobs.impressions import simscore
 from feature_jobs.impressions.day_checks import CheckIds, write_hashes
+from feature_jobs.impressions.scoring import ScoreForm
 from feature_jobs.items.item_vectors import ItemTables, ask_all
 from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
@@ -582,7 +583,7 @@ def bench_counting(shop: Shop, rate: float) -> None:
     items = ask_all(ItemTables(*published, None, False), pc.unique(ids))
     counting = simscore.count_impressions
     with mock.patch.object(simscore, "count_impressions", wraps=counting) as called:
-        simscore.score_impressions(rows, items, HISTORY)
+        simscore.score_impressions(rows, items, ScoreForm(HISTORY))
     seconds = 1 / rows_per_second(partial(counting, *called.call_args.args), len(rows))
     share = seconds * rate / nights.WORKERS
     print(

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pytest
 
 from feature_jobs import inputs
+from feature_jobs.impressions.scoring import ScoreForm
 from feature_jobs.impressions.simscore import score_impressions
 from feature_jobs.inputs import plain_type
 from feature_jobs.items.item_vectors import items_of_answers, no_answers
@@ -98,7 +99,9 @@ def test_a_carried_column_reaches_the_table_from_any_type(tmp_path: Path, case: 
     assert found["x"].to_pylist() == stored.to_pylist()
     # Through all that its rows meet in SIMSCORE.
     pieces = [piece for _, piece in write_pieces(str(tmp_path / "p"), found, np.array([1, 0, 1]))]
-    scored, _ = score_impressions(read_pieces(pieces, found), NOTHING_KNOWN, 2)
+    scored, _ = score_impressions(
+        read_pieces(pieces, found), NOTHING_KNOWN, ScoreForm(2, ("history_item_ids",))
+    )
     for name in ("encoder_id", "codebook_id"):
         scored = scored.append_column(name, pa.array(["x"] * 3))
     schema = USER_SIMSCORES.schema(pa.int64(), pa.int64(), pa.string(), extra=source.carried)

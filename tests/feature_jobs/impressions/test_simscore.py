@@ -9,9 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from feature_jobs.impressions import simscore
+from feature_jobs.impressions import scoring, simscore
 from feature_jobs.impressions.clicks import HistoryLaw
 from feature_jobs.impressions.histories import HistoriesJob, HistoryDay
+from feature_jobs.impressions.scoring import Coded, Scored, ScoreForm
 from feature_jobs.impressions.simscore import (
     BROADCAST,
     SimscoreDay,
@@ -84,6 +85,7 @@ def test_no_piece_of_a_shard_begins_with_a_history_of_another(tmp_path: Path) ->
 # ---- Scored with histories of the log ----------------------------------------------------------
 
 NOTHING_KNOWN = items_of_answers(no_answers(pa.int64()))
+FORM = ScoreForm(3, ("history_item_ids",))
 
 
 def logged() -> pa.Table:
@@ -97,13 +99,13 @@ def logged() -> pa.Table:
 @pytest.mark.parametrize("shared", [False, True])
 def test_neither_arrival_nor_sharing_decides_what_a_made_id_stands_for(shared: bool) -> None:
     rows = logged()
-    expected, _ = score_impressions(rows, NOTHING_KNOWN, 3)
+    expected, _ = score_impressions(rows, NOTHING_KNOWN, FORM)
     assert len(set(expected["impression_id"].to_pylist())) == 32
     for seed in range(5):
         mixed = rows.take(np.random.default_rng(seed).permutation(32))
         if shared:
             mixed = share_histories(mixed, np.zeros(32, np.int64))
-        assert score_impressions(mixed, NOTHING_KNOWN, 3)[0].equals(expected)
+        assert score_impressions(mixed, NOTHING_KNOWN, FORM)[0].equals(expected)
 
 
 def test_a_history_is_read_once_for_a_user_whose_rows_lie_apart(
@@ -115,16 +117,16 @@ def test_a_history_is_read_once_for_a_user_whose_rows_lie_apart(
         read.append(len(past))
         return sim_scores(vectors, shown, past, of)
 
-    sim_scores = simscore.sim_scores
-    monkeypatch.setattr(simscore, "sim_scores", count)
-    score_impressions(logged(), NOTHING_KNOWN, 3)
+    sim_scores = scoring.sim_scores
+    monkeypatch.setattr(scoring, "sim_scores", count)
+    score_impressions(logged(), NOTHING_KNOWN, FORM)
     assert read == [4]  # of each user two
 
 
 def test_rows_of_which_the_first_shares_a_history_are_refused() -> None:
     rows = share_histories(logged().slice(0, 1).take([0, 0]), np.zeros(2, np.int64))
     with pytest.raises(ValueError, match="no row before"):
-        score_impressions(rows.slice(1), NOTHING_KNOWN, 3)
+        score_impressions(rows.slice(1), NOTHING_KNOWN, FORM)
 
 
 # ---- What is told of a shard -------------------------------------------------------------------
@@ -166,7 +168,7 @@ def test_what_is_told_of_a_shard_does_not_follow_arrival() -> None:
     rows = rows.set_column(rows.column_names.index("clicked"), "clicked", clicked)
     for seed in range(3):
         mixed = rows.take(np.random.default_rng(seed).permutation(32))
-        _, told = score_impressions(mixed, NOTHING_KNOWN, 3)
+        _, told = score_impressions(mixed, NOTHING_KNOWN, FORM)
         assert told.counts == {
             "impressions": 32, "users": 2, "clicks": 8, "unknown_items": 32,
             "impressions_by_user_squared": 512, "clicks_by_user_squared": 64,
@@ -179,31 +181,30 @@ def test_what_is_told_of_a_shard_does_not_follow_arrival() -> None:
 
 
 def test_a_score_is_counted_with_the_click_of_its_own_impression() -> None:
-    """Scores come in the order of impression IDs, here the reverse of that of users and times."""
     rows = impressions([(1, 1, 1, True), (1, 1, 2, False), (1, 1, 3, False)])
     none = np.zeros(1, np.int64)
-    coded = simscore._Coded(
+    coded = Coded(
         pa.array([1]), np.zeros(3, np.int32), np.zeros((1, 2), np.int32), np.zeros(3, np.int64)
     )
     found = FoundItems(np.ones(1, bool), none, none, none)
     scored = {
-        "sim_max": np.array([-0.995, -0.985, 0.995], np.float32),
+        "sim_max": np.array([0.995, -0.985, -0.995], np.float32),
         "sim_known": np.ones(3, np.int32),
         "history_len": np.ones(3, np.int32),
     }
-    told = simscore.count_impressions(rows, coded, found, scored, np.array([2, 1, 0]))
+    told = simscore.count_impressions(rows, Scored(FORM, scored, coded, found))
     assert np.flatnonzero(told.histograms["sim_max_clicked"]).tolist() == [199]
     assert np.flatnonzero(told.histograms["sim_max_unclicked"]).tolist() == [0, 1]
 
 
 def test_clicks_whose_time_is_known_are_counted_where_the_log_has_times() -> None:
     rows = logged()
-    _, told = score_impressions(rows, NOTHING_KNOWN, 3)
+    _, told = score_impressions(rows, NOTHING_KNOWN, FORM)
     assert "clicks_with_time" not in told.counts
     clicked = pa.array([n < 10 for n in range(32)])
     rows = rows.set_column(rows.column_names.index("clicked"), "clicked", clicked)
     times = pa.array([n if n % 2 else None for n in range(32)], pa.int64()).cast(TIMESTAMP)
-    _, told = score_impressions(rows.append_column("click_time", times), NOTHING_KNOWN, 3)
+    _, told = score_impressions(rows.append_column("click_time", times), NOTHING_KNOWN, FORM)
     assert (told.counts["clicks"], told.counts["clicks_with_time"]) == (10, 5)
 
 
@@ -213,7 +214,7 @@ def test_impressions_of_earlier_days_are_counted_whether_or_not_histories_are_lo
 ) -> None:
     law = HistoryLaw(3, 1000, 0, 0, False, late_us=30)
     histories = HistoriesJob(law, (DAY,), (), 1, pa.int64(), pa.int64(), "UTC", str(tmp_path))
-    job = SimscoreJob((), None if has_history else histories, 3, BROADCAST, str(tmp_path))
+    job = SimscoreJob((), None if has_history else histories, FORM, BROADCAST, str(tmp_path))
     day = SimscoreDay(DAY, has_history, None, "", 1, pa.schema([]), "e", "c", str(tmp_path))
     rows = impressions([(1, 1, t, False) for t in (69, 70, 99, 100, 199)])
     counts = simscore.ScoreShard(job)._count_late(day, rows)

@@ -22,6 +22,7 @@ from feature_jobs import inputs
 from feature_jobs.impressions import simscore
 from feature_jobs.impressions.clicks import HistoryLaw
 from feature_jobs.impressions.histories import DAY_US, HistoriesJob, HistoryDay, ReadClicks
+from feature_jobs.impressions.scoring import ScoreForm
 from feature_jobs.impressions.simscore import BROADCAST, SHUFFLE, SimscoreDay, SimscoreJob
 from feature_jobs.items.item_vectors import ItemTables
 from feature_jobs.schemas import (
@@ -41,6 +42,7 @@ DAYS = [HistoryDay(NUMBER + k, START + k * DAY_US, START + (k + 1) * DAY_US) for
 TICK = DAY_US // 6
 VECTORS = dict(enumerate(unit_rows(8)))
 LENGTH = 3
+FORM = ScoreForm(LENGTH, ("history_item_ids",))
 
 # An item: whether it has an image, whether it is in scope, its cluster.
 item = st.tuples(st.booleans(), st.booleans(), st.integers(1, 2))
@@ -215,7 +217,7 @@ def test_rows_of_random_worlds_are_what_plain_loops_make_of_them(
                 law, tuple(DAYS), (), max(shards), pa.string(), pa.int64(), "UTC",
                 str(folder / way),
             )  # fmt: skip
-            run(SimscoreJob(days, job, LENGTH, way, str(folder / way)), log)
+            run(SimscoreJob(days, job, FORM, way, str(folder / way)), log)
             for day in days:
                 broadcast.discard(day.broadcast_key)
             found[way] = [read_scores(day) for day in days]
