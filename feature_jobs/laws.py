@@ -16,21 +16,28 @@ import pyarrow.compute as pc
 
 from feature_jobs.schemas import (
     EMBEDDING_DIM,
+    HISTORY_ITEM_IDS,
     ITEM_EMBEDDINGS,
     ITEM_FEATURES,
     ITEM_REJECTS,
     JOINED,
     MAIN,
+    MUSE_TIERS,
     RECENT_CLICKS,
     ROW_CLICKS,
     ROW_PVS,
+    SAME_CLUSTER,
+    SIM_BUCKET,
     SIM_TIERS,
+    TOP_POSITIONS,
     TRAINING_ROWS,
     USER_HISTORIES,
     USER_SIMSCORES,
     DataContractError,
     Table,
     cluster_column,
+    resolution_of,
+    score_field,
 )
 
 _UNIT_ERROR = 2e-3  # of a squared length
@@ -191,11 +198,13 @@ def _item_features(rows: pa.Table, limits: Limits) -> Breaches:
 
 def _user_simscores(rows: pa.Table, limits: Limits) -> Breaches:
     scores, masks, tiers = (_lists(rows[name]) for name in ("sim_scores", "sim_mask", "simtier"))
+    is_muse = pa.types.is_floating(tiers.values.type)
+    tier_count = MUSE_TIERS if is_muse else SIM_TIERS
     length = limits.get("sim_scores", int(scores.sizes.max(initial=0)))
     for what, lists, size in (
         ("sim_scores are not history_len long", scores, length),
         ("sim_mask is not aligned with sim_scores", masks, length),
-        (f"simtier has not {SIM_TIERS} tiers", tiers, SIM_TIERS),
+        (f"simtier has not {tier_count} tiers", tiers, tier_count),
     ):
         yield Breach(what, lists.sizes != size, fatal=True)
 
@@ -213,9 +222,13 @@ def _user_simscores(rows: pa.Table, limits: Limits) -> Breaches:
     known, largest, mean = (_numbers(rows[f"sim_{name}"]) for name in ("known", "max", "mean"))
     wrong = known != np.count_nonzero(mask, axis=1)
     yield Breach("sim_known is not the number of real scores", wrong)
-    tier = tiers.matrix(SIM_TIERS)
-    wrong = (tier.sum(axis=1, dtype=np.int64) != known) | tiers.have(tier < 0)
-    yield Breach("simtier does not add up to sim_known", wrong)
+    tier = tiers.matrix(tier_count)
+    if is_muse:  # log(count + 1), of all places
+        wrong = ~(np.abs(np.expm1(tier, dtype=np.float64).sum(axis=1) - length) < 0.5)
+        yield Breach("simtier does not add up to history_len", wrong | tiers.have(tier < 0))
+    else:
+        wrong = (tier.sum(axis=1, dtype=np.int64) != known) | tiers.have(tier < 0)
+        yield Breach("simtier does not add up to sim_known", wrong)
     best = scores.largest(score)  # of the masked ones too, which are 0
     unsure = np.flatnonzero((best <= 0) & (known > 0))
     best[unsure] = np.where(real[unsure], score[unsure], -np.inf).max(axis=1, initial=-np.inf)
@@ -224,9 +237,44 @@ def _user_simscores(rows: pa.Table, limits: Limits) -> Breaches:
     yield Breach("sim_mean is larger than sim_max, or not 0 without a score", wrong)
     same = _numbers(rows["same_cluster"])
     yield Breach("same_cluster is out of range", _outside(same, 0, past))
-    if "history_item_ids" in rows.column_names:
-        items = _lists(rows["history_item_ids"])
-        yield Breach("history_item_ids are not history_len long", items.sizes != past)
+    yield from _scores_on_request(rows, limits, real, ~later)
+
+
+def _scores_on_request(
+    rows: pa.Table, limits: Limits, real: np.ndarray, inside: np.ndarray
+) -> Breaches:
+    """States what must hold of columns of user_simscores that are there on request.
+
+    Places bool [n, L] of a history are `inside` it, and some of these have a `real` score.
+    """
+    past = np.count_nonzero(inside, axis=1)
+    for name in rows.column_names:
+        if name == HISTORY_ITEM_IDS:
+            wrong = _lists(rows[name]).sizes != past
+            yield Breach("history_item_ids are not history_len long", wrong)
+        elif name == TOP_POSITIONS:
+            yield from _top_positions(rows, limits, real, past)
+        elif name.startswith(SAME_CLUSTER) and resolution_of(name):
+            yield Breach(f"{name} is out of range", _outside(_numbers(rows[name]), 0, past))
+        elif name == SIM_BUCKET or resolution_of(name):
+            lists = _lists(rows[name])
+            wrong = lists.sizes != real.shape[1]
+            yield Breach(f"{name} is not aligned with sim_scores", wrong, fatal=True)
+            values = lists.matrix(real.shape[1])
+            wrong = values != np.where(real if name == SIM_BUCKET else inside, values, 0)
+            yield Breach(f"{name} is not 0 where there is nothing", lists.have(wrong))
+            yield Breach(f"{name} is below 0", lists.have(values < 0))
+
+
+def _top_positions(rows: pa.Table, limits: Limits, real: np.ndarray, past: np.ndarray) -> Breaches:
+    lists = _lists(rows[TOP_POSITIONS])
+    most = limits.get(TOP_POSITIONS, int(lists.sizes.max(initial=0)))
+    yield Breach("top_positions are not top_k long", lists.sizes != most, fatal=True)
+    places = lists.matrix(most)
+    outside = lists.have(_outside(places, 0, past[:, None]))
+    yield Breach("a top_position is out of the history", outside)
+    wrong = np.count_nonzero(places, axis=1) != np.minimum(np.count_nonzero(real, axis=1), most)
+    yield Breach("top_positions are not as many as real scores", wrong)
 
 
 def _joined(rows: pa.Table, limits: Limits) -> Breaches:
@@ -278,12 +326,13 @@ def in_order(table: Table, rows: pa.Table) -> Breaches:
 
 def _no_null(table: Table, rows: pa.Table) -> Breaches:
     """States that no list of the table's own columns has a null in it."""
-    for column in table.columns:
-        if column.name in rows.column_names and pa.types.is_list(rows[column.name].type):
-            lists = _lists(rows[column.name])
+    own = {column.name for column in table.columns}
+    for name in rows.column_names:
+        if (name in own or score_field(name)) and pa.types.is_list(rows[name].type):
+            lists = _lists(rows[name])
             if lists.values.null_count:
                 nulls = lists.have(_numbers(lists.values.is_null()))
-                yield Breach(f"there is a null in a list of {column.name}", nulls, fatal=True)
+                yield Breach(f"there is a null in a list of {name}", nulls, fatal=True)
 
 
 class _Lists(NamedTuple):

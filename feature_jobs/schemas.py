@@ -6,8 +6,9 @@ newest first, padded with 0, and hold no nulls; those of a training row and of a
 not padded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow as pa
 
@@ -15,6 +16,8 @@ EMBEDDING_DIM = 256  # COURIER appendix §4
 ROW_PVS = 5  # of a training row, and
 ROW_CLICKS = 5  # so many clicks: ten images, COURIER appendix §4
 SIM_TIERS = 20  # tiers of width 0.1 over [-1, 1], arXiv 2407.19467
+MUSE_TIERS = 22  # as MUSE has them, arXiv 2512.07216
+Tiers = Literal["courier", "muse"]
 
 
 class CourierError(Exception):
@@ -281,6 +284,65 @@ USER_SIMSCORES = Table(
         Column("codebook_id", _STRING, "the codebook of same_cluster"),
     ),
 )
+
+# Columns of user_simscores on request, with those of `score_field` for each further resolution.
+HISTORY_ITEM_IDS, HISTORY_CLUSTER_IDS = "history_item_ids", "history_cluster_ids"
+SIM_BUCKET, TOP_POSITIONS = "sim_bucket", "top_positions"
+SCORE_COLUMNS = (HISTORY_ITEM_IDS, HISTORY_CLUSTER_IDS, SIM_BUCKET, TOP_POSITIONS)
+HISTORY_CLUSTER, SAME_CLUSTER = "history_cluster_", "same_cluster_"
+
+
+def resolution_of(column: str) -> str | None:
+    """Names the resolution whose cluster IDs a column on request is made of; None for none."""
+    if column == HISTORY_CLUSTER_IDS:
+        return MAIN
+    for prefix in (HISTORY_CLUSTER, SAME_CLUSTER):
+        label = column.removeprefix(prefix)
+        if label not in (column, MAIN, ""):
+            return label
+    return None
+
+
+def score_field(column: str) -> pa.Field | None:
+    """Returns the field of a column that `user_simscores` has on request beside history_item_ids.
+
+    Returns None for a name that is none of these.
+    """
+    label, integers = resolution_of(column), pa.list_(pa.int32())
+    fields = {
+        HISTORY_CLUSTER_IDS: (integers, "[L] cluster_id of each history item, newest first"),
+        SIM_BUCKET: (integers, "[L] tier of each real score, the lowest being 1; 0 = none"),
+        TOP_POSITIONS: (
+            integers,
+            "[top_k] places in the history, from 1, of the items most alike, best first; 0 = none",
+        ),
+        f"{HISTORY_CLUSTER}{label}": (integers, f"[L] as {HISTORY_CLUSTER_IDS}, of {label}"),
+        f"{SAME_CLUSTER}{label}": (pa.int32(), f"as same_cluster, of the resolution {label}"),
+    }
+    if column not in fields:
+        return None
+    kind, meaning = fields[column]
+    return pa.field(column, kind, nullable=False, metadata={"meaning": meaning})
+
+
+def scores_schema(
+    item_id: pa.DataType,
+    user_id: pa.DataType,
+    impression_id: pa.DataType,
+    columns: Collection[str] = (),
+    tiers: Tiers = "courier",
+    carried: Sequence[pa.Field] = (),
+) -> pa.Schema:
+    """Returns the schema of `user_simscores` with the `columns` on request and those `carried`."""
+    asked = [field for name in sorted(columns) if (field := score_field(name))]
+    without = [HISTORY_ITEM_IDS] if HISTORY_ITEM_IDS not in columns else []
+    if tiers == "muse":
+        without.append("simtier")
+        meaning = {"meaning": f"[{MUSE_TIERS}] log(1 + scores per tier), as MUSE has them"}
+        asked.insert(0, pa.field("simtier", _FLOATS, nullable=False, metadata=meaning))
+    extra = [*asked, *carried]
+    return USER_SIMSCORES.schema(item_id, user_id, impression_id, extra=extra, without=without)
+
 
 JOINED = Table(
     "joined",

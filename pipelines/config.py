@@ -28,7 +28,16 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from feature_jobs.schemas import TABLES, OperatorError
+from feature_jobs.schemas import (
+    HISTORY_CLUSTER,
+    HISTORY_ITEM_IDS,
+    SAME_CLUSTER,
+    SCORE_COLUMNS,
+    TABLES,
+    OperatorError,
+    Tiers,
+    score_field,
+)
 from feature_jobs.store import addresses, day_names, files
 from feature_jobs.store.day_names import DayNames
 from pipelines.running.layout import Layout
@@ -219,15 +228,34 @@ class ItemFeatures(_Section):
     second_distance: bool = False
 
 
+def _score_column(name: str) -> str:
+    if name == HISTORY_ITEM_IDS or score_field(name):
+        return name
+    near = difflib.get_close_matches(name, SCORE_COLUMNS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"those on request are {_ON_REQUEST}"
+    raise ValueError(f"names no column of user_simscores on request, {hint}")
+
+
+_ON_REQUEST = (
+    f"{', '.join(SCORE_COLUMNS)}, and {HISTORY_CLUSTER}LABEL and {SAME_CLUSTER}LABEL for each "
+    "further resolution of the codebook"
+)
+
+
 class Simscore(_Section):
     """Tells how impressions are scored, and what is published with the scores.
 
-    `history_item_ids` adds the items that were scored as a column. `embeddings_by` says what brings
-    embeddings to impressions: a copy on every worker, up to `broadcast_limit_gb` of it, or a
-    shuffle.
+    `columns` are added on request: history_item_ids, the items that were scored, and those of
+    `score_field`. `tiers` are those of simtier and sim_bucket, `top_k` is how many top_positions
+    tells. With an `embedding_dtype` of "float16" scores are those of a store of half floats.
+    `embeddings_by` says what brings embeddings to impressions: a copy on every worker, up to
+    `broadcast_limit_gb` of it, or a shuffle.
     """
 
-    history_item_ids: bool = False
+    columns: tuple[Annotated[str, AfterValidator(_score_column)], ...] = ()
+    tiers: Tiers = "courier"
+    top_k: Count = 10
+    embedding_dtype: Literal["float32", "float16"] = "float32"
     embeddings_by: Literal["auto", "broadcast", "shuffle"] = "auto"
     broadcast_limit_gb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
 
@@ -552,6 +580,7 @@ class Settings(_Section):
         carry = self.impressions.carry if self.impressions else ()
         ours = {column.name for column in TABLES["user_simscores"].columns}
         ours |= {"ds", "click_time", "history", _key_of(self.output.partition)}
+        ours |= {name for name in carry if score_field(name)}
         if clash := sorted(ours & set(carry)):
             raise ValueError(f"impressions.carry cannot pass on {clash}, names that are ours")
         if len(set(carry)) < len(carry):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from feature_jobs.schemas import EMBEDDING_DIM, SIM_TIERS
+from feature_jobs.schemas import EMBEDDING_DIM, MUSE_TIERS, SIM_TIERS, Tiers
 
 _RUN_ROWS = 16  # with one history are scored at once, at most
 # Gathered at once, 2.25 MiB: fewer stay closer to the processor, but then two threads of a worker
@@ -19,6 +19,7 @@ _RUN_ROWS = 16  # with one history are scored at once, at most
 _VECTORS_AT_ONCE = 768
 _PLACES_AT_ONCE = 64  # of histories; for larger products BLAS starts threads that wait in turns
 _MEAN_STEPS = 2.0**30  # to 1, of scores that are added up
+_MUSE_EDGES = (np.arange(-10, 11) / 10).astype(np.float32)  # the upper ones of tiers 0 to 20
 
 
 def sim_scores(
@@ -89,14 +90,56 @@ def mean_scores(scores: np.ndarray, known: np.ndarray) -> np.ndarray:
     return (whole / _MEAN_STEPS / np.maximum(known, 1)).astype(np.float32)
 
 
-def simtier(scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Counts real scores per tier of width 0.1 over [-1, 1]; int32 [n, 20]. arXiv 2407.19467.
+def simtier(scores: np.ndarray, mask: np.ndarray, tiers: Tiers = "courier") -> np.ndarray:
+    """Returns the histogram of `scores` [n, L] over the tiers of `tier_of`. arXiv 2407.19467.
 
-    Tier k holds -1 + k/10 <= score < -1 + (k+1)/10; a score of 1.0 falls into the last one.
+    "courier" counts the real ones, those with a `mask` of 1; int32 [n, 20]. "muse" is what the code
+    of MUSE has (arXiv 2512.07216): log(count + 1), and a score that is not real counts as 0, the
+    empty places of a history too; float32 [n, 22].
     """
-    tier = ((scores + np.float64(1.0)) * 10.0).astype(np.intp)
-    np.minimum(tier, SIM_TIERS - 1, out=tier)
+    tier = tier_of(scores, tiers)
+    if tiers == "muse":
+        return np.log1p(_histogram(tier, MUSE_TIERS)).astype(np.float32)
     tier[mask == 0] = SIM_TIERS  # one too many, cut off at the end
-    tier += (np.arange(len(scores)) * (SIM_TIERS + 1))[:, None]
-    counts = np.bincount(tier.reshape(-1), minlength=len(scores) * (SIM_TIERS + 1))
-    return counts.reshape(len(scores), SIM_TIERS + 1)[:, :SIM_TIERS].astype(np.int32)
+    return _histogram(tier, SIM_TIERS + 1)[:, :SIM_TIERS].astype(np.int32)
+
+
+def tier_of(scores: np.ndarray, tiers: Tiers) -> np.ndarray:
+    """Returns the tier of each of `scores` float32 [n, L], 0 the lowest; int64 [n, L].
+
+    "courier": tier k of 20 holds -1 + k/10 <= score < -1 + (k+1)/10, the last one 1.0 besides.
+    "muse": tier k of 22 holds -1.1 + k/10 < score <= -1 + k/10, which is ceil(10 score) + 10. The
+    edges are the float32 numbers nearest to these: a score that reads 0.1 is not above 0.1. No
+    cosine falls in tier 21.
+    """
+    if tiers == "muse":
+        return np.searchsorted(_MUSE_EDGES, scores, side="left")
+    tier = ((scores + np.float64(1.0)) * 10.0).astype(np.intp)
+    return np.minimum(tier, SIM_TIERS - 1, out=tier)
+
+
+def _histogram(tier: np.ndarray, count: int) -> np.ndarray:
+    """Counts in each row of `tier` int64 [n, L] the values 0 to `count` - 1; int64 [n, count]."""
+    flat = tier + (np.arange(len(tier)) * count)[:, None]
+    return np.bincount(flat.reshape(-1), minlength=len(tier) * count).reshape(len(tier), count)
+
+
+def sim_buckets(scores: np.ndarray, mask: np.ndarray, tiers: Tiers) -> np.ndarray:
+    """Returns 1 + the tier of each real one of `scores` [n, L], 0 for others; int32 [n, L].
+
+    So an embedding table of tiers has a row for "unknown". arXiv 2605.25726.
+    """
+    return np.where(mask > 0, tier_of(scores, tiers) + 1, 0).astype(np.int32)
+
+
+def top_positions(scores: np.ndarray, mask: np.ndarray, k: int) -> np.ndarray:
+    """Returns the places, from 1, of the k largest real ones of `scores` [n, L]; int32 [n, k].
+
+    The largest comes first, of equal ones that which comes first in the history, the newer one. 0
+    fills up where there are fewer than k. arXiv 2512.07216.
+    """
+    best = np.argsort(np.where(mask > 0, -scores, np.inf), axis=1, kind="stable")[:, :k]
+    places = np.zeros((len(scores), k), np.int32)
+    real = np.take_along_axis(mask, best, axis=1) > 0
+    places[:, : best.shape[1]] = np.where(real, best + 1, 0)
+    return places

@@ -53,7 +53,7 @@ from feature_jobs.items.item_vectors import (
     no_answers,
     open_item_vectors,
 )
-from feature_jobs.schemas import USER_SIMSCORES, DataContractError
+from feature_jobs.schemas import USER_SIMSCORES, DataContractError, score_field
 from feature_jobs.store import arrays, documents, hashing, partitions, worker_notes
 from feature_jobs.store.arrays import differ_from_before
 from feature_jobs.store.every_shard import check_all_came, every_shard_of_days
@@ -89,7 +89,9 @@ class SimscoreDay:
     def no_rows(self) -> pa.Table:
         """Returns an empty table of impressions with histories, for a shard that has none."""
         made = {column.name for column in USER_SIMSCORES.columns} - set(IMPRESSION_COLUMNS)
-        given = [(f.name, f.type) for f in self.schema if f.name not in made]
+        given = [
+            (f.name, f.type) for f in self.schema if f.name not in made and not score_field(f.name)
+        ]
         history = ("history", pa.list_(self.schema.field("item_id").type))
         return pa.schema([*given, history]).empty_table()
 
@@ -484,12 +486,12 @@ class ScoreShard(beam.DoFn):
         work = {"shuffled_bytes": sum(answer.sent for answer in answers)} if answers else {}
         partitions.write_part(
             folder, USER_SIMSCORES, day.schema, scored, shard, day.shards, counts, work,
-            {"sim_scores": self._job.form.length}, source, counted.histograms, counted.examples,
+            self._job.form.limits, source, counted.histograms, counted.examples,
         )  # fmt: skip
 
     def _items(self, day: SimscoreDay, answers: list[bytes]) -> ItemVectors:
         if self._job.embeddings_by == SHUFFLE:
-            nothing = no_answers(day.schema.field("item_id").type)
+            nothing = no_answers(day.schema.field("item_id").type, day.items.labels)
             return items_of_answers(arrays.from_ipc(answers, nothing))
         key = day.broadcast_key
         return self._opened.acquire(lambda: open_item_vectors(day.items, key), tag=key)

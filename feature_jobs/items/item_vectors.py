@@ -7,16 +7,16 @@ impressions what it asked the item shards for (`shuffle`). Both are `ItemVectors
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_jobs.schemas import EMBEDDING_DIM
+from feature_jobs.schemas import EMBEDDING_DIM, MAIN, cluster_column
 from feature_jobs.store import arrays, broadcast, hashing, partitions
 
 _STEPS = np.float32(2.0**26)  # to 1; a float32 of 1/4 and more is a whole number of them anyway
@@ -28,13 +28,16 @@ class ItemTables:
     """Holds the tables that tell what is known of the items on one day.
 
     `previous_features` are those of the day before, None for none, whose cluster IDs may be
-    `of_another_lineage`.
+    `of_another_lineage`. `labels` are the further resolutions whose cluster IDs are asked for. With
+    an `embedding_dtype` of "float16" the vectors are those of a store of half floats.
     """
 
     features: partitions.Partition
     embeddings: partitions.Partition
     previous_features: partitions.Partition | None
     of_another_lineage: bool
+    labels: tuple[str, ...] = ()
+    embedding_dtype: Literal["float32", "float16"] = "float32"
 
     @property
     def shards(self) -> int:
@@ -52,7 +55,8 @@ class ItemVectors:
     of the leading b bits begin.
     `vector_row` int64 [n] is the item's row in `vectors` float32 [v, 256], in `whole_steps`, -1 for
     an item that scores 0. `old_cluster_ids` int32 [n] are those of the day before: 0 for none, -1
-    for one of another lineage.
+    for one of another lineage. `further_ids` are cluster IDs int32 [n] by label of a resolution,
+    beside the main one.
     """
 
     item_ids: pa.Array
@@ -62,6 +66,7 @@ class ItemVectors:
     old_cluster_ids: np.ndarray
     vector_row: np.ndarray
     vectors: np.ndarray
+    further_ids: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def look_up(self, ids: pa.Array) -> "FoundItems":
         row = self.find(ids)
@@ -70,7 +75,10 @@ class ItemVectors:
         cluster, old_cluster = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
         vector[known], cluster[known] = self.vector_row[row[known]], self.cluster_ids[row[known]]
         old_cluster[known] = self.old_cluster_ids[row[known]]
-        return FoundItems(known, vector, cluster, old_cluster)
+        further = {label: np.zeros(len(ids), np.int32) for label in self.further_ids}
+        for label, ids_of in self.further_ids.items():
+            further[label][known] = ids_of[row[known]]
+        return FoundItems(known, vector, cluster, old_cluster, further)
 
     def find(self, ids: pa.Array) -> np.ndarray:
         """Returns the row of each item ID, -1 for an unknown item; int64 [m]."""
@@ -95,13 +103,29 @@ class FoundItems(NamedTuple):
     """Holds what was found of some item IDs, [m] each.
 
     That is whether it is known, its row of the vectors or -1, its cluster ID or 0, and that of the
-    day before as in `ItemVectors`.
+    day before and those of further resolutions as in `ItemVectors`.
     """
 
     known: np.ndarray
     vector: np.ndarray
     cluster: np.ndarray
     old_cluster: np.ndarray
+    further: Mapping[str, np.ndarray]
+
+    def and_none(self) -> "FoundItems":
+        """Returns them with one more at the end, at place -1, of which nothing is known."""
+        nothing = np.zeros(1, np.int32)
+        return FoundItems(
+            np.append(self.known, False),
+            np.append(self.vector, -1),
+            np.append(self.cluster, nothing),
+            np.append(self.old_cluster, nothing),
+            {label: np.append(ids, nothing) for label, ids in self.further.items()},
+        )
+
+    def clusters(self, label: str) -> np.ndarray:
+        """Returns the cluster IDs of a resolution; int32 [m]."""
+        return self.cluster if label == MAIN else self.further[label]
 
 
 def bucket_starts(hashes: np.ndarray) -> np.ndarray:
@@ -114,11 +138,12 @@ def bucket_starts(hashes: np.ndarray) -> np.ndarray:
 def items_of_shard(items: ItemTables, shard: int) -> tuple[pa.Table, np.ndarray]:
     """Returns a shard's items by hash and the vectors float32 [v, 256] of those that score.
 
-    The vectors are in `whole_steps`. The columns are item_id, hash, cluster_id, old_cluster_id and
-    row; `row` is an item's place among the vectors or -1.
+    The vectors are in `whole_steps`. The columns are item_id, hash, cluster_id and those of further
+    resolutions, old_cluster_id and row; `row` is an item's place among the vectors or -1.
     """
+    clusters = map(cluster_column, (MAIN, *items.labels))
     features = items.features.read_shard(
-        shard, items.shards, "item_id", ["item_id", "cluster_id", "in_scope", "has_image"]
+        shard, items.shards, "item_id", ["item_id", *clusters, "in_scope", "has_image"]
     )
     embedded = items.embeddings.read_shard(shard, items.shards, "item_id", ["item_id", "embedding"])
     features = features.append_column("hash", pa.array(hashing.hash_ids(features["item_id"])))
@@ -129,7 +154,8 @@ def items_of_shard(items: ItemTables, shard: int) -> tuple[pa.Table, np.ndarray]
     )
     row = np.full(len(features), -1, np.int64)
     row[scores] = np.arange(int(scores.sum()))
-    matrix = whole_steps(arrays.embedding_matrix(embedded["embedding"])[at.to_numpy()])
+    matrix = arrays.embedding_matrix(embedded["embedding"])[at.to_numpy()]
+    matrix = whole_steps(matrix.astype(items.embedding_dtype).astype(np.float32, copy=False))
     old = pa.array(_old_clusters(items, shard, features["item_id"]), pa.int32())
     return features.append_column("old_cluster_id", old).append_column("row", pa.array(row)), matrix
 
@@ -163,11 +189,19 @@ def open_item_vectors(items: ItemTables, key: str) -> ItemVectors:
     folder, _ = broadcast.shared_folder(
         key, partial(_build_item_vectors, items), broadcast_bytes(items.features.rows)
     )
+    names = ("hashes", "starts", "cluster_ids", "old_cluster_ids", "vector_row", "vectors")
     arrays = {
         name: np.asarray(np.load(os.path.join(folder, name + ".npy"), mmap_mode="r"))
-        for name in ("hashes", "starts", "cluster_ids", "old_cluster_ids", "vector_row", "vectors")
+        for name in (*names, *map(_further, items.labels))
     }
-    return ItemVectors(_open_ids(folder, len(arrays["hashes"])), **arrays)
+    further = {label: arrays.pop(_further(label)) for label in items.labels}
+    ids = _open_ids(folder, len(arrays["hashes"]))
+    return ItemVectors(ids, **arrays, further_ids=further)
+
+
+def _further(label: str) -> str:
+    """Names the file of a further resolution's cluster IDs."""
+    return f"further_ids-{label}"
 
 
 def _open_ids(folder: str, count: int) -> pa.Array:
@@ -198,6 +232,7 @@ def _build_item_vectors(items: ItemTables, folder: str) -> None:
         "old_cluster_ids": ("<i4", (n,)),
         "vector_row": ("<i8", (n,)),
         "vectors": ("<f4", (max(1, items.embeddings.rows), EMBEDDING_DIM)),
+        **{_further(label): ("<i4", (n,)) for label in items.labels},
     }
     with contextlib.ExitStack() as files:
         write = {
@@ -213,6 +248,8 @@ def _build_item_vectors(items: ItemTables, folder: str) -> None:
             write["old_cluster_ids"](found["old_cluster_id"].to_numpy())
             write["vector_row"](np.where(row >= 0, row + filled, -1))
             write["vectors"](matrix)
+            for label in items.labels:
+                write[_further(label)](found[cluster_column(label)].to_numpy())
             write_ids(found["item_id"])
             filled += len(matrix)
     hashes = np.load(os.path.join(folder, "hashes.npy"), mmap_mode="r")
@@ -273,11 +310,14 @@ def _array_file(
 def answer(wanted: pa.ChunkedArray, found: pa.Table, matrix: np.ndarray) -> pa.Table:
     """Returns what `items_of_shard` found of the `wanted` item IDs.
 
-    The columns are item_id, cluster_id, old_cluster_id and embedding; the embedding of an item that
-    scores 0 is null, and unknown items are left out.
+    The columns are item_id, cluster_id and those of further resolutions, old_cluster_id and
+    embedding; the embedding of an item that scores 0 is null, and unknown items are left out.
     """
     at = pc.index_in(wanted, value_set=found["item_id"].combine_chunks()).drop_null()
-    rows = found.select(["item_id", "cluster_id", "old_cluster_id"]).take(at)
+    labels = _further_labels(found)
+    rows = found.select(["item_id", *map(cluster_column, (MAIN, *labels)), "old_cluster_id"]).take(
+        at
+    )
     row = found["row"].take(at).to_numpy()
     scores = row >= 0
     offsets = np.concatenate([[0], np.cumsum(scores * EMBEDDING_DIM)]).astype(np.int32)
@@ -287,11 +327,12 @@ def answer(wanted: pa.ChunkedArray, found: pa.Table, matrix: np.ndarray) -> pa.T
     return rows.append_column("embedding", lists)
 
 
-def no_answers(item_id: pa.DataType) -> pa.Table:
+def no_answers(item_id: pa.DataType, labels: Sequence[str] = ()) -> pa.Table:
     """Returns an empty table of `answer`."""
-    kinds = [item_id, pa.int32(), pa.int32(), pa.list_(pa.float32())]
-    names = ["item_id", "cluster_id", "old_cluster_id", "embedding"]
-    return pa.schema(list(zip(names, kinds, strict=True))).empty_table()
+    clusters = [*map(cluster_column, (MAIN, *labels)), "old_cluster_id"]
+    numbers = [(name, pa.int32()) for name in clusters]
+    kinds = [("item_id", item_id), *numbers, ("embedding", pa.list_(pa.float32()))]
+    return pa.schema(kinds).empty_table()
 
 
 def items_of_answers(answers: pa.Table) -> ItemVectors:
@@ -303,6 +344,7 @@ def items_of_answers(answers: pa.Table) -> ItemVectors:
     matrix = arrays.embedding_matrix(answers["embedding"])  # a null has no values
     row = np.where(scores, np.cumsum(scores) - 1, -1)
     kind = pa.int64() if pa.types.is_int64(answers["item_id"].type) else pa.large_string()
+    further = {k: answers[cluster_column(k)].to_numpy() for k in _further_labels(answers)}
     return ItemVectors(
         answers["item_id"].cast(kind).combine_chunks(),
         hashes[order],
@@ -311,12 +353,20 @@ def items_of_answers(answers: pa.Table) -> ItemVectors:
         answers["old_cluster_id"].to_numpy(),
         row,
         matrix if len(matrix) else np.zeros((1, EMBEDDING_DIM), np.float32),
+        further,
     )
+
+
+def _further_labels(rows: pa.Table) -> list[str]:
+    """Returns the resolutions besides the main one whose cluster IDs `rows` have."""
+    prefix, main = cluster_column(""), cluster_column(MAIN)
+    names = [name for name in rows.column_names if name.startswith(prefix) and name != main]
+    return [name.removeprefix(prefix) for name in names]
 
 
 def ask_all(items: ItemTables, wanted: pa.Array) -> ItemVectors:
     """Asks all item shards for the `wanted` items, one after the other."""
-    answers = [no_answers(wanted.type)]
+    answers = [no_answers(wanted.type, items.labels)]
     for shard in range(items.shards):
         answers.append(answer(pa.chunked_array([wanted]), *items_of_shard(items, shard)))
     return items_of_answers(pa.concat_tables(answers))

@@ -91,7 +91,7 @@ def parse_clusters(text: str) -> dict[str, int]:
     for part in text.split(","):
         label, _, count = part.strip().rpartition("=")
         label = label.strip() or MAIN
-        fits = re.fullmatch(_LABEL, label) and label != "id" and label not in found
+        fits = re.fullmatch(_LABEL, label) and label not in ("id", "ids", *found)
         if not fits or not count.strip().isdecimal() or int(count) < 1:
             raise OperatorError(
                 f"--clusters {text!r} is not understood at {part.strip()!r}. Give a number, or "

@@ -106,8 +106,16 @@ $impressions_columns
 # second_distance = false
 
 [simscore]
-# Add the items that were scored as a column.
-# history_item_ids = false
+# Columns to add: "history_item_ids", the items that were scored; "history_cluster_ids", their
+# cluster IDs; "sim_bucket", the tier of each score; "top_positions", where the `top_k` items most
+# alike stand; of a further resolution of the codebook, fine say, also "history_cluster_fine" and
+# "same_cluster_fine".
+# columns = []
+# The tiers of simtier and sim_bucket: 20 of real scores, or the 22 that "muse" has.
+# tiers = "courier"
+# top_k = 10
+# What serving keeps embeddings in: "float16" rounds them to half floats before they are scored.
+# embedding_dtype = "float32"
 # How embeddings reach impressions: as a copy on every worker ("broadcast"), or by a "shuffle";
 # "auto" is a copy as long as it is not larger than the limit.
 # embeddings_by = "auto"

@@ -1,6 +1,7 @@
 """Plans HISTORIES, SIMSCORE and TRAINING-ROWS: what is made of the impressions of ds."""
 
 import datetime as dt
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from feature_jobs.codebooks.codebook import CodebookInfo
 from feature_jobs.impressions.histories import HistoriesJob, HistoryDay, define_histories
 from feature_jobs.impressions.scoring import ScoreForm
 from feature_jobs.impressions.simscore import (
@@ -25,15 +27,19 @@ from feature_jobs.impressions.training_rows import (
 from feature_jobs.inputs import IMPRESSION_COLUMNS, Source
 from feature_jobs.items.item_vectors import ItemTables, broadcast_bytes
 from feature_jobs.schemas import (
+    HISTORY_ITEM_IDS,
     ITEM_EMBEDDINGS,
+    MAIN,
     ROW_CLICKS,
+    TOP_POSITIONS,
     USER_HISTORIES,
     InputNotReady,
     OperatorError,
+    resolution_of,
+    scores_schema,
 )
 from feature_jobs.schemas import ITEM_FEATURES as FEATURES_TABLE
 from feature_jobs.schemas import TRAINING_ROWS as ROWS_TABLE
-from feature_jobs.schemas import USER_SIMSCORES as SCORES_TABLE
 from feature_jobs.store import broadcast, documents, hashing
 from pipelines.config import Settings
 from pipelines.planning.day_plan import NO_IDS, DayPlan
@@ -186,7 +192,11 @@ class PlannedScores(Planned):
         found = look.table(features, FEATURES_TABLE), look.table(embedded, ITEM_EMBEDDINGS)
         earlier = self.features_before
         before = look.open(earlier.tables[0]).slim() if earlier else None
-        items = ItemTables(found[0].slim(), found[1].slim(), before, self.of_another_lineage)
+        settings = self.log.settings
+        items = ItemTables(
+            found[0].slim(), found[1].slim(), before, self.of_another_lineage,
+            score_form(settings).labels, settings.simscore.embedding_dtype,
+        )  # fmt: skip
         return SimscoreDay(
             self.log.day, self.has_history, items, self._broadcast_key(look), stage.shards,
             self.schema, **stage.identities, staging=stage.staging,
@@ -217,8 +227,46 @@ class PlannedScores(Planned):
 
 def score_form(settings: Settings) -> ScoreForm:
     """Returns what the settings ask to be made of scores."""
-    asked = settings.simscore.history_item_ids
-    return ScoreForm(settings.history_len, ("history_item_ids",) if asked else ())
+    asked = settings.simscore
+    columns = tuple(sorted(set(asked.columns)))
+    return ScoreForm(settings.history_len, columns, asked.tiers, asked.top_k)
+
+
+def _score_settings(settings: Settings) -> dict[str, Any]:
+    """Returns what manifests say of the form of scores.
+
+    What nobody asked for is not said: days that were made before one could ask stay as they are.
+    """
+    asked, columns = settings.simscore, sorted(set(settings.simscore.columns) - {HISTORY_ITEM_IDS})
+    said = {
+        "columns": (columns, []),
+        "tiers": (asked.tiers, "courier"),
+        "top_k": (asked.top_k if TOP_POSITIONS in columns else None, None),
+        "embedding_dtype": (asked.embedding_dtype, "float32"),
+    }
+    return {
+        "history_item_ids": HISTORY_ITEM_IDS in asked.columns,
+        **{name: value for name, (value, otherwise) in said.items() if value != otherwise},
+    }
+
+
+def _check_labels(form: ScoreForm, codebook: CodebookInfo) -> None:
+    """Raises OperatorError where a column on request is of a resolution that is not there."""
+    known = [label for label in codebook.labels if label != MAIN]
+    for column in form.columns:
+        label = resolution_of(column)
+        if label is None or label in codebook.labels:
+            continue
+        prefix = column.removesuffix(label)
+        near = difflib.get_close_matches(label, known, n=1)
+        hint = f"Did you mean {prefix + near[0]!r}? The" if near else "The"
+        raise OperatorError(
+            f"[simscore] columns asks for {column!r}, but the pinned codebook "
+            f"{codebook.codebook_id} has no resolution {label!r}, and the column would have no "
+            f"cluster IDs to show. {hint} codebook has {', '.join(known) or 'none'} beside main. "
+            "Ask for one of these, or leave the column out; `courier fit-codebook --clusters "
+            f"main=…,{label}=…` makes one that has it."
+        )
 
 
 def plan_simscore(
@@ -229,13 +277,15 @@ def plan_simscore(
     if has_history:
         log = replace(log, ids=(day.shop.user_id_type(NO_IDS[0]), day.item_id_type()))
     user_id, item_id = log.ids or NO_IDS
-    optional = [] if settings.simscore.history_item_ids else ["history_item_ids"]
-    schema = SCORES_TABLE.schema(
+    form = score_form(settings)
+    _check_labels(form, day.pinned.codebook)
+    schema = scores_schema(
         item_id,
         user_id,
         log.log.impression_id or pa.string(),
-        extra=log.log.carried,
-        without=optional,
+        form.columns,
+        form.tiers,
+        log.log.carried,
     )
     stage = day.stage(
         SIMSCORE,
@@ -251,10 +301,7 @@ def plan_simscore(
         upstream=(embedded.stage, features.stage),
         before=() if has_history else log.before.tables,
         identities=day.pinned.identities(),
-        settings={
-            **history_settings(settings),
-            "history_item_ids": settings.simscore.history_item_ids,
-        },
+        settings={**history_settings(settings), **_score_settings(settings)},
         input_rows=log.log.rows,
         notes={
             "logged_histories": has_history,

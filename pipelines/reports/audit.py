@@ -19,17 +19,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_jobs.impressions.histories import HistoriesJob, clicks_of, history_lists
-from feature_jobs.impressions.scoring import ScoreForm
 from feature_jobs.impressions.simscore import read_impressions, score_impressions
 from feature_jobs.inputs import RowGroup, Source, day_end
 from feature_jobs.items.item_vectors import ItemVectors, ask_all
-from feature_jobs.schemas import ITEM_EMBEDDINGS, TIMESTAMP, USER_SIMSCORES
+from feature_jobs.schemas import HISTORY_ITEM_IDS, ITEM_EMBEDDINGS, TIMESTAMP, USER_SIMSCORES
 from feature_jobs.store import arrays, hashing, partitions
 from feature_jobs.store.arrays import differ_from_before
 from pipelines.config import Settings
 from pipelines.nightly import plan_day
 from pipelines.planning.day_plan import DayPlan, NightOptions, Range
-from pipelines.planning.impressions import PlannedScores, histories_job
+from pipelines.planning.impressions import PlannedScores, histories_job, score_form
 from pipelines.running.states import PUBLISHED, Look
 from pipelines.stages import SIMSCORE
 
@@ -172,7 +171,9 @@ class _Bucket:
     ):
         self.scores, self.look = scores, look
         self.rows, self.bucket, self.buckets = rows, bucket, buckets
-        self.length = scores.log.settings.history_len
+        form = score_form(scores.log.settings)
+        # Plants are of items that a history does not begin with.
+        self.form = replace(form, columns=tuple(sorted({*form.columns, HISTORY_ITEM_IDS})))
         self.job: HistoriesJob | None = None
         self._earlier: list[bytes] = []
         if not scores.has_history:
@@ -184,7 +185,7 @@ class _Bucket:
     def _clicks(self, log: Source) -> pa.Table:
         """Returns the bucket's clicks in the log of an earlier day."""
         assert self.job is not None
-        rows = _rows_of_bucket(log, self.bucket, self.buckets, self.scores, self.length)
+        rows = _rows_of_bucket(log, self.bucket, self.buckets, self.scores, self.form.length)
         end_us = day_end(log.form.ds, self.job.day_timezone)
         return clicks_of(rows, log.form.ds.toordinal(), end_us, self.job.law)
 
@@ -217,8 +218,7 @@ class _Bucket:
             planted = rows.slice(0, 0) if planted is None else planted
             (known,) = self.job.known(self.bucket, self._chunks(planted))
             rows = rows.append_column("history", history_lists(known, rows))
-        form = ScoreForm(self.length, ("history_item_ids",))
-        return score_impressions(rows, self.items, form)[0]
+        return score_impressions(rows, self.items, self.form)[0]
 
 
 def _rows_of_bucket(

@@ -21,21 +21,27 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from feature_jobs import inputs, laws
-from feature_jobs.impressions.scores import mean_scores, simtier
+from feature_jobs.impressions.scores import mean_scores, sim_buckets, simtier, top_positions
 from feature_jobs.impressions.simscore import score_histograms
 from feature_jobs.laws import Breach, Breaches
 from feature_jobs.schemas import (
+    HISTORY_ITEM_IDS,
     ITEM_EMBEDDINGS,
     ITEM_FEATURES,
     ITEM_REJECTS,
     MAIN,
+    SIM_BUCKET,
+    TOP_POSITIONS,
     TRAINING_ROWS,
     USER_HISTORIES,
     USER_SIMSCORES,
     StorageUnavailable,
     Table,
+    Tiers,
     cluster_column,
     cluster_field,
+    score_field,
+    scores_schema,
 )
 from feature_jobs.store import files, hashing
 from feature_jobs.store.partitions import Partition
@@ -96,9 +102,18 @@ class Published:
         if self.table is ITEM_FEATURES:
             top = self.settings.get("max_id", {})
             return {cluster_column(label): most for label, most in top.items()}
-        names = {USER_HISTORIES.name: "item_ids", USER_SIMSCORES.name: "sim_scores"}
-        length = self.settings.get("history_len")
-        return {names[self.name]: length} if length and self.name in names else {}
+        lists = {
+            USER_HISTORIES.name: {"item_ids": "history_len"},
+            USER_SIMSCORES.name: {"sim_scores": "history_len", TOP_POSITIONS: "top_k"},
+        }
+        told = lists.get(self.name, {}).items()
+        return {column: self.settings[key] for column, key in told if self.settings.get(key)}
+
+    @property
+    def tiers(self) -> Tiers:
+        """Returns the tiers of its scores."""
+        found: Tiers = self.settings.get("tiers", "courier")
+        return found
 
     @cached_property
     def end_us(self) -> int | None:
@@ -246,24 +261,24 @@ def _schema_faults(found: Published, file: pq.ParquetFile) -> Iterator[str]:
 def _expected_schema(found: Published, there: pa.Schema) -> pa.Schema:
     """Returns the schema that a file ought to have, by its own IDs where they may be IDs."""
     table, optional = found.table, _optional(found, there)
-    own = {column.name for column in table.columns} | {"ds"}
-    if table is ITEM_FEATURES:
-        labels = [label for label in found.settings.get("max_id", {}) if label != MAIN]
-        extra = [cluster_field(label) for label in labels]
-    elif table is USER_SIMSCORES:
-        extra = [one for one in there if one.name not in own]  # carried from the shop's log
-    else:
-        extra = []
     names = ("item_id", "user_id", "impression_id", "request_id")
     ids = {name: _id_type(there, name) for name in names}
-    return table.schema(**ids, extra=extra, without=optional)
+    if table is USER_SIMSCORES:
+        del ids["request_id"]
+        own = {column.name for column in table.columns} | {"ds"}
+        # From the shop's log.
+        carried = [one for one in there if one.name not in own and not score_field(one.name)]
+        asked = {*found.settings.get("columns", ()), HISTORY_ITEM_IDS} - set(optional)
+        return scores_schema(**ids, columns=asked, tiers=found.tiers, carried=carried)
+    labels = [label for label in found.settings.get("max_id", {}) if label != MAIN]
+    return table.schema(**ids, extra=[*map(cluster_field, labels)], without=optional)
 
 
 def _optional(found: Published, there: pa.Schema) -> list[str]:
     """Returns the columns that were not asked for, as the manifest says, or else as is there."""
     asked = {
         ITEM_FEATURES.name: ["embedding", "second_distance"],
-        USER_SIMSCORES.name: ["history_item_ids"],
+        USER_SIMSCORES.name: [HISTORY_ITEM_IDS],
     }
     columns = asked.get(found.name, [])
     return [name for name in columns if not found.settings.get(name, name in there.names)]
@@ -390,7 +405,7 @@ def _more_laws(found: Published, rows: pa.Table) -> Breaches:
     if found.end_us is not None:
         yield from _not_after(found, rows, found.end_us)
     if found.table is USER_SIMSCORES:
-        yield from _derived(rows)
+        yield from _derived(rows, found.tiers)
     ds = pa.scalar(dt.date.fromisoformat(found.manifest["ds"]))
     for name in ("left_catalogue_ds", "last_ds"):
         if name in rows.column_names:
@@ -419,22 +434,49 @@ def _not_after(found: Published, rows: pa.Table, end_us: int) -> Breaches:
         yield Breach("a click comes after the end of ds, which histories end at", late)
 
 
-def _derived(rows: pa.Table) -> Breaches:
-    """States that mean and histogram are those of the scores; their law has been kept by then."""
-    lists = {name: rows[name].chunk(0).flatten().to_numpy() for name in _OF_SCORES}
-    scores, masks, tiers = (values.reshape(len(rows), -1) for values in lists.values())
-    known, means = rows["sim_known"].to_numpy(), rows["sim_mean"].to_numpy()
-    other_mean, other_tiers = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
+def _derived(rows: pa.Table, tiers: Tiers) -> Breaches:
+    """States that what is made of scores is made of these; their law has been kept by then."""
+    scores, mask = _values(rows, "sim_scores"), _values(rows, "sim_mask")
+    told = {name: _values(rows, name) for name in _OF_SCORES if name in rows.column_names}
+    wrong = {name: np.zeros(len(rows), bool) for name in told}
     for at in range(0, len(rows), _BLOCK_ROWS):
         block = slice(at, at + _BLOCK_ROWS)
-        other_mean[block] = means[block] != mean_scores(scores[block], known[block])
-        counted = simtier(scores[block], masks[block])
-        other_tiers[block] = (counted != tiers[block]).any(axis=1)
-    yield Breach("sim_mean is not the mean of the real scores", other_mean)
-    yield Breach("simtier is not the histogram of the real scores", other_tiers)
+        for name, values in told.items():
+            made = _made_of(name, scores[block], mask[block], values.shape[-1], tiers)
+            other = made != values[block]
+            wrong[name][block] = other.any(axis=1) if other.ndim == 2 else other
+    for name, what in _OF_SCORES.items():
+        if name in wrong:
+            yield Breach(f"{name} {what}", wrong[name])
 
 
-_OF_SCORES = ("sim_scores", "sim_mask", "simtier")
+_OF_SCORES = {
+    "sim_mean": "is not the mean of the real scores",
+    "simtier": "is not the histogram of the real scores",
+    SIM_BUCKET: "is not the tier of each real score",
+    TOP_POSITIONS: "are not where the largest real scores stand",
+}
+
+
+def _made_of(
+    name: str, scores: np.ndarray, mask: np.ndarray, width: int, tiers: Tiers
+) -> np.ndarray:
+    """Makes the column `name` of some rows, whose lists are `width` long, from their scores."""
+    if name == "sim_mean":
+        return mean_scores(scores, np.count_nonzero(mask, axis=1))
+    if name == "simtier":
+        return simtier(scores, mask, tiers)
+    if name == SIM_BUCKET:
+        return sim_buckets(scores, mask, tiers)
+    return top_positions(scores, mask, width)
+
+
+def _values(rows: pa.Table, name: str) -> np.ndarray:
+    """Returns a column of numbers [n], or of lists of numbers that are equally long [n, m]."""
+    column = rows[name].chunk(0)
+    if not pa.types.is_list(column.type):
+        return np.asarray(column.to_numpy())
+    return np.asarray(column.flatten().to_numpy()).reshape(len(rows), -1)
 
 
 # ---- What a manifest counts --------------------------------------------------------------------

@@ -368,13 +368,15 @@ def _rows_that_size(kind: Kind, inputs: Mapping[str, Any], rows: int) -> int:
 def _guess(table: Table, settings: Settings) -> float:
     """Returns the bytes for a row that came in, by the columns and what they took in the demo."""
     embedding, length = 4 * EMBEDDING_DIM, settings.history_len
+    columns = settings.simscore.columns
+    of_history = 4 * sum(name.startswith("history_") for name in columns)
     sizes = {
         schemas.ITEM_EMBEDDINGS.name: embedding + 100,
         schemas.ITEM_REJECTS.name: 5,  # a hundred, of one item in twenty
         schemas.ITEM_FEATURES.name: 15 + embedding * settings.item_features.vector,
         schemas.USER_HISTORIES.name: 1,  # 8 for each click, of which there is one in eight rows
         schemas.RECENT_CLICKS.name: 0.5,
-        schemas.USER_SIMSCORES.name: 40 + (3 + 4 * settings.simscore.history_item_ids) * length,
+        schemas.USER_SIMSCORES.name: 40 + (3 + of_history + ("sim_bucket" in columns)) * length,
         schemas.TRAINING_ROWS.name: 10,
     }
     return sizes[table.name]

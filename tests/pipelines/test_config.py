@@ -66,7 +66,10 @@ chunk_items = 16
 vector = true
 second_distance = true
 [simscore]
-history_item_ids = true
+columns = ["history_item_ids", "same_cluster_fine"]
+tiers = "muse"
+top_k = 5
+embedding_dtype = "float16"
 embeddings_by = "shuffle"
 broadcast_limit_gb = 1.5
 [training]
@@ -169,7 +172,10 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
         "embed": {"device": "cpu", "precision": "fp32", "batch_size": 8, "chunk_items": 16},
         "item_features": {"vector": True, "second_distance": True},
         "simscore": {
-            "history_item_ids": True,
+            "columns": ("history_item_ids", "same_cluster_fine"),
+            "tiers": "muse",
+            "top_k": 5,
+            "embedding_dtype": "float16",
             "embeddings_by": "shuffle",
             "broadcast_limit_gb": 1.5,
         },

@@ -65,6 +65,36 @@ def tiers(scores: list[float], mask: list[int]) -> list[int]:
     return counts
 
 
+def muse_tier(score: float) -> int:
+    """Returns the tier of a float32 score, ceil(10 score) + 10, by which upper edge is not below.
+
+    The edges are the float32 numbers nearest to tenths.
+    """
+    return next(tier for tier in range(22) if score <= np.float32((tier - 10) / 10))
+
+
+def muse_tiers(scores: list[float]) -> list[float]:
+    """Returns log(count + 1) of the scores in each of 22 tiers; those that are not real are 0."""
+    found = [muse_tier(score) for score in scores]
+    return [math.log(found.count(tier) + 1) for tier in range(22)]
+
+
+def buckets(scores: list[float], mask: list[int], is_muse: bool = False) -> list[int]:
+    """Returns 1 + the tier of each real score, else 0."""
+    found = []
+    for value, real in zip(scores, mask, strict=True):
+        tier = muse_tier(value) if is_muse else tiers([value], [1]).index(1)
+        found.append(tier + 1 if real else 0)
+    return found
+
+
+def top_positions(scores: list[float], mask: list[int], k: int) -> list[int]:
+    """Returns the places from 1 of the k largest real scores, of equal ones the first, then 0."""
+    places = [place for place, real in enumerate(mask) if real]
+    best = [place + 1 for place in sorted(places, key=lambda place: (-scores[place], place))]
+    return [*best, *[0] * k][:k]
+
+
 def nearest(vector: np.ndarray, centres: np.ndarray) -> tuple[int, float]:
     """Returns the place of the first of the nearest centres, and the Euclidean distance to it."""
     distances = [float(np.sqrt(((vector - centre) ** 2).sum())) for centre in centres]

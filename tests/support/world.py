@@ -49,6 +49,7 @@ class World:
     ids: str = "int"
     rows_per_shard: int = 10
     extra_settings: str = ""
+    simscore: str = 'columns = ["history_item_ids"]'
     gates: str = "balance.fail = 1.0\ndead_clusters.fail = 1.0"
     pins: list[str] = field(default_factory=list)
 
@@ -150,7 +151,8 @@ class World:
             '[impressions]\npath = "impressions/ds={ds}/*.parquet"\n'
             "[embed]\nbatch_size = 4\nchunk_items = 3\n"
             "[item_features]\nvector = true\nsecond_distance = true\n"
-            "[simscore]\nhistory_item_ids = true\n"
+            "[simscore]\n"
+            f"{self.simscore}\n"
             "[gates]\nrejects.fail = 0.5\nunknown_items.fail = 0.5\n"
             f"{self.gates}\n" + "".join(self.pins)
         )

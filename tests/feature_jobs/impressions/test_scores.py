@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 
 from feature_jobs.impressions import scores as scores_module
-from feature_jobs.impressions.scores import mean_scores, sim_scores, simtier
+from feature_jobs.impressions.scores import (
+    mean_scores,
+    sim_buckets,
+    sim_scores,
+    simtier,
+    tier_of,
+    top_positions,
+)
 from feature_jobs.items.item_vectors import whole_steps
+from feature_jobs.schemas import Tiers
 from tests.support import oracles
 from tests.support.codebooks import unit_rows
 
@@ -71,6 +79,79 @@ def test_tiers_count_real_scores_only_and_equal_the_loop() -> None:
     ]  # fmt: skip
     assert simtier(scores, mask).tolist() == expected
     assert simtier(scores, mask).sum(axis=1).tolist() == mask.sum(axis=1).tolist()
+
+
+EDGES = np.arange(-10, 11, dtype=np.float32) / np.float32(10)
+
+
+@pytest.mark.parametrize(
+    ("score", "tier"),
+    [(-1.0, 0), (-0.95, 1), (-0.1, 9), (-0.05, 10), (-0.0, 10), (0.0, 10), (1e-45, 11), (0.1, 11),
+     (0.3, 13), (0.7, 17), (0.9, 19), (0.95, 20), (1.0, 20)],
+)  # fmt: skip
+def test_the_tiers_of_muse_end_at_tenths_which_are_theirs(score: float, tier: int) -> None:
+    found = simtier(np.array([[score]], np.float32), np.array([[1]], np.int8), "muse")
+    assert (found.shape, found.dtype) == ((1, 22), np.float32)
+    assert np.flatnonzero(found[0]).tolist() == [tier]
+    assert found[0, tier] == np.float32(np.log(2))
+
+
+def test_the_float32_numbers_beside_an_edge_are_on_their_side_of_it() -> None:
+    above, below = (np.nextafter(EDGES, np.float32(end)) for end in (2, -2))
+    tiers = np.arange(21)
+    assert tier_of(EDGES[None], "muse")[0].tolist() == tiers.tolist()
+    assert tier_of(below[None, 1:], "muse")[0].tolist() == tiers[1:].tolist()
+    assert tier_of(above[None, :-1], "muse")[0].tolist() == (tiers[:-1] + 1).tolist()
+
+
+def test_the_tiers_of_muse_are_those_of_its_arithmetic() -> None:
+    scores = np.random.default_rng(5).uniform(-1, 1, (100, 1000)).astype(np.float32)
+    told = np.clip(np.ceil(np.float32(10) * scores).astype(int) + 10, 0, 21)
+    np.testing.assert_array_equal(tier_of(scores, "muse"), told)
+
+
+def drawn_scores(rows: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    """Draws scores by tenths, so that many are equal and at edges, and which are real."""
+    rng = np.random.default_rng(3)
+    mask = rng.integers(0, 2, (rows, 7)).astype(np.int8)
+    mask[0], mask[1] = 0, 1
+    return np.where(mask > 0, rng.choice(EDGES, (rows, 7)), np.float32(0)), mask
+
+
+def test_the_tiers_of_muse_count_what_is_not_real_as_0_and_equal_the_loop() -> None:
+    scores, mask = drawn_scores()
+    found = simtier(scores, mask, "muse")
+    np.testing.assert_allclose(found, [oracles.muse_tiers(s.tolist()) for s in scores], rtol=1e-7)
+    assert found[0, 10] == np.float32(np.log(8))
+    assert simtier(scores[:0], mask[:0], "muse").shape == (0, 22)
+
+
+@pytest.mark.parametrize("tiers", ["courier", "muse"])
+def test_a_bucket_is_the_tier_of_a_real_score_and_0_without(tiers: Tiers) -> None:
+    scores, mask = drawn_scores()
+    found = sim_buckets(scores, mask, tiers)
+    assert found.dtype == np.int32
+    rows = zip(scores.tolist(), mask.tolist(), strict=True)
+    assert found.tolist() == [oracles.buckets(s, m, tiers == "muse") for s, m in rows]
+    assert found.max() <= (20 if tiers == "courier" else 21)
+
+
+@pytest.mark.parametrize("k", [1, 3, 7, 9])
+def test_top_positions_are_places_of_the_largest_real_scores_the_newer_first(k: int) -> None:
+    scores, mask = drawn_scores()
+    found = top_positions(scores, mask, k)
+    assert (found.shape, found.dtype) == ((40, k), np.int32)
+    rows = zip(scores.tolist(), mask.tolist(), strict=True)
+    assert found.tolist() == [oracles.top_positions(s, m, k) for s, m in rows]
+    assert not found[0].any()
+    nothing = np.zeros((2, 0), np.float32)
+    assert top_positions(nothing, nothing.astype(np.int8), k).tolist() == [[0] * k] * 2
+
+
+def test_of_equal_scores_the_newer_place_comes_first() -> None:
+    scores = np.array([[-0.5, 0.5, 0.5, 0.0, -0.0]], np.float32)
+    mask = np.array([[1, 1, 1, 0, 1]], np.int8)
+    assert top_positions(scores, mask, 5).tolist() == [[2, 3, 5, 1, 0]]
 
 
 def test_means_are_of_real_scores_and_0_without_any() -> None:

@@ -1,5 +1,7 @@
 """Tests what is made of rows with histories against plain loops, whatever order they come in."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -12,6 +14,10 @@ from tests.support import oracles
 from tests.support.codebooks import unit_rows
 
 LENGTH = 4
+EVERY = (
+    "history_cluster_fine", "history_cluster_ids", "history_item_ids", "same_cluster_fine",
+    "sim_bucket", "top_positions",
+)  # fmt: skip
 VECTORS = whole_steps(unit_rows(8))
 
 
@@ -24,6 +30,7 @@ def known_items() -> ItemVectors:
     return ItemVectors(
         pa.array(order), hashes[order], bucket_starts(hashes[order]), clusters,
         np.zeros(10, np.int32), np.where(scores, order, -1), VECTORS,
+        {"fine": np.where(scores, order % 2 + 5, 0).astype(np.int32)},
     )  # fmt: skip
 
 
@@ -45,7 +52,7 @@ def test_rows_are_scored_in_their_own_order_as_plain_loops_would(seed: int) -> N
     mixed = rows.take(np.random.default_rng(seed).permutation(len(rows)))
     for some in (rows, mixed, rows.slice(0, 0)):
         at = np.arange(len(some))
-        form = ScoreForm(LENGTH, ("history_item_ids",))
+        form = ScoreForm(LENGTH, EVERY, top_k=3)
         found = pa.table(score_rows(folded(some), known_items(), form).arrow(at)).to_pylist()
         assert len(found) == len(some)
         named = dict(enumerate(VECTORS))
@@ -57,6 +64,36 @@ def test_rows_are_scored_in_their_own_order_as_plain_loops_would(seed: int) -> N
             np.testing.assert_allclose(row["sim_scores"], scores, atol=1e-6)
             same = [i for i in past if item < 8 and i < 8 and i % 3 == item % 3]
             assert row["same_cluster"] == len(same)
+            same = [i for i in past if item < 8 and i < 8 and i % 2 == item % 2]
+            assert row["same_cluster_fine"] == len(same)
+            empty = [0] * (LENGTH - len(past))
+            ids = [i % 3 + 1 if i < 8 else 0 for i in past]
+            assert row["history_cluster_ids"] == ids + empty
+            ids = [i % 2 + 5 if i < 8 else 0 for i in past]
+            assert row["history_cluster_fine"] == ids + empty
+            assert row["sim_bucket"] == oracles.buckets(row["sim_scores"], mask)
+            assert row["top_positions"] == oracles.top_positions(row["sim_scores"], mask, 3)
+            assert row["simtier"] == oracles.tiers(row["sim_scores"], mask)
+
+
+def test_what_is_not_asked_for_is_not_made_and_needs_no_further_resolution() -> None:
+    rows, at = drawn_rows(1), np.arange(60)
+    every, plain = ScoreForm(LENGTH, EVERY), ScoreForm(LENGTH)
+    assert (every.labels, plain.labels) == (("fine",), ())
+    few = replace(known_items(), further_ids={})
+    found = score_rows(rows, few, plain).arrow(at)
+    asked = score_rows(rows, known_items(), every).arrow(at)
+    assert asked.keys() - found.keys() == set(EVERY)
+    assert all(asked[name].equals(column) for name, column in found.items())
+
+
+def test_the_tiers_of_muse_are_those_of_the_form() -> None:
+    rows = drawn_rows(2)
+    form = ScoreForm(LENGTH, ("sim_bucket",), "muse")
+    for row in pa.table(score_rows(rows, known_items(), form).arrow(np.arange(60))).to_pylist():
+        expected = oracles.muse_tiers(row["sim_scores"])
+        np.testing.assert_allclose(row["simtier"], expected, rtol=1e-6)
+        assert row["sim_bucket"] == oracles.buckets(row["sim_scores"], row["sim_mask"], True)
 
 
 def test_rows_whose_first_shares_a_history_are_refused() -> None:

@@ -186,7 +186,7 @@ def test_a_score_is_counted_with_the_click_of_its_own_impression() -> None:
     coded = Coded(
         pa.array([1]), np.zeros(3, np.int32), np.zeros((1, 2), np.int32), np.zeros(3, np.int64)
     )
-    found = FoundItems(np.ones(1, bool), none, none, none)
+    found = FoundItems(np.ones(1, bool), none, none, none, {})
     scored = {
         "sim_max": np.array([0.995, -0.985, -0.995], np.float32),
         "sim_known": np.ones(3, np.int32),

@@ -30,6 +30,8 @@ from feature_jobs.schemas import (
     ITEM_FEATURES,
     TIMESTAMP,
     USER_SIMSCORES,
+    cluster_field,
+    scores_schema,
 )
 from feature_jobs.store import arrays, broadcast, documents, hashing, partitions, worker_notes
 from tests.support import oracles
@@ -42,7 +44,11 @@ DAYS = [HistoryDay(NUMBER + k, START + k * DAY_US, START + (k + 1) * DAY_US) for
 TICK = DAY_US // 6
 VECTORS = dict(enumerate(unit_rows(8)))
 LENGTH = 3
-FORM = ScoreForm(LENGTH, ("history_item_ids",))
+EVERY = (
+    "history_cluster_fine", "history_cluster_ids", "history_item_ids", "same_cluster_fine",
+    "sim_bucket", "top_positions",
+)  # fmt: skip
+FORM = ScoreForm(LENGTH, EVERY, top_k=2)
 
 # An item: whether it has an image, whether it is in scope, its cluster.
 item = st.tuples(st.booleans(), st.booleans(), st.integers(1, 2))
@@ -54,10 +60,17 @@ impression = st.tuples(
 )  # fmt: skip
 
 
+def fine(item: int) -> int:
+    """Returns the cluster ID of an item in the resolution `fine`."""
+    return item % 3 + 1
+
+
 def write_items(folder: Path, drawn: list[tuple], shards: int) -> ItemTables:
     """Writes `item_features` and `item_embeddings` of the drawn items, by shards."""
     ids = pa.array(np.arange(len(drawn)))
-    features = ITEM_FEATURES.schema(pa.int64(), without=["embedding", "second_distance"])
+    features = ITEM_FEATURES.schema(
+        pa.int64(), extra=[cluster_field("fine")], without=["embedding", "second_distance"]
+    )
     embeddings = ITEM_EMBEDDINGS.schema(pa.int64())
     of = hashing.shard_of(hashing.hash_ids(ids), shards)
     for shard in range(shards):
@@ -65,6 +78,7 @@ def write_items(folder: Path, drawn: list[tuple], shards: int) -> ItemTables:
         rows = [
             {"item_id": n, "has_image": image, "in_scope": scope, "in_catalogue": True,
              "cluster_id": cluster if image and scope else 0, "centre_distance": 0.0,
+             "cluster_fine": fine(n) if image and scope else 0,
              "encoder_id": "e",
              "codebook_id": "c", "category": None}
             for n, (image, scope, cluster) in mine
@@ -86,7 +100,7 @@ def write_items(folder: Path, drawn: list[tuple], shards: int) -> ItemTables:
         partitions.Partition(str(folder / name), {"files": partitions.receipts(str(folder / name))})
         for name in ("features", "embeddings")
     ]
-    return ItemTables(found[0], found[1], None, False)
+    return ItemTables(found[0], found[1], None, False, ("fine",))
 
 
 def keys(folder: Path, day: HistoryDay) -> str:
@@ -176,7 +190,8 @@ def expected_rows(
         scores, mask = oracles.score(row[2], past, vectors, LENGTH)
         same = sum(row[2] in cluster and cluster.get(i) == cluster[row[2]] for i in past)
         key = (f"u{row[1]}", row[2], moment, row[4])
-        found.append((key, past, mask, same, scores))
+        clusters = [[cluster.get(i, 0) for i in past], [fine(i) * (i in cluster) for i in past]]
+        found.append((key, past, mask, same, scores, clusters))
     return sorted(found, key=lambda r: r[0])
 
 
@@ -192,7 +207,7 @@ def test_rows_of_random_worlds_are_what_plain_loops_make_of_them(
     items: list[tuple], drawn: list[tuple], shards: tuple[int, int], repeats: bool, lag: int
 ) -> None:
     law = HistoryLaw(LENGTH, DAY_US, 0, lag, repeats, late_us=DAY_US)
-    schema = USER_SIMSCORES.schema(pa.int64(), pa.string(), pa.string())
+    schema = scores_schema(pa.int64(), pa.string(), pa.string(), EVERY)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         known = write_items(folder, items, shards[0])
@@ -248,7 +263,7 @@ def check(rows: pa.Table, expected: list[tuple[Any, ...]]) -> None:
         row["key"] = (row["user_id"], row["item_id"], moment, row["clicked"])
     found.sort(key=lambda row: row["key"])
     assert len(found) == len(expected)
-    for row, (key, past, mask, same, scores) in zip(found, expected, strict=True):
+    for row, (key, past, mask, same, scores, clusters) in zip(found, expected, strict=True):
         assert (row["key"], row["history_item_ids"], row["sim_mask"]) == (key, past, mask)
         assert (row["history_len"], row["sim_known"]) == (len(past), sum(mask))
         assert row["same_cluster"] == same
@@ -258,6 +273,12 @@ def check(rows: pa.Table, expected: list[tuple[Any, ...]]) -> None:
         np.testing.assert_allclose(row["sim_max"], max(real, default=0.0), atol=1e-6)
         np.testing.assert_allclose(row["sim_mean"], np.mean(real) if real else 0.0, atol=1e-6)
         assert row["simtier"] == oracles.tiers(row["sim_scores"], mask)
+        assert row["sim_bucket"] == oracles.buckets(row["sim_scores"], mask)
+        assert row["top_positions"] == oracles.top_positions(row["sim_scores"], mask, 2)
+        empty = [0] * (LENGTH - len(past))
+        assert row["history_cluster_ids"] == clusters[0] + empty
+        assert row["history_cluster_fine"] == clusters[1] + empty
+        assert row["same_cluster_fine"] == (clusters[1].count(fine(key[1])) if any(mask) else 0)
 
 
 def read_receipts(day: SimscoreDay) -> tuple[dict, dict, dict]:

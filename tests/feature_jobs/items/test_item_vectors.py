@@ -55,7 +55,9 @@ def test_nothing_is_known_of_an_empty_catalogue() -> None:
         items_of_answers(no_answers(pa.int64())),
     ):  # fmt: skip
         found = nothing.look_up(pa.array([1, 2]))
-        assert [column.tolist() for column in found] == [[False] * 2, [-1] * 2, [0] * 2, [0] * 2]
+        told = [column.tolist() for column in found[:4]]
+        assert told == [[False] * 2, [-1] * 2, [0] * 2, [0] * 2]
+        assert found.further == {}
         assert len(nothing.vectors) == 1
 
 
@@ -65,16 +67,23 @@ def test_answers_say_of_asked_items_what_the_shard_knows() -> None:
         {
             "item_id": ["a", "b", "c"],
             "cluster_id": pa.array([4, 0, 6], pa.int32()),
+            "cluster_fine": pa.array([7, 0, 9], pa.int32()),
             "old_cluster_id": pa.array([4, 0, -1], pa.int32()),
             "row": [1, -1, 0],
         }
     )
     asked = pa.chunked_array([["c", "unknown", "b"]])
+    assert no_answers(pa.string(), ["fine"]).schema == answer(asked, shard, matrix).schema
     found = items_of_answers(answer(asked, shard, matrix))
     told = found.look_up(pa.array(["a", "b", "c", "unknown"]))
     assert told.known.tolist() == [False, True, True, False]
     assert told.cluster.tolist() == [0, 0, 6, 0]
     assert told.old_cluster.tolist() == [0, 0, -1, 0]
+    assert told.clusters("main") is told.cluster
+    assert told.clusters("fine").tolist() == [0, 0, 9, 0]
+    ended = told.and_none()
+    assert [ended.known[-1], ended.vector[-1], ended.cluster[-1]] == [False, -1, 0]
+    assert ended.clusters("fine").tolist() == [0, 0, 9, 0, 0]
     assert (told.vector >= 0).tolist() == [False, False, True, False]
     np.testing.assert_array_equal(found.vectors[told.vector[2]], matrix[0])
 
