@@ -1,6 +1,7 @@
 """Each table has a law; rows that keep it pass, and each way to break it is told."""
 
 import datetime as dt
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,6 +118,43 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+ASKED = {
+    **GOOD["user_simscores"], "history_cluster_ids": [3, 0, 0], "history_cluster_fine": [9, 9, 0],
+    "same_cluster_fine": 2, "sim_bucket": [16, 0, 0], "top_positions": [1, 0],
+}  # fmt: skip
+MUSE = {"simtier": [0.0] * 10 + [math.log(3)] + [0.0] * 4 + [math.log(2)] + [0.0] * 6}
+
+# Of the columns that user_simscores has on request: what is changed, and what is said of it.
+BROKEN_REQUEST: list[tuple[dict[str, Any], str]] = [
+    ({"history_cluster_ids": [3, 0]}, "history_cluster_ids is not aligned with sim_scores"),
+    ({"history_cluster_fine": [9, -9, 0]}, "history_cluster_fine is below 0"),
+    ({"history_cluster_fine": [9, 0, 9]}, "history_cluster_fine is not 0 where there is nothing"),
+    ({"history_cluster_ids": [3, None, 0]}, "null in a list of history_cluster_ids"),
+    ({"same_cluster_fine": 3}, "same_cluster_fine is out of range"),
+    ({"same_cluster_fine": -1}, "same_cluster_fine is out of range"),
+    ({"sim_bucket": [16, 11, 0]}, "sim_bucket is not 0 where there is nothing"),
+    ({"sim_bucket": [16]}, "sim_bucket is not aligned"),
+    ({"top_positions": [1]}, "top_positions are not top_k long"),
+    ({"top_positions": [3, 0]}, "a top_position is out of the history"),
+    ({"top_positions": [-1, 0]}, "a top_position is out of the history"),
+    ({"top_positions": [0, 0]}, "top_positions are not as many as real scores"),
+    ({"top_positions": [1, 2]}, "top_positions are not as many as real scores"),
+    ({"simtier": [0.0] * 22}, "does not add up to history_len"),
+    ({"simtier": [NAN] * 22}, "does not add up to history_len"),
+    ({"simtier": [-0.5, *MUSE["simtier"][1:]]}, "does not add up to history_len"),
+    ({"simtier": [0.0] * 20}, "simtier has not 22 tiers"),
+]
+
+
+def rows_on_request(*rows: Mapping[str, Any]) -> pa.Table:
+    """Returns rows of user_simscores with all its columns, and tiers of MUSE where those are."""
+    names = ASKED.keys() & set(rows[0])
+    tiers = "muse" if isinstance(rows[0]["simtier"][0], float) else "courier"
+    schema = schemas.scores_schema(pa.int64(), pa.int64(), pa.int64(), names, tiers)
+    plain = pa.schema([(field.name, field.type) for field in schema])
+    return pa.Table.from_pylist([dict(row) for row in rows], plain)
+
+
 def rows_of(table: str, *rows: Mapping[str, Any]) -> pa.Table:
     schema = schemas.TABLES[table].schema(pa.int64(), pa.int64(), pa.int64(), pa.int64())
     if table == "item_features":
@@ -127,6 +165,23 @@ def rows_of(table: str, *rows: Mapping[str, Any]) -> pa.Table:
 
 def another(table: Table, row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, table.key: row[table.key] + 1}
+
+
+@pytest.mark.parametrize("tiers", [{}, MUSE])
+def test_columns_on_request_that_keep_the_law_pass(tiers: dict[str, Any]) -> None:
+    table, good = schemas.USER_SIMSCORES, {**ASKED, **tiers}
+    laws.check(table, rows_on_request(good, another(table, good)), {"top_positions": 2, **LIMITS})
+    laws.check(table, rows_on_request(good))
+    laws.check(table, rows_on_request(good).slice(1))
+
+
+@pytest.mark.parametrize(("change", "told"), BROKEN_REQUEST)
+def test_a_column_on_request_that_breaks_the_law_is_told(change: dict[str, Any], told: str) -> None:
+    table = schemas.USER_SIMSCORES
+    good = {**ASKED, **(MUSE if "simtier" in change else {})}
+    rows = rows_on_request(good, {**another(table, good), **change})
+    with pytest.raises(DataContractError, match=f"in the row of impression_id 2: .*{told}"):
+        laws.check(table, rows, {"top_positions": 2, **LIMITS})
 
 
 def test_every_table_has_a_law() -> None:

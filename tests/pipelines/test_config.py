@@ -695,6 +695,35 @@ def test_a_carried_column_that_would_overwrite_ours_is_refused(folder: Path, col
     assert "price" not in message
 
 
+def test_a_carried_column_that_is_named_as_one_on_request_is_refused(folder: Path) -> None:
+    """Whether it is asked for or not: `courier validate` could not tell whose it is."""
+    for column in ("sim_bucket", "history_cluster_fine", "same_cluster_fine"):
+        text = with_line(f'carry = ["price", "{column}"]', "[impressions]")
+        assert column in refusal(folder, text)
+    text = with_line('carry = ["same_cluster_", "history_cluster_main"]', "[impressions]")
+    assert len(load(folder, text).log.carry) == 2
+
+
+@pytest.mark.parametrize(
+    ("column", "hint"),
+    [
+        ("sim_buckets", "did you mean 'sim_bucket'?"),
+        ("history_cluster_main", "did you mean 'history_cluster_ids'?"),
+        ("encoder", "those on request are history_item_ids, "),
+        ("", "same_cluster_LABEL for each further resolution"),
+    ],
+)
+def test_a_column_that_nobody_can_ask_for_is_refused(folder: Path, column: str, hint: str) -> None:
+    message = refusal(folder, f'{LEAST}\n[simscore]\ncolumns = ["top_positions", "{column}"]\n')
+    assert "simscore.columns.1" in message
+    assert hint in message
+
+
+@pytest.mark.parametrize("line", ["tiers = 'muses'", "top_k = 0", "embedding_dtype = 'bfloat16'"])
+def test_a_form_of_scores_that_is_none_is_refused(folder: Path, line: str) -> None:
+    assert f"simscore.{line.split()[0]}" in refusal(folder, f"{LEAST}\n[simscore]\n{line}\n")
+
+
 def test_a_carried_column_that_is_named_as_the_key_of_days_is_refused(folder: Path) -> None:
     """Readers would take the day for it."""
     text = with_line('carry = ["price", "dt"]', "[impressions]")

@@ -10,26 +10,33 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feature_jobs.schemas import ITEM_REJECTS, TRAINING_ROWS, USER_SIMSCORES, Table
+from feature_jobs.schemas import (
+    ITEM_REJECTS,
+    TRAINING_ROWS,
+    USER_SIMSCORES,
+    Table,
+    scores_schema,
+)
 from feature_jobs.store import files, hashing
 from feature_jobs.store.faults import unavailable
 from feature_jobs.store.partitions import Partition
 from pipelines.reports.validate_parts import Part, Published, add_bins, check_part
-from tests.feature_jobs.test_laws import GOOD, rows_of
+from tests.feature_jobs.test_laws import ASKED, GOOD, MUSE, rows_of, rows_on_request
 
 SCHEMA = ITEM_REJECTS.schema(pa.int64())
 
 
 def publish(
-    folder: Path, rows: pa.Table, group_rows: int, shards: int = 1, table: Table = ITEM_REJECTS
-) -> Published:
+    folder: Path, rows: pa.Table, group_rows: int, shards: int = 1, table: Table = ITEM_REJECTS,
+    **settings: Any,
+) -> Published:  # fmt: skip
     """Writes one file in row groups of so many rows; its shard is the first."""
     path = folder / "part-0.parquet"
     pq.write_table(rows, path, row_group_size=group_rows)
     data = path.read_bytes()
     file = {"name": path.name, "rows": len(rows), "bytes": len(data)}
     file |= {"sha256": hashlib.sha256(data).hexdigest()}
-    manifest = {"ds": "2026-01-06", "files": [file] * shards}
+    manifest = {"ds": "2026-01-06", "files": [file] * shards, "settings": settings}
     return Published(table, Partition(str(folder), manifest))
 
 
@@ -138,6 +145,50 @@ def test_a_number_out_of_range_is_told_and_needs_no_bin(
     assert all(text.text.startswith("1 of 2 rows") for text in part.findings)
     bins = {name: len(bins) for name, bins in part.histograms.items()}
     assert bins == {"history_len": 4, "sim_max_clicked": 200, "sim_max_unclicked": 200}
+
+
+ASKED_FOR = ["history_cluster_ids", "history_cluster_fine", "same_cluster_fine", "sim_bucket",
+             "top_positions"]  # fmt: skip
+
+
+def asked(folder: Path, tiers: str, columns: list[str], **change: Any) -> Part:
+    """Checks a row with all columns on request, which the manifest says are `columns`."""
+    good = {**ASKED, **(MUSE if tiers == "muse" else {"simtier": TIERS}), **change}
+    schema = scores_schema(*[pa.int64()] * 3, [*ASKED_FOR, "history_item_ids"], tiers)
+    rows = rows_on_request(good).cast(schema)
+    told = {"columns": columns, "tiers": tiers, "top_k": 2, "history_len": 3}
+    return check_part(publish(folder, rows, 9, table=USER_SIMSCORES, **told), 0, fast=False)
+
+
+@pytest.mark.parametrize(
+    ("tiers", "change", "law"),
+    [
+        ("muse", {"sim_bucket": [16, 0, 0]}, None),
+        ("courier", {"sim_bucket": [16, 0, 0]}, None),
+        ("muse", {"sim_bucket": [17, 0, 0]}, "sim_bucket is not the tier of each real score"),
+        ("courier", {"sim_bucket": [21, 0, 0]}, "sim_bucket is not the tier of each real score"),
+        ("muse", {"simtier": MUSE["simtier"][::-1]}, "simtier is not the histogram of the real"),
+        (
+            "courier",
+            {"top_positions": [2, 0]},
+            "top_positions are not where the largest real scores stand",
+        ),
+        ("courier", {"top_positions": [1]}, "top_positions are not top_k long"),
+    ],
+)
+def test_what_is_made_of_scores_on_request_is_made_again(
+    tmp_path: Path, tiers: str, change: dict[str, Any], law: str | None
+) -> None:
+    found = laws_of(asked(tmp_path, tiers, ASKED_FOR, **change))
+    assert len(found) == (law is not None)
+    assert all(one.startswith(str(law)) for one in found)
+
+
+def test_columns_are_those_that_the_manifest_says_were_asked_for(tmp_path: Path) -> None:
+    (finding,) = asked(tmp_path, "courier", ASKED_FOR[:-1]).findings
+    assert "it has besides top_positions" in finding.text
+    (finding,) = asked(tmp_path, "courier", [*ASKED_FOR, "same_cluster_wide"]).findings
+    assert "it lacks same_cluster_wide" in finding.text
 
 
 def test_no_user_is_named(tmp_path: Path) -> None:
