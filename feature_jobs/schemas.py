@@ -288,7 +288,7 @@ USER_SIMSCORES = Table(
 # Columns of user_simscores on request, with those of `score_field` for each further resolution.
 HISTORY_ITEM_IDS, HISTORY_CLUSTER_IDS = "history_item_ids", "history_cluster_ids"
 SIM_BUCKET, TOP_POSITIONS = "sim_bucket", "top_positions"
-SCORE_COLUMNS = (HISTORY_ITEM_IDS, HISTORY_CLUSTER_IDS, SIM_BUCKET, TOP_POSITIONS)
+SCORES_ON_REQUEST = (HISTORY_ITEM_IDS, HISTORY_CLUSTER_IDS, SIM_BUCKET, TOP_POSITIONS)
 HISTORY_CLUSTER, SAME_CLUSTER = "history_cluster_", "same_cluster_"
 
 

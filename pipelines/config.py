@@ -32,7 +32,7 @@ from feature_jobs.schemas import (
     HISTORY_CLUSTER,
     HISTORY_ITEM_IDS,
     SAME_CLUSTER,
-    SCORE_COLUMNS,
+    SCORES_ON_REQUEST,
     TABLES,
     OperatorError,
     Tiers,
@@ -231,13 +231,13 @@ class ItemFeatures(_Section):
 def _score_column(name: str) -> str:
     if name == HISTORY_ITEM_IDS or score_field(name):
         return name
-    near = difflib.get_close_matches(name, SCORE_COLUMNS, n=1)
+    near = difflib.get_close_matches(name, SCORES_ON_REQUEST, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"those on request are {_ON_REQUEST}"
     raise ValueError(f"names no column of user_simscores on request, {hint}")
 
 
 _ON_REQUEST = (
-    f"{', '.join(SCORE_COLUMNS)}, and {HISTORY_CLUSTER}LABEL and {SAME_CLUSTER}LABEL for each "
+    f"{', '.join(SCORES_ON_REQUEST)}, and {HISTORY_CLUSTER}LABEL and {SAME_CLUSTER}LABEL for each "
     "further resolution of the codebook"
 )
 

@@ -24,6 +24,7 @@ from feature_jobs.impressions.histories import HistoryDay
 from feature_jobs.inputs import Source
 from feature_jobs.items.item_vectors import ItemTables
 from feature_jobs.schemas import (
+    HISTORY_ITEM_IDS,
     JOINED,
     MAIN,
     USER_HISTORIES,
@@ -32,6 +33,7 @@ from feature_jobs.schemas import (
     OperatorError,
     cluster_column,
     cluster_field,
+    score_field,
 )
 from feature_jobs.store import broadcast, day_names, files, hashing
 from feature_jobs.store.partitions import Partition
@@ -364,7 +366,9 @@ class _OpenDay:
         at = ours.get_field_index(clusters[0]) + 1
         fields = [*list(ours)[:at], *further, *list(ours)[at:]]
         carried = list(self.samples.carried)
-        clash = {field.name for field in fields} & {field.name for field in carried}
+        names = {field.name for field in carried}
+        clash = {field.name for field in fields} & names
+        clash |= {name for name in names if name == HISTORY_ITEM_IDS or score_field(name)}
         if clash:
             raise OperatorError(
                 f"The samples of ds {self.day.ds} have columns named {', '.join(sorted(clash))}, "
@@ -384,6 +388,8 @@ class _OpenDay:
         said = there.manifest
         if said["notes"].get("logged_histories"):
             return None, "they are of histories that came with the log"
+        if said["settings"].keys() & {"tiers", "embedding_dtype"}:
+            return None, "they have other tiers, or are of half floats, which a join makes not"
         law = history_settings(day.settings)
         if {name: said["settings"].get(name) for name in law} != law:
             return None, "they were made by another law of histories"

@@ -228,6 +228,8 @@ def test_samples_that_cannot_be_read_as_such_are_refused(world: World, capsys: C
         (with_column(rows, "user_id", no_user), FAILED, "'user_id' of the samples table is null"),
         (rows.rename_columns(["user_id", "item_id", "event_time", "clicked", "sim_max"]), USAGE,
          "have columns named sim_max, as those of the join are"),
+        (rows.rename_columns(["user_id", "item_id", "event_time", "clicked", "sim_bucket"]), USAGE,
+         "have columns named sim_bucket, as those of the join are"),
         (rows.rename_columns(["user", "item_id", "event_time", "clicked", "price"]), FAILED,
          "lacks the column 'user_id'"),
     ):  # fmt: skip

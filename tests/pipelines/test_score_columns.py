@@ -1,11 +1,14 @@
 """What `[simscore]` asks for is in the published table, as plain loops make it."""
 
+import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.planning.made_with import history_settings
@@ -108,6 +111,20 @@ def test_what_was_asked_for_validates_is_audited_and_known_to_engines(
     assert "`top_positions` ARRAY<INT> COMMENT" in told
     assert "`same_cluster_coarse` INT COMMENT" in told
     assert "`simtier` ARRAY<FLOAT> COMMENT" in told
+
+
+def test_a_join_takes_no_scores_of_another_form_and_makes_its_own(
+    asked: World, tmp_path: Path, capsys: Capture
+) -> None:
+    world = copy.copy(asked)
+    world.folder = tmp_path / "shop"
+    shutil.copytree(asked.folder, world.folder)
+    samples = ("--samples", "impressions/ds={ds}/*.parquet", "--ds", str(DAYS[1]))
+    assert courier(world, "join", *samples, "--features-from", "same") == 0
+    assert "not taken: they have other tiers" in capsys.readouterr().err
+    found = pq.read_table(world.root / "test/joined/ctr" / f"ds={DAYS[1]}", partitioning=None)
+    for row in found.to_pylist():
+        assert row["simtier"] == oracles.tiers(row["sim_scores"], row["sim_mask"])
 
 
 def test_the_manifest_says_what_was_asked_for_and_of_what_was_not_nothing(
