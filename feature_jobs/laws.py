@@ -225,7 +225,9 @@ def _user_simscores(rows: pa.Table, limits: Limits) -> Breaches:
     tier = tiers.matrix(tier_count)
     if is_muse:  # log(count + 1), of all places
         wrong = ~(np.abs(np.expm1(tier, dtype=np.float64).sum(axis=1) - length) < 0.5)
-        yield Breach("simtier does not add up to history_len", wrong | tiers.have(tier < 0))
+        yield Breach(
+            "simtier does not add up to the places of sim_scores", wrong | tiers.have(tier < 0)
+        )
     else:
         wrong = (tier.sum(axis=1, dtype=np.int64) != known) | tiers.have(tier < 0)
         yield Breach("simtier does not add up to sim_known", wrong)
@@ -237,17 +239,17 @@ def _user_simscores(rows: pa.Table, limits: Limits) -> Breaches:
     yield Breach("sim_mean is larger than sim_max, or not 0 without a score", wrong)
     same = _numbers(rows["same_cluster"])
     yield Breach("same_cluster is out of range", _outside(same, 0, past))
-    yield from _scores_on_request(rows, limits, real, ~later)
+    yield from _scores_on_request(rows, limits, real, past)
 
 
 def _scores_on_request(
-    rows: pa.Table, limits: Limits, real: np.ndarray, inside: np.ndarray
+    rows: pa.Table, limits: Limits, real: np.ndarray, past: np.ndarray
 ) -> Breaches:
     """States what must hold of columns of user_simscores that are there on request.
 
-    Places bool [n, L] of a history are `inside` it, and some of these have a `real` score.
+    Of the places of histories, which are `past` [n] long, some have a `real` score, bool [n, L].
     """
-    past = np.count_nonzero(inside, axis=1)
+    places = np.arange(real.shape[1], dtype=past.dtype)
     for name in rows.column_names:
         if name == HISTORY_ITEM_IDS:
             wrong = _lists(rows[name]).sizes != past
@@ -261,8 +263,9 @@ def _scores_on_request(
             wrong = lists.sizes != real.shape[1]
             yield Breach(f"{name} is not aligned with sim_scores", wrong, fatal=True)
             values = lists.matrix(real.shape[1])
-            wrong = values != np.where(real if name == SIM_BUCKET else inside, values, 0)
-            yield Breach(f"{name} is not 0 where there is nothing", lists.have(wrong))
+            told = real if name == SIM_BUCKET else places < past[:, None]
+            wrong = lists.have((values != 0) > told)
+            yield Breach(f"{name} is not 0 where there is nothing", wrong)
             yield Breach(f"{name} is below 0", lists.have(values < 0))
 
 

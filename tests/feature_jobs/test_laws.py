@@ -139,9 +139,9 @@ BROKEN_REQUEST: list[tuple[dict[str, Any], str]] = [
     ({"top_positions": [-1, 0]}, "a top_position is out of the history"),
     ({"top_positions": [0, 0]}, "top_positions are not as many as real scores"),
     ({"top_positions": [1, 2]}, "top_positions are not as many as real scores"),
-    ({"simtier": [0.0] * 22}, "does not add up to history_len"),
-    ({"simtier": [NAN] * 22}, "does not add up to history_len"),
-    ({"simtier": [-0.5, *MUSE["simtier"][1:]]}, "does not add up to history_len"),
+    ({"simtier": [0.0] * 22}, "does not add up to the places of sim_scores"),
+    ({"simtier": [NAN] * 22}, "does not add up to the places of sim_scores"),
+    ({"simtier": [-0.5, *MUSE["simtier"][1:]]}, "does not add up to the places of sim_scores"),
     ({"simtier": [0.0] * 20}, "simtier has not 22 tiers"),
 ]
 
