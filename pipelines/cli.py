@@ -314,6 +314,12 @@ def training_rows(**options: Any) -> None:
     default="day",
     help="A night is available a delay after its day, or once it was really published.",
 )
+@click.option(
+    "--layout",
+    type=click.Choice(["plain", "fuxictr", "torcheasyrec"]),
+    default="plain",
+    help="Types and shapes that a framework's reader takes, with its configuration.",
+)
 @click.option("--created-timestamp", is_flag=True, help="Add when nights were published.")
 @click.option("--mixed-encoders", is_flag=True, help="Let scores be of several encoders.")
 def join(
@@ -344,6 +350,8 @@ def join(
         found = [night.describe_plan(one, beam_args) for one in nights]
         return _echo(found, len(days) == 1, dry_run, json)
     made, refused = nightly.make_nights(nights, beam_args, _say)
+    for path in joins.hand_over(nights):
+        _say(f"join: the configuration for {asked['layout']} is {path}")
     _echo(made, len(days) == 1, dry_run, json)
     _refuse([one.error for one in refused])
 

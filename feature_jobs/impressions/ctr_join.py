@@ -28,6 +28,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.utils.shared import Shared
 
+from feature_jobs import laws
+from feature_jobs.impressions import layouts
 from feature_jobs.impressions.histories import (
     HistoriesJob,
     HistoryDay,
@@ -60,7 +62,7 @@ from feature_jobs.store.every_shard import check_all_came, every_shard_of_days
 from feature_jobs.store.partitions import Partition
 from feature_jobs.store.pieces import Piece, made_from, read_pieces, write_pieces
 
-SCORE_COLUMNS = (
+_SCORES = (
     "sim_scores", "sim_mask", "history_len", "sim_known", "sim_max", "sim_mean", "simtier",
     "same_cluster",
 )  # fmt: skip
@@ -144,18 +146,25 @@ class JoinJob:
 
     Samples meet their clicks in `shards` of users. `clusters` has the highest cluster number by the
     name of its column, `label` names the samples' own column of labels. `histories` are None where
-    samples have those of their night.
+    samples have those of their night. Rows are written in a `layout` for a framework, or plain.
     """
 
     days: tuple[JoinDay, ...]
     shards: int
     histories: HistoriesJob | None
-    history_len: int
+    form: ScoreForm
     embeddings_by: str
     clusters: Mapping[str, int]
     label: str | None
     table: Table
+    layout: str
+    layout_form: layouts.Form
     staging: str
+
+    @property
+    def score_columns(self) -> list[str]:
+        """Returns the names of all columns that are made of scores."""
+        return [*_SCORES, *self.form.columns]
 
     def piece(self, *name: object) -> str:
         """Returns where pieces go; what follows in the name is up to `write_pieces`."""
@@ -355,12 +364,12 @@ class TakeScores(_JoinFn):
                 yield beam.pvalue.TaggedOutput("rest", (shard, (place, piece)))
             return
         rows = read_pieces(pieces, day.no_keys)
-        columns = [*_KEY, *SCORE_COLUMNS]
+        columns = [*_KEY, *job.score_columns]
         published = day.scores.read_shard(shard, job.shards, "user_id", columns)
         at = match_rows(rows, published)
         taken = np.flatnonzero(at >= 0)
         taken = taken[np.argsort(rows["sample"].to_numpy()[taken])]
-        scores = published.select(SCORE_COLUMNS).take(pa.array(at[taken]))
+        scores = published.select(job.score_columns).take(pa.array(at[taken]))
         found = dict(zip(scores.column_names, scores.columns, strict=True))
         mine = rows.take(pa.array(taken))
         yield from self._finish(place, mine, found, True, "taken", place, shard)
@@ -392,7 +401,7 @@ class AddHistories(_JoinFn):
         for place, known in enumerate(job.histories.known(shard, clicks)):
             if place in pieces:
                 rows = self._in_order(place, pieces[place])
-                at_once = max(1, _ITEMS_AT_ONCE // job.history_len)
+                at_once = max(1, _ITEMS_AT_ONCE // job.form.length)
                 for at in range(0, len(rows), at_once):
                     some = rows.slice(at, at_once)
                     lists = history_lists(known, some)
@@ -477,14 +486,14 @@ class ScoreSamples(_JoinFn):
         day = self._job.days[place]
         rows = read_pieces(found["rows"], day.no_rows)
         items = self._items(day, night, rows, list(found.get("items", ())))
-        scored = score_rows(rows, items, ScoreForm(self._job.history_len)).arrow()
+        scored = score_rows(rows, items, self._job.form).arrow()
         name = ("scored", place, night, shard)
         yield from self._finish(place, rows, scored, False, *name)
 
     def _items(
         self, day: JoinDay, night: int, rows: pa.Table, answers: Sequence[Answer]
     ) -> ItemVectors:
-        nothing = no_answers(day.ids[1])
+        nothing = no_answers(day.ids[1], self._job.form.labels)
         if night < 0:
             return items_of_answers(nothing)
         if self._job.embeddings_by != SHUFFLE:
@@ -516,12 +525,15 @@ class WriteJoined(_JoinFn):
         if job.label:
             counts["positives_read"] = int(ours["positive"].to_numpy().sum())
             counts["positives"] = int(positive(own[job.label]).sum())
-        rows = own
-        for name in day.schema.names[len(own.column_names) :]:
-            rows = rows.append_column(name, ours[name])
+        columns = [*own.columns, *(ours[name] for name in day.schema.names[own.num_columns :])]
+        rows = pa.table(columns, schema=day.schema)
+        limits = {**job.form.limits, **job.clusters}
+        if job.layout != layouts.PLAIN:
+            laws.check(job.table, rows, limits)
+            rows, limits = layouts.to_layout(job.layout, rows, job.layout_form), {}
         partitions.write_part(
-            folder, job.table, day.schema, rows, part, parts, counts,
-            limits={"sim_scores": job.history_len, **job.clusters}, made_from=source,
+            folder, job.table, rows.schema, rows, part, parts, counts, limits=limits,
+            made_from=source,
         )  # fmt: skip
 
     def _nothing(self, day: JoinDay) -> pa.Table:

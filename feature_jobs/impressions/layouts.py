@@ -32,7 +32,8 @@ from feature_jobs.schemas import (
 from feature_jobs.store.arrays import list_array
 from feature_jobs.store.hashing import hash_ids
 
-LAYOUTS = ("plain", "fuxictr", "torcheasyrec")
+PLAIN = "plain"
+LAYOUTS = (PLAIN, "fuxictr", "torcheasyrec")
 GROUP_ID = "group_id"  # of FuxiCTR's layout
 GROUP_IDS = 2**53  # so many: whole numbers that a float64 holds, should a reader make it one
 HISTORY = "history"  # TorchEasyRec's sequence group of what goes along with the history

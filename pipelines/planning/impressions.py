@@ -232,7 +232,7 @@ def score_form(settings: Settings) -> ScoreForm:
     return ScoreForm(settings.history_len, columns, asked.tiers, asked.top_k)
 
 
-def _score_settings(settings: Settings) -> dict[str, Any]:
+def score_settings(settings: Settings) -> dict[str, Any]:
     """Returns what manifests say of the form of scores.
 
     What nobody asked for is not said: days that were made before one could ask stay as they are.
@@ -301,7 +301,7 @@ def plan_simscore(
         upstream=(embedded.stage, features.stage),
         before=() if has_history else log.before.tables,
         identities=day.pinned.identities(),
-        settings={**history_settings(settings), **_score_settings(settings)},
+        settings={**history_settings(settings), **score_settings(settings)},
         input_rows=log.log.rows,
         notes={
             "logged_histories": has_history,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from feature_jobs import inputs
+from feature_jobs.impressions import layouts
 from feature_jobs.impressions.snapshots import Snapshot, after_its_day, night_at
 from feature_jobs.schemas import ITEM_EMBEDDINGS, USER_HISTORIES, InputNotReady
 from feature_jobs.schemas import ITEM_FEATURES as FEATURES_TABLE
@@ -32,6 +33,7 @@ class JoinAsked:
     ("same"); `as_of` since when a night is: a delay after its day, or since it was really
     published. Its history is that of its moment, or of its night. With `created_timestamp` the set
     says when nights were published, with `mixed_encoders` its scores may be of several encoders.
+    The `layout` is that of a framework, or plain.
     """
 
     name: str
@@ -43,6 +45,7 @@ class JoinAsked:
     history_as_of: Literal["moment", "night"] = "moment"
     as_of: Literal["day", "created"] = "day"
     created_timestamp: bool = False
+    layout: str = layouts.PLAIN
     mixed_encoders: bool = False
 
 

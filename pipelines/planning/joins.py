@@ -3,9 +3,10 @@
 import datetime as dt
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import combinations
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from feature_jobs import inputs
+from feature_jobs.impressions import layouts
 from feature_jobs.impressions.ctr_join import (
     JoinDay,
     JoinJob,
@@ -21,12 +23,15 @@ from feature_jobs.impressions.ctr_join import (
     define_join,
 )
 from feature_jobs.impressions.histories import HistoryDay
+from feature_jobs.impressions.scoring import ScoreForm
 from feature_jobs.inputs import Source
 from feature_jobs.items.item_vectors import ItemTables
 from feature_jobs.schemas import (
     HISTORY_ITEM_IDS,
     JOINED,
     MAIN,
+    MUSE_TIERS,
+    SIM_TIERS,
     USER_HISTORIES,
     USER_SIMSCORES,
     DataContractError,
@@ -34,12 +39,19 @@ from feature_jobs.schemas import (
     cluster_column,
     cluster_field,
     score_field,
+    scores_schema,
 )
 from feature_jobs.store import broadcast, day_names, files, hashing
 from feature_jobs.store.partitions import Partition
 from pipelines.config import Settings
 from pipelines.planning.day_plan import NO_IDS, DayPlan, NightOptions, Range
-from pipelines.planning.impressions import LogOfDay, embeddings_by, histories_job
+from pipelines.planning.impressions import (
+    LogOfDay,
+    embeddings_by,
+    histories_job,
+    score_form,
+    score_settings,
+)
 from pipelines.planning.join_nights import JoinAsked, Nights, NightThere
 from pipelines.planning.made_with import history_settings
 from pipelines.running.stage import Planned, Stage
@@ -48,6 +60,7 @@ from pipelines.stages import join_of
 
 _AT_ONCE = 16
 _NOTHING_ASKED = NightOptions()
+_FORM = ("history_item_ids", "columns", "tiers", "top_k", "embedding_dtype")  # of scores
 _ONE_DAY = dt.timedelta(days=1)
 
 
@@ -92,6 +105,20 @@ class PlannedJoin(Planned):
     scores: Partition | None
     embeddings_by: str
 
+    @property
+    def form(self) -> ScoreForm:
+        """Returns what is made of scores."""
+        return _form(self.settings, self.asked)
+
+    @property
+    def layout_form(self) -> layouts.Form:
+        """Returns what a layout must know of the set."""
+        form, asked, numbers = self.form, self.asked, self.stage.notes["max_id"]
+        tiers = MUSE_TIERS if form.tiers == "muse" else SIM_TIERS
+        return layouts.Form(
+            asked.columns["user_id"], asked.label, form.length, numbers, tiers, form.top_k
+        )
+
     def continues(self, earlier: Planned) -> bool:
         assert isinstance(earlier, PlannedJoin)
         if self.log is None:
@@ -117,8 +144,8 @@ class PlannedJoin(Planned):
             log = [*logs[0].before.log, *(one.log for one in logs)]
         job = JoinJob(
             tuple(day._as_worker_knows_it() for day in days), shards, histories,
-            settings.history_len, first.embeddings_by, first.clusters, first.asked.label,
-            first.stage.tables[0], folder,
+            first.form, first.embeddings_by, first.clusters, first.asked.label,
+            first.stage.tables[0], first.asked.layout, first.layout_form, folder,
         )  # fmt: skip
         define_join(root, log, job)
 
@@ -128,7 +155,14 @@ class PlannedJoin(Planned):
             JoinNight(
                 night.snapshot,
                 int(night.created.timestamp() * 1_000_000) if night.created else None,
-                ItemTables(night.features.slim(), night.embeddings.slim(), None, False),
+                ItemTables(
+                    night.features.slim(),
+                    night.embeddings.slim(),
+                    None,
+                    False,
+                    self.form.labels,
+                    self.settings.simscore.embedding_dtype,
+                ),
                 night.histories.slim() if night.histories else None,
                 night.key,
             )
@@ -197,11 +231,13 @@ class _SetOfDays:
     def as_settings(self) -> dict[str, Any]:
         """Returns what a manifest says of how the set is made: alike on all of its days."""
         asked, settings = self.asked, self.settings
-        law = {"history_len": settings.history_len}
+        law: dict[str, Any] = {"history_len": settings.history_len}
         if settings.impressions:
             law = history_settings(settings)
         return {
             **law,
+            **score_settings(settings),
+            "layout": asked.layout,
             "features_from": asked.features_from,
             "availability_delay_hours": settings.availability_delay_hours,
             "history_as_of": asked.history_as_of,
@@ -225,6 +261,7 @@ class _SetOfDays:
                 raise self._another_set(manifest)
             codebooks |= {one: tuple(of) for one, of in manifest["notes"]["codebooks"].items()}
             encoders |= set(manifest["notes"]["encoders"])
+        self._refuse_columns()
         _refuse_two_lineages(codebooks)
         if len(encoders) > 1 and not self.asked.mixed_encoders:
             raise OperatorError(
@@ -235,6 +272,17 @@ class _SetOfDays:
                 "hold for the other. Join days of one encoder, or say --mixed-encoders, which the "
                 "manifest tells."
             )
+
+    def _refuse_columns(self) -> None:
+        """Raises OperatorError where a column on request is of cluster IDs that nights lack."""
+        for label in _form(self.settings, self.asked).labels:
+            if label not in self.labels:
+                raise OperatorError(
+                    f"[simscore] columns asks for columns of the resolution {label!r}, of which "
+                    f"not all nights of these samples have cluster IDs; they have "
+                    f"{', '.join(self.labels)}. Leave the columns out, or join days whose nights "
+                    "have it."
+                )
 
     def _another_set(self, manifest: Mapping[str, Any]) -> OperatorError:
         mine, theirs = self.as_settings(), manifest["settings"]
@@ -295,7 +343,7 @@ class _OpenDay:
         day, asked, samples = self.day, self.asked, self.samples
         ids = self._ids()
         clusters = {cluster_column(label): most for label, most in set_of.max_ids.items()}
-        schema = self._schema(list(clusters))
+        schema = self._schema(list(clusters), ids[1])
         scores, why = self._scores()
         told = "taken where a sample is an impression of the day" if scores else f"not taken: {why}"
         rows = [n for groups in samples.row_groups for n in groups]
@@ -358,13 +406,22 @@ class _OpenDay:
                 )
         return user, item
 
-    def _schema(self, clusters: Sequence[str]) -> pa.Schema:
+    def _on_request(self, item: pa.DataType) -> list[pa.Field]:
+        """Returns the columns that the settings ask for besides."""
+        ids = pa.field(HISTORY_ITEM_IDS, pa.list_(item))
+        return [score_field(name) or ids for name in _form(self.day.settings, self.asked).columns]
+
+    def _schema(self, clusters: Sequence[str], item: pa.DataType) -> pa.Schema:
         """Returns the columns of the set; raises OperatorError where samples have one of ours."""
         optional = [] if self.asked.created_timestamp else ["night_created"]
         ours = JOINED.schema(NO_IDS[1], without=optional)
         further = [cluster_field(name.removeprefix("cluster_")) for name in clusters[1:]]
         at = ours.get_field_index(clusters[0]) + 1
         fields = [*list(ours)[:at], *further, *list(ours)[at:]]
+        if self.day.settings.simscore.tiers == "muse":
+            scores = scores_schema(*(pa.int64(),) * 3, tiers="muse")
+            fields = [scores.field("simtier") if f.name == "simtier" else f for f in fields]
+        fields += self._on_request(item)
         carried = list(self.samples.carried)
         names = {field.name for field in carried}
         clash = {field.name for field in fields} & names
@@ -388,11 +445,12 @@ class _OpenDay:
         said = there.manifest
         if said["notes"].get("logged_histories"):
             return None, "they are of histories that came with the log"
-        if said["settings"].keys() & {"tiers", "embedding_dtype"}:
-            return None, "they have other tiers, or are of half floats, which a join makes not"
         law = history_settings(day.settings)
         if {name: said["settings"].get(name) for name in law} != law:
             return None, "they were made by another law of histories"
+        form = {name: said["settings"].get(name) for name in _FORM}
+        if form != {**dict.fromkeys(_FORM), **score_settings(day.settings)}:
+            return None, "they have other columns, tiers or embeddings than the settings ask for"
         now = self._log_inputs()
         if {name: said["inputs"].get(name) for name in now} != _as_json(now):
             return None, "the log, or the histories before it, changed since they were made"
@@ -437,6 +495,14 @@ class _OpenDay:
         return None
 
 
+def _form(settings: Settings, asked: JoinAsked) -> ScoreForm:
+    """Returns what is made of scores: for a framework no lists that are of any length."""
+    form = score_form(settings)
+    if asked.layout == layouts.PLAIN:
+        return form
+    return replace(form, columns=tuple(name for name in form.columns if name != HISTORY_ITEM_IDS))
+
+
 def _since(taken: set[tuple[Any, ...]], start_us: int) -> set[tuple[Any, ...]]:
     """Returns the nights that a moment from the start of the day on can take."""
     before = [one for one in taken if one[1] <= start_us]
@@ -455,3 +521,25 @@ def _open_samples(asked: JoinAsked, ds: dt.date) -> Source:
     return inputs.open_source(
         "samples", asked.samples, ds, dict(asked.columns), names, asked.input_timezone
     )
+
+
+def hand_over(nights: Sequence[Night]) -> list[str]:
+    """Writes the framework's configuration of a set that is published; returns its paths.
+
+    It lies beside the days, and fits all of them: its tables have a row for every cluster number of
+    any day. One that says the same already stays.
+    """
+    (planned,) = nights[-1].planned
+    assert isinstance(planned, PlannedJoin)
+    layout, table, look = planned.settings.layout, planned.stage.tables[0], Look()
+    folder, most = os.path.dirname(layout.folder(table, planned.stage.ds)), Counter[str]()
+    for ds in layout.begun_days(table):
+        if found := look.published(layout.folder(table, ds)):
+            most |= Counter(found.manifest["notes"]["max_id"])
+    form = replace(planned.layout_form, max_ids={**planned.layout_form.max_ids, **most})
+    texts = layouts.layout_config(planned.asked.layout, planned.schema, form)
+    paths = {os.path.join(folder, name): text.encode() for name, text in texts.items()}
+    for path, data in paths.items():
+        if files.read_if_there(path) != data:
+            files.write_bytes(path, data)
+    return list(paths)

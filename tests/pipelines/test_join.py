@@ -282,3 +282,72 @@ def test_wrong_usage_is_told(world: World, capsys: Capture) -> None:
     ):
         assert join(world, "--ds", DAY, *args) == USAGE
         assert said in capsys.readouterr().err
+
+
+# ---- For frameworks ----------------------------------------------------------------------------
+
+
+def ask_for(world: World, *lines: str) -> None:
+    world.settings()
+    text = world.config.read_text()
+    asked = re.search(r"\[simscore\]\n.*\n", text)
+    assert asked
+    world.config.write_text(text.replace(asked[0], "\n".join(["[simscore]", *lines, ""])))
+
+
+def test_what_the_settings_ask_of_scores_is_in_the_set_too(world: World) -> None:
+    """Columns, tiers and half floats: taken as they are published, and made, they are the same."""
+    samples = write_samples(world, DAY, as_samples(impressions(world, DAY)))
+    columns = ["history_cluster_ids", "history_cluster_coarse", "sim_bucket", "top_positions",
+               "same_cluster_coarse", "history_item_ids"]  # fmt: skip
+    ask_for(world, f"columns = {columns}", 'tiers = "muse"', "top_k = 3",
+            'embedding_dtype = "float16"')  # fmt: skip
+    same = ("--ds", DAY, "--features-from", "same")
+    assert join(world, *same, "--name", "made") == DONE
+    made, manifest = joined(world, DAY, "made")
+    assert manifest["counts"]["scores_taken"] == 0
+    command = ["simscore", "--config", str(world.config), "--ds", str(DAY)]
+    assert main(command) == DONE
+    assert join(world, *same) == DONE
+    found, manifest = joined(world, DAY)
+    assert manifest["counts"]["scores_taken"] == len(samples)
+    assert found.equals(made)
+    assert set(columns) <= set(found.column_names)
+    assert {len(row) for row in found["simtier"].to_pylist()} == {22}
+    coarse = found["history_cluster_coarse"].to_pylist()
+    assert max(max(row) for row in coarse) > 0
+
+
+@pytest.mark.parametrize("layout", ["fuxictr", "torcheasyrec"])
+def test_a_set_for_a_framework_has_its_configuration(
+    world: World, layout: str, capsys: Capture
+) -> None:
+    rows = as_samples(impressions(world, DAY))
+    write_samples(world, DAY, rows.drop_columns(["tags"]))
+    ask_for(world, 'columns = ["history_cluster_ids", "history_item_ids"]')
+    asked = ("--ds", DAY, "--layout", layout, "--label", "clicked")
+    assert join(world, *asked) == DONE
+    told = capsys.readouterr().err
+    found, manifest = joined(world, DAY)
+    plain = ("--ds", DAY, "--name", "plain")
+    assert join(world, *plain) == DONE
+    expected, _ = joined(world, DAY, "plain")
+    assert found["cluster_id"].to_pylist() == expected["cluster_id"].to_pylist()
+    assert manifest["counts"]["matched"] > 0
+    (config,) = (world.root / "test" / "joined" / "ctr").glob("*.*")
+    assert f"the configuration for {layout} is {config}" in told
+    text = config.read_text()
+    if layout == "fuxictr":
+        assert "rebuild_dataset: False" in text
+        assert "vocab_size: 10" in text
+        assert found["clicked"].type == pa.float32()
+    else:
+        assert "num_buckets: 10" in text
+        assert "history__sim_scores" in found.column_names
+    before = config.stat().st_mtime_ns
+    assert join(world, *asked) == DONE
+    assert config.stat().st_mtime_ns == before
+    write_samples(world, DAY, rows)
+    assert join(world, *asked, "--name", "other") == (USAGE if layout == "torcheasyrec" else DONE)
+    assert join(world, "--ds", DAY, "--layout", layout, "--name", "third") == USAGE
+    assert "needs a column of labels" in capsys.readouterr().err
