@@ -374,6 +374,7 @@ class _OpenDay:
             stage, day.settings, asked, samples, day.history_day(), self.nights, clusters, ids,
             schema, self.log, self._hands_on(), scores, by,
         )  # fmt: skip
+        layouts.layout_schema(asked.layout, schema, planned.layout_form)  # it may refuse a column
         return Night(day.settings, day.ds, (planned,), (), day.range.look, self._is_outdated, again)
 
     def _is_outdated(self, look: Look) -> bool:

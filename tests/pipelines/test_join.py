@@ -347,7 +347,11 @@ def test_a_set_for_a_framework_has_its_configuration(
     before = config.stat().st_mtime_ns
     assert join(world, *asked) == DONE
     assert config.stat().st_mtime_ns == before
-    write_samples(world, DAY, rows)
-    assert join(world, *asked, "--name", "other") == (USAGE if layout == "torcheasyrec" else DONE)
     assert join(world, "--ds", DAY, "--layout", layout, "--name", "third") == USAGE
     assert "needs a column of labels" in capsys.readouterr().err
+    odd = rows.append_column("raw", pa.array([b"x"] * len(rows)))
+    write_samples(world, DAY, odd)
+    status = USAGE if layout == "torcheasyrec" else DONE
+    assert join(world, *asked, "--name", "other") == status
+    assert ("Column raw is of type binary" in capsys.readouterr().err) == (status == USAGE)
+    assert (world.root / "test" / "joined" / "other").exists() == (status == DONE)
