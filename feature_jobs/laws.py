@@ -239,6 +239,13 @@ def _user_simscores(rows: pa.Table, limits: Limits) -> Breaches:
     yield Breach("sim_mean is larger than sim_max, or not 0 without a score", wrong)
     same = _numbers(rows["same_cluster"])
     yield Breach("same_cluster is out of range", _outside(same, 0, past))
+    if "feature_ds" in rows.column_names:
+        none = _numbers(pc.is_null(rows["feature_ds"]))
+        yield Breach("a row without a night has a score", none & (known > 0))
+        if "encoder_id" in rows.column_names:
+            named = _numbers(pc.not_equal(rows["encoder_id"], ""))
+            wrong = named == none
+            yield Breach("encoder_id and feature_ds disagree whether there is a night", wrong)
     yield from _scores_on_request(rows, limits, real, past)
 
 

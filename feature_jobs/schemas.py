@@ -282,6 +282,7 @@ USER_SIMSCORES = Table(
         Column("same_cluster", pa.int32(), "history items with the impression's cluster_id"),
         Column("encoder_id", _STRING, "the encoder of the scores"),
         Column("codebook_id", _STRING, "the codebook of same_cluster"),
+        Column("feature_ds", pa.date32(), "the night of items and scores; null for none yet", True),
     ),
 )
 
@@ -332,10 +333,15 @@ def scores_schema(
     columns: Collection[str] = (),
     tiers: Tiers = "courier",
     carried: Sequence[pa.Field] = (),
+    by_night: bool = False,
 ) -> pa.Schema:
-    """Returns the schema of `user_simscores` with the `columns` on request and those `carried`."""
+    """Returns the schema of `user_simscores` with the `columns` on request and those `carried`.
+
+    Rows tell their night where they are scored `by_night`.
+    """
     asked = [field for name in sorted(columns) if (field := score_field(name))]
     without = [HISTORY_ITEM_IDS] if HISTORY_ITEM_IDS not in columns else []
+    without += [] if by_night else ["feature_ds"]
     if tiers == "muse":
         without.append("simtier")
         meaning = {"meaning": f"[{MUSE_TIERS}] log(1 + scores per tier), as MUSE has them"}

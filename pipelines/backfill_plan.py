@@ -21,6 +21,7 @@ from pipelines import nightly
 from pipelines.config import Settings
 from pipelines.nightly import Outlook
 from pipelines.planning.day_plan import NightOptions
+from pipelines.planning.impressions import PlannedScores
 from pipelines.running import estimates, records
 from pipelines.running.stage import Planned, Stage
 from pipelines.running.states import (
@@ -32,7 +33,7 @@ from pipelines.running.states import (
     Night,
     Reason,
 )
-from pipelines.stages import HISTORIES, SIMSCORE, Kind, kind_of
+from pipelines.stages import HISTORIES, Kind, kind_of
 
 COMPUTE, REUSE, RECORD, LEAVE = "compute", "reuse", "record", "leave"
 BLOCKED, HELD = "blocked", "held"
@@ -162,8 +163,7 @@ class Plan:
 
 def _items_copied(day: DayAhead) -> int:
     """Returns of how many items a job that scores the day makes a copy: each day has its own."""
-    scores = (one.stage for one in day.computed if one.stage.kind is SIMSCORE)
-    return max((up.input_rows for stage in scores for up in stage.upstream), default=0)
+    return max((one.items for one in day.computed if isinstance(one, PlannedScores)), default=0)
 
 
 def plan_backfill(settings: Settings, asked: Asked) -> Plan:

@@ -245,6 +245,8 @@ _ON_REQUEST = (
 class Simscore(_Section):
     """Tells how impressions are scored, and what is published with the scores.
 
+    `features_from` says whose items impressions are scored with: those of the "same" day, or as a
+    shop serves them, of the "previous" night that is available (`availability_delay_hours`).
     `columns` are added on request: history_item_ids, the items that were scored, and those of
     `score_field`. `tiers` are those of simtier and sim_bucket, `top_k` is how many top_positions
     tells. With an `embedding_dtype` of "float16" scores are those of a store of half floats.
@@ -252,6 +254,7 @@ class Simscore(_Section):
     `broadcast_limit_gb` of it, or a shuffle.
     """
 
+    features_from: Literal["same", "previous"] = "same"
     columns: tuple[Annotated[str, AfterValidator(_score_column)], ...] = ()
     tiers: Tiers = "courier"
     top_k: Count = 10

@@ -61,12 +61,16 @@ class Plan:
         self.kind, self.function, self.takes = kind, function, takes
 
 
-def the_night() -> tuple[Plan, ...]:
-    """Returns the plans of all stages, in the order in which they are made: the drawing as code."""
+def the_night(settings: Settings) -> tuple[Plan, ...]:
+    """Returns the plans of all stages, in the order in which they are made: the drawing as code.
+
+    Scores take the items of ds, or with `features_from = "previous"` those of nights before it.
+    """
     embedded = Plan(EMBED, plan_embed)
     features = Plan(ITEM_FEATURES, plan_item_features, embedded)
     histories = Plan(HISTORIES, plan_histories)
-    scores = Plan(SIMSCORE, plan_simscore, embedded, features, histories)
+    items = (embedded, features) if settings.simscore.features_from == "same" else ()
+    scores = Plan(SIMSCORE, plan_simscore, histories, *items)
     rows = Plan(TRAINING_ROWS, plan_training_rows)
     return embedded, features, histories, scores, rows
 
@@ -139,7 +143,7 @@ def plan_day(
     cannot be planned is noted there with the error, and left out.
     """
     needed: list[Plan] = []
-    for plan in reversed(the_night()):
+    for plan in reversed(the_night(day.settings)):
         if plan.kind in wanted or any(plan.kind is t.kind for one in needed for t in one.takes):
             needed.insert(0, plan)
     if blocked is None:
@@ -385,7 +389,9 @@ class _Making:
         """Leaves out the days that go on from what a day left out has not published."""
         look, missing = Look(), dict[str, dt.date]()
         for night in nights:
-            before = [one.run_id for stage in night.stages for one in stage.before]
+            before = [
+                one.run_id for stage in night.stages for one in (*stage.before, *stage.snapshots)
+            ]
             blocked_by = next((missing[run_id] for run_id in before if run_id in missing), None)
             if night.ds not in self.without and blocked_by:
                 self._say(f"ds {night.ds} waits: it goes on from ds {blocked_by}")

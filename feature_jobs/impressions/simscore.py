@@ -1,12 +1,13 @@
 """SIMSCORE takes the cosine of each impression's item with each item its user had clicked before.
 
 In: the impressions of one day or of several in a row; their histories, logged with them or made of
-clicks (see `histories`); `item_features` and `item_embeddings` of each day. Out, for each day:
-`user_simscores`.
+clicks (see `histories`); `item_features` and `item_embeddings` of each day, or of the nights before
+it. Out, for each day: `user_simscores`.
 
 The law: rows = impressions of ds, one for one. sim(x, y) of COURIER appendix §1 eq. 1, over the
 history of the impression's own moment; 0 and masked where either item is unknown, has no
-embedding or is out of the encoder's scope.
+embedding or is out of the encoder's scope. Each row takes all of its items from one night
+(`snapshots`): that of ds, or the newest that its moment may know; 0 where there is none.
 
 Flow: impressions meet the clicks of their users in user shards, get their histories, and go to the
 shards of their day's table. The embeddings reach those in one of two ways, which give the same
@@ -17,8 +18,10 @@ needs, every item once. Rows travel by way of files (`pieces`): what is in Beam'
 
 import datetime as dt
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -43,6 +46,7 @@ from feature_jobs.impressions.histories import (
     open_chunks,
 )
 from feature_jobs.impressions.scoring import Scored, ScoreForm, score_rows, unfolded
+from feature_jobs.impressions.snapshots import Snapshot, night_at
 from feature_jobs.inputs import IMPRESSION_COLUMNS, RowGroup, Source, check_day, read_rows
 from feature_jobs.items.item_vectors import (
     ItemTables,
@@ -67,17 +71,28 @@ BROADCAST, SHUFFLE = "broadcast", "shuffle"
 
 
 @dataclass(frozen=True)
+class ItemSnapshot:
+    """Holds the items of a night, for the impressions that may know it; days may share it."""
+
+    snapshot: Snapshot
+    items: ItemTables
+    broadcast_key: str  # of the machine's copy of the items
+    encoder_id: str
+    codebook_id: str
+
+
+@dataclass(frozen=True)
 class SimscoreDay:
-    """Describes one day of a job; `has_history` tells that its impressions come with theirs."""
+    """Describes one day of a job; `has_history` tells that its impressions come with theirs.
+
+    Each is scored with that of the `nights` which `night_at` says.
+    """
 
     day: HistoryDay
     has_history: bool
-    items: ItemTables
-    broadcast_key: str  # of the machine's copy of the items
+    nights: tuple[ItemSnapshot, ...]
     shards: int
     schema: pa.Schema
-    encoder_id: str
-    codebook_id: str
     staging: str
 
     @property
@@ -193,6 +208,91 @@ def _check_ids(ids: pa.Array) -> None:
     again = ids[1:].filter(pc.equal(ids[:-1], ids[1:]))
     if len(again):
         raise repeated_id(again[0].as_py())
+
+
+# ---- Pure functions: a night for each impression ---------------------------------------------
+
+
+def by_night(rows: pa.Table, nights: Sequence[ItemSnapshot]) -> dict[int, pa.Table]:
+    """Returns `rows` by the place of the night that each is scored with; -1 for none.
+
+    A `history` stays null where it is that of the row before.
+    """
+    moments = rows["event_time"].cast(pa.int64()).to_numpy()
+    place = night_at(moments, [night.snapshot for night in nights])
+    places = np.unique(place).tolist() or [len(nights) - 1]
+    if len(places) == 1:
+        return {places[0]: rows}
+    return {at: _taken(rows, np.flatnonzero(place == at)) for at in places}
+
+
+def _taken(rows: pa.Table, at: np.ndarray) -> pa.Table:
+    """Returns the rows at the ascending places `at`, each with its history or the one before."""
+    lists, place = unfolded(rows["history"])
+    new = np.diff(place[at], prepend=-1) != 0
+    own = lists.take(pa.array(place[at], mask=~new))
+    return rows.take(pa.array(at)).set_column(rows.column_names.index("history"), "history", own)
+
+
+def score_by_night(
+    rows: Mapping[int, pa.Table],
+    nights: Sequence[ItemSnapshot],
+    items: Callable[[ItemSnapshot, pa.Table], ItemVectors],
+    form: ScoreForm,
+) -> tuple[pa.Table, "Counted"]:
+    """Returns what `score_impressions` does of `rows` that `by_night` returned, all together.
+
+    `items` gives the items of a night, at least those that its rows are about. Each row tells its
+    night besides: `encoder_id`, `codebook_id`, `feature_ds`. Those without one score 0 and are
+    counted apart, not as of items that are unknown.
+    """
+    parts = []
+    for at, some in rows.items():
+        night = nights[at] if at >= 0 else None
+        nothing = items_of_answers(no_answers(some["item_id"].type, form.labels))
+        known = items(night, some) if night else nothing
+        scored, counted = score_impressions(some, known, form)
+        if night is None:
+            counted = _without_night(scored, counted)
+        parts.append((_tell_night(scored, night), counted))
+    return parts[0] if len(parts) == 1 else _together(parts)
+
+
+def _tell_night(scored: pa.Table, night: ItemSnapshot | None) -> pa.Table:
+    told = {
+        "encoder_id": pa.scalar(night.encoder_id if night else ""),
+        "codebook_id": pa.scalar(night.codebook_id if night else ""),
+        "feature_ds": pa.scalar(night.snapshot.ds if night else None, pa.date32()),
+    }
+    for name, value in told.items():
+        scored = scored.append_column(name, pa.repeat(value, len(scored)))
+    return scored
+
+
+def _without_night(scored: pa.Table, counted: "Counted") -> "Counted":
+    counts = {
+        "unknown_items": 0,
+        "without_snapshot": len(scored),
+        "histories_without_snapshot": len(scored) - counted.counts["without_history"],
+    }
+    return Counted(counted.counts | counts, counted.histograms, {})
+
+
+def _together(parts: Sequence[tuple[pa.Table, "Counted"]]) -> tuple[pa.Table, "Counted"]:
+    """Returns the rows of all nights as one table, and what was counted of them."""
+    rows = arrays.in_order(pa.concat_tables([scored for scored, _ in parts]), ["impression_id"])
+    _check_ids(rows["impression_id"].combine_chunks())
+    told = [counted._asdict() for _, counted in parts]
+    counts: Counter[str] = Counter()
+    for one in told:
+        counts.update(one["counts"])
+    # A user with rows of two nights is one.
+    users = _count_users(arrays.in_order(rows.select(["user_id", "clicked"]), ["user_id"]))
+    histograms = {
+        name: np.sum([one["histograms"][name] for one in told], axis=0)
+        for name in told[0]["histograms"]
+    }
+    return rows, Counted({**counts, **users}, histograms, partitions.first_examples(told))
 
 
 # ---- Pure functions: what is told of a shard ---------------------------------------------------
@@ -397,7 +497,7 @@ class AddHistories(beam.DoFn):
 class AskForItems(beam.DoFn):
     """Turns the pieces of a shard of a day into what it asks of the item shards.
 
-    What comes out is ((day, item shard), (shard, IPC bytes of the item IDs)).
+    What comes out is ((key of the night, item shard), (day, shard, IPC bytes of the item IDs)).
     """
 
     def __init__(self, job: SimscoreJob):
@@ -406,13 +506,14 @@ class AskForItems(beam.DoFn):
     @worker_notes.refusing
     def process(
         self, element: tuple[tuple[int, int], Iterable]
-    ) -> Iterator[tuple[tuple[int, int], tuple[int, bytes]]]:
+    ) -> Iterator[tuple[tuple[str, int], tuple[int, int, bytes]]]:
         (place, shard), pieces = element
         day = self._job.days[place]
-        rows = read_pieces(pieces, day.no_rows)
-        wanted = pa.table({"item_id": items_of(rows)})
-        for item_shard, ids in hashing.split_by_shard(wanted, "item_id", day.items.shards):
-            yield (place, item_shard), (shard, ids)
+        rows = by_night(read_pieces(pieces, day.no_rows), day.nights)
+        for night, some in ((day.nights[at], some) for at, some in rows.items() if at >= 0):
+            wanted = pa.table({"item_id": items_of(some)})
+            for item_shard, ids in hashing.split_by_shard(wanted, "item_id", night.items.shards):
+                yield (night.broadcast_key, item_shard), (place, shard, ids)
 
 
 def items_of(rows: pa.Table) -> pa.Array:
@@ -424,33 +525,35 @@ def items_of(rows: pa.Table) -> pa.Array:
 class Answer(NamedTuple):
     """Holds what an item shard answers: to how many items, in how many bytes both ways, and what.
 
-    The last is IPC bytes.
+    `told` is IPC bytes; `night` is the key of the night that it is of, where there are several.
     """
 
     asked: int
     sent: int
     told: bytes
+    night: str = ""
 
 
 class AnswerForItems(beam.DoFn):
-    """Answers what the shards of a day ask of an item shard.
+    """Answers what the shards of all days ask of an item shard of a night.
 
     What comes out is ((day, shard), `Answer`).
     """
 
     def __init__(self, job: SimscoreJob):
-        self._job, self.staging = job, job.staging
+        self.staging = job.staging
+        self._nights = {one.broadcast_key: one for day in job.days for one in day.nights}
 
     @worker_notes.refusing
     def process(
-        self, element: tuple[tuple[int, int], Iterable[tuple[int, bytes]]]
+        self, element: tuple[tuple[str, int], Iterable[tuple[int, int, bytes]]]
     ) -> Iterator[tuple[tuple[int, int], Answer]]:
-        (place, item_shard), questions = element
-        found, matrix = items_of_shard(self._job.days[place].items, item_shard)
-        for shard, ids in questions:
+        (night, item_shard), questions = element
+        found, matrix = items_of_shard(self._nights[night].items, item_shard)
+        for place, shard, ids in questions:
             wanted = arrays.from_ipc([ids], found)["item_id"]
             told = arrays.to_ipc(answer(wanted, found, matrix))
-            yield (place, shard), Answer(len(wanted), len(ids) + len(told), told)
+            yield (place, shard), Answer(len(wanted), len(ids) + len(told), told, night)
 
 
 class ScoreShard(beam.DoFn):
@@ -475,26 +578,29 @@ class ScoreShard(beam.DoFn):
         if partitions.has_part(folder, shard, day.shards, source):
             return
         rows = read_pieces(pieces, day.no_rows)
-        if self._job.embeddings_by == SHUFFLE:
-            asked = sum(answer.asked for answer in answers)
-            check_all_came("answers of item shards, by items", asked, len(items_of(rows)))
-        items = self._items(day, [answer.told for answer in answers])
-        scored, counted = score_impressions(rows, items, self._job.form)
-        for name, value in (("encoder_id", day.encoder_id), ("codebook_id", day.codebook_id)):
-            scored = scored.append_column(name, pa.array([value] * len(scored), pa.string()))
+        items = partial(self._items, answers)
+        scored, counted = score_by_night(
+            by_night(rows, day.nights), day.nights, items, self._job.form
+        )
         counts = counted.counts | self._count_late(day, rows)
+        if "feature_ds" in day.schema.names:
+            counts = {"without_snapshot": 0, "histories_without_snapshot": 0, **counts}
         work = {"shuffled_bytes": sum(answer.sent for answer in answers)} if answers else {}
         partitions.write_part(
             folder, USER_SIMSCORES, day.schema, scored, shard, day.shards, counts, work,
             self._job.form.limits, source, counted.histograms, counted.examples,
         )  # fmt: skip
 
-    def _items(self, day: SimscoreDay, answers: list[bytes]) -> ItemVectors:
-        if self._job.embeddings_by == SHUFFLE:
-            nothing = no_answers(day.schema.field("item_id").type, day.items.labels)
-            return items_of_answers(arrays.from_ipc(answers, nothing))
-        key = day.broadcast_key
-        return self._opened.acquire(lambda: open_item_vectors(day.items, key), tag=key)
+    def _items(self, answers: Sequence[Answer], night: ItemSnapshot, rows: pa.Table) -> ItemVectors:
+        """Returns the items of a night, or what its item shards answered of those of `rows`."""
+        key = night.broadcast_key
+        if self._job.embeddings_by == BROADCAST:
+            return self._opened.acquire(lambda: open_item_vectors(night.items, key), tag=key)
+        mine = [answer for answer in answers if answer.night == key]
+        asked = sum(answer.asked for answer in mine)
+        check_all_came("answers of item shards, by items", asked, len(items_of(rows)))
+        nothing = no_answers(rows["item_id"].type, night.items.labels)
+        return items_of_answers(arrays.from_ipc([answer.told for answer in mine], nothing))
 
     def _count_late(self, day: SimscoreDay, rows: pa.Table) -> dict[str, int]:
         """Counts the impressions of earlier days, and those too late for a history.

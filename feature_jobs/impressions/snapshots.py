@@ -22,6 +22,11 @@ class Snapshot:
     from_us: int
 
 
+def always(ds: dt.date) -> Snapshot:
+    """Returns the night of ds as what every moment may know."""
+    return Snapshot(ds, np.iinfo(np.int64).min)
+
+
 def after_its_day(ds: dt.date, day_timezone: str, delay_us: int) -> Snapshot:
     """Returns the night of ds as it is available so long after the end of its day."""
     return Snapshot(ds, inputs.day_end(ds, day_timezone) + delay_us)

@@ -106,6 +106,9 @@ $impressions_columns
 # second_distance = false
 
 [simscore]
+# Whose items impressions are scored with: those of the "same" day; or "previous", those of the
+# newest night that was available at their moment, as a shop serves them.
+# features_from = "same"
 # Columns to add: "history_item_ids", the items that were scored; "history_cluster_ids", their
 # cluster IDs; "sim_bucket", the tier of each score; "top_positions", where the `top_k` items most
 # alike stand; of a further resolution of the codebook, fine say, also "history_cluster_fine" and

@@ -110,6 +110,10 @@ class DayPlan:
         self.item_id_type()
 
     def settled(self, kind: Kind, candidates: Iterable[T], plan: Callable[[T], P]) -> P:
+        """Returns the plan by `as_published`, noting which days' changes it is made for."""
+        return self.yesterdays.note(self.as_published(kind, candidates, plan))
+
+    def as_published(self, kind: Kind, candidates: Iterable[T], plan: Callable[[T], P]) -> P:
         """Returns the plan by the first of what it may go on from that gives what is published.
 
         Where none does, the stage is made, and goes on from the last.
@@ -119,7 +123,7 @@ class DayPlan:
             planned = plan(candidate)
             if planned.stage.run_id == there:
                 break
-        return self.yesterdays.note(planned)
+        return planned
 
     def stage(self, kind: Kind, forced_by: str = "", **fields: Any) -> Stage:
         forced_by = forced_by or self.options.forced_by

@@ -2,23 +2,26 @@
 
 import datetime as dt
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import permutations
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
 
-from feature_jobs.codebooks.codebook import CodebookInfo
 from feature_jobs.impressions.histories import HistoriesJob, HistoryDay, define_histories
 from feature_jobs.impressions.scoring import ScoreForm
 from feature_jobs.impressions.simscore import (
     BROADCAST,
     SHUFFLE,
+    ItemSnapshot,
     SimscoreDay,
     SimscoreJob,
     define_simscore,
 )
+from feature_jobs.impressions.snapshots import always
 from feature_jobs.impressions.training_rows import (
     TrainingRowsDay,
     TrainingRowsJob,
@@ -28,7 +31,6 @@ from feature_jobs.inputs import IMPRESSION_COLUMNS, Source
 from feature_jobs.items.item_vectors import ItemTables, broadcast_bytes
 from feature_jobs.schemas import (
     HISTORY_ITEM_IDS,
-    ITEM_EMBEDDINGS,
     MAIN,
     ROW_CLICKS,
     TOP_POSITIONS,
@@ -38,17 +40,16 @@ from feature_jobs.schemas import (
     resolution_of,
     scores_schema,
 )
-from feature_jobs.schemas import ITEM_FEATURES as FEATURES_TABLE
 from feature_jobs.schemas import TRAINING_ROWS as ROWS_TABLE
 from feature_jobs.store import broadcast, documents, hashing
 from pipelines.config import Settings
 from pipelines.planning.day_plan import NO_IDS, DayPlan
 from pipelines.planning.items import PlannedFeatures
 from pipelines.planning.made_with import history_settings, rows_settings
+from pipelines.planning.snapshots import ItemNight, Nights, candidates
 from pipelines.planning.yesterday import (
     IMPRESSIONS_PER_CLICK,
     Before,
-    Earlier,
     history_law,
     shards_of_log,
 )
@@ -170,15 +171,14 @@ class PlannedScores(Planned):
     """Holds what SIMSCORE must know of a day.
 
     `has_history` tells that its impressions come with their histories, `embeddings_by` how
-    embeddings reach them.
+    embeddings reach them; `nights` are those whose items they are scored with.
     """
 
     stage: Stage
     log: LogOfDay
     has_history: bool
     embeddings_by: str
-    features_before: Earlier | None
-    of_another_lineage: bool
+    nights: Nights
     schema: pa.Schema
 
     @property
@@ -186,27 +186,22 @@ class PlannedScores(Planned):
         """Returns the impressions of a log without a file: an empty table."""
         return self.schema.empty_table().select(IMPRESSION_COLUMNS)
 
-    def as_worker_knows_it(self, look: Look) -> SimscoreDay:
-        """Returns the day as the workers know it, once everything upstream is made."""
-        stage, (embedded, features) = self.stage, self.stage.upstream
-        found = look.table(features, FEATURES_TABLE), look.table(embedded, ITEM_EMBEDDINGS)
-        earlier = self.features_before
-        before = look.open(earlier.tables[0]).slim() if earlier else None
-        settings = self.log.settings
-        items = ItemTables(
-            found[0].slim(), found[1].slim(), before, self.of_another_lineage,
-            score_form(settings).labels, settings.simscore.embedding_dtype,
-        )  # fmt: skip
-        return SimscoreDay(
-            self.log.day, self.has_history, items, self._broadcast_key(look), stage.shards,
-            self.schema, **stage.identities, staging=stage.staging,
-        )  # fmt: skip
+    @property
+    def items(self) -> int:
+        """Returns how many items a copy of the largest of its nights has."""
+        return max((night.items for night in self.nights), default=0)
 
-    def _broadcast_key(self, look: Look) -> str:
-        """Names the machine's copy of the items that the job makes."""
-        made = [partition for one in self.stage.upstream for partition in look.made(one)]
-        found = [[one.version, one.manifest["made_from"]] for one in made]
-        return documents.digest([found, self.stage.staging])[:16]
+    def as_worker_knows_it(self, look: Look, folder: str) -> SimscoreDay:
+        """Returns the day as the workers of the job of a `folder` know it.
+
+        All that it is scored with is made by then; raises InputNotReady where it is not.
+        """
+        settings = self.log.settings
+        nights = tuple(_as_worker_knows_it(night, settings, look, folder) for night in self.nights)
+        return SimscoreDay(
+            self.log.day, self.has_history, nights, self.stage.shards, self.schema,
+            self.stage.staging,
+        )  # fmt: skip
 
     @classmethod
     def wire(cls, root: Any, days: Sequence["PlannedScores"], folder: str) -> None:
@@ -215,14 +210,45 @@ class PlannedScores(Planned):
         if not all(day.has_history or not day.log.log.rows for day in days):
             histories = histories_job(logs, [day.stage.shards for day in days], folder)
             log = [*logs[0].before.log, *(one.log for one in logs)]
-        known = tuple(day.as_worker_knows_it(look) for day in days)
+        known = tuple(day.as_worker_knows_it(look, folder) for day in days)
         by = SHUFFLE if SHUFFLE in {day.embeddings_by for day in days} else BROADCAST
         form = score_form(logs[0].settings)
         job = SimscoreJob(known, histories, form, by, folder)
         define_simscore(root, [one.log for one in logs], log, job)
 
-    def clean(self) -> None:
-        broadcast.discard(self._broadcast_key(Look()))
+    def clean(self, folder: str) -> None:
+        for night in self.as_worker_knows_it(Look(), folder).nights:
+            broadcast.discard(night.broadcast_key)
+
+
+def _as_worker_knows_it(
+    night: ItemNight, settings: Settings, look: Look, folder: str
+) -> ItemSnapshot:
+    features, embeddings = look.open(night.features), look.open(night.embeddings)
+    before = look.find(night.compared) if night.compared else None
+    is_other = before is not None and _are_of_two_lineages(features.manifest, before.manifest)
+    made = [one and one.version for one in (features, embeddings, before)]
+    return ItemSnapshot(
+        night.snapshot,
+        ItemTables(
+            features.slim(),
+            embeddings.slim(),
+            before and before.slim(),
+            is_other,
+            score_form(settings).labels,
+            settings.simscore.embedding_dtype,
+        ),
+        documents.digest([made, folder])[:16],  # days of the job share it, and no other job does
+        **features.manifest["identities"],
+    )
+
+
+def _are_of_two_lineages(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Returns whether neither codebook of two `item_features` is an ancestor of the other."""
+    lineages = [
+        (m["identities"]["codebook_id"], *m["settings"].get("ancestors", ())) for m in (one, other)
+    ]
+    return all(mine[0] not in theirs for mine, theirs in permutations(lineages))
 
 
 def score_form(settings: Settings) -> ScoreForm:
@@ -250,19 +276,19 @@ def score_settings(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _check_labels(form: ScoreForm, codebook: CodebookInfo) -> None:
+def _check_labels(form: ScoreForm, codebook_id: str, labels: Collection[str]) -> None:
     """Raises OperatorError where a column on request is of a resolution that is not there."""
-    known = [label for label in codebook.labels if label != MAIN]
+    known = [label for label in labels if label != MAIN]
     for column in form.columns:
         label = resolution_of(column)
-        if label is None or label in codebook.labels:
+        if label is None or label in labels:
             continue
         prefix = column.removesuffix(label)
         near = difflib.get_close_matches(label, known, n=1)
         hint = f"Did you mean {prefix + near[0]!r}? The" if near else "The"
         raise OperatorError(
             f"[simscore] columns asks for {column!r}, but the pinned codebook "
-            f"{codebook.codebook_id} has no resolution {label!r}, and the column would have no "
+            f"{codebook_id} has no resolution {label!r}, and the column would have no "
             f"cluster IDs to show. {hint} codebook has {', '.join(known) or 'none'} beside main. "
             "Ask for one of these, or leave the column out; `courier fit-codebook --clusters "
             f"main=…,{label}=…` makes one that has it."
@@ -270,15 +296,64 @@ def _check_labels(form: ScoreForm, codebook: CodebookInfo) -> None:
 
 
 def plan_simscore(
-    day: DayPlan, embedded: Planned, features: PlannedFeatures, histories: PlannedHistories
-) -> PlannedScores:
+    day: DayPlan, histories: PlannedHistories, embedded: Planned | None = None,
+    features: PlannedFeatures | None = None,
+) -> PlannedScores:  # fmt: skip
+    """Plans the scores of ds by its own items, or where these are not given of nights before it."""
+    if embedded and features:
+        codebook = day.pinned.codebook
+        _check_labels(score_form(day.settings), codebook.codebook_id, codebook.labels)
+        return _plan_scores(
+            day, histories, (_night_of_ds(embedded, features),),
+            inputs={"item_features": features.stage.run_id},
+            upstream=(embedded.stage, features.stage),
+            identities=day.pinned.identities(),
+        )  # fmt: skip
+    known_from_us = histories.log.day.known_from_us(history_law(day.settings))
+    nights = candidates(day.settings, day.ds, known_from_us, day.yesterdays)
+    return day.as_published(SIMSCORE, nights, partial(_plan_by_nights, day, histories))
+
+
+def _night_of_ds(embedded: Planned, features: PlannedFeatures) -> ItemNight:
+    (own,), embeddings = features.stage.references(), embedded.stage.references()[0]
+    before = features.compared_with
+    return ItemNight(
+        always(features.stage.ds), own, embeddings, {}, before.tables[0] if before else None,
+        embedded.stage.input_rows,
+    )  # fmt: skip
+
+
+def _plan_by_nights(day: DayPlan, histories: PlannedHistories, nights: Nights) -> PlannedScores:
+    settings = day.settings
+    for night in nights:
+        if not night.is_gone:
+            _check_labels(score_form(settings), night.codebook_id, night.labels)
+    return _plan_scores(
+        day, histories, nights,
+        {
+            "features_from": settings.simscore.features_from,
+            "availability_delay_hours": settings.availability_delay_hours,
+        },
+        inputs={"snapshots": [night.as_input() for night in nights]},
+        snapshots=tuple(table for night in nights for table in night.tables),
+        identities={},  # each row has those of its night
+    )  # fmt: skip
+
+
+def _plan_scores(
+    day: DayPlan, histories: PlannedHistories, nights: Nights,
+    said: Mapping[str, Any] = MappingProxyType({}), *, inputs: Mapping[str, Any], **fields: Any,
+) -> PlannedScores:  # fmt: skip
+    """Plans scores by `nights`, of which the stage has `inputs` and `fields`, its settings `said`.
+
+    Raises InputNotReady where they are to be made of histories that are gone.
+    """
     settings, log = day.settings, histories.log
     has_history = "history" in log.log.form.columns
     if has_history:
         log = replace(log, ids=(day.shop.user_id_type(NO_IDS[0]), day.item_id_type()))
     user_id, item_id = log.ids or NO_IDS
     form = score_form(settings)
-    _check_labels(form, day.pinned.codebook)
     schema = scores_schema(
         item_id,
         user_id,
@@ -286,6 +361,7 @@ def plan_simscore(
         form.columns,
         form.tiers,
         log.log.carried,
+        by_night=bool(said),
     )
     stage = day.stage(
         SIMSCORE,
@@ -296,24 +372,21 @@ def plan_simscore(
         inputs={
             "impressions": log.log.identity(),
             **({} if has_history else log.before.inputs()),
-            "item_features": features.stage.run_id,
+            **inputs,
         },
-        upstream=(embedded.stage, features.stage),
         before=() if has_history else log.before.tables,
-        identities=day.pinned.identities(),
-        settings={**history_settings(settings), **score_settings(settings)},
+        settings={**history_settings(settings), **score_settings(settings), **said},
         input_rows=log.log.rows,
         notes={
             "logged_histories": has_history,
             "days_without_log": [] if has_history else list(log.before.missing),
         },
+        **fields,
     )
     if log.before.is_gone and not has_history:
         _refuse_if_to_be_made(day, stage)
-    return PlannedScores(
-        stage, log, has_history, embeddings_by(day, embedded.stage.input_rows),
-        features.compared_with, features.of_another_lineage, schema,
-    )  # fmt: skip
+    by = embeddings_by(day, max((night.items for night in nights), default=0), len(nights))
+    return PlannedScores(stage, log, has_history, by, nights, schema)
 
 
 def _refuse_if_to_be_made(day: DayPlan, stage: Stage) -> None:
@@ -329,16 +402,17 @@ def _refuse_if_to_be_made(day: DayPlan, stage: Stage) -> None:
     )
 
 
-def embeddings_by(day: DayPlan, items: int) -> str:
-    """Chooses how the embeddings of so many items reach the impressions.
+def embeddings_by(day: DayPlan, items: int, nights: int = 1) -> str:
+    """Chooses how the embeddings of so many items, in each of a day's nights, reach impressions.
 
-    Of several days in one job each day has a copy of its own.
+    Of several days in one job each day adds a copy of its own.
     """
     asked = day.options.embeddings_by or day.settings.simscore.embeddings_by
     if asked != "auto":
         return asked
     limit = day.settings.simscore.broadcast_limit_gb * 1e9
-    return BROADCAST if broadcast_bytes(items) * day.range.days <= limit else SHUFFLE
+    copies = day.range.days + nights - 1
+    return BROADCAST if broadcast_bytes(items) * copies <= limit else SHUFFLE
 
 
 # ---- TRAINING-ROWS ---------------------------------------------------------------------------

@@ -265,7 +265,7 @@ class PlannedFeatures(Planned):
         ]  # fmt: skip
         define_item_features(root, jobs, folder)
 
-    def clean(self) -> None:
+    def clean(self, folder: str) -> None:
         codebooks.discard_copy(self.pinned.codebook.codebook_id)
 
     def summarise(self) -> dict[str, Any]:

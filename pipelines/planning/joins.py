@@ -173,7 +173,7 @@ class PlannedJoin(Planned):
             nights, self.scores and self.scores.slim(), self.schema, self.ids, self.stage.staging,
         )  # fmt: skip
 
-    def clean(self) -> None:
+    def clean(self, folder: str) -> None:
         for night in self.nights:
             broadcast.discard(night.key)
             broadcast.discard(f"facts-{night.key}")

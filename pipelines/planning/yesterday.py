@@ -241,7 +241,7 @@ class Yesterdays:
         if not self._reaches(kind, ds, found):
             return True
         then = own.manifest["made_from"].get("before", {})
-        now = {p.manifest["table"]: p.version for p in self._published_now(found)}
+        now = {p.manifest["table"]: p.version for p in self.published_now(found)}
         handed_on = [table.name for table in _HANDED_ON.get(kind, ())]
         return bool(now) and all(then.get(name) == now.get(name) for name in handed_on)
 
@@ -262,13 +262,13 @@ class Yesterdays:
         found = self.at(EMBED, stage.before[0].ds)
         if found is None or found.run_id != _named_run(own[0]):
             return False
-        is_to_be_made = not self._published_now(found)
+        is_to_be_made = not self.published_now(found)
         if is_to_be_made and not self.published(EMBED, found.ds):
             return False
         is_same = all(self.look.is_followed(stage.before, one) for one in own)
         return (is_to_be_made or not is_same) and self._reaches(EMBED, stage.ds, found)
 
-    def _published_now(self, earlier: Earlier) -> tuple[Partition, ...]:
+    def published_now(self, earlier: Earlier) -> tuple[Partition, ...]:
         """Returns its tables as they are published; none where they are to be made."""
         if earlier.planned is None:
             return earlier.published
@@ -278,7 +278,7 @@ class Yesterdays:
 
     def changes_of(self, kind: Kind, earlier: Earlier) -> frozenset[dt.date]:
         """Returns the days for whose change a stage was made again, or is to be; else its own."""
-        if found := self._published_now(earlier):
+        if found := self.published_now(earlier):
             noted = found[0].manifest["notes"].get(MADE_AGAIN_FOR, [str(earlier.ds)])
             return frozenset(map(dt.date.fromisoformat, noted))
         return self.changed.get((kind.name, earlier.ds), frozenset([earlier.ds]))

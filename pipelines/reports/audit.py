@@ -4,8 +4,9 @@ One hash bucket of the users of ds is taken as it is, and its features are made 
 that the nightly jobs call. Then clicks are planted in a copy of it, around sampled impressions, and
 the features are made again: those of a sampled impression must move for a click just before it,
 which shows that the audit can see, and for no other; and no impression of the bucket may move for
-a click that it was not later than. What was published for ds must be what these functions make, and
-encoder, codebook and embeddings must be of days before ds.
+a click that it was not later than. Where scores are of the nights before ds, a later night is
+planted likewise. What was published for ds must be what these functions make, and encoder, codebook
+and embeddings must be of days before ds.
 """
 
 import datetime as dt
@@ -19,16 +20,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_jobs.impressions.histories import HistoriesJob, clicks_of, history_lists
-from feature_jobs.impressions.simscore import read_impressions, score_impressions
+from feature_jobs.impressions.simscore import (
+    ItemSnapshot,
+    by_night,
+    read_impressions,
+    score_by_night,
+)
+from feature_jobs.impressions.snapshots import Snapshot
 from feature_jobs.inputs import RowGroup, Source, day_end
 from feature_jobs.items.item_vectors import ItemVectors, ask_all
-from feature_jobs.schemas import HISTORY_ITEM_IDS, ITEM_EMBEDDINGS, TIMESTAMP, USER_SIMSCORES
+from feature_jobs.schemas import HISTORY_ITEM_IDS, TIMESTAMP, USER_SIMSCORES
 from feature_jobs.store import arrays, hashing, partitions
 from feature_jobs.store.arrays import differ_from_before
 from pipelines.config import Settings
 from pipelines.nightly import plan_day
 from pipelines.planning.day_plan import DayPlan, NightOptions, Range
 from pipelines.planning.impressions import PlannedScores, histories_job, score_form
+from pipelines.planning.pinned import PinnedArtefacts
+from pipelines.planning.snapshots import ItemNight
 from pipelines.running.states import PUBLISHED, Look
 from pipelines.stages import SIMSCORE
 
@@ -58,6 +67,13 @@ PLANTS = (
     Plant("clicked at that very moment", 0, 0, False),
     Plant("clicked 1 us after", 1, 1, False),
     Plant("shown a minute before, clicked 1 us after", 1, -_EARLIER_US, False),
+)
+
+
+# A night that is planted is available so long after the moment of an impression: must that move?
+NIGHTS = (
+    ("night available at that very moment", 0, True),
+    ("night available 1 us after", 1, False),
 )
 
 
@@ -180,7 +196,8 @@ class _Bucket:
             job = histories_job([scores.log], [buckets], scores.stage.staging)
             self.job = replace(job, shards=buckets)
             self._earlier = [arrays.to_ipc(self._clicks(log)) for log in scores.log.before.log]
-        self.items = self._ask_for_items()
+        self.nights = scores.as_worker_knows_it(look, scores.stage.staging).nights
+        self._items = self._ask_for_items()
 
     def _clicks(self, log: Source) -> pa.Table:
         """Returns the bucket's clicks in the log of an earlier day."""
@@ -189,7 +206,8 @@ class _Bucket:
         end_us = day_end(log.form.ds, self.job.day_timezone)
         return clicks_of(rows, log.form.ds.toordinal(), end_us, self.job.law)
 
-    def _ask_for_items(self) -> ItemVectors:
+    def _ask_for_items(self) -> dict[str, ItemVectors]:
+        """Returns the items of each night, by its key."""
         ids = [self.rows["item_id"].combine_chunks()]
         if self.job is None:
             ids.append(pc.list_flatten(self.rows["history"].combine_chunks()))
@@ -197,7 +215,7 @@ class _Bucket:
             (known,) = self.job.known(self.bucket, self._chunks(self.rows.slice(0, 0)))
             ids.append(known.item_ids)
         self.ids = pc.unique(pa.concat_arrays(ids))
-        return ask_all(self.scores.as_worker_knows_it(self.look).items, self.ids)
+        return {one.broadcast_key: ask_all(one.items, self.ids) for one in self.nights}
 
     @property
     def probes(self) -> tuple[pa.Scalar, pa.Scalar]:
@@ -211,14 +229,23 @@ class _Bucket:
         own = [clicks_of(rows, day.number, day.end_us, law) for rows in (self.rows, planted)]
         return [*self._earlier, *map(arrays.to_ipc, own)]
 
-    def features(self, planted: pa.Table | None = None) -> pa.Table:
-        """Makes `user_simscores` of the bucket, with clicks of `planted` impressions in the log."""
+    def features(
+        self, planted: pa.Table | None = None, planted_nights: tuple[ItemSnapshot, ...] = ()
+    ) -> pa.Table:
+        """Makes `user_simscores` of the bucket, with clicks of `planted` impressions in the log.
+
+        Planted nights are of the items of the others, by other names.
+        """
+        nights = (*self.nights, *planted_nights)
         rows = self.rows
         if self.job is not None:
             planted = rows.slice(0, 0) if planted is None else planted
             (known,) = self.job.known(self.bucket, self._chunks(planted))
             rows = rows.append_column("history", history_lists(known, rows))
-        return score_impressions(rows, self.items, self.form)[0]
+        return score_by_night(by_night(rows, nights), nights, self._items_of, self.form)[0]
+
+    def _items_of(self, night: ItemSnapshot, _: pa.Table) -> ItemVectors:
+        return self._items[night.broadcast_key]
 
 
 def _rows_of_bucket(
@@ -247,6 +274,11 @@ def _audit_features(bucket: _Bucket, sample: int, report: Report) -> None:
     published = _published(bucket.scores, bucket.look, report)
     if published is not None:
         _audit_published(published, before, report)
+    if bucket.nights and "feature_ds" in bucket.scores.schema.names:
+        for name, after_us, must_move in NIGHTS:
+            moved = _plant_night(name, after_us, must_move, bucket, before)
+            report.planted.append(moved)
+            _judge(moved, report, "night", "they are scored with an older night than they may know")
     if bucket.job is None:
         report.tell(
             UNVERIFIED,
@@ -270,6 +302,31 @@ def _audit_features(bucket: _Bucket, sample: int, report: Report) -> None:
         moved = _plant(plant, bucket, before, sampled)
         report.planted.append(moved)
         _judge(moved, report)
+
+
+def _plant_night(
+    name: str, after_us: int, must_move: bool, bucket: _Bucket, before: pa.Table
+) -> Moved:
+    """Makes the features again with a newer night, available near the middle impression's moment.
+
+    Only those from when it is available may move, and all of them must.
+    """
+    moments = before["event_time"].cast(pa.int64()).to_numpy()
+    middle = np.sort(moments)[len(moments) // 2]
+    night = Snapshot(bucket.scores.stage.ds, int(middle) + after_us)
+    planted = replace(bucket.nights[0], snapshot=night, encoder_id="planted")
+    after = bucket.features(planted_nights=(planted,))
+    columns = {one: _differs(before[one], after[one]) for one in before.column_names}
+    differs, sampled = np.any(list(columns.values()), axis=0), moments == middle
+    wrongly = differs & (moments < night.from_us)
+    return Moved(
+        name,
+        must_move,
+        int(sampled.sum()),
+        int((differs & sampled).sum()),
+        int(wrongly.sum()),
+        tuple(one for one, moved in columns.items() if moved.any()),
+    )
 
 
 def _sample(features: pa.Table, known_from_us: int, count: int) -> np.ndarray:
@@ -354,22 +411,27 @@ def _differs(one: pa.ChunkedArray, other: pa.ChunkedArray) -> np.ndarray:
         both = pa.concat_arrays([one.combine_chunks(), other.combine_chunks()])
         paired = np.arange(len(both)).reshape(2, -1).T.reshape(-1)
         return differ_from_before(both.take(pa.array(paired)))[1::2]
-    same = pc.or_(pc.equal(one, other), pc.and_(pc.is_null(one), pc.is_null(other)))
+    same = pc.or_kleene(pc.equal(one, other), pc.and_(pc.is_null(one), pc.is_null(other)))
     return ~pc.fill_null(same, False).to_numpy()
 
 
-def _judge(moved: Moved, report: Report) -> None:
+def _judge(
+    moved: Moved,
+    report: Report,
+    planted: str = "clicks",
+    lacking: str = "clicks which a history must know are missing from it",
+) -> None:
     if moved.wrongly:
         report.tell(
             LEAK,
             f"{moved.plant}: {moved.wrongly:,} impressions moved that were not later than the "
-            f"planted clicks, in {', '.join(moved.columns)}",
+            f"planted {planted}, in {', '.join(moved.columns)}",
         )
     if moved.must_move and moved.moved < moved.sampled:
         report.tell(
             LEAK,
             f"{moved.plant}: only {moved.moved:,} of {moved.sampled:,} sampled impressions moved, "
-            "so that clicks which a history must know are missing from it",
+            f"so that {lacking}",
         )
 
 
@@ -430,31 +492,40 @@ def _audit_clicks(rows: pa.Table, has_history: bool, report: Report) -> None:
 
 
 def _audit_artefacts(day: DayPlan, scores: PlannedScores, look: Look, report: Report) -> None:
-    pinned, ds = day.pinned, day.ds
-    for what, name, end in (
-        ("encoder", pinned.encoder.encoder_id, pinned.encoder.data_end_ds),
-        ("codebook", pinned.codebook.codebook_id, pinned.codebook.data_end_ds),
-    ):
-        made = f"{what} {name} was made from data up to ds {end}" if end else f"{what} {name}"
+    made = dict[str, str | None]()  # up to which day the data of what was made goes, by its name
+    for night in scores.nights:
+        pinned = PinnedArtefacts(day.settings, night.snapshot.ds, True, day.range.artefacts)
+        if look.open(night.features).manifest["identities"] == pinned.identities():
+            made[f"encoder {pinned.encoder.encoder_id}"] = pinned.encoder.data_end_ds
+            made[f"codebook {pinned.codebook.codebook_id}"] = pinned.codebook.data_end_ds
+            continue
+        told = f"encoder and codebook of the night of ds {night.snapshot.ds} are not those that "
+        report.tell(UNVERIFIED, f"{told}are pinned for it now: of what they were made is not known")
+    for name, end in made.items():
         if end is None:
-            report.tell(OK, f"{made} was made from no data of the shop")
-        elif end < str(ds):
-            report.tell(OK, f"{made}, before ds")
+            report.tell(OK, f"{name} was made from no data of the shop")
+        elif end < str(day.ds):
+            report.tell(OK, f"{name} was made from data up to ds {end}, before ds")
         else:
-            report.tell(LEAK, f"{made}, which is not before ds {ds}")
-    embedded, _ = scores.stage.upstream
-    _audit_embeddings(look.table(embedded, ITEM_EMBEDDINGS), scores.log.day.end_us, report)
+            told = f"{name} was made from data up to ds {end}, which is not before ds {day.ds}"
+            report.tell(LEAK, told)
+    for night in scores.nights:
+        _audit_embeddings(look.open(night.embeddings), night, day, report)
 
 
-def _audit_embeddings(embeddings: partitions.Partition, end_us: int, report: Report) -> None:
+def _audit_embeddings(
+    embeddings: partitions.Partition, night: ItemNight, day: DayPlan, report: Report
+) -> None:
     """Tells of images written after the day's end: its users may have seen other ones."""
+    end_us = day_end(night.snapshot.ds, day.settings.day_timezone)
+    ds = "ds" if night.snapshot.ds == day.ds else f"ds {night.snapshot.ds}"
     read = partial(partitions.read_parquet, columns=["item_id", "image_mtime"])
     with ThreadPoolExecutor(_READERS) as pool:
         rows = pa.concat_tables(pool.map(read, embeddings.paths))
     times = rows["image_mtime"]
     late = pc.sum(pc.greater_equal(times.cast(pa.int64()), end_us)).as_py() or 0
     if embeddings.manifest["notes"].get("one_snapshot_for_all_days"):
-        report.tell(UNVERIFIED, "one catalogue serves all days: it may hold what came after ds")
+        report.tell(UNVERIFIED, f"one catalogue serves all days: it may hold what came after {ds}")
     if times.null_count:
         report.tell(
             UNVERIFIED,
@@ -466,11 +537,11 @@ def _audit_embeddings(embeddings: partitions.Partition, end_us: int, report: Rep
         report.tell(
             UNVERIFIED,
             f"the images of {late:,} of {len(rows):,} items, such as {first}, were written after "
-            "the end of ds: what users saw may have been another one",
+            f"the end of {ds}: what users saw may have been another one",
         )
     elif len(rows) > times.null_count:
         report.tell(
-            OK, f"{len(rows) - times.null_count:,} images were written before the end of ds"
+            OK, f"{len(rows) - times.null_count:,} images were written before the end of {ds}"
         )
 
 
@@ -485,14 +556,14 @@ def render(report: Report) -> str:
     ]
     if report.planted:
         width = max(len(moved.plant) for moved in report.planted)
-        lines += ["", f"{'planted click':{width}}  sampled    moved  must move  moved wrongly"]
+        lines += ["", f"{'planted':{width}}  sampled    moved  must move  moved wrongly"]
     for moved in report.planted:
         must = "yes" if moved.must_move else "no"
         lines.append(
             f"{moved.plant:{width}}  {moved.sampled:7,}  {moved.moved:7,}  {must:>9}  "
             f"{moved.wrongly:13,}"
         )
-    moving = next((moved.columns for moved in report.planted if moved.must_move), ())
+    moving = next((moved.columns for moved in report.planted if moved.plant == PLANTS[0].name), ())
     lines += [f"features that moved for clicks before: {', '.join(moving)}"] if moving else []
     lines += ["", *(f"{finding.level:10} {finding.text}" for finding in report.findings)]
     lines.append("no leak was found" if not report.leaks else f"{len(report.leaks)} LEAKS")

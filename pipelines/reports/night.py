@@ -136,6 +136,7 @@ def _simscore(counts: Numbers, work: Numbers) -> str:
     rows = counts["impressions"]
     found = _nonzero(
         (rows - counts["without_history"], "with a history"),
+        (counts["without_snapshot"], "before any night"),
         (counts["unknown_items"], "of items that the catalogue lacks"),
         (counts["too_late_for_a_history"], "too late for a history"),
         (counts["click_times_before_event"], "clicked before they were shown"),

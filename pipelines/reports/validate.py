@@ -334,7 +334,9 @@ def _recompute(
     if scores is None or not scores.part.rows or settings.impressions is None:
         return
     found = scores.found
-    needed = {ITEM_EMBEDDINGS.name, ITEM_FEATURES.name, USER_SIMSCORES.name}
+    is_of_ds = found.settings.get("features_from", "same") == "same"
+    items = {ITEM_EMBEDDINGS.name, ITEM_FEATURES.name} if is_of_ds else set[str]()
+    needed = {USER_SIMSCORES.name} | items
     without = sorted((needed - set(checked)) | (needed & broken))
     if without:
         why = f"{', '.join(without)} cannot be relied on"

@@ -58,11 +58,17 @@ class _Previous(_Document):
     ds: dt.date
 
 
+class _Night(_Document):
+    ds: dt.date
+    from_us: int
+
+
 class _Inputs(_Document):
     catalogue: _Log | None = None
     impressions: _Log | None = None
     log: list[_Log] | None = None
     previous: _Previous | None = None
+    snapshots: list[_Night] | None = None
 
 
 class _MadeFrom(_Document):
@@ -70,6 +76,7 @@ class _MadeFrom(_Document):
 
     __pydantic_extra__: dict[str, str] = Field(init=False)
     before: dict[str, str] = {}
+    snapshots: dict[str, dict[str, str]] = {}
 
 
 class _Settings(_Document):
@@ -228,7 +235,7 @@ def check_made_from(
     for found in tables.values():
         ds = found.manifest["ds"]
         then = dict(found.manifest.get("made_from", {}))
-        before = then.pop("before", {})
+        before, nights = then.pop("before", {}), then.pop("snapshots", {})
         for name, version in then.items():
             there = tables[name].partition.version if name in tables else None
             if there == version or name in changing or (there is None and name in pruned):
@@ -236,6 +243,7 @@ def check_made_from(
             told = f"{name} was {version}, and is {there or 'not there'} now: run `courier refresh "
             yield found.finding("an upstream was made again since", f"{told}--ds {ds}`")
         yield from _goes_on(found, before, layout)
+        yield from _scored_with(found, nights, layout)
     yield from _artefacts(tables)
     logs = [
         tables[name].manifest.get("inputs", {}).get("impressions")
@@ -262,6 +270,19 @@ def _goes_on(found: Published, before: Mapping[str, str], layout: Layout) -> Ite
         if there and there != version and version not in map(partitions.published_version, folders):
             told = f"it goes on from {name} of ds {earlier} as {version}, which is {there} by now"
             yield found.finding("it is stale", told, WARNING)
+
+
+def _scored_with(
+    found: Published, nights: Mapping[str, Mapping[str, str]], layout: Layout
+) -> Iterator[Finding]:
+    """Yields a warning where a night that its impressions are scored with is another by now."""
+    for ds, tables in nights.items():
+        for name, version in tables.items():
+            folder = layout.folder(TABLES[name], dt.date.fromisoformat(ds))
+            there = partitions.published_version(folder)
+            if there and there != version:
+                told = f"it is scored with {name} of ds {ds} as {version}, which is {there} by now"
+                yield found.finding("it is stale", told, WARNING)
 
 
 def _artefacts(tables: Mapping[str, Published]) -> Iterator[Finding]:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from feature_jobs import inputs, laws
 from feature_jobs.impressions.scores import mean_scores, sim_buckets, simtier, top_positions
 from feature_jobs.impressions.simscore import score_histograms
+from feature_jobs.impressions.snapshots import Snapshot, night_at
 from feature_jobs.laws import Breach, Breaches
 from feature_jobs.schemas import (
     HISTORY_ITEM_IDS,
@@ -269,7 +270,10 @@ def _expected_schema(found: Published, there: pa.Schema) -> pa.Schema:
         # From the shop's log.
         carried = [one for one in there if one.name not in own and not score_field(one.name)]
         asked = {*found.settings.get("columns", ()), HISTORY_ITEM_IDS} - set(optional)
-        return scores_schema(**ids, columns=asked, tiers=found.tiers, carried=carried)
+        by_night = found.settings.get("features_from") == "previous"
+        return scores_schema(
+            **ids, columns=asked, tiers=found.tiers, carried=carried, by_night=by_night
+        )
     labels = [label for label in found.settings.get("max_id", {}) if label != MAIN]
     return table.schema(**ids, extra=[*map(cluster_field, labels)], without=optional)
 
@@ -406,10 +410,26 @@ def _more_laws(found: Published, rows: pa.Table) -> Breaches:
         yield from _not_after(found, rows, found.end_us)
     if found.table is USER_SIMSCORES:
         yield from _derived(rows, found.tiers)
+        yield from _of_night(found, rows)
     ds = pa.scalar(dt.date.fromisoformat(found.manifest["ds"]))
     for name in ("left_catalogue_ds", "last_ds"):
         if name in rows.column_names:
             yield Breach(f"{name} comes after ds", _bool(pc.greater(rows[name], ds)))
+
+
+def _of_night(found: Published, rows: pa.Table) -> Breaches:
+    """States that each impression takes the night that its moment may know, as inputs tell."""
+    nights = found.manifest.get("inputs", {}).get("snapshots")
+    if nights is None or "feature_ds" not in rows.column_names:
+        return
+    snapshots = [Snapshot(dt.date.fromisoformat(one["ds"]), one["from_us"]) for one in nights]
+    place = night_at(rows["event_time"].cast(pa.int64()).to_numpy(), snapshots)
+    days = pa.array([one.ds for one in snapshots], pa.date32())
+    expected = days.take(pa.array(place, mask=place < 0))
+    same = pc.equal(rows["feature_ds"], expected).combine_chunks().fill_null(False)
+    both_null = pc.and_(pc.is_null(rows["feature_ds"]), pc.is_null(expected)).combine_chunks()
+    wrong = pc.invert(pc.or_(same, both_null)).to_numpy(zero_copy_only=False)
+    yield Breach("feature_ds is not the night that its moment may know", wrong)
 
 
 def _bool(column: pa.ChunkedArray) -> np.ndarray:
@@ -524,6 +544,10 @@ def _scores(rows: pa.Table) -> Counted:
         "without_history": _true(pc.equal(rows["history_len"], 0)),
         "scored_impressions": _true(pc.greater(rows["sim_known"], 0)),
     }
+    if "feature_ds" in rows.column_names:
+        none = rows.filter(pc.is_null(rows["feature_ds"]))
+        counts["without_snapshot"] = len(none)
+        counts["histories_without_snapshot"] = _true(pc.greater(none["history_len"], 0))
     places = pc.list_value_length(rows["sim_scores"])[0].as_py()  # of each row, by its law
     names = ("history_len", "sim_known", "sim_max")
     scored = {name: rows[name].to_numpy() for name in names}

@@ -323,7 +323,8 @@ def _simscore(evidence: Evidence, limits: Gates) -> Iterator[_Seen]:
     n = counts["impressions"]
     unknown = examples.get("unknown_items", ())
     what = "impressions are of items that the catalogue lacks"
-    yield _share("unknown_items", counts["unknown_items"], n, what, unknown)
+    with_items = n - counts.get("without_snapshot", 0)  # of the others nothing can be known
+    yield _share("unknown_items", counts["unknown_items"], with_items, what, unknown)
     what = "impressions are of items whose cluster ID is not that of the day before"
     moved = counts["moved_impressions"], counts["compared_impressions"]
     yield _share("churn", *moved, what, subject="impressions")
@@ -336,7 +337,8 @@ def _simscore(evidence: Evidence, limits: Gates) -> Iterator[_Seen]:
         timed = counts["clicks_with_time"], counts["clicks"]
         yield _share("click_times", *timed, what, least=_LEAST_ROWS)
     what = "impressions with a history have a known score"
-    scored = counts.get("scored_impressions"), n - counts["without_history"]
+    with_both = n - counts["without_history"] - counts.get("histories_without_snapshot", 0)
+    scored = counts.get("scored_impressions"), with_both
     yield _share("score_coverage", *scored, what, least=_LEAST_ROWS)
     yield from _score_drifts(evidence, limits)
     yield from _traffic(

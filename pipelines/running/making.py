@@ -158,7 +158,7 @@ def make(
     finally:
         with contextlib.suppress(CourierError):  # which would hide what the job ended for
             for one in planned:
-                one.clean()
+                one.clean(folder)
     locks.check()
     look = Look()  # each day is sealed when the look comes to it, for the day after
     for one in planned:

@@ -53,7 +53,8 @@ class Stage:
 
     `inputs` are what the work depends on, `identities` the artefacts it uses, `notes` what a reader
     of the manifest should know. `upstream` are stages of the same ds, `before` the tables of an
-    earlier day that it goes on from, by name. A `forced` stage is made again although it is
+    earlier day that it goes on from, by name, `snapshots` those of nights before it that it reads
+    as they are now. A `forced` stage is made again although it is
     published, for the reason `forced_by`. One that `follows` is published only as it is
     made from the content that `before` has now: the run_id does not tell that.
     """
@@ -67,6 +68,7 @@ class Stage:
     settings: Mapping[str, Any]
     upstream: tuple["Stage", ...] = ()
     before: tuple[Reference, ...] = ()
+    snapshots: tuple[Reference, ...] = ()
     input_rows: int = 0
     notes: Mapping[str, Any] = field(default_factory=dict)
     forced_by: str = ""
@@ -187,8 +189,8 @@ class Planned(ABC):
         """Returns how many items the day had whose embeddings it takes over; None for no such."""
         return None
 
-    def clean(self) -> None:
-        """Frees what the job left on this machine: nothing, but for those that say so."""
+    def clean(self, folder: str) -> None:
+        """Frees what the job of a `folder` left on this machine: nothing, unless a kind says so."""
         return
 
     def summarise(self) -> Mapping[str, Any]:

@@ -153,16 +153,25 @@ class Look:
             self._held[day] = hold is not None
         return self._held[day]
 
-    def made_from(self, stage: Stage) -> dict[str, str] | None:
-        """Returns the versions of all tables upstream; None where one is not made."""
+    def made_from(self, stage: Stage) -> dict[str, Any] | None:
+        """Returns the versions of all tables upstream; None where one is not made.
+
+        Those of nights before are its "snapshots", by ds.
+        """
         found = [(one, self._tables(one)[1]) for one in stage.upstream]
-        if not all(tables for _, tables in found):
+        nights = [(one, self.find(one)) for one in stage.snapshots]
+        if not all(tables for _, tables in found) or not all(there for _, there in nights):
             return None
-        return {
+        snapshots: dict[str, dict[str, str]] = {}
+        for one, there in nights:
+            if there:
+                snapshots.setdefault(str(one.ds), {})[one.table.name] = there.version
+        upstream = {
             table.name: partition.version
             for one, tables in found
             for table, partition in zip(one.tables, tables, strict=True)
         }
+        return {**upstream, **({"snapshots": snapshots} if "snapshots" in stage.inputs else {})}
 
     # -- What is made --
 
@@ -191,6 +200,8 @@ class Look:
 
     def open(self, reference: Reference) -> Partition:
         """Returns the table that a reference names; raises InputNotReady where it is not there."""
+        if reference.stage:
+            return self.table(reference.stage, reference.table)
         if found := self.find(reference):
             return found
         raise InputNotReady(
@@ -218,11 +229,45 @@ class Look:
         yield from changes
         if not changes:
             yield from (_again(f"upstream {one.name}", one.references()) for one in again)
+            yield from _nights_made_again(old, stage, self)
         if not changes and stage.follows:
             yield _again("previous", stage.before)
 
 
-def _was_made_again(upstream: Stage, old: Partition, made_from: Mapping[str, str] | None) -> bool:
+def _nights_made_again(old: Partition, stage: Stage, look: Look) -> Iterator[Reason]:
+    """Yields the nights that are of other content by now, or are to be, under the same run_id."""
+    then = old.manifest["made_from"].get("snapshots", {})
+    for night, tables in _by_night(stage).items():
+        there = {one.table.name: look.find(one) for one in tables}
+        now = {name: found.version if found else None for name, found in there.items()}
+        if then.get(night) != now:
+            yield _again(f"snapshot of ds {night}", tables)
+
+
+def _nights_changed(
+    then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], stage: Stage
+) -> Iterator[Reason]:
+    """Yields which nights a stage names otherwise than its published tables do."""
+    old = {one["ds"]: one for one in then}
+    for one in now:
+        if one["ds"] not in old:
+            yield Reason(f"snapshot of ds {one['ds']} is new")
+        elif any(
+            one[name] != run_id for name, run_id in old[one["ds"]].items() if name != "from_us"
+        ):
+            yield _again(f"snapshot of ds {one['ds']}", _by_night(stage).get(one["ds"], []))
+    for ds in sorted(old.keys() - {one["ds"] for one in now}):
+        yield Reason(f"snapshot of ds {ds} is not taken any more")
+
+
+def _by_night(stage: Stage) -> dict[str, list[Reference]]:
+    found: dict[str, list[Reference]] = {}
+    for one in stage.snapshots:
+        found.setdefault(str(one.ds), []).append(one)
+    return found
+
+
+def _was_made_again(upstream: Stage, old: Partition, made_from: Mapping[str, Any] | None) -> bool:
     then = old.manifest["made_from"]
     return made_from is None or any(
         then.get(table.name) != made_from.get(table.name) for table in upstream.tables
@@ -243,7 +288,9 @@ def _changes(old: Partition, stage: Stage) -> Iterator[Reason]:
     then, now = old.manifest["inputs"], _as_json(stage.inputs)
     changed = [name for name in dict.fromkeys([*then, *now]) if then.get(name) != now.get(name)]
     for name in changed:
-        if name != "log_rows" or len(changed) == 1:  # they follow from the log
+        if name == "snapshots" and name in then and name in now:
+            yield from _nights_changed(then[name], now[name], stage)
+        elif name != "log_rows" or len(changed) == 1:  # they follow from the log
             yield _input_changed(name, then.get(name), now.get(name), stage)
     shards = old.manifest.get("shards", len(old.manifest["files"]))  # not told by earlier versions
     if shards != stage.shards and old.manifest["inputs"] == now:
@@ -285,7 +332,7 @@ def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
 
 
-def _is_mine(partition: Partition, stage: Stage, made_from: Mapping[str, str] | None) -> bool:
+def _is_mine(partition: Partition, stage: Stage, made_from: Mapping[str, Any] | None) -> bool:
     """Returns whether a partition was made by this run, from what is upstream now.
 
     Images are in no run_id, so a stage that was made again may hold other content under the same
@@ -293,8 +340,18 @@ def _is_mine(partition: Partition, stage: Stage, made_from: Mapping[str, str] | 
     """
     if partition.run_id != stage.run_id or made_from is None:
         return False
-    then = partition.manifest["made_from"]
-    return {name: then.get(name) for name in made_from} == made_from
+    return _is_among(made_from, partition.manifest["made_from"])
+
+
+def _is_among(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
+    """Returns whether all that is said `now` was said `then`; more may have been.
+
+    A night that was taken away is not spoken of any more.
+    """
+    return all(
+        _is_among(said, then.get(name, {})) if isinstance(said, dict) else then.get(name) == said
+        for name, said in now.items()
+    )
 
 
 def _is_told(staged: Partition) -> bool:
@@ -382,6 +439,8 @@ def begin(stage: Stage, why: Sequence[str], look: Look) -> None:
     """
     for one in stage.upstream:
         look.made(one)
+    for night in stage.snapshots:
+        look.open(night)
     path = os.path.join(stage.staging, _BEGUN)
     found = files.read_if_there(path)
     begun = parse_json(path, found) if found else {}

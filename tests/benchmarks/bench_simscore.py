@@ -407,7 +407,7 @@ def score_row_fully(row: dict[str, Any], vectors: dict[int, np.ndarray]) -> dict
 
 SCORE_SCHEMA = pa.schema([*list(LOG_SCHEMA)[:-1], ("sim_scores", pa.list_(pa.float32()))])
 FULL_SCHEMA = USER_SIMSCORES.schema(
-    pa.int64(), pa.int64(), pa.string(), without=["history_item_ids", "same_cluster"]
+    pa.int64(), pa.int64(), pa.string(), without=["history_item_ids", "same_cluster", "feature_ds"]
 )
 BY_ROW = {
     "rows, scores alone": (score_row, SCORE_SCHEMA),

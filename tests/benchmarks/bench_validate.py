@@ -137,7 +137,11 @@ def publish(top: Path, table: Table, ids: np.ndarray, draw: Callable, rows: int)
     """Writes a table of `rows` rows of some items or users; its manifest is what checks ask."""
     folder, shards = str(top / table.name), hashing.num_shards(rows, ROWS_PER_SHARD)
     of = hashing.shard_of(hashing.hash_ids(pa.array(ids)), shards)
-    without = ["second_distance", "embedding"] if table is ITEM_FEATURES else ["history_item_ids"]
+    without = (
+        ["second_distance", "embedding"]
+        if table is ITEM_FEATURES
+        else ["history_item_ids", "feature_ds"]
+    )
     schema = table.schema(pa.int64(), pa.int64(), pa.string(), without=without)
     for shard in range(shards):
         columns = pa.table(draw(ids[of == shard], np.random.default_rng(shard)))

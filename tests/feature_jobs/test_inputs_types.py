@@ -104,7 +104,9 @@ def test_a_carried_column_reaches_the_table_from_any_type(tmp_path: Path, case: 
     )
     for name in ("encoder_id", "codebook_id"):
         scored = scored.append_column(name, pa.array(["x"] * 3))
-    schema = USER_SIMSCORES.schema(pa.int64(), pa.int64(), pa.string(), extra=source.carried)
+    schema = USER_SIMSCORES.schema(
+        pa.int64(), pa.int64(), pa.string(), extra=source.carried, without=["feature_ds"]
+    )
     limits = {"sim_scores": 2}
     partitions.write_part(str(tmp_path), USER_SIMSCORES, schema, scored, 0, 1, limits=limits)
     path = str(tmp_path / "part-00000-of-00001.parquet")

@@ -44,6 +44,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "sim_scores": [0.5, 0.0, 0.0], "sim_mask": [1, 0, 0], "history_item_ids": [4, 5],
         "history_len": 2, "sim_known": 1, "sim_max": 0.5, "sim_mean": 0.5,
         "simtier": [*TIERS[1:], 1], "same_cluster": 1, "encoder_id": "e", "codebook_id": "c",
+        "feature_ds": dt.date(2026, 1, 5),
     },
 }  # fmt: skip
 ROWS = {
@@ -114,6 +115,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("user_simscores", {"sim_scores": [-0.5, 0.0, 0.0], "sim_max": 0.0}, "not the largest"),
     ("user_simscores", {"sim_mean": 0.75}, "larger than sim_max"),
     ("user_simscores", {"same_cluster": 3}, "same_cluster is out of range"),
+    ("user_simscores", {"feature_ds": None, "encoder_id": ""}, "without a night has a score"),
+    ("user_simscores", {"encoder_id": ""}, "disagree whether there is a night"),
     ("user_simscores", {"history_item_ids": [4]}, "history_item_ids are not history_len long"),
 ]
 
@@ -150,7 +153,8 @@ def rows_on_request(*rows: Mapping[str, Any]) -> pa.Table:
     """Returns rows of user_simscores with all its columns, and tiers of MUSE where those are."""
     names = ASKED.keys() & set(rows[0])
     tiers = "muse" if isinstance(rows[0]["simtier"][0], float) else "courier"
-    schema = schemas.scores_schema(pa.int64(), pa.int64(), pa.int64(), names, tiers)
+    ids = [pa.int64()] * 3
+    schema = schemas.scores_schema(*ids, names, tiers, by_night=True)
     plain = pa.schema([(field.name, field.type) for field in schema])
     return pa.Table.from_pylist([dict(row) for row in rows], plain)
 

@@ -6,6 +6,7 @@ on the way, and how many versions were read, is printed at the end (`pytest -s`)
 
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
@@ -14,16 +15,25 @@ from tests.support import stub_nights
 from tests.support.any_order import DONE, NOT_READY, REFUSED, USAGE
 from tests.support.order_of_commands import RAN, AnyOrder
 
+
+class AnyOrderByNights(AnyOrder):
+    """Scores with the nights that a shop serves; a day changes with those before it."""
+
+    features_from = "previous"
+
+
 COMMANDS = 1000  # at least
 
 
+@pytest.mark.parametrize("machine", [AnyOrder, AnyOrderByNights])
 def test_any_order_of_commands_shows_what_the_model_says(
-    in_memory: Path, artefacts: Artefacts
+    machine: type[AnyOrder], in_memory: Path, artefacts: Artefacts
 ) -> None:
-    AnyOrder.folder, AnyOrder.artefacts = in_memory / "stubs", artefacts
+    machine.folder, machine.artefacts = in_memory / "stubs", artefacts
+    RAN.clear()
     with stub_nights.stub_jobs():
         run_state_machine_as_test(
-            AnyOrder,
+            machine,
             settings=settings(
                 max_examples=80, stateful_step_count=12, derandomize=True, deadline=None,
                 database=None, suppress_health_check=list(HealthCheck),

@@ -36,6 +36,7 @@ late_days = 3
 history_start_ds = 2025-12-01
 closed_days = ["2025-12-25", "2026-01-01"]
 settle_minutes = 2.5
+availability_delay_hours = 3.5
 rows_per_shard = 1000
 on_published = ["notify", "--all"]
 tables = "items"
@@ -66,6 +67,7 @@ chunk_items = 16
 vector = true
 second_distance = true
 [simscore]
+features_from = "previous"
 columns = ["history_item_ids", "same_cluster_fine"]
 tiers = "muse"
 top_k = 5
@@ -166,12 +168,14 @@ def test_every_key_of_a_full_file_is_taken(folder: Path) -> None:
         "history_start_ds": dt.date(2025, 12, 1),
         "closed_days": (dt.date(2025, 12, 25), dt.date(2026, 1, 1)),
         "settle_minutes": 2.5,
+        "availability_delay_hours": 3.5,
         "rows_per_shard": 1000,
         "on_published": ("notify", "--all"),
         "tables": "items",
         "embed": {"device": "cpu", "precision": "fp32", "batch_size": 8, "chunk_items": 16},
         "item_features": {"vector": True, "second_distance": True},
         "simscore": {
+            "features_from": "previous",
             "columns": ("history_item_ids", "same_cluster_fine"),
             "tiers": "muse",
             "top_k": 5,
@@ -434,6 +438,9 @@ def test_an_unknown_key_like_no_other_is_refused_with_all_known_ones(folder: Pat
         ("workers = {threads = 0}", "root = ", "workers.threads"),
         ("settle_minutes = -1", "root = ", "settle_minutes"),
         ("settle_minutes = inf", "root = ", "settle_minutes"),
+        ("availability_delay_hours = -1", "root = ", "availability_delay_hours"),
+        ("availability_delay_hours = 24", "root = ", "availability_delay_hours"),
+        ("availability_delay_hours = nan", "root = ", "availability_delay_hours"),
         ("backfill = {memory_gb = 0}", "root = ", "backfill.memory_gb"),
         ("backfill = {disk_gb = -1}", "root = ", "backfill.disk_gb"),
         ("costs = {core_hour = -0.1}", "root = ", "costs.core_hour"),

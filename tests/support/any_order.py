@@ -118,12 +118,14 @@ class Inputs:
 class Seen:
     """Is what a reader finds of a table of a day: version and content.
 
-    `before` is the day that its manifest says it went on from, None for none.
+    `before` is the day that its manifest says it went on from, None for none; `nights` are those
+    that it names to be scored with, None where it is scored with its own.
     """
 
     version: str
     content: Rows
     before: dt.date | None
+    nights: tuple[dt.date, ...] | None = None
 
 
 Sight = Mapping[Key, Seen]
@@ -180,9 +182,14 @@ class Model:
     def _arguments(self, kind: Kind, ds: dt.date, sight: Sight) -> list[Arguments]:
         """Returns what a stage may have been made from; none where something is not there."""
         upstream = [t.name for one in _UPSTREAM[kind] for t in one.tables]
-        if any((name, ds) not in sight for name in upstream):
+        named = sight[kind.tables[0].name, ds].nights
+        nights = (ds,) if named is None else named
+        if any((name, night) not in sight for name in upstream for night in nights):
             return []
-        made = {name: sight[name, ds].content for name in upstream}
+        made = {
+            name: tuple(row for night in nights for row in sight[name, night].content)
+            for name in upstream
+        }
         if kind is ITEM_FEATURES:
             return [Arguments(kind, ds, (), {}, made, ())]
         before = self._before(kind, ds, sight)

@@ -43,6 +43,15 @@ def history(
     return found[:length]
 
 
+def night_at(moment: int, nights: Iterable[tuple[Any, int]]) -> Any:
+    """Returns the newest of `nights`, each a day and since when it is available; None for none."""
+    found = None
+    for day, since in nights:
+        if since <= moment and (found is None or day > found):
+            found = day
+    return found
+
+
 def score(
     item: Any, past: list[Any], vectors: dict[Any, np.ndarray], length: int
 ) -> tuple[list[float], list[int]]:

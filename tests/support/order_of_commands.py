@@ -47,6 +47,7 @@ class AnyOrder(RuleBasedStateMachine):
     folder: ClassVar[Path]
     artefacts: ClassVar[Artefacts]
     horizon: ClassVar[tuple[dt.date, ...]] = DAYS
+    features_from: ClassVar[str] = "same"
 
     @initialize(count=st.sampled_from([5, 3, 0, 4]))
     def open_shop(self, count: int) -> None:
@@ -61,7 +62,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.refresh(self.horizon[0], count, remake=False, kill_at=None)
 
     def open(self, root: str = "features") -> Shop:
-        return Shop(self.folder, self.artefacts, self.inputs, root)
+        return Shop(self.folder, self.artefacts, self.inputs, root, self.features_from)
 
     def judge(self) -> Model:
         return Model(self.inputs)
@@ -276,7 +277,11 @@ class AnyOrder(RuleBasedStateMachine):
         """Returns whether each day went on from the one before it."""
         firsts = [(table.name, ds) for table in (EMBED.tables[0], HISTORIES.tables[0])
                   for ds in self.horizon[1:]]  # fmt: skip
-        return all(self.sight[name, ds].before == ds - ONE_DAY for name, ds in firsts)
+        scores = {ds: self.sight[SIMSCORE.tables[0].name, ds].nights for ds in self.horizon}
+        return all(self.sight[name, ds].before == ds - ONE_DAY for name, ds in firsts) and all(
+            nights is None or nights == self.horizon[max(0, place - 3) : place][::-1]
+            for place, nights in enumerate(scores.values())
+        )
 
     def days(self, ds: dt.date, count: int) -> list[dt.date]:
         return [day for day in self.horizon if ds <= day][:count]

@@ -43,7 +43,10 @@ class Shop:
     That is a folder beside its tables, or in a bucket.
     """
 
-    def __init__(self, folder: Path, artefacts: Artefacts, inputs: Inputs, root: str = "features"):
+    def __init__(
+        self, folder: Path, artefacts: Artefacts, inputs: Inputs, root: str = "features",
+        features_from: str = "same",
+    ):  # fmt: skip
         self.folder, self.inputs = folder, inputs
         self.config = folder / f"{os.path.basename(root)}.toml"
         self.out = self.told = ""
@@ -66,6 +69,7 @@ class Shop:
                 for name in ("rejects", "balance", "dead_clusters", "churn", "outage")
             )
             + "cluster_drift.fail = inf\n"
+            f"[simscore]\nfeatures_from = '{features_from}'\n"
             f"[[pins]]\nfrom_ds = {DAYS[0]}\nencoder = '{artefacts.encoder}'\n"
             f"codebook = '{artefacts.codebook}'\n"
         )
@@ -146,7 +150,10 @@ class Shop:
         key = name, "".join(digests)
         if key not in self._contents:
             self._contents[key] = self._content(name, data, digests)
-        return Seen(partition.version, self._contents[key], _before(partition))
+        named = partition.manifest["inputs"].get("snapshots")
+        nights = named and tuple(dt.date.fromisoformat(one["ds"]) for one in named)
+        before = _before(partition)
+        return Seen(partition.version, self._contents[key], before, () if named == [] else nights)
 
     def _content(self, name: str, data: list[bytes], digests: list[str]) -> Rows:
         return stub_nights.read(name, data)

@@ -92,7 +92,7 @@ def histories_of_log(ds: dt.date, logs: Mapping[dt.date, Rows]) -> Rows:
 
 
 def scores(log: Rows, items: Tables, before: Rows) -> Tables:
-    """Returns user_simscores, of embeddings and features of the day and the histories before."""
+    """Returns user_simscores, of embeddings and features of all nights and the histories before."""
     known = fraction((items["item_embeddings"], items["item_features"], before))
     return {"user_simscores": tuple((f"{number:08d}", known) for (number,) in sorted(log))}
 
@@ -183,6 +183,7 @@ def _scores_table(rows: Rows) -> dict[str, Any]:
         "same_cluster": [0] * n,
         "encoder_id": ["encoder"] * n,
         "codebook_id": ["codebook"] * n,
+        "feature_ds": [_EPOCH.date()] * n,
     }
 
 
@@ -245,6 +246,15 @@ class _Job:
             for stage in planned.stage.upstream
             for table, partition in zip(stage.tables, self.look.made(stage), strict=True)
         }
+
+    def items(self, planned: PlannedScores) -> Tables:
+        """Returns the embeddings and features of the day, or of the nights before that it names."""
+        if planned.stage.upstream:
+            return self.upstream(planned)
+        found: dict[str, Rows] = {"item_embeddings": (), "item_features": ()}
+        for reference in planned.stage.snapshots:
+            found[reference.table.name] += self.read(reference)
+        return found
 
     def write(self, planned: Planned, tables: Tables, counts: Mapping[str, int]) -> None:
         stage = planned.stage
@@ -310,7 +320,7 @@ def _before(job: _Job, planned: PlannedHistories | PlannedScores) -> Rows:
 
 def _scores(job: _Job, planned: PlannedScores) -> None:
     log = log_rows(planned.log.log)
-    made = scores(log, job.upstream(planned), _before(job, planned))
+    made = scores(log, job.items(planned), _before(job, planned))
     counts = {
         "impressions": len(log),
         "clicks": 0,

@@ -215,7 +215,7 @@ def test_impressions_of_earlier_days_are_counted_whether_or_not_histories_are_lo
     law = HistoryLaw(3, 1000, 0, 0, False, late_us=30)
     histories = HistoriesJob(law, (DAY,), (), 1, pa.int64(), pa.int64(), "UTC", str(tmp_path))
     job = SimscoreJob((), None if has_history else histories, FORM, BROADCAST, str(tmp_path))
-    day = SimscoreDay(DAY, has_history, None, "", 1, pa.schema([]), "e", "c", str(tmp_path))
+    day = SimscoreDay(DAY, has_history, (), 1, pa.schema([]), str(tmp_path))
     rows = impressions([(1, 1, t, False) for t in (69, 70, 99, 100, 199)])
     counts = simscore.ScoreShard(job)._count_late(day, rows)
     too_late = {} if has_history else {"too_late_for_a_history": 1}

@@ -7,7 +7,7 @@ Beam costs a second.
 import datetime as dt
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,14 @@ from feature_jobs.impressions import simscore
 from feature_jobs.impressions.clicks import HistoryLaw
 from feature_jobs.impressions.histories import DAY_US, HistoriesJob, HistoryDay, ReadClicks
 from feature_jobs.impressions.scoring import ScoreForm
-from feature_jobs.impressions.simscore import BROADCAST, SHUFFLE, SimscoreDay, SimscoreJob
+from feature_jobs.impressions.simscore import (
+    BROADCAST,
+    SHUFFLE,
+    ItemSnapshot,
+    SimscoreDay,
+    SimscoreJob,
+)
+from feature_jobs.impressions.snapshots import Snapshot, always
 from feature_jobs.items.item_vectors import ItemTables
 from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
@@ -65,7 +72,18 @@ def fine(item: int) -> int:
     return item % 3 + 1
 
 
-def write_items(folder: Path, drawn: list[tuple], shards: int) -> ItemTables:
+# A night: its day, how many ticks after the end of it it is available, its items.
+night = st.tuples(
+    st.integers(-2, 0), st.integers(0, 5), st.lists(item, min_size=1, max_size=8)
+)  # fmt: skip
+
+
+def vector(number: int, day: int) -> np.ndarray:
+    """Returns the embedding of an item, which is another one in each night."""
+    return VECTORS[(number + day) % len(VECTORS)]
+
+
+def write_items(folder: Path, drawn: list[tuple], shards: int, day: int = 0) -> ItemTables:
     """Writes `item_features` and `item_embeddings` of the drawn items, by shards."""
     ids = pa.array(np.arange(len(drawn)))
     features = ITEM_FEATURES.schema(
@@ -88,7 +106,7 @@ def write_items(folder: Path, drawn: list[tuple], shards: int) -> ItemTables:
             str(folder / "features"), ITEM_FEATURES, features, made, shard, shards
         )
         rows = [
-            {"item_id": n, "embedding": VECTORS[n].tolist(), "image_uri": "x", "image_size": 1,
+            {"item_id": n, "embedding": vector(n, day).tolist(), "image_uri": "x", "image_size": 1,
              "image_sha256": "", "in_catalogue": True}
             for n, (image, _, _) in mine
             if image
@@ -103,9 +121,10 @@ def write_items(folder: Path, drawn: list[tuple], shards: int) -> ItemTables:
     return ItemTables(found[0], found[1], None, False, ("fine",))
 
 
-def keys(folder: Path, day: HistoryDay) -> str:
-    """Returns the key of the machine's copy of a day's items."""
-    return documents.digest([str(folder), day.number])[:16]
+def snapshot(folder: Path, items: ItemTables, of: Snapshot) -> ItemSnapshot:
+    """Names what a night's items are called by: the copy of a machine, encoder and codebook."""
+    key = documents.digest([str(folder), str(of.ds)])[:16]
+    return ItemSnapshot(of, items, key, f"e{of.ds}", f"c{of.ds}")
 
 
 def write_log(folder: Path, drawn: list[tuple], day: int) -> inputs.Source:
@@ -170,20 +189,27 @@ def run(job: SimscoreJob, log: list[inputs.Source]) -> None:
 
 
 def expected_rows(
-    drawn: list[tuple], items: list[tuple], day: int, law: HistoryLaw
+    drawn: list[tuple],
+    items_at: Callable[[int], tuple[dt.date | None, int, list[tuple]]],
+    day: int,
+    law: HistoryLaw,
 ) -> list[tuple[Any, ...]]:
+    """Returns what rows are to be; `items_at` a moment gives the night, its number, its items."""
     clicks = [
         (f"u{row[1]}", row[2], DAYS[row[0]].start_us + (row[3] + row[5]) * TICK)
         for row in drawn
         if row[4] and row[0] <= day
     ]
-    vectors = {n: VECTORS[n] for n, (image, scope, _) in enumerate(items) if image and scope}
-    cluster = {n: items[n][2] for n in vectors}
     found = []
     for row in drawn:
         if row[0] != day:
             continue
         moment = DAYS[day].start_us + row[3] * TICK
+        ds, number, items = items_at(moment)
+        vectors = {
+            n: vector(n, number) for n, (image, scope, _) in enumerate(items) if image and scope
+        }
+        cluster = {n: items[n][2] for n in vectors}
         past = oracles.history(
             clicks, f"u{row[1]}", moment, LENGTH, law.window_us, law.lag_us, law.keep_repeats
         )
@@ -191,7 +217,7 @@ def expected_rows(
         same = sum(row[2] in cluster and cluster.get(i) == cluster[row[2]] for i in past)
         key = (f"u{row[1]}", row[2], moment, row[4])
         clusters = [[cluster.get(i, 0) for i in past], [fine(i) * (i in cluster) for i in past]]
-        found.append((key, past, mask, same, scores, clusters))
+        found.append((key, past, mask, same, scores, clusters, ds))
     return sorted(found, key=lambda r: r[0])
 
 
@@ -207,44 +233,82 @@ def test_rows_of_random_worlds_are_what_plain_loops_make_of_them(
     items: list[tuple], drawn: list[tuple], shards: tuple[int, int], repeats: bool, lag: int
 ) -> None:
     law = HistoryLaw(LENGTH, DAY_US, 0, lag, repeats, late_us=DAY_US)
-    schema = scores_schema(pa.int64(), pa.string(), pa.string(), EVERY)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         known = write_items(folder, items, shards[0])
-        log = [write_log(folder, drawn, day) for day in range(2)]
-        found, told = {}, {}
-        for way in (BROADCAST, SHUFFLE):
-            days = tuple(
-                SimscoreDay(
-                    day,
-                    False,
-                    known,
-                    keys(folder, day),
-                    n,
-                    schema,
-                    "e",
-                    "c",
-                    str(folder / way / str(day.number)),
-                )
-                for day, n in zip(DAYS, shards, strict=True)
+        own = [always(dt.date.fromordinal(day.number)) for day in DAYS]
+        nights = [(snapshot(folder, known, of),) for of in own]
+        found, told = made_both_ways(folder, drawn, nights, shards, law)
+    for day, rows in enumerate(found):
+        check(rows, expected_rows(drawn, lambda _, d=day: (own[d].ds, 0, items), day, law))
+        check_told(told[day], rows.to_pylist(), drawn, day, lambda _: len(items))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(night, max_size=3, unique_by=lambda one: one[0]),
+    st.lists(impression, max_size=25),
+    st.sampled_from([(1, 1), (2, 1), (2, 4), (1, 2)]),
+)
+def test_each_impression_takes_the_night_that_its_moment_may_know(
+    drawn_nights: list[tuple], drawn: list[tuple], shards: tuple[int, int]
+) -> None:
+    """Nights are missing, late and overtaken; both days may know the same ones."""
+    law = HistoryLaw(LENGTH, DAY_US, 0, 0, False, late_us=DAY_US)
+    since = {
+        FIRST + dt.timedelta(days=day): START + (day + 1) * DAY_US + ticks * TICK
+        for day, ticks, _ in drawn_nights
+    }
+    items = {FIRST + dt.timedelta(days=day): (day, drawn) for day, _, drawn in drawn_nights}
+
+    def items_at(moment: int) -> tuple[dt.date | None, int, list[tuple]]:
+        ds = oracles.night_at(moment, since.items())
+        return (ds, *(items[ds] if ds else (0, [])))
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        known = tuple(
+            snapshot(
+                folder, write_items(folder / str(ds), mine, shards[day % 2], day),
+                Snapshot(ds, since[ds]),
             )
-            job = HistoriesJob(
-                law, tuple(DAYS), (), max(shards), pa.string(), pa.int64(), "UTC",
-                str(folder / way),
-            )  # fmt: skip
-            run(SimscoreJob(days, job, FORM, way, str(folder / way)), log)
-            for day in days:
-                broadcast.discard(day.broadcast_key)
-            found[way] = [read_scores(day) for day in days]
-            told[way] = [read_receipts(day) for day in days]
-    for day in range(2):
-        one, other = (found[way][day] for way in (BROADCAST, SHUFFLE))
-        assert one == other
-        expected = expected_rows(drawn, items, day, law)
-        for rows in (one, other):
-            check(rows, expected)
-        for way in (BROADCAST, SHUFFLE):
-            check_told(told[way][day], one.to_pylist(), drawn, day, len(items))
+            for ds, (day, mine) in items.items()
+        )  # fmt: skip
+        found, told = made_both_ways(folder, drawn, [known, known], shards, law)
+    for day, rows in enumerate(found):
+        check(rows, expected_rows(drawn, items_at, day, law))
+        check_told(
+            told[day], rows.to_pylist(), drawn, day, lambda moment: len(items_at(moment)[2])
+        )  # fmt: skip
+
+
+def made_both_ways(
+    folder: Path,
+    drawn: list[tuple],
+    nights: list[tuple[ItemSnapshot, ...]],
+    shards: tuple[int, int],
+    law: HistoryLaw,
+) -> tuple[list[pa.Table], list[tuple[dict, dict, dict]]]:
+    """Returns the rows of both days and what is told of them, which are the same both ways."""
+    schema = scores_schema(pa.int64(), pa.string(), pa.string(), EVERY, by_night=True)
+    log = [write_log(folder, drawn, day) for day in range(2)]
+    found, told = {}, {}
+    for way in (BROADCAST, SHUFFLE):
+        days = tuple(
+            SimscoreDay(day, False, mine, n, schema, str(folder / way / str(day.number)))
+            for day, mine, n in zip(DAYS, nights, shards, strict=True)
+        )
+        job = HistoriesJob(
+            law, tuple(DAYS), (), max(shards), pa.string(), pa.int64(), "UTC", str(folder / way)
+        )
+        run(SimscoreJob(days, job, FORM, way, str(folder / way)), log)
+        for one in (one for day in days for one in day.nights):
+            broadcast.discard(one.broadcast_key)
+        found[way] = [read_scores(day) for day in days]
+        told[way] = [read_receipts(day) for day in days]
+    assert found[BROADCAST] == found[SHUFFLE]
+    assert told[BROADCAST] == told[SHUFFLE]
+    return found[BROADCAST], told[BROADCAST]
 
 
 def read_scores(day: SimscoreDay) -> pa.Table:
@@ -263,7 +327,9 @@ def check(rows: pa.Table, expected: list[tuple[Any, ...]]) -> None:
         row["key"] = (row["user_id"], row["item_id"], moment, row["clicked"])
     found.sort(key=lambda row: row["key"])
     assert len(found) == len(expected)
-    for row, (key, past, mask, same, scores, clusters) in zip(found, expected, strict=True):
+    for row, (key, past, mask, same, scores, clusters, ds) in zip(found, expected, strict=True):
+        assert row["feature_ds"] == ds
+        assert (row["encoder_id"], row["codebook_id"]) == ((f"e{ds}", f"c{ds}") if ds else ("", ""))
         assert (row["key"], row["history_item_ids"], row["sim_mask"]) == (key, past, mask)
         assert (row["history_len"], row["sim_known"]) == (len(past), sum(mask))
         assert row["same_cluster"] == same
@@ -290,11 +356,17 @@ def read_receipts(day: SimscoreDay) -> tuple[dict, dict, dict]:
 
 
 def check_told(
-    told: tuple[dict, dict, dict], rows: list[dict], drawn: list[tuple], day: int, items: int
+    told: tuple[dict, dict, dict],
+    rows: list[dict],
+    drawn: list[tuple],
+    day: int,
+    items_at: Callable[[int], int],
 ) -> None:
+    """Checks what is told of a day; the number of items of a moment is 0 where it has no night."""
     counts, histograms, examples = told
     mine = [row for row in drawn if row[0] == day]
-    unknown = {row[2] for row in mine if row[2] >= items}
+    known = [(row, items_at(DAYS[day].start_us + row[3] * TICK)) for row in mine]
+    unknown = [row[2] for row, items in known if items and row[2] >= items]
     assert counts["impressions"] == len(rows)
     shown = Counter(row["user_id"] for row in rows)
     clicks = Counter(row["user_id"] for row in rows if row["clicked"])
@@ -304,9 +376,14 @@ def check_told(
     assert counts["clicks"] == counts.get("clicks_with_time", 0) == sum(row[4] for row in mine)
     assert counts["scored_impressions"] == sum(row["sim_known"] > 0 for row in rows)
     assert counts["late_impressions"] == sum(row[3] < 0 for row in mine)
-    assert counts["unknown_items"] == sum(row[2] >= items for row in mine)
-    assert unknown.issuperset(examples["unknown_items"])
-    assert len(examples["unknown_items"]) == min(3, len(unknown))
+    assert counts["unknown_items"] == len(unknown)
+    named = examples.get("unknown_items", [])
+    assert set(unknown).issuperset(named)
+    assert len(named) == min(3, len(set(unknown)))
+    without = [row for row in rows if row["feature_ds"] is None]
+    assert counts["without_snapshot"] == len(without)
+    assert counts["histories_without_snapshot"] == sum(row["history_len"] > 0 for row in without)
+    assert counts["without_history"] == sum(row["history_len"] == 0 for row in rows)
     lengths = [row["history_len"] for row in rows]
     assert histograms["history_len"] == [lengths.count(n) for n in range(LENGTH + 1)]
     for name, clicked in (("sim_max_clicked", True), ("sim_max_unclicked", False)):

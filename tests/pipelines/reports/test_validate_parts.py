@@ -36,6 +36,7 @@ def publish(
     data = path.read_bytes()
     file = {"name": path.name, "rows": len(rows), "bytes": len(data)}
     file |= {"sha256": hashlib.sha256(data).hexdigest()}
+    settings = {"features_from": "previous", **settings}
     manifest = {"ds": "2026-01-06", "files": [file] * shards, "settings": settings}
     return Published(table, Partition(str(folder), manifest))
 
@@ -154,7 +155,9 @@ ASKED_FOR = ["history_cluster_ids", "history_cluster_fine", "same_cluster_fine",
 def asked(folder: Path, tiers: str, columns: list[str], **change: Any) -> Part:
     """Checks a row with all columns on request, which the manifest says are `columns`."""
     good = {**ASKED, **(MUSE if tiers == "muse" else {"simtier": TIERS}), **change}
-    schema = scores_schema(*[pa.int64()] * 3, [*ASKED_FOR, "history_item_ids"], tiers)
+    schema = scores_schema(
+        *[pa.int64()] * 3, [*ASKED_FOR, "history_item_ids"], tiers, by_night=True
+    )
     rows = rows_on_request(good).cast(schema)
     told = {"columns": columns, "tiers": tiers, "top_k": 2, "history_len": 3}
     return check_part(publish(folder, rows, 9, table=USER_SIMSCORES, **told), 0, fast=False)
@@ -189,6 +192,18 @@ def test_columns_are_those_that_the_manifest_says_were_asked_for(tmp_path: Path)
     assert "it has besides top_positions" in finding.text
     (finding,) = asked(tmp_path, "courier", [*ASKED_FOR, "same_cluster_wide"]).findings
     assert "it lacks same_cluster_wide" in finding.text
+
+
+def test_a_night_that_the_moment_may_not_know_is_told(tmp_path: Path) -> None:
+    """It was available a microsecond later; of none there is no score."""
+    good = {**GOOD["user_simscores"], "simtier": TIERS}
+    schema = USER_SIMSCORES.schema(pa.int64(), pa.int64(), pa.int64())
+    found = publish(tmp_path, rows_of("user_simscores", good).cast(schema), 9, table=USER_SIMSCORES)
+    moment = int(good["event_time"].timestamp() * 1_000_000)
+    for late, laws in ((0, []), (1, ["feature_ds is not the night that its moment may know"])):
+        night = {"ds": str(good["feature_ds"]), "from_us": moment + late}
+        found.manifest["inputs"] = {"snapshots": [night]}
+        assert laws_of(check_part(found, 0, fast=False)) == laws
 
 
 def test_no_user_is_named(tmp_path: Path) -> None:

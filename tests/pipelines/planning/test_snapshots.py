@@ -1,0 +1,261 @@
+"""Scores name the nights that their moments may know, and stay with them while these stand.
+
+Tables are made by stub jobs, which score with all nights that a day names.
+"""
+
+import datetime as dt
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from feature_jobs.impressions.snapshots import after_its_day
+from feature_jobs.schemas import TABLES
+from feature_jobs.store.documents import read_json
+from tests.conftest import Artefacts
+from tests.support import stub_nights
+from tests.support.any_order import CLOSED, DAYS, Catalogue, Inputs, Log
+from tests.support.ordered_shop import Shop
+
+AGAIN = f"ds {DAYS[1]}, from which it goes on, was made again"
+HOUR_US = 3_600_000_000
+NOTHING = "already published from the same inputs"
+ITEMS = ("item_features", "item_embeddings")
+
+
+class Previous(Shop):
+    """Is a shop whose impressions are scored with the nights before them."""
+
+    def __init__(self, folder: Path, artefacts: Artefacts, more: str = ""):
+        inputs = Inputs(catalogues={ds: Catalogue(n) for n, ds in enumerate(DAYS)})
+        inputs.logs = {ds: Log() for ds in DAYS if ds != CLOSED}
+        super().__init__(folder, artefacts, inputs, features_from="previous")
+        self.config.write_text(more + self.config.read_text())
+
+    def refresh(self, *days: dt.date) -> int:
+        return self.run("refresh", "--start-ds", days[0], "--end-ds", days[-1])
+
+    def folder_of(self, table: str, ds: dt.date) -> str:
+        return str(self.settings.layout.folder(TABLES[table], ds))
+
+    def manifest(self, table: str, ds: dt.date) -> dict[str, Any]:
+        return read_json(os.path.join(self.folder_of(table, ds), "_manifest.json"))
+
+    def nights(self, ds: dt.date) -> list[str]:
+        """Returns the nights that the scores of a day name."""
+        return [one["ds"] for one in self.manifest("user_simscores", ds)["inputs"]["snapshots"]]
+
+    def stale(self) -> dict[str, str]:
+        """Returns why the stages of which days would be made again."""
+        assert self.run("backfill", "--cascade", "--dry-run", "--json") == 0
+        plan = json.loads(self.out)["plan"]
+        return {
+            f"{day['ds']} {name}": stage["why"]
+            for day in plan["days"]
+            for name, stage in day["stages"].items()
+            if stage["action"] in ("compute", "reuse")
+        }
+
+
+def days(*numbers: int) -> list[str]:
+    return [str(DAYS[n]) for n in numbers]
+
+
+@pytest.fixture
+def shop(in_memory: Path, tmp_path: Path, artefacts: Artefacts) -> Iterator[Previous]:
+    folder = in_memory / tmp_path.name
+    folder.mkdir()
+    with stub_nights.stub_jobs():
+        yield Previous(folder, artefacts)
+    shutil.rmtree(folder)
+
+
+# ---- Which nights ------------------------------------------------------------------------------
+
+
+def test_the_nights_of_a_day_reach_back_as_far_as_late_rows_may_know(shop: Previous) -> None:
+    """The night of a day is available from 6:00 after it on, and rows may come a day late."""
+    for ds in DAYS[:5]:
+        assert shop.refresh(ds) == 0, shop.told
+    assert [shop.nights(ds) for ds in DAYS[:5]] == [
+        [], days(0), days(1, 0), days(2, 1, 0), days(3, 2, 1),
+    ]  # fmt: skip
+    made = shop.manifest("user_simscores", DAYS[4])
+    for said in made["inputs"]["snapshots"]:
+        ds = dt.date.fromisoformat(said["ds"])
+        assert said["from_us"] == after_its_day(ds, "UTC", 6 * HOUR_US).from_us
+        tables = {name: shop.manifest(name, ds) for name in ITEMS}
+        assert {name: said[name] for name in ITEMS} == {n: m["run_id"] for n, m in tables.items()}
+        assert made["made_from"]["snapshots"][said["ds"]] == {
+            name: manifest["version"] for name, manifest in tables.items()
+        }
+    assert (made["settings"]["features_from"], made["identities"]) == ("previous", {})
+    assert made["settings"]["availability_delay_hours"] == 6.0
+
+
+def test_without_a_delay_one_night_less_is_known_to_matter(
+    in_memory: Path, tmp_path: Path, artefacts: Artefacts
+) -> None:
+    with stub_nights.stub_jobs():
+        shop = Previous(tmp_path, artefacts, more="availability_delay_hours = 0.0\n")
+        assert shop.refresh(*DAYS[:4]) == 0, shop.told
+    assert shop.nights(DAYS[3]) == days(2, 1)
+
+
+def test_scores_of_the_same_day_name_none_and_say_nothing_new(
+    tmp_path: Path, artefacts: Artefacts
+) -> None:
+    """So the run_ids of roots that were made before stay."""
+    with stub_nights.stub_jobs():
+        shop = Shop(tmp_path, artefacts, Inputs())
+        assert shop.run("refresh", "--ds", DAYS[0]) == 0
+    folder = shop.settings.layout.folder(TABLES["user_simscores"], DAYS[0])
+    made = read_json(os.path.join(folder, "_manifest.json"))
+    assert list(made["inputs"]) == ["impressions", "histories_before", "item_features"]
+    assert made["identities"].keys() == {"encoder_id", "codebook_id"}
+    assert made["made_from"].keys() == {"item_embeddings", "item_rejects", "item_features"}
+    assert not {"features_from", "availability_delay_hours"} & made["settings"].keys()
+
+
+def test_a_range_is_its_nights(shop: Previous, artefacts: Artefacts) -> None:
+    for ds in DAYS:
+        assert shop.refresh(ds) == 0, shop.told
+    nights = shop.digest()
+    shutil.rmtree(shop.root)
+    assert shop.refresh(*DAYS) == 0, shop.told
+    assert shop.digest().keys() == nights.keys()
+    made = [shop.manifest("user_simscores", ds) for ds in DAYS]
+    shutil.rmtree(shop.root)
+    for ds in (DAYS[:3], DAYS[3:]):
+        assert shop.refresh(*ds) == 0, shop.told
+    assert [shop.manifest("user_simscores", ds) for ds in DAYS] == made
+
+
+# ---- A hole ------------------------------------------------------------------------------------
+
+
+def refresh_around(shop: Previous, hole: int) -> None:
+    """Makes the first five days, without the items of one."""
+    for n, ds in enumerate(DAYS[:5]):
+        if n == hole:
+            assert shop.run("histories", "--ds", ds) == 0, shop.told
+        else:
+            assert shop.refresh(ds) == 0, shop.told
+
+
+def test_in_place_of_a_night_that_is_missing_comes_the_next_older_one(shop: Previous) -> None:
+    refresh_around(shop, hole=2)
+    assert [shop.nights(DAYS[n]) for n in (3, 4)] == [days(1, 0), days(3, 1)]
+
+
+def test_filling_a_hole_makes_no_later_day_stale(shop: Previous) -> None:
+    refresh_around(shop, hole=2)
+    before = [shop.manifest("user_simscores", DAYS[n]) for n in (3, 4)]
+    assert shop.refresh(DAYS[2]) == 0, shop.told
+    assert not [name for name in shop.stale() if "simscore" in name]
+    assert shop.refresh(*DAYS[3:5]) == 0
+    assert [shop.manifest("user_simscores", DAYS[n]) for n in (3, 4)] == before
+    assert shop.refresh(DAYS[5]) == 0
+    assert shop.nights(DAYS[5]) == days(4, 3, 2)
+
+
+def test_taking_a_night_away_makes_no_later_day_stale(shop: Previous) -> None:
+    assert shop.refresh(*DAYS[:4]) == 0
+    for name in (*ITEMS, "item_rejects"):
+        shutil.rmtree(shop.folder_of(name, DAYS[1]))
+    assert not [name for name in shop.stale() if "simscore" in name and "03-04" in name]
+    assert shop.run("simscore", "--ds", DAYS[3]) == 0
+    assert NOTHING in shop.told
+
+
+def test_a_day_that_is_to_be_made_again_takes_what_is_there(shop: Previous) -> None:
+    assert shop.refresh(*DAYS[:4]) == 0
+    for name in (*ITEMS, "item_rejects"):
+        shutil.rmtree(shop.folder_of(name, DAYS[1]))
+    assert shop.run("simscore", "--ds", DAYS[3], "--remake") == 0
+    assert shop.nights(DAYS[3]) == days(2, 0)
+
+
+# ---- What is stale -----------------------------------------------------------------------------
+
+
+def test_a_night_that_was_made_again_with_other_content_makes_scores_by_it_stale(
+    shop: Previous,
+) -> None:
+    assert shop.refresh(*DAYS[:6]) == 0
+    shop.inputs.catalogues[DAYS[1]] = Catalogue(8)
+    shop.write_inputs()
+    assert shop.refresh(DAYS[1]) == 0
+    stale = {name[:10]: why for name, why in shop.stale().items() if "simscore" in name}
+    assert stale.keys() == set(days(2, 3, 4, 5))  # the last by the third, that is stale itself
+    assert all(AGAIN in stale[str(ds)] for ds in DAYS[2:5])
+    assert shop.run("backfill", "--cascade") == 0, shop.told
+    assert shop.stale() == {}
+    made = [shop.manifest("user_simscores", ds)["version"] for ds in DAYS[:6]]
+    shutil.rmtree(shop.root)
+    assert shop.refresh(*DAYS[:6]) == 0
+    assert [shop.manifest("user_simscores", ds)["version"] for ds in DAYS[:6]] == made
+
+
+def test_other_content_under_the_same_run_is_told_by_its_version(shop: Previous) -> None:
+    """Images are in no run_id."""
+    assert shop.refresh(*DAYS[:3]) == 0
+    shop.draw_images()
+    assert shop.run("refresh", "--ds", DAYS[1], "--remake") == 0, shop.told
+    stale = {name: why for name, why in shop.stale().items() if "simscore" in name}
+    assert stale == {f"{DAYS[2]} simscore": AGAIN}
+    assert shop.run("refresh", "--ds", DAYS[2]) == 0
+    made = shop.manifest("user_simscores", DAYS[2])["made_from"]["snapshots"][str(DAYS[1])]
+    assert made == {name: shop.manifest(name, DAYS[1])["version"] for name in ITEMS}
+
+
+def test_a_night_that_came_out_the_same_under_another_run_stands(shop: Previous) -> None:
+    assert shop.refresh(*DAYS[:3]) == 0
+    before = shop.manifest("user_simscores", DAYS[2])
+    shop.inputs.catalogues[DAYS[1]] = shop.inputs.catalogues[DAYS[1]].after("rewritten")
+    shop.write_inputs()
+    assert shop.refresh(DAYS[1]) == 0
+    assert (
+        shop.manifest("item_embeddings", DAYS[1])["run_id"]
+        != before["inputs"]["snapshots"][0]["item_embeddings"]
+    )
+    assert not [name for name in shop.stale() if "simscore" in name]
+    assert shop.refresh(DAYS[2]) == 0
+    assert shop.manifest("user_simscores", DAYS[2]) == before
+
+
+def test_another_delay_makes_all_scores_stale(shop: Previous) -> None:
+    assert shop.refresh(*DAYS[:2]) == 0
+    text = shop.config.read_text()
+    shop.config.write_text(f"availability_delay_hours = 3.0\n{text}")
+    stale = {name: why for name, why in shop.stale().items() if "simscore" in name}
+    assert stale.keys() == {f"{ds} simscore" for ds in DAYS[:2]}
+    assert all("availability_delay_hours was 6.0, is 3.0" in why for why in stale.values())
+
+
+# ---- What is refused ---------------------------------------------------------------------------
+
+
+def test_a_night_of_which_a_stage_was_run_alone_is_none_to_score_with(shop: Previous) -> None:
+    assert shop.refresh(*DAYS[:2]) == 0
+    shop.inputs.catalogues[DAYS[1]] = Catalogue(8)
+    shop.write_inputs()
+    assert shop.run("embed", "--ds", DAYS[1]) == 0
+    assert shop.refresh(DAYS[2]) == 4
+    assert "its item_features were made of other item_embeddings" in shop.told
+    assert f"courier refresh --ds {DAYS[1]}" in shop.told
+    assert shop.refresh(DAYS[1]) == 0
+    assert shop.refresh(DAYS[2]) == 0
+
+
+def test_scores_by_a_night_that_is_refused_wait(shop: Previous) -> None:
+    shop.inputs.catalogues[DAYS[1]] = shop.inputs.catalogues[DAYS[1]].after("bad")
+    shop.write_inputs()
+    assert shop.refresh(*DAYS[:3]) == 3
+    assert f"ds {DAYS[2]} waits: it goes on from ds {DAYS[1]}" in shop.told
+    assert shop.refresh(DAYS[0]) == 0
+    assert NOTHING in shop.told
