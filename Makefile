@@ -100,7 +100,7 @@ $(SPARK_READY):
 	@touch $@
 
 readers: java $(READY) $(SPARK_READY)
-	python -m pytest -q -m readers tests/pipelines/test_readers.py
+	python -m pytest -q -m readers tests/pipelines/test_readers.py tests/pipelines/reports/test_join_sql.py
 
 # FuxiCTR too: it brings Ray and scikit-learn. What we have already, torch above all, it takes from
 # the other environment, whose packages a .pth file puts behind its own: half a GB instead of eight.
