@@ -22,18 +22,20 @@ from feature_jobs.store import files
 Dialect = Literal["duckdb", "spark"]
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+_YEAR_1 = dt.datetime.min.replace(tzinfo=dt.UTC)
 
 
 @dataclass(frozen=True)
 class SqlNight:
     """Is a night as the statement reads it: the files of `item_features`, by their full paths.
 
-    `created_us` is when it was first published, in microseconds since 1970.
+    `created_us` is when it was first published, in microseconds since 1970, None where nobody noted
+    it.
     """
 
     snapshot: Snapshot
     item_features: Sequence[str]
-    created_us: int
+    created_us: int | None
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,8 @@ class _Dialect:
         return f"{self.quote}{column.replace(self.quote, 2 * self.quote)}{self.quote}"
 
     def at(self, moment_us: int) -> str:
-        """Returns the literal of a moment, in microseconds since 1970."""
-        moment = _EPOCH + dt.timedelta(microseconds=moment_us)
+        """Returns the literal of a moment, in microseconds since 1970; before year 1, of that."""
+        moment = _EPOCH + max(dt.timedelta(microseconds=moment_us), _YEAR_1 - _EPOCH)
         return f"{self.moment} '{moment.isoformat(' ', 'microseconds')}'"
 
 
@@ -259,10 +261,12 @@ def _joined(sql: _Dialect, query: JoinQuery) -> list[str]:
 
 def _created(sql: _Dialect, query: JoinQuery) -> str:
     whens = [
-        f"WHEN {_date(night.snapshot.ds)} THEN {sql.at(night.created_us)}"
+        f"WHEN {_date(night.snapshot.ds)} THEN "
+        f"{'NULL' if night.created_us is None else sql.at(night.created_us)}"
         for night in _overtaking(query.nights)
     ]
-    return "\n    ".join(["CASE samples.feature_ds", *whens, "END AS night_created"])
+    cases = "\n    ".join(["CAST(CASE samples.feature_ds", *whens])
+    return f"{cases}\n  END AS {sql.moment}) AS night_created"
 
 
 def _union(select: str, sources: Sequence[str]) -> list[str]:

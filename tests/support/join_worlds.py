@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from feature_jobs.codebooks.codebook import save_codebook
+from feature_jobs.codebooks.codebook import read_codebook_info, save_codebook
 from feature_jobs.impressions import histories
 from feature_jobs.impressions.histories import DAY_US, HistoryDay
 from feature_jobs.schemas import (
@@ -364,7 +364,9 @@ class World:
         ]
         before = records.read_night(self.layout, day)
         record = records.night_record(self.layout, day, [*parts, *shared], before)
-        hours = self._one_of(-20, 0, 3, 6, 30, 50)
+        hours = self._one_of(0, 3, 6, 30, 50)
+        if self.options.history_as_of == "moment" and self._coin(0.2):
+            hours = -20  # of items alone, whose clicks nobody has to know
         created = self._start(day, 1) + hours * HOUR + self._draw(0, 2) * 1000
         created = max(created, self._created.get(day, created) + 1000)
         self._created[day] = created
@@ -391,8 +393,10 @@ class World:
             without = ["embedding", "second_distance"]
             schema = ITEM_FEATURES.schema(self.id_type, extra=extra, without=without)
             made.append((ITEM_FEATURES, schema, [{**row, **ids} for row in known], ids))
+        info = read_codebook_info(pin.codebook)
+        settings = {"ancestors": info.ancestors, "max_id": info.max_ids}
         return [
-            self.publish(table, day, schema, found, shards, identities)
+            self.publish(table, day, schema, found, shards, identities, settings=settings)
             for table, schema, found, identities in made
         ]
 

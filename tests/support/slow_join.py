@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from tests.support import oracles
 
+ALWAYS = -(2**63)  # in microseconds, before all moments
 _TIME = pa.timestamp("us", tz="UTC")
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _US = dt.timedelta(microseconds=1)
@@ -142,11 +143,11 @@ def midnight(day: dt.date, timezone: str) -> int:
 
 
 def available_from(night: PublishedNight, law: Law, options: Options) -> int:
-    """Returns the first moment that may know a night."""
+    """Returns the first moment that may know a night; that of its own day is always known."""
     if options.as_of == "created":
         return night.created_us
     if options.features_from == "same":
-        return midnight(night.ds, law.day_timezone)
+        return ALWAYS
     end = midnight(night.ds + dt.timedelta(days=1), law.day_timezone)
     return end + law.availability_delay_us
 
@@ -167,7 +168,11 @@ def night_of(
 
 @dataclass(frozen=True)
 class SlowJoin:
-    """Joins the samples of `ds` to `nights`; `clicks` are by the day that logged them."""
+    """Joins the samples of `ds` to `nights`; `clicks` are by the day that logged them.
+
+    With features from "same" all samples, late ones too, may know the night of `ds` and no other:
+    as `user_simscores` of ds does.
+    """
 
     ds: dt.date
     nights: list[PublishedNight]
@@ -192,6 +197,12 @@ class SlowJoin:
         return samples
 
     @property
+    def known(self) -> list[PublishedNight]:
+        """Returns the nights among which the newest is looked for."""
+        is_same = self.options.features_from == "same"
+        return [night for night in self.nights if night.ds == self.ds or not is_same]
+
+    @property
     def names(self) -> list[str]:
         """Returns the names of the columns that come after those of the samples."""
         found = [name for name in _TYPES if name != "night_created"]
@@ -201,7 +212,7 @@ class SlowJoin:
 
     def row(self, user: Any, item: Any, moment: int) -> dict[str, Any]:
         """Returns what a sample is joined to."""
-        night = night_of(moment, self.nights, self.law, self.options)
+        night = night_of(moment, self.known, self.law, self.options)
         mine = night.features.get(item) if night else None
         made: dict[str, Any] = {
             "feature_ds": night and night.ds,
