@@ -21,6 +21,7 @@ from tests.support.world import DAYS, Kept, World, make_codebook, make_encoder
 # Files that take half a minute or more, the longest first. Begun last, one of them would still run
 # when all others have ended: a process takes whole files, in this order (`make test`).
 LONGEST = [
+    "test_ctr_join_worlds.py",
     "test_any_order_of_jobs.py", "test_any_order.py", "test_killed_nights.py",
     "test_false_alarms.py", "test_gate_faults.py", "test_publishing_schedules.py",
     "test_ranges.py", "test_refresh.py", "test_history_nights.py", "test_held_nights.py",

@@ -1,7 +1,8 @@
 """Makes random shops for `courier join`: samples, a log, and published nights, without a job.
 
 Nights come late, are missing, half published or published again with other rows; encoders and
-codebooks change in the middle; items leave; clocks tie. `SlowJoin` says what a join is to give.
+codebooks change in the middle; items leave; clocks tie; scores are published, and a night after
+them again. `SlowJoin` says what a join is to give.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 from feature_jobs.codebooks.codebook import read_codebook_info, save_codebook
 from feature_jobs.impressions import histories
 from feature_jobs.impressions.histories import DAY_US, HistoryDay
+from feature_jobs.inputs import open_source
 from feature_jobs.schemas import (
     CROSSWALK,
     ITEM_EMBEDDINGS,
@@ -51,7 +53,9 @@ from tests.support.slow_join import (
     Law,
     Names,
     Options,
+    PublishedNight,
     SlowJoin,
+    available_from,
     midnight,
     read_clicks,
     read_nights,
@@ -106,9 +110,14 @@ class World:
         self._publish_histories()
         for day in self.days:
             self._publish_night(day)
-        renew_latest(self.layout, Locks())
         for day in self.joined:
             self._write_samples(day)
+            if self._coin(0.6):
+                self.publish_scores(day, self._one_of("previous", "previous", "same"))
+        if self._coin(0.3):  # so that of some of these scores the night is another now
+            day = self._one_of(*self._created)
+            self._record(day, self._publish_items(day, with_features=True))
+        renew_latest(self.layout, Locks())
 
     # -- Drawing --
 
@@ -143,7 +152,9 @@ class World:
             "late_days": self._draw(0, 2),
             "history_lag_seconds": self._one_of(0.0, 3600.0),
             "keep_repeats": self._coin(0.3),
+            "rows_per_shard": self._one_of(5, 20, 1000),
         }
+        self._embeddings_by = self._one_of("broadcast", "shuffle")
         for name in ("images", "ctr"):
             (self.folder / name).mkdir(parents=True)
         self.settings = Settings(
@@ -167,6 +178,7 @@ class World:
             '[catalogue]\npath = "catalogue/ds={ds}/*.parquet"\nimage_roots = ["images"]',
             '[impressions]\npath = "impressions/ds={ds}/*.parquet"',
             f"click_delay_seconds = {self._delay_seconds}",
+            f'[simscore]\nembeddings_by = "{self._embeddings_by}"',
         ]
         for pin in self.pins:
             text += [f"[[pins]]\nfrom_ds = {pin.from_ds}\nencoder = '{pin.encoder}'"]
@@ -492,32 +504,74 @@ class World:
         return partitions.open_published(place.folder)
 
     def publish_scores(self, day: dt.date, features_from: str) -> Partition:
-        """Publishes `user_simscores` of a day's log, of what the slow join makes of it."""
-        log = self.logged[day]
-        made = self.slow_join(day, Options(features_from=features_from)).of(log, Names())
-        night = [name for name in ("feature_ds",) if features_from == "previous"]
-        schema = USER_SIMSCORES.schema(
-            self.id_type, self.id_type, pa.string(), without=["history_item_ids"],
-            extra=[pa.field(name, pa.date32()) for name in night],
-        )  # fmt: skip
+        """Publishes `user_simscores` of a day's log: what the slow join makes of it.
+
+        Its manifest says what it was made from, as one of SIMSCORE does.
+        """
+        options = Options(features_from=features_from)
+        join = self.slow_join(day, options)
+        made = join.of(self.logged[day], Names())
         ids = self.pin_of(day).identities
         made = made.append_column("impression_id", pa.array([f"{n:06d}" for n in range(len(made))]))
         for name, value in ids.items():
             made = made.append_column(name, pa.array([value] * len(made)))
-        settings = {**history_settings(self.settings), "features_from": features_from}
-        return self.publish(USER_SIMSCORES, day, schema, made, 2, ids, settings=settings)
+        is_previous = features_from == "previous"
+        extra = [pa.field("feature_ds", pa.date32())] if is_previous else []
+        schema = USER_SIMSCORES.schema(
+            self.id_type, self.id_type, pa.string(), without=["history_item_ids"], extra=extra
+        )
+        nights = [night for night in join.known if night.ds < day or not is_previous]
+        told = self._previous_nights(nights) if is_previous else self._own_night(nights)
+        settings = history_settings(self.settings)
+        told["inputs"] |= self._log_inputs(day)
+        return self.publish(USER_SIMSCORES, day, schema, made, 2, ids, settings=settings, **told)
+
+    def _own_night(self, nights: list[PublishedNight]) -> dict[str, Any]:
+        """Returns what a manifest tells of scores by the night of the day."""
+        made_from = self._versions(nights[0].ds) if nights else {}
+        return {"inputs": {}, "made_from": made_from}
+
+    def _previous_nights(self, nights: list[PublishedNight]) -> dict[str, Any]:
+        """Returns what a manifest tells of scores by nights that were available."""
+        snapshots = [
+            {"ds": str(one.ds), "from_us": available_from(one, self.law, Options())}
+            for one in nights
+        ]
+        made_from = {str(one.ds): self._versions(one.ds) for one in nights}
+        return {"inputs": {"snapshots": snapshots}, "made_from": {"snapshots": made_from}}
+
+    def _versions(self, day: dt.date) -> dict[str, str]:
+        folders = {t.name: self.layout.folder(t, day) for t in (ITEM_EMBEDDINGS, ITEM_FEATURES)}
+        return {name: partitions.open_published(at).version for name, at in folders.items()}
+
+    def _log_inputs(self, day: dt.date) -> dict[str, Any]:
+        section = self.settings.log
+        names = section.columns.model_dump()
+        log = open_source("impressions", section.path, day, names)
+        before = self.layout.folder(USER_HISTORIES, day - dt.timedelta(days=1))
+        run_id = partitions.open_published(before).run_id
+        return {"impressions": log.identity(), "histories_before": run_id}
 
     # -- What is expected --
 
     def slow_join(self, ds: dt.date, options: Options) -> SlowJoin:
-        """Returns the slow join of what lies on disk now."""
+        """Returns the slow join of what lies on disk now.
+
+        A set has the resolutions that its nights have; where no day knows a night, it has none.
+        """
         log = {
             day: sorted((self.folder / f"impressions/ds={day}").glob("*.parquet"))
             for day in self.days
         }
         nights = read_nights(self.root, self.layout.feature_set)
         clicks = read_clicks(log, self.law)
-        return SlowJoin(ds, nights, clicks, self.labels, self.law, options)
+        join = SlowJoin(ds, nights, clicks, self.labels, self.law, options)
+        is_known = any(
+            available_from(night, self.law, options) < self._start(day, 1)
+            for day in self.joined
+            for night in dataclasses.replace(join, ds=day).known
+        )
+        return join if is_known else dataclasses.replace(join, labels=())
 
     def expected(self, ds: dt.date, **options: Any) -> pa.Table:
         """Returns what `courier join` is to give for a day, with the fields of `Options`."""

@@ -284,4 +284,5 @@ def check_join(found: pa.Table, expected: pa.Table) -> None:
         assert found[name].type == expected[name].type, name
     assert len(found) == len(expected)
     for at, (one, other) in enumerate(zip(found.to_pylist(), expected.to_pylist(), strict=True)):
-        assert one == other, f"row {at}"
+        differ = {name: (one[name], other[name]) for name in one if one[name] != other[name]}
+        assert not differ, f"row {at} differs; found and expected are {differ}"
