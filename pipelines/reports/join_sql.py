@@ -203,21 +203,21 @@ def _clusters(sql: _Dialect, query: JoinQuery) -> list[str]:
 
 
 def _scores(sql: _Dialect, query: JoinQuery) -> list[str]:
-    """Returns what selects one of the rows that are equal in user, item and time: as all of them.
+    """Returns what selects the scores, and of rows that are equal in user, item and time one.
 
-    Scores of a table that is not `previous` are all of the night of ds.
+    All of these have equal scores. Those of a table that is not `previous` are of the night of ds.
     """
     is_told = query.features_from == "previous"
     night = "feature_ds" if is_told else f"{_date(query.ds)} AS feature_ds"
-    key = f"user_id, item_id, event_time, {night}"
-    read = _union(f"SELECT {key}, {', '.join(_zeros(sql, query))}", sql.read(query.scores, False))
-    found = ", ".join(f"any_value({name}) AS {name}" for name in _zeros(sql, query))
+    (source,) = sql.read(query.scores, False)  # all of them lie in one folder
     return [
-        f"  SELECT user_id, item_id, event_time, feature_ds, {found}",
-        "  FROM (",
-        *(f"  {line}" for line in read),
-        "  ) AS scored",
-        "  GROUP BY user_id, item_id, event_time, feature_ds",
+        f"  SELECT user_id, item_id, event_time, {night}, {', '.join(_zeros(sql, query))}",
+        f"  FROM {source}",
+        "  WHERE impression_id IN (",
+        "    SELECT min(impression_id)",
+        f"    FROM {source}",
+        "    GROUP BY user_id, item_id, event_time",
+        "  )",
     ]
 
 
