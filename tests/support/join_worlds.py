@@ -555,23 +555,14 @@ class World:
     # -- What is expected --
 
     def slow_join(self, ds: dt.date, options: Options) -> SlowJoin:
-        """Returns the slow join of what lies on disk now.
-
-        A set has the resolutions that its nights have; where no day knows a night, it has none.
-        """
+        """Returns the slow join of what lies on disk now."""
         log = {
             day: sorted((self.folder / f"impressions/ds={day}").glob("*.parquet"))
             for day in self.days
         }
         nights = read_nights(self.root, self.layout.feature_set)
         clicks = read_clicks(log, self.law)
-        join = SlowJoin(ds, nights, clicks, self.labels, self.law, options)
-        is_known = any(
-            available_from(night, self.law, options) < self._start(day, 1)
-            for day in self.joined
-            for night in dataclasses.replace(join, ds=day).known
-        )
-        return join if is_known else dataclasses.replace(join, labels=())
+        return SlowJoin(ds, nights, clicks, self.labels, self.law, options)
 
     def expected(self, ds: dt.date, **options: Any) -> pa.Table:
         """Returns what `courier join` is to give for a day, with the fields of `Options`."""
