@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
@@ -320,12 +320,18 @@ def training_rows(**options: Any) -> None:
     default="plain",
     help="Types and shapes that a framework's reader takes, with its configuration.",
 )
+@click.option(
+    "--show-sql",
+    type=click.Choice(["duckdb", "spark"]),
+    help="Only print a query that does the same for published scores.",
+)
 @click.option("--created-timestamp", is_flag=True, help="Add when nights were published.")
 @click.option("--mixed-encoders", is_flag=True, help="Let scores be of several encoders.")
 def join(
     samples: str, name: str, user_id: str, item_id: str, time: str, label: str | None,
-    timezone: str | None, config: str, days: Sequence[dt.date], dry_run: bool, json: bool,
-    remake: bool, accepted: tuple[tuple[str, ...], str], beam_args: Sequence[str], **asked: Any,
+    timezone: str | None, show_sql: Literal["duckdb", "spark"] | None, config: str,
+    days: Sequence[dt.date], dry_run: bool, json: bool, remake: bool,
+    accepted: tuple[tuple[str, ...], str], beam_args: Sequence[str], **asked: Any,
 ) -> None:  # fmt: skip
     """Join samples of your own with features as they were at each moment: a training set.
 
@@ -346,9 +352,15 @@ def join(
     template = joins.samples_template(samples, config)
     wanted = joins.JoinAsked(name, template, columns, timezone, label, **asked)
     nights = joins.plan_joins(settings, days, wanted, _say, NightOptions(remake=remake))
+    if show_sql:
+        from pipelines.reports import join_sql
+
+        for one in nights:
+            click.echo(join_sql.show_sql(show_sql, join_sql.query_of(one)))
+        return
     if dry_run:
-        found = [night.describe_plan(one, beam_args) for one in nights]
-        return _echo(found, len(days) == 1, dry_run, json)
+        _echo([night.describe_plan(one, beam_args) for one in nights], len(days) == 1, True, json)
+        return
     made, refused = nightly.make_nights(nights, beam_args, _say)
     for path in joins.hand_over(nights):
         _say(f"join: the configuration for {asked['layout']} is {path}")

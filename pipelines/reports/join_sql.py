@@ -10,14 +10,26 @@ import datetime as dt
 import glob
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
 
+from feature_jobs.impressions import layouts
+from feature_jobs.impressions.scoring import ScoreForm
 from feature_jobs.impressions.snapshots import Snapshot
-from feature_jobs.schemas import SIM_TIERS, InputNotReady, cluster_column
+from feature_jobs.schemas import (
+    HISTORY_ITEM_IDS,
+    SAME_CLUSTER,
+    SIM_TIERS,
+    TOP_POSITIONS,
+    InputNotReady,
+    OperatorError,
+    cluster_column,
+)
 from feature_jobs.store import files
+from pipelines.planning.joins import PlannedJoin
+from pipelines.running.states import Night
 
 Dialect = Literal["duckdb", "spark"]
 
@@ -44,7 +56,8 @@ class JoinQuery:
 
     `ds` is the day of the `samples`, in the order of their rows, and of the `scores`, the files of
     `user_simscores`. These were made with `features_from`; a score is taken where it is of the
-    sample's own night. `labels` are those of the codebook's further resolutions.
+    sample's own night. `labels` are those of the codebook's further resolutions. Columns
+    `on_request` are lists of so many whole numbers, or one for 0; None is a list of any length.
     """
 
     ds: dt.date
@@ -58,6 +71,7 @@ class JoinQuery:
     history_len: int
     labels: Sequence[str] = ()
     created_timestamp: bool = False
+    on_request: Mapping[str, int | None] = field(default_factory=dict)
 
 
 def show_sql(dialect: Dialect, query: JoinQuery) -> str:
@@ -89,6 +103,61 @@ def show_sql(dialect: Dialect, query: JoinQuery) -> str:
     )
 
 
+def query_of(night: Night) -> JoinQuery:
+    """Returns what the statement of a planned day of a training set is made of.
+
+    Raises OperatorError where no published scores may be taken, and for what it cannot do.
+    """
+    (planned,) = night.planned
+    assert isinstance(planned, PlannedJoin)
+    _refuse_without(planned)
+    asked, samples = planned.asked, planned.samples
+    found = [
+        SqlNight(
+            one.snapshot, one.features.paths,
+            int(one.created.timestamp() * 1_000_000) if one.created else None,
+        )
+        for one in planned.nights
+    ]  # fmt: skip
+    user, item, time = (asked.columns[name] for name in ("user_id", "item_id", "event_time"))
+    return JoinQuery(
+        planned.stage.ds, samples.paths, user, item, time, found,
+        planned.scores.paths if planned.scores else (), asked.features_from,
+        planned.settings.history_len, planned.stage.settings["labels"][1:],
+        asked.created_timestamp, _on_request(planned.form),
+    )  # fmt: skip
+
+
+def _refuse_without(planned: PlannedJoin) -> None:
+    asked = planned.asked
+    if planned.scores is None:
+        raise OperatorError(
+            f"--show-sql prints a query for published scores, and those of ds {planned.stage.ds} "
+            f"are {planned.stage.notes['published_scores']}. Let nights be scored as the join asks "
+            '([simscore] features_from = "previous"), ask as they are (--features-from same), or '
+            "run the join without it, which scores samples on the way."
+        )
+    if asked.layout != layouts.PLAIN or planned.form.tiers != "courier":
+        raise OperatorError(
+            "--show-sql prints a query for the plain layout and COURIER's own tiers, and these "
+            f"samples are asked for with layout {asked.layout} and tiers {planned.form.tiers}. Run "
+            "the join without it."
+        )
+
+
+def _on_request(form: ScoreForm) -> dict[str, int | None]:
+    """Returns how many places the columns have that the settings ask for."""
+    found: dict[str, int | None] = {}
+    for name in form.columns:
+        if name == HISTORY_ITEM_IDS:
+            found[name] = None
+        elif name == TOP_POSITIONS:
+            found[name] = form.top_k
+        else:
+            found[name] = 0 if name.startswith(SAME_CLUSTER) else form.length
+    return found
+
+
 # ---- Dialects ----------------------------------------------------------------------------------
 
 
@@ -102,6 +171,7 @@ class _Dialect:
     place: str  # what tells of a row its file and its place in that
     without: str  # that leaves columns out of a *
     zeros: str
+    nothing: str
     read: Callable[[Sequence[str], bool], list[str]]
 
     def name(self, column: str) -> str:
@@ -145,6 +215,7 @@ _DIALECTS: dict[Dialect, _Dialect] = {
         place="",
         without="EXCLUDE",
         zeros="repeat([CAST(0 AS {})], {})",
+        nothing="[]",
         read=_read_by_duckdb,
     ),
     "spark": _Dialect(
@@ -157,6 +228,7 @@ _DIALECTS: dict[Dialect, _Dialect] = {
         place=", _metadata.file_path AS _file, _metadata.row_index AS file_row_number",
         without="EXCEPT",
         zeros="array_repeat(CAST(0 AS {}), {})",
+        nothing="array()",
         read=_read_by_spark,
     ),
 }
@@ -232,7 +304,14 @@ def _zeros(sql: _Dialect, query: JoinQuery) -> dict[str, str]:
         "sim_mean": "CAST(0 AS FLOAT)",
         "simtier": sql.zeros.format("INT", SIM_TIERS),
         "same_cluster": "0",
+        **{name: _zero(sql, places) for name, places in query.on_request.items()},
     }
+
+
+def _zero(sql: _Dialect, places: int | None) -> str:
+    if places is None:
+        return sql.nothing
+    return sql.zeros.format("INT", places) if places else "0"
 
 
 def _joined(sql: _Dialect, query: JoinQuery) -> list[str]:

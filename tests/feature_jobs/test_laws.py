@@ -189,7 +189,51 @@ def test_a_column_on_request_that_breaks_the_law_is_told(change: dict[str, Any],
 
 
 def test_every_table_has_a_law() -> None:
-    assert set(laws.LAWS) == set(schemas.TABLES) == set(GOOD) == {name for name, _, _ in BROKEN}
+    assert set(schemas.TABLES) == set(GOOD) == {name for name, _, _ in BROKEN}
+    assert set(laws.LAWS) == {*schemas.TABLES, schemas.JOINED.name}
+
+
+# Of a training set, whose first column is the shop's own.
+SAMPLE = {
+    **{k: v for k, v in GOOD["user_simscores"].items() if k.startswith(("sim", "history_len"))},
+    "cluster_of_ours": 77, "feature_ds": DAY, "has_night": True, "item_known": True,
+    "has_image": True, "in_scope": True, "cluster_id": 3, "cluster_fine": 9, "same_cluster": 2,
+    "night_created": None,
+}  # fmt: skip
+NOTHING = {
+    "sim_scores": [0.0] * 3, "sim_mask": [0] * 3, "sim_known": 0, "sim_max": 0.0, "sim_mean": 0.0,
+    "simtier": [0] * 20, "same_cluster": 0, "cluster_id": 0, "cluster_fine": 0,
+}  # fmt: skip
+CLUSTERS = {**LIMITS, "cluster_id": 3, "cluster_fine": 9}
+CLUSTERS.pop("item_ids", None)
+
+
+def samples_of(*rows: dict[str, Any]) -> pa.Table:
+    extra = [schemas.cluster_field("fine"), pa.field("cluster_of_ours", pa.int64())]
+    schema = schemas.JOINED.schema(pa.int64(), extra=extra)
+    return pa.Table.from_pylist(list(rows), schema)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"feature_ds": None}, "feature_ds is not where there is a night"),
+        ({"has_night": False, "feature_ds": None}, "an item is known without a night"),
+        ({"item_known": False}, "an unknown item has an image or is in scope"),
+        ({"cluster_id": 4}, "cluster_id is out of range"),
+        ({"cluster_fine": 0}, "cluster_fine is not where an item has a feature"),
+        ({"has_image": False, "cluster_id": 0, "cluster_fine": 0}, "without a feature has a score"),
+        ({"sim_known": 2}, "not the number of real scores"),
+    ],
+)
+def test_rows_of_a_training_set_keep_its_law(changed: dict[str, Any], said: str) -> None:
+    unknown = {**SAMPLE, **NOTHING, "item_known": False, "has_image": False, "in_scope": False}
+    before = {**unknown, "has_night": False, "feature_ds": None}
+    laws.check(schemas.JOINED, samples_of(SAMPLE, unknown, before, SAMPLE), CLUSTERS)
+    broken = samples_of(SAMPLE, {**SAMPLE, **changed})
+    with pytest.raises(DataContractError, match=said):
+        laws.check(schemas.JOINED, broken, CLUSTERS)
+    laws.check(schemas.JOINED, broken)  # as it is laid out for a framework
 
 
 @pytest.mark.parametrize("name", sorted(schemas.TABLES))

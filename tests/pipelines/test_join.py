@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -190,6 +191,28 @@ def test_days_together_are_those_of_one_command_each(world: World) -> None:
     assert before == {
         path: path.read_bytes() for path in (world.root / "test" / "joined").rglob("*.*")
     }
+
+
+def test_the_query_that_it_prints_gives_what_it_publishes(world: World, capsys: Capture) -> None:
+    write_samples(world, DAY, as_samples(impressions(world, DAY)))
+    same = ("--ds", DAY, "--features-from", "same")
+    assert join(world, *same, "--show-sql", "duckdb") == DONE
+    query = capsys.readouterr().out
+    assert not (world.root / "test" / "joined").exists()
+    assert join(world, *same) == DONE
+    found, _ = joined(world, DAY)
+    with duckdb.connect() as database:
+        rows = database.sql(query).to_arrow_table()
+    assert rows.column_names == found.column_names
+    assert rows.select(SCORES).to_pylist() == found.select(SCORES).to_pylist()
+    assert (
+        rows.drop_columns(["event_time"]).to_pylist()
+        == found.drop_columns(["event_time"]).to_pylist()
+    )
+    assert join(world, *same, "--show-sql", "spark") == DONE
+    assert "parquet.`" in capsys.readouterr().out
+    assert join(world, "--ds", DAY, "--show-sql", "spark", "--name", "other") == USAGE
+    assert "are not taken: they are of other nights" in capsys.readouterr().err
 
 
 def test_what_is_to_be_joined_is_told_beforehand(world: World, capsys: Capture) -> None:

@@ -285,7 +285,7 @@ def test_histories_follow_the_log_of_the_window(settings: Settings) -> None:
     assert of(settings, planned).bytes_written == 8_000
 
 
-@pytest.mark.parametrize("kind", stages.KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [*stages.NIGHT, stages.TRAINING_ROWS], ids=lambda k: k.name)
 def test_before_a_table_is_there_its_bytes_are_guessed_by_its_columns(
     settings: Settings, kind: Kind
 ) -> None:
