@@ -511,20 +511,19 @@ class World:
         options = Options(features_from=features_from)
         join = self.slow_join(day, options)
         made = join.of(self.logged[day], Names())
-        ids = self.pin_of(day).identities
         made = made.append_column("impression_id", pa.array([f"{n:06d}" for n in range(len(made))]))
-        for name, value in ids.items():
-            made = made.append_column(name, pa.array([value] * len(made)))
+        found = made["feature_ds"].to_pylist()
+        for name in ("encoder_id", "codebook_id"):
+            of_rows = [self.pin_of(ds).identities[name] if ds else "" for ds in found]
+            made = made.append_column(name, pa.array(of_rows))
         is_previous = features_from == "previous"
-        extra = [pa.field("feature_ds", pa.date32())] if is_previous else []
-        schema = USER_SIMSCORES.schema(
-            self.id_type, self.id_type, pa.string(), without=["history_item_ids"], extra=extra
-        )
+        without = ["history_item_ids", *([] if is_previous else ["feature_ds"])]
+        schema = USER_SIMSCORES.schema(self.id_type, self.id_type, pa.string(), without=without)
         nights = [night for night in join.known if night.ds < day or not is_previous]
         told = self._previous_nights(nights) if is_previous else self._own_night(nights)
         settings = history_settings(self.settings)
         told["inputs"] |= self._log_inputs(day)
-        return self.publish(USER_SIMSCORES, day, schema, made, 2, ids, settings=settings, **told)
+        return self.publish(USER_SIMSCORES, day, schema, made, 2, {}, settings=settings, **told)
 
     def _own_night(self, nights: list[PublishedNight]) -> dict[str, Any]:
         """Returns what a manifest tells of scores by the night of the day."""
