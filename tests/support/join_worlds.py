@@ -41,6 +41,7 @@ from feature_jobs.store.documents import digest, to_json, write_json
 from feature_jobs.store.encoder_info import EncoderInfo, write_encoder_info
 from feature_jobs.store.partitions import MANIFEST, STAGED, Partition
 from pipelines.config import Catalogue, Impressions, Settings
+from pipelines.planning.impressions import score_settings
 from pipelines.planning.made_with import history_settings
 from pipelines.planning.yesterday import history_law
 from pipelines.running import records
@@ -521,7 +522,7 @@ class World:
         schema = USER_SIMSCORES.schema(self.id_type, self.id_type, pa.string(), without=without)
         nights = [night for night in join.known if night.ds < day or not is_previous]
         told = self._previous_nights(nights) if is_previous else self._own_night(nights)
-        settings = history_settings(self.settings)
+        settings = {**history_settings(self.settings), **score_settings(self.settings)}
         told["inputs"] |= self._log_inputs(day)
         return self.publish(USER_SIMSCORES, day, schema, made, 2, {}, settings=settings, **told)
 
