@@ -346,6 +346,11 @@ def join(
 
     if accepted[0]:
         raise click.UsageError("No gate judges a training set: there is nothing to --accept.")
+    if asked["history_as_of"] == "night" and asked["features_from"] == "same":
+        raise click.UsageError(
+            "The night of a sample's own day knows all clicks of that day, its own among them: "
+            "--history-as-of night goes with --features-from previous."
+        )
     settings = _settings(config)
     beam_options.job_options(settings, stages.JOIN.name, beam_args)
     columns = {"user_id": user_id, "item_id": item_id, "event_time": time}
