@@ -69,8 +69,8 @@ class Shop:
                 for name in ("rejects", "balance", "dead_clusters", "churn", "outage")
             )
             + "cluster_drift.fail = inf\n"
-            f"[simscore]\nfeatures_from = '{features_from}'\n"
-            f"[[pins]]\nfrom_ds = {DAYS[0]}\nencoder = '{artefacts.encoder}'\n"
+            + (f"[simscore]\nfeatures_from = '{features_from}'\n" * (features_from != "same"))
+            + f"[[pins]]\nfrom_ds = {DAYS[0]}\nencoder = '{artefacts.encoder}'\n"
             f"codebook = '{artefacts.codebook}'\n"
         )
 

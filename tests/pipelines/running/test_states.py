@@ -128,8 +128,11 @@ def test_a_table_that_is_not_made_is_not_ready(shop: Shop) -> None:
     stage = stage_of(shop, NEW)
     with pytest.raises(InputNotReady, match="Run `courier item-features --ds 2026-03-01`"):
         Look().made(stage)
+    (reference,) = stage.references()
+    with pytest.raises(InputNotReady, match="Run `courier item-features --ds 2026-03-01`"):
+        Look().open(reference)
     with pytest.raises(InputNotReady, match="from which later days go on"):
-        Look().open(stage.references()[0])
+        Look().open(dataclasses.replace(reference, stage=None))
 
 
 def test_what_was_begun_by_other_versions_or_from_another_content_is_begun_anew(
