@@ -373,6 +373,30 @@ JOINED = Table(
     ),
 )
 
+
+def joined_fields(
+    labels: Sequence[str],
+    created_timestamp: bool,
+    columns: Collection[str],
+    tiers: Tiers,
+    item_id: pa.DataType,
+) -> list[pa.Field]:
+    """Returns the fields of a training set behind those of its samples, in their order.
+
+    It has cluster IDs of the resolutions `labels`, and on request when nights were published and
+    the `columns` that scores may have besides.
+    """
+    ours = JOINED.schema(item_id, without=[] if created_timestamp else ["night_created"])
+    if tiers == "muse":
+        muse = scores_schema(item_id, item_id, item_id, tiers=tiers).field("simtier")
+        ours = ours.set(ours.get_field_index("simtier"), muse)
+    further = [cluster_field(label) for label in labels if label != MAIN]
+    at = ours.get_field_index(cluster_column(MAIN)) + 1
+    item_ids = pa.field(HISTORY_ITEM_IDS, pa.list_(item_id))
+    asked = [score_field(name) or item_ids for name in sorted(columns)]
+    return [*list(ours)[:at], *further, *list(ours)[at:], *asked]
+
+
 # Lies in the package of a codebook that has a parent; in no partition.
 CROSSWALK = pa.schema(
     [

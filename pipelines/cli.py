@@ -346,11 +346,6 @@ def join(
 
     if accepted[0]:
         raise click.UsageError("No gate judges a training set: there is nothing to --accept.")
-    if asked["history_as_of"] == "night" and asked["features_from"] == "same":
-        raise click.UsageError(
-            "The night of a sample's own day knows all clicks of that day, its own among them: "
-            "--history-as-of night goes with --features-from previous."
-        )
     settings = _settings(config)
     beam_options.job_options(settings, stages.JOIN.name, beam_args)
     columns = {"user_id": user_id, "item_id": item_id, "event_time": time}
@@ -662,12 +657,14 @@ def audit(config: str, ds: dt.date, impressions: int, from_log: bool, json: bool
 
     Plants clicks around sampled impressions in a copy of a bucket of users and says which features
     moved; compares with what was published; looks at what encoder, codebook and embeddings were
-    made from. Changes nothing, and ends with status 1 where it finds a leak.
+    made from. Training sets of the day are audited likewise, with planted nights besides. Changes
+    nothing, and ends with status 1 where it finds a leak.
     """
     from feature_jobs.schemas import DataContractError
     from pipelines.reports import audit as audits
+    from pipelines.reports import audit_joins
 
-    report = audits.audit(_settings(config), ds, impressions, from_log, _say)
+    report = audit_joins.audit_day(_settings(config), ds, impressions, from_log, _say)
     click.echo(dumps(report.as_json(), indent=1) if json else audits.render(report))
     if report.leaks:
         raise DataContractError(

@@ -66,7 +66,7 @@ _SCORES = (
     "sim_scores", "sim_mask", "history_len", "sim_known", "sim_max", "sim_mean", "simtier",
     "same_cluster",
 )  # fmt: skip
-_KEY = ("user_id", "item_id", "event_time")
+KEY = ("user_id", "item_id", "event_time")
 _GROUP_BITS = 32  # a sample's number is that of its row group, and of its row in there
 _ITEMS_AT_ONCE = 6_553_600  # of the histories that the samples of a user shard get at once
 _EPOCH = dt.date(1970, 1, 1)
@@ -130,7 +130,7 @@ class JoinDay:
     def no_keys(self) -> pa.Table:
         """Returns an empty table of what identifies samples."""
         kinds = (*self.ids, TIMESTAMP, pa.int64(), pa.int16(), pa.bool_())
-        names = (*_KEY, "sample", "night", "positive")
+        names = (*KEY, "sample", "night", "positive")
         return pa.schema(list(zip(names, kinds, strict=True))).empty_table()
 
     @property
@@ -203,9 +203,9 @@ def match_rows(samples: pa.Table, published: pa.Table) -> np.ndarray:
     row = order[at[maybe]]
     same = there[row] == wanted[maybe]
     maybe, row = maybe[same], row[same]
-    mine, theirs = samples.take(pa.array(maybe)), published.select(_KEY).take(pa.array(row))
+    mine, theirs = samples.take(pa.array(maybe)), published.select(KEY).take(pa.array(row))
     same = np.ones(len(maybe), bool)
-    for name in _KEY:  # two keys may have one hash
+    for name in KEY:  # two keys may have one hash
         equal = pc.equal(mine[name], theirs[name].cast(mine[name].type))
         same &= equal.to_numpy()
     found[maybe[same]] = row[same]
@@ -213,7 +213,7 @@ def match_rows(samples: pa.Table, published: pa.Table) -> np.ndarray:
 
 
 def _key_hashes(rows: pa.Table) -> np.ndarray:
-    users, items = (hashing.hash_ids(rows[name]) for name in _KEY[:2])
+    users, items = (hashing.hash_ids(rows[name]) for name in KEY[:2])
     times = rows["event_time"].cast(pa.int64()).to_numpy().view(np.uint64)
     key = np.stack([users, items, times], axis=1).astype("<u8")
     return hashing.hash_rows(key.view(np.uint8).reshape(len(rows), 24))
@@ -331,12 +331,12 @@ class ReadSamples(_JoinFn):
         place, number = element
         job, day = self._job, self._job.days[place]
         group = day.groups[number]
-        rows = read_rows(group, _KEY, [job.label] if job.label else [])
+        rows = read_rows(group, KEY, [job.label] if job.label else [])
         check_day(group, rows, day.day.end_us)
         moments = rows["event_time"].cast(pa.int64()).to_numpy()
         nights = night_at(moments, [night.snapshot for night in day.nights])
         yes = positive(rows[job.label]) if job.label else np.zeros(len(rows), bool)
-        keys = rows.select(_KEY)
+        keys = rows.select(KEY)
         for name, values in (
             ("sample", (number << _GROUP_BITS) + np.arange(len(rows))),
             ("night", nights.astype(np.int16)),
@@ -364,7 +364,7 @@ class TakeScores(_JoinFn):
                 yield beam.pvalue.TaggedOutput("rest", (shard, (place, piece)))
             return
         rows = read_pieces(pieces, day.no_keys)
-        columns = [*_KEY, *job.score_columns]
+        columns = [*KEY, *job.score_columns]
         published = day.scores.read_shard(shard, job.shards, "user_id", columns)
         at = match_rows(rows, published)
         taken = np.flatnonzero(at >= 0)

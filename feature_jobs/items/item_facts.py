@@ -6,7 +6,7 @@ looking at all.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -91,13 +91,22 @@ def open_item_facts(features: Partition, clusters: Sequence[str], key: str) -> I
     return ItemFacts(tuple(pa.Table.from_batches([one]) for one in batches), tuple(clusters))
 
 
-def _build(features: Partition, clusters: Sequence[str], folder: str) -> None:
+def item_facts(features: Partition, clusters: Sequence[str]) -> ItemFacts:
+    """Reads the facts of all items of `features` into the memory of this process alone."""
+    return ItemFacts(tuple(_by_shard(features, clusters)), tuple(clusters))
+
+
+def _by_shard(features: Partition, clusters: Sequence[str]) -> Iterator[pa.Table]:
     shards, wanted = len(features.paths), ["item_id", *FLAGS, *clusters]
-    writer = None
     for shard in range(shards):
         rows = features.read_shard(shard, shards, "item_id", wanted)
         rows = rows.append_column("hash", pa.array(hashing.hash_ids(rows["item_id"])))
-        rows = arrays.plain(rows.sort_by("hash").combine_chunks())
+        yield arrays.plain(rows.sort_by("hash").combine_chunks())
+
+
+def _build(features: Partition, clusters: Sequence[str], folder: str) -> None:
+    writer = None
+    for rows in _by_shard(features, clusters):
         writer = writer or pa.ipc.new_file(os.path.join(folder, _FILE), rows.schema)
         batch, *more = rows.to_batches() or [pa.RecordBatch.from_pylist([], rows.schema)]
         if more:

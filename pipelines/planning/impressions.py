@@ -79,6 +79,10 @@ class LogOfDay:
     before: Before
     ids: Ids | None
 
+    def inputs(self) -> dict[str, Any]:
+        """Returns what the id of a run changes with that makes histories of each moment of it."""
+        return {"impressions": self.log.identity(), **self.before.inputs()}
+
 
 @dataclass(frozen=True)
 class PlannedHistories(Planned):

@@ -10,7 +10,9 @@ import numpy as np
 
 from feature_jobs import inputs
 from feature_jobs.impressions import layouts
+from feature_jobs.impressions.ctr_join import JoinNight
 from feature_jobs.impressions.snapshots import Snapshot, after_its_day, night_at
+from feature_jobs.items.item_vectors import ItemTables
 from feature_jobs.schemas import ITEM_EMBEDDINGS, USER_HISTORIES, InputNotReady
 from feature_jobs.schemas import ITEM_FEATURES as FEATURES_TABLE
 from feature_jobs.store import documents
@@ -86,6 +88,19 @@ class NightThere:
     def key(self) -> str:
         """Names the machine's copies of its items."""
         return documents.digest([self.features.version, self.embeddings.version])[:16]
+
+    def as_worker_knows_it(
+        self, labels: Sequence[str], embedding_dtype: Literal["float32", "float16"]
+    ) -> JoinNight:
+        """Returns the night as the workers know it, with cluster IDs of `labels` for scores."""
+        tables = self.features.slim(), self.embeddings.slim()
+        return JoinNight(
+            self.snapshot,
+            int(self.created.timestamp() * 1_000_000) if self.created else None,
+            ItemTables(*tables, None, False, tuple(labels), embedding_dtype),
+            self.histories.slim() if self.histories else None,
+            self.key,
+        )
 
 
 @dataclass(frozen=True)

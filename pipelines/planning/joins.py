@@ -18,17 +18,14 @@ from feature_jobs.impressions import layouts
 from feature_jobs.impressions.ctr_join import (
     JoinDay,
     JoinJob,
-    JoinNight,
     cut,
     define_join,
 )
 from feature_jobs.impressions.histories import HistoryDay
 from feature_jobs.impressions.scoring import ScoreForm
 from feature_jobs.inputs import Source
-from feature_jobs.items.item_vectors import ItemTables
 from feature_jobs.schemas import (
     HISTORY_ITEM_IDS,
-    JOINED,
     MAIN,
     MUSE_TIERS,
     SIM_TIERS,
@@ -37,9 +34,8 @@ from feature_jobs.schemas import (
     DataContractError,
     OperatorError,
     cluster_column,
-    cluster_field,
+    joined_fields,
     score_field,
-    scores_schema,
 )
 from feature_jobs.store import broadcast, day_names, files, hashing
 from feature_jobs.store.partitions import Partition
@@ -108,7 +104,7 @@ class PlannedJoin(Planned):
     @property
     def form(self) -> ScoreForm:
         """Returns what is made of scores."""
-        return _form(self.settings, self.asked)
+        return join_form(self.settings, self.asked)
 
     @property
     def layout_form(self) -> layouts.Form:
@@ -151,23 +147,8 @@ class PlannedJoin(Planned):
 
     def _as_worker_knows_it(self) -> JoinDay:
         group_rows = [rows for groups in self.samples.row_groups for rows in groups]
-        nights = tuple(
-            JoinNight(
-                night.snapshot,
-                int(night.created.timestamp() * 1_000_000) if night.created else None,
-                ItemTables(
-                    night.features.slim(),
-                    night.embeddings.slim(),
-                    None,
-                    False,
-                    self.form.labels,
-                    self.settings.simscore.embedding_dtype,
-                ),
-                night.histories.slim() if night.histories else None,
-                night.key,
-            )
-            for night in self.nights
-        )
+        labels, dtype = self.form.labels, self.settings.simscore.embedding_dtype
+        nights = tuple(night.as_worker_knows_it(labels, dtype) for night in self.nights)
         return JoinDay(
             self.day, tuple(self.samples.groups()), cut(group_rows, self.settings.rows_per_shard),
             nights, self.scores and self.scores.slim(), self.schema, self.ids, self.stage.staging,
@@ -245,6 +226,8 @@ class _SetOfDays:
             "created_timestamp": asked.created_timestamp,
             "label": asked.label,
             "labels": list(self.labels),
+            "sample_columns": dict(asked.columns),
+            "input_timezone": asked.input_timezone,
         }
 
     def check(self, days: Sequence[dt.date]) -> None:
@@ -275,7 +258,7 @@ class _SetOfDays:
 
     def _refuse_columns(self) -> None:
         """Raises OperatorError where a column on request is of cluster IDs that nights lack."""
-        for label in _form(self.settings, self.asked).labels:
+        for label in join_form(self.settings, self.asked).labels:
             if label not in self.labels:
                 raise OperatorError(
                     f"[simscore] columns asks for columns of the resolution {label!r}, of which "
@@ -310,6 +293,15 @@ def _refuse_two_lineages(codebooks: Mapping[str, tuple[str, ...]]) -> None:
             )
 
 
+def log_of(day: DayPlan) -> LogOfDay:
+    """Opens the log of a day, and what the histories of its moments begin from.
+
+    Raises InputNotReady where either is not there.
+    """
+    log, before = day.shop.impressions(day.ds), next(day.befores())
+    return LogOfDay(day.settings, day.history_day(), log, before, day.history_ids(before.ids))
+
+
 class _OpenDay:
     """Opens what a day of a training set is made of."""
 
@@ -320,14 +312,8 @@ class _OpenDay:
         earliest = inputs.earliest_event(self.samples)
         found = Nights(settings, asked, day.range.look, day.range.say)
         self.nights = found.of(day.ds, min(start_us, start_us if earliest is None else earliest))
-        self.log = self._open_log() if asked.history_as_of == "moment" else None
+        self.log = log_of(day) if asked.history_as_of == "moment" else None
         self._tell_nights()
-
-    def _open_log(self) -> LogOfDay:
-        """Opens the log of the day, and what its histories begin from."""
-        day = self.day
-        log, before = day.shop.impressions(day.ds), next(day.befores())
-        return LogOfDay(day.settings, day.history_day(), log, before, day.history_ids(before.ids))
 
     def _tell_nights(self) -> None:
         """Warns of samples that take no night, or an old one."""
@@ -343,7 +329,7 @@ class _OpenDay:
         day, asked, samples = self.day, self.asked, self.samples
         ids = self._ids()
         clusters = {cluster_column(label): most for label, most in set_of.max_ids.items()}
-        schema = self._schema(list(clusters), ids[1])
+        schema = self._schema(set_of.labels, ids[1])
         scores, why = self._scores()
         told = "taken where a sample is an impression of the day" if scores else f"not taken: {why}"
         rows = [n for groups in samples.row_groups for n in groups]
@@ -384,9 +370,7 @@ class _OpenDay:
         return versions != [one.version for one in tables] or self.day.is_outdated(look)
 
     def _log_inputs(self) -> dict[str, Any]:
-        if self.log is None:
-            return {}
-        return {"impressions": self.log.log.identity(), **self.log.before.inputs()}
+        return self.log.inputs() if self.log else {}
 
     def _ids(self) -> tuple[pa.DataType, pa.DataType]:
         """Returns the types of users and items; raises DataContractError where they differ."""
@@ -407,22 +391,10 @@ class _OpenDay:
                 )
         return user, item
 
-    def _on_request(self, item: pa.DataType) -> list[pa.Field]:
-        """Returns the columns that the settings ask for besides."""
-        ids = pa.field(HISTORY_ITEM_IDS, pa.list_(item))
-        return [score_field(name) or ids for name in _form(self.day.settings, self.asked).columns]
-
-    def _schema(self, clusters: Sequence[str], item: pa.DataType) -> pa.Schema:
+    def _schema(self, labels: Sequence[str], item: pa.DataType) -> pa.Schema:
         """Returns the columns of the set; raises OperatorError where samples have one of ours."""
-        optional = [] if self.asked.created_timestamp else ["night_created"]
-        ours = JOINED.schema(NO_IDS[1], without=optional)
-        further = [cluster_field(name.removeprefix("cluster_")) for name in clusters[1:]]
-        at = ours.get_field_index(clusters[0]) + 1
-        fields = [*list(ours)[:at], *further, *list(ours)[at:]]
-        if self.day.settings.simscore.tiers == "muse":
-            scores = scores_schema(*(pa.int64(),) * 3, tiers="muse")
-            fields = [scores.field("simtier") if f.name == "simtier" else f for f in fields]
-        fields += self._on_request(item)
+        created, form = self.asked.created_timestamp, join_form(self.day.settings, self.asked)
+        fields = joined_fields(labels, created, form.columns, form.tiers, item)
         carried = list(self.samples.carried)
         names = {field.name for field in carried}
         clash = {field.name for field in fields} & names
@@ -496,7 +468,7 @@ class _OpenDay:
         return None
 
 
-def _form(settings: Settings, asked: JoinAsked) -> ScoreForm:
+def join_form(settings: Settings, asked: JoinAsked) -> ScoreForm:
     """Returns what is made of scores: for a framework no lists that are of any length."""
     form = score_form(settings)
     if asked.layout == layouts.PLAIN:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -103,7 +104,10 @@ class Finding:
 
 @dataclass
 class Report:
-    """Holds what the audit of a day found."""
+    """Holds what the audit of a day found: of its night, or of one of its training sets.
+
+    That of a night has those of its `training_sets` by name. `impressions` are samples there.
+    """
 
     ds: str
     bucket: int
@@ -112,10 +116,14 @@ class Report:
     users: int
     planted: list[Moved] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    training_sets: dict[str, "Report"] = field(default_factory=dict)
 
     @property
     def leaks(self) -> list[str]:
-        return [finding.text for finding in self.findings if finding.level == LEAK]
+        """Returns what was found to leak, of training sets too."""
+        mine = [finding.text for finding in self.findings if finding.level == LEAK]
+        sets = self.training_sets.items()
+        return mine + [f"training set {name}: {leak}" for name, of in sets for leak in of.leaks]
 
     def as_json(self) -> dict[str, object]:
         return {**asdict(self), "leaks": len(self.leaks)}
@@ -177,6 +185,21 @@ def _open(
 
 
 # ---- Features of a bucket ----------------------------------------------------------------------
+
+
+class Bucket(Protocol):
+    """Is a bucket of users of one day, whose features can be made with more clicks in the log.
+
+    `rows` are its impressions, and `probes` two items to plant clicks on.
+    """
+
+    rows: pa.Table
+    job: HistoriesJob | None
+
+    @property
+    def probes(self) -> tuple[pa.Scalar, pa.Scalar]: ...
+
+    def features(self, planted: pa.Table | None = None) -> pa.Table: ...
 
 
 class _Bucket:
@@ -278,7 +301,7 @@ def _audit_features(bucket: _Bucket, sample: int, report: Report) -> None:
         for name, after_us, must_move in NIGHTS:
             moved = _plant_night(name, after_us, must_move, bucket, before)
             report.planted.append(moved)
-            _judge(moved, report, "night", "they are scored with an older night than they may know")
+            judge(moved, report, "night", "they are scored with an older night than they may know")
     if bucket.job is None:
         report.tell(
             UNVERIFIED,
@@ -286,7 +309,7 @@ def _audit_features(bucket: _Bucket, sample: int, report: Report) -> None:
             "knew of clicks too early cannot be seen from here",
         )
         return
-    sampled = _sample(before, bucket.scores.log.day.known_from_us(bucket.job.law), sample)
+    sampled = sample_rows(before, bucket.scores.log.day.known_from_us(bucket.job.law), sample)
     if bucket.probes[0] == bucket.probes[1]:
         sampled = sampled[:0]
     if not len(sampled):
@@ -299,9 +322,9 @@ def _audit_features(bucket: _Bucket, sample: int, report: Report) -> None:
     for plant in PLANTS:
         if plant.clicked_us != plant.shown_us and "click_time" not in bucket.rows.column_names:
             continue
-        moved = _plant(plant, bucket, before, sampled)
+        moved = plant_clicks(plant, bucket, before, sampled)
         report.planted.append(moved)
-        _judge(moved, report)
+        judge(moved, report)
 
 
 def _plant_night(
@@ -316,8 +339,16 @@ def _plant_night(
     night = Snapshot(bucket.scores.stage.ds, int(middle) + after_us)
     planted = replace(bucket.nights[0], snapshot=night, encoder_id="planted")
     after = bucket.features(planted_nights=(planted,))
-    columns = {one: _differs(before[one], after[one]) for one in before.column_names}
-    differs, sampled = np.any(list(columns.values()), axis=0), moments == middle
+    return night_moved(name, must_move, night, int(middle), before, after)
+
+
+def night_moved(
+    name: str, must_move: bool, night: Snapshot, at_us: int, before: pa.Table, after: pa.Table
+) -> Moved:
+    """Tells what a planted night moved: rows of the moment `at_us`, and wrongly those before it."""
+    moments = before["event_time"].cast(pa.int64()).to_numpy()
+    columns = {one: differing(before[one], after[one]) for one in before.column_names}
+    differs, sampled = np.any(list(columns.values()), axis=0), moments == at_us
     wrongly = differs & (moments < night.from_us)
     return Moved(
         name,
@@ -329,7 +360,7 @@ def _plant_night(
     )
 
 
-def _sample(features: pa.Table, known_from_us: int, count: int) -> np.ndarray:
+def sample_rows(features: pa.Table, known_from_us: int, count: int) -> np.ndarray:
     """Returns the places of at most `count` impressions, each of another user.
 
     None came too late for a history. They are chosen by a hash, so that the same ones are looked at
@@ -343,14 +374,14 @@ def _sample(features: pa.Table, known_from_us: int, count: int) -> np.ndarray:
     return order[np.sort(first)][:count]
 
 
-def _plant(plant: Plant, bucket: _Bucket, before: pa.Table, sampled: np.ndarray) -> Moved:
+def plant_clicks(plant: Plant, bucket: Bucket, before: pa.Table, sampled: np.ndarray) -> Moved:
     """Makes the features again with one more click near each sampled impression."""
     assert bucket.job is not None
     law = bucket.job.law
     moments = before["event_time"].cast(pa.int64()).to_numpy() - law.lag_us
     planted = _planted(plant, bucket, before, sampled, moments[sampled], law.click_delay_us)
     after = bucket.features(planted)
-    columns = {name: _differs(before[name], after[name]) for name in before.column_names}
+    columns = {name: differing(before[name], after[name]) for name in before.column_names}
     differs = np.any(list(columns.values()), axis=0)
     of_plant = pc.index_in(
         before["user_id"], value_set=before["user_id"].take(pa.array(sampled)).combine_chunks()
@@ -371,7 +402,7 @@ def _plant(plant: Plant, bucket: _Bucket, before: pa.Table, sampled: np.ndarray)
 
 def _planted(
     plant: Plant,
-    bucket: _Bucket,
+    bucket: Bucket,
     before: pa.Table,
     sampled: np.ndarray,
     moments: np.ndarray,
@@ -405,7 +436,7 @@ def _times(moments: np.ndarray) -> pa.Array:
     return pa.array(moments).cast(TIMESTAMP)
 
 
-def _differs(one: pa.ChunkedArray, other: pa.ChunkedArray) -> np.ndarray:
+def differing(one: pa.ChunkedArray, other: pa.ChunkedArray) -> np.ndarray:
     """Tells in which rows two columns of the same rows differ; bool [n]."""
     if pa.types.is_list(one.type):
         both = pa.concat_arrays([one.combine_chunks(), other.combine_chunks()])
@@ -415,12 +446,13 @@ def _differs(one: pa.ChunkedArray, other: pa.ChunkedArray) -> np.ndarray:
     return ~pc.fill_null(same, False).to_numpy()
 
 
-def _judge(
+def judge(
     moved: Moved,
     report: Report,
     planted: str = "clicks",
     lacking: str = "clicks which a history must know are missing from it",
 ) -> None:
+    """Tells of a plant that moved what it must not have moved, or less than it must have."""
     if moved.wrongly:
         report.tell(
             LEAK,
@@ -455,19 +487,19 @@ def _audit_published(found: pa.Table, made: pa.Table, report: Report) -> None:
     """Tells whether the published `user_simscores` are those that were made here."""
     found = arrays.in_order(found, ["impression_id", "user_id", "event_time", "item_id"])
     made = arrays.in_order(made, ["impression_id", "user_id", "event_time", "item_id"])
-    wrong = _not_as_published(found, made)
+    wrong = not_as_published(found, made)
     if wrong:
         report.tell(LEAK, f"the published user_simscores are not what their inputs give: {wrong}")
     else:
         report.tell(OK, f"the {len(made):,} published user_simscores are what their inputs give")
 
 
-def _not_as_published(found: pa.Table, made: pa.Table) -> str:
+def not_as_published(found: pa.Table, made: pa.Table) -> str:
     """Says in words what differs between published and made rows; empty where nothing does."""
     if len(found) != len(made):
         return f"{len(found):,} rows instead of {len(made):,}"
     both = sorted(set(found.column_names) & set(made.column_names))
-    differ = {name: int(_differs(found[name], made[name]).sum()) for name in both}
+    differ = {name: int(differing(found[name], made[name]).sum()) for name in both}
     return ", ".join(f"{name} in {n:,} rows" for name, n in differ.items() if n)
 
 
@@ -549,10 +581,17 @@ def _audit_embeddings(
 
 
 def render(report: Report) -> str:
-    """Writes the report for people."""
+    """Writes the report for people, and those of training sets below it."""
+    sets = [_of(one, f"the training set {name} of ") for name, one in report.training_sets.items()]
+    last = "no leak was found" if not report.leaks else f"{len(report.leaks)} LEAKS"
+    return "\n\n".join([_of(report), *sets]) + f"\n{last}"
+
+
+def _of(report: Report, what: str = "") -> str:
+    rows = "samples" if what else "impressions"
     lines = [
-        f"audit of ds {report.ds}: bucket {report.bucket} of {report.buckets}, "
-        f"{report.impressions:,} impressions of {report.users:,} users"
+        f"audit of {what}ds {report.ds}: bucket {report.bucket} of {report.buckets}, "
+        f"{report.impressions:,} {rows} of {report.users:,} users"
     ]
     if report.planted:
         width = max(len(moved.plant) for moved in report.planted)
@@ -566,5 +605,4 @@ def render(report: Report) -> str:
     moving = next((moved.columns for moved in report.planted if moved.plant == PLANTS[0].name), ())
     lines += [f"features that moved for clicks before: {', '.join(moving)}"] if moving else []
     lines += ["", *(f"{finding.level:10} {finding.text}" for finding in report.findings)]
-    lines.append("no leak was found" if not report.leaks else f"{len(report.leaks)} LEAKS")
     return "\n".join(lines)

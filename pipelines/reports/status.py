@@ -8,7 +8,7 @@ import datetime as dt
 import os
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -55,7 +55,8 @@ def collect(
 
     Returns the pins; the last night and the next; for each ds from `start` to `end`, of the last
     fourteen where no `start` is given, its tables and whether its night is whole; days on hold;
-    those that are stale, with the reasons, by stage; what is unfinished.
+    those that are stale, with the reasons, by stage; what is unfinished; training sets with all
+    their days.
     """
     known = _known_days(settings)
     asked = [day for day in known if (start or day) <= day <= (end or day)]
@@ -85,6 +86,10 @@ def collect(
         },
         "stale": {str(ds): day.reasons for ds, day in stale_days(settings, shown).items()},
         "staged": [run for kind in KINDS for run in _staged(settings, kind)],
+        "training_sets": {
+            table.name.partition("/")[2]: [str(ds) for ds in settings.layout.begun_days(table)]
+            for table in settings.layout.training_sets()
+        },
     }
 
 
@@ -219,7 +224,8 @@ def check_day(found: Mapping[str, Any], ds: dt.date) -> None:
 def render(found: Mapping[str, Any], tables: bool = False) -> str:
     """Returns what people read: the last night, what is next and to do, days, then the pins.
 
-    With `tables` each day has a line, with the rows of its tables. No line has more than 100
+    With `tables` each day has a line, with the rows of its tables, and each training set one with
+    its days. No line has more than 100
     columns, but for a command or a path that is longer.
     """
     days, last, following = found["days"], found["last"], found["next"]
@@ -252,10 +258,16 @@ def render(found: Mapping[str, Any], tables: bool = False) -> str:
         f"{os.path.basename(pin['codebook']) if pin['codebook'] else 'none'}"
         for pin in found["pins"]
     ]
+    sets = [
+        f"training set {name}: {len(days):,} {'day' if len(days) == 1 else 'days'}, {_row(days)}"
+        for name, days in found["training_sets"].items()
+        if tables and days
+    ]
     blocks = [
         [f"feature set {found['feature_set']!r} below {found['root']}"],
         [_wrapped(text) for text in told],
         listed if days else [],
+        sets,
         [_wrapped(text) for text in pins],
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
@@ -324,9 +336,13 @@ def _compact(days: Mapping[str, Any]) -> list[str]:
     """Returns a line for each row of days that are alike."""
     lines = []
     for told, row in groupby(days, key=lambda ds: _told_of(days[ds])):
-        first, *_, last = [*row] * 2
-        lines.append(f"{first if first == last else f'{first} to {last}':24}  {told}")
+        lines.append(f"{_row([*row]):24}  {told}")
     return lines
+
+
+def _row(days: Sequence[str]) -> str:
+    """Returns the first and the last of ascending days, as people read it."""
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
 def _told_of(day: Mapping[str, Any]) -> str:
@@ -391,8 +407,7 @@ def _stale(found: Mapping[str, Any]) -> list[str]:
         return []
     lines = []
     for why, row in groupby(stale, key=lambda ds: stale[ds]):
-        first, *_, last = [*row] * 2
-        days = first if first == last else f"{first} to {last}"
+        days = _row([*row])
         told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in why.items())
         lines.append(f"stale: {days} ({told})")
     ends = f"--start-ds {min(stale)} --end-ds {max(stale)}"

@@ -35,7 +35,7 @@ from feature_jobs.store import files, threads
 from feature_jobs.store.partitions import MANIFEST, STAGED, SUCCESS, Partition
 from feature_jobs.store.protocol import is_hidden
 from pipelines.config import Settings
-from pipelines.reports import audit
+from pipelines.reports import audit, audit_joins
 from pipelines.reports.validate_joins import Checked, check_joins
 from pipelines.reports.validate_manifests import (
     check_latest,
@@ -55,7 +55,9 @@ from pipelines.reports.validate_parts import (
     Part,
     Published,
     check_part,
+    command_for,
 )
+from pipelines.reports.validate_training_sets import check_nights, check_training_set
 from pipelines.running import gates, progress, records, states
 from pipelines.running.judging import judge_published
 from pipelines.running.layout import Layout
@@ -131,8 +133,10 @@ def validate(settings: Settings, days: Sequence[dt.date], fast: bool) -> list[Da
 def _validate_day(settings: Settings, ds: dt.date, fast: bool) -> Day:
     started, day, layout = time.monotonic(), Day(ds), settings.layout
     record = files.read_if_there(layout.night_path(ds))
-    opened = [_Opened(layout, table, ds) for table in TABLES.values()]
+    every = [*TABLES.values(), *layout.training_sets()]
+    opened = [_Opened(layout, table, ds) for table in every]
     tables = {one.table.name: one.found for one in opened if one.found}
+    night = {name: found for name, found in tables.items() if not found.is_training_set}
     there = pruned_tables(record, layout.night_path(ds))
     pruned = {name: at for name, at in there.items() if name not in tables}
     day.findings += [x for one in opened for x in one.findings if one.table.name not in pruned]
@@ -145,6 +149,8 @@ def _validate_day(settings: Settings, ds: dt.date, fast: bool) -> Day:
         day.findings.append(Finding(NOT_READY, "", "nothing is published of this day", told))
     for found in tables.values():
         day.findings += check_manifest(found, settings, ds)
+        if found.is_training_set:
+            day.findings += check_training_set(found, ds)
     with ThreadPoolExecutor(threads.budget()) as pool:
         began = time.monotonic()
         checked = _check_files(tables, fast, ds, pool)
@@ -155,10 +161,18 @@ def _validate_day(settings: Settings, ds: dt.date, fast: bool) -> Day:
     changing = _names_of(day.findings, NOT_READY)
     made_from = check_made_from(tables, layout, changing, pruned)
     between += _as_far_as_known("what the tables were made from was not compared", made_from)
-    between += check_record(record, tables, layout, ds, changing)
+    for found in tables.values():
+        if found.is_training_set:
+            nights = check_nights(found, layout)
+            between += _as_far_as_known("the nights of a training set were not compared", nights)
+    between += check_record(record, night, layout, ds, changing)
     between += check_latest(layout, ds)
     between += _recompute(settings, day, checked, _names_of(day.findings + between, BROKEN))
-    between += judge_again(settings, day) if tables else ()
+    for found in tables.values():
+        if found.is_training_set and not found.is_laid_out:
+            broken = _names_of(day.findings, BROKEN)
+            between += _join_again(settings, ds, found) if found.name not in broken else ()
+    between += judge_again(settings, day) if night else ()
     changed = [one for one in opened if not one.stands()]
     for one in changed:  # what was read of it is of two versions
         day.findings = [x for x in day.findings if x.table != one.table.name] + [one.not_ready]
@@ -201,10 +215,10 @@ def _not_ready(ds: dt.date, finding: Finding) -> Finding:
     return replace(finding, level=NOT_READY, text=f"{finding.text}; {_just_now(ds)}")
 
 
-def _just_now(ds: dt.date) -> str:
+def _just_now(ds: dt.date, table: str = "") -> str:
     return (
         f"ds {ds} is being published just now, or a run died at it: ask again, or run "
-        f"`courier refresh --ds {ds}`"
+        f"`{command_for(table, str(ds))}`"
     )
 
 
@@ -272,8 +286,9 @@ class _Opened:
     def not_ready(self) -> Finding:
         """Returns what is told of a table that has no `_SUCCESS` of its manifest."""
         return Finding(
-            NOT_READY, self.table.name, "_SUCCESS does not name the manifest", _just_now(self._ds)
-        )
+            NOT_READY, self.table.name, "_SUCCESS does not name the manifest",
+            _just_now(self._ds, self.table.name),
+        )  # fmt: skip
 
     def _without_manifest(self) -> None:
         if self._success is not None:
@@ -356,6 +371,21 @@ def _recompute(
     yield found.finding("no score was computed again", why, UNVERIFIED)
 
 
+def _join_again(settings: Settings, ds: dt.date, found: Published) -> Iterator[Finding]:
+    """Joins a bucket of users of a training set again, where all that it is made of is there."""
+    try:
+        report = audit_joins.recompute_set(settings, ds, found.table)
+    except _ILL as error:
+        why = f"what it is made from cannot be read any more ({error})"
+        yield found.finding("no sample was joined again", why, UNVERIFIED)
+        return
+    for leak in report.leaks:
+        yield found.finding("rows are not what their inputs give", leak)
+    for one in report.findings:
+        if one.level == audit.UNVERIFIED:
+            yield found.finding("no sample was joined again", one.text, UNVERIFIED)
+
+
 # ---- Telling -----------------------------------------------------------------------------------
 
 
@@ -417,7 +447,7 @@ REMEDIES = {
     ),
     ("the night's record",): "A stage was run alone, or a run died: `{again}` writes it anew.",
     ("latest.json",): "Delete latest.json: `{again}` writes it anew.",
-    ("scores are not what",): (
+    ("scores are not what", "rows are not what"): (
         "Make the day again, `{again} --remake`; if it stays, it is a fault of COURIER: please "
         "report it."
     ),
@@ -425,10 +455,12 @@ REMEDIES = {
 
 
 def _remedy(ds: dt.date, finding: Finding) -> str:
-    again = f"courier refresh --ds {ds}"
+    again = command_for(finding.table, str(ds))
     for laws, remedy in REMEDIES.items():
         if finding.law.startswith(laws):
             return remedy.format(again=again)
+    if "/" in finding.table:  # a training set, which no rollback brings back
+        return f"Make it again, `{again} --remake`."
     return f"Make the day again, `{again} --remake --full`, or {_bring_back(ds)}."
 
 

@@ -122,6 +122,12 @@ def _row_counts(tables: Tables) -> Iterator[Finding]:
             told = str(error).partition(". ")[0]
             yield tables[first].found.finding("rows were lost or doubled", told)
 
+    for table in tables.values():
+        samples = table.input_rows("samples") if table.found.is_training_set else None
+        if samples is not None and samples != table.part.rows:
+            told = f"{table.part.rows:,} rows were made of {samples:,} samples"
+            yield table.found.finding("rows were lost or doubled", told)
+
 
 def _counts_of(kind: Kind, tables: Tables) -> dict[str, int]:
     """Returns what is counted of a stage, its rows as they are there."""

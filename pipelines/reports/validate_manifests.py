@@ -26,6 +26,7 @@ from pipelines.reports.validate_parts import (
     WARNING,
     Finding,
     Published,
+    command_for,
 )
 from pipelines.running import records
 from pipelines.running.layout import Layout
@@ -63,7 +64,15 @@ class _Night(_Document):
     from_us: int
 
 
+class _JoinedNight(_Night):
+    item_features: str
+    item_embeddings: str
+    user_histories: str | None = None
+
+
 class _Inputs(_Document):
+    samples: _Log | None = None
+    nights: list[_JoinedNight] | None = None
     catalogue: _Log | None = None
     impressions: _Log | None = None
     log: list[_Log] | None = None
@@ -83,6 +92,16 @@ class _Settings(_Document):
     day_timezone: Timezone = "UTC"
     history_len: NonNegativeInt = 0
     max_id: dict[str, int] = {}
+    labels: list[str] = []
+    label: str | None = None
+    sample_columns: dict[str, str] = {}
+    input_timezone: Timezone | None = None
+
+
+class _Notes(_Document):
+    max_id: dict[str, int] = {}
+    codebooks: dict[str, list[str]] = {}
+    encoders: list[str] = []
 
 
 class _Clusters(_Document):
@@ -106,6 +125,8 @@ class _Manifest(_Document):
     inputs: _Inputs = _Inputs()
     made_from: _MadeFrom = _MadeFrom()
     settings: _Settings = _Settings()
+    notes: _Notes = _Notes()
+    shards: int | None = None
     counts: dict[str, int] = {}
     histograms: dict[str, list[int]] = {}
     clusters: dict[str, _Clusters] = {}
@@ -179,7 +200,8 @@ def _names(found: Published) -> Iterator[Finding]:
         yield found.finding("there is a file too many", told)
     shards = len(named)
     parts = [partitions.part_name(shard, shards) for shard in range(shards)]
-    if shards & (shards - 1) or not all(map(str.startswith, named, parts)):
+    is_odd = bool(shards & (shards - 1)) and not found.is_training_set
+    if is_odd or not all(map(str.startswith, named, parts)):
         told = f"they are {', '.join(named[:3])}{', …' if shards > 3 else ''}"
         yield found.finding("the files are not one for each shard", told)
 
@@ -190,7 +212,7 @@ def _file_list(found: Published) -> Iterator[Finding]:
     A shop that was moved, or is mounted elsewhere, has such lists.
     """
     path = os.path.join(found.partition.folder, partitions.FILE_LIST)
-    mend = f"`courier refresh --ds {found.manifest['ds']} --remake` writes it anew"
+    mend = f"`{command_for(found.name, found.manifest['ds'])} --remake` writes it anew"
     data = files.read_if_there(path)
     if data is None:
         told = f"{path} is not there, as in days made by an earlier version: {mend}"

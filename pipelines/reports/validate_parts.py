@@ -21,6 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from feature_jobs import inputs, laws
+from feature_jobs.impressions import layouts
+from feature_jobs.impressions.ctr_join import count_samples, positive
 from feature_jobs.impressions.scores import mean_scores, sim_buckets, simtier, top_positions
 from feature_jobs.impressions.simscore import score_histograms
 from feature_jobs.impressions.snapshots import Snapshot, night_at
@@ -30,17 +32,20 @@ from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
     ITEM_FEATURES,
     ITEM_REJECTS,
+    JOINED,
     MAIN,
     SIM_BUCKET,
     TOP_POSITIONS,
     TRAINING_ROWS,
     USER_HISTORIES,
     USER_SIMSCORES,
+    CourierError,
     StorageUnavailable,
     Table,
     Tiers,
     cluster_column,
     cluster_field,
+    joined_fields,
     score_field,
     scores_schema,
 )
@@ -90,6 +95,36 @@ class Published:
         return found
 
     @property
+    def is_training_set(self) -> bool:
+        """Returns whether its rows are samples of the shop's own: they have no key, and no hash."""
+        return not self.table.key
+
+    @cached_property
+    def first_schema(self) -> pa.Schema | None:
+        """Returns the schema of the first file; None where it is damaged, which is told."""
+        try:
+            return self.partition.schema
+        except (CourierError, OSError, pa.ArrowException):
+            return None
+
+    @property
+    def is_laid_out(self) -> bool:
+        """Returns whether a training set has other columns and types than the join's."""
+        return self.settings.get("layout") == "torcheasyrec"
+
+    @property
+    def snapshots(self) -> list[Snapshot] | None:
+        """Returns the nights that rows may know of by their moments; None where it is one for all.
+
+        They are those that the manifest says.
+        """
+        name = "nights" if self.is_training_set else "snapshots"
+        nights = self.manifest.get("inputs", {}).get(name)
+        if nights is None:
+            return None
+        return [Snapshot(dt.date.fromisoformat(one["ds"]), one["from_us"]) for one in nights]
+
+    @property
     def sharded_by(self) -> str:
         """Names the column by whose hash rows are spread over the files."""
         return "user_id" if self.table.has_users else "item_id"
@@ -100,15 +135,18 @@ class Published:
     @cached_property
     def limits(self) -> dict[str, int]:
         """Returns the limits of `laws.check` that the manifest tells."""
+        if self.is_laid_out:
+            return {}
         if self.table is ITEM_FEATURES:
-            top = self.settings.get("max_id", {})
-            return {cluster_column(label): most for label, most in top.items()}
+            return _highest(self.settings)
         lists = {
             USER_HISTORIES.name: {"item_ids": "history_len"},
             USER_SIMSCORES.name: {"sim_scores": "history_len", TOP_POSITIONS: "top_k"},
+            JOINED.name: {"sim_scores": "history_len", TOP_POSITIONS: "top_k"},
         }
-        told = lists.get(self.name, {}).items()
-        return {column: self.settings[key] for column, key in told if self.settings.get(key)}
+        told = lists.get(self.name.partition("/")[0], {}).items()
+        longest = {column: self.settings[key] for column, key in told if self.settings.get(key)}
+        return longest | (_highest(self.manifest.get("notes", {})) if self.is_training_set else {})
 
     @property
     def tiers(self) -> Tiers:
@@ -121,6 +159,19 @@ class Published:
         """Returns the end of its day in microseconds since 1970; None where nothing tells it."""
         zone, ds = self.settings.get("day_timezone"), self.manifest["ds"]
         return inputs.day_end(dt.date.fromisoformat(ds), zone) if zone else None
+
+
+def _highest(said: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the highest cluster number that a part of a manifest says of each column."""
+    return {cluster_column(label): most for label, most in said.get("max_id", {}).items()}
+
+
+def command_for(table: str, ds: str) -> str:
+    """Returns the command that makes a table of a day; of a training set not all that it needs."""
+    family, _, name = table.partition("/")
+    if family == JOINED.name:
+        return f"courier join --samples … --name {name} --ds {ds}"
+    return f"courier refresh --ds {ds}"
 
 
 @dataclass
@@ -261,6 +312,8 @@ def _schema_faults(found: Published, file: pq.ParquetFile) -> Iterator[str]:
 
 def _expected_schema(found: Published, there: pa.Schema) -> pa.Schema:
     """Returns the schema that a file ought to have, by its own IDs where they may be IDs."""
+    if found.is_training_set:
+        return _training_set_schema(found, there)
     table, optional = found.table, _optional(found, there)
     names = ("item_id", "user_id", "impression_id", "request_id")
     ids = {name: _id_type(there, name) for name in names}
@@ -276,6 +329,24 @@ def _expected_schema(found: Published, there: pa.Schema) -> pa.Schema:
         )
     labels = [label for label in found.settings.get("max_id", {}) if label != MAIN]
     return table.schema(**ids, extra=[*map(cluster_field, labels)], without=optional)
+
+
+def _training_set_schema(found: Published, there: pa.Schema) -> pa.Schema:
+    """Returns the samples' own columns, as the first file has them, and ours behind them."""
+    said, first = found.settings, there if found.first_schema is None else found.first_schema
+    if found.is_laid_out:
+        return first
+    columns, layout = set(said.get("columns", ())), said.get("layout", layouts.PLAIN)
+    columns |= (
+        {HISTORY_ITEM_IDS} if said.get("history_item_ids") and layout == layouts.PLAIN else set()
+    )
+    item_id = _id_type(first, said.get("sample_columns", {}).get("item_id", "item_id"))
+    labels, created = said.get("labels", [MAIN]), said.get("created_timestamp", False)
+    ours = joined_fields(labels, created, columns, found.tiers, item_id)
+    if layout == "fuxictr":
+        ours.append(pa.field(layouts.GROUP_ID, pa.int64(), nullable=False))
+    names = {field.name for field in ours}
+    return pa.schema([*(field for field in first if field.name not in names), *ours])
 
 
 def _optional(found: Published, there: pa.Schema) -> list[str]:
@@ -329,17 +400,22 @@ class _Rows:
         if not len(rows):
             return
         found, table = self._found, self._found.table
-        keys = rows.select([table.key, *table.then_by])
-        if self._last is not None:  # it goes on where the group before ended
-            both = pa.concat_tables([self._last, keys.slice(0, 1)]).combine_chunks()
-            self._tell(both, laws.in_order(table, both))
-        self._last = keys.slice(len(keys) - 1)
-        self._tell(rows, self._of_shard(rows))
+        if table.key:
+            self._look_at_keys(rows)
+            self._tell(rows, self._of_shard(rows))
         if self._tell(rows, laws.breaches(table, rows, found.limits)):
             self._fatal = True
         else:
             self._tell(rows, _more_laws(found, rows))
             self._count(rows)
+
+    def _look_at_keys(self, rows: pa.Table) -> None:
+        table = self._found.table
+        keys = rows.select([table.key, *table.then_by])
+        if self._last is not None:  # it goes on where the group before ended
+            both = pa.concat_tables([self._last, keys.slice(0, 1)]).combine_chunks()
+            self._tell(both, laws.in_order(table, both))
+        self._last = keys.slice(len(keys) - 1)
 
     def _tell(self, rows: pa.Table, breaches: Breaches) -> bool:
         """Notes what breaks a law; returns whether nothing more can be looked at."""
@@ -365,6 +441,8 @@ class _Rows:
 
     def _count(self, rows: pa.Table) -> None:
         counts, histograms = _COUNTED.get(self._found.name, _nothing)(rows)
+        if self._found.is_training_set:
+            counts = _samples(self._found, rows)
         self._part.counts.update(counts)
         for name, bins in histograms.items():
             self._part.histograms[name] = add_bins(self._part.histograms.get(name), bins)
@@ -373,7 +451,7 @@ class _Rows:
         """Tells what was noted, once all row groups were looked at."""
         part, found = self._part, self._found
         part.is_whole = not self._fatal
-        if part.rows:
+        if part.rows and not found.is_training_set:
             part.ids = {
                 name: str(_id_type(schema, name))
                 for name in ("item_id", "user_id")
@@ -402,6 +480,12 @@ def add_bins(one: np.ndarray | None, other: np.ndarray) -> np.ndarray:
 
 def _more_laws(found: Published, rows: pa.Table) -> Breaches:
     """Yields what no law of rows alone can tell when they are written, or leaves to their maker."""
+    if found.is_laid_out:
+        return
+    if found.is_training_set:  # whose other columns are the shop's own
+        yield from _derived(rows, found.tiers)
+        yield from _of_moments(found, rows)
+        return
     for name, identity in found.manifest.get("identities", {}).items():
         if name in rows.column_names:
             other = pc.not_equal(rows[name], identity)
@@ -410,20 +494,27 @@ def _more_laws(found: Published, rows: pa.Table) -> Breaches:
         yield from _not_after(found, rows, found.end_us)
     if found.table is USER_SIMSCORES:
         yield from _derived(rows, found.tiers)
-        yield from _of_night(found, rows)
+        if found.snapshots is not None and "feature_ds" in rows.column_names:
+            yield from _of_night(rows, rows["event_time"].cast(pa.int64()), found.snapshots)
     ds = pa.scalar(dt.date.fromisoformat(found.manifest["ds"]))
     for name in ("left_catalogue_ds", "last_ds"):
         if name in rows.column_names:
             yield Breach(f"{name} comes after ds", _bool(pc.greater(rows[name], ds)))
 
 
-def _of_night(found: Published, rows: pa.Table) -> Breaches:
-    """States that each impression takes the night that its moment may know, as inputs tell."""
-    nights = found.manifest.get("inputs", {}).get("snapshots")
-    if nights is None or "feature_ds" not in rows.column_names:
+def _of_moments(found: Published, rows: pa.Table) -> Breaches:
+    """States of a training set what its moments tell, whatever the shop calls their column."""
+    column = found.settings.get("sample_columns", {}).get("event_time")
+    if column not in rows.column_names or found.snapshots is None or found.end_us is None:
         return
-    snapshots = [Snapshot(dt.date.fromisoformat(one["ds"]), one["from_us"]) for one in nights]
-    place = night_at(rows["event_time"].cast(pa.int64()).to_numpy(), snapshots)
+    moments = inputs.to_utc(rows[column], found.settings.get("input_timezone")).cast(pa.int64())
+    yield Breach("a sample comes after ds", moments.to_numpy() >= found.end_us)
+    yield from _of_night(rows, moments, found.snapshots)
+
+
+def _of_night(rows: pa.Table, moments: pa.ChunkedArray, snapshots: Sequence[Snapshot]) -> Breaches:
+    """States that each row takes the night that its moment may know, as inputs tell."""
+    place = night_at(moments.to_numpy(), snapshots)
     days = pa.array([one.ds for one in snapshots], pa.date32())
     expected = days.take(pa.array(place, mask=place < 0))
     same = pc.equal(rows["feature_ds"], expected).combine_chunks().fill_null(False)
@@ -557,6 +648,18 @@ def _scores(rows: pa.Table) -> Counted:
     binned = {name: values[has_bins] for name, values in scored.items()}
     clicked = rows["clicked"].to_numpy()[has_bins]
     return counts, score_histograms(clicked, binned, places)
+
+
+def _samples(found: Published, rows: pa.Table) -> dict[str, int]:
+    counts = {"samples": len(rows)}
+    if not found.is_laid_out:
+        counts = count_samples(rows, np.zeros(0, bool))
+        del counts["scores_taken"]  # no row tells whether its scores were published before
+    label = found.settings.get("label")
+    if label in rows.column_names:
+        clicked = int(positive(rows[label]).sum())
+        counts |= {"positives": clicked, "positives_read": clicked}
+    return counts
 
 
 def _true(column: pa.Array | pa.ChunkedArray) -> int:

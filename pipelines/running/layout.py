@@ -10,7 +10,8 @@ from functools import cached_property
 from feature_jobs.schemas import Table
 from feature_jobs.store import documents, files, nights, partitions
 from feature_jobs.store.day_names import DayNames
-from pipelines.stages import KINDS, Kind, kind_of
+from feature_jobs.store.protocol import is_hidden
+from pipelines.stages import JOIN, KINDS, Kind, join_of, kind_of
 
 CHUNK_FOLDER = "chunks-"  # + digest: beside the folders of days, the chunk files that runs share
 JOB_FOLDER = "job-"  # + its days and a digest: what one job for one day or many writes of its own
@@ -89,6 +90,12 @@ class Layout:
     @cached_property
     def _day_names(self) -> DayNames:
         return DayNames(self.partition)
+
+    def training_sets(self) -> list[Table]:
+        """Returns the training sets that are there, published or not, by name."""
+        (joined,) = JOIN.tables
+        names = files.list_names(os.path.join(self.root_of(joined), self._of_table(joined)))
+        return [join_of(name).tables[0] for name in names if not is_hidden(name)]
 
     def _of_table(self, table: Table) -> str:
         return os.path.join(self._top(table), table.name)

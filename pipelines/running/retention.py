@@ -10,7 +10,8 @@ whole, so that a shop which stopped loses nothing. Never deleted are
 - one of the tables of a kind of stage without the other: nights take them for one;
 - histories and embeddings that a night, or a recomputation of the window, may still go on from:
   `window_days`, what comes late, and a day more; and those of the last day before a hole;
-- packages and candidates, which are no tables of a night.
+- packages and candidates, which are no tables of a night, and days of training sets, of which only
+  earlier versions go.
 
 A day goes in this order: the night's record says that it lost the table, and has no way back from
 then on; `publishing.withdraw` takes the partition from before readers; earlier versions go. No
@@ -178,7 +179,7 @@ def take_away(keeping: "Keeping", ds: dt.date) -> list[Gone]:
     Raises BlockingIOError where a run is at work on the day, CourierError where one was.
     """
     layout = keeping.layout
-    with locks.holding_at_once(layout.lock_folders(list(TABLES.values()), [ds])) as held:
+    with locks.holding_at_once(layout.lock_folders(keeping.tables, [ds])) as held:
         mine = documents(layout, ds)  # ahead of the look at the tables, as the fence goes by it
         gone = keeping.of_day(ds, mine)
         _take_out_of_record(layout.night_path(ds), mine, gone, keeping.now)
@@ -234,7 +235,8 @@ def _is_mark(path: str) -> bool:
 class Keeping:
     """Finds what the settings keep no longer, at a moment; `newest` is the night they count from.
 
-    Nothing is expired where no night is whole. `damaged` says of which newer days no one can tell.
+    `tables` are those of nights, and the training sets. Nothing is expired where no night is whole,
+    and no day of a training set. `damaged` says of which newer days no one can tell.
     """
 
     def __init__(self, settings: Settings, now: dt.datetime):
@@ -242,8 +244,9 @@ class Keeping:
         self._settings, self._retention = settings, settings.retention
         self.damaged = dict[dt.date, DataContractError]()
         self.newest = self._newest_night()
-        self._begun = {table: self.layout.begun_days(table) for table in TABLES.values()}
-        self._kept = {table: self.layout.kept_days(table) for table in TABLES.values()}
+        self.tables = [*TABLES.values(), *self.layout.training_sets()]
+        self._begun = {table: self.layout.begun_days(table) for table in self.tables}
+        self._kept = {table: self.layout.kept_days(table) for table in self.tables}
         self._others = [
             self.layout.of(name)
             for name in self.layout.feature_sets()
@@ -253,7 +256,7 @@ class Keeping:
     def days(self) -> list[dt.date]:
         """Returns the days of which something may go, ascending."""
         found = {ds for kind in KINDS for ds in _staged_days(self.layout.kind_folder(kind))}
-        for table in TABLES.values():
+        for table in self.tables:
             found |= {ds for ds in self._begun[table] if self._is_old(table, ds)}
             found |= set(self._kept[table])
         return sorted(found)
@@ -263,7 +266,7 @@ class Keeping:
         others = {other.feature_set: documents(other, ds) for other in self._others}
         held = [name for name, found in {"": mine, **others}.items() if found.is_held]
         gone = list[Gone]()
-        for table in TABLES.values():
+        for table in self.tables:
             named = {name: found.versions(table) for name, found in others.items() if table.shared}
             is_held = bool(held) if table.shared else mine.is_held
             expired = not is_held and self._is_expired(table, ds)

@@ -302,7 +302,6 @@ def test_wrong_usage_is_told(world: World, capsys: Capture) -> None:
         (("--name", "No Name"), "is no name of small letters"),
         (("--samples", "samples/*.parquet"), "names no day"),
         (("--accept", "churn", "--reason", "x"), "No gate judges a training set"),
-        (("--history-as-of", "night", "--features-from", "same"), "knows all clicks of that day"),
     ):
         assert join(world, "--ds", DAY, *args) == USAGE
         assert said in capsys.readouterr().err

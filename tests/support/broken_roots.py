@@ -68,7 +68,8 @@ class Root:
         self._top, self._layout = world.root, world.settings().layout
 
     def folder(self, table: str, day: dt.date = DS) -> Path:
-        return self._top / ("shared" if TABLES[table].shared else "test") / table / f"ds={day}"
+        shared = table in TABLES and TABLES[table].shared
+        return self._top / ("shared" if shared else "test") / table / f"ds={day}"
 
     @property
     def record(self) -> Path:
@@ -118,7 +119,9 @@ class Root:
             self.record.write_text(json.dumps(record))
         for path in self.folder(table).glob(f"*-{old}.parquet"):
             path.rename(path.with_name(path.name.replace(old, new)))
-        named = [*self._top.glob("*/*/*/_manifest.json"), *self._top.glob("*/*/*/_files.txt")]
+        days = [*self._top.glob("*/*/*"), *self._top.glob("*/joined/*/*")]
+        names = [day / name for day in days for name in ("_manifest.json", "_files.txt")]
+        named = filter(Path.exists, names)
         for path in (self.record, *named):
             if old in (text := path.read_text()):
                 path.write_text(text.replace(old, new))

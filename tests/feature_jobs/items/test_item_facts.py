@@ -67,6 +67,9 @@ def test_each_item_is_found_with_what_is_known_of_it(
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_array_equal(found[name], values, name)
+    in_memory = item_facts.item_facts(features, CLUSTERS).look_up(as_ids(wanted, kind))
+    for name, values in found.items():
+        np.testing.assert_array_equal(in_memory[name], values, name)
 
 
 def test_items_whose_hashes_are_equal_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

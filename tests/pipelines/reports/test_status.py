@@ -36,6 +36,19 @@ def test_the_last_night_comes_first_and_then_what_is_next(
     assert f"{DAYS[0]} to {DAYS[3]} whole" in told
 
 
+def test_training_sets_are_told_with_their_days(world: World, capsys: Capture) -> None:
+    for name, days in (("ctr", DAYS[:3]), ("search", DAYS[3:])):
+        for day in days:
+            (world.root / "test/joined" / name / f"ds={day}").mkdir(parents=True)
+    _, told = status(world, capsys, "--tables")
+    assert f"training set ctr: 3 days, {DAYS[0]} to {DAYS[2]}" in told
+    assert f"training set search: 1 day, {DAYS[3]}" in told
+    assert "training set" not in status(world, capsys)[1]
+    assert courier(world, "status", "--json") == 0
+    sets = json.loads(capsys.readouterr().out)["training_sets"]
+    assert sets == {"ctr": [str(day) for day in DAYS[:3]], "search": [str(DAYS[3])]}
+
+
 @pytest.mark.first_night
 def test_runs_of_an_earlier_version_noted_seconds_and_are_read(
     world: World, capsys: Capture

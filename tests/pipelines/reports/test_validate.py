@@ -14,7 +14,8 @@ from pipelines.reports import validate as validations
 from pipelines.reports.validate_parts import BROKEN, NOT_READY, Part
 from pipelines.running import publishing
 from tests.conftest import Artefacts, pinned
-from tests.support import broken_roots
+from tests.pipelines.test_join import as_samples, impressions, join, write_samples
+from tests.support import broken_roots, broken_training_sets
 from tests.support.broken_roots import FAULTS, Fault, Root
 from tests.support.commands import Capture, courier, make_night, paragraph, published
 from tests.support.world import DAYS, NORMAL, Kept, World, draw_impressions, picture
@@ -34,6 +35,8 @@ def two_nights(tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts) -
         world.write_impressions(day, draw_impressions(day, seed=number, count=30))
         make_night(world.settings(), day)
     assert courier(world, "training-rows", "--ds", str(DAYS[1])) == 0
+    write_samples(world, DAYS[1], as_samples(impressions(world, DAYS[1])))
+    assert join(world, "--ds", DAYS[1], "--label", "clicked") == 0
     for folder in ("features/_staging", "features/test/_runs"):
         shutil.rmtree(world.folder / folder, ignore_errors=True)  # copied for nothing
     return Kept(world)
@@ -81,7 +84,8 @@ def test_sound_nights_are_sound_and_their_scores_are_computed_again(
 def test_there_are_more_than_forty_ways_to_break_a_root_of_every_table() -> None:
     assert len({fault.name for fault in FAULTS}) == len(FAULTS) > 80
     tables = {fault.table for fault in FAULTS} - {""}
-    assert len(tables) == 7
+    assert len(tables) == 8
+    assert sum(fault.table == broken_training_sets.SET for fault in FAULTS) > 20
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
@@ -356,7 +360,9 @@ def test_what_cannot_be_computed_again_is_said_to_be_unverified(
         shop.pins = [pin.replace("encoder = '", "encoder = '/no/such") for pin in shop.pins]
     status, day = validate(shop, capsys)
     assert (status, day["sound"], day["recomputed_impressions"]) == (0, True, 0)
-    assert told_of(day, "unverified") == [("user_simscores", "no score was computed again")]
+    of_set = (broken_training_sets.SET, "no sample was joined again")  # with the nights as they are
+    told = [("user_simscores", "no score was computed again")]
+    assert told_of(day, "unverified") == told + [of_set] * (lost == "impressions")
 
 
 def test_tables_without_a_night_are_checked_and_it_is_said(shop: World, capsys: Capture) -> None:
@@ -419,7 +425,7 @@ def test_people_get_a_line_for_each_day(shop: World, capsys: Capture) -> None:
     head, line, *warned = capsys.readouterr().out.splitlines()
     assert head.split() == ["ds", "tables", "rows", "MB", "MB/s"]
     assert re.fullmatch(
-        r"2026-03-02 +7 +\d+ +0\.\d +\d+\.\d  sound, \d warning, 32 impressions scored again", line
+        r"2026-03-02 +8 +\d+ +0\.\d +\d+\.\d  sound, \d warning, 32 impressions scored again", line
     )
     assert warned == [
         "  warning     night: gate image_coverage: 10 of 12 catalogue items have an embedding "

@@ -26,7 +26,7 @@ from feature_jobs.store import faults, files
 from feature_jobs.store.partitions import MANIFEST, SUCCESS
 from pipelines.running import announcing, records, retention
 from pipelines.running.locks import holding_at_once
-from pipelines.stages import EMBED, HISTORIES, Kind, kind_of
+from pipelines.stages import EMBED, HISTORIES, Kind, join_of, kind_of
 from pipelines.stages import ITEM_FEATURES as FEATURES
 from tests.pipelines.running.test_publishing import Killed
 from tests.support.ill_disk import watch_disk
@@ -105,6 +105,25 @@ def test_tables_of_one_kind_stay_and_go_together(root: str, one: Table) -> None:
     more = SmallDays(root, days={**of(kind_of(one), 7), one.name: WINDOW})
     more.prune()
     assert {tuple(shop.days(table)) for table in tables} == {(4, 5, 6, 7, 8, 9, 10)}
+
+
+def test_of_training_sets_earlier_versions_go_once_they_are_old_and_no_day_does(root: str) -> None:
+    (one,), (other,) = (join_of(name).tables for name in ("ctr", "search"))
+    shop = SmallDays(root).nights(range(1, 4))
+    for value in (1, 21, 31, 41):
+        shop.publish(one, 1, value)
+    shop.publish(other, 2, 22)
+    assert [gone.name for gone in shop.prune().gone if "joined" in gone.name] == []
+    told = shop.prune(LATER)
+    assert [(gone.name, gone.what) for gone in told.gone] == [
+        ("joined/ctr", "earlier versions")
+    ] * 2
+    assert shop.kept(one, 1) == [31]
+    assert (shop.days(one), shop.days(other)) == ([1], [2])
+    with holding_at_once(shop.layout.lock_folders([one], [day(1)])):
+        shop.publish(one, 1, 51)
+        assert day(1) in shop.prune(LATER).skipped
+    assert [gone.ds for gone in shop.prune(LATER).gone] == [day(1)]
 
 
 @pytest.mark.parametrize("left", ["an empty folder", "a manifest"])
