@@ -392,7 +392,7 @@ def _partition(name: str) -> str:
             "is to be the name of one folder, of letters, digits and _ . = -, which begins with a "
             "letter or a digit"
         )
-    key = _key_of(name)
+    key = key_of(name)
     if having := [t.name for t in TABLES.values() if key in {c.name for c in t.columns}]:
         raise ValueError(
             f"is to have another key than {key!r}: {having[0]} has a column of that name, and a "
@@ -401,7 +401,7 @@ def _partition(name: str) -> str:
     return name
 
 
-def _key_of(partition: str) -> str:
+def key_of(partition: str) -> str:
     """Returns the name of the column that readers make of the folders of days, "" for none."""
     return partition.rpartition("=")[0]
 
@@ -582,7 +582,7 @@ class Settings(_Section):
             )
         carry = self.impressions.carry if self.impressions else ()
         ours = {column.name for column in TABLES["user_simscores"].columns}
-        ours |= {"ds", "click_time", "history", _key_of(self.output.partition)}
+        ours |= {"ds", "click_time", "history", key_of(self.output.partition)}
         ours |= {name for name in carry if score_field(name)}
         if clash := sorted(ours & set(carry)):
             raise ValueError(f"impressions.carry cannot pass on {clash}, names that are ours")

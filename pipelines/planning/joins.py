@@ -39,7 +39,7 @@ from feature_jobs.schemas import (
 )
 from feature_jobs.store import broadcast, day_names, files, hashing
 from feature_jobs.store.partitions import Partition
-from pipelines.config import Settings
+from pipelines.config import Settings, key_of
 from pipelines.planning.day_plan import NO_IDS, DayPlan, NightOptions, Range
 from pipelines.planning.impressions import (
     LogOfDay,
@@ -399,10 +399,12 @@ class _OpenDay:
         names = {field.name for field in carried}
         clash = {field.name for field in fields} & names
         clash |= {name for name in names if name == HISTORY_ITEM_IDS or score_field(name)}
+        clash |= names & {key_of(self.day.settings.output.partition)}
         if clash:
             raise OperatorError(
                 f"The samples of ds {self.day.ds} have columns named {', '.join(sorted(clash))}, "
-                "as those of the join are. Which is which could not be told. Rename them where "
+                "as those of the join are, or the key of its folders, of which readers make a "
+                "column. Which is which could not be told. Rename them where "
                 "the samples are written, or leave them out: they may come from an earlier join."
             )
         return pa.schema([*carried, *fields])

@@ -253,6 +253,8 @@ def test_samples_that_cannot_be_read_as_such_are_refused(world: World, capsys: C
          "have columns named sim_max, as those of the join are"),
         (rows.rename_columns(["user_id", "item_id", "event_time", "clicked", "sim_bucket"]), USAGE,
          "have columns named sim_bucket, as those of the join are"),
+        (rows.rename_columns(["user_id", "item_id", "event_time", "clicked", "ds"]), USAGE,
+         "have columns named ds, as those of the join are, or the key of its folders"),
         (rows.rename_columns(["user", "item_id", "event_time", "clicked", "price"]), FAILED,
          "lacks the column 'user_id'"),
     ):  # fmt: skip

@@ -293,7 +293,7 @@ class World:
             self.names.user_id: rows["user_id"],
             self.names.item_id: rows["item_id"].cast(pa.int32()) if is_narrow else rows["item_id"],
             "price": pa.array(price, pa.float64()),
-            "ds": pa.array([str(number) for number in range(len(rows))]),
+            "row": pa.array([str(number) for number in range(len(rows))]),
         }
         self._write(self.folder / "ctr" / f"dt={day:%Y%m%d}", pa.table(columns))
 
