@@ -101,7 +101,8 @@ class Slice(NamedTuple):
 class JoinDay:
     """Describes one day of a job: its samples by row group, and the rows of each part.
 
-    `scores` are published ones that may be taken. The `ids` are the types of users and items.
+    `scores` are published ones that may be taken, of moments from `scores_from_us` on. The `ids`
+    are the types of users and items.
     """
 
     day: HistoryDay
@@ -109,6 +110,7 @@ class JoinDay:
     parts: tuple[tuple[Slice, ...], ...]
     nights: tuple[JoinNight, ...]
     scores: Partition | None
+    scores_from_us: int
     schema: pa.Schema
     ids: tuple[pa.DataType, pa.DataType]
     staging: str
@@ -256,10 +258,10 @@ def facts_of_samples(
     }
 
 
-def count_samples(rows: pa.Table, taken: np.ndarray) -> dict[str, int]:
+def count_samples(rows: pa.Table) -> dict[str, int]:
     """Counts the rows of a training set by what is known of them; each by the first that lacks."""
     left = np.ones(len(rows), bool)
-    counts = {"samples": len(rows), "scores_taken": int(taken.sum())}
+    counts = {"samples": len(rows)}
     for reason, column in (
         ("no_snapshot", "has_night"), ("unknown_item", "item_known"), ("no_image", "has_image"),
         ("out_of_scope", "in_scope"), ("no_history", "history_len"),
@@ -367,6 +369,7 @@ class TakeScores(_JoinFn):
         columns = [*KEY, *job.score_columns]
         published = day.scores.read_shard(shard, job.shards, "user_id", columns)
         at = match_rows(rows, published)
+        at[rows["event_time"].cast(pa.int64()).to_numpy() < day.scores_from_us] = -1
         taken = np.flatnonzero(at >= 0)
         taken = taken[np.argsort(rows["sample"].to_numpy()[taken])]
         scores = published.select(job.score_columns).take(pa.array(at[taken]))
@@ -400,41 +403,45 @@ class AddHistories(_JoinFn):
         clicks, _ = open_chunks(found["clicks"])
         for place, known in enumerate(job.histories.known(shard, clicks)):
             if place in pieces:
-                rows = self._in_order(place, pieces[place])
-                at_once = max(1, _ITEMS_AT_ONCE // job.form.length)
-                for at in range(0, len(rows), at_once):
-                    some = rows.slice(at, at_once)
+                for some in self._slices(self._in_order(place, pieces[place])):
                     lists = history_lists(known, some)
-                    yield from self._hand_on(place, shard, some, lists, at)
+                    yield from self._hand_on(place, shard, some, lists)
 
     def _in_order(self, place: int, pieces: Iterable[Piece]) -> pa.Table:
         """Reads samples; those that may share a history are neighbours."""
         rows = read_pieces(pieces, self._job.days[place].no_keys)
         return arrays.in_order(rows, ["user_id", "event_time", "item_id", "sample"])
 
+    def _slices(self, rows: pa.Table) -> Iterator[pa.Table]:
+        """Yields as many rows at once as histories fit into memory."""
+        at_once = max(1, _ITEMS_AT_ONCE // self._job.form.length)
+        for at in range(0, len(rows), at_once):
+            yield rows.slice(at, at_once)
+
     def _of_nights(
         self, place: int, shard: int, pieces: Iterable[Piece]
     ) -> Iterator[tuple[Shard, Piece]]:
         day, rows = self._job.days[place], self._in_order(place, pieces)
         kind, nights = pa.list_(day.ids[1]), rows["night"].to_numpy()
+        nobodys = pa.table({"user_id": pa.array([], day.ids[0]), "item_ids": pa.array([], kind)})
         for night in np.unique(nights).tolist():
-            mine = rows.filter(pa.array(nights == night))
-            lists = arrays.list_array(np.zeros(len(mine), int), pa.array([], kind.value_type))
+            mine, table = rows.filter(pa.array(nights == night)), nobodys
             if night >= 0:
                 histories = day.nights[night].histories
                 assert histories is not None
                 columns = ["user_id", "item_ids"]
                 table = histories.read_shard(shard, self._job.shards, "user_id", columns)
-                lists = night_histories(mine["user_id"], table, kind)
-            yield from self._hand_on(place, shard, mine, lists, night)
+            for some in self._slices(mine):
+                lists = night_histories(some["user_id"], table, kind)
+                yield from self._hand_on(place, shard, some, lists)
 
     def _hand_on(
-        self, place: int, shard: int, rows: pa.Table, lists: pa.Array, at: int
+        self, place: int, shard: int, rows: pa.Table, lists: pa.Array
     ) -> Iterator[tuple[Shard, Piece]]:
         nights = rows["night"].to_numpy().astype(np.int64) + 1
         order = pa.array(np.argsort(nights, kind="stable"))
         rows, nights = rows.append_column("history", lists).take(order), np.sort(nights)
-        path = self._job.piece("histories", place, shard, at)
+        path = self._job.piece("histories", place, shard)  # its content names it, too
         for night, piece in write_pieces(path, share_histories(rows, nights), nights):
             yield (place, night - 1, shard), piece
 
@@ -521,8 +528,8 @@ class WriteJoined(_JoinFn):
         ours = arrays.in_order(read_pieces(pieces, self._nothing(day)), ["sample"])
         if not np.array_equal(ours["sample"].to_numpy(), expected):
             raise _mixed_up(expected, ours["sample"].to_numpy())
-        counts = count_samples(ours, ours["taken"].to_numpy())
-        if job.label:
+        counts, taken = count_samples(ours), int(ours["taken"].to_numpy().sum())
+        if job.label in own.column_names:
             counts["positives_read"] = int(ours["positive"].to_numpy().sum())
             counts["positives"] = int(positive(own[job.label]).sum())
         columns = [*own.columns, *(ours[name] for name in day.schema.names[own.num_columns :])]
@@ -532,8 +539,8 @@ class WriteJoined(_JoinFn):
             laws.check(job.table, rows, limits)
             rows, limits = layouts.to_layout(job.layout, rows, job.layout_form), {}
         partitions.write_part(
-            folder, job.table, rows.schema, rows, part, parts, counts, limits=limits,
-            made_from=source,
+            folder, job.table, rows.schema, rows, part, parts, counts, {"scores_taken": taken},
+            limits, source,
         )  # fmt: skip
 
     def _nothing(self, day: JoinDay) -> pa.Table:

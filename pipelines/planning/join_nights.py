@@ -85,12 +85,16 @@ class NightThere:
         return {"ds": str(self.snapshot.ds), "from_us": self.snapshot.from_us, **versions}
 
     @property
-    def key(self) -> str:
-        """Names the machine's copies of its items."""
+    def version(self) -> str:
+        """Names what is taken of it."""
         return documents.digest([self.features.version, self.embeddings.version])[:16]
 
+    def key(self, folder: str) -> str:
+        """Names the machine's copies of its items that the job in `folder` makes: no other does."""
+        return documents.digest([self.version, folder])[:16]
+
     def as_worker_knows_it(
-        self, labels: Sequence[str], embedding_dtype: Literal["float32", "float16"]
+        self, labels: Sequence[str], embedding_dtype: Literal["float32", "float16"], folder: str
     ) -> JoinNight:
         """Returns the night as the workers know it, with cluster IDs of `labels` for scores."""
         tables = self.features.slim(), self.embeddings.slim()
@@ -99,7 +103,7 @@ class NightThere:
             int(self.created.timestamp() * 1_000_000) if self.created else None,
             ItemTables(*tables, None, False, tuple(labels), embedding_dtype),
             self.histories.slim() if self.histories else None,
-            self.key,
+            self.key(folder),
         )
 
 

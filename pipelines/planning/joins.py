@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from feature_jobs import inputs
@@ -57,6 +58,7 @@ from pipelines.stages import join_of
 _AT_ONCE = 16
 _NOTHING_ASKED = NightOptions()
 _FORM = ("history_item_ids", "columns", "tiers", "top_k", "embedding_dtype")  # of scores
+_ALWAYS = int(np.iinfo(np.int64).min)
 _ONE_DAY = dt.timedelta(days=1)
 
 
@@ -99,6 +101,7 @@ class PlannedJoin(Planned):
     log: LogOfDay | None
     hands_on: str | None
     scores: Partition | None
+    scores_told: str
     embeddings_by: str
 
     @property
@@ -139,25 +142,35 @@ class PlannedJoin(Planned):
             shards = histories.shards
             log = [*logs[0].before.log, *(one.log for one in logs)]
         job = JoinJob(
-            tuple(day._as_worker_knows_it() for day in days), shards, histories,
+            tuple(day._as_worker_knows_it(folder) for day in days), shards, histories,
             first.form, first.embeddings_by, first.clusters, first.asked.label,
             first.stage.tables[0], first.asked.layout, first.layout_form, folder,
         )  # fmt: skip
         define_join(root, log, job)
 
-    def _as_worker_knows_it(self) -> JoinDay:
+    def _as_worker_knows_it(self, folder: str) -> JoinDay:
         group_rows = [rows for groups in self.samples.row_groups for rows in groups]
         labels, dtype = self.form.labels, self.settings.simscore.embedding_dtype
-        nights = tuple(night.as_worker_knows_it(labels, dtype) for night in self.nights)
+        nights = tuple(night.as_worker_knows_it(labels, dtype, folder) for night in self.nights)
         return JoinDay(
             self.day, tuple(self.samples.groups()), cut(group_rows, self.settings.rows_per_shard),
-            nights, self.scores and self.scores.slim(), self.schema, self.ids, self.stage.staging,
+            nights, self.scores and self.scores.slim(), self._scores_from_us, self.schema, self.ids,
+            self.stage.staging,
         )  # fmt: skip
+
+    @property
+    def _scores_from_us(self) -> int:
+        """Returns from which moment on published scores are of the nights of the samples.
+
+        Of late impressions others may have been there when they were scored.
+        """
+        is_by_night = self.scores and "snapshots" in self.scores.manifest["inputs"]
+        return self.day.start_us if is_by_night else _ALWAYS
 
     def clean(self, folder: str) -> None:
         for night in self.nights:
-            broadcast.discard(night.key)
-            broadcast.discard(f"facts-{night.key}")
+            broadcast.discard(night.key(folder))
+            broadcast.discard(f"facts-{night.key(folder)}")
 
 
 def plan_joins(
@@ -172,10 +185,15 @@ def plan_joins(
     Raises InputNotReady where samples, log or histories of a day are not there, OperatorError for
     columns that clash and codebooks of two lineages, DataContractError for IDs of another type.
     """
+    if (asked.features_from, asked.history_as_of, asked.as_of) == ("same", "night", "day"):
+        raise OperatorError(
+            "The night of a sample's own day knows all clicks of that day, its own among them: "
+            "--history-as-of night goes with --features-from previous."
+        )
     together = Range(settings, settings.layout, say, options, len(days))
     opened = [_OpenDay(DayPlan(together, ds), asked) for ds in days]
     nights = [one.nights for one in opened]
-    known = list({night.key: night for some in nights for night in some}.values())
+    known = list({night.version: night for some in nights for night in some}.values())
     known = known or Nights(settings, asked, together.look, say).first()
     set_of = _SetOfDays(settings, asked, known, together.look)
     set_of.check(days)
@@ -350,7 +368,6 @@ class _OpenDay:
                 "codebooks": {one: list(of) for one, of in (n.codebook for n in self.nights)},
                 "encoders": sorted({night.encoder_id for night in self.nights}),
                 "max_id": set_of.max_ids,
-                "published_scores": told,
                 "days_without_log": list(self.log.before.missing) if self.log else [],
             },
         )
@@ -358,13 +375,15 @@ class _OpenDay:
         by = embeddings_by(day, max((night.features.rows for night in self.nights), default=0))
         planned = PlannedJoin(
             stage, day.settings, asked, samples, day.history_day(), self.nights, clusters, ids,
-            schema, self.log, self._hands_on(), scores, by,
+            schema, self.log, self._hands_on(), scores, told, by,
         )  # fmt: skip
-        layouts.layout_schema(asked.layout, schema, planned.layout_form)  # it may refuse a column
+        if samples.paths:  # else there is no column of the shop's
+            layouts.layout_schema(asked.layout, schema, planned.layout_form)
         return Night(day.settings, day.ds, (planned,), (), day.range.look, self._is_outdated, again)
 
     def _is_outdated(self, look: Look) -> bool:
-        tables = [one for night in self.nights for one in (night.features, night.embeddings)]
+        of_nights = [(one.features, one.embeddings, one.histories) for one in self.nights]
+        tables = [table for some in of_nights for table in some if table]
         moved = (look.published(one.folder) for one in tables)
         versions = [one.version if one else None for one in moved]
         return versions != [one.version for one in tables] or self.day.is_outdated(look)
@@ -379,17 +398,23 @@ class _OpenDay:
             inputs.common_id_type(name, sources, known)
             for name, known in zip(("user_id", "item_id"), NO_IDS, strict=True)
         )
-        for night in self.nights:
-            theirs = night.features.schema.field("item_id").type
-            if self.samples.rows and theirs != item:
-                raise DataContractError(
-                    f"item_id is {item} in the samples of ds {self.day.ds}, but {theirs} in "
-                    f"item_features of ds {night.snapshot.ds}. IDs of two types never meet in a "
-                    "join, and every feature would be empty. Cast it where the samples are "
-                    f"written, as in CAST({self.asked.columns['item_id']} AS "
-                    f"{'BIGINT' if theirs == pa.int64() else 'VARCHAR'})."
-                )
+        for night in self.nights if self.samples.rows else ():
+            self._check_ids("item_id", item, night.features)
+            if night.histories and night.histories.rows:
+                self._check_ids("user_id", user, night.histories)
         return user, item
+
+    def _check_ids(self, name: str, mine: pa.DataType, table: Partition) -> None:
+        """Raises DataContractError where IDs are of another type in a night's table."""
+        theirs = table.schema.field(name).type
+        if theirs != mine:
+            raise DataContractError(
+                f"{name} is {mine} in the samples of ds {self.day.ds}, but {theirs} in "
+                f"{table.manifest['table']} of ds {table.manifest['ds']}. IDs of two types never "
+                "meet in a join, and every feature would be empty. Cast it where the samples are "
+                f"written, as in CAST({self.asked.columns[name]} AS "
+                f"{'BIGINT' if theirs == pa.int64() else 'VARCHAR'})."
+            )
 
     def _schema(self, labels: Sequence[str], item: pa.DataType) -> pa.Schema:
         """Returns the columns of the set; raises OperatorError where samples have one of ours."""
@@ -397,9 +422,10 @@ class _OpenDay:
         fields = joined_fields(labels, created, form.columns, form.tiers, item)
         carried = list(self.samples.carried)
         names = {field.name for field in carried}
-        clash = {field.name for field in fields} & names
-        clash |= {name for name in names if name == HISTORY_ITEM_IDS or score_field(name)}
-        clash |= names & {key_of(self.day.settings.output.partition)}
+        taken = {field.name for field in fields} | {HISTORY_ITEM_IDS}
+        taken.add(key_of(self.day.settings.output.partition))
+        # Engines that read the set do not tell cases apart.
+        clash = {name for name in names if name.lower() in taken or score_field(name.lower())}
         if clash:
             raise OperatorError(
                 f"The samples of ds {self.day.ds} have columns named {', '.join(sorted(clash))}, "
@@ -407,7 +433,21 @@ class _OpenDay:
                 "column. Which is which could not be told. Rename them where "
                 "the samples are written, or leave them out: they may come from an earlier join."
             )
+        self._check_label(carried)
         return pa.schema([*carried, *fields])
+
+    def _check_label(self, carried: Sequence[pa.Field]) -> None:
+        """Raises OperatorError where the column of labels is not there, or holds none."""
+        label = self.asked.label
+        found = [field for field in carried if field.name == label]
+        if label is None or not carried or (found and _is_label(found[0].type)):
+            return
+        is_there = f"is of type {found[0].type}" if found else "is not there"
+        raise OperatorError(
+            f"--label {label} names a column that {is_there} in the samples of ds {self.day.ds}; "
+            f"they have {', '.join(field.name for field in carried)}. Labels are booleans or "
+            "numbers, of which those above 0 are counted as positive. Name such a column."
+        )
 
     def _scores(self) -> tuple[Partition | None, str]:
         """Returns the published scores that may be taken, or why there are none."""
@@ -478,6 +518,12 @@ def join_form(settings: Settings, asked: JoinAsked) -> ScoreForm:
     return replace(form, columns=tuple(name for name in form.columns if name != HISTORY_ITEM_IDS))
 
 
+def _is_label(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    )
+
+
 def _since(taken: set[tuple[Any, ...]], start_us: int) -> set[tuple[Any, ...]]:
     """Returns the nights that a moment from the start of the day on can take."""
     before = [one for one in taken if one[1] <= start_us]
@@ -504,8 +550,10 @@ def hand_over(nights: Sequence[Night]) -> list[str]:
     It lies beside the days, and fits all of them: its tables have a row for every cluster number of
     any day. One that says the same already stays.
     """
-    (planned,) = nights[-1].planned
-    assert isinstance(planned, PlannedJoin)
+    days = [one for night in nights for one in night.planned if isinstance(one, PlannedJoin)]
+    planned = next((one for one in reversed(days) if one.samples.paths), None)
+    if planned is None:
+        return []
     layout, table, look = planned.settings.layout, planned.stage.tables[0], Look()
     folder, most = os.path.dirname(layout.folder(table, planned.stage.ds)), Counter[str]()
     for ds in layout.begun_days(table):

@@ -208,7 +208,7 @@ class _Bucket:
         self.form = replace(form, columns=tuple(sorted({*form.columns, HISTORY_ITEM_IDS})))
         dtype = opened.settings.simscore.embedding_dtype
         self.nights = tuple(
-            night.as_worker_knows_it(self.form.labels, dtype) for night in opened.nights
+            night.as_worker_knows_it(self.form.labels, dtype, "") for night in opened.nights
         )
         self.samples = opened.rows.select(KEY)
         self.clusters = tuple(map(cluster_column, opened.labels))

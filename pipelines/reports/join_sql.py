@@ -133,7 +133,7 @@ def _refuse_without(planned: PlannedJoin) -> None:
     if planned.scores is None:
         raise OperatorError(
             f"--show-sql prints a query for published scores, and those of ds {planned.stage.ds} "
-            f"are {planned.stage.notes['published_scores']}. Let nights be scored as the join asks "
+            f"are {planned.scores_told}. Let nights be scored as the join asks "
             '([simscore] features_from = "previous"), ask as they are (--features-from same), or '
             "run the join without it, which scores samples on the way."
         )

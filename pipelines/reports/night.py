@@ -158,7 +158,7 @@ def _training_rows(counts: Numbers, _: Numbers) -> str:
     return _of(f"{counts['training_rows_rows']:,} rows", found)
 
 
-def _join(counts: Numbers, _: Numbers) -> str:
+def _join(counts: Numbers, work: Numbers) -> str:
     found = _nonzero(
         (counts["matched"], "matched"),
         (counts["no_snapshot"], "before any night"),
@@ -166,7 +166,7 @@ def _join(counts: Numbers, _: Numbers) -> str:
         (counts["no_image"], "of items without an embedding"),
         (counts["out_of_scope"], "out of scope"),
         (counts["no_history"], "without a history"),
-        (counts["scores_taken"], "with published scores"),
+        (work.get("scores_taken", 0), "with published scores"),
     )
     told = _of(f"{counts['samples']:,} samples", found)
     if "positives" in counts and counts["samples"]:

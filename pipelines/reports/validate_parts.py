@@ -653,8 +653,7 @@ def _scores(rows: pa.Table) -> Counted:
 def _samples(found: Published, rows: pa.Table) -> dict[str, int]:
     counts = {"samples": len(rows)}
     if not found.is_laid_out:
-        counts = count_samples(rows, np.zeros(0, bool))
-        del counts["scores_taken"]  # no row tells whether its scores were published before
+        counts = count_samples(rows)
     label = found.settings.get("label")
     if label in rows.column_names:
         clicked = int(positive(rows[label]).sum())

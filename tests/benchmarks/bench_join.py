@@ -162,7 +162,7 @@ def bench(items: int, samples: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         shop, scoring = make_night(Path(name), items, samples)
         taken = join(shop, "taken")
-        assert taken["counts"]["scores_taken"] == samples, taken["counts"]
+        assert taken["work"]["scores_taken"] == samples, taken["work"]
         query = by_hand(shop)
         peak = taken["peak_memory_bytes"] / 1e9
         print(f"  {samples:,} samples, {items:,} items, L = {HISTORY}")
@@ -173,7 +173,7 @@ def bench(items: int, samples: int) -> None:
         )
         shutil.rmtree(shop.scores)
         made = join(shop, "made")
-        assert made["counts"]["scores_taken"] == 0, made["counts"]
+        assert made["work"]["scores_taken"] == 0, made["work"]
         on_the_way, job = made["wall_seconds"], scoring["wall_seconds"]
         print(
             f"    scored on the way: {on_the_way:.1f} s, the scoring job {job:.1f} s: "

@@ -74,9 +74,8 @@ def test_each_sample_is_counted_by_the_first_that_it_lacks() -> None:
             "history_len": [3, 0, 0, 0, 0, 2],
         }
     )
-    taken = np.array([True, False, False, False, False, True])
-    assert count_samples(rows, taken) == {
-        "samples": 6, "scores_taken": 2, "no_snapshot": 1, "unknown_item": 1, "no_image": 1,
+    assert count_samples(rows) == {
+        "samples": 6, "no_snapshot": 1, "unknown_item": 1, "no_image": 1,
         "out_of_scope": 1, "no_history": 1, "matched": 1,
     }  # fmt: skip
 
