@@ -6,6 +6,7 @@ the worker that reads them. Beyond this module an ID is int64 or string, a time 
 of the years 1 to 9999, and a click a bool.
 """
 
+import contextlib
 import datetime as dt
 import difflib
 import os
@@ -248,24 +249,32 @@ def earliest_event(source: Source) -> int | None:
     """Returns a moment, in microseconds, not after any event of a partition; None without rows.
 
     It is told by footers, of times without a zone up to a day too early; else times are read.
+    Raises DataContractError for times before the year 1.
     """
-    column, found = source.form.columns.get("event_time"), list[int]()
-    groups = source.groups()
-    for path in source.paths:
-        footer, _ = read_footer(path)
-        leaves = [footer.schema.column(at).path for at in range(footer.num_columns)]
-        for index in range(footer.num_row_groups):
-            told = footer.row_group(index).column(leaves.index(column)).statistics
-            if told is None or not told.has_min_max:
-                (group,) = (g for g in groups if (g.path, g.index) == (path, index))
-                times = read_rows(group, ["event_time"])["event_time"].cast(pa.int64())
-                found += [pc.min(times).as_py()] if len(times) else []
-            elif told.min.tzinfo:
-                found.append(int(told.min.timestamp()) * 1_000_000)
-            else:
-                first = told.min.replace(tzinfo=dt.UTC) - dt.timedelta(days=1)
-                found.append(int(first.timestamp()) * 1_000_000)
-    return min(found, default=None)
+    groups = {(group.path, group.index): group for group in source.groups()}
+    footers = _read_all(read_footer, source.paths)
+    todo = [
+        (groups[path, index], footer.row_group(index))
+        for path, (footer, _) in zip(source.paths, footers, strict=True)
+        for index in range(footer.num_row_groups)
+    ]
+    with ThreadPoolExecutor(_FOOTER_READERS) as pool:
+        found = list(pool.map(lambda one: _earliest_of(*one), todo))
+    return min((moment for moment in found if moment is not None), default=None)
+
+
+def _earliest_of(group: RowGroup, told: pq.RowGroupMetaData) -> int | None:
+    column = group.form.columns["event_time"]
+    leaves = (told.column(at) for at in range(told.num_columns))
+    statistics = next(leaf.statistics for leaf in leaves if leaf.path_in_schema == column)
+    with contextlib.suppress(OverflowError, ValueError):  # of years that Python does not know
+        if statistics is not None and statistics.has_min_max:
+            first: dt.datetime = statistics.min
+            if not first.tzinfo:
+                first = first.replace(tzinfo=dt.UTC) - dt.timedelta(days=1)
+            return int(first.timestamp()) * 1_000_000
+    times = read_rows(group, ["event_time"])["event_time"].cast(pa.int64())
+    return int(pc.min(times).as_py()) if len(times) else None
 
 
 # ---- Checking what footers tell --------------------------------------------------------------

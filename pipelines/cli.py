@@ -25,6 +25,7 @@ from pipelines.options import (
     Ds,
     PathText,
     SetName,
+    ZoneName,
     beam_argument,
     checked_days_options,
     config_option,
@@ -295,7 +296,12 @@ def training_rows(**options: Any) -> None:
 @click.option("--item-id", default="item_id", metavar="COLUMN", help="Their column of items.")
 @click.option("--time", default="event_time", metavar="COLUMN", help="Their column of moments.")
 @click.option("--label", metavar="COLUMN", help="Their column of labels, to count it.")
-@click.option("--timezone", metavar="ZONE", help="Of moments that have none: 'Asia/Shanghai'.")
+@click.option(
+    "--timezone",
+    type=ZoneName(),
+    metavar="ZONE",
+    help="Of moments that have none: 'Asia/Shanghai'.",
+)
 @click.option(
     "--features-from",
     type=click.Choice(["previous", "same"]),

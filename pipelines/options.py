@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
+from zoneinfo import ZoneInfo
 
 import click
 
@@ -100,6 +101,19 @@ class SetName(click.ParamType):
                 param,
                 ctx,
             )
+        return str(value)
+
+
+class ZoneName(click.ParamType):
+    """Reads an option's value as the name of a time zone."""
+
+    name = "zone"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        try:
+            ZoneInfo(str(value))
+        except (KeyError, ValueError, OSError):
+            self.fail(f"{value!r} is no IANA time zone such as 'Asia/Shanghai'", param, ctx)
         return str(value)
 
 

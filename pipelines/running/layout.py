@@ -149,12 +149,14 @@ class Layout:
         commands never wait for each other.
         """
         return [
-            os.path.join(top, "_locks", family, f"ds={ds}")
+            os.path.join(top, "_locks", name, f"ds={ds}")
             for family in dict.fromkeys(kind.family for kind in KINDS)
             for ds in sorted(days)
-            for top in sorted(
+            for top, name in sorted(
                 {
-                    os.path.join(self.root_of(table), self._top(table))
+                    # Training sets are locked each by itself.
+                    (os.path.join(self.root_of(table), self._top(table)),
+                     family if table.key else table.name)
                     for table in tables if kind_of(table).family == family
                 }
             )

@@ -314,6 +314,7 @@ def test_wrong_usage_is_told(world: World, capsys: Capture) -> None:
         (("--label", "none"), "names a column that is not there"),
         (("--label", "tags"), "names a column that is of type list"),
         (("--name", "No Name"), "is no name of small letters"),
+        (("--timezone", "Mars/Base"), "is no IANA time zone"),
         (("--history-as-of", "night", "--features-from", "same"), "knows all clicks of that day"),
         (("--samples", "samples/*.parquet"), "names no day"),
         (("--accept", "churn", "--reason", "x"), "No gate judges a training set"),
@@ -342,7 +343,7 @@ def test_what_the_settings_ask_of_scores_is_in_the_set_too(world: World) -> None
             'embedding_dtype = "float16"')  # fmt: skip
     same = ("--ds", DAY, "--features-from", "same")
     assert join(world, *same, "--name", "made") == DONE
-    made, manifest = joined(world, DAY, "made")
+    made, _ = joined(world, DAY, "made")
     assert scores_taken(world, "made") == 0
     command = ["simscore", "--config", str(world.config), "--ds", str(DAY)]
     assert main(command) == DONE
@@ -393,3 +394,45 @@ def test_a_set_for_a_framework_has_its_configuration(
     assert join(world, *asked, "--name", "other") == status
     assert ("Column raw is of type binary" in capsys.readouterr().err) == (status == USAGE)
     assert (world.root / "test" / "joined" / "other").exists() == (status == DONE)
+
+
+# ---- What reviews found ------------------------------------------------------------------------
+
+
+def test_a_day_without_a_file_or_a_row_is_joined_too(world: World) -> None:
+    folder = world.folder / "samples" / f"ds={DAYS[1]}"
+    folder.mkdir(parents=True)
+    (folder / "_SUCCESS").touch()
+    write_samples(world, DAY, as_samples(impressions(world, DAY)))
+    ends = ("--start-ds", DAYS[1], "--end-ds", DAY, "--label", "clicked")
+    for layout in ("plain", "fuxictr"):
+        assert join(world, *ends, "--layout", layout, "--name", layout) == DONE
+        found, manifest = joined(world, DAYS[1], layout)
+        assert len(found) == 0
+        assert manifest["counts"]["samples"] == 0
+
+
+def test_users_of_another_type_than_the_night_knows_are_refused(
+    world: World, capsys: Capture
+) -> None:
+    rows = impressions(world, DAY)
+    users = pa.array([f"u{n}" if world.ids == "int" else None for n in range(len(rows))])
+    users = users if world.ids == "int" else pa.array(range(len(rows)))
+    write_samples(world, DAY, with_column(rows, "user_id", users))
+    assert join(world, "--ds", DAY, "--history-as-of", "night") == FAILED
+    assert "in user_histories of ds" in capsys.readouterr().err
+
+
+def test_late_samples_take_no_scores_of_another_night(world: World) -> None:
+    """Late impressions were scored while the night that they know was a hole."""
+    ask_for(world, 'features_from = "previous"', 'columns = ["history_item_ids"]')
+    samples = write_samples(world, DAY, as_samples(impressions(world, DAY)))
+    late = pc.less(samples["event_time"], dt.datetime.combine(DAY, dt.time(), dt.UTC))
+    assert pc.any(late).as_py()
+    command = ["simscore", "--config", str(world.config), "--ds", str(DAY)]
+    assert main(command) == DONE
+    assert join(world, "--ds", DAY) == DONE
+    assert scores_taken(world) == len(samples) - pc.sum(late).as_py()
+    shutil.rmtree(world.root / "test" / "user_simscores" / f"ds={DAY}")
+    assert join(world, "--ds", DAY, "--name", "made") == DONE
+    assert joined(world, DAY)[0].equals(joined(world, DAY, "made")[0])
