@@ -344,7 +344,7 @@ def join(
     Samples are any Parquet with user, item and time: impressions, candidates, sampled negatives.
     One row comes out for each, in the same order, with all of its columns.
     """
-    from pipelines import nightly
+    from pipelines import training_sets
     from pipelines.planning import joins
     from pipelines.planning.day_plan import NightOptions
     from pipelines.reports import night
@@ -367,11 +367,9 @@ def join(
     if dry_run:
         _echo([night.describe_plan(one, beam_args) for one in nights], len(days) == 1, True, json)
         return
-    made, refused = nightly.make_nights(nights, beam_args, _say)
-    for path in joins.hand_over(nights):
-        _say(f"join: the configuration for {asked['layout']} is {path}")
+    made, refused = training_sets.make_planned(nights, beam_args, _say)
     _echo(made, len(days) == 1, dry_run, json)
-    _refuse([one.error for one in refused])
+    _refuse(refused)
 
 
 # ---- Artefacts -------------------------------------------------------------------------------

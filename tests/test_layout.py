@@ -35,6 +35,7 @@ WITHOUT_A_FILE = {
     "pipelines/planning/yesterday.py": "whole nights: test_history_nights",
     "pipelines/running/layout.py": "test_locks orders its locks, test_nights look below its roots",
     "pipelines/running/records.py": "test_publishing reads its nights, test_rollback its holds",
+    "pipelines/training_sets.py": "test_join makes sets by it",
     "pipelines/stages.py": "it declares; test_reasons and test_ranges make all kinds",
     "pipelines/running/stage.py": "whole nights: test_refresh; test_making and test_progress",
 }

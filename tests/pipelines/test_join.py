@@ -15,9 +15,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from feature_jobs.schemas import InputNotReady
 from feature_jobs.store import partitions
 from pipelines.cli import main
 from pipelines.running import records
+from pipelines.training_sets import JoinAsked, make_training_set
 from tests.support.commands import Capture
 from tests.support.world import DAYS, World
 
@@ -237,6 +239,19 @@ def test_what_is_to_be_joined_is_told_beforehand(world: World, capsys: Capture) 
     assert re.search(r"join .* 152 samples: [\d,]+ matched, .*label rate", capsys.readouterr().out)
 
 
+def test_the_same_is_a_function(world: World) -> None:
+    write_samples(world, DAY, as_samples(impressions(world, DAY)))
+    assert join(world, "--ds", DAY) == DONE
+    template = str(world.folder / "samples" / "ds={ds}" / "*.parquet")
+    columns = {name: name for name in ("user_id", "item_id", "event_time")}
+    asked = JoinAsked("mine", template, columns)
+    (report,) = make_training_set(world.settings(), [DAY], asked)
+    assert report["stages"]["join"]["counts"]["samples"] == 152
+    assert joined(world, DAY, "mine")[0].equals(joined(world, DAY)[0])
+    with pytest.raises(InputNotReady, match="no partition for ds"):
+        make_training_set(world.settings(), [DAYS[1]], asked)
+
+
 # ---- What cannot be joined ---------------------------------------------------------------------
 
 
@@ -374,7 +389,7 @@ def test_a_set_for_a_framework_has_its_configuration(
     assert found["cluster_id"].to_pylist() == expected["cluster_id"].to_pylist()
     assert manifest["counts"]["matched"] > 0
     (config,) = (world.root / "test" / "joined" / "ctr").glob("*.*")
-    assert f"the configuration for {layout} is {config}" in told
+    assert f"the configuration for the framework is {config}" in told
     text = config.read_text()
     if layout == "fuxictr":
         assert "rebuild_dataset: False" in text
