@@ -30,7 +30,7 @@ from feature_jobs.impressions.simscore import (
 from feature_jobs.impressions.snapshots import Snapshot
 from feature_jobs.inputs import RowGroup, Source, day_end
 from feature_jobs.items.item_vectors import ItemVectors, ask_all
-from feature_jobs.schemas import HISTORY_ITEM_IDS, TIMESTAMP, USER_SIMSCORES
+from feature_jobs.schemas import HISTORY_ITEM_IDS, TIMESTAMP, USER_SIMSCORES, CourierError
 from feature_jobs.store import arrays, hashing, partitions
 from feature_jobs.store.arrays import differ_from_before
 from pipelines.config import Settings
@@ -46,6 +46,10 @@ _BUCKET_ROWS = 20_000
 _READERS = 4
 _EARLIER_US = 60_000_000  # so long before the moment is the impression that is clicked later
 OK, LEAK, UNVERIFIED = "ok", "leak", "unverified"
+# What is damaged where nobody has looked yet may show itself in any of these ways.
+ILL = (
+    CourierError, OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

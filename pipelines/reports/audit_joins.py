@@ -57,7 +57,8 @@ def audit_day(
 ) -> Report:
     """Audits the night of ds, then its training sets; `sample` rows of each are planted around.
 
-    Where there is no night the sets are audited alone, and that is told. Raises as `audit` does.
+    Where there is no night the sets are audited alone, and that is told, as is a set that cannot
+    be read. Raises as `audit` does.
     """
     options, sets = NightOptions(from_log=from_log), _sets_of(settings, ds)
     try:
@@ -69,7 +70,12 @@ def audit_day(
         report.tell(UNVERIFIED, f"the night was not audited: {error}")
     for table in sets:
         name = table.name.partition("/")[2]
-        report.training_sets[name] = _audit_set(settings, ds, table, options, sample)
+        try:
+            report.training_sets[name] = _audit_set(settings, ds, table, options, sample)
+        except audit.ILL as error:
+            report.training_sets[name] = Report(str(ds), 0, 0, 0, 0)
+            told = f"the training set was not audited: {error}"
+            report.training_sets[name].tell(UNVERIFIED, told)
     return report
 
 

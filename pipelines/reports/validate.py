@@ -18,14 +18,11 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-import pyarrow as pa
-
 from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
     ITEM_FEATURES,
     TABLES,
     USER_SIMSCORES,
-    CourierError,
     DataContractError,
     GateRefused,
     InputNotReady,
@@ -66,10 +63,6 @@ from pipelines.stages import KINDS
 
 _LEVELS = (BROKEN, REFUSED, NOT_READY, WARNING, UNVERIFIED)
 _OF_GATES = {gates.FAIL: REFUSED, gates.WARN: WARNING, gates.ACCEPTED: WARNING}
-# What is damaged elsewhere, where validate has not looked, may show itself in any of these ways.
-_ILL = (
-    CourierError, OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException,
-)  # fmt: skip
 
 
 @dataclass
@@ -189,7 +182,7 @@ def _as_far_as_known(otherwise: str, found: Iterable[Finding]) -> Iterator[Findi
     """Yields what is `found`, up to what lies elsewhere or is gone and so cannot be read."""
     try:
         yield from found
-    except _ILL as error:
+    except audit.ILL as error:
         told = f"not all of what they are compared with can be read ({error})"
         yield Finding(UNVERIFIED, "", otherwise, told)
 
@@ -241,7 +234,7 @@ def judge_again(settings: Settings, day: Day) -> Iterator[Finding]:
     for kind in settings.night:
         try:
             judged = judge_published(settings, day.ds, kind, look)
-        except _ILL as error:
+        except audit.ILL as error:
             what = "what a manifest does not say: " if isinstance(error, LookupError) else ""
             law, told = "its gates were not asked again", f"they judge by {what}{error}"
             told = str(error) if isinstance(error, InputNotReady) else told
@@ -358,7 +351,7 @@ def _recompute(
     else:
         try:
             report = audit.recompute(settings, day.ds)
-        except _ILL as error:
+        except audit.ILL as error:
             why = f"what they are made from cannot be read any more ({error})"
         else:
             for leak in report.leaks:
@@ -375,7 +368,7 @@ def _join_again(settings: Settings, ds: dt.date, found: Published) -> Iterator[F
     """Joins a bucket of users of a training set again, where all that it is made of is there."""
     try:
         report = audit_joins.recompute_set(settings, ds, found.table)
-    except _ILL as error:
+    except audit.ILL as error:
         why = f"what it is made from cannot be read any more ({error})"
         yield found.finding("no sample was joined again", why, UNVERIFIED)
         return

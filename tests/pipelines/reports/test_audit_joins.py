@@ -98,6 +98,24 @@ def test_a_set_of_a_day_without_a_night_is_audited_alone(joinable: World, capsys
     assert courier(joinable, "audit", "--ds", str(DAY)) == 4
 
 
+def test_a_set_that_cannot_be_read_leaves_the_report_of_the_night(
+    joinable: World, capsys: Capture
+) -> None:
+    for name in ("ctr", "search"):
+        assert join(joinable, "--ds", DAY, "--name", name) == 0
+    for path in (joinable.root / "test/joined/ctr" / f"ds={DAY}").glob("*.parquet"):
+        path.write_bytes(b"torn")
+    with pytest.MonkeyPatch.context() as patch:
+        histories_as_of_the_end_of_the_day(patch)
+        capsys.readouterr()
+        assert courier(joinable, "audit", "--ds", str(DAY), "--json") == 1
+    report = json.loads(capsys.readouterr().out)
+    assert f"{AFTER}: " in texts(report, "leak")
+    torn, whole = (report["training_sets"][name] for name in ("ctr", "search"))
+    assert "the training set was not audited: " in texts(torn, "unverified")
+    assert "not audited" not in texts(whole, "unverified")
+
+
 # ---- Leaks -------------------------------------------------------------------------------------
 
 
