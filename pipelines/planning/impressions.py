@@ -59,6 +59,11 @@ from pipelines.running.states import PUBLISHED, Look
 from pipelines.stages import HISTORIES, SIMSCORE, TRAINING_ROWS
 
 _USUAL_LENGTH = 50  # of a history; shards of much longer ones have fewer rows
+_DAY_US = 86_400_000_000
+_WITH_RESOLUTION = (
+    "Ask for one of these, or leave the column out; `courier fit-codebook --clusters "
+    "main=…,{label}=…` makes one that has it."
+)
 
 Ids = tuple[pa.DataType, pa.DataType]
 
@@ -280,8 +285,13 @@ def score_settings(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _check_labels(form: ScoreForm, codebook_id: str, labels: Collection[str]) -> None:
-    """Raises OperatorError where a column on request is of a resolution that is not there."""
+def _check_labels(
+    form: ScoreForm, codebook: str, labels: Collection[str], remedy: str = _WITH_RESOLUTION
+) -> None:
+    """Raises OperatorError where a column on request is of a resolution that is not there.
+
+    What is said of it names the `codebook`, and ends with the `remedy`.
+    """
     known = [label for label in labels if label != MAIN]
     for column in form.columns:
         label = resolution_of(column)
@@ -291,11 +301,31 @@ def _check_labels(form: ScoreForm, codebook_id: str, labels: Collection[str]) ->
         near = difflib.get_close_matches(label, known, n=1)
         hint = f"Did you mean {prefix + near[0]!r}? The" if near else "The"
         raise OperatorError(
-            f"[simscore] columns asks for {column!r}, but the pinned codebook "
-            f"{codebook_id} has no resolution {label!r}, and the column would have no "
-            f"cluster IDs to show. {hint} codebook has {', '.join(known) or 'none'} beside main. "
-            "Ask for one of these, or leave the column out; `courier fit-codebook --clusters "
-            f"main=…,{label}=…` makes one that has it."
+            f"[simscore] columns asks for {column!r}, but {codebook} has no resolution {label!r}, "
+            f"and the column would have no cluster IDs to show. {hint} codebook has "
+            f"{', '.join(known) or 'none'} beside main. {remedy.format(label=label)}"
+        )
+
+
+def _check_labels_of_nights(day: DayPlan, nights: Nights, known_from_us: int) -> None:
+    """Raises OperatorError where a night lacks a resolution, with the day from which on none does.
+
+    `known_from_us` is the earliest moment of which an impression of `day` may come.
+    """
+    for night in nights:
+        if night.is_gone:
+            continue
+        lacking = night.snapshot
+        days_until = -((known_from_us - lacking.from_us) // _DAY_US - 1)  # the next night is enough
+        first = day.ds + dt.timedelta(days=days_until)
+        _check_labels(
+            score_form(day.settings),
+            f"the night of ds {lacking.ds}, of codebook {night.codebook_id}, which impressions of "
+            f"ds {day.ds} may know,",
+            night.labels,
+            f"Ask for the column from ds {first} on, where nights after ds {lacking.ds} are of a "
+            "codebook with {label!r}: impressions of that day know no older ones. Until then ask "
+            "for one of these, or leave the column out.",
         )
 
 
@@ -306,7 +336,8 @@ def plan_simscore(
     """Plans the scores of ds by its own items, or where these are not given of nights before it."""
     if embedded and features:
         codebook = day.pinned.codebook
-        _check_labels(score_form(day.settings), codebook.codebook_id, codebook.labels)
+        pinned = f"the pinned codebook {codebook.codebook_id}"
+        _check_labels(score_form(day.settings), pinned, codebook.labels)
         return _plan_scores(
             day, histories, (_night_of_ds(embedded, features),),
             inputs={"item_features": features.stage.run_id},
@@ -329,9 +360,8 @@ def _night_of_ds(embedded: Planned, features: PlannedFeatures) -> ItemNight:
 
 def _plan_by_nights(day: DayPlan, histories: PlannedHistories, nights: Nights) -> PlannedScores:
     settings = day.settings
-    for night in nights:
-        if not night.is_gone:
-            _check_labels(score_form(settings), night.codebook_id, night.labels)
+    known_from_us = histories.log.day.known_from_us(history_law(settings))
+    _check_labels_of_nights(day, nights, known_from_us)
     return _plan_scores(
         day, histories, nights,
         {

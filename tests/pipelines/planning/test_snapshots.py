@@ -11,14 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from feature_jobs.codebooks.codebook import read_codebook_info, save_codebook
 from feature_jobs.impressions.snapshots import after_its_day
 from feature_jobs.schemas import TABLES
 from feature_jobs.store.documents import read_json
 from tests.conftest import Artefacts
 from tests.support import stub_nights
 from tests.support.any_order import CLOSED, DAYS, Catalogue, Inputs, Log
+from tests.support.codebooks import by_hand
 from tests.support.ordered_shop import Shop
 
 AGAIN = f"ds {DAYS[1]}, from which it goes on, was made again"
@@ -250,6 +253,28 @@ def test_a_night_of_which_a_stage_was_run_alone_is_none_to_score_with(shop: Prev
     assert f"courier refresh --ds {DAYS[1]}" in shop.told
     assert shop.refresh(DAYS[1]) == 0
     assert shop.refresh(DAYS[2]) == 0
+
+
+def test_a_resolution_that_an_older_night_lacks_is_told_with_the_day_from_which_all_have_it(
+    shop: Previous, artefacts: Artefacts, tmp_path: Path
+) -> None:
+    info, labels = read_codebook_info(artefacts.codebook), ("main", "fine")
+    centres = dict.fromkeys(labels, np.eye(2, 8, dtype=np.float32))
+    made = by_hand(centres, dict.fromkeys(labels, np.array([1, 2])), info.encoder_id)
+    codebook = save_codebook(str(tmp_path), made)
+    pin = f"[[pins]]\nfrom_ds = {DAYS[2]}\nencoder = '{artefacts.encoder}'\n"
+    shop.config.write_text(f"{shop.config.read_text()}{pin}codebook = '{codebook}'\n")
+    assert shop.refresh(*DAYS[:5]) == 0, shop.told
+    asked = "[simscore]\ncolumns = ['same_cluster_fine']\n"
+    shop.config.write_text(shop.config.read_text().replace("[simscore]\n", asked))
+    assert shop.refresh(DAYS[4]) == 2
+    assert (
+        f"the night of ds {DAYS[1]}, of codebook {os.path.basename(artefacts.codebook)}, which "
+        f"impressions of ds {DAYS[4]} may know, has no resolution 'fine'" in shop.told
+    )
+    assert f"Ask for the column from ds {DAYS[5]} on" in shop.told
+    one_day = ("--start-ds", DAYS[5], "--end-ds", DAYS[5])
+    assert shop.run("backfill", *one_day, "--dry-run") == 0, shop.told
 
 
 def test_scores_by_a_night_that_is_refused_wait(shop: Previous) -> None:
