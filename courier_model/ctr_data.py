@@ -47,7 +47,8 @@ class CtrBatches(IterableDataset[dict[str, Tensor]]):
     those are smaller. A rank may have one batch more than another: see torch's `Join`.
 
     Raises OperatorError for a column that is missing or of another type, InputNotReady for a file
-    that is not there; while it is read, DataContractError for nulls or lists of unequal lengths.
+    that is not there, DataContractError for one that cannot be read; while it is read, also for
+    nulls or lists of unequal lengths.
     """
 
     def __init__(
@@ -119,6 +120,11 @@ def _footer(path: str, columns: Sequence[str]) -> pq.FileMetaData:
         raise InputNotReady(
             f"{path} is not there. It was given as a file of the training set: join that day "
             "first, or name the files that there are."
+        ) from error
+    except pa.ArrowInvalid as error:
+        raise DataContractError(
+            f"{path} is no Parquet file that can be read ({error}). It was given as a file of the "
+            "training set: join that day again, or leave the file out."
         ) from error
     for name in columns:
         if name not in schema.names:

@@ -162,6 +162,11 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
     assert "gone.parquet" in refusal(InputNotReady, [str(tmp_path / "gone.parquet")], ["row"])
 
 
+def test_a_file_that_is_torn_is_told(paths: list[str]) -> None:
+    Path(paths[2]).write_bytes(Path(paths[2]).read_bytes()[:-9])
+    assert f"{paths[2]} is no Parquet file" in refusal(DataContractError, paths, ["row"])
+
+
 @pytest.mark.parametrize(
     "given", [{"batch_size": 0}, {"rank": 2, "world_size": 2}, {"rank": -1}], ids=str
 )
