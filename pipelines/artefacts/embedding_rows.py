@@ -25,6 +25,7 @@ def move_rows(rows: str, old: str, new: str, label: str, out: str) -> dict[str, 
     on the way are rounded to the dtype, too. Returns what became of the numbers. Raises
     OperatorError, also where `out` is there with other content, InputNotReady or DataContractError.
     """
+    _check_out(out)
     lineage = read_lineage(old, new, label)
     table = _open(rows)
     _check_shape(rows, table, lineage)
@@ -68,6 +69,15 @@ def render(found: dict[str, Any]) -> str:
 
 
 # ---- What is given -------------------------------------------------------------------------
+
+
+def _check_out(path: str) -> None:
+    """Raises OperatorError where a folder has the name of the file that is to be written."""
+    if files.is_folder(path):
+        raise OperatorError(
+            f"--out {path} is a folder. Name the file in it that the rows are to be written to, "
+            "such as rows.npy."
+        )
 
 
 def _open(path: str) -> np.ndarray:

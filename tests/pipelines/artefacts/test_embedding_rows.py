@@ -107,6 +107,15 @@ def test_two_moves_in_turn_are_one_move(shop: Shop, tmp_path: Path) -> None:
     assert shop.out.read_bytes() == whole
 
 
+def test_a_folder_is_refused_before_the_work(
+    shop: Shop, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(embedding_rows, "read_lineage")
+    shop.out.mkdir()
+    assert shop.move() == 2
+    assert f"--out {shop.out} is a folder" in paragraph(capsys)
+
+
 def test_another_table_is_not_overwritten_and_nothing_is_left(shop: Shop, capsys: Capture) -> None:
     shop.out.write_bytes(b"of a model")
     before = sorted(shop.out.parent.iterdir())
