@@ -144,13 +144,23 @@ def audit(
     Raises OperatorError, DataContractError or InputNotReady where its features could not be made.
     """
     day, scores, look, rows, report = _open(settings, ds, from_log, say)
-    if len(rows):
+    gone = _tell_gone(scores, report)
+    if len(rows) and not gone:
         _audit_features(_Bucket(scores, look, rows, report.bucket, report.buckets), sample, report)
-    else:
+    elif not len(rows):
         report.tell(UNVERIFIED, f"ds {ds} has no impressions in this bucket: nothing to look at")
     _audit_clicks(rows, scores.has_history, report)
     _audit_artefacts(day, scores, look, report)
     return report
+
+
+def _tell_gone(scores: PlannedScores, report: Report) -> bool:
+    """Tells which nights that scores took are gone; returns whether there are any."""
+    gone = [night.snapshot.ds for night in scores.nights if night.is_gone]
+    for ds in gone:
+        told = f"the night of ds {ds} that its scores took was taken away: none was made again"
+        report.tell(UNVERIFIED, told)
+    return bool(gone)
 
 
 def recompute(settings: Settings, ds: dt.date) -> Report:
@@ -528,24 +538,31 @@ def _audit_clicks(rows: pa.Table, has_history: bool, report: Report) -> None:
 
 
 def _audit_artefacts(day: DayPlan, scores: PlannedScores, look: Look, report: Report) -> None:
+    nights = [night for night in scores.nights if not night.is_gone]
     made = dict[str, str | None]()  # up to which day the data of what was made goes, by its name
-    for night in scores.nights:
+    used_by = dict[str, list[str]]()  # of which nights, by its name
+    for night in nights:
         pinned = PinnedArtefacts(day.settings, night.snapshot.ds, True, day.range.artefacts)
         if look.open(night.features).manifest["identities"] == pinned.identities():
-            made[f"encoder {pinned.encoder.encoder_id}"] = pinned.encoder.data_end_ds
-            made[f"codebook {pinned.codebook.codebook_id}"] = pinned.codebook.data_end_ds
+            encoder, codebook = pinned.encoder, pinned.codebook
+            for name, end in (
+                (f"encoder {encoder.encoder_id}", encoder.data_end_ds),
+                (f"codebook {codebook.codebook_id}", codebook.data_end_ds),
+            ):
+                made[name] = end
+                used_by.setdefault(name, []).append(str(night.snapshot.ds))
             continue
         told = f"encoder and codebook of the night of ds {night.snapshot.ds} are not those that "
         report.tell(UNVERIFIED, f"{told}are pinned for it now: of what they were made is not known")
     for name, end in made.items():
         if end is None:
             report.tell(OK, f"{name} was made from no data of the shop")
-        elif end < str(day.ds):
-            report.tell(OK, f"{name} was made from data up to ds {end}, before ds")
+        elif late := [ds for ds in used_by[name] if ds <= end]:
+            told = f"{name} was made from data up to ds {end}, which is not before ds "
+            report.tell(LEAK, told + ", ".join(late))
         else:
-            told = f"{name} was made from data up to ds {end}, which is not before ds {day.ds}"
-            report.tell(LEAK, told)
-    for night in scores.nights:
+            report.tell(OK, f"{name} was made from data up to ds {end}, before ds")
+    for night in nights:
         _audit_embeddings(look.open(night.embeddings), night, day, report)
 
 

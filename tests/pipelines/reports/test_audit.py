@@ -4,6 +4,8 @@ import json
 import os
 import re
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from feature_jobs.impressions import clicks, histories
+from feature_jobs.impressions.snapshots import always
 from feature_jobs.store import partitions
+from pipelines.reports import audit as audits
 from tests.conftest import Artefacts
 from tests.support.commands import Capture, courier, paragraph, published, refresh, rewrite
 from tests.support.world import DAYS, World, make_codebook
@@ -233,3 +237,26 @@ def test_an_empty_day_has_nothing_to_look_at(world: World, capsys: Capture) -> N
     status, report = audit(world, capsys)
     assert (status, report["impressions"]) == (0, 0)
     assert "has no impressions" in texts(report, "unverified")
+
+
+def test_an_artefact_of_data_between_a_night_and_its_scores_is_a_leak(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Scores of the last day are made with the nights of the first and the third."""
+    codebook = SimpleNamespace(codebook_id="c", data_end_ds=str(DAYS[1]))
+    encoder = SimpleNamespace(encoder_id="e", data_end_ds="2026-02-27")
+    pinned = SimpleNamespace(encoder=encoder, codebook=codebook, identities=dict)
+    monkeypatch.setattr(audits, "PinnedArtefacts", lambda *_: pinned)
+    monkeypatch.setattr(audits, "_audit_embeddings", lambda *_: None)
+    item_night: Any = partial(SimpleNamespace, is_gone=False, features=None, embeddings=None)
+    scores: Any = SimpleNamespace(
+        nights=[item_night(snapshot=always(day)) for day in (DAYS[2], DAYS[0])]
+    )
+    look: Any = SimpleNamespace(open=lambda _: SimpleNamespace(manifest={"identities": {}}))
+    day: Any = SimpleNamespace(ds=DAYS[3], settings=None, range=SimpleNamespace(artefacts={}))
+    report = audits.Report(str(DAYS[3]), 0, 1, 0, 0)
+    audits._audit_artefacts(day, scores, look, report)
+    (leak,) = report.leaks
+    assert leak == (
+        f"codebook c was made from data up to ds {DAYS[1]}, which is not before ds {DAYS[0]}"
+    )
