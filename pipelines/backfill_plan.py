@@ -41,6 +41,7 @@ Only = Literal["missing", "stale", "late", "failed"]
 
 _MOST_DAYS = 60  # of a step, unless more are asked for: after each it is told how far the work is
 _BYTES_IN_MEMORY = 64  # of the local engine, for each row that a step of several days reads
+_GOES_ON = "from which it goes on"
 _ONE_DAY = dt.timedelta(days=1)
 
 
@@ -127,7 +128,8 @@ class Plan:
             settings.backfill.disk_gb * 1e9 / max(1.0, written),
         ]
         if copied := max(map(_items_copied, todo), default=0):
-            fitting.append(settings.simscore.broadcast_limit_gb * 1e9 / broadcast_bytes(copied))
+            copies = settings.simscore.broadcast_limit_gb * 1e9 / broadcast_bytes(copied)
+            fitting.append(copies - max(map(_nights_copied, todo)) + 1)
         return max(1, int(min(fitting)))
 
     def as_json(self) -> dict[str, Any]:
@@ -164,6 +166,12 @@ class Plan:
 def _items_copied(day: DayAhead) -> int:
     """Returns of how many items a job that scores the day makes a copy: each day has its own."""
     return max((one.items for one in day.computed if isinstance(one, PlannedScores)), default=0)
+
+
+def _nights_copied(day: DayAhead) -> int:
+    """Returns of how many nights' items a job that scores the day alone makes copies."""
+    scores = (one for one in day.computed if isinstance(one, PlannedScores))
+    return max((len(one.nights) for one in scores), default=1)
 
 
 def plan_backfill(settings: Settings, asked: Asked) -> Plan:
@@ -331,7 +339,7 @@ class _Chosen:
         return found.pop() if len(found) == 1 else None
 
     def _told(self, stage: Stage, reason: Reason) -> str:
-        """Tells of the day before, where that is the reason, what became of it."""
+        """Tells of the day before, or a night of items, where that is the reason, what became."""
         earlier = reason.of
         if earlier is None or earlier.ds == stage.ds:
             return reason.text
@@ -346,7 +354,8 @@ class _Chosen:
             became = "is made again"
         else:
             became = "was made again"
-        return f"ds {earlier.ds}, from which it goes on, {became}"
+        link = "whose items it is scored with" if earlier in stage.snapshots else _GOES_ON
+        return f"ds {earlier.ds}, {link}, {became}"
 
     def _kinds(self, night: Night, actions: Mapping[Kind, tuple[str, str]]) -> tuple[Kind, ...]:
         """Returns the stages that are asked for: all, where the night is to be whole."""

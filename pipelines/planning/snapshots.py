@@ -2,9 +2,11 @@
 
 An impression at t takes the newest night whose ds ended `availability_delay_hours` before t. For
 most of a day that is the night before, for its first hours the one before that, for what came late
-an older one; where there is none between, the next older one. As with `yesterday`, a published day
-stays with the nights that it names while they stand: filling a hole changes no later day, nor does
-taking a night away. A night that was made again with other content stands no more.
+an older one; where there is none between, the next older one. A night whose embeddings alone were
+taken away is passed over too, but none is looked for before it once all that may come would have
+known it. As with `yesterday`, a published day stays with the nights that it names while they stand:
+filling a hole changes no later day, nor does taking a night away. A night that was made again with
+other content stands no more.
 """
 
 import datetime as dt
@@ -78,9 +80,11 @@ class _Finder:
     def newest(self, ds: dt.date, known_from_us: int) -> Nights:
         found = list[ItemNight]()
         before = self.yesterdays.before(ITEM_FEATURES, ds)
-        while before and not (found and found[-1].snapshot.from_us <= known_from_us):
+        while before:
             if night := self._night(ds, before):
                 found.append(night)
+            if self._snapshot(before.ds).from_us <= known_from_us:
+                break  # also at one whose embeddings are gone: those of older ones went before
             before = self.yesterdays.before(ITEM_FEATURES, before.ds)
         return tuple(found)
 
@@ -109,7 +113,7 @@ class _Finder:
         there = [*map(self.yesterdays.published_now, (features, embedded))]
         now = {p.manifest["table"]: p.version for tables in there for p in tables}
         night = self._of(features, embedded)
-        if night.run_ids == run_ids and not any(self._published(day)):
+        if night.run_ids == run_ids and not all(self._published(day)):
             return self._gone(day, run_ids)  # what fills the hole is taken for what was there
         is_same = all(now.get(name) == version for name, version in then.items())
         if not is_same or (self.yesterdays.strict and night.run_ids != run_ids):

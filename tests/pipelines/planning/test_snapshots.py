@@ -16,15 +16,20 @@ import pytest
 
 from feature_jobs.codebooks.codebook import read_codebook_info, save_codebook
 from feature_jobs.impressions.snapshots import after_its_day
+from feature_jobs.items.item_vectors import broadcast_bytes
 from feature_jobs.schemas import TABLES
 from feature_jobs.store.documents import read_json
+from pipelines.backfill_plan import Asked, plan_backfill
+from pipelines.nightly import plan_nights
+from pipelines.planning import snapshots
+from pipelines.planning.impressions import PlannedScores
 from tests.conftest import Artefacts
 from tests.support import stub_nights
 from tests.support.any_order import CLOSED, DAYS, Catalogue, Inputs, Log
 from tests.support.codebooks import by_hand
 from tests.support.ordered_shop import Shop
 
-AGAIN = f"ds {DAYS[1]}, from which it goes on, was made again"
+AGAIN = f"ds {DAYS[1]}, whose items it is scored with, was made again"
 HOUR_US = 3_600_000_000
 NOTHING = "already published from the same inputs"
 ITEMS = ("item_features", "item_embeddings")
@@ -138,6 +143,23 @@ def test_a_range_is_its_nights(shop: Previous, artefacts: Artefacts) -> None:
     assert [shop.manifest("user_simscores", ds) for ds in DAYS] == made
 
 
+def test_a_full_step_of_a_backfill_has_its_copies_within_the_limit(shop: Previous) -> None:
+    """Of two days, each of three nights, four nights are copied."""
+    assert shop.refresh(*DAYS[:3]) == 0
+    settings, both = shop.settings, tuple(DAYS[3:5])
+    nights = plan_nights(settings, both, settings.night)
+    items = max(one.items for n in nights for one in n.planned if isinstance(one, PlannedScores))
+    limit = 4.5 * broadcast_bytes(items) / 1e9
+    simscore = settings.simscore.model_copy(update={"broadcast_limit_gb": limit})
+    settings = settings.model_copy(update={"simscore": simscore})
+    assert plan_backfill(settings, Asked(both)).step_days == 2
+    nights = plan_nights(settings, both, settings.night)
+    ways = {
+        one.embeddings_by for n in nights for one in n.planned if isinstance(one, PlannedScores)
+    }
+    assert ways == {"broadcast"}
+
+
 # ---- A hole ------------------------------------------------------------------------------------
 
 
@@ -181,6 +203,39 @@ def test_a_day_that_is_to_be_made_again_takes_what_is_there(shop: Previous) -> N
         shutil.rmtree(shop.folder_of(name, DAYS[1]))
     assert shop.run("simscore", "--ds", DAYS[3], "--remake") == 0
     assert shop.nights(DAYS[3]) == days(2, 0)
+
+
+def test_taking_only_the_embeddings_of_a_night_away_makes_no_later_day_stale(
+    shop: Previous,
+) -> None:
+    assert shop.refresh(*DAYS[:5]) == 0
+    before = shop.manifest("user_simscores", DAYS[3])
+    for name in ("item_embeddings", "item_rejects"):
+        shutil.rmtree(shop.folder_of(name, DAYS[1]))
+    assert not [name for name in shop.stale() if "simscore" in name and "03-04" in name]
+    assert shop.run("simscore", "--ds", DAYS[3]) == 0
+    assert shop.manifest("user_simscores", DAYS[3]) == before
+    assert shop.run("simscore", "--ds", DAYS[3], "--remake") == 0
+    assert shop.nights(DAYS[3]) == days(2, 0)
+
+
+def test_nights_without_embeddings_end_the_search_once_all_moments_know_them(
+    shop: Previous, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert shop.refresh(*DAYS[:6]) == 0
+    for day in DAYS[:3]:
+        for name in ("item_embeddings", "item_rejects"):
+            shutil.rmtree(shop.folder_of(name, day))
+    looked_at, real = list[dt.date](), snapshots._Finder._night
+
+    def night(finder: Any, ds: dt.date, features: Any) -> Any:
+        looked_at.append(features.ds)
+        return real(finder, ds, features)
+
+    monkeypatch.setattr(snapshots._Finder, "_night", night)
+    assert shop.run("simscore", "--ds", DAYS[5], "--remake") == 0, shop.told
+    assert shop.nights(DAYS[5]) == days(4, 3)
+    assert set(looked_at) == set(DAYS[2:5])
 
 
 # ---- What is stale -----------------------------------------------------------------------------
