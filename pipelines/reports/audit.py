@@ -10,7 +10,7 @@ and embeddings must be of days before ds.
 """
 
 import datetime as dt
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -158,7 +158,7 @@ def _tell_gone(scores: PlannedScores, report: Report) -> bool:
     """Tells which nights that scores took are gone; returns whether there are any."""
     gone = [night.snapshot.ds for night in scores.nights if night.is_gone]
     for ds in gone:
-        told = f"the night of ds {ds} that its scores took was taken away: none was made again"
+        told = f"the night of ds {ds} that its scores took was taken away: no score was made again"
         report.tell(UNVERIFIED, told)
     return bool(gone)
 
@@ -540,30 +540,37 @@ def _audit_clicks(rows: pa.Table, has_history: bool, report: Report) -> None:
 def _audit_artefacts(day: DayPlan, scores: PlannedScores, look: Look, report: Report) -> None:
     nights = [night for night in scores.nights if not night.is_gone]
     made = dict[str, str | None]()  # up to which day the data of what was made goes, by its name
-    used_by = dict[str, list[str]]()  # of which nights, by its name
+    used_by = dict[str, list[str]]()  # the nights, by its name
     for night in nights:
         pinned = PinnedArtefacts(day.settings, night.snapshot.ds, True, day.range.artefacts)
-        if look.open(night.features).manifest["identities"] == pinned.identities():
-            encoder, codebook = pinned.encoder, pinned.codebook
-            for name, end in (
-                (f"encoder {encoder.encoder_id}", encoder.data_end_ds),
-                (f"codebook {codebook.codebook_id}", codebook.data_end_ds),
-            ):
-                made[name] = end
-                used_by.setdefault(name, []).append(str(night.snapshot.ds))
+        if look.open(night.features).manifest["identities"] != pinned.identities():
+            told = f"encoder and codebook of the night of ds {night.snapshot.ds} are not those that"
+            why = "are pinned for it now: of what they were made is not known"
+            report.tell(UNVERIFIED, f"{told} {why}")
             continue
-        told = f"encoder and codebook of the night of ds {night.snapshot.ds} are not those that "
-        report.tell(UNVERIFIED, f"{told}are pinned for it now: of what they were made is not known")
+        encoder, codebook = pinned.encoder, pinned.codebook
+        ends = {
+            f"encoder {encoder.encoder_id}": encoder.data_end_ds,
+            f"codebook {codebook.codebook_id}": codebook.data_end_ds,
+        }
+        made |= ends
+        for name in ends:
+            used_by.setdefault(name, []).append(str(night.snapshot.ds))
     for name, end in made.items():
-        if end is None:
-            report.tell(OK, f"{name} was made from no data of the shop")
-        elif late := [ds for ds in used_by[name] if ds <= end]:
-            told = f"{name} was made from data up to ds {end}, which is not before ds "
-            report.tell(LEAK, told + ", ".join(late))
-        else:
-            report.tell(OK, f"{name} was made from data up to ds {end}, before ds")
+        _tell_end(name, end, used_by[name], report)
     for night in nights:
         _audit_embeddings(look.open(night.embeddings), night, day, report)
+
+
+def _tell_end(name: str, end: str | None, used_by: Sequence[str], report: Report) -> None:
+    """Tells whether an artefact, made from data up to `end`, is older than the nights it served."""
+    if end is None:
+        report.tell(OK, f"{name} was made from no data of the shop")
+    elif late := [ds for ds in used_by if ds <= end]:
+        told = f"{name} was made from data up to ds {end}, which is not before ds "
+        report.tell(LEAK, told + ", ".join(late))
+    else:
+        report.tell(OK, f"{name} was made from data up to ds {end}, before ds")
 
 
 def _audit_embeddings(
