@@ -7,7 +7,7 @@ import datetime as dt
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from feature_jobs.items.item_vectors import broadcast_bytes
 from feature_jobs.schemas import TABLES
 from feature_jobs.store.documents import read_json
 from pipelines.backfill_plan import Asked, plan_backfill
+from pipelines.config import Settings
 from pipelines.nightly import plan_nights
 from pipelines.planning import snapshots
 from pipelines.planning.impressions import PlannedScores
@@ -67,6 +68,12 @@ class Previous(Shop):
             for name, stage in day["stages"].items()
             if stage["action"] in ("compute", "reuse")
         }
+
+
+def scores_ahead(settings: Settings, several: Sequence[dt.date]) -> list[PlannedScores]:
+    """Returns the scores that one job is to make of some days."""
+    nights = plan_nights(settings, several, settings.night)
+    return [one for night in nights for one in night.planned if isinstance(one, PlannedScores)]
 
 
 def days(*numbers: int) -> list[str]:
@@ -147,16 +154,12 @@ def test_a_full_step_of_a_backfill_has_its_copies_within_the_limit(shop: Previou
     """Of two days, each of three nights, four nights are copied."""
     assert shop.refresh(*DAYS[:3]) == 0
     settings, both = shop.settings, tuple(DAYS[3:5])
-    nights = plan_nights(settings, both, settings.night)
-    items = max(one.items for n in nights for one in n.planned if isinstance(one, PlannedScores))
+    items = max(one.items for one in scores_ahead(settings, both))
     limit = 4.5 * broadcast_bytes(items) / 1e9
     simscore = settings.simscore.model_copy(update={"broadcast_limit_gb": limit})
     settings = settings.model_copy(update={"simscore": simscore})
     assert plan_backfill(settings, Asked(both)).step_days == 2
-    nights = plan_nights(settings, both, settings.night)
-    ways = {
-        one.embeddings_by for n in nights for one in n.planned if isinstance(one, PlannedScores)
-    }
+    ways = {one.embeddings_by for one in scores_ahead(settings, both)}
     assert ways == {"broadcast"}
 
 
