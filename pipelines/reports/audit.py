@@ -27,7 +27,7 @@ from feature_jobs.impressions.simscore import (
     read_impressions,
     score_by_night,
 )
-from feature_jobs.impressions.snapshots import Snapshot
+from feature_jobs.impressions.snapshots import Snapshot, always
 from feature_jobs.inputs import RowGroup, Source, day_end
 from feature_jobs.items.item_vectors import ItemVectors, ask_all
 from feature_jobs.schemas import HISTORY_ITEM_IDS, TIMESTAMP, USER_SIMSCORES, CourierError
@@ -555,15 +555,21 @@ def _audit_artefacts(day: DayPlan, scores: PlannedScores, look: Look, report: Re
         }
         made |= ends
         for name in ends:
-            used_by.setdefault(name, []).append(str(night.snapshot.ds))
+            used_by.setdefault(name, []).append(_first_served(night))
     for name, end in made.items():
         _tell_end(name, end, used_by[name], report)
     for night in nights:
         _audit_embeddings(look.open(night.embeddings), night, day, report)
 
 
+def _first_served(night: ItemNight) -> str:
+    """Returns the first day whose impressions may be scored with a night: its own, or the next."""
+    is_own = night.snapshot == always(night.snapshot.ds)
+    return str(night.snapshot.ds if is_own else night.snapshot.ds + dt.timedelta(days=1))
+
+
 def _tell_end(name: str, end: str | None, used_by: Sequence[str], report: Report) -> None:
-    """Tells whether an artefact, made from data up to `end`, is older than the nights it served."""
+    """Tells whether an artefact, made from data up to `end`, is older than the days it served."""
     if end is None:
         report.tell(OK, f"{name} was made from no data of the shop")
     elif late := [ds for ds in used_by if ds <= end]:

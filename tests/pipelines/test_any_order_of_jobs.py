@@ -25,7 +25,8 @@ class AnyOrderOfJobs(AnyOrder):
     """Runs commands of three days: one of them is closed, and the log of one comes late."""
 
     horizon = DAYS[2:5]
-    draw_images = None  # a table follows from them too, and no manifest says from which
+    # A table follows from images too, and no manifest says from which.
+    draw_images = remake_of_other_images = None
 
     @initialize(count=st.integers(1, 2))
     def open_shop(self, count: int) -> None:
