@@ -33,6 +33,7 @@ GOOD = {
     "simscore": {"user_simscores_rows": ROWS},
     "training-rows": {"impressions": 6, "out_of_scope_impressions": 4},
     "histories": {"user_histories_rows": 2, "recent_clicks_rows": 1},
+    "join": {"joined_rows": ROWS},
 }  # fmt: skip
 # Of a stage: which count is one too many, and what is said of it.
 BROKEN = [
@@ -42,6 +43,7 @@ BROKEN = [
     ("embed", "catalogue_items", "rows that reached EMBED: found 11, expected 10"),
     ("item-features", "item_features_rows", "item_features rows: found 15, expected 14"),
     ("simscore", "user_simscores_rows", "user_simscores rows: found 11, expected 10"),
+    ("join", "joined_rows", "rows of the training set: found 11, expected 10"),
     ("training-rows", "impressions", "reached TRAINING-ROWS: found 11, expected 10"),
     ("training-rows", "out_of_scope_impressions", "reached TRAINING-ROWS: found 11, expected 10"),
 ]
