@@ -11,7 +11,7 @@ import numpy as np
 from feature_jobs import inputs
 from feature_jobs.impressions import layouts
 from feature_jobs.impressions.ctr_join import JoinNight
-from feature_jobs.impressions.snapshots import Snapshot, after_its_day, night_at
+from feature_jobs.impressions.snapshots import Snapshot, after_its_day, always, night_at
 from feature_jobs.items.item_vectors import ItemTables
 from feature_jobs.schemas import ITEM_EMBEDDINGS, USER_HISTORIES, InputNotReady
 from feature_jobs.schemas import ITEM_FEATURES as FEATURES_TABLE
@@ -22,7 +22,6 @@ from pipelines.running import records
 from pipelines.running.states import Look
 
 _AT_ONCE = 16
-_ALWAYS = int(np.iinfo(np.int64).min)
 
 
 @dataclass(frozen=True)
@@ -181,9 +180,12 @@ class Nights:
             if created is None:
                 self.say(f"WARNING: nobody noted when the night of ds {ds} was published")
                 return None
-            return Snapshot(ds, int(created.timestamp() * 1_000_000))
+            from_us = int(created.timestamp() * 1_000_000)
+            if self.asked.features_from == "previous":  # its histories are of the end of its day
+                from_us = max(from_us, self._end(ds))
+            return Snapshot(ds, from_us)
         if self.asked.features_from == "same":
-            return Snapshot(ds, _ALWAYS)
+            return always(ds)
         delay = round(self.settings.availability_delay_hours * 3_600_000_000)
         return after_its_day(ds, self.settings.day_timezone, delay)
 

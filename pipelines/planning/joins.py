@@ -11,7 +11,6 @@ from functools import cached_property, partial
 from itertools import combinations
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from feature_jobs import inputs
@@ -24,6 +23,7 @@ from feature_jobs.impressions.ctr_join import (
 )
 from feature_jobs.impressions.histories import HistoryDay
 from feature_jobs.impressions.scoring import ScoreForm
+from feature_jobs.impressions.snapshots import always
 from feature_jobs.inputs import Source
 from feature_jobs.schemas import (
     HISTORY_ITEM_IDS,
@@ -58,7 +58,6 @@ from pipelines.stages import join_of
 _AT_ONCE = 16
 _NOTHING_ASKED = NightOptions()
 _FORM = ("history_item_ids", "columns", "tiers", "top_k", "embedding_dtype")  # of scores
-_ALWAYS = int(np.iinfo(np.int64).min)
 _ONE_DAY = dt.timedelta(days=1)
 
 
@@ -165,7 +164,7 @@ class PlannedJoin(Planned):
         Of late impressions others may have been there when they were scored.
         """
         is_by_night = self.scores and "snapshots" in self.scores.manifest["inputs"]
-        return self.day.start_us if is_by_night else _ALWAYS
+        return self.day.start_us if is_by_night else always(self.stage.ds).from_us
 
     def clean(self, folder: str) -> None:
         for night in self.nights:
@@ -185,7 +184,7 @@ def plan_joins(
     Raises InputNotReady where samples, log or histories of a day are not there, OperatorError for
     columns that clash and codebooks of two lineages, DataContractError for IDs of another type.
     """
-    if (asked.features_from, asked.history_as_of, asked.as_of) == ("same", "night", "day"):
+    if (asked.features_from, asked.history_as_of) == ("same", "night"):
         raise OperatorError(
             "The night of a sample's own day knows all clicks of that day, its own among them: "
             "--history-as-of night goes with --features-from previous."
@@ -552,7 +551,7 @@ def hand_over(nights: Sequence[Night]) -> list[str]:
     """
     days = [one for night in nights for one in night.planned if isinstance(one, PlannedJoin)]
     planned = next((one for one in reversed(days) if one.samples.paths), None)
-    if planned is None:
+    if planned is None or planned.asked.layout == layouts.PLAIN:
         return []
     layout, table, look = planned.settings.layout, planned.stage.tables[0], Look()
     folder, most = os.path.dirname(layout.folder(table, planned.stage.ds)), Counter[str]()

@@ -54,9 +54,9 @@ class Stage:
     `inputs` are what the work depends on, `identities` the artefacts it uses, `notes` what a reader
     of the manifest should know. `upstream` are stages of the same ds, `before` the tables of an
     earlier day that it goes on from, by name, `snapshots` those of nights before it that it reads
-    as they are now. A `forced` stage is made again although it is
-    published, for the reason `forced_by`. One that `follows` is published only as it is
-    made from the content that `before` has now: the run_id does not tell that.
+    as they are now. A `forced` stage is made again although it is published, for the reason
+    `forced_by`. One that `follows` counts as published only where it was made from the content that
+    `before` has now: images are in no run_id, so that the id alone does not tell.
     """
 
     kind: Kind

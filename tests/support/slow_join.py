@@ -144,11 +144,12 @@ def midnight(day: dt.date, timezone: str) -> int:
 
 def available_from(night: PublishedNight, law: Law, options: Options) -> int:
     """Returns the first moment that may know a night; that of its own day is always known."""
+    end = midnight(night.ds + dt.timedelta(days=1), law.day_timezone)
     if options.as_of == "created":
-        return night.created_us
+        is_own = options.features_from == "same"
+        return night.created_us if is_own else max(night.created_us, end)
     if options.features_from == "same":
         return ALWAYS
-    end = midnight(night.ds + dt.timedelta(days=1), law.day_timezone)
     return end + law.availability_delay_us
 
 
