@@ -372,7 +372,7 @@ class TakeScores(_JoinFn):
         at[rows["event_time"].cast(pa.int64()).to_numpy() < day.scores_from_us] = -1
         taken = np.flatnonzero(at >= 0)
         taken = taken[np.argsort(rows["sample"].to_numpy()[taken])]
-        scores = published.select(job.score_columns).take(pa.array(at[taken]))
+        scores = arrays.take(published.select(job.score_columns), at[taken])
         found = dict(zip(scores.column_names, scores.columns, strict=True))
         mine = rows.take(pa.array(taken))
         yield from self._finish(place, mine, found, True, "taken", place, shard)

@@ -10,6 +10,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from feature_jobs.schemas import EMBEDDING_DIM
 
 _ROWS_AT_ONCE = 1024  # compared, so that they stay in the cache
+_MOST_VALUES = 2**31 - 1  # of the lists of one Arrow array
 
 
 # ---- Lists ---------------------------------------------------------------------------------
@@ -118,7 +119,34 @@ def in_order(rows: pa.Table, keys: Sequence[str]) -> pa.Table:
         return rows  # looked at without sorting, which takes thirty times as long
     order = pc.sort_indices(rows, [(key, "ascending") for key in keys])
     stands = np.array_equal(order.to_numpy(), np.arange(len(rows)))
-    return rows if stands else rows.take(order)
+    return rows if stands else take(rows, order)
+
+
+def take(rows: pa.Table, at: np.ndarray | pa.Array) -> pa.Table:
+    """Returns the rows at some places, int64 [m].
+
+    Lists of a column that are all equally long move as a whole, which is ten times as fast as value
+    by value, as Arrow moves lists.
+    """
+    places = pa.array(at)
+    columns = [
+        _taken(column, places) if pa.types.is_list(column.type) else column.take(places)
+        for column in rows.columns
+    ]
+    return pa.Table.from_arrays(columns, schema=rows.schema)
+
+
+def _taken(column: pa.ChunkedArray, places: pa.Array) -> pa.Array | pa.ChunkedArray:
+    # Combining copies even a single chunk.
+    lists = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    if not isinstance(lists, pa.ListArray) or lists.null_count or places.null_count:
+        return column.take(places)
+    size, longest = pc.min_max(lists.value_lengths()).as_py().values()
+    if not size or size != longest or len(places) * size > _MOST_VALUES:
+        return lists.take(places)
+    taken = pa.FixedSizeListArray.from_arrays(lists.flatten(), size).take(places)
+    offsets = pa.array(np.arange(len(places) + 1, dtype=np.int32) * np.int32(size))
+    return pa.ListArray.from_arrays(offsets, taken.flatten(), type=column.type)
 
 
 def plain(rows: pa.Table) -> pa.Table:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from feature_jobs.store import documents, files
-from feature_jobs.store.arrays import plain
+from feature_jobs.store.arrays import plain, take
 from feature_jobs.store.partitions import MadeFrom
 
 _READERS = 32  # a remote store takes tens of milliseconds for each file
@@ -39,7 +39,7 @@ def write_pieces(path: str, rows: pa.Table, keys: np.ndarray) -> Iterator[tuple[
         return
     if (keys[1:] < keys[:-1]).any():
         order = np.argsort(keys, kind="stable")
-        rows, keys = rows.take(pa.array(order)), keys[order]
+        rows, keys = take(rows, order), keys[order]
     rows = rows.combine_chunks()
     starts = np.flatnonzero(np.diff(keys, prepend=-1))
     sink = pa.BufferOutputStream()

@@ -39,6 +39,9 @@ from feature_jobs.schemas import TIMESTAMP
 
 PER_USER, CLICKED, USERS_AT_ONCE = 20, 0.05, 8192
 MEMORY_GB = 4
+ON_ALL_CORES = (
+    "--", "--direct_running_mode=multi_processing", f"--direct_num_workers={nights.WORKERS}"
+)  # fmt: skip
 GATES = (
     "[gates]\nbalance.fail = 1.0\ndead_clusters.fail = 1.0\nhistory_drift.fail = inf\n"
     "cluster_drift.fail = inf\nscore_drift.fail = inf\nimpression_rows.fail = inf\n"
@@ -95,8 +98,8 @@ def make_night(top: Path, items: int, samples: int) -> tuple[Shop, dict[str, Any
     write_log(shop, DAY_BEFORE, items, users, HISTORY, 1.0)
     write_log(shop, DAY, items, users, PER_USER, CLICKED)
     write_samples(shop)
-    courier(shop, "histories", "--ds", DAY_BEFORE)
-    courier(shop, "refresh", "--ds", DAY)
+    courier(shop, "histories", "--ds", DAY_BEFORE, *ON_ALL_CORES)
+    courier(shop, "refresh", "--ds", DAY, *ON_ALL_CORES)
     return shop, told_of_runs(shop, "simscore")[0]
 
 
@@ -126,7 +129,7 @@ def run(settings: str, command: str, *args: str) -> dict[str, Any]:
 def join(shop: Shop, name: str) -> dict[str, Any]:
     """Joins the samples; returns the run's figures and what it counted."""
     samples = ("--samples", "ctr/{ds}/*.parquet", "--features-from", "same", "--name", name)
-    found = courier(shop, "join", "--ds", DAY, *samples)
+    found = courier(shop, "join", "--ds", DAY, *samples, *ON_ALL_CORES)
     of_set = f"joined/{name}_rows"
     (stage,) = (one for one in told_of_runs(shop, "join") if of_set in one["counts"])
     return {**found, **stage}

@@ -14,6 +14,7 @@ from feature_jobs.store.arrays import (
     list_array,
     list_column,
     padded_codes,
+    take,
     to_ipc,
 )
 from tests.support.table_rows import FLOATS, embeddings
@@ -95,3 +96,28 @@ def test_chunks_without_rows_leave_the_others_alone() -> None:
     assert from_ipc(chunks, otherwise)["a"].to_pylist() == [1, 2, 2]
     assert from_ipc([b"", b""], otherwise) is otherwise
     assert from_ipc([], otherwise) is otherwise
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [
+        [[1, 2], [3, 4], [5, 6], [7, 8]],
+        [[1, None], [3, 4], [None, 6], [7, 8]],
+        [[1, 2], [], [5, 6, 7], [8]],
+        [[1, 2], None, [5, 6], [7, 8]],
+        [[], [], [], []],
+    ],
+    ids=["equally long", "nulls within", "of any length", "a null", "empty"],
+)
+@pytest.mark.parametrize("at", [[3, 0, 0, 2], [], [1]])
+def test_lists_move_as_arrow_moves_them(lists: list[list[int] | None], at: list[int]) -> None:
+    kind = pa.list_(pa.field("element", pa.int16()))
+    schema = pa.schema([("user", pa.string()), ("values", kind)], {"comment": "kept"})
+    rows = pa.table([["a", "b", "c", "d"], pa.array(lists, kind)], schema=schema)
+    chunked = pa.concat_tables([rows[:1], rows[1:3], rows[3:]])
+    sliced = pa.concat_tables([rows, rows])[2:6]
+    for some in (rows, chunked, sliced, rows[:0]):
+        places = np.array([one for one in at if one < len(some)], np.int64)
+        found, wanted = take(some, places), some.take(pa.array(places))
+        found.validate(full=True)
+        assert found.equals(wanted, check_metadata=True)
