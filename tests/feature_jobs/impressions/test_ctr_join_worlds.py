@@ -67,7 +67,7 @@ def run_join(_: None, log: Sequence[Source], job: JoinJob) -> None:
         asked = by_key(outputs(ctr_join.AskForItems(job), by_key(rows).items()))
         to_score["items"] = outputs(ctr_join.AnswerForItems(job), asked.items())
     parts += outputs(ctr_join.ScoreSamples(job), grouped(**to_score))
-    every = [((at, n), None) for at, day in enumerate(job.days) for n in range(len(day.parts))]
+    every = [((at, n), None) for at, day in enumerate(job.days) for n in range(len(day.batches))]
     outputs(ctr_join.WriteJoined(job), by_key([*parts, *every]).items())
     assert worker_notes.refused(job.staging) == []
 
