@@ -40,21 +40,15 @@ from feature_jobs.impressions.histories import (
     open_chunks,
 )
 from feature_jobs.impressions.scoring import ScoreForm, score_rows
-from feature_jobs.impressions.simscore import (
-    SHUFFLE,
-    Answer,
-    items_of,
-    share_histories,
-)
+from feature_jobs.impressions.simscore import SHUFFLE, items_of, share_histories
 from feature_jobs.impressions.snapshots import Snapshot, night_at
 from feature_jobs.inputs import RowGroup, Source, check_day, read_rows
+from feature_jobs.items.item_answers import Answer, Asker, ask_for_items, items_told
 from feature_jobs.items.item_facts import FLAGS, ItemFacts, open_item_facts
 from feature_jobs.items.item_vectors import (
     ItemTables,
     ItemVectors,
-    answer,
     items_of_answers,
-    items_of_shard,
     no_answers,
     open_item_vectors,
 )
@@ -460,40 +454,14 @@ class AddHistories(_JoinFn):
             yield (place, night - 1, shard), piece
 
 
-class AskForItems(_JoinFn):
-    """Turns the samples of a night into what they ask of its item shards.
-
-    What comes out is ((place, night, item shard), (user shard, IPC bytes of the item IDs)).
-    """
-
-    @worker_notes.refusing
-    def process(
-        self, element: tuple[Shard, Iterable[Piece]]
-    ) -> Iterator[tuple[Shard, tuple[int, bytes]]]:
-        (place, night, shard), pieces = element
-        if night < 0:
-            return
-        day = self._job.days[place]
-        wanted = pa.table({"item_id": items_of(read_pieces(pieces, day.no_rows))})
-        shards = day.nights[night].items.shards
-        for item_shard, ids in hashing.split_by_shard(wanted, "item_id", shards):
-            yield (place, night, item_shard), (shard, ids)
-
-
-class AnswerForItems(_JoinFn):
-    """Answers what the samples of a night ask of an item shard: (`Shard`, `Answer`) goes out."""
-
-    @worker_notes.refusing
-    def process(
-        self, element: tuple[Shard, Iterable[tuple[int, bytes]]]
-    ) -> Iterator[tuple[Shard, Answer]]:
-        (place, night, item_shard), questions = element
-        items = self._job.days[place].nights[night].items
-        found, matrix = items_of_shard(items, item_shard)
-        for shard, ids in questions:
-            wanted = arrays.from_ipc([ids], found)["item_id"]
-            told = arrays.to_ipc(answer(wanted, found, matrix))
-            yield (place, night, shard), Answer(len(wanted), len(ids) + len(told), told)
+def _wanted_items(
+    job: JoinJob, asker: Asker, pieces: Iterable[Any]
+) -> Iterator[tuple[str, pa.Array]]:
+    """Yields the distinct items that samples of a night are about, by the key of the night."""
+    place, night, _ = asker
+    if night >= 0:
+        day = job.days[place]
+        yield day.nights[night].key, items_of(read_pieces(pieces, day.no_rows))
 
 
 class ScoreSamples(_JoinFn):
@@ -514,14 +482,13 @@ class ScoreSamples(_JoinFn):
     def _items(
         self, day: JoinDay, night: int, rows: pa.Table, answers: Sequence[Answer]
     ) -> ItemVectors:
-        nothing = no_answers(day.ids[1], self._job.form.labels)
+        labels = self._job.form.labels
         if night < 0:
-            return items_of_answers(nothing)
+            return items_of_answers(no_answers(day.ids[1], labels))
         if self._job.embeddings_by != SHUFFLE:
             return self._vectors_of(day.nights[night])
-        asked = sum(answer.asked for answer in answers)
-        check_all_came("answers of item shards, by items", asked, len(items_of(rows)))
-        return items_of_answers(arrays.from_ipc([answer.told for answer in answers], nothing))
+        asked = len(items_of(rows))
+        return items_told(answers, day.nights[night].key, asked, day.ids[1], labels)
 
 
 class WriteJoined(_JoinFn):
@@ -622,13 +589,8 @@ def define_join(root: beam.Pipeline, log: Sequence[Source], job: JoinJob) -> Non
     rows = users | "ByUser" >> beam.CoGroupByKey() | "AddHistories" >> beam.ParDo(AddHistories(job))
     found = {"rows": rows}
     if job.embeddings_by == SHUFFLE:
-        found["items"] = (
-            rows
-            | "ForItems" >> beam.GroupByKey()
-            | "AskForItems" >> beam.ParDo(AskForItems(job))
-            | "ByItemShard" >> beam.GroupByKey()
-            | "AnswerForItems" >> beam.ParDo(AnswerForItems(job))
-        )
+        nights = {night.key: night.items for day in job.days for night in day.nights}
+        found["items"] = ask_for_items(rows, nights, partial(_wanted_items, job), job.staging)
     scored = (
         found | "ByNight" >> beam.CoGroupByKey() | "ScoreSamples" >> beam.ParDo(ScoreSamples(job))
     )

@@ -35,14 +35,14 @@ from feature_jobs.impressions.clicks import Clicks, HistoryLaw, histories_at, so
 from feature_jobs.impressions.day_checks import DayFacts, JudgeDays, facts_of
 from feature_jobs.inputs import RowGroup, Source, check_day, read_rows
 from feature_jobs.schemas import RECENT_CLICKS, TIMESTAMP, USER_HISTORIES, Table
-from feature_jobs.store import arrays, hashing, partitions, worker_notes
+from feature_jobs.store import arrays, documents, hashing, partitions, worker_notes
 from feature_jobs.store.arrays import list_array
 from feature_jobs.store.every_shard import (
     check_all_came,
     every_shard,
     every_shard_of_days,
 )
-from feature_jobs.store.pieces import Piece, made_from, read_pieces, write_piece
+from feature_jobs.store.pieces import Piece, made_from, read_pieces, write_piece, write_pieces
 
 DAY_US = 86_400_000_000
 
@@ -264,16 +264,17 @@ class HistoriesJob:
     day_timezone: str
     staging: str
 
-    def known(self, shard: int, chunks: Iterable[bytes]) -> Iterator[Known]:
-        """Yields what is known of a shard's users on each day.
+    def known(self, shard: int, pieces: Iterable[Piece]) -> Iterator[Known]:
+        """Yields what is known of a shard's users on each day; `pieces` are clicks of the log."""
+        return self.known_of(shard, read_pieces(pieces, no_clicks(self.user_id, self.item_id)))
 
-        `chunks` are the clicks of the log.
-        """
+    def known_of(self, shard: int, clicks: pa.Table) -> Iterator[Known]:
+        """Yields the same of `clicks` themselves."""
         nothing = no_clicks(self.user_id, self.item_id)
         columns = ["user_id", "item_ids", "click_times"]
         before = (p.read_shard(shard, self.shards, "user_id", columns) for p in self.before)
-        clicks = [clicks_before(before, nothing), arrays.from_ipc(chunks, nothing)]
-        return walk_days(pa.concat_tables(clicks), self.days, self.law)
+        every = pa.concat_tables([clicks_before(before, nothing), clicks])
+        return walk_days(every, self.days, self.law)
 
 
 def checked_clicks(
@@ -308,22 +309,21 @@ def facts_of_group(
 class LogChunk(NamedTuple):
     """Holds what a row group of the log says of a shard of users.
 
-    These are the ordinal of its day, how many impressions, and those that are clicks that count, as
-    IPC bytes; b"" for none.
+    These are the ordinal of its day, how many impressions, and those that are clicks that count.
     """
 
     day: int
     impressions: int
-    clicks: bytes
+    clicks: Piece | None
 
 
-def open_chunks(chunks: Iterable[LogChunk | bytes]) -> tuple[list[bytes], Counter[int]]:
+def open_chunks(chunks: Iterable[LogChunk | bytes]) -> tuple[list[Piece], Counter[int]]:
     """Returns the clicks of chunks of the log, and how many impressions they tell of, by day."""
     found = [chunk for chunk in chunks if isinstance(chunk, LogChunk)]
     impressions: Counter[int] = Counter()
     for chunk in found:
         impressions[chunk.day] += chunk.impressions
-    return [chunk.clicks for chunk in found], impressions
+    return [chunk.clicks for chunk in found if chunk.clicks], impressions
 
 
 class ReadClicks(beam.DoFn):
@@ -347,11 +347,17 @@ class ReadClicks(beam.DoFn):
             return
         for told in facts_of_group(group, rows, self._law, self._day_timezone):
             yield beam.pvalue.TaggedOutput("facts", told)
-        chunks = dict(hashing.split_by_shard(clicks, "user_id", self._shards))
-        impressions = np.bincount(hashing.shard_of(hashing.hash_ids(rows["user_id"]), self._shards))
+        shards, shards_of_clicks = (
+            hashing.shard_of(hashing.hash_ids(some["user_id"]), self._shards)
+            for some in (rows, clicks)
+        )
+        name = documents.digest([group.path, group.index])[:16]
+        path = os.path.join(self.staging, "pieces", f"clicks-{name}")
+        pieces = dict(write_pieces(path, clicks, shards_of_clicks))
+        impressions = np.bincount(shards)
         for shard in np.flatnonzero(impressions).tolist():
-            chunk = chunks.get(shard, b"")
-            yield shard, LogChunk(group.form.ds.toordinal(), int(impressions[shard]), chunk)
+            chunk = LogChunk(group.form.ds.toordinal(), int(impressions[shard]), pieces.get(shard))
+            yield shard, chunk
 
 
 class UsersOfDay(NamedTuple):

@@ -48,12 +48,11 @@ from feature_jobs.impressions.histories import (
 from feature_jobs.impressions.scoring import Scored, ScoreForm, score_rows, unfolded
 from feature_jobs.impressions.snapshots import Snapshot, night_at
 from feature_jobs.inputs import IMPRESSION_COLUMNS, RowGroup, Source, check_day, read_rows
+from feature_jobs.items.item_answers import Answer, Asker, ask_for_items, items_told
 from feature_jobs.items.item_vectors import (
     ItemTables,
     ItemVectors,
-    answer,
     items_of_answers,
-    items_of_shard,
     no_answers,
     open_item_vectors,
 )
@@ -494,66 +493,22 @@ class AddHistories(beam.DoFn):
             check_all_came(f"impressions of ds {date} for the {told:,} of its log", found, told)
 
 
-class AskForItems(beam.DoFn):
-    """Turns the pieces of a shard of a day into what it asks of the item shards.
-
-    What comes out is ((key of the night, item shard), (day, shard, IPC bytes of the item IDs)).
-    """
-
-    def __init__(self, job: SimscoreJob):
-        self._job, self.staging = job, job.staging
-
-    @worker_notes.refusing
-    def process(
-        self, element: tuple[tuple[int, int], Iterable]
-    ) -> Iterator[tuple[tuple[str, int], tuple[int, int, bytes]]]:
-        (place, shard), pieces = element
-        day = self._job.days[place]
-        rows = by_night(read_pieces(pieces, day.no_rows), day.nights)
-        for night, some in ((day.nights[at], some) for at, some in rows.items() if at >= 0):
-            wanted = pa.table({"item_id": items_of(some)})
-            for item_shard, ids in hashing.split_by_shard(wanted, "item_id", night.items.shards):
-                yield (night.broadcast_key, item_shard), (place, shard, ids)
-
-
 def items_of(rows: pa.Table) -> pa.Array:
     """Returns the distinct items that impressions with histories are about."""
     both = [rows["item_id"].combine_chunks(), pc.list_flatten(rows["history"].combine_chunks())]
     return pc.unique(pa.concat_arrays(both))
 
 
-class Answer(NamedTuple):
-    """Holds what an item shard answers: to how many items, in how many bytes both ways, and what.
-
-    `told` is IPC bytes; `night` is the key of the night that it is of, where there are several.
-    """
-
-    asked: int
-    sent: int
-    told: bytes
-    night: str = ""
-
-
-class AnswerForItems(beam.DoFn):
-    """Answers what the shards of all days ask of an item shard of a night.
-
-    What comes out is ((day, shard), `Answer`).
-    """
-
-    def __init__(self, job: SimscoreJob):
-        self.staging = job.staging
-        self._nights = {one.broadcast_key: one for day in job.days for one in day.nights}
-
-    @worker_notes.refusing
-    def process(
-        self, element: tuple[tuple[str, int], Iterable[tuple[int, int, bytes]]]
-    ) -> Iterator[tuple[tuple[int, int], Answer]]:
-        (night, item_shard), questions = element
-        found, matrix = items_of_shard(self._nights[night].items, item_shard)
-        for place, shard, ids in questions:
-            wanted = arrays.from_ipc([ids], found)["item_id"]
-            told = arrays.to_ipc(answer(wanted, found, matrix))
-            yield (place, shard), Answer(len(wanted), len(ids) + len(told), told, night)
+def _wanted_items(
+    job: SimscoreJob, asker: Asker, pieces: Iterable[Any]
+) -> Iterator[tuple[str, pa.Array]]:
+    """Yields the distinct items that a shard of a day is about, by the key of their night."""
+    place, _ = asker
+    day = job.days[place]
+    rows = by_night(read_pieces(pieces, day.no_rows), day.nights)
+    for at, some in rows.items():
+        if at >= 0:
+            yield day.nights[at].broadcast_key, items_of(some)
 
 
 class ScoreShard(beam.DoFn):
@@ -596,11 +551,8 @@ class ScoreShard(beam.DoFn):
         key = night.broadcast_key
         if self._job.embeddings_by == BROADCAST:
             return self._opened.acquire(lambda: open_item_vectors(night.items, key), tag=key)
-        mine = [answer for answer in answers if answer.night == key]
-        asked = sum(answer.asked for answer in mine)
-        check_all_came("answers of item shards, by items", asked, len(items_of(rows)))
-        nothing = no_answers(rows["item_id"].type, night.items.labels)
-        return items_of_answers(arrays.from_ipc([answer.told for answer in mine], nothing))
+        wanted, labels = len(items_of(rows)), night.items.labels
+        return items_told(answers, key, wanted, rows["item_id"].type, labels)
 
     def _count_late(self, day: SimscoreDay, rows: pa.Table) -> dict[str, int]:
         """Counts the impressions of earlier days, and those too late for a history.
@@ -663,11 +615,7 @@ def define_simscore(
         )
     found = {"rows": parts | "RowsAndShards" >> beam.Flatten()}
     if job.embeddings_by == SHUFFLE:
-        found["items"] = (
-            found["rows"]
-            | "ForItems" >> beam.GroupByKey()
-            | "AskForItems" >> beam.ParDo(AskForItems(job))
-            | "ByItemShard" >> beam.GroupByKey()
-            | "AnswerForItems" >> beam.ParDo(AnswerForItems(job))
-        )
+        nights = {night.broadcast_key: night.items for day in job.days for night in day.nights}
+        wanted = partial(_wanted_items, job)
+        found["items"] = ask_for_items(found["rows"], nights, wanted, job.staging)
     _ = found | "ByDayAndShard" >> beam.CoGroupByKey() | "ScoreShard" >> beam.ParDo(ScoreShard(job))

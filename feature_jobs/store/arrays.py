@@ -1,6 +1,6 @@
-"""Turns Arrow tables and columns into arrays and back: lists, embeddings, rows for a shuffle."""
+"""Turns Arrow tables and columns into arrays and back: lists, embeddings, order."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -96,20 +96,6 @@ def lookup(
     """Returns the integer in `column` of the row with each of `ids` as `key`, 0 for none; [n]."""
     at = pc.index_in(ids, value_set=rows[key].combine_chunks())
     return pc.fill_null(rows[column].take(at), 0).to_numpy()
-
-
-def to_ipc(table: pa.Table) -> bytes:
-    """Returns a table as bytes for a shuffle: only its own rows, even when it is a slice."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
-
-
-def from_ipc(chunks: Iterable[bytes], otherwise: pa.Table) -> pa.Table:
-    """Reads the rows of all chunks, b"" holding none; `otherwise` where no chunk holds any."""
-    found = [pa.ipc.open_stream(chunk).read_all() for chunk in chunks if chunk]
-    return pa.concat_tables(found) if found else otherwise
 
 
 def in_order(rows: pa.Table, keys: Sequence[str]) -> pa.Table:

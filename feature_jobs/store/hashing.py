@@ -5,13 +5,9 @@ Shards are ranges of the hash space and their number is a power of two, so that 
 shards is half of one of n: a reader finds yesterday's rows in one or two files, without a shuffle.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-
-from feature_jobs.store.arrays import to_ipc
 
 _P1, _P2, _P3, _P4, _P5 = (
     np.uint64(p)
@@ -122,15 +118,3 @@ def overlapping_shards(shard: int, shards: int, other_shards: int) -> range:
         return range(at, at + 1)
     times = other_shards // shards
     return range(shard * times, (shard + 1) * times)
-
-
-def split_by_shard(table: pa.Table, key: str, shards: int) -> Iterator[tuple[int, bytes]]:
-    """Splits the rows of `table` by the hash of their `key`: (shard, IPC bytes), for a shuffle."""
-    if not len(table):
-        return  # an empty row group, as writers leave in the file of an empty day
-    shard = shard_of(hash_ids(table[key]), shards)
-    order = np.argsort(shard, kind="stable")
-    table, shard = table.take(pa.array(order)), shard[order]
-    starts = np.flatnonzero(np.diff(shard, prepend=-1))
-    for start, end in zip(starts, [*starts[1:], len(shard)], strict=True):
-        yield int(shard[start]), to_ipc(table.slice(start, end - start))

@@ -90,6 +90,14 @@ def read_pieces(
         return pa.concat_tables(pool.map(lambda file: _read_batches(*file), files))
 
 
+def read_each(pieces: Sequence[Piece]) -> Iterator[pa.Table]:
+    """Yields the rows of one piece after the other, some of which are read ahead."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        for at in range(0, len(pieces), _READERS):
+            some = pieces[at : at + _READERS]
+            yield from pool.map(lambda piece: _read_batches(piece.path, [piece.batch], None), some)
+
+
 def _read_batches(path: str, numbers: list[int], columns: Sequence[str] | None) -> pa.Table:
     with files.open_input(path) as file:
         wanted = None if columns is None else _places(file, columns)

@@ -228,11 +228,11 @@ class _Bucket:
         # Plants are of items that a history does not begin with.
         self.form = replace(form, columns=tuple(sorted({*form.columns, HISTORY_ITEM_IDS})))
         self.job: HistoriesJob | None = None
-        self._earlier: list[bytes] = []
+        self._earlier: list[pa.Table] = []
         if not scores.has_history:
             job = histories_job([scores.log], [buckets], scores.stage.staging)
             self.job = replace(job, shards=buckets)
-            self._earlier = [arrays.to_ipc(self._clicks(log)) for log in scores.log.before.log]
+            self._earlier = [self._clicks(log) for log in scores.log.before.log]
         self.nights = scores.as_worker_knows_it(look, scores.stage.staging).nights
         self._items = self._ask_for_items()
 
@@ -249,7 +249,7 @@ class _Bucket:
         if self.job is None:
             ids.append(pc.list_flatten(self.rows["history"].combine_chunks()))
         else:
-            (known,) = self.job.known(self.bucket, self._chunks(self.rows.slice(0, 0)))
+            (known,) = self.job.known_of(self.bucket, self._clicks_with(self.rows.slice(0, 0)))
             ids.append(known.item_ids)
         self.ids = pc.unique(pa.concat_arrays(ids))
         return {one.broadcast_key: ask_all(one.items, self.ids) for one in self.nights}
@@ -259,12 +259,12 @@ class _Bucket:
         """Returns two items to plant clicks on; the same one twice where there is but one."""
         return self.ids[0], self.ids[-1]
 
-    def _chunks(self, planted: pa.Table) -> list[bytes]:
+    def _clicks_with(self, planted: pa.Table) -> pa.Table:
         """Returns all clicks of the day and of logs before it, with the planted ones."""
         assert self.job is not None
         day, law = self.scores.log.day, self.job.law
         own = [clicks_of(rows, day.number, day.end_us, law) for rows in (self.rows, planted)]
-        return [*self._earlier, *map(arrays.to_ipc, own)]
+        return pa.concat_tables([*self._earlier, *own])
 
     def features(
         self, planted: pa.Table | None = None, planted_nights: tuple[ItemSnapshot, ...] = ()
@@ -277,7 +277,7 @@ class _Bucket:
         rows = self.rows
         if self.job is not None:
             planted = rows.slice(0, 0) if planted is None else planted
-            (known,) = self.job.known(self.bucket, self._chunks(planted))
+            (known,) = self.job.known_of(self.bucket, self._clicks_with(planted))
             rows = rows.append_column("history", history_lists(known, rows))
         return score_by_night(by_night(rows, nights), nights, self._items_of, self.form)[0]
 

@@ -33,7 +33,7 @@ from feature_jobs.inputs import RowGroup, Source
 from feature_jobs.items.item_facts import ItemFacts, item_facts
 from feature_jobs.items.item_vectors import ItemVectors, ask_all, items_of_answers, no_answers
 from feature_jobs.schemas import HISTORY_ITEM_IDS, InputNotReady, Table, cluster_column
-from feature_jobs.store import arrays, hashing
+from feature_jobs.store import hashing
 from feature_jobs.store.partitions import Partition, is_published, open_published
 from pipelines.config import Settings
 from pipelines.planning.day_plan import DayPlan, NightOptions, Range
@@ -219,7 +219,7 @@ class _Bucket:
         self.samples = opened.rows.select(KEY)
         self.clusters = tuple(map(cluster_column, opened.labels))
         self.job: HistoriesJob | None = None
-        self.rows, self._earlier = pa.table({}), list[bytes]()
+        self.rows, self._earlier = pa.table({}), list[pa.Table]()
         if opened.log:
             staging = opened.settings.layout.root  # nothing is written
             job = histories_job([opened.log], [opened.buckets], staging)
@@ -241,11 +241,11 @@ class _Bucket:
         nothing = self.samples.slice(0, 0).append_column("clicked", pa.array([], pa.bool_()))
         return pa.concat_tables(found) if found else nothing
 
-    def _clicks(self, log: Source) -> bytes:
+    def _clicks(self, log: Source) -> pa.Table:
         assert self.job is not None
         end_us = inputs.day_end(log.form.ds, self.job.day_timezone)
         rows, number = self._impressions(log), log.form.ds.toordinal()
-        return arrays.to_ipc(clicks_of(rows, number, end_us, self.job.law))
+        return clicks_of(rows, number, end_us, self.job.law)
 
     def features(
         self, planted: pa.Table | None = None, nights: tuple[JoinNight, ...] = ()
@@ -274,16 +274,16 @@ class _Bucket:
     def _histories(self, rows: pa.Table, planted: pa.Table | None) -> pa.Array:
         if self.job is None:
             return self._histories_of_nights(rows)
-        (known,) = self.job.known(self.opened.bucket, self._chunks(planted))
+        (known,) = self.job.known_of(self.opened.bucket, self._clicks_with(planted))
         return history_lists(known, rows)
 
-    def _chunks(self, planted: pa.Table | None) -> list[bytes]:
+    def _clicks_with(self, planted: pa.Table | None) -> pa.Table:
         """Returns all clicks of the day and of logs before it, with the planted ones."""
         assert self.job is not None
         (day,), law = self.job.days, self.job.law
         logs = [self.rows] if planted is None else [self.rows, planted]
         own = [clicks_of(rows, day.number, day.end_us, law) for rows in logs]
-        return [*self._earlier, *map(arrays.to_ipc, own)]
+        return pa.concat_tables([*self._earlier, *own])
 
     def _histories_of_nights(self, rows: pa.Table) -> pa.Array:
         """Returns the histories that the nights of samples knew; planted ones know none."""
@@ -309,7 +309,7 @@ class _Bucket:
         """Returns all items that samples, or clicks that they may know, are of."""
         found = [self.samples["item_id"].combine_chunks()]
         if self.job is not None:
-            (known,) = self.job.known(self.opened.bucket, self._chunks(None))
+            (known,) = self.job.known_of(self.opened.bucket, self._clicks_with(None))
             found.append(known.item_ids)
         else:
             for place in range(len(self.nights)):

@@ -86,7 +86,7 @@ def write_samples(shop: Shop) -> None:
             rows = rows.append_column("place", pa.array(rng.integers(0, 50, len(rows), np.int32)))
             rows = rows.take(pa.array(rng.permutation(len(rows))))
             writer = writer or pq.ParquetWriter(folder / "0.parquet", rows.schema)
-            writer.write_table(rows, row_group_size=122_880)
+            writer.write_table(rows)
         writer.close()
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from feature_jobs.impressions.ctr_join import JoinJob
 from feature_jobs.impressions.histories import ReadClicks
 from feature_jobs.impressions.simscore import SHUFFLE
 from feature_jobs.inputs import Source
+from feature_jobs.items.item_answers import AnswerForItems, AskForItems
 from feature_jobs.store import partitions, worker_notes
 from pipelines.cli import main
 from pipelines.planning import joins
@@ -64,8 +66,10 @@ def run_join(_: None, log: Sequence[Source], job: JoinJob) -> None:
     rows = outputs(ctr_join.AddHistories(job), grouped(**users))
     to_score = {"rows": rows}
     if job.embeddings_by == SHUFFLE:
-        asked = by_key(outputs(ctr_join.AskForItems(job), by_key(rows).items()))
-        to_score["items"] = outputs(ctr_join.AnswerForItems(job), asked.items())
+        nights = {night.key: night.items for day in job.days for night in day.nights}
+        ask = AskForItems(nights, partial(ctr_join._wanted_items, job), job.staging)
+        asked = by_key(outputs(ask, by_key(rows).items()))
+        to_score["items"] = outputs(AnswerForItems(nights, job.staging), asked.items())
     parts += outputs(ctr_join.ScoreSamples(job), grouped(**to_score))
     every = [((at, n), None) for at, day in enumerate(job.days) for n in range(len(day.batches))]
     outputs(ctr_join.WriteJoined(job), by_key([*parts, *every]).items())

@@ -29,7 +29,8 @@ from feature_jobs.impressions.histories import (
     user_histories,
     walk_days,
 )
-from feature_jobs.store import arrays, partitions
+from feature_jobs.store import partitions
+from feature_jobs.store.pieces import write_piece
 from tests.support import oracles
 
 # Few users, items and times, so that ties and repeats are the rule.
@@ -309,7 +310,8 @@ def test_the_receipts_of_a_day_tell_its_impressions_and_its_users(tmp_path: Path
     given_rows: dict[tuple[int, int], list] = {}
     for shard, mine in ((0, drawn[:1]), (1, drawn[1:])):
         clicks = clicks_on(mine, [0, 1])
-        chunks = [LogChunk(NUMBERS[0], 7, arrays.to_ipc(clicks)), LogChunk(NUMBERS[1], 2, b"")]
+        piece = write_piece(f"{staging}/clicks-{shard}", clicks)
+        chunks = [LogChunk(NUMBERS[0], 7, piece), LogChunk(NUMBERS[1], 2, None)]
         for key, users in advance.process((shard, chunks)):
             given_rows.setdefault(key, []).append(users)
     stagings = [str(tmp_path / str(day)) for day in range(2)]

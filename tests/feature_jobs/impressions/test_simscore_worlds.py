@@ -8,6 +8,7 @@ import datetime as dt
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from feature_jobs.impressions.simscore import (
     SimscoreJob,
 )
 from feature_jobs.impressions.snapshots import Snapshot, always
+from feature_jobs.items.item_answers import AnswerForItems, AskForItems
 from feature_jobs.items.item_vectors import ItemTables
 from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
@@ -176,8 +178,10 @@ def run(job: SimscoreJob, log: list[inputs.Source]) -> None:
     )
     answers: dict[Any, list[Any]] = {}
     if job.embeddings_by == SHUFFLE:
-        ask, tell = simscore.AskForItems(job), simscore.AnswerForItems(job)
+        nights = {night.broadcast_key: night.items for day in job.days for night in day.nights}
+        ask = AskForItems(nights, partial(simscore._wanted_items, job), job.staging)
         asked = by_key(pair for element in rows.items() for pair in ask.process(element))
+        tell = AnswerForItems(nights, job.staging)
         answers = by_key(pair for element in asked.items() for pair in tell.process(element))
     for place, day in enumerate(job.days):
         for shard in range(day.shards):

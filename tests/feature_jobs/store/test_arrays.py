@@ -1,4 +1,4 @@
-"""Compares lists and embeddings as arrays with plain lists; chunks of a shuffle lose nothing."""
+"""Compares lists and embeddings as arrays with plain lists."""
 
 import numpy as np
 import pyarrow as pa
@@ -10,14 +10,12 @@ from feature_jobs.schemas import EMBEDDING_DIM
 from feature_jobs.store.arrays import (
     differ_from_before,
     embedding_matrix,
-    from_ipc,
     list_array,
     list_column,
     padded_codes,
     take,
-    to_ipc,
 )
-from tests.support.table_rows import FLOATS, embeddings
+from tests.support.table_rows import FLOATS
 
 # ---- Lists of IDs ------------------------------------------------------------------------------
 
@@ -80,22 +78,6 @@ def test_embeddings_survive_as_a_column_however_it_is_chunked_and_sliced(rows: i
     ):
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, expected)
-
-
-def test_a_slice_travels_without_the_rest_of_its_table() -> None:
-    _, rows = embeddings(1000)
-    whole, part = to_ipc(rows), to_ipc(rows.slice(500, 10))
-    assert from_ipc([part], rows).equals(rows.slice(500, 10))
-    assert len(whole) > 1000 * 4 * EMBEDDING_DIM
-    assert len(part) < len(whole) / 50
-
-
-def test_chunks_without_rows_leave_the_others_alone() -> None:
-    rows, otherwise = pa.table({"a": [1, 2]}), pa.table({"a": pa.array([], pa.int64())})
-    chunks = [b"", to_ipc(rows), b"", to_ipc(rows.slice(1))]
-    assert from_ipc(chunks, otherwise)["a"].to_pylist() == [1, 2, 2]
-    assert from_ipc([b"", b""], otherwise) is otherwise
-    assert from_ipc([], otherwise) is otherwise
 
 
 @pytest.mark.parametrize(

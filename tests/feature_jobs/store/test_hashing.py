@@ -9,16 +9,13 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_jobs.store.arrays import from_ipc
 from feature_jobs.store.hashing import (
     hash_ids,
     hash_rows,
     num_shards,
     overlapping_shards,
     shard_of,
-    split_by_shard,
 )
-from tests.support.table_rows import KEYS
 
 INT64 = np.iinfo(np.int64)
 SEEDS = [0, 1, 0x9E3779B185EBCA87, 2**64 - 1]
@@ -166,27 +163,3 @@ def test_overlapping_shards_are_exactly_those_that_may_share_a_hash(
     assert set(mine) == set(range(shards))
     for shard in range(shards):
         assert list(overlapping_shards(shard, shards, other)) == sorted(set(theirs[mine == shard]))
-
-
-@settings(max_examples=80, deadline=None, derandomize=True)
-@given(KEYS, SHARDS)
-def test_splitting_by_shard_loses_and_doubles_no_row(keys: list, shards: int) -> None:
-    kind = pa.string() if keys and isinstance(keys[0], str) else pa.int64()
-    keys = keys + keys[:7]  # several rows of one key
-    table = pa.table({"k": pa.array(keys, kind), "row": pa.array(range(len(keys)), pa.int64())})
-    split = list(split_by_shard(table, "k", shards))
-    numbers = [shard for shard, _ in split]
-    assert numbers == sorted(set(numbers))
-    rows = []
-    for shard, chunk in split:
-        part = from_ipc([chunk], table)
-        assert len(part) > 0
-        assert set(shard_of(hash_ids(part["k"]), shards)) == {shard}
-        assert part["row"].to_pylist() == sorted(part["row"].to_pylist())  # in order of arrival
-        rows += part.to_pylist()
-    assert sorted(rows, key=lambda row: row["row"]) == table.to_pylist()
-
-
-def test_a_table_without_rows_goes_to_no_shard() -> None:
-    for kind in (pa.int64(), pa.string()):
-        assert list(split_by_shard(pa.table({"k": pa.array([], kind)}), "k", 8)) == []
