@@ -117,16 +117,17 @@ def to_layout(name: str, rows: pa.Table, form: Form) -> pa.Table:
 
 
 def layout_config(name: str, schema: pa.Schema, form: Form) -> dict[str, str]:
-    """Returns the framework's own configuration, by file name, for joined rows of `schema`.
+    """Returns the framework's own configuration, by path below the set, for rows of `schema`.
 
-    Raises OperatorError as `layout_schema` does.
+    Its folder begins with `_`, as readers of all days look into no such folder, and fail at a file
+    that is no Parquet. Raises OperatorError as `layout_schema` does.
     """
     layout_schema(name, schema, form)
     match name:
         case "fuxictr":
-            return {"dataset_config.yaml": _fuxictr_config(schema, form)}
+            return {"_fuxictr/dataset_config.yaml": _fuxictr_config(schema, form)}
         case "torcheasyrec":
-            return {"torcheasyrec.config": _torcheasyrec_config(schema, form)}
+            return {"_torcheasyrec/torcheasyrec.config": _torcheasyrec_config(schema, form)}
     return {}
 
 
@@ -269,13 +270,14 @@ def _group_ids(users: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 _FUXICTR = """\
-# What FuxiCTR 2.3.10 reads of this training set. Lists are newest first, padded with 0.
+# What FuxiCTR 2.3.10 reads of this training set. Lists are newest first, padded with 0. Paths are
+# relative to the set's folder, in which FuxiCTR is to be run.
 courier:
     # False, always. With True FuxiCTR counts the values of each column and numbers them anew:
     # cluster 7 of today would be another one tomorrow, and those of a new day none at all.
     rebuild_dataset: False
     data_format: parquet
-    data_root: ./fuxictr/  # feature_map.json is written below it
+    data_root: ./_fuxictr/  # feature_map.json is written below it
     train_data: "./*/*.parquet"  # name the days to train on, and
     valid_data: "./*/*.parquet"  # a later one to validate on
     test_data: null

@@ -391,7 +391,9 @@ def test_a_set_for_a_framework_has_its_configuration(
     expected, _ = joined(world, DAY, "plain")
     assert found["cluster_id"].to_pylist() == expected["cluster_id"].to_pylist()
     assert manifest["counts"]["matched"] > 0
-    (config,) = (world.root / "test" / "joined" / "ctr").glob("*.*")
+    (config,) = (world.root / "test" / "joined" / "ctr").glob("_*/*")
+    days = pq.read_table(world.root / "test" / "joined" / "ctr")
+    assert days["cluster_id"].to_pylist() == expected["cluster_id"].to_pylist()
     assert f"the configuration for the framework is {config}" in told
     text = config.read_text()
     if layout == "fuxictr":
