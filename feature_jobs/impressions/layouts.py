@@ -99,9 +99,9 @@ def layout_schema(name: str, schema: pa.Schema, form: Form) -> pa.Schema:
 def to_layout(name: str, rows: pa.Table, form: Form) -> pa.Table:
     """Returns joined rows in a layout: as many, in the same order.
 
-    A framework's layout has 0 for a number that is null, as both frameworks fill them. Raises
-    OperatorError as `layout_schema` does; DataContractError where lists of a column of ours differ
-    in length, and for rows without a label.
+    A framework's layout has 0 for a number that is null, also where it may be an ID: FuxiCTR would
+    look up a row that no table has. Raises OperatorError as `layout_schema` does; DataContractError
+    where lists of a column of ours differ in length, and for rows without a label.
     """
     schema = layout_schema(name, rows.schema, form)
     if name == "plain":
@@ -197,18 +197,17 @@ def _check_lengths(rows: pa.Table, form: Form) -> None:
 
 
 def _without_nulls(rows: pa.Table, form: Form) -> list[pa.ChunkedArray]:
-    """Returns all columns, those of numbers with 0 for null; DataContractError for a null label."""
+    """Returns all columns, numbers with 0 for null; raises DataContractError for a null label."""
     if form.label is not None and (nulls := rows[form.label].null_count):
         raise DataContractError(
             f"{nulls:,} of {len(rows):,} rows have no label: column {form.label} is null. A "
             "model would learn from a label that nobody gave. Leave these samples out, or fill it."
         )
-    numbers = {feature.name for feature in features(rows.schema, form) if feature.kind == "number"}
     return [
         pc.fill_null(column, pa.scalar(0).cast(column.type))
-        if name in numbers and column.null_count
+        if _is_number(column.type) and column.null_count
         else column
-        for name, column in zip(rows.column_names, rows.columns, strict=True)
+        for column in rows.columns
     ]
 
 
@@ -255,7 +254,7 @@ def _label(schema: pa.Schema, form: Form, name: str) -> pa.Field:
             told = f"{found.name} is of type {found.type}"
         raise OperatorError(
             f"The layout {name} needs a column of labels, booleans or numbers, and {told}: its "
-            "framework would have nothing to learn. Name one that is, or write the plain layout."
+            "framework would have nothing to learn. Name one (--label), or write the plain layout."
         )
     return found
 
@@ -271,7 +270,8 @@ def _group_ids(users: pa.ChunkedArray) -> pa.ChunkedArray:
 
 _FUXICTR = """\
 # What FuxiCTR 2.3.10 reads of this training set. Lists are newest first, padded with 0. Paths are
-# relative to the set's folder, in which FuxiCTR is to be run.
+# relative to the set's folder, in which FuxiCTR is to be run. A later join may write this file
+# anew: add what is yours to a copy.
 courier:
     # False, always. With True FuxiCTR counts the values of each column and numbers them anew:
     # cluster 7 of today would be another one tomorrow, and those of a new day none at all.
@@ -321,7 +321,8 @@ def _fuxictr_others(others: list[pa.Field]) -> list[str]:
     rest = [field.name for field in others if not pt.is_integer(field.type)]
     lines = []
     if whole:
-        lines.append("Yours to add: IDs as numbers from 1, with the highest + 1 for vocab_size.")
+        told = "IDs as numbers from 1, 0 for none, with the highest + 1 for vocab_size."
+        lines.append(f"Yours to add: {told}")
     for name in whole:
         told = f"name: {_quoted(name)}, active: True, dtype: int"
         lines.append(f"- {{{told}, type: categorical, vocab_size: HIGHEST + 1}}")
@@ -419,7 +420,8 @@ def _torcheasyrec_schema(schema: pa.Schema, form: Form) -> pa.Schema:
 
 _TORCHEASYREC = """\
 # What TorchEasyRec reads of this training set: the parts of a pipeline's configuration that are
-# about data. train_config, eval_config and model_config are yours to add.
+# about data. train_config, eval_config and model_config are yours to add, to a copy of this file: a
+# later join may write it anew.
 data_config {{
     dataset_type: ParquetDataset
     batch_size: 4096

@@ -26,19 +26,18 @@ from tests.test_readme import run
 
 PYTHON = ROOT / ".venv-frameworks/bin/python"
 READER = ROOT / "tests/support/fuxictr_reader.py"
-DAYS = ("2026-01-07", "2026-01-08", "2026-01-09")  # of the page
+DAYS = ("2026-01-08", "2026-01-09")  # of the page
 PLACES, TOP = 20, 3
 UNKNOWN, STRANGER = 10**6, 10**6 + 1  # an item that no catalogue has, a user who never clicked
 
-# The second codebook gives numbers of its own to all clusters, from the night of 2026-01-07 on.
+# The second codebook gives numbers of its own to all clusters.
 NIGHTS = """
 courier init-encoder --backbone shufflenet_v2_x0_5 --weights random --input-size 32 >> courier.toml
-courier embed --ds 2026-01-05
-courier fit-codebook --ds 2026-01-05 --clusters coarse=3,main=8 >> courier.toml
-courier refresh --ds 2026-01-06
-courier fit-codebook --ds 2026-01-06 --clusters coarse=3,main=8 --mode fresh >> courier.toml
-courier refresh --ds 2026-01-07 --accept churn --reason 'all numbers are new'
-courier refresh --ds 2026-01-08
+courier embed --ds 2026-01-06
+courier fit-codebook --ds 2026-01-06 --clusters coarse=3,main=8 >> courier.toml
+courier refresh --ds 2026-01-07
+courier fit-codebook --ds 2026-01-07 --clusters coarse=3,main=8 --mode fresh >> courier.toml
+courier refresh --ds 2026-01-08 --accept churn --reason 'all numbers are new'
 """
 MAX_IDS = {"main": 16, "coarse": 6}
 SETTINGS = f"""

@@ -24,7 +24,7 @@ def samples(n: int, rng: np.random.Generator) -> dict[str, object]:
         "label": rng.random(n) < 0.3,
         "price": pa.array(rng.random(n), mask=rng.random(n) < 0.1),
         "member": pa.array(rng.random(n) < 0.5, mask=rng.random(n) < 0.1),
-        "position": rng.integers(0, 10, n).astype(np.int16),
+        "position": pa.array(rng.integers(0, 10, n).astype(np.int16), mask=rng.random(n) < 0.1),
         "page": pa.array([f"page-{k}" for k in rng.integers(0, 5, n)]).dictionary_encode(),
         "tags": [[f"tag-{t}" for t in range(k)] for k in rng.integers(0, 3, n)],
     }

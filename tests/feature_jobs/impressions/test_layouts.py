@@ -56,6 +56,13 @@ def test_rows_are_as_the_schema_says_and_as_many(name: str) -> None:
     assert len(to_layout(name, ROWS[:0], FORM)) == 0
 
 
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_a_configuration_lies_where_no_reader_of_all_days_looks(name: str) -> None:
+    """They pass over folders that begin with `_`; FuxiCTR writes more files beside its own."""
+    (path,) = layout_config(name, ROWS.schema, FORM)
+    assert path.startswith(f"_{name}/")
+
+
 def test_plain_is_what_the_join_writes() -> None:
     assert to_layout("plain", ROWS, FORM) is ROWS
     assert layout_config("plain", ROWS.schema, FORM) == {}
@@ -82,7 +89,7 @@ def test_no_number_of_ours_changes(name: str) -> None:
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_a_number_that_is_null_is_0_and_other_nulls_stay(name: str) -> None:
     found = to_layout(name, ROWS, FORM)
-    for column in ("price", "member"):
+    for column in ("price", "member", "position"):
         nulls = ROWS[column].is_null()
         assert nulls.to_pylist().count(True) > 10
         assert not any(found[column].filter(nulls).to_pylist())
@@ -135,7 +142,7 @@ def test_lists_of_another_length_are_refused(name: str, column: str) -> None:
 def test_a_set_without_labels_is_refused(name: str) -> None:
     for label in (None, "gone", "page", "at"):
         form = replace(FORM, label=label)
-        with pytest.raises(OperatorError, match="labels"):
+        with pytest.raises(OperatorError, match=r"labels.* Name one \(--label\)"):
             layout_schema(name, ROWS.schema, form)
         with pytest.raises(OperatorError, match="labels"):
             layout_config(name, ROWS.schema, form)
