@@ -218,6 +218,7 @@ def _impressions_of(ids: pa.ChunkedArray, counts: pa.Table) -> np.ndarray:
 
 def define_crosswalk(root: beam.Pipeline, impressions: Source | None, job: CrosswalkJob) -> None:
     """Writes the counts of each item shard as a file; without `impressions`, items alone count."""
+    job = replace(job, embeddings=job.embeddings.slim(), old=job.old and job.old.slim())
     item_id = job.embeddings.schema.field("item_id").type
     no_rows = pa.table({"item_id": pa.array([], item_id), "impressions": pa.array([], pa.int64())})
     counted = (

@@ -341,6 +341,7 @@ class SamplePart(beam.DoFn):
 
 def define_sample(root: beam.Pipeline, job: SampleJob) -> None:
     """Writes the sample of each part of `job.embeddings` as a file."""
+    job = replace(job, embeddings=job.embeddings.slim(), old=job.old and job.old.slim())
     _ = (
         root
         | "Parts" >> beam.Create(range(len(job.embeddings.paths)))
