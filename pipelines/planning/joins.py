@@ -3,12 +3,13 @@
 import datetime as dt
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -59,6 +60,8 @@ _AT_ONCE = 16
 _NOTHING_ASKED = NightOptions()
 _FORM = ("history_item_ids", "columns", "tiers", "top_k", "embedding_dtype")  # of scores
 _ONE_DAY = dt.timedelta(days=1)
+
+OwnColumns = Mapping[str, str]  # the shop's own columns: their types by name
 
 
 def samples_template(given: str, config: str) -> str:
@@ -182,7 +185,8 @@ def plan_joins(
     """Plans a training set of ascending days.
 
     Raises InputNotReady where samples, log or histories of a day are not there, OperatorError for
-    columns that clash and codebooks of two lineages, DataContractError for IDs of another type.
+    columns that clash and codebooks of two lineages, DataContractError for IDs of another type, and
+    for days whose own columns differ.
     """
     if (asked.features_from, asked.history_as_of) == ("same", "night"):
         raise OperatorError(
@@ -195,7 +199,7 @@ def plan_joins(
     known = list({night.version: night for some in nights for night in some}.values())
     known = known or Nights(settings, asked, together.look, say).first()
     set_of = _SetOfDays(settings, asked, known, together.look)
-    set_of.check(days)
+    set_of.check({one.day.ds: one.own_columns for one in opened})
     again = partial(plan_joins, settings, days, asked, say, options)
     return [one.planned(set_of, again) for one in opened]
 
@@ -247,8 +251,11 @@ class _SetOfDays:
             "input_timezone": asked.input_timezone,
         }
 
-    def check(self, days: Sequence[dt.date]) -> None:
-        """Raises OperatorError where days cannot be read as one table with those published."""
+    def check(self, days: Mapping[dt.date, OwnColumns]) -> None:
+        """Raises OperatorError where days cannot be read as one table with those published.
+
+        Raises DataContractError where samples of theirs have other columns.
+        """
         layout, (table,) = self.settings.layout, join_of(self.asked.name).tables
         others = [ds for ds in layout.begun_days(table) if ds not in days]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -261,6 +268,8 @@ class _SetOfDays:
                 raise self._another_set(manifest)
             codebooks |= {one: tuple(of) for one, of in manifest["notes"]["codebooks"].items()}
             encoders |= set(manifest["notes"]["encoders"])
+        own = {manifest["ds"]: manifest["notes"].get("own_columns") for manifest in there}
+        _refuse_other_columns(self.asked.name, own | {str(ds): one for ds, one in days.items()})
         self._refuse_columns()
         _refuse_two_lineages(codebooks)
         if len(encoders) > 1 and not self.asked.mixed_encoders:
@@ -295,6 +304,25 @@ class _SetOfDays:
             f"{manifest['ds']}: {told}. They are read as one table, in which columns would mean "
             "two things. Ask as they were made, or give another --name."
         )
+
+
+def _refuse_other_columns(name: str, own: Mapping[str, OwnColumns | None]) -> None:
+    """Raises DataContractError where the shop's `own` columns of a set, by ds, are not alike.
+
+    Those of a day without a file, and of one made by an earlier version, are not known.
+    """
+    known = [(ds, columns) for ds, columns in own.items() if columns]
+    for (ds, first), (other, columns) in pairwise(known):
+        for column in dict.fromkeys([*first, *columns]):
+            one, two = (there.get(column, "missing") for there in (first, columns))
+            if one != two:
+                raise DataContractError(
+                    f"The column {column!r} of the samples is {one} on ds {ds} of the training set "
+                    f"{name!r}, but {two} on ds {other}. The days of a set are read as one table, "
+                    "in which engines cast such a column, leave it out, or stop. Write the samples "
+                    "of all days alike, and join those that changed again in one command; or give "
+                    f"ds {other} another --name."
+                )
 
 
 def _refuse_two_lineages(codebooks: Mapping[str, tuple[str, ...]]) -> None:
@@ -332,6 +360,10 @@ class _OpenDay:
         self.log = log_of(day) if asked.history_as_of == "moment" else None
         self._tell_nights()
 
+    @property
+    def own_columns(self) -> OwnColumns:
+        return {field.name: _type_name(field.type) for field in self.samples.carried}
+
     def _tell_nights(self) -> None:
         """Warns of samples that take no night, or an old one."""
         ds, say = self.day.ds, self.day.range.say
@@ -367,6 +399,7 @@ class _OpenDay:
                 "codebooks": {one: list(of) for one, of in (n.codebook for n in self.nights)},
                 "encoders": sorted({night.encoder_id for night in self.nights}),
                 "max_id": set_of.max_ids,
+                "own_columns": dict(self.own_columns),
                 "days_without_log": list(self.log.before.missing) if self.log else [],
             },
         )
@@ -515,6 +548,11 @@ def join_form(settings: Settings, asked: JoinAsked) -> ScoreForm:
     if asked.layout == layouts.PLAIN:
         return form
     return replace(form, columns=tuple(name for name in form.columns if name != HISTORY_ITEM_IDS))
+
+
+def _type_name(kind: pa.DataType) -> str:
+    """Returns the name of a type; writers call the values of lists by names of their own."""
+    return re.sub(r"(?<=list<)\w+: | not null", "", str(kind))
 
 
 def _is_label(kind: pa.DataType) -> bool:

@@ -102,6 +102,7 @@ class _Notes(_Document):
     max_id: dict[str, int] = {}
     codebooks: dict[str, list[str]] = {}
     encoders: list[str] = []
+    own_columns: dict[str, str] = {}
 
 
 class _Clusters(_Document):

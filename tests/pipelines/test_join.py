@@ -5,7 +5,7 @@ import datetime as dt
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from feature_jobs.store import partitions
 from pipelines.cli import main
 from pipelines.running import records
 from pipelines.training_sets import JoinAsked, make_training_set
-from tests.support.commands import Capture
+from tests.support.commands import Capture, paragraph, published
 from tests.support.world import DAYS, World
 
 DAY = DAYS[2]
@@ -324,6 +324,70 @@ def test_days_of_one_set_are_made_alike(world: World, capsys: Capture) -> None:
     assert join(world, "--ds", DAYS[2], "--history-as-of", "night") == USAGE
     assert "history_as_of was moment, is night" in capsys.readouterr().err
     assert join(world, "--ds", DAYS[2]) == DONE
+
+
+def priced(rows: pa.Table, kind: pa.DataType) -> pa.Table:
+    """Returns samples whose prices are of another type."""
+    return with_column(rows, "price", rows["price"].cast(kind))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda rows: priced(rows, pa.string()), "'price' of the samples is double on ds {}"),
+        (
+            lambda rows: rows.drop_columns(["tags"]),
+            "'tags' of the samples is list<string> on ds {}",
+        ),
+        (
+            lambda rows: rows.append_column("slot", rows["price"]),
+            "'slot' of the samples is missing on ds {}",
+        ),
+    ],
+)
+def test_days_of_one_set_have_the_same_columns(
+    world: World, capsys: Capture, change: Callable[[pa.Table], pa.Table], told: str
+) -> None:
+    first, second = DAYS[1:3]
+    plain = {day: as_samples(impressions(world, day)) for day in (first, second)}
+    for day in (first, second):
+        write_samples(world, day, plain[day])
+    assert join(world, "--ds", first) == DONE
+    before = published(world)
+    write_samples(world, second, change(plain[second]))
+    assert join(world, "--ds", second) == FAILED
+    message = paragraph(capsys)
+    assert told.format(first) in message
+    assert f"on ds {second}" in message
+    assert published(world) == before
+    assert join(world, "--ds", second, "--name", "other") == DONE
+    ends = ("--start-ds", first, "--end-ds", second)
+    before = published(world)
+    assert join(world, *ends, "--name", "third") == FAILED
+    assert told.format(first) in paragraph(capsys)
+    assert published(world) == before
+    write_samples(world, first, change(plain[first]))
+    assert join(world, *ends) == DONE
+    both = [joined(world, day)[0].schema for day in (first, second)]
+    assert both[0] == both[1] != pa.schema([])
+
+
+def test_a_day_without_a_file_fits_every_set(world: World) -> None:
+    """Nor does it matter what writers call the values of lists."""
+    for day in (DAYS[1], DAYS[3]):
+        write_samples(world, day, as_samples(impressions(world, day)))
+    for path in (world.folder / "samples" / f"ds={DAYS[3]}").glob("*.parquet"):
+        rows = pq.read_table(path, partitioning=None)
+        pq.write_table(rows, path, use_compliant_nested_type=False)
+    empty = world.folder / "samples" / f"ds={DAY}"
+    empty.mkdir()
+    (empty / "_SUCCESS").touch()
+    for day in (DAY, DAYS[1], DAYS[3]):
+        assert join(world, "--ds", day) == DONE
+    assert joined(world, DAY)[1]["notes"]["own_columns"] == {}
+    rows = as_samples(impressions(world, DAY))
+    write_samples(world, DAY, priced(rows, pa.float32()))
+    assert join(world, "--ds", DAY) == FAILED
 
 
 def test_wrong_usage_is_told(world: World, capsys: Capture) -> None:

@@ -271,10 +271,16 @@ class World:
         found = [pq.ParquetFile(path).read() for path in self.sample_files(ds)]
         return pa.concat_tables(found)
 
+    @cached_property
+    def _types_of_samples(self) -> tuple[str, str, bool]:
+        """Returns unit and zone of times, and whether items are int32: alike on all days."""
+        unit, zone = self._one_of("us", "ms", "ns"), self._one_of("UTC", "Asia/Tokyo")
+        return unit, zone, not self.is_text and self._coin(0.3)
+
     def _write_samples(self, day: dt.date) -> None:
         """Writes impressions, candidates that were never shown, and some rows twice, shuffled."""
         logged, n = self.logged[day], self._draw(4, 10)
-        unit, zone = self._one_of("us", "ms", "ns"), self._one_of("UTC", "Asia/Tokyo")
+        unit, zone, is_narrow = self._types_of_samples
         step = 1000 if unit == "ms" else 1
         drawn = {
             "user_id": pa.array([self.user(self._draw(1, SILENT_USER + 1)) for _ in range(n)]),
@@ -285,7 +291,6 @@ class World:
         rows = pa.concat_tables([shown, pa.table(drawn, shown.schema)])
         rows = rows.take(self._rng.integers(0, len(rows), len(rows) + 3))
         at = rows["event_time"].cast(pa.timestamp(unit, zone))
-        is_narrow = not self.is_text and self._coin(0.3)
         price = [None if self._coin(0.2) else float(number) for number in range(len(rows))]
         columns = {
             "label": pa.array(self._rng.integers(0, 2, len(rows)), pa.int8()),
