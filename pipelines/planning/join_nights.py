@@ -3,7 +3,8 @@
 import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from feature_jobs.impressions import layouts
 from feature_jobs.impressions.ctr_join import JoinNight
 from feature_jobs.impressions.snapshots import Snapshot, after_its_day, always, night_at
 from feature_jobs.items.item_vectors import ItemTables
-from feature_jobs.schemas import ITEM_EMBEDDINGS, USER_HISTORIES, InputNotReady
+from feature_jobs.schemas import ITEM_EMBEDDINGS, USER_HISTORIES, InputNotReady, Table
 from feature_jobs.schemas import ITEM_FEATURES as FEATURES_TABLE
 from feature_jobs.store import documents
 from feature_jobs.store.partitions import Partition
@@ -58,7 +59,7 @@ class NightThere:
     created: dt.datetime | None
     features: Partition
     embeddings: Partition
-    histories: Partition | None
+    histories: Partition | None = None
 
     @property
     def codebook(self) -> tuple[str, tuple[str, ...]]:
@@ -107,64 +108,89 @@ class NightThere:
 
 
 @dataclass(frozen=True)
+class _Recorded:
+    """Is a night as its record says: since when samples may know it, and when it was published."""
+
+    snapshot: Snapshot
+    created: dt.datetime | None
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Nights:
-    """Finds the nights that are published, as `asked` takes them."""
+    """Finds the nights that are published, as `asked` takes them, for all days of a command.
+
+    `look` reads manifests, and `say` is told of nights that cannot be taken. What records say is
+    read once.
+    """
 
     settings: Settings
     asked: JoinAsked
     look: Look
     say: Callable[[str], None]
+    _read: dict[dt.date, _Recorded | None] = field(default_factory=dict, init=False)
 
     def of(self, ds: dt.date, earliest_us: int) -> tuple[NightThere, ...]:
         """Returns the nights that samples of ds may know, the earliest of which is of that moment.
 
         Raises InputNotReady where one of them is being published just now.
         """
-        settings, asked = self.settings, self.asked
-        days = [day for day in settings.layout.recorded_days() if day <= ds]
-        if asked.features_from == "same":
-            days = [day for day in days if day == ds]
-        found: list[NightThere] = []
-        if asked.as_of == "created":
-            with ThreadPoolExecutor(_AT_ONCE) as pool:
-                found = [one for one in pool.map(self._open, days) if one]
-            return _needed(found, earliest_us, self._end(ds))
-        for day in reversed([day for day in days if day < ds or asked.features_from == "same"]):
-            if night := self._open(day):
-                found.append(night)
-                if night.snapshot.from_us <= earliest_us:
-                    break
-        return _needed(found, earliest_us, self._end(ds))
+        end_us = inputs.day_end(ds, self.settings.day_timezone)
+        needed = _needed(self._known(ds, earliest_us), earliest_us, end_us)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return tuple(pool.map(self._open, needed))
 
     def first(self) -> list[NightThere]:
         """Returns the first night that is there, alone; nothing where there is none."""
-        found = (self._open(day) for day in self.settings.layout.recorded_days())
-        return next(([night] for night in found if night), [])
+        first = next(filter(None, map(self._recorded, self._days)), None)
+        return [self._open(first)] if first else []
 
-    def _end(self, ds: dt.date) -> int:
-        return inputs.day_end(ds, self.settings.day_timezone)
+    def _known(self, ds: dt.date, earliest_us: int) -> list[_Recorded]:
+        """Returns the nights that a sample of ds may know by what records say, and maybe more."""
+        is_same = self.asked.features_from == "same"
+        days = [day for day in self._days if (day == ds if is_same else day < ds)]
+        if self.asked.as_of == "created":  # an older one may have come late
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                return [one for one in pool.map(self._recorded, days) if one]
+        found = list[_Recorded]()
+        for one in filter(None, map(self._recorded, reversed(days))):
+            found.append(one)
+            if one.snapshot.from_us <= earliest_us:
+                break
+        return found
 
-    def _open(self, ds: dt.date) -> NightThere | None:
-        """Opens a night; returns None for one that has no features, or not as asked."""
-        layout = self.settings.layout
-        record = records.read_night(layout, ds)
+    @cached_property
+    def _days(self) -> list[dt.date]:
+        return self.settings.layout.recorded_days()
+
+    def _recorded(self, ds: dt.date) -> _Recorded | None:
+        if ds not in self._read:
+            self._read[ds] = self._read_record(ds)
+        return self._read[ds]
+
+    def _read_record(self, ds: dt.date) -> _Recorded | None:
+        """Returns what the record of a night says; None for one without features as asked."""
+        record = records.read_night(self.settings.layout, ds)
         if record is None:
             return None
-        tables = [FEATURES_TABLE, ITEM_EMBEDDINGS]
-        if self.asked.history_as_of == "night":
-            tables.append(USER_HISTORIES)
-        if lacking := [table.name for table in tables if table.name not in record["tables"]]:
+        if lacking := [one.name for one in self._tables if one.name not in record["tables"]]:
             self.say(f"WARNING: the night of ds {ds} has no {lacking[0]}: an older one is taken")
             return None
         created = record["published_at"] and dt.datetime.fromisoformat(record["published_at"])
         snapshot = self._snapshot(ds, created)
-        if snapshot is None:
-            return None
-        found = []
-        for table in tables:
-            there = self.look.published(layout.folder(table, ds))
-            is_mine = there and there.version == record["tables"][table.name]["version"]
-            if there is None or not (is_mine or table.shared):
+        return snapshot and _Recorded(snapshot, created, record)
+
+    @property
+    def _tables(self) -> list[Table]:
+        histories = [USER_HISTORIES] if self.asked.history_as_of == "night" else []
+        return [FEATURES_TABLE, ITEM_EMBEDDINGS, *histories]
+
+    def _open(self, night: _Recorded) -> NightThere:
+        ds, found = night.snapshot.ds, list[Partition]()
+        for table in self._tables:
+            there = self.look.published(self.settings.layout.folder(table, ds))
+            version = night.record["tables"][table.name]["version"]
+            if there is None or not (there.version == version or table.shared):
                 raise InputNotReady(
                     f"{table.name} of ds {ds}, which samples are joined with, is not what the "
                     "night's record names: the night is being published just now, or was when a "
@@ -172,8 +198,8 @@ class Nights:
                     "` ends it."
                 )
             found.append(there)
-        histories = found[2] if len(found) > 2 else None
-        return NightThere(snapshot, created, found[0], found[1], histories)
+        features, embeddings, *histories = found
+        return NightThere(night.snapshot, night.created, features, embeddings, *histories)
 
     def _snapshot(self, ds: dt.date, created: dt.datetime | None) -> Snapshot | None:
         if self.asked.as_of == "created":
@@ -182,7 +208,7 @@ class Nights:
                 return None
             from_us = int(created.timestamp() * 1_000_000)
             if self.asked.features_from == "previous":  # its histories are of the end of its day
-                from_us = max(from_us, self._end(ds))
+                from_us = max(from_us, inputs.day_end(ds, self.settings.day_timezone))
             return Snapshot(ds, from_us)
         if self.asked.features_from == "same":
             return always(ds)
@@ -190,10 +216,13 @@ class Nights:
         return after_its_day(ds, self.settings.day_timezone, delay)
 
 
-def _needed(nights: Sequence[NightThere], earliest_us: int, end_us: int) -> tuple[NightThere, ...]:
-    """Returns those of the nights that a moment from the earliest to the end of the day takes."""
+def _needed(nights: Sequence[_Recorded], earliest_us: int, end_us: int) -> list[_Recorded]:
+    """Returns those of the nights that a moment from the earliest to the end of the day takes.
+
+    They are in the order of their days.
+    """
     snapshots = [night.snapshot for night in nights]
     moments = [earliest_us, *(s.from_us for s in snapshots if earliest_us < s.from_us < end_us)]
     taken = set(night_at(np.array(moments, np.int64), snapshots).tolist())
     kept = [night for at, night in enumerate(nights) if at in taken]
-    return tuple(sorted(kept, key=lambda night: night.snapshot.ds))
+    return sorted(kept, key=lambda night: night.snapshot.ds)

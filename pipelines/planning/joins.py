@@ -194,10 +194,10 @@ def plan_joins(
             "--history-as-of night goes with --features-from previous."
         )
     together = Range(settings, settings.layout, say, options, len(days))
-    opened = [_OpenDay(DayPlan(together, ds), asked) for ds in days]
-    nights = [one.nights for one in opened]
-    known = list({night.version: night for some in nights for night in some}.values())
-    known = known or Nights(settings, asked, together.look, say).first()
+    nights = Nights(settings, asked, together.look, say)
+    opened = [_OpenDay(DayPlan(together, ds), asked, nights) for ds in days]
+    known = list({night.version: night for one in opened for night in one.nights}.values())
+    known = known or nights.first()
     set_of = _SetOfDays(settings, asked, known, together.look)
     set_of.check({one.day.ds: one.own_columns for one in opened})
     again = partial(plan_joins, settings, days, asked, say, options)
@@ -350,13 +350,12 @@ def log_of(day: DayPlan) -> LogOfDay:
 class _OpenDay:
     """Opens what a day of a training set is made of."""
 
-    def __init__(self, day: DayPlan, asked: JoinAsked):
+    def __init__(self, day: DayPlan, asked: JoinAsked, nights: Nights):
         self.day, self.asked, settings = day, asked, day.settings
         self.samples = _open_samples(asked, day.ds)
         start_us = inputs.day_end(day.ds - _ONE_DAY, settings.day_timezone)
         earliest = inputs.earliest_event(self.samples)
-        found = Nights(settings, asked, day.range.look, day.range.say)
-        self.nights = found.of(day.ds, min(start_us, start_us if earliest is None else earliest))
+        self.nights = nights.of(day.ds, min(start_us, start_us if earliest is None else earliest))
         self.log = log_of(day) if asked.history_as_of == "moment" else None
         self._tell_nights()
 

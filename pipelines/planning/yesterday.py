@@ -320,7 +320,7 @@ class Yesterdays:
         return frozenset(day for day in self.changes_of(stage.kind, found) if oldest <= day)
 
     def _newest_published(self, kind: Kind, ds: dt.date, start: dt.date) -> Earlier | None:
-        days = self.layout.begun_days(kind.tables[0])
+        days = self.look.begun_days(self.layout, kind.tables[0])
         if not days:
             records.refuse_other_layout(self.layout, kind.tables[0])
         for day in reversed([day for day in days if start <= day < ds]):

@@ -17,6 +17,7 @@ from feature_jobs.store.documents import parse_json, read_json, write_json
 from feature_jobs.store.partitions import Partition
 from pipelines.config import Settings
 from pipelines.running import records
+from pipelines.running.layout import Layout
 from pipelines.running.stage import PACKAGE_VERSIONS, Planned, Reference, Stage
 from pipelines.stages import NIGHT, Kind
 
@@ -62,14 +63,22 @@ class State:
 
 
 class Look:
-    """Looks at what lies below a root at one moment: each manifest is read once."""
+    """Looks at what lies below a root at one moment: nothing is read, or listed, twice."""
 
     def __init__(self) -> None:
+        self._begun: dict[tuple[Layout, str], list[dt.date]] = {}
         self._published: dict[str, Partition | None] = {}
         self._staged: dict[str, Partition | None] = {}
         self._states: dict[tuple[str, str], State] = {}
         self._made: dict[tuple[str, str], tuple[bool, tuple[Partition, ...]]] = {}
         self._held: dict[tuple[str, str], bool] = {}
+
+    def begun_days(self, layout: Layout, table: Table) -> list[dt.date]:
+        """Returns the ds of a table that have a folder, published or not, ascending."""
+        key = layout, table.name
+        if key not in self._begun:
+            self._begun[key] = layout.begun_days(table)
+        return self._begun[key]
 
     def published(self, folder: str) -> Partition | None:
         """Returns what is published in a folder, None for nothing."""

@@ -7,6 +7,7 @@ import datetime as dt
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from pipelines.config import Settings
 from pipelines.nightly import plan_nights
 from pipelines.planning import snapshots
 from pipelines.planning.impressions import PlannedScores
+from pipelines.stages import SIMSCORE
 from tests.conftest import Artefacts
 from tests.support import stub_nights
 from tests.support.any_order import CLOSED, DAYS, Catalogue, Inputs, Log
 from tests.support.codebooks import by_hand
+from tests.support.ill_disk import watch_disk
 from tests.support.ordered_shop import Shop
 
 AGAIN = f"ds {DAYS[1]}, whose items it is scored with, was made again"
@@ -239,6 +242,20 @@ def test_nights_without_embeddings_end_the_search_once_all_moments_know_them(
     assert shop.run("simscore", "--ds", DAYS[5], "--remake") == 0, shop.told
     assert shop.nights(DAYS[5]) == days(4, 3)
     assert set(looked_at) == set(DAYS[2:5])
+
+
+def test_the_folder_of_nights_is_listed_once_for_all_days_of_a_command(shop: Previous) -> None:
+    assert shop.refresh(*DAYS[:6]) == 0
+    for ds in DAYS[2:6]:
+        shutil.rmtree(shop.folder_of("user_simscores", ds))
+    listed: Counter[str] = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        watch_disk(patch, lambda what, path: listed.update([path] if what == "listdir" else []))
+        nights = plan_nights(shop.settings, DAYS[2:6], [SIMSCORE])
+    assert [len(night.stages[0].snapshots) for night in nights] == [4, 6, 6, 6]
+    folders = {name: os.path.dirname(shop.folder_of(name, DAYS[0])) for name in TABLES}
+    assert {listed[folder] for folder in folders.values()} == {0, 1}
+    assert listed[folders["item_features"]] == 1
 
 
 # ---- What is stale -----------------------------------------------------------------------------
