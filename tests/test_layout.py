@@ -27,7 +27,6 @@ WITHOUT_A_FILE = {
     "pipelines/planning/day_plan.py": "whole nights: test_nights, test_refresh",
     "pipelines/planning/impressions.py": "whole nights: test_history_nights, test_training_rows",
     "pipelines/planning/items.py": "whole nights: test_embed_nights, test_full_runs",
-    "pipelines/planning/join_nights.py": "test_join takes nights by all of its rules",
     "pipelines/planning/joins.py": "whole training sets: test_join",
     "pipelines/planning/made_with.py": "test_training_inputs, test_history_nights are refused",
     "pipelines/planning/pinned.py": "whole nights: test_refusals",

@@ -393,12 +393,16 @@ class TakeScores(_JoinFn):
 class AddHistories(_JoinFn):
     """Gives the samples of a user shard their histories: `Shard`, piece goes out.
 
-    They are those of their moments, from the clicks that come in too, or those of their nights.
+    They are those of their moments, from the clicks that come in too, or those of their nights. How
+    many impressions came with the clicks goes out as `impressions`, by the ordinal of their day.
     """
 
     @worker_notes.refusing
-    def process(self, element: tuple[int, Mapping[str, Iterable]]) -> Iterator[tuple[Shard, Piece]]:
+    def process(self, element: tuple[int, Mapping[str, Iterable]]) -> Iterator[Any]:
         job, (shard, found) = self._job, element
+        clicks, impressions = open_chunks(found.get("clicks", ()))
+        for day, came in impressions.items():
+            yield beam.pvalue.TaggedOutput("impressions", (day, (came, 0)))
         pieces: dict[int, list[Piece]] = {}
         for place, piece in found["samples"]:
             pieces.setdefault(place, []).append(piece)
@@ -408,7 +412,6 @@ class AddHistories(_JoinFn):
             for place, some in pieces.items():
                 yield from self._of_nights(place, shard, some)
             return
-        clicks, _ = open_chunks(found["clicks"])
         for place, known in enumerate(job.histories.known(shard, clicks)):
             if place in pieces:
                 for some in self._slices(self._in_order(place, pieces[place])):
@@ -452,6 +455,20 @@ class AddHistories(_JoinFn):
         path = self._job.piece("histories", place, shard)  # its content names it, too
         for night, piece in write_pieces(path, share_histories(rows, nights), nights):
             yield (place, night - 1, shard), piece
+
+
+class CheckLog(_JoinFn):
+    """Refuses to join where not all impressions of a day of the log came to the shards of users.
+
+    A sample whose clicks were lost would look like one of a user who never clicked. In come, by the
+    ordinal of the day, how many came and how many there are, in any number of pairs.
+    """
+
+    @worker_notes.refusing
+    def process(self, element: tuple[int, Iterable[tuple[int, int]]]) -> None:
+        day, pairs = element
+        came, there = (sum(numbers) for numbers in zip(*pairs, strict=True))
+        check_all_came(f"impressions of the log of ds {dt.date.fromordinal(day)}", came, there)
 
 
 def _wanted_items(
@@ -586,7 +603,14 @@ def define_join(root: beam.Pipeline, log: Sequence[Source], job: JoinJob) -> Non
     if job.histories:
         wanted = taken.rest | "CountRest" >> beam.combiners.Count.Globally()
         users["clicks"] = clicks_by_user(root, log, job.histories, wanted)
-    rows = users | "ByUser" >> beam.CoGroupByKey() | "AddHistories" >> beam.ParDo(AddHistories(job))
+    added = (
+        users
+        | "ByUser" >> beam.CoGroupByKey()
+        | "AddHistories" >> beam.ParDo(AddHistories(job)).with_outputs("impressions", main="rows")
+    )
+    if job.histories:
+        _check_log(root, log, job, wanted, added.impressions)
+    rows = added.rows
     found = {"rows": rows}
     if job.embeddings_by == SHUFFLE:
         nights = {night.key: night.items for day in job.days for night in day.nights}
@@ -600,4 +624,23 @@ def define_join(root: beam.Pipeline, log: Sequence[Source], job: JoinJob) -> Non
         | "AllOfSamples" >> beam.Flatten()
         | "ByBatch" >> beam.GroupByKey()
         | "WriteJoined" >> beam.ParDo(WriteJoined(job))
+    )
+
+
+def _check_log(
+    root: beam.Pipeline, log: Sequence[Source], job: JoinJob, wanted: beam.PCollection,
+    came: beam.PCollection,
+) -> None:  # fmt: skip
+    """Checks how many impressions of the log `came`, where it is read at all."""
+    there = [(day.form.ds.toordinal(), (0, day.rows)) for day in log]
+    of_log = (
+        root
+        | "ImpressionsOfLog" >> beam.Create(there)
+        | "IfRead" >> beam.Filter(lambda _, count: bool(count), beam.pvalue.AsSingleton(wanted))
+    )
+    _ = (
+        (came, of_log)
+        | "AllOfLog" >> beam.Flatten()
+        | "ByDayOfLog" >> beam.GroupByKey()
+        | "CheckLog" >> beam.ParDo(CheckLog(job))
     )

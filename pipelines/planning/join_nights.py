@@ -178,7 +178,7 @@ class Nights:
             return None
         created = record["published_at"] and dt.datetime.fromisoformat(record["published_at"])
         snapshot = self._snapshot(ds, created)
-        return snapshot and _Recorded(snapshot, created, record)
+        return None if snapshot is None else _Recorded(snapshot, created, record)
 
     @property
     def _tables(self) -> list[Table]:

@@ -63,7 +63,11 @@ def run_join(_: None, log: Sequence[Source], job: JoinJob) -> None:
     users = {"samples": rest}
     if job.histories:
         users["clicks"] = clicks_of(log, job) if rest else []
-    rows = outputs(ctr_join.AddHistories(job), grouped(**users))
+    added = outputs(ctr_join.AddHistories(job), grouped(**users))
+    rows = [one for one in added if not isinstance(one, TaggedOutput)]
+    came = [one.value for one in added if isinstance(one, TaggedOutput)]
+    there = [(day.form.ds.toordinal(), (0, day.rows)) for day in log] if rest else []
+    outputs(ctr_join.CheckLog(job), by_key([*came, *there]).items())
     to_score = {"rows": rows}
     if job.embeddings_by == SHUFFLE:
         nights = {night.key: night.items for day in job.days for night in day.nights}
