@@ -312,6 +312,7 @@ class _JoinFn(beam.DoFn):
                 "sample": rows["sample"],
                 "positive": rows["positive"],
                 "taken": np.full(len(rows), is_taken),
+                "too_late": self._too_late(day, rows),
                 **facts_of_samples(rows, day.nights, facts, clusters),
                 **scores,
             }
@@ -319,6 +320,14 @@ class _JoinFn(beam.DoFn):
         parts = np.searchsorted(day.firsts, rows["sample"].to_numpy(), "right") - 1
         for part, piece in write_pieces(self._job.piece(*name), table, parts):
             yield (place, bisect_right(day.batches, part) - 1), (part, piece)
+
+    def _too_late(self, day: JoinDay, rows: pa.Table) -> np.ndarray:
+        """Tells which samples came too late for a history of their moment; bool [n]."""
+        histories = self._job.histories
+        if histories is None:
+            return np.zeros(len(rows), bool)
+        moments: np.ndarray = rows["event_time"].cast(pa.int64()).to_numpy()
+        return moments < day.day.known_from_us(histories.law)
 
     def _facts_of(self, night: JoinNight) -> ItemFacts:
         key, features = f"facts-{night.key}", night.items.features
@@ -541,6 +550,7 @@ class WriteJoined(_JoinFn):
         if not np.array_equal(ours["sample"].to_numpy(), expected):
             raise _mixed_up(expected, ours["sample"].to_numpy())
         counts, taken = count_samples(ours), int(ours["taken"].to_numpy().sum())
+        counts["too_late_for_a_history"] = int(ours["too_late"].to_numpy().sum())
         if job.label in own.column_names:
             counts["positives_read"] = int(ours["positive"].to_numpy().sum())
             counts["positives"] = int(positive(own[job.label]).sum())
@@ -557,7 +567,8 @@ class WriteJoined(_JoinFn):
 
     def _nothing(self, day: JoinDay) -> pa.Table:
         """Returns an empty table of what comes in."""
-        kinds = [("sample", pa.int64()), ("positive", pa.bool_()), ("taken", pa.bool_())]
+        flags = [(name, pa.bool_()) for name in ("positive", "taken", "too_late")]
+        kinds = [("sample", pa.int64()), *flags]
         return pa.schema([*day.schema, *kinds]).empty_table()
 
 

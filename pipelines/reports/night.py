@@ -166,6 +166,7 @@ def _join(counts: Numbers, work: Numbers) -> str:
         (counts["no_image"], "of items without an embedding"),
         (counts["out_of_scope"], "out of scope"),
         (counts["no_history"], "without a history"),
+        (counts.get("too_late_for_a_history", 0), "too late for a history"),
         (work.get("scores_taken", 0), "with published scores"),
     )
     told = _of(f"{counts['samples']:,} samples", found)

@@ -48,7 +48,7 @@ LOSSES = [
 
 @pytest.fixture
 def world(refreshed: World, in_memory: Path, tmp_path: Path) -> Iterator[World]:
-    """Gives a world of one's own, with samples of two days, some of them impressions.
+    """Gives a world of one's own, with samples of two days.
 
     Items are shuffled, so that every step has something to do.
     """

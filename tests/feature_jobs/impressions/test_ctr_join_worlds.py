@@ -6,6 +6,7 @@ without Beam: a run of Beam costs a second.
 
 import contextlib
 import dataclasses
+import datetime as dt
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,12 +25,13 @@ from feature_jobs.impressions.histories import ReadClicks
 from feature_jobs.impressions.simscore import SHUFFLE
 from feature_jobs.inputs import Source
 from feature_jobs.items.item_answers import AnswerForItems, AskForItems
+from feature_jobs.schemas import TIMESTAMP
 from feature_jobs.store import partitions, worker_notes
 from pipelines.cli import main
 from pipelines.planning import joins
 from pipelines.running import beam_options
 from tests.support.join_worlds import World, make_world
-from tests.support.slow_join import check_join
+from tests.support.slow_join import check_join, midnight
 
 # By their number, so that a failure names a few worlds.
 BATCHES = [range(at, at + 20) for at in range(0, 200, 20)]
@@ -126,6 +128,7 @@ def test_joined_rows_are_those_of_the_slow_join(
             expected = world.expected(ds, **dataclasses.asdict(world.options))
             check_join(rows, expected)
             check_counts(found.manifest["counts"], expected)
+            assert found.manifest["counts"]["too_late_for_a_history"] == too_late(world, ds)
             counts.update(found.manifest["counts"])
         runs = (world.root / "test" / "_runs").glob("*/*/run.json")
         counts.update(
@@ -133,8 +136,18 @@ def test_joined_rows_are_those_of_the_slow_join(
                 json.loads(p.read_text())["stages"]["join"]["work"]["scores_taken"] for p in runs
             )
         )
-    assert all(counts[name] for name in ("taken", "matched", "no_snapshot", "unknown_item"))
+    seen = ("taken", "matched", "no_snapshot", "unknown_item", "too_late_for_a_history")
+    assert all(counts[name] for name in seen)
     assert counts["taken"] < counts["matched"]
+
+
+def too_late(world: World, ds: dt.date) -> int:
+    """Returns how many samples of a day are of a moment before all that histories still know."""
+    if world.options.history_as_of == "night":
+        return 0
+    moments = world.samples_of(ds)[world.names.event_time].cast(TIMESTAMP, safe=False)
+    known_from_us = midnight(ds, world.law.day_timezone) - world.law.late_us
+    return sum(moment < known_from_us for moment in moments.cast(pa.int64()).to_pylist())
 
 
 def check_counts(counts: dict[str, int], rows: pa.Table) -> None:

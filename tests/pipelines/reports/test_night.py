@@ -70,3 +70,15 @@ def test_a_run_that_made_nothing_anew_tells_no_work() -> None:
 
 def test_a_run_that_had_nothing_to_do_has_no_report() -> None:
     assert night.render_report(report(idle=True, embed=(EMBED, {}))) == ""
+
+
+def test_a_training_set_tells_why_samples_lack_features() -> None:
+    reasons = {"no_snapshot": 0, "unknown_item": 4, "no_image": 0, "out_of_scope": 0}
+    counts = {"samples": 90, "matched": 70, **reasons, "no_history": 16}
+    told = night.render_report(
+        report(join=({**counts, "too_late_for_a_history": 7}, {"scores_taken": 50}))
+    )
+    assert told.splitlines()[1].endswith(
+        "90 samples: 70 matched, 4 of items that the night lacks, 16 without a history, 7 too late "
+        "for a history, 50 with published scores"
+    )
