@@ -191,7 +191,7 @@ def load_codebook(folder: str) -> Codebook:
         # Copied where written, which nobody does: torch takes no array that is read-only.
         arrays = {n: np.load(os.path.join(near, n), mmap_mode="c") for n in names}
     except (FileNotFoundError, ValueError, EOFError) as error:
-        discard_copy(info.codebook_id)
+        broadcast.discard(key_of_copy(info.codebook_id))
         raise _damaged(folder, str(error)) from error
     centres = {label: arrays[f"{label}-centres.npy"] for label in info.labels}
     numbers = {label: arrays[f"{label}-numbers.npy"] for label in info.labels}
@@ -201,7 +201,7 @@ def load_codebook(folder: str) -> Codebook:
         for r in info.resolutions
     )
     if found != info.codebook_id or not fits:
-        discard_copy(info.codebook_id)
+        broadcast.discard(key_of_copy(info.codebook_id))
         raise _damaged(folder, f"its arrays {[c.shape for c in centres.values()]} make {found}")
     return Codebook(info, centres, numbers)
 
@@ -217,15 +217,11 @@ def _on_this_machine(folder: str, identity: str, names: list[str]) -> str:
             files.write_bytes(os.path.join(target, name), data)
         return names
 
-    return broadcast.shared_folder(_key(identity), copy)[0]
+    return broadcast.shared_folder(key_of_copy(identity), copy)[0]
 
 
-def discard_copy(identity: str) -> None:
-    """Deletes what this machine keeps of a codebook in a bucket."""
-    broadcast.discard(_key(identity))
-
-
-def _key(identity: str) -> str:
+def key_of_copy(identity: str) -> str:
+    """Names this machine's copy of a codebook in a bucket."""
     return f"codebook-{identity}"
 
 

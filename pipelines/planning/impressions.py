@@ -41,7 +41,7 @@ from feature_jobs.schemas import (
     scores_schema,
 )
 from feature_jobs.schemas import TRAINING_ROWS as ROWS_TABLE
-from feature_jobs.store import broadcast, documents, hashing
+from feature_jobs.store import documents, hashing
 from pipelines.config import Settings
 from pipelines.planning.day_plan import NO_IDS, DayPlan
 from pipelines.planning.items import PlannedFeatures
@@ -225,9 +225,8 @@ class PlannedScores(Planned):
         job = SimscoreJob(known, histories, form, by, folder)
         define_simscore(root, [one.log for one in logs], log, job)
 
-    def clean(self, folder: str) -> None:
-        for night in self.as_worker_knows_it(Look(), folder).nights:
-            broadcast.discard(night.broadcast_key)
+    def copies(self, folder: str) -> list[str]:
+        return [one.broadcast_key for one in self.as_worker_knows_it(Look(), folder).nights]
 
 
 def _as_worker_knows_it(

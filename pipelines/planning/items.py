@@ -265,8 +265,8 @@ class PlannedFeatures(Planned):
         ]  # fmt: skip
         define_item_features(root, jobs, folder)
 
-    def clean(self, folder: str) -> None:
-        codebooks.discard_copy(self.pinned.codebook.codebook_id)
+    def copies(self, folder: str) -> list[str]:
+        return [codebooks.key_of_copy(self.pinned.codebook.codebook_id)]
 
     def summarise(self) -> dict[str, Any]:
         from feature_jobs.items.item_features import read_clusters

@@ -39,7 +39,7 @@ from feature_jobs.schemas import (
     joined_fields,
     score_field,
 )
-from feature_jobs.store import broadcast, day_names, files, hashing
+from feature_jobs.store import day_names, files, hashing
 from feature_jobs.store.partitions import Partition
 from pipelines.config import Settings, key_of
 from pipelines.planning.day_plan import NO_IDS, DayPlan, NightOptions, Range
@@ -169,10 +169,9 @@ class PlannedJoin(Planned):
         is_by_night = self.scores and "snapshots" in self.scores.manifest["inputs"]
         return self.day.start_us if is_by_night else always(self.stage.ds).from_us
 
-    def clean(self, folder: str) -> None:
-        for night in self.nights:
-            broadcast.discard(night.key(folder))
-            broadcast.discard(f"facts-{night.key(folder)}")
+    def copies(self, folder: str) -> list[str]:
+        keys = [night.key(folder) for night in self.nights]
+        return [*keys, *(f"facts-{key}" for key in keys)]
 
 
 def plan_joins(

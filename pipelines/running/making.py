@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from feature_jobs.schemas import CourierError, DataContractError, Table
-from feature_jobs.store import files, partitions, threads, usage, worker_notes
+from feature_jobs.store import broadcast, files, partitions, threads, usage, worker_notes
 from feature_jobs.store.documents import parse_json, write_json
 from feature_jobs.store.partitions import STAGED
 from pipelines.running import beam_options, progress, states
@@ -156,14 +156,26 @@ def make(
             planned[0].stage.layout.row_group_bytes,
         )  # fmt: skip
     finally:
-        with contextlib.suppress(CourierError):  # which would hide what the job ended for
-            for one in planned:
-                one.clean(folder)
+        for one in planned:
+            _discard_copies(one, folder)
     locks.check()
     look = Look()  # each day is sealed when the look comes to it, for the day after
     for one in planned:
         for table in one.stage.tables:
             seal(one, table, look)
+
+
+def _discard_copies(one: Planned, folder: str) -> None:
+    """Deletes the copies that a job left on this machine.
+
+    What cannot be deleted stays, and keeps no other: it would hide what the job ended for.
+    """
+    keys: Sequence[str] = ()
+    with contextlib.suppress(OSError, CourierError):
+        keys = one.copies(folder)
+    for key in keys:
+        with contextlib.suppress(OSError, CourierError):
+            broadcast.discard(key)
 
 
 def run_job(

@@ -189,9 +189,12 @@ class Planned(ABC):
         """Returns how many items the day had whose embeddings it takes over; None for no such."""
         return None
 
-    def clean(self, folder: str) -> None:
-        """Frees what the job of a `folder` left on this machine: nothing, unless a kind says so."""
-        return
+    def copies(self, folder: str) -> Sequence[str]:
+        """Names, by their keys, the copies that the job of a `folder` left on this machine.
+
+        None, unless a kind says so.
+        """
+        return ()
 
     def summarise(self) -> Mapping[str, Any]:
         """Returns what else the manifests say of all shards together, once they are made."""

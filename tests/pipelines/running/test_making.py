@@ -16,7 +16,7 @@ from feature_jobs.schemas import (
     DataContractError,
     StorageUnavailable,
 )
-from feature_jobs.store import documents, hashing, partitions, usage, worker_notes
+from feature_jobs.store import broadcast, documents, hashing, partitions, usage, worker_notes
 from feature_jobs.store.partitions import Partition
 from feature_jobs.store.threads import Share
 from pipelines.running import making, states
@@ -92,6 +92,35 @@ def test_a_job_that_fails_for_another_reason_fails_with_that(
 
     with pytest.raises(RuntimeError, match="Beam failed"):
         making.make([stage_of(tmp_path)], fail, Share(), Locks())
+
+
+class WithCopies(JustAStage):
+    """Is a stage whose job left copies on this machine."""
+
+    def copies(self, folder: str) -> list[str]:
+        if self.stage.ds == DAYS[1]:
+            raise StorageUnavailable(AWAY)
+        return [f"{self.stage.ds}-{number}" for number in range(3)]
+
+
+@pytest.mark.parametrize("error", [StorageUnavailable(AWAY), PermissionError("not yours")])
+def test_a_copy_that_cannot_be_deleted_keeps_no_other_and_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    asked = list[str]()
+
+    def discard(key: str) -> None:
+        asked.append(key)
+        raise error
+
+    def fail(_: Callable) -> None:
+        raise RuntimeError("Beam failed")
+
+    monkeypatch.setattr(broadcast, "discard", discard)
+    planned = [WithCopies(replace(stage_of(tmp_path).stage, ds=ds)) for ds in DAYS[:3]]
+    with pytest.raises(RuntimeError, match="Beam failed"):
+        making.make(planned, fail, Share(), Locks())
+    assert asked == [f"{ds}-{number}" for ds in (DAYS[0], DAYS[2]) for number in range(3)]
 
 
 def test_a_manifest_tells_the_histograms_and_examples_of_all_parts(tmp_path: Path) -> None:
