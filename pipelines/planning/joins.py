@@ -54,7 +54,7 @@ from pipelines.planning.join_nights import JoinAsked, Nights, NightThere
 from pipelines.planning.made_with import history_settings
 from pipelines.running.stage import Planned, Stage
 from pipelines.running.states import Look, Night
-from pipelines.stages import join_of
+from pipelines.stages import HISTORIES, join_of
 
 _AT_ONCE = 16
 _NOTHING_ASKED = NightOptions()
@@ -191,6 +191,13 @@ def plan_joins(
         raise OperatorError(
             "The night of a sample's own day knows all clicks of that day, its own among them: "
             "--history-as-of night goes with --features-from previous."
+        )
+    if asked.history_as_of == "night" and HISTORIES not in settings.night:
+        raise OperatorError(
+            "--history-as-of night takes the user_histories of each sample's night, and the "
+            'settings say tables = "items": nights have none, so that no night could be taken, and '
+            "all features would be 0. Leave it out, and histories are made of the log of "
+            "[impressions]; or have nights make them, too."
         )
     together = Range(settings, settings.layout, say, options, len(days))
     nights = Nights(settings, asked, together.look, say)
