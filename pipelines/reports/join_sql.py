@@ -34,6 +34,7 @@ from pipelines.running.states import Night
 Dialect = Literal["duckdb", "spark"]
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+_NAMES = ("_file", "file_row_number", "_metadata")  # which the statement, or Spark, takes itself
 _YEAR_1 = dt.datetime.min.replace(tzinfo=dt.UTC)
 
 
@@ -142,6 +143,14 @@ def _refuse_without(planned: PlannedJoin) -> None:
             "--show-sql prints a query for the plain layout and COURIER's own tiers, and these "
             f"samples are asked for with layout {asked.layout} and tiers {planned.form.tiers}. Run "
             "the join without it."
+        )
+    names = [field.name for field in planned.samples.carried]
+    if taken := [name for name in names if name.lower() in _NAMES]:
+        raise OperatorError(
+            f"The samples of ds {planned.stage.ds} have columns named {', '.join(taken)}, by which "
+            "the query of --show-sql tells the place of each row, or Spark that of its file. "
+            "Engines would refuse it, or take one for the other, and rows would come in another "
+            "order. Rename them where the samples are written, or run the join without it."
         )
 
 

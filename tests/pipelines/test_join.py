@@ -316,6 +316,31 @@ def test_what_is_not_there_yet_is_told(world: World, capsys: Capture) -> None:
     assert pc.sum(found["cluster_id"]).as_py() == 0
 
 
+def test_nights_of_items_alone_have_no_histories_to_join(world: World, capsys: Capture) -> None:
+    world.extra_settings = 'tables = "items"'
+    world.settings()
+    write_samples(world, DAY, as_samples(impressions(world, DAY)))
+    assert join(world, "--ds", DAY, "--history-as-of", "night") == USAGE
+    assert 'the settings say tables = "items": nights have none' in paragraph(capsys)
+    assert not (world.root / "test" / "joined").exists()
+
+
+@pytest.mark.parametrize("name", ["_file", "File_Row_Number", "_metadata"])
+def test_columns_by_which_the_printed_query_orders_rows_are_refused(
+    world: World, capsys: Capture, name: str
+) -> None:
+    rows = impressions(world, DAY)
+    write_samples(world, DAY, rows.append_column(name, rows["clicked"]))
+    same = ("--ds", DAY, "--features-from", "same")
+    for dialect in ("duckdb", "spark"):
+        assert join(world, *same, "--show-sql", dialect) == USAGE
+        told = capsys.readouterr()
+        assert f"have columns named {name}, by which the query of --show-sql" in told.err
+        assert told.out == ""
+    assert join(world, *same) == DONE
+    assert name in joined(world, DAY)[0].column_names
+
+
 def test_days_of_one_set_are_made_alike(world: World, capsys: Capture) -> None:
     for day in DAYS[1:3]:
         write_samples(world, day, as_samples(impressions(world, day)))

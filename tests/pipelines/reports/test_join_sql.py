@@ -196,15 +196,3 @@ def test_files_of_a_bucket_are_read_there() -> None:
     query = dataclasses.replace(QUERY, samples=["gs://shop/a.parquet", "gs://shop/b.parquet"])
     assert "parquet.`gs://shop/{a.parquet,b.parquet}`" in show_sql("spark", query)
     assert "['gs://shop/a.parquet', 'gs://shop/b.parquet']" in show_sql("duckdb", query)
-
-
-def test_a_column_of_the_samples_that_the_order_would_be_taken_for_is_refused(
-    worlds: list[World], tmp_path: Path
-) -> None:
-    world = worlds[0]
-    query = query_of(world, world.joined[0], Options(), "previous")
-    rows = world.samples_of(world.joined[0])
-    path = str(tmp_path / "samples.parquet")
-    partitions.write_parquet(path, rows.append_column("file_row_number", rows["label"]))
-    with pytest.raises(duckdb.BinderException, match="file_row_number"):
-        by_duckdb(show_sql("duckdb", dataclasses.replace(query, samples=[path])))
