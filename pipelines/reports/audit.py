@@ -30,7 +30,13 @@ from feature_jobs.impressions.simscore import (
 from feature_jobs.impressions.snapshots import Snapshot, always
 from feature_jobs.inputs import RowGroup, Source, day_end
 from feature_jobs.items.item_vectors import ItemVectors, ask_all
-from feature_jobs.schemas import HISTORY_ITEM_IDS, TIMESTAMP, USER_SIMSCORES, CourierError
+from feature_jobs.schemas import (
+    HISTORY_ITEM_IDS,
+    TIMESTAMP,
+    USER_SIMSCORES,
+    CourierError,
+    OperatorError,
+)
 from feature_jobs.store import arrays, hashing, partitions
 from feature_jobs.store.arrays import differ_from_before
 from pipelines.config import Settings
@@ -46,10 +52,8 @@ _BUCKET_ROWS = 20_000
 _READERS = 4
 _EARLIER_US = 60_000_000  # so long before the moment is the impression that is clicked later
 OK, LEAK, UNVERIFIED = "ok", "leak", "unverified"
-# What is damaged where nobody has looked yet may show itself in any of these ways.
-ILL = (
-    CourierError, OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException,
-)  # fmt: skip
+# What is damaged, or was made by an earlier version, whose manifests say less, shows itself so.
+ILL = (CourierError, OSError, KeyError, pa.ArrowException)
 
 
 @dataclass(frozen=True)
@@ -543,9 +547,12 @@ def _audit_artefacts(day: DayPlan, scores: PlannedScores, look: Look, report: Re
     used_by = dict[str, list[str]]()  # the nights, by its name
     for night in nights:
         pinned = PinnedArtefacts(day.settings, night.snapshot.ds, True, day.range.artefacts)
-        if look.open(night.features).manifest["identities"] != pinned.identities():
-            told = f"encoder and codebook of the night of ds {night.snapshot.ds} are not those that"
-            why = "are pinned for it now: of what they were made is not known"
+        made_by = look.open(night.features).manifest["identities"]
+        if made_by != _identities(pinned):
+            told = f"encoder and codebook of the night of ds {night.snapshot.ds} are not pinned for"
+            why = (
+                f"it any more ({', '.join(made_by.values())}): of what they were made is not known"
+            )
             report.tell(UNVERIFIED, f"{told} {why}")
             continue
         encoder, codebook = pinned.encoder, pinned.codebook
@@ -560,6 +567,14 @@ def _audit_artefacts(day: DayPlan, scores: PlannedScores, look: Look, report: Re
         _tell_end(name, end, used_by[name], report)
     for night in nights:
         _audit_embeddings(look.open(night.embeddings), night, day, report)
+
+
+def _identities(pinned: PinnedArtefacts) -> dict[str, str] | None:
+    """Returns what is pinned for a day; None where nothing is, or its packages are gone."""
+    try:
+        return pinned.identities()
+    except OperatorError:
+        return None
 
 
 def _first_served(night: ItemNight) -> str:

@@ -33,8 +33,8 @@ from feature_jobs.inputs import RowGroup, Source
 from feature_jobs.items.item_facts import ItemFacts, item_facts
 from feature_jobs.items.item_vectors import ItemVectors, ask_all, items_of_answers, no_answers
 from feature_jobs.schemas import HISTORY_ITEM_IDS, InputNotReady, Table, cluster_column
-from feature_jobs.store import hashing
-from feature_jobs.store.partitions import Partition, is_published, open_published
+from feature_jobs.store import files, hashing
+from feature_jobs.store.partitions import Partition, open_published
 from pipelines.config import Settings
 from pipelines.planning.day_plan import DayPlan, NightOptions, Range
 from pipelines.planning.impressions import histories_job, score_settings
@@ -57,8 +57,8 @@ def audit_day(
 ) -> Report:
     """Audits the night of ds, then its training sets; `sample` rows of each are planted around.
 
-    Where there is no night the sets are audited alone, and that is told, as is a set that cannot
-    be read. Raises as `audit` does.
+    Where there is no night the sets are audited alone, and that is told, as is a set that is not
+    whole or cannot be read. Raises as `audit` does.
     """
     options, sets = NightOptions(from_log=from_log), _sets_of(settings, ds)
     try:
@@ -92,8 +92,9 @@ def recompute_set(settings: Settings, ds: dt.date, table: Table) -> Report:
 
 
 def _sets_of(settings: Settings, ds: dt.date) -> list[Table]:
+    """Returns the training sets that have files of ds, be they published or torn."""
     layout = settings.layout
-    return [one for one in layout.training_sets() if is_published(layout.folder(one, ds))]
+    return [one for one in layout.training_sets() if files.list_names(layout.folder(one, ds))]
 
 
 # ---- What is published -------------------------------------------------------------------------

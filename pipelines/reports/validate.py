@@ -235,7 +235,7 @@ def judge_again(settings: Settings, day: Day) -> Iterator[Finding]:
         try:
             judged = judge_published(settings, day.ds, kind, look)
         except audit.ILL as error:
-            what = "what a manifest does not say: " if isinstance(error, LookupError) else ""
+            what = "what a manifest does not say: " if isinstance(error, KeyError) else ""
             law, told = "its gates were not asked again", f"they judge by {what}{error}"
             told = str(error) if isinstance(error, InputNotReady) else told
             yield Finding(UNVERIFIED, kind.tables[0].name, law, told)

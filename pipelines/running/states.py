@@ -28,6 +28,10 @@ NEVER_MADE = "never made"
 _BEGUN = "begun.json"  # what it is made from; the first file of a staging folder
 _PUBLISHING = "publishing.json"  # of a forced stage: its tables may be partly published
 _REFUSED = "refused.json"
+# What it means where manifests of scores say nothing of these.
+_UNSAID = {
+    "features_from": "same", "encoder_id": "that of each night", "codebook_id": "that of each night"
+}  # fmt: skip
 _OF_THE_DAY_BEFORE = ("previous", "histories_before")  # inputs by which a stage goes on from it
 
 
@@ -293,7 +297,8 @@ def _changes(old: Partition, stage: Stage) -> Iterator[Reason]:
         then, now = old.manifest[what], _as_json(getattr(stage, what))
         for name in dict.fromkeys([*then, *now]):
             if then.get(name) != now.get(name):
-                yield Reason(f"{name} was {_told(then.get(name))}, is {_told(now.get(name))}")
+                both = [_told(said.get(name, _UNSAID.get(name))) for said in (then, now)]
+                yield Reason(f"{name} was {both[0]}, is {both[1]}")
     then, now = old.manifest["inputs"], _as_json(stage.inputs)
     changed = [name for name in dict.fromkeys([*then, *now]) if then.get(name) != now.get(name)]
     for name in changed:

@@ -3,7 +3,9 @@
 A second pin begins in the middle, rows come late, and the first day knows no night yet.
 """
 
+import copy
 import datetime as dt
+import json
 import os
 import shutil
 from typing import Any
@@ -215,6 +217,23 @@ def test_the_manifest_names_the_nights_and_their_versions(served: World) -> None
             name: manifest(served, name, ds)["version"]
             for name in ("item_features", "item_embeddings")
         }
+
+
+def test_a_night_whose_pin_is_gone_is_told_and_the_rest_is_audited(
+    served: World, capsys: Capture, artefacts: Artefacts, later: Artefacts
+) -> None:
+    """What is pinned by now holds for the last days alone."""
+    world = copy.copy(served)
+    world.pins = served.pins[1:]
+    capsys.readouterr()
+    assert courier(world, "audit", "--ds", str(DAYS[3]), "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    told = texts(report, "unverified")
+    for day in DAYS[:2]:
+        assert f"codebook of the night of ds {day} are not pinned for it any more" in told
+    assert os.path.basename(artefacts.codebook) in told
+    assert f"encoder {os.path.basename(later.encoder)} was made from" in texts(report, "ok")
+    assert "published user_simscores are what their inputs give" in texts(report, "ok")
 
 
 def test_a_night_that_was_pruned_leaves_nothing_to_compute_scores_again_from(

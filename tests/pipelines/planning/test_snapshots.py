@@ -315,6 +315,24 @@ def test_another_delay_makes_all_scores_stale(shop: Previous) -> None:
     assert all("availability_delay_hours was 6.0, is 3.0" in why for why in stale.values())
 
 
+def test_scores_that_are_to_be_of_other_nights_are_told_in_words(shop: Previous) -> None:
+    previous = shop.config.read_text()
+    same = previous.replace("features_from = 'previous'", "features_from = 'same'")
+    assert same != previous
+    shop.config.write_text(same)
+    assert shop.refresh(*DAYS[:2]) == 0
+    ids = shop.manifest("user_simscores", DAYS[1])["identities"]
+    shop.config.write_text(previous)
+    why = shop.stale()[f"{DAYS[1]} simscore"]
+    for name, identity in ids.items():
+        assert f"{name} was {identity}, is that of each night" in why
+    assert "features_from was same, is previous" in why
+    assert shop.refresh(*DAYS[:2]) == 0
+    shop.config.write_text(same)
+    why = shop.stale()[f"{DAYS[1]} simscore"]
+    assert f"encoder_id was that of each night, is {ids['encoder_id']}" in why
+
+
 # ---- What is refused ---------------------------------------------------------------------------
 
 

@@ -116,6 +116,19 @@ def test_a_set_that_cannot_be_read_leaves_the_report_of_the_night(
     assert "not audited" not in texts(whole, "unverified")
 
 
+@pytest.mark.parametrize("torn", ["_manifest.json", "_SUCCESS"])
+def test_a_set_that_is_not_whole_is_told(joinable: World, capsys: Capture, torn: str) -> None:
+    for name in ("ctr", "search"):
+        assert join(joinable, "--ds", DAY, "--name", name) == 0
+    path = joinable.root / "test/joined/ctr" / f"ds={DAY}" / torn
+    path.write_bytes(path.read_bytes()[:20])
+    status, report = audit(joinable, capsys)
+    assert status == 0
+    assert "the training set was not audited: No published partition" in texts(report, "unverified")
+    _, report = audit(joinable, capsys, "search")
+    assert "the 152 published rows are what their inputs give" in texts(report, "ok")
+
+
 # ---- Leaks -------------------------------------------------------------------------------------
 
 

@@ -315,6 +315,20 @@ def test_a_manifest_of_this_version_that_lacks_something_is_not_called_another_v
     assert "it says nothing of inputs" in told
 
 
+@pytest.mark.parametrize(
+    "what", ["audit.recompute", "audit_joins.recompute_set", "judge_published"]
+)
+def test_an_error_in_the_code_is_told_as_none_of_the_data(
+    shop: World, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def broken(*_: Any) -> None:
+        raise TypeError("recompute() takes 3 positional arguments but 4 were given")
+
+    monkeypatch.setattr(f"pipelines.reports.validate.{what}", broken)
+    with pytest.raises(TypeError, match="positional arguments"):
+        validations.validate(shop.settings(), [broken_roots.DS], fast=True)
+
+
 def test_the_gates_of_a_stage_are_asked_though_those_of_another_cannot_be(
     shop: World, capsys: Capture
 ) -> None:
