@@ -2,7 +2,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test check java readers test-frameworks bench docs pins
+.PHONY: help demo test check java readers test-frameworks test-clusters flink flink-stop spark \
+	spark-stop prism bench docs pins
 
 VENV := .venv
 DEMO ?= demo
@@ -21,6 +22,10 @@ help:
 	@echo 'make check   what CI runs: format check, lint, types, tests'
 	@echo 'make readers reads published tables with Spark, which it installs beside (needs Java 17)'
 	@echo 'make test-frameworks reads a training set with FuxiCTR, which it installs beside (half a GB)'
+	@echo 'make test-clusters makes nights on Flink, Spark and Prism, which it fetches (needs Java, Maven, Go)'
+	@echo 'make flink   a Flink cluster that stays until make flink-stop; prints the options to send jobs there'
+	@echo 'make spark   a Spark cluster that stays until make spark-stop; likewise'
+	@echo 'make prism   builds Prism; likewise'
 	@echo 'make bench   the benchmarks in tests/benchmarks'
 	@echo 'make docs    pipelines/docs/settings.md anew after a change of settings'
 	@echo 'make pins    requirements.txt anew after a change of setup.py (needs uv)'
@@ -74,7 +79,7 @@ demo: $(READY)
 # Each file of tests in one process, so that what it sets up is set up once; in the order of
 # tests/conftest.py, which is not that of their numbers of tests.
 test: $(READY)
-	python -m pytest -q -m 'not readers and not frameworks' \
+	python -m pytest -q -m 'not readers and not frameworks and not clusters' \
 		--numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
@@ -120,6 +125,22 @@ $(FUXICTR_READY): $(PINNED)
 test-frameworks: $(READY) $(FUXICTR_READY)
 	python -m pytest -q -m frameworks tests/pipelines/test_frameworks.py
 
+# ---- clusters ------------------------------------------------------------------------------------
+# What they are made of lies in a cache of the user's, outside the tree: half a GB, fetched once.
+test-clusters: $(READY)
+	python -m tests.support.cluster_packages
+	python -m pytest -q -m clusters tests/pipelines/test_clusters.py
+
+flink spark: $(READY)
+	@python -m tests.support.standing_clusters $@ start
+
+flink-stop spark-stop:
+	@python -m tests.support.standing_clusters $(@:-stop=) stop
+
+prism: $(READY)
+	@python -m tests.support.standing_clusters prism
+
+# ---- benchmarks and docs -------------------------------------------------------------------------
 bench: $(READY)
 	for b in $(wildcard tests/benchmarks/bench_*.py); do echo "== $$b"; python $$b || exit 1; done
 

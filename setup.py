@@ -17,7 +17,12 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["pipelines*", "courier_model*", "feature_jobs*"]),
     package_data={"pipelines": ["configs/*.toml", "docs/*.md"]},
-    entry_points={"console_scripts": ["courier = pipelines.cli:main"]},
+    entry_points={
+        "console_scripts": [
+            "courier = pipelines.cli:main",
+            "courier-worker = pipelines.running.worker_boot:main",
+        ]
+    },
     install_requires=[
         # Lower bounds are what we have run, upper bounds end where a release may break us.
         "apache-beam[gcp]>=2.77,<3",  # not Beam's `torch` extra: it caps torch below our pin

@@ -152,6 +152,10 @@ def dry_run(target: str) -> str:
         ("check", ["ruff format --check .", "ruff check .", "mypy", "python -m pytest"]),
         ("test-frameworks", ["fuxictr==", "python -m pytest -q -m frameworks"]),
         ("readers", ["java -version", "python -m pytest -q -m readers"]),
+        ("test-clusters", ["support.cluster_packages", "python -m pytest -q -m clusters"]),
+        ("flink", ["standing_clusters flink start"]),
+        ("spark", ["standing_clusters spark start"]),
+        ("prism", ["standing_clusters prism"]),
         ("docs", ["python -m tests.support.settings_page"]),
         ("bench", ["tests/benchmarks" if any(ROOT.glob("tests/benchmarks/*.py")) else "for b in"]),
     ],
@@ -166,7 +170,7 @@ def test_make_does_what_its_help_says(target: str, commands: list[str]) -> None:
 def test_ci_runs_what_make_check_runs() -> None:
     assert os.access(ROOT / ".ci/run", os.X_OK)
     found = re.findall(r"\bmake ([\w-]+)(?= <)", read(".ci/run"))
-    assert found == ["check", "test-frameworks", "readers"]
+    assert found == ["check", "test-frameworks", "readers", "test-clusters"]
 
 
 def test_make_readers_says_what_it_lacks_without_java() -> None:

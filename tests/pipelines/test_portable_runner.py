@@ -6,7 +6,6 @@ They are Beam's own: jobs go to a job service, which asks a pool for worker proc
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import pytest
 
 from tests.conftest import Artefacts
 from tests.support.commands import courier, published, refresh
-from tests.support.processes import ROOT, wait_for
+from tests.support.processes import ROOT, answers, free_port, wait_for
 from tests.support.world import DAYS, World
 
 
@@ -34,18 +33,6 @@ def running(module: str, *args: str) -> Iterator[subprocess.Popen]:
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("localhost", 0))
-        return int(taken.getsockname()[1])
-
-
-def answers(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("localhost", port), 1):
-        return True
-    return False
 
 
 @pytest.fixture

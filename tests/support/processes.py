@@ -1,5 +1,7 @@
 """Starts scripts in processes of their own, which tests wait for and kill."""
 
+import contextlib
+import socket
 import subprocess
 import sys
 import time
@@ -28,3 +30,15 @@ def wait_for(found: Callable[[], bool], process: subprocess.Popen) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        return int(taken.getsockname()[1])
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("localhost", port), 1):
+        return True
+    return False

@@ -1,0 +1,78 @@
+"""Runs the command `courier-worker`: a Beam worker out of the Python that it is installed in.
+
+Hosts of Flink and Spark run it for jobs that name it as their environment:
+
+    --environment_type=PROCESS --environment_options=process_command=/path/to/courier-worker
+
+so that a virtual environment on each host does instead of Docker. It takes what Beam starts the
+`boot` of its images with, and fetches and installs nothing: all that a job needs is to be there.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from apache_beam.portability.api import beam_provision_api_pb2 as provision
+from apache_beam.portability.api import beam_provision_api_pb2_grpc as provision_service
+from apache_beam.runners.job.utils import struct_to_dict
+from apache_beam.runners.worker import sdk_worker_main
+from apache_beam.runners.worker.channel_factory import GRPCChannelFactory
+
+_SECONDS = 60.0  # for an answer of whoever has just started this process
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Works for the runner that started this process, until it has no more for it.
+
+    `args` are those of the command line if None. Raises what Beam raises where the runner is gone.
+    """
+    given = _parse(args)
+    info = _ask(given.provision_endpoint, given.id)
+    os.environ.update(environment(given.id, info))
+    sdk_worker_main.main(sys.argv)
+
+
+def _parse(args: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("courier-worker", description=__doc__)
+    parser.add_argument("--id", required=True, help="the worker's name in its job")
+    parser.add_argument("--provision_endpoint", required=True, help="host:port that tells the rest")
+    for name in ("control", "logging", "artifact"):
+        parser.add_argument(f"--{name}_endpoint", help="not read: the provision service tells it")
+    return parser.parse_args(args)
+
+
+def _ask(endpoint: str, worker_id: str) -> provision.ProvisionInfo:
+    """Returns what the runner tells a worker that it starts."""
+    with GRPCChannelFactory.insecure_channel(endpoint) as channel:
+        service = provision_service.ProvisionServiceStub(channel)
+        request = provision.GetProvisionInfoRequest()
+        who = (("worker_id", worker_id),)
+        return service.GetProvisionInfo(
+            request, metadata=who, timeout=_SECONDS, wait_for_ready=True
+        ).info
+
+
+def environment(worker_id: str, info: provision.ProvisionInfo) -> Mapping[str, str]:
+    """Returns the variables by which Beam's worker finds its runner and the job's options.
+
+    There is no SEMI_PERSISTENT_DIRECTORY: it is where staged files would lie.
+    """
+    found = {
+        "WORKER_ID": worker_id,
+        "PIPELINE_OPTIONS": json.dumps(struct_to_dict(info.pipeline_options)),
+        "RUNNER_CAPABILITIES": " ".join(info.runner_capabilities),
+    }
+    services: dict[str, Any] = {
+        "CONTROL": info.control_endpoint,
+        "LOGGING": info.logging_endpoint,
+        "STATUS": info.status_endpoint,
+    }
+    named = {name: service for name, service in services.items() if service.url}
+    return found | {f"{name}_API_SERVICE_DESCRIPTOR": str(at) for name, at in named.items()}
+
+
+if __name__ == "__main__":
+    main()

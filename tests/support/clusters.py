@@ -1,0 +1,313 @@
+"""Runs Flink and Spark on this machine, as clusters of processes, and finds Prism.
+
+The clusters that `flink` and `spark` give end with this process, however it ends: a guard kills
+them once its standard input does. `standing_clusters` has another process hold one until it is told
+to stop.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.support import cluster_packages
+from tests.support.processes import ROOT, answers, free_port
+
+_START_SECONDS = 120.0
+_GUARD = "import os, signal, sys; sys.stdin.buffer.read(1); os.killpg(0, signal.SIGKILL)"
+# Much starts here and little runs for long: compiled once, and collected by one thread.
+_JAVA = ["java", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xshare:auto"]
+_JOB_SERVER = Path(__file__).with_name("JobServer.java")
+_DATED = [
+    "-Dorg.slf4j.simpleLogger.showDateTime=true",
+    "-Dorg.slf4j.simpleLogger.dateTimeFormat=HH:mm:ss.SSS",
+]
+_OPENED = (
+    "java.lang", "java.lang.invoke", "java.lang.reflect", "java.net", "java.nio", "java.io",
+    "java.util", "java.util.concurrent", "java.util.concurrent.atomic", "java.text", "java.time",
+    "sun.nio.ch", "sun.nio.cs", "sun.security.action", "sun.util.calendar",
+)  # fmt: skip
+
+
+class NotUp(Exception):
+    """Says which process of a cluster is not up, with the end of its log."""
+
+
+class Processes:
+    """Starts processes that end with this one, however it ends, and logs each into a file."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.named = folder, dict[str, subprocess.Popen]()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> "Processes":
+        command = [sys.executable, "-I", "-S", "-c", _GUARD]
+        self._guard = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Kills all of them, and what they have started."""
+        self._guard.stdin.close()
+        for process in (self._guard, *self.named.values()):
+            process.wait()
+
+    def log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
+
+    def start(self, name: str, command: Sequence[str | Path], **variables: str) -> None:
+        """Starts a process as one of the group that the guard kills."""
+        with open(self.log(name), "ab") as log:
+            self.named[name] = subprocess.Popen(
+                command, cwd=self.folder, env=os.environ | variables, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, process_group=self._guard.pid,
+            )  # fmt: skip
+
+    def wait_until(self, found: Callable[[], bool], name: str) -> None:
+        """Waits until `found` of the process `name`; raises NotUp where it ends or takes long."""
+        deadline = time.monotonic() + _START_SECONDS
+        while not found():
+            status = self.named[name].poll()
+            if status is not None or time.monotonic() > deadline:
+                what = "is not up yet" if status is None else f"has ended with status {status}"
+                log = self.log(name)
+                tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+                raise NotUp(f"{name} {what}. The last of {log}:\n{tail}")
+            time.sleep(0.1)
+
+
+class Flink:
+    """A job manager, task managers of one slot each, and a job server that stays.
+
+    `settings` are Flink's own. A task manager has what 2 slots of small jobs need: half a GB.
+    """
+
+    def __init__(self, processes: Processes, settings: Mapping[str, str]):
+        self.processes, self._jars = processes, cluster_packages.jars("flink") / "jars"
+        self._rest, self._job_port = free_port(), free_port()
+        self.url = f"http://localhost:{self._rest}"
+        own = {
+            "jobmanager.rpc.address": "localhost",
+            "jobmanager.rpc.port": free_port(),
+            "rest.address": "localhost",
+            "rest.port": self._rest,
+            "io.tmp.dirs": processes.folder,
+            # What ended shall be seen within seconds.
+            "heartbeat.interval": 1000,
+            "heartbeat.timeout": 8000,
+            "restart-strategy.type": "none",
+            # Classes of Beam are those of the cluster's own path, and not loaded anew for each job.
+            "classloader.resolve-order": "parent-first",
+            "taskmanager.cpu.cores": 1,
+            "taskmanager.numberOfTaskSlots": 1,
+            "taskmanager.memory.framework.heap.size": "64m",
+            "taskmanager.memory.task.heap.size": "192m",
+            "taskmanager.memory.managed.size": "128m",
+            "taskmanager.memory.framework.off-heap.size": "128m",
+            "taskmanager.memory.task.off-heap.size": "0m",
+            "taskmanager.memory.network.min": "64m",
+            "taskmanager.memory.network.max": "64m",
+            "taskmanager.network.sort-shuffle.min-buffers": 64,
+            "taskmanager.memory.jvm-metaspace.size": "192m",
+            "taskmanager.memory.jvm-overhead.min": "64m",
+            "taskmanager.memory.jvm-overhead.max": "64m",
+        }
+        lines = [f"{name}: {value}" for name, value in {**own, **settings}.items()]
+        (processes.folder / "flink-conf.yaml").write_text("\n".join(lines) + "\n")
+        self._task_managers = 0
+
+    @property
+    def options(self) -> list[str]:
+        """Beam's options that send a job here, at as many slots as there are now."""
+        return [
+            "--runner=FlinkRunner", f"--job_endpoint=localhost:{self._job_port}",
+            f"--parallelism={self._task_managers}", *_worker_options(self.processes.folder),
+        ]  # fmt: skip
+
+    def start_job_manager(self) -> None:
+        entry = "org.apache.flink.runtime.entrypoint.StandaloneSessionClusterEntrypoint"
+        self._java("jobmanager", ["-Xmx256m"], entry, "--configDir", self.processes.folder)
+        self.processes.wait_until(lambda: self.ask("overview") is not None, "jobmanager")
+
+    def start_task_manager(self) -> str:
+        """Starts one more, and returns its name."""
+        self._task_managers += 1
+        name = f"taskmanager-{self._task_managers}"
+        self._java(
+            name, ["-Xmx256m", "-XX:MaxDirectMemorySize=192m", "-XX:MaxMetaspaceSize=192m"],
+            "org.apache.flink.runtime.taskexecutor.TaskManagerRunner",
+            "--configDir", self.processes.folder, f"-Dtaskmanager.resource-id={name}",
+        )  # fmt: skip
+        return name
+
+    def start_job_server(self) -> None:
+        self._java(
+            "jobserver", ["-Xmx384m"], _JOB_SERVER,
+            "org.apache.beam.runners.flink.FlinkJobServerDriver",
+            f"--flink-master=localhost:{self._rest}", f"--flink-conf-dir={self.processes.folder}",
+            *_job_server_options(self.processes.folder, self._job_port),
+        )  # fmt: skip
+
+    def wait(self) -> None:
+        """Waits until all that was started is up."""
+        for number in range(self._task_managers):
+            found = lambda: self.ask("overview")["taskmanagers"] >= self._task_managers  # noqa: E731
+            self.processes.wait_until(found, f"taskmanager-{number + 1}")
+        self.processes.wait_until(lambda: answers(self._job_port), "jobserver")
+
+    def ask(self, path: str) -> Any:
+        """Returns what the job manager answers to a GET of its REST interface; None for nothing."""
+        return _get_json(f"{self.url}/v1/{path}")
+
+    def _java(self, name: str, flags: Sequence[str], *command: str | Path) -> None:
+        jars = ":".join(map(str, sorted(self._jars.iterdir())))
+        start = [*_JAVA, *_DATED, *_opened(), *flags, "-cp", jars, *command]
+        self.processes.start(name, start, **_worker_variables())
+
+
+class Spark:
+    """A master, workers of one core each, and a job server that stays: each job's driver."""
+
+    def __init__(self, processes: Processes):
+        self.processes = processes
+        self._home = cluster_packages.jars("spark")
+        beam = cluster_packages.jars("beam-on-spark") / "jars"
+        self._beam = ":".join(map(str, sorted(beam.iterdir())))
+        self._port, self._web, self._job_port = free_port(), free_port(), free_port()
+        self.url = f"http://localhost:{self._web}"
+        self._workers = 0
+
+    @property
+    def options(self) -> list[str]:
+        """Beam's options that send a job here."""
+        return [
+            "--runner=SparkRunner", f"--job_endpoint=localhost:{self._job_port}",
+            *_worker_options(self.processes.folder),
+        ]  # fmt: skip
+
+    def start_master(self) -> None:
+        self._spark(
+            "master", "org.apache.spark.deploy.master.Master", "--host", "localhost",
+            "--port", str(self._port), "--webui-port", str(self._web),
+        )  # fmt: skip
+        self.processes.wait_until(lambda: self.ask() is not None, "master")
+
+    def start_worker(self) -> str:
+        """Starts one more, and returns its name."""
+        self._workers += 1
+        name = f"worker-{self._workers}"
+        self._spark(
+            name, "org.apache.spark.deploy.worker.Worker", "--host", "localhost", "--cores", "1",
+            "--memory", "1g", "--work-dir", str(self.processes.folder / name),
+            f"spark://localhost:{self._port}",
+        )  # fmt: skip
+        return name
+
+    def start_job_server(self, workers: int) -> None:
+        settings = {
+            "spark.executor.extraClassPath": self._beam,
+            "spark.executor.memory": "512m",
+            "spark.executor.extraJavaOptions": " ".join([*_JAVA[1:], *_opened()]),
+            "spark.driver.host": "localhost",
+            "spark.default.parallelism": str(workers),
+            "spark.local.dir": str(self.processes.folder),
+        }
+        flags = [f"-D{name}={value}" for name, value in settings.items()]
+        self.processes.start(
+            "jobserver",
+            [*_JAVA, *_opened(), "-Xmx512m", *flags, "-cp", f"{self._beam}:{self._home}/jars/*",
+             _JOB_SERVER, "org.apache.beam.runners.spark.SparkJobServerDriver",
+             f"--spark-master-url=spark://localhost:{self._port}",
+             *_job_server_options(self.processes.folder, self._job_port)],
+        )  # fmt: skip
+
+    def wait(self) -> None:
+        """Waits until all that was started is up."""
+        for number in range(self._workers):
+            found = lambda: self.ask()["aliveworkers"] >= self._workers  # noqa: E731
+            self.processes.wait_until(found, f"worker-{number + 1}")
+        self.processes.wait_until(lambda: answers(self._job_port), "jobserver")
+
+    def ask(self) -> Any:
+        """Returns what the master tells of itself; None for nothing."""
+        return _get_json(f"{self.url}/json/")
+
+    def _spark(self, name: str, entry: str, *arguments: str) -> None:
+        command = [*_JAVA, *_opened(), "-Xmx256m", "-cp", f"{self._home}/jars/*", entry, *arguments]
+        home = {"SPARK_HOME": str(self._home), "SPARK_SCALA_VERSION": "2.12"}
+        self.processes.start(name, command, **home, **_worker_variables())
+
+
+@contextlib.contextmanager
+def flink(folder: Path, task_managers: int = 2, **settings: str) -> Iterator[Flink]:
+    """Gives a Flink cluster that logs into `folder`; raises NotUp where it does not start."""
+    with Processes(folder) as processes:
+        cluster = Flink(processes, settings)
+        for _ in range(task_managers):
+            cluster.start_task_manager()
+        cluster.start_job_server()
+        cluster.start_job_manager()
+        cluster.wait()
+        yield cluster
+
+
+@contextlib.contextmanager
+def spark(folder: Path, workers: int = 2) -> Iterator[Spark]:
+    """Gives a Spark cluster that logs into `folder`; raises NotUp where it does not start."""
+    with Processes(folder) as processes:
+        cluster = Spark(processes)
+        cluster.start_job_server(workers)
+        cluster.start_master()  # up before its workers ask for it, which would wait for long
+        for _ in range(workers):
+            cluster.start_worker()
+        cluster.wait()
+        yield cluster
+
+
+def prism() -> list[str]:
+    """Returns Beam's options that run a job on Prism, which each command starts by itself."""
+    return ["--runner=PrismRunner", f"--prism_location={cluster_packages.prism()}"]
+
+
+def _opened() -> list[str]:
+    return [f"--add-opens=java.base/{name}=ALL-UNNAMED" for name in _OPENED]
+
+
+def _job_server_options(folder: Path, port: int) -> list[str]:
+    return [
+        "--job-host=localhost", f"--job-port={port}", "--artifact-port=0", "--expansion-port=0",
+        f"--artifacts-dir={folder / 'artifacts'}",
+    ]  # fmt: skip
+
+
+def _worker_options(folder: Path) -> list[str]:
+    """Writes a program that is the worker of this checkout; returns the options that name it."""
+    program = folder / "courier-worker"
+    log = shlex.quote(f"{folder}/python-")
+    program.write_text(
+        f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -m pipelines.running.worker_boot "
+        f'"$@" >>{log}$$.log 2>&1\n'
+    )
+    program.chmod(0o755)
+    return [
+        "--environment_type=PROCESS", f"--environment_options=process_command={program}",
+        # Between two steps a worker waits; else each step would start its own.
+        "--environment_cache_millis=10000",
+    ]  # fmt: skip
+
+
+def _worker_variables() -> dict[str, str]:
+    """Returns what a task manager's environment has for the workers that it starts."""
+    return {"PYTHONPATH": str(ROOT)}
+
+
+def _get_json(url: str) -> Any:
+    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+        return json.load(answer)
+    return None
