@@ -12,6 +12,8 @@ import argparse
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +24,7 @@ from apache_beam.runners.worker import sdk_worker_main
 from apache_beam.runners.worker.channel_factory import GRPCChannelFactory
 
 _SECONDS = 60.0  # for an answer of whoever has just started this process
+_PARENT_SECONDS = 1.0
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -30,9 +33,20 @@ def main(args: Sequence[str] | None = None) -> None:
     `args` are those of the command line if None. Raises what Beam raises where the runner is gone.
     """
     given = _parse(args)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     info = _ask(given.provision_endpoint, given.id)
     os.environ.update(environment(given.id, info))
     sdk_worker_main.main(sys.argv)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ends this process once `parent` is gone, killed with its host's memory at an end, say.
+
+    Beam's worker would first finish what it is at: for hours, and beside another try of the same.
+    """
+    while os.getppid() == parent:
+        time.sleep(_PARENT_SECONDS)
+    os._exit(1)
 
 
 def _parse(args: Sequence[str] | None) -> argparse.Namespace:

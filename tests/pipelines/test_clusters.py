@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import Artefacts, pinned
 from tests.support import cluster_packages, clusters, standing_clusters
 from tests.support.commands import Capture, courier, published, published_below
-from tests.support.processes import ROOT
+from tests.support.processes import ROOT, ended, is_alive
 from tests.support.training_shop import SECTION
 from tests.support.world import CLUSTERS, DAYS, World
 
@@ -67,14 +67,17 @@ def expected() -> dict[str, Files]:
 
 @pytest.fixture(scope="module", params=["prism", "flink", "spark"])
 def engine(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, warm_python: str
 ) -> Iterator[tuple[str, list[str]]]:
-    """Gives a cluster's name and Beam's options that send jobs there."""
+    """Gives a cluster's name and Beam's options that send jobs there.
+
+    Its workers have torch and Beam imported already.
+    """
     if request.param == "prism":
         yield request.param, clusters.prism()
         return
     running = {"flink": clusters.flink, "spark": clusters.spark}[request.param]
-    with running(tmp_path_factory.mktemp(request.param)) as cluster:
+    with running(tmp_path_factory.mktemp(request.param), python=warm_python) as cluster:
         yield request.param, cluster.options
 
 
@@ -105,21 +108,6 @@ with Processes(pathlib.Path(sys.argv[1])) as processes:
     print(processes.log("one").read_text(), flush=True)
     time.sleep(600)
 """
-
-
-def is_alive(number: int) -> bool:
-    """Returns whether a process runs; one that has ended and is not waited for does not."""
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def ended(numbers: list[int], seconds: float = 20) -> bool:
-    deadline = time.monotonic() + seconds
-    while any(map(is_alive, numbers)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not any(map(is_alive, numbers))
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])

@@ -15,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tests.support import cluster_packages
@@ -69,27 +70,37 @@ class Processes:
                 stdout=log, stderr=log, process_group=self._guard.pid,
             )  # fmt: skip
 
-    def wait_until(self, found: Callable[[], bool], name: str) -> None:
-        """Waits until `found` of the process `name`; raises NotUp where it ends or takes long."""
+    def running(self, kind: str = "") -> list[str]:
+        """Returns the names that begin with `kind` of what has not ended."""
+        alive = [name for name, process in self.named.items() if process.poll() is None]
+        return [name for name in alive if name.startswith(kind)]
+
+    def wait_until(self, found: Callable[[], bool], *names: str) -> None:
+        """Waits until `found`; raises NotUp where one of `names` ends before, or it takes long."""
         deadline = time.monotonic() + _START_SECONDS
         while not found():
-            status = self.named[name].poll()
-            if status is not None or time.monotonic() > deadline:
-                what = "is not up yet" if status is None else f"has ended with status {status}"
-                log = self.log(name)
-                tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-                raise NotUp(f"{name} {what}. The last of {log}:\n{tail}")
+            for name in names:
+                if (status := self.named[name].poll()) is not None:
+                    raise NotUp(f"{name} has ended with status {status}. {self._tail(name)}")
+            if time.monotonic() > deadline:
+                told = "\n".join(map(self._tail, names))
+                raise NotUp(f"{', '.join(names)}: not up after {_START_SECONDS:.0f} s. {told}")
             time.sleep(0.1)
+
+    def _tail(self, name: str) -> str:
+        lines = self.log(name).read_text(errors="replace").splitlines()[-20:]
+        return "\n".join([f"The end of {self.log(name)}:", *lines])
 
 
 class Flink:
     """A job manager, task managers of one slot each, and a job server that stays.
 
-    `settings` are Flink's own. A task manager has what 2 slots of small jobs need: half a GB.
+    `settings` are Flink's own; workers run in `python`. A task manager has 3/4 GB.
     """
 
-    def __init__(self, processes: Processes, settings: Mapping[str, str]):
+    def __init__(self, processes: Processes, python: str, settings: Mapping[str, str]):
         self.processes, self._jars = processes, cluster_packages.jars("flink") / "jars"
+        self._worker = _write_worker(processes.folder, python)
         self._rest, self._job_port = free_port(), free_port()
         self.url = f"http://localhost:{self._rest}"
         own = {
@@ -120,14 +131,15 @@ class Flink:
         }
         lines = [f"{name}: {value}" for name, value in {**own, **settings}.items()]
         (processes.folder / "flink-conf.yaml").write_text("\n".join(lines) + "\n")
-        self._task_managers = 0
+        self._started = 0
 
     @property
     def options(self) -> list[str]:
         """Beam's options that send a job here, at as many slots as there are now."""
+        slots = self.ask("overview")["slots-total"]
         return [
             "--runner=FlinkRunner", f"--job_endpoint=localhost:{self._job_port}",
-            f"--parallelism={self._task_managers}", *_worker_options(self.processes.folder),
+            f"--parallelism={slots}", *_worker_options(self._worker),
         ]  # fmt: skip
 
     def start_job_manager(self) -> None:
@@ -137,8 +149,8 @@ class Flink:
 
     def start_task_manager(self) -> str:
         """Starts one more, and returns its name."""
-        self._task_managers += 1
-        name = f"taskmanager-{self._task_managers}"
+        self._started += 1
+        name = f"taskmanager-{self._started}"
         self._java(
             name, ["-Xmx256m", "-XX:MaxDirectMemorySize=192m", "-XX:MaxMetaspaceSize=192m"],
             "org.apache.flink.runtime.taskexecutor.TaskManagerRunner",
@@ -156,10 +168,13 @@ class Flink:
 
     def wait(self) -> None:
         """Waits until all that was started is up."""
-        for number in range(self._task_managers):
-            found = lambda: self.ask("overview")["taskmanagers"] >= self._task_managers  # noqa: E731
-            self.processes.wait_until(found, f"taskmanager-{number + 1}")
-        self.processes.wait_until(lambda: answers(self._job_port), "jobserver")
+        wanted = len(self.processes.running("taskmanager"))
+
+        def found() -> bool:
+            overview = self.ask("overview") or {}
+            return overview.get("taskmanagers", 0) >= wanted and answers(self._job_port)
+
+        self.processes.wait_until(found, *self.processes.running())
 
     def ask(self, path: str) -> Any:
         """Returns what the job manager answers to a GET of its REST interface; None for nothing."""
@@ -168,27 +183,27 @@ class Flink:
     def _java(self, name: str, flags: Sequence[str], *command: str | Path) -> None:
         jars = ":".join(map(str, sorted(self._jars.iterdir())))
         start = [*_JAVA, *_DATED, *_opened(), *flags, "-cp", jars, *command]
-        self.processes.start(name, start, **_worker_variables())
+        self.processes.start(name, start)
 
 
 class Spark:
     """A master, workers of one core each, and a job server that stays: each job's driver."""
 
-    def __init__(self, processes: Processes):
-        self.processes = processes
+    def __init__(self, processes: Processes, python: str):
+        self.processes, self._worker = processes, _write_worker(processes.folder, python)
         self._home = cluster_packages.jars("spark")
         beam = cluster_packages.jars("beam-on-spark") / "jars"
         self._beam = ":".join(map(str, sorted(beam.iterdir())))
         self._port, self._web, self._job_port = free_port(), free_port(), free_port()
         self.url = f"http://localhost:{self._web}"
-        self._workers = 0
+        self._started = 0
 
     @property
     def options(self) -> list[str]:
         """Beam's options that send a job here."""
         return [
             "--runner=SparkRunner", f"--job_endpoint=localhost:{self._job_port}",
-            *_worker_options(self.processes.folder),
+            *_worker_options(self._worker),
         ]  # fmt: skip
 
     def start_master(self) -> None:
@@ -200,8 +215,8 @@ class Spark:
 
     def start_worker(self) -> str:
         """Starts one more, and returns its name."""
-        self._workers += 1
-        name = f"worker-{self._workers}"
+        self._started += 1
+        name = f"worker-{self._started}"
         self._spark(
             name, "org.apache.spark.deploy.worker.Worker", "--host", "localhost", "--cores", "1",
             "--memory", "1g", "--work-dir", str(self.processes.folder / name),
@@ -229,10 +244,13 @@ class Spark:
 
     def wait(self) -> None:
         """Waits until all that was started is up."""
-        for number in range(self._workers):
-            found = lambda: self.ask()["aliveworkers"] >= self._workers  # noqa: E731
-            self.processes.wait_until(found, f"worker-{number + 1}")
-        self.processes.wait_until(lambda: answers(self._job_port), "jobserver")
+        wanted = len(self.processes.running("worker"))
+
+        def found() -> bool:
+            told = self.ask() or {}
+            return told.get("aliveworkers", 0) >= wanted and answers(self._job_port)
+
+        self.processes.wait_until(found, *self.processes.running())
 
     def ask(self) -> Any:
         """Returns what the master tells of itself; None for nothing."""
@@ -240,15 +258,25 @@ class Spark:
 
     def _spark(self, name: str, entry: str, *arguments: str) -> None:
         command = [*_JAVA, *_opened(), "-Xmx256m", "-cp", f"{self._home}/jars/*", entry, *arguments]
-        home = {"SPARK_HOME": str(self._home), "SPARK_SCALA_VERSION": "2.12"}
-        self.processes.start(name, command, **home, **_worker_variables())
+        variables = {
+            "SPARK_HOME": str(self._home),
+            "SPARK_SCALA_VERSION": "2.12",
+            "SPARK_LOCAL_DIRS": str(self.processes.folder),
+        }
+        self.processes.start(name, command, **variables)
 
 
 @contextlib.contextmanager
-def flink(folder: Path, task_managers: int = 2, **settings: str) -> Iterator[Flink]:
-    """Gives a Flink cluster that logs into `folder`; raises NotUp where it does not start."""
+def flink(
+    folder: Path, task_managers: int = 2, python: str = sys.executable,
+    settings: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Flink]:  # fmt: skip
+    """Gives a Flink cluster that logs into `folder`; raises NotUp where it does not start.
+
+    `python` is its workers' interpreter; `settings` are Flink's own.
+    """
     with Processes(folder) as processes:
-        cluster = Flink(processes, settings)
+        cluster = Flink(processes, python, settings)
         for _ in range(task_managers):
             cluster.start_task_manager()
         cluster.start_job_server()
@@ -258,10 +286,13 @@ def flink(folder: Path, task_managers: int = 2, **settings: str) -> Iterator[Fli
 
 
 @contextlib.contextmanager
-def spark(folder: Path, workers: int = 2) -> Iterator[Spark]:
-    """Gives a Spark cluster that logs into `folder`; raises NotUp where it does not start."""
+def spark(folder: Path, workers: int = 2, python: str = sys.executable) -> Iterator[Spark]:
+    """Gives a Spark cluster that logs into `folder`; raises NotUp where it does not start.
+
+    `python` is its workers' interpreter.
+    """
     with Processes(folder) as processes:
-        cluster = Spark(processes)
+        cluster = Spark(processes, python)
         cluster.start_job_server(workers)
         cluster.start_master()  # up before its workers ask for it, which would wait for long
         for _ in range(workers):
@@ -286,25 +317,24 @@ def _job_server_options(folder: Path, port: int) -> list[str]:
     ]  # fmt: skip
 
 
-def _worker_options(folder: Path) -> list[str]:
-    """Writes a program that is the worker of this checkout; returns the options that name it."""
+def _write_worker(folder: Path, python: str) -> Path:
+    """Writes a program that is the worker of this checkout; what it prints goes to a file each."""
     program = folder / "courier-worker"
-    log = shlex.quote(f"{folder}/python-")
     program.write_text(
-        f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -m pipelines.running.worker_boot "
-        f'"$@" >>{log}$$.log 2>&1\n'
+        f"#!/bin/sh\ncd {shlex.quote(str(ROOT))}\n"
+        f"exec {shlex.quote(python)} -m pipelines.running.worker_boot "
+        f'"$@" >>{shlex.quote(str(folder))}/python-$$.log 2>&1\n'
     )
     program.chmod(0o755)
+    return program
+
+
+def _worker_options(program: Path) -> list[str]:
     return [
         "--environment_type=PROCESS", f"--environment_options=process_command={program}",
         # Between two steps a worker waits; else each step would start its own.
         "--environment_cache_millis=10000",
     ]  # fmt: skip
-
-
-def _worker_variables() -> dict[str, str]:
-    """Returns what a task manager's environment has for the workers that it starts."""
-    return {"PYTHONPATH": str(ROOT)}
 
 
 def _get_json(url: str) -> Any:

@@ -42,3 +42,18 @@ def answers(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("localhost", port), 1):
         return True
     return False
+
+
+def is_alive(number: int) -> bool:
+    """Returns whether a process runs; one that has ended and is not waited for does not."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def ended(numbers: list[int], seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(map(is_alive, numbers)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not any(map(is_alive, numbers))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +17,7 @@ from apache_beam.runners.job.utils import dict_to_struct
 from apache_beam.runners.worker import sdk_worker_main
 
 from pipelines.running import worker_boot
+from tests.support.processes import ended, killed, start
 
 OPTIONS = {"beam:option:experiments:v1": ["one"], "beam:option:state_cache_size:v1": "7"}
 SERVICES = ("control", "logging", "status")
@@ -108,3 +110,27 @@ def test_a_worker_whose_runner_is_gone_ends(
     with pytest.raises(grpc.RpcError):
         worker_boot.main(["--id=1", "--provision_endpoint=localhost:1"])
     assert not worker
+
+
+PARENT = """
+import subprocess, sys
+worker = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, text=True)
+print(worker.pid, worker.stdout.readline(), flush=True)
+worker.wait()
+"""
+BUSY = """
+import time
+from apache_beam.runners.worker import sdk_worker_main
+from pipelines.running import worker_boot
+worker_boot._ask = lambda *_: worker_boot.provision.ProvisionInfo()
+sdk_worker_main.main = lambda _: print("busy", flush=True) or time.sleep(600)
+worker_boot.main(["--id=1", "--provision_endpoint=localhost:1"])
+"""
+
+
+def test_a_busy_worker_ends_once_who_started_it_is_killed() -> None:
+    parent = start(PARENT, BUSY)
+    number, state = parent.stdout.readline().split()
+    assert state == "busy"
+    assert killed(parent) == -signal.SIGKILL
+    assert ended([int(number)])
