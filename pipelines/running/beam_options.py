@@ -26,6 +26,9 @@ from pipelines.running import runners
 
 # Runners whose workers start SDK processes as told.
 _TOLD_PROCESSES = (runners.PORTABLE, runners.FLINK, runners.SPARK)
+# They end a worker when no step is at it, and would start another for the next one, which imports
+# for seconds and loads models anew. This long it waits.
+_KEEP_WORKERS = "--environment_cache_millis=10000"
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,14 @@ def pipeline_options(
 ) -> PipelineOptions:
     """Returns options of one stage: the defaults, the settings, then `given` on the command line.
 
-    The runner is told by its full name. Raises OperatorError for an unknown option, or a runner
-    that is not supported.
+    The runner is told by its full name; workers of a cluster outlast a step. Raises OperatorError
+    for an unknown option, or a runner that is not supported.
     """
     mine = [*flags(settings, stage), *given]
     runner = _named_runner(mine)
     check_flags(mine, runner)
-    return PipelineOptions([*mine, f"--runner={runner}"])
+    defaults = [_KEEP_WORKERS] if runner in _TOLD_PROCESSES else []
+    return PipelineOptions([*defaults, *mine, f"--runner={runner}"])
 
 
 def job_options(settings: Settings, stage: str, given: Sequence[str]) -> JobOptions:

@@ -332,8 +332,6 @@ def _write_worker(folder: Path, python: str) -> Path:
 def _worker_options(program: Path) -> list[str]:
     return [
         "--environment_type=PROCESS", f"--environment_options=process_command={program}",
-        # Between two steps a worker waits; else each step would start its own.
-        "--environment_cache_millis=10000",
     ]  # fmt: skip
 
 

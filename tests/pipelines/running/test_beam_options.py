@@ -8,6 +8,7 @@ import pytest
 from apache_beam.options.pipeline_options import (
     DebugOptions,
     GoogleCloudOptions,
+    PortableOptions,
     StandardOptions,
     WorkerOptions,
 )
@@ -154,6 +155,22 @@ def test_the_default_runner_is_the_local_one_by_name() -> None:
     options = pipeline_options({}, "embed", [])
     assert options.view_as(StandardOptions).runner == "FnApiRunner"
     assert isinstance(beam.Pipeline(options=options).runner, FnApiRunner)
+
+
+@pytest.mark.parametrize(
+    ("given", "millis"),
+    [
+        ([], 0),
+        (["--runner=prism"], 0),
+        (["--runner=flink"], 10_000),
+        (["--runner=spark"], 10_000),
+        (["--runner=portable"], 10_000),
+        (["--runner=flink", "--environment_cache_millis=7"], 7),
+    ],
+)
+def test_workers_of_a_cluster_outlast_a_step(given: list[str], millis: int) -> None:
+    options = pipeline_options({}, "embed", given).view_as(PortableOptions)
+    assert int(options.environment_cache_millis) == millis
 
 
 # ---- How many share a host -------------------------------------------------------------------
