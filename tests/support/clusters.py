@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -55,7 +56,7 @@ class Processes:
 
     def __exit__(self, *_: object) -> None:
         """Kills all of them, and what they have started."""
-        self._guard.stdin.close()
+        os.killpg(self._guard.pid, signal.SIGKILL)
         for process in (self._guard, *self.named.values()):
             process.wait()
 
