@@ -143,6 +143,16 @@ def test_a_cluster_that_stays_ends_when_it_is_told_to(tmp_path: Path) -> None:
     assert not standing_clusters.stop(place)
 
 
+def test_a_cluster_that_cannot_stay_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster_packages.jars("flink")
+    monkeypatch.setenv("PATH", "nowhere")
+    with pytest.raises(clusters.NotUp, match=r"flink did not start: .*no java on PATH"):
+        standing_clusters.start("flink", tmp_path / "standing")
+    assert not standing_clusters.is_held(tmp_path / "standing")
+
+
 def processes_of(place: Path) -> list[int]:
     """Returns the processes whose command names `place`."""
     found = []

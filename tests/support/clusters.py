@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,7 +65,9 @@ class Processes:
         return self.folder / f"{name}.log"
 
     def start(self, name: str, command: Sequence[str | Path], **variables: str) -> None:
-        """Starts a process as one of the group that the guard kills."""
+        """Starts a process as one of the group that the guard kills; raises NotUp without it."""
+        if shutil.which(command[0]) is None:
+            raise NotUp(f"{name} cannot start: there is no {command[0]} on PATH.")
         with open(self.log(name), "ab") as log:
             self.named[name] = subprocess.Popen(
                 command, cwd=self.folder, env=os.environ | variables, stdin=subprocess.DEVNULL,

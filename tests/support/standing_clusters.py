@@ -46,8 +46,10 @@ def start(engine: str, place: Path) -> str:
             start_new_session=True,
         )  # fmt: skip
     os.close(pipe)
-    options = held.stdout.readline()
+    with held.stdout:
+        options = held.stdout.readline()
     if not options:
+        held.wait()
         raise NotUp(f"{engine} did not start: {(place / _ERRORS).read_text()}")
     (place / _OPTIONS).write_text(options)
     return options
