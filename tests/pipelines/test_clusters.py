@@ -174,7 +174,9 @@ def test_a_jar_that_is_another_or_unknown_is_refused(tmp_path: Path) -> None:
     digest = "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"
     cluster_packages.check(tmp_path, {"a.jar": digest})
     for digests in ({"a.jar": digest[::-1]}, {"b.jar": digest}):
-        with pytest.raises(cluster_packages.WrongFile, match=r"a\.jar has the sha256 ca97"):
+        with pytest.raises(
+            cluster_packages.WrongFile, match=f"1 of 1 jars are not .*\n{digest}  a.jar"
+        ):
             cluster_packages.check(tmp_path, digests)
 
 

@@ -2,11 +2,10 @@
 
 Maven has Flink, Spark and Beam's runners for them; Go builds Prism. Both find their hosts by their
 own configuration. `cluster_packages.sha256` has the digest of each jar, and Go's sum of Beam's
-module. `python -m tests.support.cluster_packages` fetches all; a new version's jars are added to
-that file by `sha256sum *.jar` in the folder that the error names.
+module. `python -m tests.support.cluster_packages` fetches all; of a new version it prints the lines
+that belong into that file.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -75,8 +74,11 @@ def _once(name: str, fill: Callable[[Path], None]) -> Path:
             made = Path(partial) / name
             made.mkdir()
             fill(made)
-            with contextlib.suppress(FileExistsError):  # another process was first
+            try:
                 made.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another process was first
+                    raise
     return folder
 
 
@@ -90,15 +92,15 @@ def _fetch_jars(name: str, folder: Path) -> None:
 
 
 def check(folder: Path, digests: Mapping[str, str]) -> None:
-    """Raises WrongFile for a jar of `folder` that has another digest than it should, or none."""
-    for jar in sorted(folder.glob("*.jar")):
-        found = hashlib.sha256(jar.read_bytes()).hexdigest()
-        if (expected := digests.get(jar.name)) != found:
-            raise WrongFile(
-                f"{jar} has the sha256 {found}, and {LOCK.name} has {expected or 'none'} for it: "
-                "what runs would not be what was tested. If its version was changed on purpose, "
-                f"put its line into {LOCK}; else find out where Maven took it from."
-            )
+    """Raises WrongFile where jars of `folder` have other digests than they should, or none."""
+    found = {jar.name: hashlib.sha256(jar.read_bytes()).hexdigest() for jar in folder.glob("*.jar")}
+    if wrong := sorted(name for name in found if digests.get(name) != found[name]):
+        lines = "".join(f"\n{found[name]}  {name}" for name in wrong)
+        raise WrongFile(
+            f"{len(wrong)} of {len(found)} jars are not those of {LOCK.name}: what runs would not "
+            "be what was tested. If their versions were changed on purpose, put these lines there; "
+            f"else find out where Maven took them from.{lines}"
+        )
 
 
 def _build_prism(folder: Path) -> None:
