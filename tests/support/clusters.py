@@ -113,9 +113,9 @@ class Flink:
             "rest.address": "localhost",
             "rest.port": self._rest,
             "io.tmp.dirs": processes.folder,
-            # What ended shall be seen within seconds.
+            # What was killed is seen within seconds, by its closed ports; what hangs, by these.
             "heartbeat.interval": 1000,
-            "heartbeat.timeout": 8000,
+            "heartbeat.timeout": 20000,
             "restart-strategy.type": "none",
             # Classes of Beam are those of the cluster's own path, and not loaded anew for each job.
             "classloader.resolve-order": "parent-first",
