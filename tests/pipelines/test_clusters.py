@@ -135,6 +135,7 @@ def test_a_cluster_that_stays_ends_when_it_is_told_to(tmp_path: Path) -> None:
     assert not standing_clusters.stop(place)
     options = standing_clusters.start("flink", place)
     assert "--job_endpoint=localhost:" in options
+    assert "--parallelism=2" in options
     assert standing_clusters.start("flink", place) == options  # there already
     group = processes_of(place)
     assert len(group) >= 4

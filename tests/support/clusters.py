@@ -175,8 +175,8 @@ class Flink:
         wanted = len(self.processes.running("taskmanager"))
 
         def found() -> bool:
-            overview = self.ask("overview") or {}
-            return overview.get("taskmanagers", 0) >= wanted and answers(self._job_port)
+            slots = (self.ask("overview") or {}).get("slots-total", 0)  # told after they are there
+            return slots >= wanted and answers(self._job_port)
 
         self.processes.wait_until(found, *self.processes.running())
 
