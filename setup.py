@@ -16,7 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["pipelines*", "courier_model*", "feature_jobs*"]),
-    package_data={"pipelines": ["configs/*.toml", "docs/*.md"]},
+    package_data={"pipelines": ["configs/*.toml", "configs/kubernetes/*.yaml", "docs/*.md"]},
     entry_points={
         "console_scripts": [
             "courier = pipelines.cli:main",
@@ -52,11 +52,14 @@ setup(
             "duckdb",
             "gcp-storage-emulator",
             "hypothesis",
+            "jsonschema",
+            "kubernetes-validate",
             "mypy",
             "pandas",
             "polars",
             "pytest",
             "pytest-xdist",
+            "pyyaml",
             "ruff",
             "transformers",  # as in `clip`, of which `make pins` takes the bounds
             "xxhash",

@@ -20,7 +20,7 @@ CONFIGS = Path(pipelines.__file__).parent / "configs"
 
 
 def test_the_files_that_are_shipped_are_these() -> None:
-    assert {path.name for path in CONFIGS.iterdir()} == {"demo.toml", "nightly.toml"}
+    assert {path.name for path in CONFIGS.iterdir()} == {"demo.toml", "kubernetes", "nightly.toml"}
 
 
 def test_the_demo_shops_settings_load_and_lie_beside_its_tables() -> None:
