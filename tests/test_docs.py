@@ -3,13 +3,16 @@
 import ast
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
 from feature_jobs import schemas
+from feature_jobs.schemas import OperatorError
 from pipelines.cli import cli
 from pipelines.running.beam_options import pipeline_options
 from tests.support import settings_page
@@ -61,6 +64,25 @@ def test_every_command_of_a_page_is_one_with_the_options_that_it_has(page: Path)
         assert name in cli.commands, name
         if given:  # else prose speaks of it
             parse(name, *given)
+
+
+def beam_settings(text: str) -> list[dict[str, Any]]:
+    """Returns what blocks of TOML have under [beam]."""
+    blocks = re.findall(r"^```toml\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [found["beam"] for block in blocks if "beam" in (found := tomllib.loads(block))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_beam_knows_the_options_of_a_page(page: Path) -> None:
+    for settings in beam_settings(page.read_text()):
+        pipeline_options(settings, "embed", [])
+
+
+def test_pages_have_options_of_beam_and_a_misspelt_one_is_found() -> None:
+    assert sum(len(beam_settings(page.read_text())) for page in PAGES) > 2
+    (settings,) = beam_settings("```toml\n[beam]\nenvironment_typ = 'PROCESS'\n```")
+    with pytest.raises(OperatorError, match="environment_type"):
+        pipeline_options(settings, "embed", [])
 
 
 def test_a_command_that_is_misspelt_on_a_page_is_found() -> None:
