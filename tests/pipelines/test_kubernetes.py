@@ -82,6 +82,16 @@ def test_kubernetes_and_the_operator_of_flink_take_all_that_stands_there(file: s
         assert faults(manifest) == []
 
 
+def test_the_page_names_the_files_and_the_versions_that_they_are_checked_for() -> None:
+    page = (Path(pipelines.__file__).parent / "docs/flink.md").read_text()
+    assert re.findall(r"^\| `(\w+\.yaml)` \|", page, re.MULTILINE) == [
+        "cluster.yaml", "gpu.yaml", "nights.yaml", "days.yaml",
+    ]  # fmt: skip
+    operator = re.search(r"operator-api-(\d+\.\d+)", manifests.SCHEMA.read_text())[1]
+    told = f"operator {operator} or later and Kubernetes {manifests.VERSIONS[0]} or later"
+    assert told in " ".join(page.split())
+
+
 POD = ("spec", "taskManager", "podTemplate", "spec")
 
 
