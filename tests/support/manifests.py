@@ -1,7 +1,7 @@
 """Says what Kubernetes, or the operator of Flink, would refuse in a manifest or drop unread.
 
 Kubernetes' own kinds are those of the package kubernetes-validate. `flinkdeployment.json` has what
-the operator's FlinkDeployment takes, of the release that it names, under the Apache License 2.0:
+the operator's FlinkDeployment takes, of the release that it names, with its licence and notice:
 
     mvn dependency:copy -DoutputDirectory=. \\
         -Dartifact=org.apache.flink:flink-kubernetes-operator-api:1.10.0
@@ -106,7 +106,13 @@ def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
 def main(jar: str) -> None:
     with zipfile.ZipFile(jar) as archive:
         definition = yaml.safe_load(archive.read(_IN_THE_JAR))
-    found = {"from": f"{Path(jar).stem}, Apache License 2.0", "schema": trimmed(definition)}
+        notice = archive.read("META-INF/NOTICE").decode().split()
+    found = {
+        "from": f"{Path(jar).stem}, trimmed by {Path(__file__).name}",
+        "licence": "Apache License, Version 2.0",
+        "notice": " ".join(notice),
+        "schema": trimmed(definition),
+    }
     SCHEMA.write_text(json.dumps(found, indent=1) + "\n")
 
 
