@@ -315,6 +315,13 @@ def test_a_job_finds_its_settings_and_tries_again_what_may_end_otherwise(job: Ma
     assert job["backoffLimit"] > 0
 
 
+def test_a_night_is_tried_again_only_while_yesterday_is_the_same_day() -> None:
+    minute, hour = named("CronJob", "courier-night")["spec"]["schedule"].split()[:2]
+    begins = dt.timedelta(hours=int(hour), minutes=int(minute))
+    ends = begins + dt.timedelta(seconds=NIGHTLY["activeDeadlineSeconds"])
+    assert ends < dt.timedelta(days=1)
+
+
 def test_the_nightly_zone_is_that_of_the_settings(tmp_path: Path) -> None:
     zone = named("CronJob", "courier-night")["spec"]["timeZone"]
     assert {"name": "TZ", "value": zone} in only_container(NIGHTLY)["env"]
