@@ -6,7 +6,6 @@ command runs.
 """
 
 import datetime as dt
-import gc
 import logging
 import os
 import signal
@@ -914,16 +913,12 @@ def _tell_error(error: CourierError) -> None:
         _say(f"\n{error.table}\n")
 
 
-# Imports make many objects that stay: to look through them again and again takes a quarter of their
-# time.
-_COLLECT_AFTER = (100_000, 50, 50)
 _received: list[int] = []  # Beam wraps what is raised inside a job, so the signal is kept here
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs `courier` and returns its exit status."""
     _set_up_logging()
-    gc.set_threshold(*_COLLECT_AFTER)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:

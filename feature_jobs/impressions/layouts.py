@@ -334,7 +334,10 @@ def _fuxictr_others(others: list[pa.Field]) -> list[str]:
 
 # ---- TorchEasyRec ----------------------------------------------------------------------------
 
-_YOURS = "IDs as id_feature, with num_buckets (the highest + 1) or hash_bucket_size."
+_YOURS = (
+    "IDs as id_feature, with num_buckets (the highest + 1) or hash_bucket_size; 0 is also where "
+    "there was none."
+)
 _SCALARS = (pa.int64(), pa.int32(), pa.float64(), pa.float32(), pa.string())
 # What is cast, and to what: no number is changed, nor cut off.
 _CASTS: tuple[tuple[Callable[[pa.DataType], bool], pa.DataType], ...] = (

@@ -34,7 +34,7 @@ Wanted = Callable[[Asker, Iterable[Any]], Iterator[tuple[str, pa.Array]]]
 class Answer(NamedTuple):
     """Is what an item shard of a `night` answers: to how many items, in how many bytes, and where.
 
-    There is no piece where it knows none of them.
+    The bytes are those in memory; a piece is compressed. There is none where it knows no item.
     """
 
     night: str
@@ -107,7 +107,7 @@ class AnswerForItems(beam.DoFn):
         self, element: tuple[tuple[str, int], Iterable[tuple[Asker, Piece]]]
     ) -> Iterator[tuple[Asker, Answer]]:
         (night, shard), given = element
-        questions = list(given)
+        questions = sorted(given)  # so that files are the same where this is tried again
         found, matrix = items_of_shard(self._nights[night], shard)
         answers, size = list[tuple[Asker, int, pa.Table]](), 0
         asked = read_each([piece for _, piece in questions])

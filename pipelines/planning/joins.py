@@ -137,7 +137,9 @@ class PlannedJoin(Planned):
     def wire(cls, root: Any, days: Sequence["PlannedJoin"], folder: str) -> None:
         first, logs = days[0], [day.log for day in days if day.log]
         rows, settings = max(day.samples.rows for day in days), first.settings
-        shards = hashing.num_shards(rows, settings.rows_per_shard)
+        # A shard of a table that samples meet is no larger than a part of it.
+        met = [len(table.paths) for day in days for table in day._tables_by_user()]
+        shards = max([hashing.num_shards(rows, settings.rows_per_shard), *met])
         histories, log = None, list[Source]()
         if logs:
             histories = histories_job(logs, [shards], folder)
@@ -149,6 +151,11 @@ class PlannedJoin(Planned):
             first.stage.tables[0], first.asked.layout, first.layout_form, folder,
         )  # fmt: skip
         define_join(root, log, job)
+
+    def _tables_by_user(self) -> list[Partition]:
+        """Returns the tables, by user, whose rows samples meet."""
+        found = [self.scores, *(night.histories for night in self.nights)]
+        return [table for table in found if table]
 
     def _as_worker_knows_it(self, folder: str) -> JoinDay:
         group_rows = [rows for groups in self.samples.row_groups for rows in groups]
@@ -322,6 +329,10 @@ def _refuse_other_columns(name: str, own: Mapping[str, OwnColumns | None]) -> No
         for column in dict.fromkeys([*first, *columns]):
             one, two = (there.get(column, "missing") for there in (first, columns))
             if one != two:
+                one, two = (
+                    "of no type, since all its values are missing," if there == "null" else there
+                    for there in (one, two)
+                )
                 raise DataContractError(
                     f"The column {column!r} of the samples is {one} on ds {ds} of the training set "
                     f"{name!r}, but {two} on ds {other}. The days of a set are read as one table, "

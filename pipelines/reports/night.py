@@ -166,10 +166,11 @@ def _join(counts: Numbers, work: Numbers) -> str:
         (counts["no_image"], "of items without an embedding"),
         (counts["out_of_scope"], "out of scope"),
         (counts["no_history"], "without a history"),
-        (counts.get("too_late_for_a_history", 0), "too late for a history"),
         (work.get("scores_taken", 0), "with published scores"),
     )
     told = _of(f"{counts['samples']:,} samples", found)
+    if late := counts.get("too_late_for_a_history"):
+        told += f"; {late:,} in all too late for a history"
     if "positives" in counts and counts["samples"]:
         told += f"; label rate {counts['positives'] / counts['samples']:.3%}, as in the samples"
     return told

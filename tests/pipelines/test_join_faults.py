@@ -106,7 +106,10 @@ def test_what_a_runner_loses_is_missed_and_made_by_the_next_run(
     """Of scores that are taken, those of the day's own night are there."""
     is_taken = (step, tag) == LOSSES[1]
     asked = (*ONE, "--features-from", "same" if is_taken else "previous")
-    before, runner = published(world), LossyRunner(step, tag)
+    before = published(world)
+    assert join(world, *asked) == DONE
+    expected, runner = published(world), LossyRunner(step, tag)
+    forget(world)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(beam_options, "run_pipeline", run_with(runner))
         assert join(world, *asked) == FAILED
@@ -115,6 +118,7 @@ def test_what_a_runner_loses_is_missed_and_made_by_the_next_run(
     assert "The runner lost" in message or "Rows were lost" in message
     assert published(world) == before
     assert join(world, *asked) == DONE
+    assert published(world) == expected
 
 
 def again(process: Callable) -> Callable:
@@ -153,9 +157,13 @@ def test_steps_that_are_run_twice_give_the_same_bytes(world: World) -> None:
 @pytest.mark.parametrize("step", STEPS)
 def test_what_a_runner_doubles_gets_into_no_set(world: World, capsys: Capture, step: Any) -> None:
     before = published(world)
+    assert join(world, *ONE) == DONE
+    expected = published(world)
+    forget(world)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "process", doubling(step.process))
         assert join(world, *ONE) == FAILED
     assert "handed some on twice" in paragraph(capsys)
     assert published(world) == before
     assert join(world, *ONE) == DONE
+    assert published(world) == expected

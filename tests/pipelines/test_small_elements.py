@@ -1,4 +1,4 @@
-"""What Beam carries are references: neither its elements nor its jobs grow with rows or files."""
+"""What Beam carries are references: no element grows with rows, and no job holds a manifest."""
 
 import importlib
 import pickle
@@ -70,7 +70,7 @@ def slim_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("slim_only")
-def test_no_element_and_no_job_grows_with_the_shop(
+def test_no_element_holds_rows_and_no_job_a_manifest(
     tmp_path: Path, carried: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     shop = tmp_path / "shop"

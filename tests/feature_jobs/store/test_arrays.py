@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feature_jobs.schemas import EMBEDDING_DIM
+from feature_jobs.store import arrays
 from feature_jobs.store.arrays import (
     differ_from_before,
     embedding_matrix,
@@ -92,10 +93,18 @@ def test_embeddings_survive_as_a_column_however_it_is_chunked_and_sliced(rows: i
     ids=["equally long", "nulls within", "of any length", "a null", "empty"],
 )
 @pytest.mark.parametrize("at", [[3, 0, 0, 2], [], [1]])
-def test_lists_move_as_arrow_moves_them(lists: list[list[int] | None], at: list[int]) -> None:
-    kind = pa.list_(pa.field("element", pa.int16()))
+@pytest.mark.parametrize("values", [pa.int16(), pa.string()])
+@pytest.mark.parametrize("most", [2**31 - 1, 3])
+def test_lists_move_as_arrow_moves_them(
+    lists: list[list[int] | None], at: list[int], values: pa.DataType, most: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(arrays, "_MOST_VALUES", most)
+    kind = pa.list_(pa.field("element", values))
     schema = pa.schema([("user", pa.string()), ("values", kind)], {"comment": "kept"})
-    rows = pa.table([["a", "b", "c", "d"], pa.array(lists, kind)], schema=schema)
+    rows = pa.table(
+        [["a", "b", "c", "d"], pa.array(lists, pa.list_(pa.int16())).cast(kind)], schema=schema
+    )
     chunked = pa.concat_tables([rows[:1], rows[1:3], rows[3:]])
     sliced = pa.concat_tables([rows, rows])[2:6]
     for some in (rows, chunked, sliced, rows[:0]):

@@ -79,6 +79,6 @@ def test_a_training_set_tells_why_samples_lack_features() -> None:
         report(join=({**counts, "too_late_for_a_history": 7}, {"scores_taken": 50}))
     )
     assert told.splitlines()[1].endswith(
-        "90 samples: 70 matched, 4 of items that the night lacks, 16 without a history, 7 too late "
-        "for a history, 50 with published scores"
+        "90 samples: 70 matched, 4 of items that the night lacks, 16 without a history, 50 with "
+        "published scores; 7 in all too late for a history"
     )
