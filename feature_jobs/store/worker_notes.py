@@ -67,22 +67,35 @@ def tell(staging: str, share: threads.Share, row_group_bytes: int) -> None:
 
 
 _launched: set[str] = set()  # the staging folders of this process's own jobs
+_begun_here: set[str] = set()  # those of which it had elements
 
 
 @functools.cache
 def _keep_to_told(staging: str) -> bool:
-    """Keeps this process to what was told; returns whether another one asks what it uses."""
+    """Keeps this process to what was told; returns whether another one asks what it uses.
+
+    Tells the launcher that a worker has begun.
+    """
     path = _told_path(staging)
-    found = files.read_if_there(path)
+    found, is_here = files.read_if_there(path), staging in _launched
+    if is_here:
+        _begun_here.add(staging)
+    elif found is not None:
+        files.write_bytes(os.path.join(staging, "begun", uuid.uuid4().hex[:12]), b"")
     if found is not None:
         told = parse_json(path, found)
         threads.limit(threads.Share(**told["share"]).count())
         partitions.limit_row_groups(told["row_group_bytes"])
-    return found is not None and staging not in _launched
+    return found is not None and not is_here
 
 
 def _told_path(staging: str) -> str:
     return os.path.join(staging, "told.json")
+
+
+def has_begun(staging: str) -> bool:
+    """Returns whether any worker of the job below `staging` has begun with an element."""
+    return staging in _begun_here or bool(files.list_names(os.path.join(staging, "begun")))
 
 
 def refused(staging: str) -> list[CourierError]:

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -55,7 +54,7 @@ from pipelines.artefacts.encoders import stanza
 from pipelines.artefacts.free_memory import available_bytes
 from pipelines.config import Settings
 from pipelines.planning.shop_tables import ShopTables
-from pipelines.running import beam_options, making
+from pipelines.running import beam_options, cluster_jobs, making
 from pipelines.running.layout import Layout
 
 Say = Callable[[str], None]
@@ -334,9 +333,9 @@ def fit_codebook(settings: Settings, plan: FitPlan, folder: str, out: str, say: 
     day; `folder` is that of the settings.
     """
     parent = load_codebook(plan.parent_folder) if plan.parent_folder else None
-    with _own_staging(plan.sampling.staging):
+    with _own_staging(plan.sampling.staging, say):
         say(f"fit-codebook: {describe(plan)}")
-        _run(lambda root: define_sample(root, plan.sampling), plan)
+        _run(lambda root: define_sample(root, plan.sampling), plan, say)
         sample, stream = read_sample(plan.sampling), stream_embeddings(plan.sampling)
         codebook = make_codebook(
             sample, plan.fit, plan.encoder.encoder_id, str(plan.ds), parent, stream
@@ -353,11 +352,13 @@ def fit_codebook(settings: Settings, plan: FitPlan, folder: str, out: str, say: 
 
 
 @contextlib.contextmanager
-def _own_staging(staging: str) -> Iterator[None]:
+def _own_staging(staging: str, say: Say) -> Iterator[None]:
     """Keeps other fits of the day away; leaves nothing, not even of those that were killed."""
     folder = os.path.dirname(staging)
     try:
         with files.lock(folder):
+            for left in _stagings(folder):
+                cluster_jobs.end_left(left, say)
             _sweep(folder)
             try:
                 yield
@@ -371,14 +372,21 @@ def _own_staging(staging: str) -> Iterator[None]:
 
 
 def _sweep(folder: str) -> None:
-    for name in files.list_names(folder):
-        if re.fullmatch(_RUN_ID, name):  # in a bucket the lock lies here too
-            files.delete_tree(os.path.join(folder, name))
+    for staging in _stagings(folder):
+        files.delete_tree(staging)
 
 
-def _run(define: Callable[[Any], None], plan: FitPlan) -> None:
-    run_pipeline = partial(beam_options.run_pipeline, options=plan.options.beam)
-    making.run_job(define, plan.sampling.staging, run_pipeline, plan.options.share)
+def _stagings(folder: str) -> list[str]:
+    """Returns the folders of fits; in a bucket the lock lies beside them."""
+    names = files.list_names(folder)
+    return [os.path.join(folder, name) for name in names if re.fullmatch(_RUN_ID, name)]
+
+
+def _run(define: Callable[[Any], None], plan: FitPlan, say: Say) -> None:
+    staging, options = plan.sampling.staging, plan.options
+    name = f"fit-codebook-{plan.ds}-{os.path.basename(staging)}"
+    job = cluster_jobs.Job(name, options.beam, staging, say)
+    making.run_job(define, staging, job.run, options.share)
 
 
 def _compare(
@@ -408,7 +416,7 @@ def _compare(
         old=sample.old if other else None,
         staging=sample.staging,
     )
-    _run(lambda root: define_crosswalk(root, plan.impressions, job), plan)
+    _run(lambda root: define_crosswalk(root, plan.impressions, job), plan, say)
     impressions = plan.impressions.rows if plan.impressions else 0
     table = crosswalk(read_counts(job, impressions), parent, codebook)
     return replace(codebook, info=with_moves(codebook.info, table)), table

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -14,9 +13,11 @@ from feature_jobs.schemas import CourierError, DataContractError, Table
 from feature_jobs.store import broadcast, files, partitions, threads, usage, worker_notes
 from feature_jobs.store.documents import parse_json, write_json
 from feature_jobs.store.partitions import STAGED
-from pipelines.running import beam_options, progress, states
+from pipelines.running import cluster_jobs, progress, states
 from pipelines.running.beam_options import JobOptions
+from pipelines.running.cluster_jobs import Job, JobFailed
 from pipelines.running.gates import counts_of as counts_of_table
+from pipelines.running.layout import days_of_job
 from pipelines.running.locks import Locks
 from pipelines.running.stage import PACKAGE_VERSIONS, Planned, Stage
 from pipelines.running.states import PUBLISHED, Look, Night
@@ -42,6 +43,7 @@ def make_missing(
     are made apart, so that those before it are made.
     """
     locks.check()
+    _end_left(planned, say)
     look, made = Look(), Made()
     why = {one.stage.run_id: look.state(one.stage).why for one in planned}
     if forced := [one.stage for one in planned if one.stage.forced]:
@@ -61,6 +63,18 @@ def make_missing(
         if there and look.state(one.stage).name != PUBLISHED:
             _bring_notes_up_to_date(one, look, locks)
     return made
+
+
+def _end_left(planned: Sequence[Planned], say: Callable[[str], None]) -> None:
+    """Ends jobs of these days that killed commands left: they write where these are to be made."""
+    if not planned:
+        return
+    layout, kind = planned[0].stage.layout, planned[0].stage.kind
+    top, days = layout.kind_folder(kind), [one.stage.ds for one in planned]
+    for name in files.list_names(top):
+        ends = days_of_job(name)
+        if ends and any(ends[0] <= day <= ends[1] for day in days):
+            cluster_jobs.end_left(os.path.join(top, name), say)
 
 
 def _make_or_part(
@@ -121,10 +135,12 @@ def _make(
     if first is not last:
         days = f"ds {first.ds} to {last.ds}"
     say(f"{first.name}: making {names} of {days}")
-    with progress.watch([one.stage for one in planned], job_folder(planned)):
-        run_pipeline = partial(beam_options.run_pipeline, options=options.beam)
-        make(planned, run_pipeline, options.share, locks, made.why)
-    files.delete_tree(job_folder(planned))
+    folder = job_folder(planned)
+    name = f"{first.name}-{first.ds}-{first.run_id}"
+    job = Job(name, options.beam, folder, progress.above_bar(say))
+    with progress.watch([one.stage for one in planned], folder, job):
+        make(planned, job.run, options.share, locks, made.why)
+    files.delete_tree(folder)
 
 
 def job_folder(planned: Sequence[Planned]) -> str:
@@ -190,7 +206,7 @@ def run_job(
     Row groups that it writes have at most `row_group_bytes`. Adds what its workers used to what
     this process did (`usage`). Raises a worker's CourierError word for word.
     """
-    for folder in ("errors", "usage"):  # of an earlier run
+    for folder in ("errors", "usage", "begun"):  # of an earlier run
         files.delete_tree(os.path.join(staging, folder))
     worker_notes.tell(staging, share, row_group_bytes)
     try:
@@ -212,7 +228,8 @@ def _told(staging: str, error: Exception) -> CourierError | None:
     It is read off `error` where no worker could leave it, as when the store of the staging folder
     was away too; else it is one that was left before.
     """
-    if found := worker_notes.courier_error_in(error):
+    led = error.__cause__ if isinstance(error, JobFailed) else error
+    if led and (found := worker_notes.courier_error_in(led)):
         return found
     with contextlib.suppress(OSError, CourierError):
         return next(iter(worker_notes.refused(staging)), None)

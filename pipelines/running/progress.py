@@ -1,7 +1,8 @@
 """Tells how far a stage or a training run is, while it goes on.
 
 A job blocks until it ends, so what is shown of a stage comes from the heartbeat files and receipts
-that the workers leave below the staging folder: the same on one machine and on a hundred.
+that the workers leave below the staging folder: the same on one machine and on a hundred. What a
+cluster says of the job besides is asked of it.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from pipelines.running.states import shards_done
 
 if TYPE_CHECKING:
     from courier_model.training.progress import Progress  # which nights do not need
+    from pipelines.running.cluster_jobs import Job
 
 _TERMINAL_SECONDS = 0.5
 _LOG_SECONDS = 15.0
@@ -31,16 +33,16 @@ _ELSEWHERE = "{desc} [{bar:24}] {unit}{n:,}/{total:,}{postfix}"
 
 
 @contextlib.contextmanager
-def watch(stages: Sequence[Stage], job: str) -> Iterator[None]:
+def watch(stages: Sequence[Stage], job: str, remote: "Job | None" = None) -> Iterator[None]:
     """Shows, during the block, how far the one job is that makes all of `stages`.
 
     It shows a bar on a terminal's stderr, or a line now and then elsewhere. `job` is the job's own
-    folder.
+    folder; `remote` says how a cluster sees it.
     """
     for folder in ("progress", "warnings"):  # of an earlier run
         files.delete_tree(os.path.join(job, folder))
     ended = threading.Event()
-    thread = threading.Thread(target=_watch, args=(stages, job, ended), daemon=True)
+    thread = threading.Thread(target=_watch, args=(stages, job, remote, ended), daemon=True)
     thread.start()
     try:
         yield
@@ -49,33 +51,45 @@ def watch(stages: Sequence[Stage], job: str) -> Iterator[None]:
         thread.join()
 
 
-def _watch(stages: Sequence[Stage], job: str, ended: threading.Event) -> None:
+def _watch(stages: Sequence[Stage], job: str, remote: "Job | None", ended: threading.Event) -> None:
     started, told, over = time.monotonic(), set[str](), False
     with _bar(stages[0].name) as bar:
         while not over:
             over = ended.wait(_pause(bar))
             # What cannot be read now may be next time, and the job tells what ails the store.
             with contextlib.suppress(OSError, CourierError):
-                _warn(job, told)
+                _tell(job, remote, told)
                 if not (over and bar.disable):
-                    _show(bar, stages, job, time.monotonic() - started)
+                    more = remote.describe() if remote and not over else ""
+                    _show(bar, stages, job, time.monotonic() - started, more)
 
 
-def _warn(job: str, told: set[str]) -> None:
-    """Tells what workers warn of, as soon as it is there and once."""
-    for message in worker_notes.warnings(job):
+def _tell(job: str, remote: "Job | None", told: set[str]) -> None:
+    """Tells what workers warn of, and what is new of the job, as soon as it is there and once."""
+    news = [f"WARNING: {message}" for message in worker_notes.warnings(job)]
+    for message in (*news, *(remote.news() if remote else ())):
         if message not in told:
-            tqdm.write(f"WARNING: {message}", file=sys.stderr)  # above the bar
+            tqdm.write(message, file=sys.stderr)  # above the bar
             told.add(message)
 
 
-def _show(bar: tqdm, stages: Sequence[Stage], job: str, seconds: float) -> None:
+def _show(bar: tqdm, stages: Sequence[Stage], job: str, seconds: float, more: str) -> None:
     counts = measure(stages, job)
-    done, total, facts = counts["done"], counts["total"], describe(counts, seconds)
+    done, total, facts = counts["done"], counts["total"], describe(counts, seconds) + more
     if bar.disable:
         tqdm.write(line(stages[0].name, done, total, facts), file=sys.stderr)
     else:
         _move(bar, done, total, facts)
+
+
+def above_bar(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Returns what says the same on lines of their own, where a bar may be shown."""
+
+    def say_above(message: str) -> None:
+        with tqdm.external_write_mode(file=sys.stderr):
+            say(message)
+
+    return say_above
 
 
 def measure(stages: Sequence[Stage], job: str) -> Counter[str]:
@@ -195,15 +209,14 @@ class StepBar:
     """
 
     def __init__(self, say: Callable[[str], None] | None) -> None:
-        self._say = say
+        self._say = say and above_bar(say)
         self._bar: tqdm | None = None
         self._shown = time.monotonic()
 
     def say(self, message: str) -> None:
         """Tells a line of its own, above the bar."""
         if self._say:
-            with tqdm.external_write_mode(file=sys.stderr):
-                self._say(message)
+            self._say(message)
 
     def show(self, at: "Progress") -> None:
         """Shows where the run is, once it is time to and at the end."""

@@ -100,8 +100,17 @@ def check_ready(options: PipelineOptions) -> None:
         raise _not_ready(runner, " ".join(errors), "Correct these options")
     if runner == DATAFLOW:
         _check_dataflow(options)
-    elif runner != LOCAL and not options.view_as(PortableOptions).job_endpoint:
+    elif runner == LOCAL:
+        return
+    elif not options.view_as(PortableOptions).job_endpoint:
         _check_job_service(runner, options)
+    elif runner == FLINK and options.view_as(FlinkRunnerOptions).flink_master == "[auto]":
+        raise _not_ready(
+            runner,
+            "it is told a --job_endpoint, and not where Flink itself is, and a job service ends no "
+            "job of Flink's: an interrupted command would leave its job running",
+            "Give the host:port of Flink's REST interface as --flink_master besides",
+        )
 
 
 def _not_ready(runner: str, found: str, remedy: str) -> OperatorError:
@@ -174,14 +183,14 @@ def _program(runner: str, options: PipelineOptions) -> str | None:
         return str(command[0])
     server = (FlinkJarJobServer if runner == FLINK else SparkJarJobServer)(options)
     jar = server.path_to_jar()
-    if _submits_its_jar(runner, options):
+    if submits_its_jar(runner, options):
         return None  # which one, and in which version, the cluster says
     java = options.view_as(JobServerOptions)
     server.local_jar(jar, java.jar_cache_dir)
     return str(java.job_server_java_launcher)
 
 
-def _submits_its_jar(runner: str, options: PipelineOptions) -> bool:
+def submits_its_jar(runner: str, options: PipelineOptions) -> bool:
     """Returns whether jobs go to a cluster as a jar each; raises ValueError for none to go to."""
     if runner == FLINK:
         flink = options.view_as(FlinkRunnerOptions)

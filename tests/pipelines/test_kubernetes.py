@@ -238,7 +238,7 @@ def test_the_settings_send_every_stage_to_the_job_server(stage: str, tmp_path: P
     runners.check_ready(options)
     assert options.view_as(StandardOptions).runner == "FlinkRunner"
     assert options.view_as(PortableOptions).environment_type == "EXTERNAL"
-    assert options.view_as(FlinkRunnerOptions).flink_master == "[auto]"  # the job server's
+    assert options.view_as(FlinkRunnerOptions).flink_master == "courier-rest:8081"
     assert options.view_as(FlinkRunnerOptions).parallelism == 8
 
 
@@ -258,7 +258,7 @@ def test_what_the_settings_have_as_comments_sends_embed_alone_to_the_gpus(tmp_pa
         flink = pipeline_options(settings.beam, stage, []).view_as(FlinkRunnerOptions)
         gpus = stage == "embed"
         assert (flink.flink_master, flink.parallelism) == (
-            (f"{GPU['metadata']['name']}-rest:8081", 2) if gpus else ("[auto]", 8)
+            (f"{GPU['metadata']['name']}-rest:8081", 2) if gpus else ("courier-rest:8081", 8)
         )
 
 

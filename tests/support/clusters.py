@@ -143,6 +143,7 @@ class Flink:
         slots = self.ask("overview")["slots-total"]
         return [
             "--runner=FlinkRunner", f"--job_endpoint=localhost:{self._job_port}",
+            f"--flink_master=localhost:{self._rest}",
             f"--parallelism={slots}", *_worker_options(self._worker),
         ]  # fmt: skip
 

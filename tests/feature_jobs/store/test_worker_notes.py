@@ -169,6 +169,23 @@ def test_what_worker_processes_used_adds_up(tmp_path: Path) -> None:
     assert 200_000_000 < used.peak_memory_bytes < 400_000_000  # of one of them
 
 
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_the_launcher_knows_that_a_worker_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_elsewhere: bool
+) -> None:
+    worker = Worker(tmp_path)
+    worker_notes.tell(worker.staging, threads.Share(1), 100)
+    if is_elsewhere:
+        monkeypatch.setattr(worker_notes, "_launched", set())
+    assert not worker_notes.has_begun(worker.staging)
+    elements = worker.process(1)
+    assert not worker_notes.has_begun(worker.staging)
+    next(elements)
+    assert worker_notes.has_begun(worker.staging)
+    list(worker.process(2))
+    assert len(list(tmp_path.glob("begun/*"))) == is_elsewhere
+
+
 def test_a_worker_in_the_launchers_process_tells_nothing_that_the_launcher_measures_itself(
     tmp_path: Path,
 ) -> None:

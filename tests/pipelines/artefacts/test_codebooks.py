@@ -20,6 +20,7 @@ from feature_jobs.schemas import OperatorError
 from feature_jobs.store import files
 from pipelines.artefacts import codebooks
 from pipelines.cli import main
+from pipelines.running import cluster_jobs
 from tests.conftest import Artefacts
 from tests.support.commands import Capture, courier, manifest, paragraph, published, refresh
 from tests.support.world import DAYS, World, catalogue_items, make_encoder, picture
@@ -350,6 +351,20 @@ def test_two_fits_of_a_feature_set_do_not_meet(night: World, capsys: Capture) ->
     with files.lock(os.path.dirname(folder)):
         message = refused(night, capsys, 1, "--clusters", "8", ds=1)
     assert "Another fit-codebook is at work" in message
+
+
+def test_the_job_of_a_fit_that_was_killed_is_ended_before_its_samples_go(
+    night: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(night.settings().layout.fit_folder(DAYS[1], "0123456789ab"))
+    folder.mkdir(parents=True)
+    ended: list[tuple[str, bool]] = []
+    monkeypatch.setattr(
+        cluster_jobs, "end_left", lambda left, _: ended.append((left, os.path.isdir(left)))
+    )
+    fit(night, capsys, "--clusters", "8", ds=1)
+    assert ended == [(str(folder), True)]
+    assert not folder.exists()
 
 
 # ---- Bad input ---------------------------------------------------------------------------------

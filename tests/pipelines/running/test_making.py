@@ -13,13 +13,16 @@ import pytest
 from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
     ITEM_REJECTS,
+    CourierError,
     DataContractError,
     StorageUnavailable,
 )
 from feature_jobs.store import broadcast, documents, hashing, partitions, usage, worker_notes
 from feature_jobs.store.partitions import Partition
 from feature_jobs.store.threads import Share
-from pipelines.running import making, states
+from pipelines.running import cluster_jobs, making, states
+from pipelines.running.beam_options import JobOptions, pipeline_options
+from pipelines.running.cluster_jobs import JobFailed
 from pipelines.running.layout import Layout
 from pipelines.running.locks import Locks
 from pipelines.running.stage import Stage
@@ -199,6 +202,55 @@ def test_workers_are_told_how_large_a_row_group_may_be(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="enough"):
         making.make([one], look, Share(), Locks())
     assert told[0]["row_group_bytes"] == 7
+
+
+def test_jobs_that_killed_commands_left_are_ended_before_their_days_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of other days are let be: the commands that sent them may be at work."""
+    one = stage_of(tmp_path)
+    top, day = Path(one.stage.layout.kind_folder(EMBED)), one.stage.ds
+    days = [day + dt.timedelta(days=n) for n in range(-2, 3)]
+    for start, end in ((0, 1), (0, 2), (1, 3), (2, 2), (2, 4), (3, 4)):
+        (top / f"job-{days[start]}-{days[end]}-abc").mkdir(parents=True)
+    (top / f"ds={day}" / "run").mkdir(parents=True)
+    ended: list[str] = []
+
+    def end(folder: str, _: Callable) -> None:
+        ended.append(Path(folder).name.removeprefix("job-").removesuffix("-abc"))
+        if len(ended) == 4:
+            raise DataContractError("seen before anything is made")
+
+    monkeypatch.setattr(cluster_jobs, "end_left", end)
+    options = JobOptions(pipeline_options({}, "embed", []), (), Share())
+    with pytest.raises(DataContractError, match="seen before"):
+        making.make_missing([one], options, lambda _: None, Locks())
+    assert sorted(ended) == [
+        f"{days[start]}-{days[end]}" for start, end in ((0, 2), (1, 3), (2, 2), (2, 4))
+    ]
+    assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize("how", ["cause", "note"])
+def test_what_a_worker_told_goes_before_that_its_clusters_job_failed(
+    tmp_path: Path, how: str
+) -> None:
+    def fail(_: Callable) -> None:
+        if how == "note":
+            left = {"kind": "DataContractError", "message": AWAY}
+            documents.write_json(f"{tmp_path}/errors/x.json", left)
+        raise JobFailed("The job x failed.") from RuntimeError(TRACEBACK if how == "cause" else "")
+
+    with pytest.raises(CourierError, match="could not be reached"):
+        making.run_job(lambda _: None, str(tmp_path), fail, Share())
+
+
+def test_a_clusters_job_that_failed_is_told_where_no_worker_told_why(tmp_path: Path) -> None:
+    def fail(_: Callable) -> None:
+        raise JobFailed("The job x failed.") from RuntimeError("java.lang.Exception")
+
+    with pytest.raises(JobFailed, match=r"The job x failed\."):
+        making.run_job(lambda _: None, str(tmp_path), fail, Share())
 
 
 def sealed(root: Path, embedded: int, rejected: int) -> tuple[Partition, Partition]:

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -183,6 +183,38 @@ def test_a_warning_is_told_once_on_a_line_of_its_own(
     bars = [line for line in lines if "WARNING" not in line]
     assert len(bars) == 1 if live else len(bars) > 1
     assert all(bar.startswith("embed") for bar in bars)
+
+
+class Remote:
+    """Stands for a job on a cluster, which is there for a while before it is known."""
+
+    def __init__(self) -> None:
+        self.known = False
+
+    def describe(self) -> str:
+        return "; job RUNNING" if self.known else ""
+
+    def news(self) -> Iterator[str]:
+        if self.known:
+            yield "the job x: http://flink"
+            yield "WARNING: no worker has begun"
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_what_a_cluster_says_is_told_beside_what_workers_do(
+    live: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal() if live else io.StringIO())
+    one, remote = stage(tmp_path), Remote()
+    with progress.watch([one], job_of(one), remote):
+        tell(one, done=4, total=8)
+        wait_for(lambda: "4/8" in sys.stderr.getvalue())
+        remote.known = True
+        wait_for(lambda: sys.stderr.getvalue().count(" s left; job RUNNING") > 2)
+        progress.above_bar(lambda said: sys.stderr.write(said + "\n"))("cancelling")
+    lines = sys.stderr.lines() if live else sys.stderr.getvalue().splitlines()
+    told = [line for line in lines if not line.startswith("embed")]
+    assert told == ["the job x: http://flink", "WARNING: no worker has begun", "cancelling"]
 
 
 def test_the_images_of_a_command_are_told_while_it_runs(world: World, capsys: Capture) -> None:

@@ -155,7 +155,15 @@ def test_a_runner_is_refused_whose_job_service_is_not_there(runner: str, option:
         message = refusal(f"--runner={runner}", *given)
         assert f"Give {option}" in message or f"as {option}" in message
         assert "--job_endpoint" in message
-    assert ready(f"--runner={runner}", "--job_endpoint=localhost:8099")
+    there = ["--flink_master=cluster:8081"] if runner == "flink" else []
+    assert ready(f"--runner={runner}", "--job_endpoint=localhost:8099", *there)
+
+
+def test_flink_behind_a_job_service_is_to_be_named_since_only_it_cancels_its_jobs() -> None:
+    message = refusal("--runner=flink", "--job_endpoint=localhost:8099")
+    assert "ends no job of Flink's" in message
+    assert "as --flink_master" in message
+    assert ready("--runner=portable", "--job_endpoint=localhost:8099")
 
 
 @pytest.mark.parametrize(

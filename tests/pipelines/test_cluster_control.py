@@ -1,0 +1,194 @@
+"""A command that ends leaves no job on Flink, and one that is killed leaves none to the next."""
+
+import shlex
+import signal
+import subprocess
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Artefacts, pinned
+from tests.support import clusters
+from tests.support.clusters import Flink
+from tests.support.commands import courier, published
+from tests.support.held_embed import Hold
+from tests.support.processes import ROOT, wait_for
+from tests.support.world import DAYS, World
+
+pytestmark = pytest.mark.clusters
+
+EMBED = ("embed", "--ds", str(DAYS[0]))
+HELD = "tests.support.held_embed"
+
+
+@pytest.fixture(scope="module")
+def _hold(tmp_path_factory: pytest.TempPathFactory) -> Hold:
+    return Hold(str(tmp_path_factory.mktemp("hold") / "hold"))
+
+
+@pytest.fixture
+def hold(_hold: Hold) -> Iterator[Hold]:
+    yield _hold
+    _hold.end()
+
+
+@pytest.fixture(scope="module")
+def flink(
+    _hold: Hold, warm_python: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Flink]:
+    folder = tmp_path_factory.mktemp("flink")
+    command = shlex.join([warm_python, "-m", HELD, "worker", _hold.path])
+    (python := folder / "python").write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    python.chmod(0o755)
+    with clusters.flink(folder / "cluster", python=str(python)) as cluster:
+        yield cluster
+
+
+def small(folder: Path, artefacts: Artefacts) -> World:
+    """Returns a shop whose day is embedded in several chunks."""
+    return pinned(World(folder / "shop", rows_per_shard=4), artefacts)
+
+
+@pytest.fixture
+def world(tmp_path: Path, artefacts: Artefacts) -> World:
+    return small(tmp_path, artefacts)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts) -> dict[str, bytes]:
+    """Returns the tables that this machine makes."""
+    world = small(tmp_path_factory.mktemp("local"), artefacts)
+    assert courier(world, *EMBED) == 0
+    found = tables(world)
+    assert len(found) > 2
+    return found
+
+
+def tables(world: World) -> dict[str, bytes]:
+    return {path: data for path, data in published(world).items() if path.endswith(".parquet")}
+
+
+class Command:
+    """Runs `courier embed` on Flink in a process of its own."""
+
+    def __init__(self, world: World, flink: Flink, python: str):
+        world.settings()
+        self._log = world.folder / "told"
+        self._log.write_text("")
+        command, *rest = EMBED
+        arguments = [command, "--config", str(world.config), *rest, "--", *flink.options]
+        with open(self._log, "ab") as log:
+            self._process = subprocess.Popen(
+                [python, "-m", HELD, "courier", *arguments], cwd=ROOT, stdout=log, stderr=log
+            )
+
+    @property
+    def told(self) -> str:
+        return self._log.read_text()
+
+    def wait_until(self, found: Callable[[], bool]) -> None:
+        wait_for(found, self._process)
+
+    def end(self, how: signal.Signals | None = None) -> int:
+        """Returns the exit status, of what it is told to end by, or by itself."""
+        if how:
+            self._process.send_signal(how)
+        return self._process.wait(120)
+
+
+def states(flink: Flink, known: Collection[str] = ()) -> dict[str, str]:
+    """Returns the states of Flink's jobs by their names, but for those `known`."""
+    jobs = flink.ask("jobs/overview")["jobs"]
+    return {job["name"]: job["state"] for job in jobs if job["name"] not in known}
+
+
+def cancel(flink: Flink, name: str) -> None:
+    """Cancels a job as one does who looks at Flink's pages."""
+    (jid,) = [job["jid"] for job in flink.ask("jobs/overview")["jobs"] if job["name"] == name]
+    request = urllib.request.Request(f"{flink.url}/v1/jobs/{jid}?mode=cancel", method="PATCH")
+    urllib.request.urlopen(request, timeout=10).close()
+
+
+def test_an_interrupted_command_cancels_its_job_and_resumes(
+    world: World, flink: Flink, hold: Hold, expected: dict[str, bytes], warm_python: str
+) -> None:
+    hold.begin()
+    for how in (signal.SIGINT, signal.SIGTERM):
+        before = states(flink)
+        command = Command(world, flink, warm_python)
+        command.wait_until(hold.is_waited_for)
+        command.wait_until(lambda: "tasks finished" in command.told)  # noqa: B023
+        assert command.end(how) == 128 + how, command.told
+        ((name, state),) = states(flink, before).items()
+        assert state == "CANCELED"
+        assert f"the job {name}: {flink.url}/#/job/running/" in command.told
+        assert f"the job {name} is CANCELLED" in command.told
+        assert "Traceback" not in command.told
+        assert published(world) == {}
+        hold.forget_waiting()
+    finished = hold.made()
+    assert finished
+    hold.end()
+    again = Command(world, flink, warm_python)
+    assert again.end() == 0, again.told
+    assert "left the job" not in again.told
+    assert tables(world) == expected
+    times = Counter(hold.made())
+    assert all(times[item] == 1 for item in finished)
+    assert len(times) > len(finished)
+
+
+def test_the_job_of_a_killed_command_is_cancelled_by_the_next(
+    world: World, flink: Flink, hold: Hold, expected: dict[str, bytes], warm_python: str
+) -> None:
+    before = states(flink)
+    hold.begin()
+    killed = Command(world, flink, warm_python)
+    killed.wait_until(hold.is_waited_for)
+    assert killed.end(signal.SIGKILL) == -signal.SIGKILL
+    ((name, state),) = states(flink, before).items()
+    assert state == "RUNNING"
+    finished = hold.made()
+    again = Command(world, flink, warm_python)
+    again.wait_until(lambda: f"the job {name} is CANCELLED" in again.told)
+    assert states(flink)[name] == "CANCELED"
+    hold.end()
+    assert again.end() == 0, again.told
+    assert f"left the job {name} RUNNING on {flink.url}: cancelling it" in again.told
+    assert sorted(states(flink, before).values()) == ["CANCELED", "FINISHED"]
+    assert tables(world) == expected
+    times = Counter(hold.made())
+    assert all(times[item] == 1 for item in finished)
+
+
+def test_workers_that_do_not_begin_are_told_with_what_flink_says(
+    world: World, flink: Flink, hold: Hold, warm_python: str
+) -> None:
+    before = states(flink)
+    hold.begin(boot=True)
+    command = Command(world, flink, warm_python)
+    command.wait_until(lambda: "no worker of the job" in command.told)
+    assert command.end(signal.SIGTERM) == 143
+    (told,) = [line for line in command.told.splitlines() if "no worker" in line]
+    assert "has begun after 3 s. Flink says: RUNNING; " in told
+    assert "0 of 2 slots free" in told
+    assert list(states(flink, before).values()) == ["CANCELED"]
+
+
+def test_a_job_that_ends_on_its_cluster_is_told_in_a_paragraph(
+    world: World, flink: Flink, hold: Hold, warm_python: str
+) -> None:
+    before = states(flink)
+    hold.begin()
+    command = Command(world, flink, warm_python)
+    command.wait_until(hold.is_waited_for)
+    (name,) = states(flink, before)
+    cancel(flink, name)
+    assert command.end() == 1
+    (told,) = [line for line in command.told.splitlines() if line.startswith("Error: ")]
+    assert f"The job {name} on {flink.url} " in told
+    assert "Traceback" not in command.told
+    assert published(world) == {}
