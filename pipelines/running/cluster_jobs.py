@@ -14,6 +14,7 @@ import re
 import secrets
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -319,8 +320,12 @@ def _id_of(result: Any) -> str:
 def _interrupts_waiting() -> Iterator[None]:
     """Lets a first SIGINT or SIGTERM wait until the block has ended; a second comes through.
 
-    Beam sets handlers of its own where it starts a job service: those of before are put back.
+    Beam sets handlers of its own where it starts a job service: those of before are put back. No
+    thread but the main one may set any, and none but it is interrupted.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     received = list[int]()
 

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,11 +28,15 @@ from tests.support.stand_in_clusters import FlinkStandIn, Jobs, States
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (
-        ("_CANCEL_SECONDS", 0.3), ("_TAKE_OVER_SECONDS", 0.3), ("_UNSEEN_SECONDS", 0.1),
-        ("_ANSWER_SECONDS", 2.0), ("_ASK_EVERY_SECONDS", 0.0),
-    ):  # fmt: skip
-        monkeypatch.setattr(cluster_jobs, name, seconds)
+    monkeypatch.setattr(cluster_jobs, "_UNSEEN_SECONDS", 0.1)
+    monkeypatch.setattr(cluster_jobs, "_ASK_EVERY_SECONDS", 0.0)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives up soon, where a job is not to end."""
+    for name in ("_CANCEL_SECONDS", "_TAKE_OVER_SECONDS"):
+        monkeypatch.setattr(cluster_jobs, name, 0.3)
 
 
 @pytest.fixture
@@ -165,6 +170,7 @@ def test_a_job_that_no_service_takes_is_told_in_a_paragraph(tmp_path: Path) -> N
     assert launcher.said == []
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_job_service_that_goes_away_is_told_and_leaves_the_record(tmp_path: Path) -> None:
     with stand_in_clusters.job_service() as jobs:
         launcher = portable(tmp_path, jobs)
@@ -199,6 +205,7 @@ def test_an_interrupt_waits_until_the_job_is_sent(tmp_path: Path, jobs: Jobs) ->
     assert list(jobs.states.values()) == [States.CANCELLED]
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_job_that_cannot_be_cancelled_is_told_and_stays_on_record(
     tmp_path: Path, jobs: Jobs
 ) -> None:
@@ -237,6 +244,15 @@ def test_a_second_interrupt_comes_through_at_once() -> None:
     assert came == [0]
 
 
+def test_a_job_may_be_sent_by_a_thread(tmp_path: Path, jobs: Jobs) -> None:
+    """Only the main thread may set handlers, and only it is interrupted."""
+    launcher = portable(tmp_path, jobs)
+    soon(is_running(launcher), lambda: jobs.set(next(iter(jobs.states)), States.DONE))
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(launcher.run).result(timeout=60)
+    assert not launcher.record.exists()
+
+
 def test_an_interrupt_is_not_lost_where_sending_fails() -> None:
     def fail() -> None:
         with cluster_jobs._interrupts_waiting():
@@ -262,6 +278,7 @@ def test_a_job_of_flinks_is_cancelled_where_it_runs(
     assert not launcher.record.exists()
 
 
+@pytest.mark.usefixtures("impatient")
 def test_it_is_not_over_since_the_job_service_says_so(
     tmp_path: Path, jobs: Jobs, flink: FlinkStandIn
 ) -> None:
@@ -393,6 +410,7 @@ def test_a_job_that_nobody_knows_is_forgotten(tmp_path: Path, jobs: Jobs) -> Non
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_job_that_goes_on_nonetheless_stops_the_command(tmp_path: Path, jobs: Jobs) -> None:
     jobs.stubborn = True
     left(tmp_path, jobs)
@@ -419,6 +437,7 @@ def test_a_job_that_goes_on_nonetheless_stops_the_command(tmp_path: Path, jobs: 
 def test_where_a_job_cannot_be_asked_for_the_command_warns_and_goes_on(
     tmp_path: Path, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any], why: str
 ) -> None:
+    monkeypatch.setattr(cluster_jobs, "_ANSWER_SECONDS", 2.0)
     left(tmp_path, jobs, **other)
     (warning,) = take_over(tmp_path)
     assert warning.startswith("WARNING: an earlier command was killed and may have left the job")
