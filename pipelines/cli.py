@@ -919,6 +919,7 @@ _received: list[int] = []  # Beam wraps what is raised inside a job, so the sign
 def main(args: Sequence[str] | None = None) -> int:
     """Runs `courier` and returns its exit status."""
     _set_up_logging()
+    _received.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
