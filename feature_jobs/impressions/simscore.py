@@ -540,7 +540,7 @@ class ScoreShard(beam.DoFn):
         counts = counted.counts | self._count_late(day, rows)
         if "feature_ds" in day.schema.names:
             counts = {"without_snapshot": 0, "histories_without_snapshot": 0, **counts}
-        work = {"shuffled_bytes": sum(answer.sent for answer in answers)} if answers else {}
+        work = {"answered_bytes": sum(answer.sent for answer in answers)} if answers else {}
         partitions.write_part(
             folder, USER_SIMSCORES, day.schema, scored, shard, day.shards, counts, work,
             self._job.form.limits, source, counted.histograms, counted.examples,

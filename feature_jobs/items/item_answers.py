@@ -67,10 +67,9 @@ def items_told(
 
     Raises DataContractError where not all of them were answered for.
     """
-    mine = [answer for answer in answers if answer.night == night]
-    came = sum(answer.asked for answer in mine)
-    check_all_came("answers of item shards, by items", came, asked)
-    told = [answer.told for answer in mine if answer.told]
+    mine = [one for one in answers if one.night == night]
+    check_all_came("answers of item shards, by items", sum(one.asked for one in mine), asked)
+    told = [one.told for one in mine if one.told]
     return items_of_answers(read_pieces(told, no_answers(item_id, labels)))
 
 

@@ -142,9 +142,9 @@ def _simscore(counts: Numbers, work: Numbers) -> str:
         (counts["click_times_before_event"], "clicked before they were shown"),
         (counts["moved_impressions"], "of items in another cluster than the day before"),
     )
-    shuffled = work.get("shuffled_bytes")
+    answered = work.get("answered_bytes")
     return _of(f"{rows:,} impressions", found) + (
-        f"; shuffled {_size(shuffled)} of items" if shuffled else ""
+        f"; asked item shards for {_size(answered)}" if answered else ""
     )
 
 

@@ -487,15 +487,15 @@ def bench_yardsticks(shop: Shop, items: int, ours: float) -> None:
 def bench_shuffle(shop: Shop, items: int, impressions: int, mode: str) -> None:
     """Scores the same impressions with embeddings that come by either way.
 
-    Prints how far apart the scores are, and what was shuffled.
+    Prints how far apart the scores are, and how much item shards answered.
     """
     write_log(shop, items, impressions)
     plain, kept = shop.settings.read_text(), []
     for way in ("broadcast", "shuffle"):
         shop.settings.write_text(f'{plain}[simscore]\nembeddings_by = "{way}"\n')
         found = score(shop, mode)
-        shuffled = found["counts"].get("shuffled_bytes", 0) / found["rows"]
-        print(f"  {way:9} {found['seconds']:6.1f} s, {shuffled:9,.0f} bytes shuffled/impression")
+        told = found["counts"].get("answered_bytes", 0) / found["rows"]
+        print(f"  {way:9} {found['seconds']:6.1f} s, {told:9,.0f} bytes answered/impression")
         kept.append(shop.scores.rename(shop.top / way))
     shop.settings.write_text(plain)
     print(f"  largest difference of two scores: {largest_difference(*kept):.2g}", flush=True)

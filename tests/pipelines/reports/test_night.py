@@ -40,7 +40,7 @@ def test_each_stage_has_a_line_that_leaves_out_zeros() -> None:
             embed=(EMBED, work),
             item_features=({"items": 9, "items_with_cluster": 0, "items_out_of_scope": 0}, {}),
             histories=(histories, {}),
-            simscore=(SIMSCORE, {"shuffled_bytes": 1_200_000}),
+            simscore=(SIMSCORE, {"answered_bytes": 1_200_000}),
         )
     )
     assert told.splitlines() == [
@@ -51,7 +51,7 @@ def test_each_stage_has_a_line_that_leaves_out_zeros() -> None:
         "  item-features      6.1 s  1,234.5 s CPU   1.2 GB  9 items",
         "  histories          6.1 s  1,234.5 s CPU   1.2 GB  1,191 users with a history",
         "  simscore           6.1 s  1,234.5 s CPU   1.2 GB  23,490 impressions: 23,455 with a "
-        "history, 2 of items in another cluster than the day before; shuffled 1.2 MB of items",
+        "history, 2 of items in another cluster than the day before; asked item shards for 1.2 MB",
     ]
 
 
