@@ -453,7 +453,7 @@ def test_embeddings_that_come_either_way_give_the_same_table(
         found, other = (w.table("user_simscores", day) for w in (shop, after_nights))
         assert found == other
     assert "sim_scores" in other.column_names
-    assert capsys.readouterr().out.count("kB of items") == len(DAYS)
+    assert capsys.readouterr().out.count("asked item shards for") == len(DAYS)
 
 
 @pytest.mark.parametrize(
