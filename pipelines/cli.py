@@ -880,11 +880,13 @@ def _is_news(record: logging.LogRecord) -> bool:
     """Returns whether a log record tells an operator anything.
 
     Beam's idle warnings do not, nor what it makes of an interruption or of an error that `main`
-    tells in one paragraph.
+    tells in one paragraph, nor the traces of a job service, for which a job fails.
     """
     text, error = record.getMessage(), record.exc_info and record.exc_info[1]
     told = isinstance(error, CourierError) or f"{CourierError.__module__}." in text
     if _received or (told and record.name.startswith("apache_beam")):
+        return False
+    if record.module == "portable_runner" and record.levelno >= logging.ERROR:
         return False
     return not any(idle in text for idle in _IDLE)
 

@@ -1,13 +1,14 @@
 """Carries notes between launcher and workers, by files below the staging folder.
 
-The launcher tells what share of a host a process has and how large its row groups are; workers tell
-errors, warnings, counts and what they used.
+The launcher tells what share of a host a process has, how large its row groups are and in which
+versions it runs; workers tell errors, warnings, counts and what they used.
 """
 
 import functools
 import hashlib
 import os
 import re
+import socket
 import tempfile
 import threading
 import time
@@ -17,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
-from feature_jobs.schemas import CourierError
-from feature_jobs.store import faults, files, partitions, threads, usage
+from feature_jobs.schemas import CourierError, StorageUnavailable
+from feature_jobs.store import faults, files, partitions, threads, usage, versions
 from feature_jobs.store.documents import digest, parse_json, read_json, write_json
 
 _READERS = 16
@@ -48,8 +49,7 @@ def refusing(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Iterato
             if is_asked:
                 _note_usage(self.staging)
         except CourierError as error:
-            found = {"kind": type(error).__name__, "message": str(error)}
-            write_json(os.path.join(errors, digest(found)[:12] + ".json"), found)
+            _refuse(self.staging, error)
 
     return guarded
 
@@ -57,11 +57,12 @@ def refusing(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Iterato
 def tell(staging: str, share: threads.Share, row_group_bytes: int) -> None:
     """Tells the workers of the job below `staging` what each process is to keep to.
 
-    That is how many threads it may use, and how many bytes a row group has at most. Asks those in
-    other processes than this one, the launcher's, what they use (`usage`).
+    That is how many threads it may use, and how many bytes a row group has at most. Those in other
+    processes than this one, the launcher's, are to have its versions, and tell what they use
+    (`usage`).
     """
     told = {"share": asdict(share), "row_group_bytes": row_group_bytes}
-    write_json(_told_path(staging), told)
+    write_json(_told_path(staging), told | {"versions": versions.of_process()})
     _launched.add(staging)
     _keep_to_told.cache_clear()  # the local engine's workers are in this process
 
@@ -72,21 +73,45 @@ _begun_here: set[str] = set()  # those of which it had elements
 
 @functools.cache
 def _keep_to_told(staging: str) -> bool:
-    """Keeps this process to what was told; returns whether another one asks what it uses.
+    """Keeps this process to what was told; returns whether another one asks what it uses."""
+    told = check_in(staging)
+    if told is None:
+        return False
+    threads.limit(threads.Share(**told["share"]).count())
+    partitions.limit_row_groups(told["row_group_bytes"])
+    return staging not in _launched
 
-    Tells the launcher that a worker has begun.
+
+def check_in(staging: str) -> dict[str, Any] | None:
+    """Tells the launcher that this worker has begun; returns what it was told, None for nothing.
+
+    Refuses the job's work where the launcher has other versions. Raises StorageUnavailable where
+    this process may not use the job's folder.
     """
     path = _told_path(staging)
-    found, is_here = files.read_if_there(path), staging in _launched
-    if is_here:
+    if staging in _launched:
         _begun_here.add(staging)
-    elif found is not None:
+        return dict(read_json(path))
+    try:
+        found = files.read_if_there(path)
+        if found is None:
+            return None
         files.write_bytes(os.path.join(staging, "begun", uuid.uuid4().hex[:12]), b"")
-    if found is not None:
-        told = parse_json(path, found)
-        threads.limit(threads.Share(**told["share"]).count())
-        partitions.limit_row_groups(told["row_group_bytes"])
-    return found is not None and not is_here
+    except StorageUnavailable as error:
+        raise StorageUnavailable(
+            f"The worker on {socket.gethostname()}, which runs as the user {os.getuid()}, cannot "
+            f"use the folder of its job, {staging}: {error}"
+        ) from None  # a launcher that reads it off a traceback takes the first
+    told = dict(parse_json(path, found))
+    if refusal := versions.refusal(told["versions"]):
+        _refuse(staging, refusal)
+    return told
+
+
+def _refuse(staging: str, error: CourierError) -> None:
+    """Leaves an error where the launcher finds it, and other workers do."""
+    found = {"kind": type(error).__name__, "message": str(error)}
+    write_json(os.path.join(staging, "errors", digest(found)[:12] + ".json"), found)
 
 
 def _told_path(staging: str) -> str:

@@ -33,12 +33,12 @@ from feature_jobs.schemas import (
 from feature_jobs.store import day_names, documents, files, partitions
 from feature_jobs.store.encoder_info import EncoderInfo
 from feature_jobs.store.partitions import Partition
+from feature_jobs.store.versions import PACKAGE_VERSIONS
 from pipelines.artefacts.encoders import encoder_stanza
 from pipelines.config import Settings
 from pipelines.planning.made_with import rows_settings
 from pipelines.planning.shop_tables import ShopTables
 from pipelines.running.progress import StepBar
-from pipelines.running.stage import PACKAGE_VERSIONS
 
 _COLUMNS = ("user_id", "request_id", "pv_item_ids", "pv_clicked", "click_item_ids")
 

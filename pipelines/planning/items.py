@@ -23,12 +23,13 @@ from feature_jobs.schemas import (
 )
 from feature_jobs.schemas import ITEM_FEATURES as FEATURES_TABLE
 from feature_jobs.store import documents, hashing, partitions
+from feature_jobs.store.versions import PACKAGE_VERSIONS
 from pipelines.config import Settings
 from pipelines.planning.day_plan import DayPlan
 from pipelines.planning.pinned import PinnedArtefacts
 from pipelines.planning.yesterday import Earlier
 from pipelines.running.layout import CHUNK_FOLDER
-from pipelines.running.stage import PACKAGE_VERSIONS, Planned, Stage
+from pipelines.running.stage import Planned, Stage
 from pipelines.running.states import Look
 from pipelines.stages import EMBED, ITEM_FEATURES
 

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import (
+    DebugOptions,
     FlinkRunnerOptions,
     GoogleCloudOptions,
     JobServerOptions,
@@ -40,6 +41,7 @@ from feature_jobs.schemas import CourierError
 from feature_jobs.store import documents, files, worker_notes
 from pipelines.running import beam_options, runners
 from pipelines.running.flink import FlinkJob
+from pipelines.running.worker_boot import JOB
 
 Say = Callable[[str], None]
 
@@ -122,6 +124,7 @@ class Job:
             return
         options = copy.deepcopy(self._options)  # Beam forgets the runner while it runs a job
         sent = _to_send(self._name, options)
+        _add_experiments(options, self._folder)
         root = beam.Pipeline(options=options)
         define(root)
         if sent.flink:
@@ -132,7 +135,7 @@ class Job:
         except Exception as error:
             if self._sent is None:
                 raise _not_sent(sent, error) from error
-            failed = _failed(self._sent, self._handle, error)
+            failed = _failed(self._sent, self._handle, error, self._folder)
             self._end(self._sent)
             raise failed from error
         except BaseException:
@@ -296,6 +299,13 @@ def _to_send(name: str, options: PipelineOptions) -> Sent:
     return replace(sent, endpoint=f"localhost:{server.job_port}")
 
 
+def _add_experiments(options: PipelineOptions, folder: str) -> None:
+    """Tells `courier-worker` the job's folder, among the experiments: Beam hands on those alone."""
+    more = options.view_as(DebugOptions)
+    more.add_experiment(f"{JOB}={folder}")
+    more.add_experiment("disable_logging_submission_environment")  # `pip freeze`, which takes long
+
+
 def _flink_that_answers(sent: Sent) -> FlinkJob:
     """Returns what asks for a job that is to be sent; raises CourierError where nothing answers."""
     assert sent.flink is not None
@@ -429,16 +439,23 @@ def _not_sent(sent: Sent, error: Exception) -> JobFailed:
     )
 
 
-def _failed(sent: Sent, handle: _Handle | None, error: Exception) -> JobFailed:
-    """Returns what an operator is told of a job that failed with Beam's `error`."""
+def _failed(sent: Sent, handle: _Handle | None, error: Exception, folder: str) -> JobFailed:
+    """Returns what an operator is told of a job that failed with Beam's `error`.
+
+    All that was said of it goes to a file in `folder`.
+    """
     said = ""
     if isinstance(handle, FlinkJob):
         with contextlib.suppress(_UNREACHABLE):
             said = handle.error()
+    said, path = said or str(error) or repr(error), os.path.join(folder, "failed.txt")
+    with contextlib.suppress(OSError, CourierError):  # which would hide what the job ended for
+        files.write_bytes(path, said.encode())
     return JobFailed(
-        f"The job {sent.name} on {sent.where} failed: {cause(said or str(error) or repr(error))}. "
+        f"The job {sent.name} on {sent.where} failed: {cause(said)}. "
         "Nothing was published, and what it finished is kept: the same command goes on with that. "
-        "Where it fails again, look at the job's page and at the logs of its workers."
+        "Where it fails again, look at the job's page and at the logs of its workers; all that was "
+        f"said of it is in {path}."
     )
 
 

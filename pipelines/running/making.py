@@ -13,13 +13,14 @@ from feature_jobs.schemas import CourierError, DataContractError, Table
 from feature_jobs.store import broadcast, files, partitions, threads, usage, worker_notes
 from feature_jobs.store.documents import parse_json, write_json
 from feature_jobs.store.partitions import STAGED
+from feature_jobs.store.versions import PACKAGE_VERSIONS
 from pipelines.running import cluster_jobs, progress, states
 from pipelines.running.beam_options import JobOptions
 from pipelines.running.cluster_jobs import Job, JobFailed
 from pipelines.running.gates import counts_of as counts_of_table
 from pipelines.running.layout import days_of_job
 from pipelines.running.locks import Locks
-from pipelines.running.stage import PACKAGE_VERSIONS, Planned, Stage
+from pipelines.running.stage import Planned, Stage
 from pipelines.running.states import PUBLISHED, Look, Night
 
 # What no manifest says of a single file.

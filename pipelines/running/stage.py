@@ -12,25 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version as installed
 from typing import Any, Self
 
 import pyarrow as pa
 
-from feature_jobs import __version__
 from feature_jobs.schemas import Table
 from feature_jobs.store import documents
 from pipelines.running.layout import Layout, Place
 from pipelines.stages import Kind
-
-# The packages that decide which bytes are made.
-PACKAGE_VERSIONS = {
-    "courier": __version__,
-    **{
-        name: installed(name)
-        for name in ("apache-beam", "numpy", "pillow", "pyarrow", "torch", "torchvision")
-    },
-}
 
 
 @dataclass(frozen=True)

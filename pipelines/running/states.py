@@ -15,10 +15,11 @@ from feature_jobs.schemas import ITEM_EMBEDDINGS, GateRefused, InputNotReady, Ta
 from feature_jobs.store import documents, files, partitions
 from feature_jobs.store.documents import parse_json, read_json, write_json
 from feature_jobs.store.partitions import Partition
+from feature_jobs.store.versions import PACKAGE_VERSIONS
 from pipelines.config import Settings
 from pipelines.running import records
 from pipelines.running.layout import Layout
-from pipelines.running.stage import PACKAGE_VERSIONS, Planned, Reference, Stage
+from pipelines.running.stage import Planned, Reference, Stage
 from pipelines.stages import NIGHT, Kind
 
 ABSENT, BEGUN, STAGED, PUBLISHED = "absent", "begun", "staged", "published"

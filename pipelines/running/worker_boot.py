@@ -5,10 +5,12 @@ Hosts of Flink and Spark run it for jobs that name it as their environment:
     --environment_type=PROCESS --environment_options=process_command=/path/to/courier-worker
 
 so that a virtual environment on each host does instead of Docker. It takes what Beam starts the
-`boot` of its images with, and fetches and installs nothing: all that a job needs is to be there.
+`boot` of its images with, and fetches and installs nothing: all that a job needs is to be there,
+in the versions that its launcher has.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -23,6 +25,11 @@ from apache_beam.runners.job.utils import struct_to_dict
 from apache_beam.runners.worker import sdk_worker_main
 from apache_beam.runners.worker.channel_factory import GRPCChannelFactory
 
+from feature_jobs.schemas import CourierError
+from feature_jobs.store import worker_notes
+
+JOB = "courier_job"  # the experiment, as Beam names what it hands on, that names a job's folder
+
 _SECONDS = 60.0  # for an answer of whoever has just started this process
 _PARENT_SECONDS = 1.0
 
@@ -35,6 +42,7 @@ def main(args: Sequence[str] | None = None) -> None:
     given = _parse(args)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     info = _ask(given.provision_endpoint, given.id)
+    _check_in(info)
     os.environ.update(environment(given.id, info))
     sdk_worker_main.main(sys.argv)
 
@@ -67,6 +75,19 @@ def _ask(endpoint: str, worker_id: str) -> provision.ProvisionInfo:
         return service.GetProvisionInfo(
             request, metadata=who, timeout=_SECONDS, wait_for_ready=True
         ).info
+
+
+def _check_in(info: provision.ProvisionInfo) -> None:
+    """Checks in before anything of the job is loaded, at which another version might fail.
+
+    A worker that is refused goes on, to do nothing: one that ended would be waited for. So does one
+    that may not use the job's folder, which it tells, as it can then, with its first element.
+    """
+    for experiment in struct_to_dict(info.pipeline_options).get("beam:option:experiments:v1") or ():
+        name, _, folder = experiment.partition("=")
+        if name == JOB:
+            with contextlib.suppress(CourierError):
+                worker_notes.check_in(folder)
 
 
 def environment(worker_id: str, info: provision.ProvisionInfo) -> Mapping[str, str]:

@@ -29,6 +29,7 @@ class Jobs(service.JobServiceServicer):
         self.cancelled: list[str] = []
         self.stubborn = False
         self.says = ""
+        self.options: dict[str, Any] = {}  # of the job that was sent last
         self.at_prepare: Callable[[], None] = lambda: None
         self.at_run: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
@@ -51,8 +52,8 @@ class Jobs(service.JobServiceServicer):
 
     def Prepare(self, request: Any, context: Any) -> Any:
         self.at_prepare()
-        options = struct_to_dict(request.pipeline_options)
-        name = self.begin(options["beam:option:job_name:v1"], States.STOPPED)
+        self.options = struct_to_dict(request.pipeline_options)
+        name = self.begin(self.options["beam:option:job_name:v1"], States.STOPPED)
         return api.PrepareJobResponse(preparation_id=name)
 
     def Run(self, request: Any, context: Any) -> Any:

@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,7 +18,16 @@ from feature_jobs.schemas import (
     OperatorError,
     StorageUnavailable,
 )
-from feature_jobs.store import documents, partitions, threads, usage, worker_notes
+from feature_jobs.store import (
+    documents,
+    faults,
+    partitions,
+    threads,
+    usage,
+    versions,
+    worker_notes,
+)
+from tests.support.ill_disk import watch_disk
 from tests.support.processes import start
 
 
@@ -95,6 +105,66 @@ def test_workers_keep_to_the_threads_and_row_groups_that_the_launcher_told_each_
     worker_notes.tell(one.staging, threads.Share(1), 100)  # the job is run again
     list(one.process(1))
     assert (limits[2:], sizes[2:]) == ([1], [100])
+
+
+def elsewhere(staging: Path) -> Worker:
+    """Returns a worker of a launcher that is another process."""
+    worker_notes.tell(str(staging), threads.Share(), 100)
+    worker_notes._launched.remove(str(staging))
+    return Worker(staging)
+
+
+def test_a_worker_in_other_versions_does_nothing_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = elsewhere(tmp_path)
+    monkeypatch.setitem(versions.PACKAGE_VERSIONS, "torch", "1.0")
+    assert list(worker.process(1)) == []
+    (found,) = worker_notes.refused(worker.staging)
+    assert type(found) is OperatorError
+    assert f"The worker on {socket.gethostname()} has other versions" in str(found)
+    assert "torch 1.0 (the command's: " in str(found)
+    monkeypatch.undo()
+    worker_notes._keep_to_told.cache_clear()
+    assert list(worker.process(1)) == []  # no other worker goes on
+    assert len(worker_notes.refused(worker.staging)) == 1
+
+
+def test_a_worker_may_check_in_before_it_has_any_element(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert worker_notes.check_in(str(tmp_path)) is None  # it was told nothing
+    worker = elsewhere(tmp_path)
+    assert worker_notes.check_in(worker.staging)["row_group_bytes"] == 100
+    assert worker_notes.has_begun(worker.staging)
+    assert worker_notes.refused(worker.staging) == []
+    monkeypatch.setitem(versions.PACKAGE_VERSIONS, "courier", "0.0.1")
+    worker_notes.check_in(worker.staging)
+    assert len(worker_notes.refused(worker.staging)) == 1
+
+
+@pytest.mark.parametrize("what", ["told.json", "begun"])
+def test_a_worker_that_may_not_use_the_folder_of_its_job_says_which_and_who_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(faults, "FORBIDDEN_SECONDS", 0.05)
+    worker = elsewhere(tmp_path)
+
+    def forbid(_: str, path: str) -> None:
+        if what in path:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    watch_disk(monkeypatch, forbid)
+    for check_in in (worker_notes.check_in, lambda _: list(worker.process(1))):
+        with pytest.raises(StorageUnavailable) as refused:
+            check_in(worker.staging)
+        assert (
+            f"The worker on {socket.gethostname()}, which runs as the user {os.getuid()}, cannot "
+            f"use the folder of its job, {tmp_path}: {tmp_path}/{what}" in str(refused.value)
+        )
+        assert "Give this account access" in str(refused.value)
+        assert refused.value.__suppress_context__  # of a traceback the first is told
+    assert worker_notes.refused(worker.staging) == []
 
 
 def test_a_heartbeat_is_one_file_that_grows_with_what_is_counted(tmp_path: Path) -> None:

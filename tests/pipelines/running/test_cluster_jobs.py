@@ -18,6 +18,7 @@ from apache_beam.runners.dataflow.internal import apiclient
 
 from feature_jobs.schemas import CourierError
 from feature_jobs.store import documents, files, worker_notes
+from pipelines import cli
 from pipelines.running import cluster_jobs
 from pipelines.running.beam_options import pipeline_options
 from pipelines.running.cluster_jobs import Job, JobFailed, Sent, cause, end_left
@@ -153,7 +154,20 @@ def test_each_job_has_a_name_of_its_own_after_the_users(tmp_path: Path, jobs: Jo
     assert all(name.startswith("shop-a-embed-2026-03-01-abc-") for name in (first, second))
 
 
-def test_a_job_that_fails_is_told_in_a_paragraph(tmp_path: Path, jobs: Jobs) -> None:
+def test_workers_are_told_the_folder_beside_the_users_own_experiments(
+    tmp_path: Path, jobs: Jobs
+) -> None:
+    launcher = portable(tmp_path, jobs, "--experiments=one", "--experiment=two")
+    soon(is_running(launcher), lambda: jobs.set(*jobs.states, States.DONE))
+    launcher.run()
+    told = jobs.options["beam:option:experiments:v1"]
+    assert {"one", "two", f"courier_job={tmp_path}"} <= set(told)
+
+
+def test_a_job_that_fails_is_told_in_a_paragraph(
+    tmp_path: Path, jobs: Jobs, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The trace that Beam logs besides is in a file instead."""
     launcher = portable(tmp_path, jobs)
     jobs.says = "java.lang.Exception: lost\n\tat a.b(C.java:1)\nCaused by: x.NoDisk: disk is full\n"
     soon(is_running(launcher), lambda: jobs.set(*jobs.states, States.FAILED))
@@ -163,6 +177,10 @@ def test_a_job_that_fails_is_told_in_a_paragraph(tmp_path: Path, jobs: Jobs) -> 
     told = str(failed.value)
     assert "\n" not in told
     assert f"on the job service {jobs.endpoint} failed: x.NoDisk: disk is full. Nothing" in told
+    assert told.endswith(f" said of it is in {tmp_path}/failed.txt.")
+    assert jobs.says in (tmp_path / "failed.txt").read_text()
+    (traced,) = [record for record in caplog.records if "a.b(C.java:1)" in record.getMessage()]
+    assert not cli._is_news(traced)
     assert jobs.cancelled == []
     assert not launcher.record.exists()
 

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,6 +17,8 @@ from apache_beam.portability.api import endpoints_pb2
 from apache_beam.runners.job.utils import dict_to_struct
 from apache_beam.runners.worker import sdk_worker_main
 
+from feature_jobs.schemas import StorageUnavailable
+from feature_jobs.store import threads, versions, worker_notes
 from pipelines.running import worker_boot
 from tests.support.processes import ended, killed, start
 
@@ -110,6 +113,39 @@ def test_a_worker_whose_runner_is_gone_ends(
     with pytest.raises(grpc.RpcError):
         worker_boot.main(["--id=1", "--provision_endpoint=localhost:1"])
     assert not worker
+
+
+def of_job(folder: Path) -> provision.ProvisionInfo:
+    experiments = {"beam:option:experiments:v1": ["one", f"courier_job={folder}"]}
+    return provision.ProvisionInfo(pipeline_options=dict_to_struct(experiments))
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_a_worker_checks_in_before_it_is_sent_anything(
+    tmp_path: Path, worker: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch, differ: bool
+) -> None:
+    """One in other versions goes on and does nothing: for one that ended a cluster may wait."""
+    monkeypatch.setattr(worker_boot, "_ask", lambda *_: of_job(tmp_path))
+    worker_notes.tell(str(tmp_path), threads.Share(), 100)
+    monkeypatch.setattr(worker_notes, "_launched", set())
+    if differ:
+        monkeypatch.setitem(versions.PACKAGE_VERSIONS, "torch", "1.0")
+    worker_boot.main(["--id=1", "--provision_endpoint=localhost:1"])
+    assert len(worker) == 1
+    assert worker_notes.has_begun(str(tmp_path))
+    assert ["torch 1.0" in str(e) for e in worker_notes.refused(str(tmp_path))] == [True] * differ
+
+
+def test_a_worker_that_may_not_check_in_tells_so_with_its_first_element(
+    tmp_path: Path, worker: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: str) -> None:
+        raise StorageUnavailable("no access")
+
+    monkeypatch.setattr(worker_boot, "_ask", lambda *_: of_job(tmp_path))
+    monkeypatch.setattr(worker_notes, "check_in", refuse)
+    worker_boot.main(["--id=1", "--provision_endpoint=localhost:1"])
+    assert len(worker) == 1
 
 
 PARENT = """

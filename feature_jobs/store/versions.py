@@ -1,0 +1,53 @@
+"""Says in which versions the packages are here that decide which bytes are made.
+
+Launcher and workers must have the same: what one pickles the other must be able to load, and one
+table must not be made in two ways.
+"""
+
+import socket
+import sys
+from importlib.metadata import version as installed
+
+from feature_jobs import __version__
+from feature_jobs.schemas import OperatorError
+
+PACKAGE_VERSIONS = {
+    "courier": __version__,
+    **{
+        name: installed(name)
+        for name in ("apache-beam", "numpy", "pillow", "pyarrow", "torch", "torchvision")
+    },
+}
+
+
+def of_process() -> dict[str, str]:
+    """Returns the versions that all processes of a job must have in common, Python's among them.
+
+    Nothing is told of builds, as +cpu: embeddings may be made on other processors than the rest.
+    """
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return {"python": python} | {
+        name: version.partition("+")[0] for name, version in PACKAGE_VERSIONS.items()
+    }
+
+
+def refusal(launchers: dict[str, str]) -> OperatorError | None:
+    """Returns what the operator is told where the launcher has other versions than this worker.
+
+    None where they are the same; `launchers` are what `of_process` returns there.
+    """
+    here = of_process()
+    found = [
+        f"{name} {here.get(name)} (the command's: {launchers.get(name)})"
+        for name in sorted(here | launchers)
+        if here.get(name) != launchers.get(name)
+    ]
+    if not found:
+        return None
+    return OperatorError(
+        f"The worker on {socket.gethostname()} has other versions than the command that sent the "
+        f"job: {', '.join(found)}. It might fail at what it was sent, or make a part of the tables "
+        "in another way than the others; so it did nothing, and nothing was published. Install the "
+        "same versions of this project and of what requirements.txt pins on all hosts, start pools "
+        "of workers anew, and run the same command again."
+    )
