@@ -167,6 +167,40 @@ def test_a_worker_that_may_not_use_the_folder_of_its_job_says_which_and_who_it_i
     assert worker_notes.refused(worker.staging) == []
 
 
+OTHER_USER = """
+import os, sys
+import google.api_core.retry  # loaded while it may be read
+from feature_jobs.schemas import StorageUnavailable
+from feature_jobs.store import faults, worker_notes
+faults.FORBIDDEN_SECONDS = 0.05
+os.setgroups([])
+os.setgid(int(sys.argv[2]))
+os.umask(0o002)
+os.setuid(65534)
+try:
+    print(worker_notes.check_in(sys.argv[1])["row_group_bytes"])
+except StorageUnavailable as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may become another user")
+def test_a_worker_of_another_user_checks_in_where_its_group_may_write() -> None:
+    group = 54321
+    with tempfile.TemporaryDirectory() as name:  # below which another user may look
+        os.chmod(name, 0o755)
+        folder = Path(name, "job")
+        elsewhere(folder)
+        folder.chmod(0o755)
+        said = start(OTHER_USER, folder, group).communicate()[0]
+        assert f"runs as the user 65534, cannot use the folder of its job, {folder}: " in said
+        assert os.listdir(folder) == ["told.json"]
+        os.chown(folder, 0, group)
+        folder.chmod(0o2775)
+        assert start(OTHER_USER, folder, group).communicate()[0] == "100\n"
+        assert worker_notes.has_begun(str(folder))
+
+
 def test_a_heartbeat_is_one_file_that_grows_with_what_is_counted(tmp_path: Path) -> None:
     heartbeat = worker_notes.Heartbeat(str(tmp_path))
     heartbeat.add(done=1)
