@@ -129,8 +129,7 @@ test-frameworks: $(READY) $(FUXICTR_READY)
 # What they are made of lies in a cache of the user's, outside the tree: half a GB, fetched once.
 test-clusters: $(READY)
 	python -m tests.support.cluster_packages
-	python -m pytest -q -m clusters tests/pipelines/test_clusters.py \
-		tests/pipelines/test_cluster_control.py
+	python -m pytest -q -m clusters $(wildcard tests/pipelines/test_cluster*.py)
 
 flink spark: $(READY)
 	@python -m tests.support.standing_clusters $@ start
