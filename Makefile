@@ -142,7 +142,8 @@ prism: $(READY)
 
 # ---- benchmarks and docs -------------------------------------------------------------------------
 bench: $(READY)
-	for b in $(wildcard tests/benchmarks/bench_*.py); do echo "== $$b"; python $$b || exit 1; done
+	for b in $(wildcard tests/benchmarks/bench_*.py); do \
+		echo "== $$b"; PYTHONPATH=$(CURDIR) python $$b || exit 1; done
 
 docs: $(READY)
 	python -m tests.support.settings_page

@@ -107,8 +107,8 @@ def sampled(top: Path, day: dt.date, sample: int) -> pa.Table:
 
 def bench_job(settings: Path, impressions: int, mode: str) -> float:
     """Measures HISTORIES on DAY, after that of the day before; returns impressions/s."""
-    nights.run_stage(settings, DAY_BEFORE, "histories", mode)
-    found = nights.run_stage(settings, DAY, "histories", mode)
+    nights.run_stage(settings, DAY_BEFORE, "histories", nights.local(mode))
+    found = nights.run_stage(settings, DAY, "histories", nights.local(mode))
     print(
         f"  job, {nights.WORKERS} workers, {mode}: {found['seconds']:.1f} s (goal {SECONDS} s), "
         f"peak memory {found['peak_bytes'] / 1e9:.2f} GB (goal {BYTES / 1e9:.0f} GB)",

@@ -250,7 +250,7 @@ def write_log(shop: Shop, items: int, impressions: int) -> None:
 def score(shop: Shop, mode: str) -> dict[str, Any]:
     """Runs the night's last stage over the log that is there, whatever was published before."""
     shutil.rmtree(shop.scores, ignore_errors=True)
-    return nights.run_stage(shop.settings, DAY, "simscore", mode)
+    return nights.run_stage(shop.settings, DAY, "simscore", nights.local(mode))
 
 
 def bench_job(shop: Shop, items: int, impressions: int, mode: str) -> float:

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,16 @@ def child(script: str, *arguments: object, one_thread: bool = False) -> dict[str
     return json.loads(done.stdout)
 
 
-def run_stage(settings: Path, day: dt.date, stage: str, mode: str) -> dict[str, Any]:
-    """Makes and publishes one stage of a night, in a process of its own.
+def local(mode: str) -> list[str]:
+    """Returns Beam's options of the local engine with so many workers."""
+    return [f"--direct_num_workers={WORKERS}", f"--direct_running_mode={mode}"]
+
+
+def run_stage(settings: Path, day: dt.date, stage: str, beam: Sequence[str]) -> dict[str, Any]:
+    """Makes and publishes one stage of a night by Beam's options, in a process of its own.
 
     Returns the rows read, seconds, peak memory of one process in bytes, and counts.
     """
-    beam = (f"--direct_num_workers={WORKERS}", f"--direct_running_mode={mode}")
     return child(__file__, settings, day, stage, *beam)
 
 
