@@ -21,7 +21,7 @@ from pipelines.cli import main
 from pipelines.config import Settings, load_settings
 from pipelines.running import locks
 from tests.conftest import Artefacts
-from tests.support.buckets import upload
+from tests.support.buckets import move, upload
 from tests.support.commands import make_night
 from tests.support.small_nights import is_whole_night
 from tests.support.world import (
@@ -48,15 +48,7 @@ def in_bucket(
         raise AssertionError("Beam looks for credentials, which takes it half a minute")
 
     monkeypatch.setattr(auth, "get_service_credentials", look)
-    text = world.settings() and world.config.read_text()
-    for name in ("catalogue", "impressions", "images"):
-        upload(world.folder / name, f"{near_bucket}/{name}")
-        text = text.replace(f'"{name}', f'"{near_bucket}/{name}')
-    for folder in (artefacts.encoder, artefacts.codebook):
-        text = text.replace(folder, upload(folder, f"{near_bucket}/made/{Path(folder).name}"))
-    path = world.folder / "bucket.toml"
-    path.write_text(text.replace('"features"', f'"{near_bucket}/features"'))
-    return path
+    return move(world, near_bucket, artefacts.encoder, artefacts.codebook)
 
 
 def test_a_shop_that_moved_to_another_prefix_is_the_same(in_bucket: Path, near_bucket: str) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import pickle
 import pkgutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ import pytest
 from apache_beam.pvalue import TaggedOutput
 
 import feature_jobs
+from feature_jobs.impressions.simscore import BROADCAST, SHUFFLE
 from feature_jobs.items.embed import EmbedChunk
 from feature_jobs.store.partitions import Partition
 from pipelines.cli import main
 
 MOST = 4_000  # bytes of an element; a cluster's limit is a thousand times that
+MOST_OF_AN_IMPRESSION = (
+    64  # bytes, of all elements of its scoring together: with its history it has hundreds
+)
 ROWS = 2_000  # more of them than that is of each table
 DAYS = [f"2026-01-{day:02d}" for day in range(1, 8)]
 SHARED = "[simscore]\nembeddings_by = 'shuffle'\n"
@@ -35,16 +40,15 @@ def steps() -> list[type[beam.DoFn]]:
 
 
 @pytest.fixture
-def carried(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Returns the bytes of the largest element that any step has handed on, by step."""
-    largest: dict[str, int] = {}
+def carried(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """Returns the bytes of each element that any step has handed on, by step."""
+    carried = defaultdict[str, list[int]](list)
 
     def measured(step: type, process: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
         def measure(self: Any, element: Any) -> Iterator[Any]:
             for one in process(self, element) or ():
                 value = one.value if isinstance(one, TaggedOutput) else one
-                size = len(pickle.dumps(value))
-                largest[step.__name__] = max(size, largest.get(step.__name__, 0))
+                carried[step.__name__].append(len(pickle.dumps(value)))
                 yield one
 
         return measure
@@ -53,7 +57,7 @@ def carried(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         monkeypatch.setattr(step, "process", measured(step, vars(step)["process"]))
     chunk = measured(EmbedChunk, EmbedChunk.embed_chunk)
     monkeypatch.setattr(EmbedChunk, "embed_chunk", chunk)
-    return largest
+    return carried
 
 
 @pytest.fixture
@@ -71,7 +75,7 @@ def slim_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("slim_only")
 def test_no_element_holds_rows_and_no_job_a_manifest(
-    tmp_path: Path, carried: dict[str, int], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, carried: dict[str, list[int]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     shop = tmp_path / "shop"
     settings = shop / "courier.toml"
@@ -98,4 +102,10 @@ def test_no_element_holds_rows_and_no_job_a_manifest(
     courier(f"join --ds {DAYS[6]} --samples {samples} --features-from same --time event_time")
     asked = set(carried)
     assert {"AskForItems", "AnswerForItems", "ReadClicks", "EmbedChunk", "TakeScores"} <= asked
-    assert {step: size for step, size in carried.items() if size > MOST} == {}
+    largest = {step: max(sizes) for step, sizes in carried.items()}
+    assert {step: size for step, size in largest.items() if size > MOST} == {}
+    for join in (BROADCAST, SHUFFLE):
+        carried.clear()
+        courier(f"simscore --ds {DAYS[6]} --embeddings-by {join} --remake")
+        assert ("AskForItems" in carried) == (join == SHUFFLE)
+        assert 0 < sum(map(sum, carried.values())) <= MOST_OF_AN_IMPRESSION * len(log)
