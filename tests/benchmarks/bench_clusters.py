@@ -49,7 +49,7 @@ from tests.support.clusters import Flink
 RATE_GOAL, BYTES_GOAL, MEMORY_GOAL = 0.8, 64, 1.1
 LOCALLY = nights.local("multi_processing")
 SIDE = 32  # of an image, in pixels
-FEW_IMAGES = 64
+FEW_IMAGES = 512  # two chunks, so that both workers load the encoder
 THREADS = f"[workers]\nthreads = {max(1, threads.cores() // nights.WORKERS)}\n"
 WORKER = b"pipelines.running.worker_boot"
 SAMPLED_SECONDS = 0.1
