@@ -1,27 +1,24 @@
 """A command that ends leaves no job on Flink, and one that is killed leaves none to the next."""
 
-import shlex
 import signal
-import subprocess
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Artefacts, pinned
 from tests.support import clusters
+from tests.support.cluster_commands import Command, held_python, states, tables
 from tests.support.clusters import Flink
 from tests.support.commands import courier, published
 from tests.support.held_embed import Hold
-from tests.support.processes import ROOT, wait_for
 from tests.support.world import DAYS, World
 
 pytestmark = pytest.mark.clusters
 
 EMBED = ("embed", "--ds", str(DAYS[0]))
-HELD = "tests.support.held_embed"
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +37,8 @@ def flink(
     _hold: Hold, warm_python: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Flink]:
     folder = tmp_path_factory.mktemp("flink")
-    command = shlex.join([warm_python, "-m", HELD, "worker", _hold.path])
-    (python := folder / "python").write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-    python.chmod(0o755)
-    with clusters.flink(folder / "cluster", python=str(python)) as cluster:
+    python = held_python(folder, warm_python, _hold)
+    with clusters.flink(folder / "cluster", python=python) as cluster:
         yield cluster
 
 
@@ -67,44 +62,6 @@ def expected(tmp_path_factory: pytest.TempPathFactory, artefacts: Artefacts) -> 
     return found
 
 
-def tables(world: World) -> dict[str, bytes]:
-    return {path: data for path, data in published(world).items() if path.endswith(".parquet")}
-
-
-class Command:
-    """Runs `courier embed` on Flink in a process of its own."""
-
-    def __init__(self, world: World, flink: Flink, python: str):
-        world.settings()
-        self._log = world.folder / "told"
-        self._log.write_text("")
-        command, *rest = EMBED
-        arguments = [command, "--config", str(world.config), *rest, "--", *flink.options]
-        with open(self._log, "ab") as log:
-            self._process = subprocess.Popen(
-                [python, "-m", HELD, "courier", *arguments], cwd=ROOT, stdout=log, stderr=log
-            )
-
-    @property
-    def told(self) -> str:
-        return self._log.read_text()
-
-    def wait_until(self, found: Callable[[], bool]) -> None:
-        wait_for(found, self._process)
-
-    def end(self, how: signal.Signals | None = None) -> int:
-        """Returns the exit status, of what it is told to end by, or by itself."""
-        if how:
-            self._process.send_signal(how)
-        return self._process.wait(120)
-
-
-def states(flink: Flink, known: Collection[str] = ()) -> dict[str, str]:
-    """Returns the states of Flink's jobs by their names, but for those `known`."""
-    jobs = flink.ask("jobs/overview")["jobs"]
-    return {job["name"]: job["state"] for job in jobs if job["name"] not in known}
-
-
 def cancel(flink: Flink, name: str) -> None:
     """Cancels a job as one does who looks at Flink's pages."""
     (jid,) = [job["jid"] for job in flink.ask("jobs/overview")["jobs"] if job["name"] == name]
@@ -118,7 +75,7 @@ def test_an_interrupted_command_cancels_its_job_and_resumes(
     hold.begin()
     for how in (signal.SIGINT, signal.SIGTERM):
         before = states(flink)
-        command = Command(world, flink, warm_python)
+        command = Command(world, flink.options, warm_python, *EMBED)
         command.wait_until(hold.is_waited_for)
         command.wait_until(lambda: "tasks finished" in command.told)  # noqa: B023
         assert command.end(how) == 128 + how, command.told
@@ -132,7 +89,7 @@ def test_an_interrupted_command_cancels_its_job_and_resumes(
     finished = hold.made()
     assert finished
     hold.end()
-    again = Command(world, flink, warm_python)
+    again = Command(world, flink.options, warm_python, *EMBED)
     assert again.end() == 0, again.told
     assert "left the job" not in again.told
     assert tables(world) == expected
@@ -146,13 +103,13 @@ def test_the_job_of_a_killed_command_is_cancelled_by_the_next(
 ) -> None:
     before = states(flink)
     hold.begin()
-    killed = Command(world, flink, warm_python)
+    killed = Command(world, flink.options, warm_python, *EMBED)
     killed.wait_until(hold.is_waited_for)
     assert killed.end(signal.SIGKILL) == -signal.SIGKILL
     ((name, state),) = states(flink, before).items()
     assert state == "RUNNING"
     finished = hold.made()
-    again = Command(world, flink, warm_python)
+    again = Command(world, flink.options, warm_python, *EMBED)
     again.wait_until(lambda: f"the job {name} is CANCELLED" in again.told)
     assert states(flink)[name] == "CANCELED"
     hold.end()
@@ -169,7 +126,7 @@ def test_workers_that_do_not_begin_are_told_with_what_flink_says(
 ) -> None:
     before = states(flink)
     hold.begin(boot=True)
-    command = Command(world, flink, warm_python)
+    command = Command(world, flink.options, warm_python, *EMBED)
     command.wait_until(lambda: "no worker of the job" in command.told)
     assert command.end(signal.SIGTERM) == 143
     (told,) = [line for line in command.told.splitlines() if "no worker" in line]
@@ -183,7 +140,7 @@ def test_a_job_that_ends_on_its_cluster_is_told_in_a_paragraph(
 ) -> None:
     before = states(flink)
     hold.begin()
-    command = Command(world, flink, warm_python)
+    command = Command(world, flink.options, warm_python, *EMBED)
     command.wait_until(hold.is_waited_for)
     (name,) = states(flink, before)
     cancel(flink, name)
