@@ -356,7 +356,8 @@ class EmbedChunk(ModelHandler[tuple[int, Piece], tuple[int, Piece], Embedder]):
 
     Elements are whole chunks, whose images become batches of one shape here: as elements of their
     own they would cost more than their embedding. The encoder is there once in a process, on a GPU
-    once for all processes of a worker.
+    once for all processes of a worker. What was made of a chunk is noted: a runner that tries a
+    partition again hands on those of its chunks, too, that were finished.
     """
 
     def __init__(self, job: EmbedJob):
@@ -390,6 +391,11 @@ class EmbedChunk(ModelHandler[tuple[int, Piece], tuple[int, Piece], Embedder]):
     @worker_notes.refusing
     def embed_chunk(self, element: tuple[int, Piece, Embedder]) -> Iterator[tuple[int, Piece]]:
         job, (bucket, piece, embedder) = self._job, element
+        attempt_of = f"{os.path.basename(piece.path)}-{piece.batch}"
+        found = worker_notes.finished(self.staging, attempt_of)
+        if found is not None:
+            yield from ((shard, Piece(*result)) for shard, result in found)
+            return
         images = read_pieces([piece], pa.table({}))
         results = embed_images(
             images, embedder.embed, job.preprocessing, job.image_roots, job.batch_size,
@@ -400,7 +406,9 @@ class EmbedChunk(ModelHandler[tuple[int, Piece], tuple[int, Piece], Embedder]):
         device = pa.repeat(pa.scalar(embedder.kind_and_precision()), len(results))
         results = results.append_column("device", device)
         path = os.path.join(job.chunks, f"{bucket:05d}")
-        yield from write_pieces(path, results, images["shard"].to_numpy())
+        made = list(write_pieces(path, results, images["shard"].to_numpy()))
+        worker_notes.note_finished(self.staging, attempt_of, made)
+        yield from made
 
 
 class DayRows(NamedTuple):

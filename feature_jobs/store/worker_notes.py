@@ -1,7 +1,8 @@
 """Carries notes between launcher and workers, by files below the staging folder.
 
 The launcher tells what share of a host a process has, how large its row groups are and in which
-versions it runs; workers tell errors, warnings, counts and what they used.
+versions it runs; workers tell errors, warnings, counts and what they used, and each other what is
+finished.
 """
 
 import functools
@@ -161,6 +162,21 @@ def warnings(staging: str) -> list[str]:
     """Returns what workers warned of below `staging`."""
     folder = os.path.join(staging, "warnings")
     return [read_json(os.path.join(folder, n))["message"] for n in files.list_names(folder)]
+
+
+def finished(staging: str, name: str) -> Any | None:
+    """Returns what was noted as finished under `name` in this job; None where nothing was.
+
+    Runners try elements again where a worker was lost, those that it had finished too.
+    """
+    path = os.path.join(staging, "finished", name + ".json")
+    found = files.read_if_there(path)
+    return None if found is None else parse_json(path, found)
+
+
+def note_finished(staging: str, name: str, value: Any) -> None:
+    """Notes what came of an element, for another attempt at the same one."""
+    write_json(os.path.join(staging, "finished", name + ".json"), value)
 
 
 class Heartbeat:

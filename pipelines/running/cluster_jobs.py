@@ -53,6 +53,7 @@ _ASK_EVERY_SECONDS = 2.0
 _BEGIN_SECONDS = 60.0
 _BEGIN_ON_DATAFLOW_SECONDS = 600.0  # which first starts machines
 _SHOWN = 500  # of the characters of an error
+_OF_A_LOST_WORKER = "StatusRuntimeException: CANCELLED"  # to Beam's Java side it has hung up
 _UNREACHABLE = Exception  # asked for a job, Beam raises what the library of its service does
 
 
@@ -446,8 +447,10 @@ def _failed(sent: Sent, handle: _Handle | None, error: Exception, folder: str) -
     """
     said = ""
     if isinstance(handle, FlinkJob):
-        with contextlib.suppress(_UNREACHABLE):
+        try:
             said = handle.error()
+        except _UNREACHABLE as away:
+            said = f"Flink gives no answer there any more ({_short(str(away))})"
     said, path = said or str(error) or repr(error), os.path.join(folder, "failed.txt")
     with contextlib.suppress(OSError, CourierError):  # which would hide what the job ended for
         files.write_bytes(path, said.encode())
@@ -473,7 +476,10 @@ def cause(said: str) -> str:
         if raised:
             return _short(raised[0])
     causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
-    return _short((causes or lines or [""])[-1 if causes else 0])
+    found = _short((causes or lines or [""])[-1 if causes else 0])
+    if _OF_A_LOST_WORKER in found:
+        return f"a worker ended in the midst of its work, as one killed for memory ({found})"
+    return found
 
 
 def _short(text: str) -> str:

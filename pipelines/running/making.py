@@ -207,7 +207,7 @@ def run_job(
     Row groups that it writes have at most `row_group_bytes`. Adds what its workers used to what
     this process did (`usage`). Raises a worker's CourierError word for word.
     """
-    for folder in ("errors", "usage", "begun"):  # of an earlier run
+    for folder in ("errors", "usage", "begun", "finished"):  # of an earlier run
         files.delete_tree(os.path.join(staging, folder))
     worker_notes.tell(staging, share, row_group_bytes)
     try:

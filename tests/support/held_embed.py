@@ -106,6 +106,7 @@ def main() -> int:
     if what == "courier":
         # A minute is long for a test, and so is a quarter of one between two lines.
         cluster_jobs._BEGIN_SECONDS, progress._LOG_SECONDS = 3.0, 0.5
+        cluster_jobs._CANCEL_SECONDS = 5.0
         return cli.main(rest)
     hold = Hold(rest[0])
     embed.embed_images, simscore.score_by_night = hold.embed_images, hold.score_by_night

@@ -111,12 +111,16 @@ def job_service() -> Iterator[Jobs]:
 
 @dataclass
 class FlinkStandIn:
-    """Is what Flink's REST interface tells: its jobs by name, their states, and what ended them."""
+    """Is what Flink's REST interface tells: its jobs by name, their states, and what ended them.
+
+    One that `is_gone` hangs up on whoever asks.
+    """
 
     states: dict[str, str] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     url: str = ""
     stubborn: bool = False
+    is_gone: bool = False
 
     def answer(self, method: str, path: str) -> Any:
         if path == "/v1/overview":
@@ -145,6 +149,8 @@ def flink() -> Iterator[FlinkStandIn]:
 
     class Handler(BaseHTTPRequestHandler):
         def _answer(self) -> None:
+            if told.is_gone:
+                return
             body = json.dumps(told.answer(self.command, self.path)).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))

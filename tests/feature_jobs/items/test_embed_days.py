@@ -213,6 +213,27 @@ def test_a_killed_range_goes_on_without_embedding_or_writing_anything_again(tmp_
     assert left_out > 5
 
 
+def test_a_chunk_that_is_tried_again_is_what_the_first_try_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = random_shop(tmp_path, BUSY)
+    old, pieces = shop.make_old_days(), 0
+    real = embed.EmbedChunk.embed_chunk
+
+    def twice(step: embed.EmbedChunk, element: Any) -> Iterator[Any]:
+        nonlocal pieces
+        first = list(real(step, element))
+        given = list(shop.stubs.given)
+        assert list(real(step, element)) == first
+        assert shop.stubs.given == given
+        pieces += len(first)
+        yield from first
+
+    monkeypatch.setattr(embed.EmbedChunk, "embed_chunk", twice)
+    shop.make(tmp_path / "one", range_of(shop), old)
+    assert pieces > 5
+
+
 def test_workers_that_are_shown_old_names_write_no_part_without_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -213,6 +213,14 @@ def test_a_heartbeat_is_one_file_that_grows_with_what_is_counted(tmp_path: Path)
     assert told == {"done": 5, "rejected_missing": 1}
 
 
+def test_what_is_finished_is_known_in_its_job_alone(tmp_path: Path) -> None:
+    one, other = (str(tmp_path / name) for name in ("one", "other"))
+    assert worker_notes.finished(one, "chunk") is None
+    worker_notes.note_finished(one, "chunk", [[1, ["path", 0, 3]]])
+    assert worker_notes.finished(one, "chunk") == [[1, ["path", 0, 3]]]
+    assert worker_notes.finished(other, "chunk") is None
+
+
 def test_workers_that_begin_as_copies_of_one_have_heartbeats_of_their_own(tmp_path: Path) -> None:
     one = worker_notes.Heartbeat(str(tmp_path))
     other = copy.deepcopy(one)

@@ -347,6 +347,25 @@ def test_flinks_own_words_say_why_a_job_failed(
         launcher.run()
 
 
+@pytest.mark.usefixtures("impatient")
+def test_a_job_manager_that_is_gone_is_told_and_leaves_the_record(
+    tmp_path: Path, jobs: Jobs, flink: FlinkStandIn
+) -> None:
+    launcher = on_flink(tmp_path, jobs, flink)
+
+    def fail() -> None:
+        flink.is_gone = True
+        jobs.set(*jobs.states, States.FAILED)
+
+    soon(is_running(launcher), fail)
+    with pytest.raises(
+        JobFailed, match=r"failed: Flink gives no answer there any more \(.*\)\. Nothing"
+    ):
+        launcher.run()
+    assert "is UNKNOWN and may go on" in launcher.said[-1]
+    assert launcher.record.exists()
+
+
 def test_nothing_is_sent_where_flink_does_not_answer(tmp_path: Path, jobs: Jobs) -> None:
     nobody = FlinkStandIn(url=f"http://localhost:{free_port()}")
     with pytest.raises(CourierError, match=r"Flink does not answer at .*--flink_master"):
@@ -549,6 +568,11 @@ Caused by: java.util.concurrent.ExecutionException: late
         (IN_PYTHON.partition("\n\nDuring")[0], "ValueError: first"),
         ("a.B: top\n\tat x\nCaused by: c.D: middle\n\tat y\nCaused by: e.F: last\n", "e.F: last"),
         ("Pipeline x_1 failed in state FAILED: a.B: gone.\n\tat x", "a.B: gone"),
+        (
+            "a.B: top\nCaused by: io.StatusRuntimeException: CANCELLED: client cancelled",
+            "a worker ended in the midst of its work, as one killed for memory "
+            "(io.StatusRuntimeException: CANCELLED: client cancelled)",
+        ),
         ("unknown error", "unknown error"),
         ("x" * 600, "x" * 500 + "…"),
         ("", ""),
