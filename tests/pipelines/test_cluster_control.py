@@ -14,7 +14,7 @@ from tests.support.cluster_commands import Command, held_python, states, tables
 from tests.support.clusters import Flink
 from tests.support.commands import courier, published
 from tests.support.held_embed import Hold
-from tests.support.world import DAYS, World
+from tests.support.world import DAYS, UNDECODABLE, World
 
 pytestmark = pytest.mark.clusters
 
@@ -94,7 +94,7 @@ def test_an_interrupted_command_cancels_its_job_and_resumes(
     assert "left the job" not in again.told
     assert tables(world) == expected
     times = Counter(hold.made())
-    assert all(times[item] == 1 for item in finished)
+    assert all(times[item] == 1 for item in set(finished) - {UNDECODABLE})
     assert len(times) > len(finished)
 
 
@@ -118,7 +118,7 @@ def test_the_job_of_a_killed_command_is_cancelled_by_the_next(
     assert sorted(states(flink, before).values()) == ["CANCELED", "FINISHED"]
     assert tables(world) == expected
     times = Counter(hold.made())
-    assert all(times[item] == 1 for item in finished)
+    assert all(times[item] == 1 for item in set(finished) - {UNDECODABLE})
 
 
 def test_workers_that_do_not_begin_are_told_with_what_flink_says(

@@ -15,7 +15,7 @@ from tests.support.cluster_commands import Command, held_python, states, tables
 from tests.support.clusters import Flink, Spark
 from tests.support.commands import courier, embed_work, published
 from tests.support.held_embed import Hold
-from tests.support.world import DAYS, Kept, World
+from tests.support.world import DAYS, UNDECODABLE, Kept, World
 
 pytestmark = pytest.mark.clusters
 
@@ -125,10 +125,13 @@ def paragraph(command: Command) -> str:
 
 
 def assert_made_once(hold: Hold, finished: list[int]) -> None:
-    """Asserts that nothing of what was finished before a kill was made again, and more was made."""
+    """Asserts that nothing of what was finished before a kill was made again, and more was made.
+
+    Another command looks at a reject again: someone may have mended the file.
+    """
     times = Counter(hold.made())
     assert finished
-    assert [one for one in finished if times[one] != 1] == []
+    assert [one for one in finished if times[one] != 1 and one != UNDECODABLE] == []
     assert len(times) > len(finished)
 
 
