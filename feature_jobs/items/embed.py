@@ -300,6 +300,7 @@ class PlanShard(_Walk):
         walked = embed_walk.walk(self.days(pieces), before, sightings, job.window_days)
         images = all_to_read(walked, before, shard, job.reuse and not job.full)
         reasons = embed_walk.count_reasons(sightings.seen["reason"])
+        self._heartbeat.begin(f"planned {shard}")
         self._heartbeat.add(total=len(images), **reasons)
         self._heartbeat.write()
         name = f"{shard:05d}"
@@ -327,6 +328,7 @@ class CutBucket(beam.DoFn):
         name = f"{bucket:05d}"
         kept = self._kept(bucket, images)
         if kept is not None:
+            self._heartbeat.begin(f"kept {bucket}")
             self._heartbeat.add(done=len(kept))
             images = images.filter(pc.is_null(embed_plan.row_of_image(images, kept)))
             for found in write_pieces(job.path("kept", name), kept, kept["shard"].to_numpy()):
@@ -397,6 +399,7 @@ class EmbedChunk(ModelHandler[tuple[int, Piece], tuple[int, Piece], Embedder]):
             yield from ((shard, Piece(*result)) for shard, result in found)
             return
         images = read_pieces([piece], pa.table({}))
+        self._heartbeat.begin(f"embedded {os.path.basename(piece.path)} {piece.batch}")
         results = embed_images(
             images, embedder.embed, job.preprocessing, job.image_roots, job.batch_size,
             self._heartbeat.add, embedder.passes(),

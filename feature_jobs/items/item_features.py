@@ -273,7 +273,7 @@ class CountClusters(beam.DoFn):
         if files.exists(path):
             return
         labels = self._labels_of(job.codebook_folder)
-        part = os.path.join(_parts(job), partitions.part_name(shard, job.shards) + ".parquet")
+        part = partitions.to_be_made(_parts(job), job.shards).path(shard)
         rows = partitions.read_parquet(part, ["item_id", *map(cluster_column, labels)])
         previous = job.previous and job.previous.read_shard(
             shard, job.shards, "item_id", self._compared_columns(day, labels)

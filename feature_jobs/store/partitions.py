@@ -2,12 +2,15 @@
 
 A job writes each shard of a table as one Parquet *part* with a *receipt* beside it (rows, bytes,
 sha256, counts, what it was made from). The receipt comes last, so a part with a receipt is whole,
-and a job that died is resumed by leaving out the shards that have one. A *partition* is what the
-manifest lists, and nothing else that may lie in its folder.
+and a job that died is resumed by leaving out the shards that have one. A part is named by its
+content and found by its receipt: a second attempt that ends late, of a worker that was given up,
+changes no file that is counted on. A *partition* is what the manifest lists, and nothing else that
+may lie in its folder.
 """
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +60,14 @@ def part_name(shard: int, shards: int) -> str:
     return f"part-{shard:05d}-of-{shards:05d}"
 
 
+def shard_name(file: str) -> str:
+    """Returns the `part_name` in the name of a file of a part, staged or published."""
+    found = re.match(r"part-\d+-of-\d+", file)
+    if found is None:
+        raise ValueError(f"{file} is no part")
+    return found[0]
+
+
 def _receipt_path(folder: str, shard: int, shards: int) -> str:
     return os.path.join(folder, "receipts", part_name(shard, shards) + ".json")
 
@@ -91,10 +102,8 @@ def finished(folder: str, shards: int) -> frozenset[int]:
     Of workers that ask each for itself some may be shown old names: one step would leave a shard
     out as done, and a later one would find it missing and write it without rows.
     """
-    names = {part["name"]: part.keys() >= _TOLD for part in receipts(folder)}
-    return frozenset(
-        shard for shard in range(shards) if names.get(part_name(shard, shards) + ".parquet")
-    )
+    names = {shard_name(part["name"]): part.keys() >= _TOLD for part in receipts(folder)}
+    return frozenset(shard for shard in range(shards) if names.get(part_name(shard, shards)))
 
 
 def write_part(
@@ -127,14 +136,8 @@ def write_part(
                 "the table counts on it. This is a fault of COURIER: please report it."
             )
     laws.check(table, rows, limits)
-    name = part_name(shard, shards) + ".parquet"
-    path = os.path.join(folder, name)
-    size, sha256 = write_parquet(path, rows)
     receipt = {
-        "name": name,
-        "rows": len(rows),
-        "bytes": size,
-        "sha256": sha256,
+        **_write_named(folder, part_name(shard, shards), rows),
         "counts": counts or {},
         "histograms": {name: bins.tolist() for name, bins in (histograms or {}).items()},
         "examples": {name: list(ids[:EXAMPLES]) for name, ids in (examples or {}).items()},
@@ -166,13 +169,31 @@ def write_parquet(path: str, rows: pa.Table) -> tuple[int, str]:
     It has no dictionary pages for lists of floats, which never repeat, and no statistics of lists,
     which nobody filters by.
     """
+    data = _parquet(rows)
+    files.write_bytes(path, data)
+    return data.size, hashlib.sha256(data).hexdigest()
+
+
+def _write_named(folder: str, name: str, rows: pa.Table) -> dict[str, Any]:
+    """Writes `rows` as a file whose name goes on with a digest; returns what receipts say of it.
+
+    So no other rows ever take its place.
+    """
+    data = _parquet(rows)
+    sha256 = hashlib.sha256(data).hexdigest()
+    name = f"{name}-{sha256[:12]}.parquet"
+    files.write_bytes(os.path.join(folder, name), data)
+    return {"name": name, "rows": len(rows), "bytes": data.size, "sha256": sha256}
+
+
+def _parquet(rows: pa.Table) -> pa.Buffer:
+    """Returns the bytes of a Parquet file whose row groups are no larger than they may be."""
     length = min(_ROW_GROUP_ROWS, _row_group_bytes * len(rows) // max(rows.nbytes, 1) or 1)
     data, largest = _encoded(rows, length)
     while largest > _row_group_bytes and length > 1:  # some rows are larger than the mean
         length = max(1, length // 2)
         data, largest = _encoded(rows, length)
-    files.write_bytes(path, data)
-    return data.size, hashlib.sha256(data).hexdigest()
+    return data
 
 
 def _encoded(rows: pa.Table, length: int) -> tuple[pa.Buffer, int]:
@@ -256,9 +277,7 @@ def _folded(
     with ThreadPoolExecutor(_PART_READERS) as pool:
         rows = pa.concat_tables(pool.map(read_parquet, found.paths))
     rows = _as_table(table, found.schema, rows)
-    name = part_name(shard, shards) + ".parquet"
-    size, sha256 = write_parquet(os.path.join(folder, name), rows)
-    return {"name": name, "rows": len(rows), "bytes": size, "sha256": sha256}
+    return _write_named(folder, part_name(shard, shards), rows)
 
 
 # ---- Partitions ----------------------------------------------------------------------------
@@ -271,9 +290,15 @@ class Partition:
     folder: str
     manifest: dict[str, Any]
 
+    def path(self, number: int) -> str:
+        """Returns where one of the files lies; asks the part's receipt where that is to tell."""
+        file = self.manifest["files"][number]
+        name = file["name"] if "name" in file else read_json(file["receipt"])["name"]
+        return os.path.join(self.folder, name)
+
     @property
     def paths(self) -> list[str]:
-        return [os.path.join(self.folder, file["name"]) for file in self.manifest["files"]]
+        return [self.path(number) for number in range(len(self.manifest["files"]))]
 
     @property
     def rows(self) -> int:
@@ -285,7 +310,7 @@ class Partition:
 
     @property
     def schema(self) -> pa.Schema:
-        path = self.paths[0]
+        path = self.path(0)
 
         def read() -> pa.Schema:
             with files.open_input(path) as file:
@@ -312,10 +337,10 @@ class Partition:
 
         The table must be sharded by that key. Reads one file, or the few that overlap the range.
         """
-        paths = self.paths
-        needed = [paths[i] for i in hashing.overlapping_shards(shard, shards, len(paths))]
-        rows = pa.concat_tables(read_parquet(path, columns) for path in needed)
-        if len(paths) >= shards:
+        parts = len(self.manifest["files"])
+        needed = hashing.overlapping_shards(shard, shards, parts)
+        rows = pa.concat_tables(read_parquet(self.path(i), columns) for i in needed)
+        if parts >= shards:
             return rows
         mine = hashing.shard_of(hashing.hash_ids(rows[key]), shards) == shard
         return rows.filter(pa.array(mine))
@@ -332,9 +357,9 @@ def read_parquet(path: str, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def to_be_made(folder: str, shards: int) -> Partition:
-    """Returns the partition that a job will have made in `folder`: all that is known are names."""
-    names = [part_name(shard, shards) + ".parquet" for shard in range(shards)]
-    return Partition(folder, {"files": [{"name": name} for name in names]})
+    """Returns the partition that a job will have made in `folder`: receipts will tell its names."""
+    paths = [_receipt_path(folder, shard, shards) for shard in range(shards)]
+    return Partition(folder, {"files": [{"receipt": path} for path in paths]})
 
 
 def find_staged(folder: str) -> Partition | None:

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -182,7 +183,9 @@ def note_finished(staging: str, name: str, value: Any) -> None:
 class Heartbeat:
     """Keeps the counts of a worker thread in a file that the launcher adds up with all others.
 
-    Written every two seconds at most, so that a fast worker does not spend its time on telling.
+    They are kept by element, which may be tried twice, by two workers at once, too: it counts once
+    (`counted`). Written every two seconds at most, so that a fast worker does not spend its time on
+    telling.
     """
 
     _SECONDS = 2.0
@@ -190,12 +193,16 @@ class Heartbeat:
     def __init__(self, staging: str):
         self._folder = os.path.join(staging, "progress")
         self._name: str | None = None  # known to the worker alone: workers begin as copies
-        self._counts: dict[str, float] = {}
+        self._counts: dict[str, dict[str, float]] = {}
         self._written = 0.0
+
+    def begin(self, element: str) -> None:
+        """Lets what is added from now on count for this element, perhaps once more."""
+        self._now = self._counts[element] = {}
 
     def add(self, **counts: float) -> None:
         for name, count in counts.items():
-            self._counts[name] = self._counts.get(name, 0) + count
+            self._now[name] = self._now.get(name, 0) + count
         if time.monotonic() - self._written > self._SECONDS:
             self.write()
 
@@ -203,6 +210,16 @@ class Heartbeat:
         self._name = self._name or uuid.uuid4().hex[:12] + ".json"
         write_json(os.path.join(self._folder, self._name), self._counts)
         self._written = time.monotonic()
+
+
+def counted(staging: str) -> Counter[str]:
+    """Returns the sums of what heartbeats below `staging` count; of two tries, the larger count."""
+    folder = os.path.join(staging, "progress")
+    by_element: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for name in files.list_names(folder):
+        for element, counts in read_json(os.path.join(folder, name)).items():
+            by_element[element] |= Counter(counts)
+    return sum(by_element.values(), Counter())
 
 
 class _UsageNote:

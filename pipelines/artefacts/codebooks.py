@@ -8,8 +8,9 @@ import contextlib
 import datetime as dt
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -49,7 +50,7 @@ from feature_jobs.schemas import (
     InputNotReady,
     OperatorError,
 )
-from feature_jobs.store import documents, encoder_info, files, partitions
+from feature_jobs.store import encoder_info, files, partitions
 from pipelines.artefacts.encoders import stanza
 from pipelines.artefacts.free_memory import available_bytes
 from pipelines.config import Settings
@@ -138,10 +139,10 @@ def plan_fit(
     if old:
         _check_alike(old, embeddings)
     labels = tuple(k for k in fit.clusters if parent and k in parent.labels)
-    run_id = documents.digest([embeddings.manifest["version"], asdict(fit), parent_folder])[:12]
     sample = SampleJob(
         embeddings, encoder.categories, fraction, held_out,
-        settings.layout.fit_folder(ds, run_id),
+        # Not that of an earlier fit, whose workers may live on.
+        settings.layout.fit_folder(ds, secrets.token_hex(6)),
         old, labels if old else (),
     )  # fmt: skip
     drawn = round(items * (fraction * (1 - held_out) + held_out))

@@ -54,6 +54,7 @@ from pipelines.planning.yesterday import (
     shards_of_log,
 )
 from pipelines.running import records
+from pipelines.running.layout import job_of
 from pipelines.running.stage import Planned, Stage
 from pipelines.running.states import PUBLISHED, Look
 from pipelines.stages import HISTORIES, SIMSCORE, TRAINING_ROWS
@@ -219,14 +220,15 @@ class PlannedScores(Planned):
         if not all(day.has_history or not day.log.log.rows for day in days):
             histories = histories_job(logs, [day.stage.shards for day in days], folder)
             log = [*logs[0].before.log, *(one.log for one in logs)]
-        known = tuple(day.as_worker_knows_it(look, folder) for day in days)
+        known = tuple(day.as_worker_knows_it(look, job_of(folder)) for day in days)
         by = SHUFFLE if SHUFFLE in {day.embeddings_by for day in days} else BROADCAST
         form = score_form(logs[0].settings)
         job = SimscoreJob(known, histories, form, by, folder)
         define_simscore(root, [one.log for one in logs], log, job)
 
     def copies(self, folder: str) -> list[str]:
-        return [one.broadcast_key for one in self.as_worker_knows_it(Look(), folder).nights]
+        nights = self.as_worker_knows_it(Look(), job_of(folder)).nights
+        return [one.broadcast_key for one in nights]
 
 
 def _as_worker_knows_it(

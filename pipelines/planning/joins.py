@@ -52,6 +52,7 @@ from pipelines.planning.impressions import (
 )
 from pipelines.planning.join_nights import JoinAsked, Nights, NightThere
 from pipelines.planning.made_with import history_settings
+from pipelines.running.layout import job_of
 from pipelines.running.stage import Planned, Stage
 from pipelines.running.states import Look, Night
 from pipelines.stages import HISTORIES, join_of
@@ -146,7 +147,7 @@ class PlannedJoin(Planned):
             shards = histories.shards
             log = [*logs[0].before.log, *(one.log for one in logs)]
         job = JoinJob(
-            tuple(day._as_worker_knows_it(folder) for day in days), shards, histories,
+            tuple(day._as_worker_knows_it(job_of(folder)) for day in days), shards, histories,
             first.form, first.embeddings_by, first.clusters, first.asked.label,
             first.stage.tables[0], first.asked.layout, first.layout_form, folder,
         )  # fmt: skip
@@ -177,7 +178,7 @@ class PlannedJoin(Planned):
         return self.day.start_us if is_by_night else always(self.stage.ds).from_us
 
     def copies(self, folder: str) -> list[str]:
-        keys = [night.key(folder) for night in self.nights]
+        keys = [night.key(job_of(folder)) for night in self.nights]
         return [*keys, *(f"facts-{key}" for key in keys)]
 
 

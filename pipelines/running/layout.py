@@ -220,6 +220,11 @@ def days_of_job(name: str) -> tuple[dt.date, dt.date] | None:
     return found and (dt.date.fromisoformat(found[1]), dt.date.fromisoformat(found[2]))
 
 
+def job_of(attempt: str) -> str:
+    """Returns the folder of the job of which a folder is an attempt."""
+    return os.path.dirname(attempt)
+
+
 def is_shared(folder: str) -> bool:
     """Returns whether a folder of `lock_folders` is that of tables other feature sets share."""
     top = os.path.dirname(os.path.dirname(os.path.dirname(folder)))

@@ -3,6 +3,7 @@
 import contextlib
 import datetime as dt
 import os
+import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,9 +74,10 @@ def _end_left(planned: Sequence[Planned], say: Callable[[str], None]) -> None:
     layout, kind = planned[0].stage.layout, planned[0].stage.kind
     top, days = layout.kind_folder(kind), [one.stage.ds for one in planned]
     for name in files.list_names(top):
-        ends = days_of_job(name)
+        ends, folder = days_of_job(name), os.path.join(top, name)
         if ends and any(ends[0] <= day <= ends[1] for day in days):
-            cluster_jobs.end_left(os.path.join(top, name), say)
+            for attempt in files.list_names(folder):
+                cluster_jobs.end_left(os.path.join(folder, attempt), say)
 
 
 def _make_or_part(
@@ -136,16 +138,21 @@ def _make(
     if first is not last:
         days = f"ds {first.ds} to {last.ds}"
     say(f"{first.name}: making {names} of {days}")
-    folder = job_folder(planned)
-    name = f"{first.name}-{first.ds}-{first.run_id}"
-    job = Job(name, options.beam, folder, progress.above_bar(say))
-    with progress.watch([one.stage for one in planned], folder, job):
-        make(planned, job.run, options.share, locks, made.why)
+    name, folder = f"{first.name}-{first.ds}-{first.run_id}", job_folder(planned)
+    files.delete_tree(folder)  # with what earlier attempts left
+    attempt = os.path.join(folder, secrets.token_hex(4))
+    job = Job(name, options.beam, attempt, progress.above_bar(say))
+    with progress.watch([one.stage for one in planned], attempt, job):
+        make(planned, attempt, job.run, options.share, locks, made.why)
     files.delete_tree(folder)
 
 
 def job_folder(planned: Sequence[Planned]) -> str:
-    """Returns the folder of the one job of `planned`, which lies in no day's staging."""
+    """Returns the folder of the one job of `planned`, which lies in no day's staging.
+
+    Each attempt at the job has a folder below it. Workers of an earlier one may live on, on a host
+    that was cut off, say: what they still tell, and write for others, is none of the next one's.
+    """
     first, stages = planned[0].stage, [one.stage for one in planned]
     days, run_ids = [one.ds for one in stages], [one.run_id for one in stages]
     return first.layout.job_folder(first.kind, days, run_ids)
@@ -153,6 +160,7 @@ def job_folder(planned: Sequence[Planned]) -> str:
 
 def make(
     planned: Sequence[Planned],
+    attempt: str,
     run_pipeline: Callable[[Callable[[Any], None]], None],
     share: threads.Share,
     locks: Locks,
@@ -160,21 +168,21 @@ def make(
 ) -> None:
     """Runs one job for stages of consecutive days below their staging folders; seals its tables.
 
-    `why` says for what reasons, by run_id. Raises a worker's CourierError word for word; nothing is
-    published in any case.
+    `attempt` is a folder that no job had before. `why` says for what reasons, by run_id. Raises a
+    worker's CourierError word for word; nothing is published in any case.
     """
     before = Look()
     for one in planned:
         states.begin(one.stage, why.get(one.stage.run_id, ()), before)
-    folder, kind = job_folder(planned), type(planned[0])
+    kind = type(planned[0])
     try:
         run_job(
-            lambda root: kind.wire(root, planned, folder), folder, run_pipeline, share,
+            lambda root: kind.wire(root, planned, attempt), attempt, run_pipeline, share,
             planned[0].stage.layout.row_group_bytes,
         )  # fmt: skip
     finally:
         for one in planned:
-            _discard_copies(one, folder)
+            _discard_copies(one, attempt)
     locks.check()
     look = Look()  # each day is sealed when the look comes to it, for the day after
     for one in planned:
@@ -204,11 +212,10 @@ def run_job(
 ) -> None:
     """Runs the job that `define` wires to write below `staging`, in its `share` of the workers.
 
-    Row groups that it writes have at most `row_group_bytes`. Adds what its workers used to what
-    this process did (`usage`). Raises a worker's CourierError word for word.
+    No job wrote there before: what workers tell below it is of this one. Row groups that it writes
+    have at most `row_group_bytes`. Adds what its workers used to what this process did (`usage`).
+    Raises a worker's CourierError word for word.
     """
-    for folder in ("errors", "usage", "begun", "finished"):  # of an earlier run
-        files.delete_tree(os.path.join(staging, folder))
     worker_notes.tell(staging, share, row_group_bytes)
     try:
         run_pipeline(define)

@@ -6,7 +6,6 @@ cluster says of the job besides is asked of it.
 """
 
 import contextlib
-import os
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from feature_jobs.schemas import CourierError
-from feature_jobs.store import documents, files, worker_notes
+from feature_jobs.store import worker_notes
 from pipelines.running.stage import Stage
 from pipelines.running.states import shards_done
 
@@ -36,11 +35,9 @@ _ELSEWHERE = "{desc} [{bar:24}] {unit}{n:,}/{total:,}{postfix}"
 def watch(stages: Sequence[Stage], job: str, remote: "Job | None" = None) -> Iterator[None]:
     """Shows, during the block, how far the one job is that makes all of `stages`.
 
-    It shows a bar on a terminal's stderr, or a line now and then elsewhere. `job` is the job's own
-    folder; `remote` says how a cluster sees it.
+    It shows a bar on a terminal's stderr, or a line now and then elsewhere. `job` is the folder of
+    this attempt at it; `remote` says how a cluster sees it.
     """
-    for folder in ("progress", "warnings"):  # of an earlier run
-        files.delete_tree(os.path.join(job, folder))
     ended = threading.Event()
     thread = threading.Thread(target=_watch, args=(stages, job, remote, ended), daemon=True)
     thread.start()
@@ -94,11 +91,7 @@ def above_bar(say: Callable[[str], None]) -> Callable[[str], None]:
 
 def measure(stages: Sequence[Stage], job: str) -> Counter[str]:
     """Returns done and total, and what else the workers tell: images where they do, else shards."""
-    folder = os.path.join(job, "progress")
-    found: Counter[str] = Counter()
-    for name in files.list_names(folder):
-        found.update(documents.read_json(os.path.join(folder, name)))
-    if found["total"]:
+    if (found := worker_notes.counted(job))["total"]:
         return found
     done, total = (sum(map(shards_done, stages)), sum(s.shards for s in stages))
     return Counter(done=done, total=total)

@@ -50,6 +50,7 @@ from feature_jobs.store.partitions import (
     STAGED,
     SUCCESS,
     Partition,
+    shard_name,
     version_of,
 )
 from pipelines import stages
@@ -252,10 +253,7 @@ def versioned(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the manifest with its version, a digest of all content, in it and in file names."""
     version = version_of(manifest)
     end = f"-{version}.parquet"
-    named = [
-        {**file, "name": file["name"].removesuffix(end).removesuffix(".parquet") + end}
-        for file in manifest["files"]
-    ]
+    named = [{**file, "name": shard_name(file["name"]) + end} for file in manifest["files"]]
     return {**manifest, "files": named, "version": version}
 
 

@@ -156,7 +156,7 @@ class Planned(ABC):
     @classmethod
     @abstractmethod
     def wire(cls, root: Any, days: Sequence[Self], folder: str) -> None:
-        """Defines the one job of all `days` below a pipeline root; `folder` is the job's own.
+        """Defines the one job of all `days` below a pipeline root; `folder` is that attempt's own.
 
         All that the stages read of others is made by then.
         """
@@ -179,9 +179,9 @@ class Planned(ABC):
         return None
 
     def copies(self, folder: str) -> Sequence[str]:
-        """Names, by their keys, the copies that the job of a `folder` left on this machine.
+        """Names, by their keys, the copies that an attempt's job left on this machine.
 
-        None, unless a kind says so.
+        The attempts at a job, each with a `folder`, share them. None, unless a kind says so.
         """
         return ()
 

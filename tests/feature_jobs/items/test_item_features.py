@@ -232,10 +232,8 @@ def jobs_below(
         schema = ITEM_FEATURES.schema(pa.int64(), extra=extra, without=["embedding"])
         previous = None
         if day:
-            names = [
-                {"name": f"{part_name(k, SHARDS[day - 1])}.parquet"} for k in range(SHARDS[day - 1])
-            ]
-            previous = Partition(str(top / str(day - 1) / ITEM_FEATURES.name), {"files": names})
+            folder = str(top / str(day - 1) / ITEM_FEATURES.name)
+            previous = partitions.to_be_made(folder, SHARDS[day - 1])
         found.append(
             FeaturesJob(
                 *items[day], codebooks[book], CATEGORIES, schema, previous,

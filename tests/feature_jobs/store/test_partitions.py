@@ -72,9 +72,11 @@ def test_a_part_is_there_once_its_receipt_is_and_holds_the_rows(tmp_path: Path) 
     assert partitions.finished(folder, 8) == frozenset()
 
     (receipt,) = partitions.receipts(folder)
-    data = (tmp_path / "part-00003-of-00004.parquet").read_bytes()
+    (path,) = tmp_path.glob("*.parquet")
+    data = path.read_bytes()
+    assert path.name == f"part-00003-of-00004-{hashlib.sha256(data).hexdigest()[:12]}.parquet"
     assert receipt == {
-        "name": "part-00003-of-00004.parquet",
+        "name": path.name,
         "rows": 4,
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -86,6 +88,29 @@ def test_a_part_is_there_once_its_receipt_is_and_holds_the_rows(tmp_path: Path) 
     }
     found = partitions.read_parquet(str(tmp_path / receipt["name"]))
     assert found.to_pylist() == rows.sort_by("user_id").to_pylist()
+
+
+def test_a_second_attempt_that_made_other_rows_changes_no_file_of_the_first(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    counted = []
+    for users in ([5, -3], [5, 9, 0], [5, -3]):
+        schema, rows = histories(users)
+        partitions.write_part(folder, USER_HISTORIES, schema, rows, 0, 1, {"users": len(users)})
+        counted.append(partitions.receipts(folder))
+    first, second, again = (receipt for (receipt,) in counted)
+    assert first == again
+    assert first["name"] != second["name"]
+    for receipt in (first, second):
+        data = (tmp_path / receipt["name"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == receipt["sha256"]
+        found = partitions.read_parquet(str(tmp_path / receipt["name"]))
+        assert len(found) == receipt["rows"] == receipt["counts"]["users"]
+
+
+def test_what_is_no_part_has_no_name_of_a_shard() -> None:
+    assert partitions.shard_name("part-00001-of-00002-0a1b-ff.parquet") == "part-00001-of-00002"
+    with pytest.raises(ValueError, match="is no part"):
+        partitions.shard_name("_manifest.json")
 
 
 def test_receipts_come_in_shard_order_and_their_counts_add_up(tmp_path: Path) -> None:
@@ -451,9 +476,9 @@ def test_a_partition_is_what_its_manifest_lists(tmp_path: Path) -> None:
     assert partitions.is_published(str(tmp_path))
     found = partitions.open_published(str(tmp_path))
     assert found == partition
-    assert [os.path.basename(path) for path in found.paths] == [
-        "part-00000-of-00002.parquet",
-        "part-00001-of-00002.parquet",
+    assert [partitions.shard_name(os.path.basename(path)) for path in found.paths] == [
+        "part-00000-of-00002",
+        "part-00001-of-00002",
     ]
     assert (found.rows, found.run_id) == (3, "r")
     assert found.schema.names == schema.names

@@ -2,7 +2,6 @@
 
 import copy
 import errno
-import json
 import os
 import socket
 import tempfile
@@ -202,15 +201,35 @@ def test_a_worker_of_another_user_checks_in_where_its_group_may_write() -> None:
 
 
 def test_a_heartbeat_is_one_file_that_grows_with_what_is_counted(tmp_path: Path) -> None:
+    assert worker_notes.counted(str(tmp_path)) == {}
     heartbeat = worker_notes.Heartbeat(str(tmp_path))
+    heartbeat.begin("a chunk")
     heartbeat.add(done=1)
     heartbeat.add(done=4, rejected_missing=1)  # too soon to be written
     (name,) = os.listdir(tmp_path / "progress")
-    assert documents.read_json(str(tmp_path / "progress" / name)) == {"done": 1}
+    assert worker_notes.counted(str(tmp_path)) == {"done": 1}
+    heartbeat.begin("another")
+    heartbeat.add(done=2)
     heartbeat.write()
     assert os.listdir(tmp_path / "progress") == [name]
-    told = documents.read_json(str(tmp_path / "progress" / name))
-    assert told == {"done": 5, "rejected_missing": 1}
+    assert worker_notes.counted(str(tmp_path)) == {"done": 7, "rejected_missing": 1}
+
+
+def test_what_is_tried_twice_counts_once(tmp_path: Path) -> None:
+    first, slow = (worker_notes.Heartbeat(str(tmp_path)) for _ in range(2))
+    for heartbeat, done in ((first, (3, 4)), (slow, (3, 1))):  # which has not ended yet
+        for element, count in zip(("a chunk", "another"), done, strict=True):
+            heartbeat.begin(element)
+            heartbeat.add(done=count, io_seconds=0.5)
+        heartbeat.write()
+    assert worker_notes.counted(str(tmp_path)) == {"done": 7, "io_seconds": 1.0}
+    first.begin("a chunk")  # once more, by the same worker
+    first.write()
+    assert worker_notes.counted(str(tmp_path))["done"] == 7
+    first.begin("a third")
+    first.add(done=5)
+    first.write()
+    assert worker_notes.counted(str(tmp_path))["done"] == 12
 
 
 def test_what_is_finished_is_known_in_its_job_alone(tmp_path: Path) -> None:
@@ -224,10 +243,11 @@ def test_what_is_finished_is_known_in_its_job_alone(tmp_path: Path) -> None:
 def test_workers_that_begin_as_copies_of_one_have_heartbeats_of_their_own(tmp_path: Path) -> None:
     one = worker_notes.Heartbeat(str(tmp_path))
     other = copy.deepcopy(one)
-    one.add(done=1)
-    other.add(done=2)
-    found = [json.loads(path.read_text()) for path in (tmp_path / "progress").iterdir()]
-    assert sorted(told["done"] for told in found) == [1, 2]
+    for heartbeat, done in ((one, 1), (other, 2)):
+        heartbeat.begin(f"chunk {done}")
+        heartbeat.add(done=done)
+    assert len(os.listdir(tmp_path / "progress")) == 2
+    assert worker_notes.counted(str(tmp_path)) == {"done": 3}
 
 
 def test_a_warning_of_many_workers_is_told_once(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_of_a_job_that_fails_the_error_that_led_to_it_is_told(tmp_path: Path, ho
             raise StorageUnavailable("gs://b/x [while running 'ParDo(X)']")  # noqa: B904
 
     with pytest.raises(StorageUnavailable) as told:
-        making.make([stage_of(tmp_path)], fail, Share(), Locks())
+        making.make([stage_of(tmp_path)], str(tmp_path), fail, Share(), Locks())
     assert str(told.value) == AWAY
 
 
@@ -76,11 +76,11 @@ def test_of_a_job_that_fails_what_was_left_before_is_told(tmp_path: Path) -> Non
 
     def leave(_: Callable) -> None:
         left = {"kind": "DataContractError", "message": "two rows of item 3"}
-        documents.write_json(f"{making.job_folder(planned)}/errors/x.json", left)
+        documents.write_json(f"{tmp_path}/attempt/errors/x.json", left)
         raise RuntimeError("Beam failed")
 
     with pytest.raises(DataContractError, match="two rows of item 3"):
-        making.make(planned, leave, Share(), Locks())
+        making.make(planned, f"{tmp_path}/attempt", leave, Share(), Locks())
 
 
 def test_a_job_that_fails_for_another_reason_fails_with_that(
@@ -94,7 +94,7 @@ def test_a_job_that_fails_for_another_reason_fails_with_that(
         raise RuntimeError("Beam failed")
 
     with pytest.raises(RuntimeError, match="Beam failed"):
-        making.make([stage_of(tmp_path)], fail, Share(), Locks())
+        making.make([stage_of(tmp_path)], str(tmp_path), fail, Share(), Locks())
 
 
 class WithCopies(JustAStage):
@@ -122,7 +122,7 @@ def test_a_copy_that_cannot_be_deleted_keeps_no_other_and_hides_no_error(
     monkeypatch.setattr(broadcast, "discard", discard)
     planned = [WithCopies(replace(stage_of(tmp_path).stage, ds=ds)) for ds in DAYS[:3]]
     with pytest.raises(RuntimeError, match="Beam failed"):
-        making.make(planned, fail, Share(), Locks())
+        making.make(planned, str(tmp_path), fail, Share(), Locks())
     assert asked == [f"{ds}-{number}" for ds in (DAYS[0], DAYS[2]) for number in range(3)]
 
 
@@ -157,9 +157,7 @@ def test_a_manifest_that_gates_have_nothing_to_say_of_is_written_once(tmp_path: 
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_what_workers_used_is_added_but_for_those_of_an_earlier_run(
-    tmp_path: Path, fails: bool
-) -> None:
+def test_what_workers_used_is_added(tmp_path: Path, fails: bool) -> None:
     def leave(name: str, requests: int) -> None:
         documents.write_json(f"{tmp_path}/usage/{name}.json", {"bucket_requests": requests})
 
@@ -169,7 +167,6 @@ def test_what_workers_used_is_added_but_for_those_of_an_earlier_run(
         if fails:
             raise RuntimeError("Beam failed")
 
-    leave("killed", 100)
     usage.take()
     with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
         making.run_job(lambda _: None, str(tmp_path), run, Share())
@@ -196,11 +193,11 @@ def test_workers_are_told_how_large_a_row_group_may_be(tmp_path: Path) -> None:
     told = []
 
     def look(_: Callable) -> None:
-        told.append(documents.read_json(f"{making.job_folder([one])}/told.json"))
+        told.append(documents.read_json(f"{tmp_path}/told.json"))
         raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):
-        making.make([one], look, Share(), Locks())
+        making.make([one], str(tmp_path), look, Share(), Locks())
     assert told[0]["row_group_bytes"] == 7
 
 
@@ -212,12 +209,13 @@ def test_jobs_that_killed_commands_left_are_ended_before_their_days_are_looked_a
     top, day = Path(one.stage.layout.kind_folder(EMBED)), one.stage.ds
     days = [day + dt.timedelta(days=n) for n in range(-2, 3)]
     for start, end in ((0, 1), (0, 2), (1, 3), (2, 2), (2, 4), (3, 4)):
-        (top / f"job-{days[start]}-{days[end]}-abc").mkdir(parents=True)
+        (top / f"job-{days[start]}-{days[end]}-abc" / "attempt").mkdir(parents=True)
     (top / f"ds={day}" / "run").mkdir(parents=True)
     ended: list[str] = []
 
     def end(folder: str, _: Callable) -> None:
-        ended.append(Path(folder).name.removeprefix("job-").removesuffix("-abc"))
+        assert Path(folder).name == "attempt"
+        ended.append(Path(folder).parent.name.removeprefix("job-").removesuffix("-abc"))
         if len(ended) == 4:
             raise DataContractError("seen before anything is made")
 

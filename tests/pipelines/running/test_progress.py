@@ -5,6 +5,7 @@ import io
 import math
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -67,7 +68,9 @@ def job_of(one: Stage) -> str:
 
 
 def tell(at: Stage, **counts: float) -> None:
-    worker_notes.Heartbeat(job_of(at)).add(**counts)
+    heartbeat = worker_notes.Heartbeat(job_of(at))
+    heartbeat.begin(uuid.uuid4().hex)
+    heartbeat.add(**counts)
 
 
 def wait_for(what: Callable[[], bool]) -> None:
@@ -172,7 +175,6 @@ def test_a_warning_is_told_once_on_a_line_of_its_own(
 ) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal() if live else io.StringIO())
     one = stage(tmp_path)
-    worker_notes.warn(job_of(one), "of an earlier run")
     with progress.watch([one], job_of(one)):
         for message in ("no CUDA", "another", "no CUDA"):
             worker_notes.warn(job_of(one), message)
