@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import errno
 import functools
+import time
 from collections.abc import Callable, Iterator
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -19,6 +20,9 @@ RETRY_SECONDS = 120.0  # so long is a fault waited for
 FORBIDDEN_SECONDS = 10.0  # what may not be read seldom mends itself, but a mount's login does
 FULL_SECONDS = 10.0  # a full disk seldom has room again unless somebody makes it
 FIRST_WAIT_SECONDS = 1.0  # at most, before the second try of a call; then twice as long each time
+
+LATE_SECONDS = 60.0  # so long may a shared folder not show one host what another has written
+_LOOK_AGAIN_SECONDS = 1.0
 
 Self_ = TypeVar("Self_")
 P = ParamSpec("P")
@@ -154,6 +158,22 @@ def patiently(path: str, call: Callable[[], T]) -> T:
             return _wait(path, call, error)
     except NotADirectoryError as error:
         raise FileNotFoundError(errno.ENOENT, "no such file", path) from error
+
+
+def until_seen(path: str, call: Callable[[], T]) -> T:
+    """Returns what `call` does with a file that was written, once this host can see it.
+
+    A network's caches may show it late. Raises FileNotFoundError where they do not show it within
+    a minute, StorageUnavailable as `patiently` does.
+    """
+    began = time.monotonic()
+    while True:
+        try:
+            return patiently(path, call)
+        except FileNotFoundError:
+            if time.monotonic() - began > LATE_SECONDS:
+                raise
+        time.sleep(_LOOK_AGAIN_SECONDS)
 
 
 def _wait(path: str, call: Callable[[], T], found: OSError) -> T:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from feature_jobs.store import documents, files
 from feature_jobs.store.arrays import plain, take
+from feature_jobs.store.faults import until_seen
 from feature_jobs.store.partitions import MadeFrom
 
 _READERS = 32  # a remote store takes tens of milliseconds for each file
@@ -99,11 +100,20 @@ def read_each(pieces: Sequence[Piece]) -> Iterator[pa.Table]:
 
 
 def _read_batches(path: str, numbers: list[int], columns: Sequence[str] | None) -> pa.Table:
-    with files.open_input(path) as file:
-        wanted = None if columns is None else _places(file, columns)
-        options = pa.ipc.IpcReadOptions(included_fields=wanted)
-        with pa.ipc.open_file(file, options=options) as reader:
-            return plain(pa.Table.from_batches([reader.get_batch(n) for n in numbers]))
+    """Reads pieces of a file, which is there: whoever has a reference has it from its writer.
+
+    Where a second attempt writes the file once more, a mount may say of the open one that it is
+    stale.
+    """
+
+    def read() -> pa.Table:
+        with files.open_input(path) as file:
+            wanted = None if columns is None else _places(file, columns)
+            options = pa.ipc.IpcReadOptions(included_fields=wanted)
+            with pa.ipc.open_file(file, options=options) as reader:
+                return plain(pa.Table.from_batches([reader.get_batch(n) for n in numbers]))
+
+    return until_seen(path, read)
 
 
 def _places(file: IO[bytes], columns: Sequence[str]) -> list[int]:

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -122,7 +122,12 @@ def _told_path(staging: str) -> str:
 
 def has_begun(staging: str) -> bool:
     """Returns whether any worker of the job below `staging` has begun with an element."""
-    return staging in _begun_here or bool(files.list_names(os.path.join(staging, "begun")))
+    return staging in _begun_here or are_elsewhere(staging)
+
+
+def are_elsewhere(staging: str) -> bool:
+    """Returns whether workers in other processes than the launcher's have begun with an element."""
+    return bool(files.list_names(os.path.join(staging, "begun")))
 
 
 def refused(staging: str) -> list[CourierError]:
@@ -184,32 +189,42 @@ class Heartbeat:
     """Keeps the counts of a worker thread in a file that the launcher adds up with all others.
 
     They are kept by element, which may be tried twice, by two workers at once, too: it counts once
-    (`counted`). Written every two seconds at most, so that a fast worker does not spend its time on
-    telling.
+    (`counted`). Only the newest elements are kept apart, and all before them as one. Written every
+    two seconds at most, so that a fast worker does not spend its time on telling.
     """
 
     _SECONDS = 2.0
+    _APART = 1000
 
     def __init__(self, staging: str):
         self._folder = os.path.join(staging, "progress")
         self._name: str | None = None  # known to the worker alone: workers begin as copies
         self._counts: dict[str, dict[str, float]] = {}
+        self._earlier: dict[str, float] = {}
         self._written = 0.0
 
     def begin(self, element: str) -> None:
         """Lets what is added from now on count for this element, perhaps once more."""
+        self._counts.pop(element, None)
+        if len(self._counts) == self._APART:
+            _add(self._earlier, self._counts.pop(next(iter(self._counts))))
         self._now = self._counts[element] = {}
 
     def add(self, **counts: float) -> None:
-        for name, count in counts.items():
-            self._now[name] = self._now.get(name, 0) + count
+        _add(self._now, counts)
         if time.monotonic() - self._written > self._SECONDS:
             self.write()
 
     def write(self) -> None:
         self._name = self._name or uuid.uuid4().hex[:12] + ".json"
-        write_json(os.path.join(self._folder, self._name), self._counts)
+        told = {**self._counts, f"before them, {self._name}": self._earlier}
+        write_json(os.path.join(self._folder, self._name), told)
         self._written = time.monotonic()
+
+
+def _add(total: dict[str, float], counts: Mapping[str, float]) -> None:
+    for name, count in counts.items():
+        total[name] = total.get(name, 0) + count
 
 
 def counted(staging: str) -> Counter[str]:

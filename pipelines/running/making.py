@@ -5,13 +5,14 @@ import datetime as dt
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from feature_jobs.schemas import CourierError, DataContractError, Table
-from feature_jobs.store import broadcast, files, partitions, threads, usage, worker_notes
+from feature_jobs.store import broadcast, faults, files, partitions, threads, usage, worker_notes
 from feature_jobs.store.documents import parse_json, write_json
 from feature_jobs.store.partitions import STAGED
 from feature_jobs.store.versions import PACKAGE_VERSIONS
@@ -183,11 +184,22 @@ def make(
     finally:
         for one in planned:
             _discard_copies(one, attempt)
+    if worker_notes.are_elsewhere(attempt):
+        _wait_for_receipts(planned)
     locks.check()
     look = Look()  # each day is sealed when the look comes to it, for the day after
     for one in planned:
         for table in one.stage.tables:
             seal(one, table, look)
+
+
+def _wait_for_receipts(planned: Sequence[Planned]) -> None:
+    """Waits for the receipts of a job that ended well, which a shared folder may show late here."""
+    began, stages = time.monotonic(), [one.stage for one in planned]
+    while any(states.shards_done(stage) < stage.shards for stage in stages):
+        if time.monotonic() - began > faults.LATE_SECONDS:
+            return  # of what lacks then it is told where it would be sealed
+        time.sleep(1.0)
 
 
 def _discard_copies(one: Planned, folder: str) -> None:

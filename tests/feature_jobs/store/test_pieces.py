@@ -1,7 +1,10 @@
 """Rows that travel as pieces of files arrive whole, each at its key."""
 
+import errno
 import os
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from feature_jobs.store import faults, local
 from feature_jobs.store.pieces import (
     Piece,
     made_from,
@@ -17,6 +21,7 @@ from feature_jobs.store.pieces import (
     write_piece,
     write_pieces,
 )
+from tests.support.ill_disk import watch_disk
 
 NOTHING = pa.table({"row": pa.array([], pa.int64()), "name": pa.array([], pa.string())})
 
@@ -135,6 +140,49 @@ def test_columns_keep_their_types_nulls_and_lists(tmp_path: Path) -> None:
     pieces = written(tmp_path / "rows", rows, [1, 0, 1])
     assert read_pieces([pieces[1]], rows).equals(rows.take([0, 2]).combine_chunks())
     assert read_pieces([pieces[0]], rows).to_pylist() == rows.slice(1, 1).to_pylist()
+
+
+def test_a_piece_that_a_shared_folder_shows_late_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piece, looks = written(tmp_path / "rows", numbered(3), [0, 0, 0])[0], Counter[str]()
+
+    def look(what: str, path: str) -> None:
+        looks[path] += 1
+        if looks[path] < 3:
+            raise FileNotFoundError(errno.ENOENT, "no such file as far as is known", path)
+
+    monkeypatch.setattr(faults, "_LOOK_AGAIN_SECONDS", 0.001)
+    watch_disk(monkeypatch, look)
+    assert read_pieces([piece], NOTHING).equals(numbered(3))
+    assert looks == {piece.path: 3}
+    monkeypatch.setattr(faults, "LATE_SECONDS", 0.01)
+    with pytest.raises(FileNotFoundError):
+        read_pieces([piece._replace(path=f"{tmp_path}/nowhere.arrow")], NOTHING)
+
+
+def test_a_piece_that_is_written_once_more_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piece, opened = written(tmp_path / "rows", numbered(3), [0, 0, 0])[0], list[str]()
+
+    class Stale(local._CountedFile):
+        def readinto(self, buffer: Any, /) -> int:
+            if len(opened) < 3:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), self.name)
+            return super().readinto(buffer)
+
+        def readall(self) -> bytes:
+            raise AssertionError("a piece is not read as a whole")
+
+    def open_stale(path: str) -> Stale:
+        opened.append(path)
+        return Stale(path)
+
+    monkeypatch.setattr(faults, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(local, "_CountedFile", open_stale)
+    assert read_pieces([piece], NOTHING).equals(numbered(3))
+    assert opened == [piece.path] * 3
 
 
 def test_a_piece_knows_how_many_rows_it_has(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from feature_jobs.store import (
     versions,
     worker_notes,
 )
+from feature_jobs.store.documents import read_json
 from tests.support.ill_disk import watch_disk
 from tests.support.processes import start
 
@@ -238,6 +239,19 @@ def test_what_is_finished_is_known_in_its_job_alone(tmp_path: Path) -> None:
     worker_notes.note_finished(one, "chunk", [[1, ["path", 0, 3]]])
     assert worker_notes.finished(one, "chunk") == [[1, ["path", 0, 3]]]
     assert worker_notes.finished(other, "chunk") is None
+
+
+def test_of_many_elements_the_newest_are_kept_apart(tmp_path: Path) -> None:
+    one, slow = (worker_notes.Heartbeat(str(tmp_path)) for _ in range(2))
+    for number in range(2500):
+        one.begin(f"chunk {number}")
+        one.add(done=2, io_seconds=0.5)
+    one.write()
+    (path,) = (tmp_path / "progress").iterdir()
+    assert len(read_json(str(path))) == 1001
+    slow.begin("chunk 2000")
+    slow.add(done=2)
+    assert worker_notes.counted(str(tmp_path)) == {"done": 5000, "io_seconds": 1250.0}
 
 
 def test_workers_that_begin_as_copies_of_one_have_heartbeats_of_their_own(tmp_path: Path) -> None:

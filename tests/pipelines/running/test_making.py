@@ -126,6 +126,45 @@ def test_a_copy_that_cannot_be_deleted_keeps_no_other_and_hides_no_error(
     assert asked == [f"{ds}-{number}" for ds in (DAYS[0], DAYS[2]) for number in range(3)]
 
 
+def test_receipts_that_come_late_from_other_hosts_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = stage_of(tmp_path, shards=2)
+    late = [(table, shard) for table in planned.stage.tables for shard in range(2)]
+
+    def write(*_: object) -> None:
+        if late:
+            table, shard = late.pop()
+            folder, schema = planned.stage.staged_folder(table), table.schema(pa.int64())
+            partitions.write_part(folder, table, schema, schema.empty_table(), shard, 2)
+
+    def run(_: Callable) -> None:
+        documents.write_json(f"{tmp_path}/attempt/begun/x", {})
+        write()
+
+    monkeypatch.setattr(making.time, "sleep", write)
+    making.make([planned], f"{tmp_path}/attempt", run, Share(), Locks())
+    assert not late
+    assert Look().state(planned.stage).name == states.STAGED
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_receipts_that_do_not_come_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    waited = list[float]()
+
+    def run(_: Callable) -> None:
+        if elsewhere:
+            documents.write_json(f"{tmp_path}/attempt/begun/x", {})
+
+    monkeypatch.setattr(making.faults, "LATE_SECONDS", 0.01)
+    monkeypatch.setattr(making.time, "sleep", lambda seconds: waited.append(seconds))
+    with pytest.raises(CourierError, match="has 0 of 1 parts although its job ended well"):
+        making.make([stage_of(tmp_path)], f"{tmp_path}/attempt", run, Share(), Locks())
+    assert bool(waited) == elsewhere
+
+
 def test_a_manifest_tells_the_histograms_and_examples_of_all_parts(tmp_path: Path) -> None:
     planned = stage_of(tmp_path, shards=2)
     counted = [({"x": np.array([1, 2])}, {"bad": [4]}), ({"x": np.array([0, 5, 1])}, {"bad": [2]})]
