@@ -33,7 +33,7 @@ from feature_jobs.schemas import (
 from feature_jobs.store import files, hashing
 from feature_jobs.store.arrays import in_order, lookup, plain
 from feature_jobs.store.documents import digest, parse_json, read_json, write_json
-from feature_jobs.store.faults import patiently
+from feature_jobs.store.faults import patiently, until_seen
 
 MANIFEST = "_manifest.json"
 SUCCESS = "_SUCCESS"
@@ -293,8 +293,10 @@ class Partition:
     def path(self, number: int) -> str:
         """Returns where one of the files lies; asks the part's receipt where that is to tell."""
         file = self.manifest["files"][number]
-        name = file["name"] if "name" in file else read_json(file["receipt"])["name"]
-        return os.path.join(self.folder, name)
+        if "name" in file:
+            return os.path.join(self.folder, file["name"])
+        receipt = os.path.join(self.folder, "receipts", file["receipt"])
+        return os.path.join(self.folder, until_seen(receipt, lambda: read_json(receipt))["name"])
 
     @property
     def paths(self) -> list[str]:
@@ -358,8 +360,8 @@ def read_parquet(path: str, columns: Sequence[str] | None = None) -> pa.Table:
 
 def to_be_made(folder: str, shards: int) -> Partition:
     """Returns the partition that a job will have made in `folder`: receipts will tell its names."""
-    paths = [_receipt_path(folder, shard, shards) for shard in range(shards)]
-    return Partition(folder, {"files": [{"receipt": path} for path in paths]})
+    names = [os.path.basename(_receipt_path(folder, shard, shards)) for shard in range(shards)]
+    return Partition(folder, {"files": [{"receipt": name} for name in names]})
 
 
 def find_staged(folder: str) -> Partition | None:

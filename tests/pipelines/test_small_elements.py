@@ -67,7 +67,7 @@ def slim_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def reduce(self: Partition) -> tuple[Any, ...]:
         told = {name for file in self.manifest["files"] for name in file}
         assert set(self.manifest) == {"files"}, self.folder
-        assert told <= {"name", "rows"}
+        assert told <= {"name", "rows", "receipt"}
         return Partition, (self.folder, self.manifest)
 
     monkeypatch.setattr(Partition, "__reduce__", reduce)
