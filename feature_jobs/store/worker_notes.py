@@ -66,21 +66,26 @@ def tell(staging: str, share: threads.Share, row_group_bytes: int) -> None:
     told = {"share": asdict(share), "row_group_bytes": row_group_bytes}
     write_json(_told_path(staging), told | {"versions": versions.of_process()})
     _launched.add(staging)
-    _keep_to_told.cache_clear()  # the local engine's workers are in this process
+    _kept_to.clear()  # the local engine's workers are in this process
 
 
 _launched: set[str] = set()  # the staging folders of this process's own jobs
 _begun_here: set[str] = set()  # those of which it had elements
+_kept_to: set[str] = set()  # those of any process that told this one
 
 
-@functools.cache
 def _keep_to_told(staging: str) -> bool:
-    """Keeps this process to what was told; returns whether another one asks what it uses."""
-    told = check_in(staging)
-    if told is None:
-        return False
-    threads.limit(threads.Share(**told["share"]).count())
-    partitions.limit_row_groups(told["row_group_bytes"])
+    """Keeps this process to what was told; returns whether another one asks what it uses.
+
+    Until that is there, which a shared folder may show late, it is looked for at each element.
+    """
+    if staging not in _kept_to:
+        told = check_in(staging)
+        if told is None:
+            return False
+        threads.limit(threads.Share(**told["share"]).count())
+        partitions.limit_row_groups(told["row_group_bytes"])
+        _kept_to.add(staging)
     return staging not in _launched
 
 

@@ -2,7 +2,8 @@
 
     python -m tests.support.zombies FILE …    as `python …`, which starts a worker
 
-A place is "embed", where a chunk is embedded, or "write", where a part is written. What is held
+A place is "embed", where a chunk is embedded, or "write", where a part is written; at "late" nobody
+is held, and all see late what others write. What is held
 does not end with the process that started it, nor when it hears no more from there: as on a host
 that was cut off, which takes long to notice.
 """
@@ -16,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
 from feature_jobs.items import embed
 from feature_jobs.schemas import DataContractError
 from feature_jobs.store import partitions
 from pipelines.running import worker_boot
+from tests.support.late_disk import show_late
 
 REFUSED = "said by a zombie"
+LATE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,11 @@ class Zombie:
             return False
         return True
 
+    def see_late(self) -> None:
+        """Lets this process see late what others write, if all are to."""
+        if self._file("late").exists():
+            show_late(pytest.MonkeyPatch(), LATE_SECONDS)
+
     def outlive(self) -> None:
         """Keeps this process until it has done what it is held from, if it is."""
         if self.is_held and self._file("held").read_text() == str(os.getpid()):
@@ -119,6 +128,7 @@ _embed_images, _write_part = embed.embed_images, partitions.write_part
 def main() -> None:
     path, *rest = sys.argv[1:]
     zombie = Zombie(path)
+    zombie.see_late()
     embed.embed_images = zombie.at("embed", _embed_images, zombie.embed_images)
     partitions.write_part = zombie.at("write", _write_part, zombie.write_part)
     sys.argv[1:] = rest[2:]  # after -m and the module

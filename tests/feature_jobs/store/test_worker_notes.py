@@ -125,7 +125,7 @@ def test_a_worker_in_other_versions_does_nothing_and_says_so(
     assert f"The worker on {socket.gethostname()} has other versions" in str(found)
     assert "torch 1.0 (the command's: " in str(found)
     monkeypatch.undo()
-    worker_notes._keep_to_told.cache_clear()
+    worker_notes._kept_to.clear()
     assert list(worker.process(1)) == []  # no other worker goes on
     assert len(worker_notes.refused(worker.staging)) == 1
 
