@@ -393,24 +393,24 @@ class EmbedChunk(ModelHandler[tuple[int, Piece], tuple[int, Piece], Embedder]):
     @worker_notes.refusing
     def embed_chunk(self, element: tuple[int, Piece, Embedder]) -> Iterator[tuple[int, Piece]]:
         job, (bucket, piece, embedder) = self._job, element
-        attempt_of = f"{os.path.basename(piece.path)}-{piece.batch}"
-        found = worker_notes.finished(self.staging, attempt_of)
+        name = f"{os.path.basename(piece.path)}-{piece.batch}"
+        found = worker_notes.finished(self.staging, name)
         if found is not None:
             yield from ((shard, Piece(*result)) for shard, result in found)
             return
         images = read_pieces([piece], pa.table({}))
-        self._heartbeat.begin(f"embedded {os.path.basename(piece.path)} {piece.batch}")
+        self._heartbeat.begin(f"embedded {name}")
         results = embed_images(
             images, embedder.embed, job.preprocessing, job.image_roots, job.batch_size,
             self._heartbeat.add, embedder.passes(),
         )  # fmt: skip
-        for name in ("shard", *VERSION_COLUMNS):
-            results = results.append_column(name, images[name])
+        for column in ("shard", *VERSION_COLUMNS):
+            results = results.append_column(column, images[column])
         device = pa.repeat(pa.scalar(embedder.kind_and_precision()), len(results))
         results = results.append_column("device", device)
         path = os.path.join(job.chunks, f"{bucket:05d}")
         made = list(write_pieces(path, results, images["shard"].to_numpy()))
-        worker_notes.note_finished(self.staging, attempt_of, made)
+        worker_notes.note_finished(self.staging, name, made)
         yield from made
 
 

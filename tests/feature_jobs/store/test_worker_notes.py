@@ -18,7 +18,6 @@ from feature_jobs.schemas import (
     StorageUnavailable,
 )
 from feature_jobs.store import (
-    documents,
     faults,
     partitions,
     threads,
