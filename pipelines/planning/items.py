@@ -28,7 +28,7 @@ from pipelines.config import Settings
 from pipelines.planning.day_plan import DayPlan
 from pipelines.planning.pinned import PinnedArtefacts
 from pipelines.planning.yesterday import Earlier
-from pipelines.running.layout import CHUNK_FOLDER
+from pipelines.running.layout import CHUNK_FOLDER, job_of
 from pipelines.running.stage import Planned, Stage
 from pipelines.running.states import Look
 from pipelines.stages import EMBED, ITEM_FEATURES
@@ -88,7 +88,7 @@ class PlannedEmbed(Planned):
             same_roots=before is not None
             and before.settings["image_roots"] == first.stage.settings["image_roots"],
             staging=folder,
-            chunks=os.path.join(os.path.dirname(folder), first._chunk_folder(max(shards))),
+            chunks=os.path.join(os.path.dirname(job_of(folder)), first._chunk_folder(max(shards))),
         )
         embed.define_embed(root, job)
 

@@ -148,11 +148,17 @@ def test_a_zombie_of_a_killed_command_tells_the_next_one_nothing(
     assert all(found <= limit for found, limit in zip(most, (11, 11, 9), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("stage", "options"), [("embed", ()), ("simscore", ("--embeddings-by", "shuffle"))]
+)
 def test_a_folder_that_shows_late_what_others_write_delays_a_command(
-    world: World, local: World, flink: Flink, zombie: Zombie, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    stage: str, options: tuple[str, ...], world: World, flink: Flink, zombie: Zombie,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    assert courier(world, "refresh", "--ds", str(DAYS[0])) == 0
+    expected = tables(world)
     zombie.begin("late")
-    options = flink.options
     show_late(monkeypatch, LATE_SECONDS)
-    assert courier(world, *EMBED, "--", *options) == 0
-    assert tables(world) == tables(local)
+    command = (stage, "--ds", str(DAYS[0]), "--remake", *options)
+    assert courier(world, *command, "--", *flink.options) == 0
+    assert tables(world) == expected

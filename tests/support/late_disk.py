@@ -1,7 +1,7 @@
 """Is a shared folder that shows each host late what another has written, as a network's caches do.
 
 A process stands for a host. What was written there in the last seconds by others is not there, in
-listings and by name.
+listings and by name; and of each file of theirs that is opened the first handle is stale.
 """
 
 import errno
@@ -16,7 +16,7 @@ from feature_jobs.store.local import LocalStore
 
 def show_late(patch: pytest.MonkeyPatch, seconds: float) -> None:
     """Hides files below staging folders, but for this process's own, until they are so old."""
-    mine = set[str]()
+    mine, opened = set[str](), set[str]()
 
     def is_hidden(path: str) -> bool:
         if "/_staging/" not in path or path in mine or os.path.isdir(path):
@@ -32,6 +32,9 @@ def show_late(patch: pytest.MonkeyPatch, seconds: float) -> None:
         def look(self: LocalStore, path: str, *args: Any) -> Any:
             if is_hidden(path):
                 raise FileNotFoundError(errno.ENOENT, "no such file as far as is known", path)
+            if name == "open_input" and "/_staging/" in path and path not in mine | opened:
+                opened.add(path)
+                raise OSError(errno.ESTALE, "stale file handle", path)
             return real(self, path, *args)
 
         return look
