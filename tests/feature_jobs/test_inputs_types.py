@@ -109,7 +109,7 @@ def test_a_carried_column_reaches_the_table_from_any_type(tmp_path: Path, case: 
     )
     limits = {"sim_scores": 2}
     partitions.write_part(str(tmp_path), USER_SIMSCORES, schema, scored, 0, 1, limits=limits)
-    path = str(tmp_path / "part-00000-of-00001.parquet")
+    path = partitions.to_be_made(str(tmp_path), 1).path(0)
     made = partitions.read_parquet(path, ["item_id", "x"]).sort_by("item_id")
     assert made["x"].to_pylist() == stored.to_pylist()
 
