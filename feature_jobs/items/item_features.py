@@ -329,6 +329,11 @@ def _counts_path(staging: str, shard: int) -> str:
     return os.path.join(staging, _CLUSTERS, f"{shard:05d}.parquet")
 
 
+def shards_counted(staging: str) -> int:
+    """Returns of how many shards the clusters were counted."""
+    return len(files.list_names(os.path.join(staging, _CLUSTERS)))
+
+
 def read_clusters(
     staging: str, shards: int, codebook_folder: str, of_another_lineage: bool
 ) -> Mapping[str, dict[str, Any]]:
@@ -336,8 +341,7 @@ def read_clusters(
 
     Raises DataContractError where those of a shard are not there.
     """
-    counted = len(files.list_names(os.path.join(staging, _CLUSTERS)))
-    check_all_came("shards whose clusters were counted", counted, shards)
+    check_all_came("shards whose clusters were counted", shards_counted(staging), shards)
     counts = pa.concat_tables(
         partitions.read_parquet(_counts_path(staging, n)) for n in range(shards)
     )

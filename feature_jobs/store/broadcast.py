@@ -50,11 +50,20 @@ def folder_of(key: str) -> str:
 
 
 def discard(key: str) -> None:
-    """Deletes this machine's copy of `key`; a worker's own goes with the worker."""
+    """Deletes this machine's copy of `key`, unless another process uses or builds it.
+
+    Such a copy goes with the next one that is made after its last process has ended.
+    """
     folder = folder_of(key)
     if folder in _open_here:
         os.close(_open_here.pop(folder))
-    files.delete_tree(folder)
+    with contextlib.suppress(FileNotFoundError, BlockingIOError):
+        lock = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            if not _is_open(folder):
+                files.delete_tree(folder)
+        finally:
+            os.close(lock)
 
 
 def _prefix() -> str:

@@ -6,15 +6,23 @@ table must not be made in two ways.
 
 import socket
 import sys
-from importlib.metadata import version as installed
+from importlib.metadata import PackageNotFoundError, version
 
 from feature_jobs import __version__
 from feature_jobs.schemas import OperatorError
 
+
+def _installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # on a host that has less than the launcher
+        return "missing"
+
+
 PACKAGE_VERSIONS = {
     "courier": __version__,
     **{
-        name: installed(name)
+        name: _installed(name)
         for name in ("apache-beam", "numpy", "pillow", "pyarrow", "torch", "torchvision")
     },
 }
@@ -27,7 +35,7 @@ def of_process() -> dict[str, str]:
     """
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     return {"python": python} | {
-        name: version.partition("+")[0] for name, version in PACKAGE_VERSIONS.items()
+        name: found.partition("+")[0] for name, found in PACKAGE_VERSIONS.items()
     }
 
 

@@ -110,7 +110,7 @@ def check_in(staging: str) -> dict[str, Any] | None:
             f"use the folder of its job, {staging}: {error}"
         ) from None  # a launcher that reads it off a traceback takes the first
     told = dict(parse_json(path, found))
-    if refusal := versions.refusal(told["versions"]):
+    if refusal := versions.refusal(told.get("versions", {})):  # earlier launchers tell none
         _refuse(staging, refusal)
     return told
 
@@ -199,7 +199,7 @@ class Heartbeat:
     """
 
     _SECONDS = 2.0
-    _APART = 1000
+    _APART = 100
 
     def __init__(self, staging: str):
         self._folder = os.path.join(staging, "progress")

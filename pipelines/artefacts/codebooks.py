@@ -363,8 +363,12 @@ def _own_staging(staging: str, say: Say) -> Iterator[None]:
             _sweep(folder)
             try:
                 yield
-            finally:
+            except cluster_jobs.JobFailed:
+                raise  # whose message names a file in there; the next fit sweeps it
+            except BaseException:
                 _sweep(folder)
+                raise
+            _sweep(folder)
     except BlockingIOError as error:
         raise CourierError(
             f"Another fit-codebook is at work in {folder}. Two at once would delete each other's "
@@ -387,6 +391,8 @@ def _run(define: Callable[[Any], None], plan: FitPlan, say: Say) -> None:
     staging, options = plan.sampling.staging, plan.options
     name = f"fit-codebook-{plan.ds}-{os.path.basename(staging)}"
     job = cluster_jobs.Job(name, options.beam, staging, say)
+    for told in ("begun", "usage"):  # of the fit's job before
+        files.delete_tree(os.path.join(staging, told))
     making.run_job(define, staging, job.run, options.share)
 
 

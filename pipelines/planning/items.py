@@ -269,6 +269,11 @@ class PlannedFeatures(Planned):
     def copies(self, folder: str) -> list[str]:
         return [codebooks.key_of_copy(self.pinned.codebook.codebook_id)]
 
+    def all_is_told(self) -> bool:
+        from feature_jobs.items.item_features import shards_counted
+
+        return shards_counted(self.stage.staging) >= self.stage.shards
+
     def summarise(self) -> dict[str, Any]:
         from feature_jobs.items.item_features import read_clusters
 

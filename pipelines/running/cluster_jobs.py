@@ -202,6 +202,11 @@ class Job:
 # ---- What a killed command left ----------------------------------------------------------------
 
 
+def is_left(folder: str) -> bool:
+    """Returns whether it is on record in a job's `folder` that a killed command left it running."""
+    return files.exists(_path(folder))
+
+
 def end_left(folder: str, say: Say) -> None:
     """Cancels the job that a killed command left running, by what it left in the job's `folder`.
 
@@ -453,7 +458,7 @@ def _failed(sent: Sent, handle: _Handle | None, error: Exception, folder: str) -
             said = f"Flink gives no answer there any more ({_short(str(away))})"
     said, path = said or str(error) or repr(error), os.path.join(folder, "failed.txt")
     with contextlib.suppress(OSError, CourierError):  # which would hide what the job ended for
-        files.write_bytes(path, said.encode())
+        files.write_bytes(path, f"{said}\n\n{error}".encode())
     return JobFailed(
         f"The job {sent.name} on {sent.where} failed: {cause(said)}. "
         "Nothing was published, and what it finished is kept: the same command goes on with that. "

@@ -77,8 +77,11 @@ def _end_left(planned: Sequence[Planned], say: Callable[[str], None]) -> None:
     for name in files.list_names(top):
         ends, folder = days_of_job(name), os.path.join(top, name)
         if ends and any(ends[0] <= day <= ends[1] for day in days):
-            for attempt in files.list_names(folder):
-                cluster_jobs.end_left(os.path.join(folder, attempt), say)
+            for name in files.list_names(folder):
+                attempt = os.path.join(folder, name)
+                cluster_jobs.end_left(attempt, say)
+                if not cluster_jobs.is_left(attempt):
+                    files.delete_tree(attempt)
 
 
 def _make_or_part(
@@ -140,7 +143,6 @@ def _make(
         days = f"ds {first.ds} to {last.ds}"
     say(f"{first.name}: making {names} of {days}")
     name, folder = f"{first.name}-{first.ds}-{first.run_id}", job_folder(planned)
-    files.delete_tree(folder)  # with what earlier attempts left
     attempt = os.path.join(folder, secrets.token_hex(4))
     job = Job(name, options.beam, attempt, progress.above_bar(say))
     with progress.watch([one.stage for one in planned], attempt, job):
@@ -181,11 +183,15 @@ def make(
             lambda root: kind.wire(root, planned, attempt), attempt, run_pipeline, share,
             planned[0].stage.layout.row_group_bytes,
         )  # fmt: skip
+        if worker_notes.are_elsewhere(attempt):
+            _wait_for_receipts(planned, attempt)
+    except CourierError as error:
+        if not isinstance(error, JobFailed):
+            _trust_no_part(planned, attempt)
+        raise
     finally:
         for one in planned:
             _discard_copies(one, attempt)
-    if worker_notes.are_elsewhere(attempt):
-        _wait_for_receipts(planned)
     locks.check()
     look = Look()  # each day is sealed when the look comes to it, for the day after
     for one in planned:
@@ -193,13 +199,32 @@ def make(
             seal(one, table, look)
 
 
-def _wait_for_receipts(planned: Sequence[Planned]) -> None:
-    """Waits for the receipts of a job that ended well, which a shared folder may show late here."""
-    began, stages = time.monotonic(), [one.stage for one in planned]
-    while any(states.shards_done(stage) < stage.shards for stage in stages):
+def _wait_for_receipts(planned: Sequence[Planned], attempt: str) -> None:
+    """Waits for what a job that ended well has told, which a shared folder may show late here.
+
+    Raises a worker's CourierError that it shows meanwhile.
+    """
+    began = time.monotonic()
+    while any(
+        states.shards_done(one.stage) < one.stage.shards or not one.all_is_told() for one in planned
+    ):
+        if errors := worker_notes.refused(attempt):
+            raise errors[0]
         if time.monotonic() - began > faults.LATE_SECONDS:
             return  # of what lacks then it is told where it would be sealed
         time.sleep(1.0)
+
+
+def _trust_no_part(planned: Sequence[Planned], attempt: str) -> None:
+    """Lets parts be made again whose rows nobody counts, after a worker refused an element.
+
+    Other hosts may have seen that late, and gone on without its rows.
+    """
+    with contextlib.suppress(OSError, CourierError):  # which would hide what the job ended for
+        if worker_notes.are_elsewhere(attempt):
+            for one in planned:
+                if not one.came_in():
+                    reopen(one.stage)
 
 
 def _discard_copies(one: Planned, folder: str) -> None:

@@ -161,6 +161,10 @@ class Planned(ABC):
         All that the stages read of others is made by then.
         """
 
+    def all_is_told(self) -> bool:
+        """Returns whether all that `summarise` reads of workers is there, but for receipts."""
+        return True
+
     def came_in(self) -> Mapping[str, int]:
         """Returns what the job read, by the names under which its parts count what reached them.
 

@@ -26,12 +26,13 @@ from apache_beam.runners.worker import sdk_worker_main
 from apache_beam.runners.worker.channel_factory import GRPCChannelFactory
 
 from feature_jobs.schemas import CourierError
-from feature_jobs.store import worker_notes
+from feature_jobs.store import faults, worker_notes
 
 JOB = "courier_job"  # the experiment, as Beam names what it hands on, that names a job's folder
 
 _SECONDS = 60.0  # for an answer of whoever has just started this process
 _PARENT_SECONDS = 1.0
+_LOOK_AGAIN_SECONDS = 1.0
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -87,7 +88,16 @@ def _check_in(info: provision.ProvisionInfo) -> None:
         name, _, folder = experiment.partition("=")
         if name == JOB:
             with contextlib.suppress(CourierError):
-                worker_notes.check_in(folder)
+                _once_told(folder)
+
+
+def _once_told(folder: str) -> None:
+    """Checks in with what the launcher told, which a shared folder may show late."""
+    began = time.monotonic()
+    while worker_notes.check_in(folder) is None:
+        if time.monotonic() - began > faults.LATE_SECONDS:
+            return  # its attempt is over, and its folder gone
+        time.sleep(_LOOK_AGAIN_SECONDS)
 
 
 def environment(worker_id: str, info: provision.ProvisionInfo) -> Mapping[str, str]:

@@ -149,7 +149,8 @@ def test_a_zombie_of_a_killed_command_tells_the_next_one_nothing(
 
 
 @pytest.mark.parametrize(
-    ("stage", "options"), [("embed", ()), ("simscore", ("--embeddings-by", "shuffle"))]
+    ("stage", "options"),
+    [("embed", ()), ("item-features", ()), ("simscore", ("--embeddings-by", "shuffle"))],
 )
 def test_a_folder_that_shows_late_what_others_write_delays_a_command(
     stage: str, options: tuple[str, ...], world: World, flink: Flink, zombie: Zombie,

@@ -43,6 +43,19 @@ def test_a_folder_is_built_once_until_it_is_discarded(tmp_path: Path) -> None:
     assert broadcast.shared_folder("k", build)[1] == 2
 
 
+def test_a_folder_that_another_process_uses_or_builds_is_not_discarded(tmp_path: Path) -> None:
+    folder, _ = broadcast.shared_folder("k", lambda _: "built")
+    for path in (Path(folder, "done.json"), Path(folder)):
+        other = os.open(path, os.O_RDONLY)  # locked for itself, as one of another process
+        fcntl.flock(other, fcntl.LOCK_SH)
+        broadcast.discard("k")
+        assert Path(folder, "done.json").exists()
+        os.close(other)
+    broadcast.discard("k")
+    broadcast.discard("k")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_folder_that_was_not_finished_is_built_again() -> None:
     def dies(_folder: str) -> None:
         raise KeyboardInterrupt

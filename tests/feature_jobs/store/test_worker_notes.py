@@ -247,8 +247,8 @@ def test_of_many_elements_the_newest_are_kept_apart(tmp_path: Path) -> None:
         one.add(done=2, io_seconds=0.5)
     one.write()
     (path,) = (tmp_path / "progress").iterdir()
-    assert len(read_json(str(path))) == 1001
-    slow.begin("chunk 2000")
+    assert len(read_json(str(path))) == 101
+    slow.begin("chunk 2450")
     slow.add(done=2)
     assert worker_notes.counted(str(tmp_path)) == {"done": 5000, "io_seconds": 1250.0}
 

@@ -353,6 +353,22 @@ def test_two_fits_of_a_feature_set_do_not_meet(night: World, capsys: Capture) ->
     assert "Another fit-codebook is at work" in message
 
 
+def test_what_was_said_of_a_failed_job_stays_until_the_next_fit(tmp_path: Path) -> None:
+    one, other = (str(tmp_path / (digit * 12)) for digit in "ab")
+    said = Path(one, "failed.txt")
+
+    def fail() -> None:
+        with codebooks._own_staging(one, print):
+            files.write_bytes(str(said), b"Java's words")
+            raise cluster_jobs.JobFailed(f"all that was said of it is in {said}")
+
+    with pytest.raises(cluster_jobs.JobFailed):
+        fail()
+    assert said.exists()
+    with codebooks._own_staging(other, print):
+        assert not said.parent.exists()
+
+
 def test_the_job_of_a_fit_that_was_killed_is_ended_before_its_samples_go(
     night: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

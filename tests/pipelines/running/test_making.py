@@ -97,6 +97,35 @@ def test_a_job_that_fails_for_another_reason_fails_with_that(
         making.make([stage_of(tmp_path)], str(tmp_path), fail, Share(), Locks())
 
 
+class Counted(JustAStage):
+    """Is a stage that knows how much is to come in."""
+
+    def came_in(self) -> dict[str, int]:
+        return {"impressions": 1}
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+@pytest.mark.parametrize("kind", [JustAStage, Counted])
+@pytest.mark.parametrize("error", [DataContractError("a bad row"), JobFailed("a host was lost")])
+def test_parts_whose_rows_nobody_counts_are_not_trusted_after_a_refusal_on_other_hosts(
+    tmp_path: Path, elsewhere: bool, kind: type[JustAStage], error: CourierError
+) -> None:
+    planned = kind(stage_of(tmp_path).stage)
+
+    def run(_: Callable) -> None:
+        if elsewhere:
+            documents.write_json(f"{tmp_path}/attempt/begun/x", {})
+        for table in planned.stage.tables:
+            folder, schema = planned.stage.staged_folder(table), table.schema(pa.int64())
+            partitions.write_part(folder, table, schema, schema.empty_table(), 0, 1)
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        making.make([planned], f"{tmp_path}/attempt", run, Share(), Locks())
+    is_kept = not elsewhere or kind is Counted or isinstance(error, JobFailed)
+    assert states.shards_done(planned.stage) == is_kept
+
+
 class WithCopies(JustAStage):
     """Is a stage whose job left copies on this machine."""
 
