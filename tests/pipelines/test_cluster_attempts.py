@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Artefacts, pinned
+from tests.conftest import Artefacts
 from tests.support import clusters
-from tests.support.cluster_commands import Command, states, tables
+from tests.support.cluster_commands import Command, small, states, tables
 from tests.support.clusters import Flink
 from tests.support.commands import counts, courier
 from tests.support.late_disk import show_late
@@ -48,11 +48,6 @@ def flink(
     python.chmod(0o755)
     with clusters.flink(folder / "cluster", python=str(python), settings=SETTINGS) as cluster:
         yield cluster
-
-
-def small(folder: Path, artefacts: Artefacts) -> World:
-    """Returns a shop whose day has several chunks and parts."""
-    return pinned(World(folder / "shop", rows_per_shard=4), artefacts)
 
 
 @pytest.fixture

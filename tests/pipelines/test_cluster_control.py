@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Artefacts, pinned
+from tests.conftest import Artefacts
 from tests.support import clusters
-from tests.support.cluster_commands import Command, held_python, states, tables
+from tests.support.cluster_commands import Command, held_python, small, states, tables
 from tests.support.clusters import Flink
 from tests.support.commands import courier, published
 from tests.support.held_embed import Hold
@@ -22,17 +22,6 @@ EMBED = ("embed", "--ds", str(DAYS[0]))
 
 
 @pytest.fixture(scope="module")
-def _hold(tmp_path_factory: pytest.TempPathFactory) -> Hold:
-    return Hold(str(tmp_path_factory.mktemp("hold") / "hold"))
-
-
-@pytest.fixture
-def hold(_hold: Hold) -> Iterator[Hold]:
-    yield _hold
-    _hold.end()
-
-
-@pytest.fixture(scope="module")
 def flink(
     _hold: Hold, warm_python: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Flink]:
@@ -40,11 +29,6 @@ def flink(
     python = held_python(folder, warm_python, _hold)
     with clusters.flink(folder / "cluster", python=python) as cluster:
         yield cluster
-
-
-def small(folder: Path, artefacts: Artefacts) -> World:
-    """Returns a shop whose day is embedded in several chunks."""
-    return pinned(World(folder / "shop", rows_per_shard=4), artefacts)
 
 
 @pytest.fixture

@@ -33,17 +33,6 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def _hold(tmp_path_factory: pytest.TempPathFactory) -> Hold:
-    return Hold(str(tmp_path_factory.mktemp("hold") / "hold"))
-
-
-@pytest.fixture
-def hold(_hold: Hold) -> Iterator[Hold]:
-    yield _hold
-    _hold.end()
-
-
-@pytest.fixture(scope="module")
 def flink(
     request: pytest.FixtureRequest,
     _hold: Hold,

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from tests.conftest import Artefacts, pinned
 from tests.support.clusters import Flink
 from tests.support.commands import published
 from tests.support.held_embed import Hold
@@ -13,6 +14,11 @@ from tests.support.processes import ROOT, wait_for
 from tests.support.world import World
 
 _HELD = "tests.support.held_embed"
+
+
+def small(folder: Path, artefacts: Artefacts) -> World:
+    """Returns a shop whose days have several chunks and parts."""
+    return pinned(World(folder / "shop", rows_per_shard=4), artefacts)
 
 
 def held_python(folder: Path, python: str, hold: Hold) -> str:
