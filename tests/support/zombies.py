@@ -3,9 +3,8 @@
     python -m tests.support.zombies FILE …    as `python …`, which starts a worker
 
 A place is "embed", where a chunk is embedded, or "write", where a part is written; at "late" nobody
-is held, and all see late what others write. What is held
-does not end with the process that started it, nor when it hears no more from there: as on a host
-that was cut off, which takes long to notice.
+is held, and all see late what others write. What is held does not end with the process that started
+it, nor when it hears no more from there: as on a host that was cut off, which takes long to notice.
 """
 
 import os
