@@ -77,8 +77,7 @@ def _end_left(planned: Sequence[Planned], say: Callable[[str], None]) -> None:
     for name in files.list_names(top):
         ends, folder = days_of_job(name), os.path.join(top, name)
         if ends and any(ends[0] <= day <= ends[1] for day in days):
-            for name in files.list_names(folder):
-                attempt = os.path.join(folder, name)
+            for attempt in [os.path.join(folder, name) for name in files.list_names(folder)]:
                 cluster_jobs.end_left(attempt, say)
                 if not cluster_jobs.is_left(attempt):
                     files.delete_tree(attempt)
