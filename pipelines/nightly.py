@@ -371,7 +371,7 @@ class _Making:
                 say = f"{stage.name}: what an earlier run made of ds {stage.ds} is refused still"
                 self._say(say)
                 self._held.check()
-                making.reopen(stage)
+                stage_states.reopen(stage)
             again = make(planned)
             made = Made(made.why | again.why, again.refused)
             refused = self._judge.refused(kind, nights, self.without)
@@ -380,7 +380,7 @@ class _Making:
             self._held.check()
             stage_states.note_refusal(one.stage, error)
             if isinstance(error, DataContractError):
-                making.reopen(one.stage)
+                stage_states.reopen(one.stage)
         for one, error in sorted([*made.refused, *refused], key=lambda pair: pair[0].stage.ds):
             self.without.add(one.stage.ds)
             self.refused.append(Refused(one.stage.ds, kind, error))

@@ -242,6 +242,12 @@ def _came_path(job: CrosswalkJob, shard: int) -> str:
     return os.path.join(job.staging, "came", f"{shard:05d}.json")
 
 
+def shards_counted(job: CrosswalkJob) -> int:
+    """Returns of how many item shards the moves, and what came to them, are counted."""
+    paths = _counts_path(job, 0), _came_path(job, 0)
+    return min(len(files.list_names(os.path.dirname(path))) for path in paths)
+
+
 def read_counts(job: CrosswalkJob, impressions: int) -> Iterator[pa.Table]:
     """Yields the counts of all shards, one after the other.
 
@@ -249,8 +255,7 @@ def read_counts(job: CrosswalkJob, impressions: int) -> Iterator[pa.Table]:
     job was given came to them.
     """
     shards = range(job.shards)
-    counted = len(files.list_names(os.path.dirname(_counts_path(job, 0))))
-    check_all_came("item shards whose moves were counted", counted, job.shards)
+    check_all_came("item shards whose moves were counted", shards_counted(job), job.shards)
     came = sum(documents.read_json(_came_path(job, shard))["impressions"] for shard in shards)
     check_all_came("impressions of items that may have moved", came, impressions)
     for shard in shards:

@@ -353,14 +353,18 @@ def _sample_path(job: SampleJob, part: int) -> str:
     return os.path.join(job.staging, "sample", f"{part:05d}.parquet")
 
 
+def parts_sampled(job: SampleJob) -> int:
+    """Returns of how many parts the sample is there."""
+    return len(files.list_names(os.path.dirname(_sample_path(job, 0))))
+
+
 def read_sample(job: SampleJob) -> Sample:
     """Reads all sampled rows, each to its place at once: no second copy of the matrix is made.
 
     Raises DataContractError where those of a part are not there.
     """
     paths = [_sample_path(job, part) for part in range(len(job.embeddings.paths))]
-    sampled = len(files.list_names(os.path.dirname(paths[0])))
-    check_all_came("parts of item_embeddings that were sampled", sampled, len(paths))
+    check_all_came("parts of item_embeddings that were sampled", parts_sampled(job), len(paths))
     narrow = ["item_id", "held_out", *map(cluster_column, job.old_labels)]
     rows = pa.concat_tables(partitions.read_parquet(path, narrow) for path in paths)
     hashes, held_out = hashing.hash_ids(rows["item_id"], _SAMPLE_SEED), rows["held_out"].to_numpy()

@@ -160,20 +160,31 @@ def patiently(path: str, call: Callable[[], T]) -> T:
         raise FileNotFoundError(errno.ENOENT, "no such file", path) from error
 
 
+def until_shown(look: Callable[[], T]) -> T:
+    """Looks for what other hosts wrote until that is true of it, a minute at most; returns it.
+
+    A network's caches may show it late.
+    """
+    began = time.monotonic()
+    while not (found := look()) and time.monotonic() - began < LATE_SECONDS:
+        time.sleep(_LOOK_AGAIN_SECONDS)
+    return found
+
+
 def until_seen(path: str, call: Callable[[], T]) -> T:
     """Returns what `call` does with a file that was written, once this host can see it.
 
-    A network's caches may show it late. Raises FileNotFoundError where they do not show it within
-    a minute, StorageUnavailable as `patiently` does.
+    Raises FileNotFoundError where it does not within a minute (`until_shown`), StorageUnavailable
+    as `patiently` does.
     """
-    began = time.monotonic()
-    while True:
-        try:
-            return patiently(path, call)
-        except FileNotFoundError:
-            if time.monotonic() - began > LATE_SECONDS:
-                raise
-        time.sleep(_LOOK_AGAIN_SECONDS)
+
+    def look() -> list[T]:
+        with contextlib.suppress(FileNotFoundError):
+            return [patiently(path, call)]
+        return []
+
+    found = until_shown(look)
+    return found[0] if found else patiently(path, call)
 
 
 def _wait(path: str, call: Callable[[], T], found: OSError) -> T:

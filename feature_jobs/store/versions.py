@@ -4,10 +4,14 @@ Launcher and workers must have the same: what one pickles the other must be able
 table must not be made in two ways.
 """
 
+import functools
+import hashlib
 import socket
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
+import feature_jobs
 from feature_jobs import __version__
 from feature_jobs.schemas import OperatorError
 
@@ -28,13 +32,24 @@ PACKAGE_VERSIONS = {
 }
 
 
+@functools.cache
+def _code() -> str:
+    """Returns a digest of this project's own modules: checkouts of one version may differ."""
+    top, found = Path(feature_jobs.__file__).parents[1], hashlib.sha256()
+    for package in ("courier_model", "feature_jobs", "pipelines"):
+        for path in sorted((top / package).rglob("*.py")):
+            data = path.read_bytes()
+            found.update(f"{path.relative_to(top).as_posix()} {len(data)} ".encode() + data)
+    return found.hexdigest()[:12]
+
+
 def of_process() -> dict[str, str]:
     """Returns the versions that all processes of a job must have in common, Python's among them.
 
     Nothing is told of builds, as +cpu: embeddings may be made on other processors than the rest.
     """
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return {"python": python} | {
+    return {"python": python, "courier's code": _code()} | {
         name: found.partition("+")[0] for name, found in PACKAGE_VERSIONS.items()
     }
 

@@ -28,6 +28,7 @@ from feature_jobs.codebooks.crosswalk import (
     crosswalk,
     define_crosswalk,
     read_counts,
+    shards_counted,
     with_moves,
 )
 from feature_jobs.codebooks.fit_codebook import (
@@ -36,6 +37,7 @@ from feature_jobs.codebooks.fit_codebook import (
     count_in_scope,
     define_sample,
     make_codebook,
+    parts_sampled,
     read_sample,
     sampling_shares,
     stream_embeddings,
@@ -50,7 +52,7 @@ from feature_jobs.schemas import (
     InputNotReady,
     OperatorError,
 )
-from feature_jobs.store import encoder_info, files, partitions
+from feature_jobs.store import encoder_info, faults, files, partitions, worker_notes
 from pipelines.artefacts.encoders import stanza
 from pipelines.artefacts.free_memory import available_bytes
 from pipelines.config import Settings
@@ -336,7 +338,11 @@ def fit_codebook(settings: Settings, plan: FitPlan, folder: str, out: str, say: 
     parent = load_codebook(plan.parent_folder) if plan.parent_folder else None
     with _own_staging(plan.sampling.staging, say):
         say(f"fit-codebook: {describe(plan)}")
-        _run(lambda root: define_sample(root, plan.sampling), plan, say)
+        paths = plan.sampling.embeddings.paths
+        _run(
+            lambda root: define_sample(root, plan.sampling),
+            lambda: parts_sampled(plan.sampling) == len(paths), plan, say,
+        )  # fmt: skip
         sample, stream = read_sample(plan.sampling), stream_embeddings(plan.sampling)
         codebook = make_codebook(
             sample, plan.fit, plan.encoder.encoder_id, str(plan.ds), parent, stream
@@ -387,13 +393,18 @@ def _stagings(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in names if re.fullmatch(_RUN_ID, name)]
 
 
-def _run(define: Callable[[Any], None], plan: FitPlan, say: Say) -> None:
+def _run(
+    define: Callable[[Any], None], is_whole: Callable[[], bool], plan: FitPlan, say: Say
+) -> None:
+    """Runs a job of the fit; waits until what it wrote `is_whole`, if other hosts did."""
     staging, options = plan.sampling.staging, plan.options
     name = f"fit-codebook-{plan.ds}-{os.path.basename(staging)}"
     job = cluster_jobs.Job(name, options.beam, staging, say)
     for told in ("begun", "usage"):  # of the fit's job before
         files.delete_tree(os.path.join(staging, told))
     making.run_job(define, staging, job.run, options.share)
+    if worker_notes.may_be_elsewhere(staging):
+        faults.until_shown(is_whole)
 
 
 def _compare(
@@ -423,7 +434,10 @@ def _compare(
         old=sample.old if other else None,
         staging=sample.staging,
     )
-    _run(lambda root: define_crosswalk(root, plan.impressions, job), plan, say)
+    _run(
+        lambda root: define_crosswalk(root, plan.impressions, job),
+        lambda: shards_counted(job) == job.shards, plan, say,
+    )  # fmt: skip
     impressions = plan.impressions.rows if plan.impressions else 0
     table = crosswalk(read_counts(job, impressions), parent, codebook)
     return replace(codebook, info=with_moves(codebook.info, table)), table

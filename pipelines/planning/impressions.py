@@ -56,7 +56,7 @@ from pipelines.planning.yesterday import (
 from pipelines.running import records
 from pipelines.running.layout import job_of
 from pipelines.running.stage import Planned, Stage
-from pipelines.running.states import PUBLISHED, Look
+from pipelines.running.states import PUBLISHED, Look, made_in
 from pipelines.stages import HISTORIES, SIMSCORE, TRAINING_ROWS
 
 _USUAL_LENGTH = 50  # of a history; shards of much longer ones have fewer rows
@@ -112,7 +112,7 @@ class PlannedHistories(Planned):
         shards = [day.stage.shards for day in days]
         logs = [*days[0].log.before.log, *(day.log.log for day in days)]
         job = histories_job([day.log for day in days], shards, folder)
-        define_histories(root, logs, job, shards, [day.stage.staging for day in days])
+        define_histories(root, logs, job, shards, [made_in(day.stage.staging) for day in days])
 
 
 def plan_histories(day: DayPlan) -> PlannedHistories:
@@ -210,7 +210,7 @@ class PlannedScores(Planned):
         nights = tuple(_as_worker_knows_it(night, settings, look, folder) for night in self.nights)
         return SimscoreDay(
             self.log.day, self.has_history, nights, self.stage.shards, self.schema,
-            self.stage.staging,
+            made_in(self.stage.staging),
         )  # fmt: skip
 
     @classmethod
@@ -490,7 +490,7 @@ class PlannedRows(Planned):
             self.schema,
             log=_days_of(self.log),
             catalogues=_days_of(self.catalogues),
-            staging=self.stage.staging,
+            staging=made_in(self.stage.staging),
         )
 
 

@@ -30,7 +30,7 @@ from pipelines.planning.pinned import PinnedArtefacts
 from pipelines.planning.yesterday import Earlier
 from pipelines.running.layout import CHUNK_FOLDER, job_of
 from pipelines.running.stage import Planned, Stage
-from pipelines.running.states import Look
+from pipelines.running.states import Look, made_in, staged_folder
 from pipelines.stages import EMBED, ITEM_FEATURES
 
 # ---- EMBED -----------------------------------------------------------------------------------
@@ -68,7 +68,9 @@ class PlannedEmbed(Planned):
         embeddings, rejects = map(look.open, before.tables) if before else (None, None)
         job = embed.EmbedJob(
             days=tuple(
-                embed.EmbedDay(day.stage.ds, day.catalogue, day.stage.shards, day.stage.staging)
+                embed.EmbedDay(
+                    day.stage.ds, day.catalogue, day.stage.shards, made_in(day.stage.staging)
+                )
                 for day in days
             ),
             embeddings_schema=ITEM_EMBEDDINGS.schema(first.item_id),
@@ -251,7 +253,7 @@ class PlannedFeatures(Planned):
                 return None
             (reference,) = day.stage.before
             if earlier := made_here.get(reference.run_id):
-                folder = earlier.staged_folder(FEATURES_TABLE)
+                folder = staged_folder(earlier, FEATURES_TABLE)
                 return partitions.to_be_made(folder, earlier.shards)
             return look.open(reference).slim()
 
@@ -260,7 +262,7 @@ class PlannedFeatures(Planned):
                 look.table(day.stage.upstream[0], ITEM_EMBEDDINGS).slim(),
                 look.table(day.stage.upstream[0], ITEM_REJECTS).slim(), day.folder,
                 day.pinned.encoder.categories, day.schema, features_before(day),
-                day.of_another_lineage, day.stage.staging, day.stage.shards,
+                day.of_another_lineage, made_in(day.stage.staging), day.stage.shards,
             )
             for day in days
         ]  # fmt: skip
@@ -272,13 +274,13 @@ class PlannedFeatures(Planned):
     def all_is_told(self) -> bool:
         from feature_jobs.items.item_features import shards_counted
 
-        return shards_counted(self.stage.staging) >= self.stage.shards
+        return shards_counted(made_in(self.stage.staging)) >= self.stage.shards
 
     def summarise(self) -> dict[str, Any]:
         from feature_jobs.items.item_features import read_clusters
 
-        stage = self.stage
-        clusters = read_clusters(stage.staging, stage.shards, self.folder, self.of_another_lineage)
+        folder, shards = made_in(self.stage.staging), self.stage.shards
+        clusters = read_clusters(folder, shards, self.folder, self.of_another_lineage)
         return {"clusters": clusters}
 
 

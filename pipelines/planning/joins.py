@@ -54,7 +54,7 @@ from pipelines.planning.join_nights import JoinAsked, Nights, NightThere
 from pipelines.planning.made_with import history_settings
 from pipelines.running.layout import job_of
 from pipelines.running.stage import Planned, Stage
-from pipelines.running.states import Look, Night
+from pipelines.running.states import Look, Night, made_in
 from pipelines.stages import HISTORIES, join_of
 
 _AT_ONCE = 16
@@ -165,7 +165,7 @@ class PlannedJoin(Planned):
         return JoinDay(
             self.day, tuple(self.samples.groups()), cut(group_rows, self.settings.rows_per_shard),
             nights, self.scores and self.scores.slim(), self._scores_from_us, self.schema, self.ids,
-            self.stage.staging,
+            made_in(self.stage.staging),
         )  # fmt: skip
 
     @property

@@ -195,7 +195,8 @@ def _is_waiting(layout: Layout, ds: dt.date) -> bool:
     for kind in KINDS:
         top = os.path.dirname(layout.staging(kind, ds, "any"))
         for run in (os.path.join(top, name) for name in files.list_names(top)):
-            staged = (os.path.join(run, table.name, STAGED) for table in kind.tables)
+            made_in = states.made_in(run)
+            staged = (os.path.join(made_in, table.name, STAGED) for table in kind.tables)
             if all(map(files.exists, staged)) and not states.refusal(run):
                 return True
     return False

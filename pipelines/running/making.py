@@ -5,7 +5,6 @@ import datetime as dt
 import os
 import secrets
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -57,8 +56,8 @@ def make_missing(
     is_made = [look.state(one.stage).is_made for one in planned]
     missing = [one for one, there in zip(planned, is_made, strict=True) if not there]
     for one in missing:
-        if any(look.staged(one.stage.staged_folder(table)) for table in one.stage.tables):
-            reopen(one.stage)  # it goes on from what is another by now
+        if any(look.staged(one.stage, table) for table in one.stage.tables):
+            states.reopen(one.stage)  # it goes on from what is another by now
         made.why[one.stage.run_id] = why[one.stage.run_id]
     for together in _consecutive(missing):
         made.refused += _make_or_part(together, made, options, say, locks)
@@ -182,7 +181,7 @@ def make(
             lambda root: kind.wire(root, planned, attempt), attempt, run_pipeline, share,
             planned[0].stage.layout.row_group_bytes,
         )  # fmt: skip
-        if worker_notes.are_elsewhere(attempt):
+        if worker_notes.may_be_elsewhere(attempt):
             _wait_for_receipts(planned, attempt)
     except CourierError as error:
         if not isinstance(error, JobFailed):
@@ -203,15 +202,14 @@ def _wait_for_receipts(planned: Sequence[Planned], attempt: str) -> None:
 
     Raises a worker's CourierError that it shows meanwhile.
     """
-    began = time.monotonic()
-    while any(
-        states.shards_done(one.stage) < one.stage.shards or not one.all_is_told() for one in planned
-    ):
+
+    def is_over() -> bool:
         if errors := worker_notes.refused(attempt):
             raise errors[0]
-        if time.monotonic() - began > faults.LATE_SECONDS:
-            return  # of what lacks then it is told where it would be sealed
-        time.sleep(1.0)
+        done = (states.shards_done(one.stage) >= one.stage.shards for one in planned)
+        return all(done) and all(one.all_is_told() for one in planned)
+
+    faults.until_shown(is_over)  # of what lacks then it is told where it would be sealed
 
 
 def _trust_no_part(planned: Sequence[Planned], attempt: str) -> None:
@@ -220,10 +218,10 @@ def _trust_no_part(planned: Sequence[Planned], attempt: str) -> None:
     Other hosts may have seen that late, and gone on without its rows.
     """
     with contextlib.suppress(OSError, CourierError):  # which would hide what the job ended for
-        if worker_notes.are_elsewhere(attempt):
+        if worker_notes.may_be_elsewhere(attempt):
             for one in planned:
                 if not one.came_in():
-                    reopen(one.stage)
+                    states.reopen(one.stage)
 
 
 def _discard_copies(one: Planned, folder: str) -> None:
@@ -287,7 +285,7 @@ def seal(one: Planned, table: Table, look: Look) -> None:
     DataContractError where rows were lost on the way to the parts; they are made again then.
     """
     stage = one.stage
-    folder = stage.staged_folder(table)
+    folder = states.staged_folder(stage, table)
     parts = partitions.receipts(folder)
     if len(parts) != stage.shards:
         raise CourierError(
@@ -327,7 +325,7 @@ def seal(one: Planned, table: Table, look: Look) -> None:
 
 def note_gates(stage: Stage, findings: Sequence[Mapping[str, Any]]) -> None:
     """Writes what gates found of a staged stage into the manifest of its first table."""
-    folder = stage.staged_folder(stage.tables[0])
+    folder = states.staged_folder(stage, stage.tables[0])
     staged = partitions.find_staged(folder)
     if staged and staged.manifest.get("gates") != list(findings):
         write_json(os.path.join(folder, STAGED), {**staged.manifest, "gates": list(findings)})
@@ -336,7 +334,7 @@ def note_gates(stage: Stage, findings: Sequence[Mapping[str, Any]]) -> None:
 def _check_all_reached(one: Planned, counts: Mapping[str, int]) -> None:
     for name, expected in one.came_in().items():
         if counts.get(name, 0) != expected:
-            reopen(one.stage)  # else the next run would trust the parts
+            states.reopen(one.stage)  # else the next run would trust the parts
             raise DataContractError(
                 f"{one.stage.name} of ds {one.stage.ds}: {counts.get(name, 0):,} of {expected:,} "
                 f"{name} reached its tables. The runner lost rows without an error, or doubled "
@@ -356,18 +354,8 @@ def counts_of(stage: Stage, look: Look) -> dict[str, int]:
 
 def work_of(stage: Stage) -> dict[str, float]:
     """Returns what making the tables cost, interrupted runs included; empty once published."""
-    receipts = [partitions.receipts(stage.staged_folder(t)) for t in stage.tables]
+    receipts = [partitions.receipts(states.staged_folder(stage, t)) for t in stage.tables]
     return partitions.sum_counts((part for parts in receipts for part in parts), "work")
-
-
-def reopen(stage: Stage) -> None:
-    """Undoes the sealing of a stage whose tables were refused, so that they are made again.
-
-    What was expensive, the chunk files, stays.
-    """
-    for name in files.list_names(stage.staging):
-        if not name.endswith(".json"):  # what is noted of the run
-            files.delete_tree(os.path.join(stage.staging, name))
 
 
 def write_run(

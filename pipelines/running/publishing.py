@@ -231,7 +231,7 @@ def publications(stage: Stage, look: Look, locks: Locks) -> list["Publication"]:
         place = stage.place(table)
         # The manifest first: whoever changes it deletes then what others had staged.
         manifest = files.read_if_there(os.path.join(place.folder, MANIFEST))
-        found.append(publication(stage.staged_folder(table), place, manifest, locks))
+        found.append(publication(states.staged_folder(stage, table), place, manifest, locks))
     return found
 
 

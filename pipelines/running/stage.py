@@ -7,7 +7,6 @@ artefacts, so the same work has the same id and is found again: published, stage
 """
 
 import datetime as dt
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -114,10 +113,6 @@ class Stage:
 
     def _staging(self, name: str) -> str:
         return self.layout.staging(self.kind, self.ds, name)
-
-    def staged_folder(self, table: Table) -> str:
-        """Returns the folder in which the table is made."""
-        return os.path.join(self.staging, table.name)
 
     def place(self, table: Table) -> Place:
         """Returns where the table is published, and where its earlier versions are kept."""

@@ -7,6 +7,7 @@ staged and may not be published, *held* where its day was rolled back on purpose
 
 import datetime as dt
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,8 @@ class Look:
     def __init__(self) -> None:
         self._begun: dict[tuple[Layout, str], list[dt.date]] = {}
         self._published: dict[str, Partition | None] = {}
-        self._staged: dict[str, Partition | None] = {}
+        self._staged: dict[tuple[str, str], Partition | None] = {}
+        self._made_in: dict[str, str] = {}
         self._states: dict[tuple[str, str], State] = {}
         self._made: dict[tuple[str, str], tuple[bool, tuple[Partition, ...]]] = {}
         self._held: dict[tuple[str, str], bool] = {}
@@ -91,11 +93,18 @@ class Look:
             self._published[folder] = partitions.find_published(folder)
         return self._published[folder]
 
-    def staged(self, folder: str) -> Partition | None:
-        """Returns what is made in a folder and not published yet, None for nothing."""
-        if folder not in self._staged:
-            self._staged[folder] = partitions.find_staged(folder)
-        return self._staged[folder]
+    def staged(self, stage: Stage, table: Table) -> Partition | None:
+        """Returns a table that is made and not published yet, None for none."""
+        key = stage.staging, table.name
+        if key not in self._staged:
+            self._staged[key] = partitions.find_staged(os.path.join(self.made_in(stage), key[1]))
+        return self._staged[key]
+
+    def made_in(self, stage: Stage) -> str:
+        """Returns the folder in which the tables of a stage are made."""
+        if stage.staging not in self._made_in:
+            self._made_in[stage.staging] = made_in(stage.staging)
+        return self._made_in[stage.staging]
 
     def state(self, stage: Stage) -> State:
         """Finds the state of a stage: all that is known of it is found here."""
@@ -113,7 +122,7 @@ class Look:
             return State(HELD, reasons=reasons)
         if tables and all(self._goes_on_from_now(stage, table) for table in tables):
             return State(REFUSED if refusal(stage.staging) else STAGED, tables, reasons)
-        if done := shards_done(stage):
+        if done := _shards_done(stage, self.made_in(stage)):
             return State(BEGUN, (), reasons, done)
         is_there = any(self.published(stage.folder(table)) for table in stage.tables)
         return State(OTHER if is_there else ABSENT, (), reasons)
@@ -132,7 +141,7 @@ class Look:
                 mine = [p for p in mine if self.is_followed(stage.before, p)]
             is_published = len(mine) == len(published) and not _is_forced_now(stage)
             if not is_published:
-                staged = [self.staged(stage.staged_folder(table)) for table in stage.tables]
+                staged = [self.staged(stage, table) for table in stage.tables]
                 mine = [p for p in staged if p and _is_mine(p, stage, made_from) and _is_told(p)]
             whole = len(mine) == len(stage.tables)
             self._made[key] = is_published, tuple(mine) if whole else ()
@@ -437,10 +446,29 @@ class Night:
 # ---- What a staging folder says ----------------------------------------------------------------
 
 
+def made_in(staging: str) -> str:
+    """Returns the folder, below a staging folder, in which the tables of its stage are made.
+
+    It is another one each time the stage is begun anew: a worker of before may live on, on a host
+    that was cut off, say, and what it still writes is of no table.
+    """
+    found = _read_begun(staging)
+    return os.path.join(staging, found["folder"]) if "folder" in found else staging
+
+
+def staged_folder(stage: Stage, table: Table) -> str:
+    """Returns the folder in which a table is made."""
+    return os.path.join(made_in(stage.staging), table.name)
+
+
 def shards_done(stage: Stage) -> int:
     """Returns how many shards are written whole, of all its tables."""
+    return _shards_done(stage, made_in(stage.staging))
+
+
+def _shards_done(stage: Stage, folder: str) -> int:
     return min(
-        len(files.list_names(os.path.join(stage.staged_folder(table), "receipts")))
+        len(files.list_names(os.path.join(folder, table.name, "receipts")))
         for table in stage.tables
     )
 
@@ -456,13 +484,35 @@ def begin(stage: Stage, why: Sequence[str], look: Look) -> None:
         look.made(one)
     for night in stage.snapshots:
         look.open(night)
-    path = os.path.join(stage.staging, _BEGUN)
-    found = files.read_if_there(path)
-    begun = parse_json(path, found) if found else {}
+    begun = _read_begun(stage.staging)
     now = {"made_from": _sources(stage, look), "versions": PACKAGE_VERSIONS}
     if {name: begun.get(name) for name in now} != now:
         files.delete_tree(stage.staging)
-        write_json(path, {**now, "why": list(why)})
+        _write_begun(stage.staging, {**now, "why": list(why)})
+
+
+def reopen(stage: Stage) -> None:
+    """Lets the tables of a stage be made again, all of them, where it was begun.
+
+    What was expensive, the chunk files, stays.
+    """
+    if found := _read_begun(stage.staging):
+        _write_begun(stage.staging, found)
+    for name in files.list_names(stage.staging):
+        if not name.endswith(".json"):  # what is noted of the run
+            files.delete_tree(os.path.join(stage.staging, name))
+
+
+def _write_begun(staging: str, begun: Mapping[str, Any]) -> None:
+    folder = f"made-{secrets.token_hex(4)}"
+    write_json(os.path.join(staging, _BEGUN), {**begun, "folder": folder})
+
+
+def _read_begun(staging: str) -> dict[str, Any]:
+    """Returns what is noted of a stage that was begun; nothing where none was."""
+    path = os.path.join(staging, _BEGUN)
+    found = files.read_if_there(path)
+    return dict(parse_json(path, found)) if found else {}
 
 
 def _sources(stage: Stage, look: Look) -> dict[str, Any]:
@@ -520,6 +570,4 @@ def refusal(staging: str) -> GateRefused | None:
 
 def reasons(staging: str) -> list[str]:
     """Returns why the stage of a staging folder was begun; empty where nothing says so."""
-    path = os.path.join(staging, _BEGUN)
-    found = files.read_if_there(path)
-    return [] if found is None else list(parse_json(path, found).get("why", ()))
+    return list(_read_begun(staging).get("why", ()))

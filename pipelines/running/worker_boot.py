@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from apache_beam.portability.api import beam_provision_api_pb2 as provision
@@ -32,7 +33,6 @@ JOB = "courier_job"  # the experiment, as Beam names what it hands on, that name
 
 _SECONDS = 60.0  # for an answer of whoever has just started this process
 _PARENT_SECONDS = 1.0
-_LOOK_AGAIN_SECONDS = 1.0
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -88,16 +88,8 @@ def _check_in(info: provision.ProvisionInfo) -> None:
         name, _, folder = experiment.partition("=")
         if name == JOB:
             with contextlib.suppress(CourierError):
-                _once_told(folder)
-
-
-def _once_told(folder: str) -> None:
-    """Checks in with what the launcher told, which a shared folder may show late."""
-    began = time.monotonic()
-    while worker_notes.check_in(folder) is None:
-        if time.monotonic() - began > faults.LATE_SECONDS:
-            return  # its attempt is over, and its folder gone
-        time.sleep(_LOOK_AGAIN_SECONDS)
+                # It is never shown where its attempt is over, and its folder gone.
+                faults.until_shown(partial(worker_notes.check_in, folder))
 
 
 def environment(worker_id: str, info: provision.ProvisionInfo) -> Mapping[str, str]:

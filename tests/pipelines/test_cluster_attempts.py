@@ -19,7 +19,7 @@ from tests.support.clusters import Flink
 from tests.support.commands import counts, courier
 from tests.support.late_disk import show_late
 from tests.support.processes import wait_for
-from tests.support.world import DAYS, World
+from tests.support.world import CLUSTERS, DAYS, World
 from tests.support.zombies import LATE_SECONDS, REFUSED, Zombie
 
 pytestmark = pytest.mark.clusters
@@ -158,3 +158,22 @@ def test_a_folder_that_shows_late_what_others_write_delays_a_command(
     command = (stage, "--ds", str(DAYS[0]), "--remake", *options)
     assert courier(world, *command, "--", *flink.options) == 0
     assert tables(world) == expected
+
+
+def test_a_folder_that_shows_late_what_others_write_delays_a_fit(
+    tmp_path: Path, world: World, flink: Flink, zombie: Zombie, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It samples, and follows items and impressions from the pinned codebook, in two jobs."""
+    assert courier(world, "refresh", "--ds", str(DAYS[0])) == 0
+
+    def fitted(out: str, *options: str) -> dict[str, bytes]:
+        command = ("fit-codebook", "--ds", str(DAYS[0]), "--clusters", str(CLUSTERS))
+        assert courier(world, *command, "--out", str(tmp_path / out), *options) == 0
+        found = [path for path in (tmp_path / out).rglob("*") if path.is_file()]
+        return {str(path.relative_to(tmp_path / out)): path.read_bytes() for path in found}
+
+    expected = fitted("here")
+    zombie.begin("late")
+    show_late(monkeypatch, LATE_SECONDS)
+    assert fitted("there", "--", *flink.options) == expected
+    assert any(path.endswith("crosswalk.parquet") for path in expected)

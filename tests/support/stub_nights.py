@@ -28,7 +28,7 @@ from pipelines.planning.impressions import PlannedHistories, PlannedScores
 from pipelines.planning.items import PlannedEmbed, PlannedFeatures
 from pipelines.running import beam_options, progress
 from pipelines.running.stage import Planned, Reference
-from pipelines.running.states import Look
+from pipelines.running.states import Look, staged_folder
 
 WINDOW_DAYS, LATE_DAYS, HISTORY_LEN = 2, 1, 2
 UNKNOWN_FROM = 1000  # impressions numbered from here on are of an item that no catalogue has
@@ -261,7 +261,7 @@ class _Job:
         for table in stage.tables:
             rows = tables[table.name]
             self.made[stage.run_id, table.name] = rows
-            folder, schema = stage.staged_folder(table), _schema(planned, table)
+            folder, schema = staged_folder(stage, table), _schema(planned, table)
             columns = _AS_TABLE[table.name](rows)
             columns |= {name: columns["cluster_id"] for name in schema.names if name not in columns}
             filled = pa.table(columns, schema=schema)

@@ -1,9 +1,11 @@
 """A worker in other versions than its launcher's is told of, with both."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
+import feature_jobs
 from feature_jobs import __version__
 from feature_jobs.schemas import OperatorError
 from feature_jobs.store import versions
@@ -26,6 +28,27 @@ def test_builds_for_other_processors_are_the_same_version(monkeypatch: pytest.Mo
     theirs = versions.PACKAGE_VERSIONS | {"torch": f"{told['torch']}+cu999"}
     monkeypatch.setattr(versions, "PACKAGE_VERSIONS", theirs)
     assert versions.refusal(told) is None
+
+
+def test_checkouts_of_one_version_differ_by_a_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_copy(name: str, text: str) -> str:
+        for package in ("courier_model", "feature_jobs", "pipelines/running"):
+            (tmp_path / name / package).mkdir(parents=True)
+        (tmp_path / name / "pipelines/running/making.py").write_text(text)
+        with monkeypatch.context() as patch:
+            patch.setattr(feature_jobs, "__file__", str(tmp_path / name / "feature_jobs/x.py"))
+            versions._code.cache_clear()
+            return versions.of_process()["courier's code"]
+
+    told = {name: of_copy(name, text) for name, text in (("a", "1"), ("b", "1"), ("c", "2"))}
+    versions._code.cache_clear()
+    assert told["a"] == told["b"] != told["c"]
+    here = versions.of_process()
+    refused = str(versions.refusal(here | {"courier's code": told["a"]}))
+    code = here["courier's code"]
+    assert f"courier's code {code} (the command's: {told['a']}). " in refused
 
 
 def test_all_that_differ_are_told_with_both_versions() -> None:

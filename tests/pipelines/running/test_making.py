@@ -17,7 +17,15 @@ from feature_jobs.schemas import (
     DataContractError,
     StorageUnavailable,
 )
-from feature_jobs.store import broadcast, documents, hashing, partitions, usage, worker_notes
+from feature_jobs.store import (
+    broadcast,
+    documents,
+    faults,
+    hashing,
+    partitions,
+    usage,
+    worker_notes,
+)
 from feature_jobs.store.partitions import Partition
 from feature_jobs.store.threads import Share
 from pipelines.running import cluster_jobs, making, states
@@ -97,6 +105,13 @@ def test_a_job_that_fails_for_another_reason_fails_with_that(
         making.make([stage_of(tmp_path)], str(tmp_path), fail, Share(), Locks())
 
 
+def begin(attempt: str, elsewhere: bool) -> None:
+    """Begins with an element of a job in this process, or also in another one."""
+    worker_notes.check_in(attempt)
+    if elsewhere:
+        documents.write_json(f"{attempt}/begun/x", {})
+
+
 class Counted(JustAStage):
     """Is a stage that knows how much is to come in."""
 
@@ -113,10 +128,9 @@ def test_parts_whose_rows_nobody_counts_are_not_trusted_after_a_refusal_on_other
     planned = kind(stage_of(tmp_path).stage)
 
     def run(_: Callable) -> None:
-        if elsewhere:
-            documents.write_json(f"{tmp_path}/attempt/begun/x", {})
+        begin(f"{tmp_path}/attempt", elsewhere)
         for table in planned.stage.tables:
-            folder, schema = planned.stage.staged_folder(table), table.schema(pa.int64())
+            folder, schema = states.staged_folder(planned.stage, table), table.schema(pa.int64())
             partitions.write_part(folder, table, schema, schema.empty_table(), 0, 1)
         raise error
 
@@ -164,17 +178,47 @@ def test_receipts_that_come_late_from_other_hosts_are_waited_for(
     def write(*_: object) -> None:
         if late:
             table, shard = late.pop()
-            folder, schema = planned.stage.staged_folder(table), table.schema(pa.int64())
+            folder, schema = states.staged_folder(planned.stage, table), table.schema(pa.int64())
             partitions.write_part(folder, table, schema, schema.empty_table(), shard, 2)
 
     def run(_: Callable) -> None:
-        documents.write_json(f"{tmp_path}/attempt/begun/x", {})
+        begin(f"{tmp_path}/attempt", elsewhere=True)
         write()
 
-    monkeypatch.setattr(making.time, "sleep", write)
+    monkeypatch.setattr(faults.time, "sleep", write)
     making.make([planned], f"{tmp_path}/attempt", run, Share(), Locks())
     assert not late
     assert Look().state(planned.stage).name == states.STAGED
+
+
+@pytest.mark.parametrize("anew", ["reopened", "other versions"])
+def test_what_a_worker_of_before_writes_late_is_of_no_table_that_was_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: str
+) -> None:
+    planned = stage_of(tmp_path)
+    states.begin(planned.stage, (), Look())
+    before = [states.staged_folder(planned.stage, table) for table in planned.stage.tables]
+    if anew == "reopened":
+        states.reopen(planned.stage)
+    else:
+        monkeypatch.setattr(states, "PACKAGE_VERSIONS", {"torch": "2"})
+
+    def write(folders: list[str]) -> None:
+        for folder, table in zip(folders, planned.stage.tables, strict=True):
+            schema = table.schema(pa.int64())
+            counts = {"of before": int(folders is before)}
+            partitions.write_part(folder, table, schema, schema.empty_table(), 0, 1, counts)
+
+    def run(_: Callable) -> None:
+        write([states.staged_folder(planned.stage, table) for table in planned.stage.tables])
+        write(before)
+
+    making.make([planned], f"{tmp_path}/attempt", run, Share(), Locks())
+    first, _ = Look().made(planned.stage)
+    assert first.manifest["counts"] == {"of before": 0}
+    states.reopen(planned.stage)
+    write(before)
+    assert Look().state(planned.stage).name == states.ABSENT
 
 
 @pytest.mark.parametrize("elsewhere", [True, False])
@@ -184,11 +228,10 @@ def test_receipts_that_do_not_come_are_told(
     waited = list[float]()
 
     def run(_: Callable) -> None:
-        if elsewhere:
-            documents.write_json(f"{tmp_path}/attempt/begun/x", {})
+        begin(f"{tmp_path}/attempt", elsewhere)
 
-    monkeypatch.setattr(making.faults, "LATE_SECONDS", 0.01)
-    monkeypatch.setattr(making.time, "sleep", lambda seconds: waited.append(seconds))
+    monkeypatch.setattr(faults, "LATE_SECONDS", 0.01)
+    monkeypatch.setattr(faults.time, "sleep", lambda seconds: waited.append(seconds))
     with pytest.raises(CourierError, match="has 0 of 1 parts although its job ended well"):
         making.make([stage_of(tmp_path)], f"{tmp_path}/attempt", run, Share(), Locks())
     assert bool(waited) == elsewhere
@@ -198,8 +241,8 @@ def test_a_manifest_tells_the_histograms_and_examples_of_all_parts(tmp_path: Pat
     planned = stage_of(tmp_path, shards=2)
     counted = [({"x": np.array([1, 2])}, {"bad": [4]}), ({"x": np.array([0, 5, 1])}, {"bad": [2]})]
     table = planned.stage.tables[0]
-    folder, schema = planned.stage.staged_folder(table), table.schema(pa.int64())
     states.begin(planned.stage, (), states.Look())
+    folder, schema = states.staged_folder(planned.stage, table), table.schema(pa.int64())
     for shard, (histograms, examples) in enumerate(counted):
         partitions.write_part(
             folder, table, schema, schema.empty_table(), shard, 2, histograms=histograms,
@@ -336,13 +379,13 @@ def sealed(root: Path, embedded: int, rejected: int) -> tuple[Partition, Partiti
         shard = hashing.shard_of(hashing.hash_ids(rows["item_id"]), 4)
         for n in range(4):
             mine = rows.filter(pa.array(shard == n))
-            folder, counts = one.stage.staged_folder(table), {"seen": len(mine)}
+            folder, counts = states.staged_folder(one.stage, table), {"seen": len(mine)}
             partitions.write_part(folder, table, schema, mine, n, 4, counts)
     found = []
     for table in one.stage.tables:
         making.seal(one, table, Look())
         making.seal(one, table, Look())  # as after a kill
-        found.append(partitions.find_staged(one.stage.staged_folder(table)))
+        found.append(partitions.find_staged(states.staged_folder(one.stage, table)))
     return tuple(found)
 
 

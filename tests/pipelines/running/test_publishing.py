@@ -140,7 +140,7 @@ def test_what_is_published_again_gets_its_list_where_that_is_not_right(
         path.unlink()
     before = files_of(copy)
     (stage,) = copy.night(OLD).stages
-    staged = stage.staged_folder(ITEM_FEATURES.tables[0])
+    staged = states.staged_folder(stage, ITEM_FEATURES.tables[0])
     stage_partition(staged, OLD, run_id=stage.run_id)
     manifest = files.read_bytes(os.path.join(copy.place.folder, MANIFEST))
     publishing.publication(staged, copy.place, manifest, Locks()).run()
@@ -173,7 +173,7 @@ def remade(shop: Shop, values: list[int]) -> Night:
     stage = dataclasses.replace(night.stages[0], forced_by="asked for")
     states.begin(stage, ["asked for"], Look())
     if not Look().state(stage).is_made:
-        stage_partition(stage.staged_folder(stage.tables[0]), values, run_id=stage.run_id)
+        stage_partition(states.staged_folder(stage, stage.tables[0]), values, run_id=stage.run_id)
     return dataclasses.replace(night, planned=(JustAStage(stage),))
 
 

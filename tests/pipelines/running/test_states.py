@@ -35,7 +35,9 @@ def stage_of(shop: Shop, values: list[int]) -> Stage:
 def test_a_stage_goes_from_absent_to_published(shop: Shop) -> None:
     new = stage_of(shop, NEW)
     assert Look().state(new) == states.State("absent", reasons=(Reason("never made"),))
-    files.write_bytes(os.path.join(new.staged_folder(new.tables[0]), "receipts", "0"), b"{}")
+    files.write_bytes(
+        os.path.join(states.staged_folder(new, new.tables[0]), "receipts", "0"), b"{}"
+    )
     begun = Look().state(new)
     assert (begun.name, begun.shards_done, begun.is_made) == ("begun", 1, False)
     night = shop.make(NEW)
@@ -88,7 +90,7 @@ def test_what_an_earlier_version_staged_is_made_again_and_what_it_published_stay
     """Its manifest lacks what gates judge by, and what is beside it when it is sealed again."""
     (stage,) = shop.make(NEW).stages
     states.note_refusal(stage, GateRefused("too many"))
-    path = os.path.join(stage.staged_folder(stage.tables[0]), partitions.STAGED)
+    path = os.path.join(states.staged_folder(stage, stage.tables[0]), partitions.STAGED)
     manifest = documents.read_json(path)
     older = {name: value for name, value in manifest.items() if name != "histograms"}
     documents.write_json(path, older)
