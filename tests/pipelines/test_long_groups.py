@@ -5,18 +5,18 @@ Engines hand a group on as what can be iterated once, and a bundle may be as lon
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import apache_beam as beam
 import pytest
 
 from feature_jobs.items.embed import EmbedChunk
-from feature_jobs.store.pieces import Piece
 from tests.conftest import Artefacts, pinned
-from tests.pipelines.test_small_elements import steps
 from tests.support.commands import courier
 from tests.support.training_shop import SECTION
+from tests.support.watched_steps import Once, kept_by, noted, steps, watch, with_groups
 from tests.support.world import CLUSTERS, DAYS, World
 
 MANY = 20_000
@@ -37,37 +37,15 @@ _OF_SHARDS = {
 }  # fmt: skip
 
 
-class Once:
-    """Is a group of values that come one after the other, once."""
-
-    def __init__(self, values: Iterable[Any]):
-        self._values: Iterator[Any] | None = iter(values)
-
-    def __iter__(self) -> Iterator[Any]:
-        assert self._values is not None, "a group is iterated a second time"
-        values, self._values = self._values, None
-        return values
-
-
 def grouped(step: str, element: Any, met: Counter[str]) -> Any:
     """Returns an element with its groups as such, long ones where more values change nothing."""
-    if not isinstance(element, tuple) or isinstance(element, Piece) or len(element) != 2:
-        return element
-    key, values = element
-    if isinstance(values, Mapping):
+
+    def long(values: Iterable[Any]) -> Once:
         met[step] += 1
-        return key, {name: Once(some) for name, some in values.items()}
-    if isinstance(values, str | bytes | tuple | int) or not isinstance(values, Iterable):
-        return element
-    met[step] += 1
-    more = itertools.repeat(b"", MANY if step in _OF_SHARDS else 0)
-    return key, Once(itertools.chain(values, more))
+        more = itertools.repeat(b"", MANY if step in _OF_SHARDS else 0)
+        return Once(itertools.chain(values, more))
 
-
-def kept_by(step: Any) -> dict[str, int]:
-    """Returns how much a step keeps in each attribute that holds several things."""
-    held = {name: value for name, value in vars(step).items() if hasattr(value, "__len__")}
-    return {name: len(value) for name, value in held.items() if not isinstance(value, str)}
+    return with_groups(element, long)
 
 
 class Watched:
@@ -120,3 +98,22 @@ def test_a_second_iteration_is_seen() -> None:
     with pytest.raises(AssertionError, match="a second time"):
         list(values)
     assert met == {"PlanShard": 1}
+
+
+def test_what_a_step_keeps_till_the_end_of_a_bundle_is_noted(tmp_path: Path) -> None:
+    class Keeps(beam.DoFn):
+        def __init__(self) -> None:
+            self.kept: list[bytes] = []
+
+        def process(self, element: tuple[int, Iterable[bytes]]) -> None:
+            self.kept += element[1]
+
+    watch(Keeps, str(tmp_path))
+    step: Any = Keeps()
+    step.start_bundle()
+    for size in range(30):
+        assert list(step.process((0, [b"value"] * size))) == []
+    step.finish_bundle()
+    (bundle,) = noted(tmp_path)["Keeps"]
+    assert (bundle.elements, bundle.values) == (30, 29)
+    assert bundle.grown > 29 * 20 / 2

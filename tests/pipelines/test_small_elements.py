@@ -1,23 +1,20 @@
 """What Beam carries are references: no element grows with rows, and no job holds a manifest."""
 
-import importlib
 import pickle
-import pkgutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import apache_beam as beam
 import pyarrow.parquet as pq
 import pytest
 from apache_beam.pvalue import TaggedOutput
 
-import feature_jobs
 from feature_jobs.impressions.simscore import BROADCAST, SHUFFLE
 from feature_jobs.items.embed import EmbedChunk
 from feature_jobs.store.partitions import Partition
 from pipelines.cli import main
+from tests.support.watched_steps import steps
 
 MOST = 4_000  # bytes of an element; a cluster's limit is a thousand times that
 MOST_OF_AN_IMPRESSION = (
@@ -26,17 +23,6 @@ MOST_OF_AN_IMPRESSION = (
 ROWS = 2_000  # more of them than that is of each table
 DAYS = [f"2026-01-{day:02d}" for day in range(1, 8)]
 SHARED = "[simscore]\nembeddings_by = 'shuffle'\n"
-
-
-def steps() -> list[type[beam.DoFn]]:
-    for found in pkgutil.walk_packages(feature_jobs.__path__, "feature_jobs."):
-        importlib.import_module(found.name)
-    every, todo = [], [beam.DoFn]
-    while todo:
-        below = todo.pop().__subclasses__()
-        todo += below
-        every += [step for step in below if step.__module__.startswith("feature_jobs.")]
-    return [step for step in every if "process" in vars(step)]
 
 
 @pytest.fixture
