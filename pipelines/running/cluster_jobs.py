@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import apache_beam as beam
+import grpc  # type: ignore[import-untyped]
 from apache_beam.options.pipeline_options import (
     DebugOptions,
     FlinkRunnerOptions,
@@ -130,6 +131,11 @@ class Job:
         define(root)
         if sent.flink:
             self._handle = _flink_that_answers(sent)
+        with _without_words_of_its_threads():
+            self._send_and_wait(root, sent)
+        _forget(self._folder)
+
+    def _send_and_wait(self, root: beam.Pipeline, sent: Sent) -> None:
         try:
             self._send(root, sent)
             self._result.wait_until_finish()
@@ -142,7 +148,6 @@ class Job:
         except BaseException:
             self._end(self._sent or sent)
             raise
-        _forget(self._folder)
 
     def _send(self, root: beam.Pipeline, sent: Sent) -> None:
         """Sends the job, once there is a record of it, and adds to that under which ID."""
@@ -275,6 +280,25 @@ def _on_dataflow(sent: Sent) -> _Handle:
     runner = DataflowRunner()
     runner.dataflow_client = DataflowApplicationClient(options)
     return DataflowPipelineResult(runner.dataflow_client.get_job(sent.job_id), runner, options)
+
+
+@contextlib.contextmanager
+def _without_words_of_its_threads() -> Iterator[None]:
+    """Keeps Beam's thread that reads a job's messages from printing a traceback.
+
+    Where the job service is lost, the wait for its state ends by the same error, and is told.
+    """
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not isinstance(args.exc_value, grpc.RpcError):
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 # ---- Sending -----------------------------------------------------------------------------------

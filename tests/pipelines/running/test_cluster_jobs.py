@@ -197,6 +197,8 @@ def test_a_job_that_no_service_takes_is_told_in_a_paragraph(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("impatient")
+# A thread of Beam's ends by the same error, of which its traceback would be told besides.
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_job_service_that_goes_away_is_told_and_leaves_the_record(tmp_path: Path) -> None:
     with stand_in_clusters.job_service() as jobs:
         launcher = portable(tmp_path, jobs)
