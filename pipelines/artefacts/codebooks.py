@@ -157,6 +157,12 @@ def plan_fit(
     )  # fmt: skip
     _check_memory(plan)
     beam_options.check_ready([plan.options])
+    if beam_options.is_for_jar(plan.options):
+        raise OperatorError(
+            "fit-codebook goes on with the sample that its job draws, and --output_executable_path "
+            "would have that job written into a jar instead of run. Leave the option out here; of "
+            "[beam] in the settings it belongs under the stages that run so, as [beam.embed]."
+        )
     return plan
 
 

@@ -131,6 +131,11 @@ def is_local(job: JobOptions) -> bool:
     return bool(job.beam.view_as(StandardOptions).runner == runners.LOCAL)
 
 
+def is_for_jar(job: JobOptions) -> bool:
+    """Returns whether a job is to be written into a jar, which others run."""
+    return bool(job.beam.view_as(PortableOptions).output_executable_path)
+
+
 def check_ready(jobs: Iterable[JobOptions]) -> None:
     """Raises OperatorError where a runner lacks what its first job would ask for.
 

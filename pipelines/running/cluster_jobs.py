@@ -4,7 +4,8 @@ A job that runs elsewhere goes on when the command that sent it has ended. So a 
 interrupted, or fails, cancels its job; and one that is killed leaves a record of it in the job's
 folder, by which the next command of the same days, holding the locks that the dead one held,
 cancels it before it goes on with what that has finished. A job of Flink's is asked for, and
-cancelled, at Flink's own REST interface (`flink.py`).
+cancelled, at Flink's own REST interface (`flink.py`). One that is written into a jar is run by who
+has the jar, unseen from here.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ from apache_beam.runners.portability.portable_runner import PipelineResult
 from apache_beam.runners.runner import PipelineState
 from apache_beam.utils import subprocess_server
 
-from feature_jobs.schemas import CourierError
+from feature_jobs.schemas import CourierError, InputNotReady
 from feature_jobs.store import documents, files, worker_notes
 from pipelines.running import beam_options, runners
 from pipelines.running.flink import FlinkJob
@@ -108,6 +109,7 @@ class Job:
     def __init__(self, name: str, options: PipelineOptions, folder: str, say: Say):
         self._options, self._folder, self._say = options, folder, say
         self._name = name
+        self._jar = options.view_as(PortableOptions).output_executable_path
         self._sent: Sent | None = None  # None, too, of a job on this machine
         self._result: Any = None
         self._handle: _Handle | None = None
@@ -119,7 +121,8 @@ class Job:
         """Runs the job that `define` wires, and returns when it has ended well.
 
         Whatever ends it sooner, an interrupt too, leaves no job on the cluster, as far as that can
-        be reached. Raises JobFailed for a job that failed there.
+        be reached. Raises JobFailed for a job that failed there, and InputNotReady where it was
+        only written into a jar.
         """
         if self._options.view_as(StandardOptions).runner == runners.LOCAL:
             beam_options.run_pipeline(define, self._options)
@@ -133,7 +136,11 @@ class Job:
             self._handle = _flink_that_answers(sent)
         with _without_words_of_its_threads():
             self._send_and_wait(root, sent)
+        if self._jar:
+            documents.write_json(_in_jar(self._folder), {"jar": self._jar})
         _forget(self._folder)
+        if self._jar:
+            raise _not_run(sent, self._jar)
 
     def _send_and_wait(self, root: beam.Pipeline, sent: Sent) -> None:
         try:
@@ -198,10 +205,30 @@ class Job:
         if page := handle.page if isinstance(handle, FlinkJob) else sent.where:
             yield f"the job {sent.name}: {page}"
         limit = _seconds_to_begin(sent.runner)
-        late = time.monotonic() - self._began > limit
+        late = not self._jar and time.monotonic() - self._began > limit
         if late and not self._warned and not worker_notes.has_begun(self._folder):
             self._warned = True
             yield _no_worker(sent, limit, handle)
+
+
+# ---- What was written into a jar ---------------------------------------------------------------
+
+
+def is_in_jar(folder: str) -> bool:
+    """Returns whether the job of this `folder` was written into a jar, to be run by others."""
+    return files.exists(_in_jar(folder))
+
+
+def _in_jar(folder: str) -> str:
+    return os.path.join(folder, "jar.json")
+
+
+def _not_run(sent: Sent, jar: str) -> InputNotReady:
+    return InputNotReady(
+        f"The job {sent.name} is written into {jar} and has not run, so that its tables are not "
+        "there yet, and nothing was published. Give that jar to `spark-submit`, or to `flink run`; "
+        "when it has ended well, run this command again: it takes what the job has made."
+    )
 
 
 # ---- What a killed command left ----------------------------------------------------------------

@@ -78,7 +78,7 @@ def _end_left(planned: Sequence[Planned], say: Callable[[str], None]) -> None:
         if ends and any(ends[0] <= day <= ends[1] for day in days):
             for attempt in [os.path.join(folder, name) for name in files.list_names(folder)]:
                 cluster_jobs.end_left(attempt, say)
-                if not cluster_jobs.is_left(attempt):
+                if not (cluster_jobs.is_left(attempt) or cluster_jobs.is_in_jar(attempt)):
                     files.delete_tree(attempt)
 
 
@@ -141,11 +141,37 @@ def _make(
         days = f"ds {first.ds} to {last.ds}"
     say(f"{first.name}: making {names} of {days}")
     name, folder = f"{first.name}-{first.ds}-{first.run_id}", job_folder(planned)
-    attempt = os.path.join(folder, secrets.token_hex(4))
+    ran = _ran_from_jar(planned, folder)
+    attempt = ran or os.path.join(folder, secrets.token_hex(4))
     job = Job(name, options.beam, attempt, progress.above_bar(say))
     with progress.watch([one.stage for one in planned], attempt, job):
-        make(planned, attempt, job.run, options.share, locks, made.why)
+        run = _nothing_to_run if ran else job.run
+        make(planned, attempt, run, options.share, locks, made.why)
     files.delete_tree(folder)
+
+
+def _ran_from_jar(planned: Sequence[Planned], folder: str) -> str | None:
+    """Returns the attempt whose job was written into a jar and has made all parts since, if any.
+
+    Raises the CourierError that one ended for, as Spark and Flink don't: to them it ended well. Any
+    other is given up: the next attempt goes on with what it has finished.
+    """
+    for attempt in [os.path.join(folder, name) for name in files.list_names(folder)]:
+        if not cluster_jobs.is_in_jar(attempt):
+            continue
+        errors = worker_notes.refused(attempt)
+        if not errors and worker_notes.are_elsewhere(attempt) and _all_is_there(planned):
+            return attempt
+        if errors:
+            _trust_no_part(planned, attempt)
+        files.delete_tree(attempt)
+        if errors:
+            raise errors[0]
+    return None
+
+
+def _nothing_to_run(_: Callable[[Any], None]) -> None:
+    """Runs no job, where another has made all."""
 
 
 def job_folder(planned: Sequence[Planned]) -> str:
@@ -206,10 +232,16 @@ def _wait_for_receipts(planned: Sequence[Planned], attempt: str) -> None:
     def is_over() -> bool:
         if errors := worker_notes.refused(attempt):
             raise errors[0]
-        done = (states.shards_done(one.stage) >= one.stage.shards for one in planned)
-        return all(done) and all(one.all_is_told() for one in planned)
+        return _all_is_there(planned)
 
     faults.until_shown(is_over)  # of what lacks then it is told where it would be sealed
+
+
+def _all_is_there(planned: Sequence[Planned]) -> bool:
+    """Returns whether every part has its receipt, and workers told the rest, as it is seen here."""
+    return all(
+        states.shards_done(one.stage) >= one.stage.shards and one.all_is_told() for one in planned
+    )
 
 
 def _trust_no_part(planned: Sequence[Planned], attempt: str) -> None:

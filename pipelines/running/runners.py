@@ -98,6 +98,15 @@ def check_ready(options: PipelineOptions) -> None:
     runner = options.view_as(StandardOptions).runner
     if errors := PipelineOptionsValidator(options, None).validate():
         raise _not_ready(runner, " ".join(errors), "Correct these options")
+    if options.view_as(PortableOptions).output_executable_path and (
+        runner not in (PORTABLE, FLINK, SPARK) or submits_its_jar(runner, options)
+    ):
+        raise _not_ready(
+            runner,
+            "it would run its job instead of writing it into the jar of --output_executable_path",
+            "Leave that out, or name FlinkRunner or SparkRunner, without --flink_submit_uber_jar "
+            "and --spark_submit_uber_jar",
+        )
     if runner == DATAFLOW:
         _check_dataflow(options)
     elif runner == LOCAL:

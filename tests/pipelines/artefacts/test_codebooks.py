@@ -308,6 +308,13 @@ def test_aligned_without_the_old_numbers_says_where_to_get_them(
     assert os.path.basename(artefacts.codebook) in message
 
 
+def test_a_fit_cannot_wait_for_a_job_in_a_jar(shop: World, capsys: Capture) -> None:
+    into_jar = ("--runner=portable", "--job_endpoint=x:1", "--output_executable_path=/shop/x.jar")
+    message = refused(shop, capsys, 2, "--clusters", "8", "--", *into_jar)
+    assert "written into a jar instead of run" in message
+    assert "[beam.embed]" in message
+
+
 class Killed(BaseException):
     """Stands for a kill: the process is gone."""
 

@@ -16,7 +16,7 @@ import pytest
 from apache_beam.options.pipeline_options import JobServerOptions
 from apache_beam.runners.dataflow.internal import apiclient
 
-from feature_jobs.schemas import CourierError
+from feature_jobs.schemas import CourierError, InputNotReady
 from feature_jobs.store import documents, files, worker_notes
 from pipelines import cli
 from pipelines.running import cluster_jobs
@@ -403,6 +403,40 @@ def test_workers_that_do_not_begin_are_told_once_with_what_the_cluster_says(
         assert "RUNNING; 12 tasks, 7 created, 3 finished, 2 running; 0 of 2 slots free." in message
     else:
         assert warned == []
+
+
+# ---- Jobs in jars ------------------------------------------------------------------------------
+
+
+def test_a_job_that_is_written_into_a_jar_is_told_to_be_still_to_run(
+    tmp_path: Path, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_jobs, "_BEGIN_SECONDS", 0.0)
+    launcher = portable(tmp_path, jobs, "--output_executable_path=/shop/embed.jar")
+    news = list[str]()
+
+    def end() -> None:
+        news.extend(launcher.job.news())
+        jobs.set(*jobs.states, States.DONE)
+
+    soon(is_running(launcher), end)
+    with pytest.raises(InputNotReady) as told:
+        launcher.run()
+    assert told.value.exit_status == 4
+    assert "\n" not in str(told.value)
+    assert "is written into /shop/embed.jar and has not run" in str(told.value)
+    assert "spark-submit" in str(told.value)
+    assert "WARNING" not in "".join(news)  # no worker is to begin
+    assert cluster_jobs.is_in_jar(str(tmp_path))
+    assert not launcher.record.exists()
+
+
+def test_a_job_that_could_not_be_written_into_a_jar_is_in_none(tmp_path: Path, jobs: Jobs) -> None:
+    jobs.at_run = lambda: [jobs.set(number, States.FAILED) for number in jobs.states]
+    launcher = portable(tmp_path, jobs, "--output_executable_path=/shop/embed.jar")
+    with pytest.raises(JobFailed):
+        launcher.run()
+    assert not cluster_jobs.is_in_jar(str(tmp_path))
 
 
 # ---- What killed commands left -----------------------------------------------------------------

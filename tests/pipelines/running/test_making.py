@@ -2,7 +2,8 @@
 
 import contextlib
 import datetime as dt
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from feature_jobs.schemas import (
     ITEM_REJECTS,
     CourierError,
     DataContractError,
+    InputNotReady,
     StorageUnavailable,
 )
 from feature_jobs.store import (
@@ -36,7 +38,9 @@ from pipelines.running.locks import Locks
 from pipelines.running.stage import Stage
 from pipelines.running.states import Look
 from pipelines.stages import EMBED
+from tests.support import stand_in_clusters
 from tests.support.small_nights import JustAStage
+from tests.support.stand_in_clusters import Jobs, States
 from tests.support.table_rows import embeddings
 from tests.support.world import DAYS
 
@@ -338,6 +342,98 @@ def test_jobs_that_killed_commands_left_are_ended_before_their_days_are_looked_a
         f"{days[start]}-{days[end]}" for start, end in ((0, 2), (1, 3), (2, 2), (2, 4))
     ]
     assert not list(tmp_path.rglob("*.json"))
+
+
+class Jars:
+    """Makes a stage whose jobs a job service writes into jars, and does what they would."""
+
+    def __init__(self, root: Path, jobs: Jobs):
+        self.planned, self._jobs = stage_of(root, shards=2), jobs
+        jobs.at_run = lambda: jobs.set(list(jobs.states)[-1], States.DONE)
+
+    def make(self) -> int:
+        """Runs the command's part; returns how many jobs it sent."""
+        endpoint = f"--job_endpoint={self._jobs.endpoint}"
+        given = ("--runner=portable", endpoint, "--output_executable_path=/shop/embed.jar")
+        options = JobOptions(pipeline_options({}, "embed", given), given, Share())
+        before = len(self._jobs.states)
+        with contextlib.suppress(InputNotReady):
+            making.make_missing([self.planned], options, lambda _: None, Locks())
+        return len(self._jobs.states) - before
+
+    @property
+    def attempts(self) -> list[Path]:
+        return list(Path(making.job_folder([self.planned])).glob("*"))
+
+    def run(self, parts: int = 2, **refused: str) -> None:
+        """Does what workers of the job in the jar do, for so many parts of each table."""
+        (attempt,) = self.attempts
+        documents.write_json(f"{attempt}/begun/x", {})
+        if refused:
+            documents.write_json(f"{attempt}/errors/x.json", refused)
+        for table in self.planned.stage.tables:
+            folder, schema = (
+                states.staged_folder(self.planned.stage, table),
+                table.schema(pa.int64()),
+            )
+            for shard in range(parts):
+                partitions.write_part(folder, table, schema, schema.empty_table(), shard, 2)
+
+    @property
+    def state(self) -> str:
+        return Look().state(self.planned.stage).name
+
+
+@pytest.fixture
+def jars(tmp_path: Path) -> Iterator[Jars]:
+    with stand_in_clusters.job_service() as jobs:
+        yield Jars(tmp_path, jobs)
+
+
+def test_what_the_job_in_a_jar_has_made_is_sealed_by_the_next_command_without_a_job(
+    jars: Jars,
+) -> None:
+    assert jars.make() == 1
+    jars.run()
+    assert jars.state == states.BEGUN
+    assert jars.make() == 0
+    assert jars.state == states.STAGED
+    assert not jars.attempts
+
+
+@pytest.mark.parametrize("parts", [None, 1])
+def test_a_job_in_a_jar_that_has_not_made_all_gives_way_to_the_next_one(
+    jars: Jars, parts: int | None
+) -> None:
+    jars.make()
+    first = jars.attempts
+    if parts:
+        jars.run(parts)
+    assert jars.make() == 1
+    (second,) = jars.attempts
+    assert [second] != first
+    jars.run()
+    assert jars.make() == 0
+    assert jars.state == states.STAGED
+
+
+def test_parts_that_were_there_before_do_not_stand_for_those_of_a_job_in_a_jar(jars: Jars) -> None:
+    jars.make()
+    jars.run()
+    (attempt,) = jars.attempts
+    shutil.rmtree(attempt / "begun")
+    assert jars.make() == 1
+
+
+def test_what_the_job_in_a_jar_was_refused_is_told_once_and_its_parts_are_not_trusted(
+    jars: Jars,
+) -> None:
+    jars.make()
+    jars.run(kind="StorageUnavailable", message=AWAY)
+    with pytest.raises(StorageUnavailable, match="could not be reached"):
+        jars.make()
+    assert jars.state == states.ABSENT
+    assert jars.make() == 1
 
 
 @pytest.mark.parametrize("how", ["cause", "note"])

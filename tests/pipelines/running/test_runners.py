@@ -22,6 +22,7 @@ from tests.support.world import DAYS, World
 
 DATAFLOW = ["--runner=dataflow", "--project=shop", "--region=europe-west4"]
 PLACE = "--temp_location=gs://shop-beam/temp"
+JAR = "--output_executable_path=/shop/embed.jar"
 
 
 def ready(*given: str) -> PipelineOptions:
@@ -189,6 +190,28 @@ def test_a_cluster_that_jobs_are_sent_to_as_jars_needs_an_address_and_no_java_he
     spark = ["--runner=spark", "--spark_submit_uber_jar"]
     assert "--spark_rest_url" in refusal(*spark)
     assert ready(*spark, "--spark_rest_url=http://cluster:6066")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--runner=direct"],
+        ["--runner=prism"],
+        [*DATAFLOW, PLACE],
+        ["--runner=flink", "--flink_submit_uber_jar", "--flink_master=cluster:8081"],
+        ["--runner=spark", "--spark_submit_uber_jar", "--spark_rest_url=http://cluster:6066"],
+    ],
+)
+def test_a_job_that_would_run_instead_of_being_written_into_a_jar_is_refused(
+    given: list[str],
+) -> None:
+    assert "instead of writing it into the jar" in refusal(*given, JAR)
+
+
+@pytest.mark.parametrize("runner", ["portable", "flink", "spark"])
+def test_a_job_service_writes_jars(runner: str) -> None:
+    there = ["--job_endpoint=localhost:8099", "--flink_master=cluster:8081"]
+    assert ready(f"--runner={runner}", *there, JAR)
 
 
 def test_what_beam_itself_would_refuse_of_the_options_is_told_before() -> None:
