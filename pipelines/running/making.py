@@ -195,8 +195,9 @@ def make(
 ) -> None:
     """Runs one job for stages of consecutive days below their staging folders; seals its tables.
 
-    `attempt` is a folder that no job had before. `why` says for what reasons, by run_id. Raises a
-    worker's CourierError word for word; nothing is published in any case.
+    `attempt` is a folder that no job had before, unless `run_pipeline` runs none since that one has
+    made all. `why` says for what reasons, by run_id. Raises a worker's CourierError word for word;
+    nothing is published in any case.
     """
     before = Look()
     for one in planned:
