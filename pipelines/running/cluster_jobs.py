@@ -39,7 +39,7 @@ from apache_beam.runners.portability.portable_runner import PipelineResult
 from apache_beam.runners.runner import PipelineState
 from apache_beam.utils import subprocess_server
 
-from feature_jobs.schemas import CourierError, InputNotReady
+from feature_jobs.schemas import CourierError
 from feature_jobs.store import documents, files, worker_notes
 from pipelines.running import beam_options, runners
 from pipelines.running.flink import FlinkJob
@@ -61,6 +61,12 @@ _UNREACHABLE = Exception  # asked for a job, Beam raises what the library of its
 
 class JobFailed(CourierError):
     """Says that a job failed on its cluster, for a reason that none of our workers told."""
+
+
+class NotRun(CourierError):
+    """Says that a job was written into a jar, for others to run."""
+
+    exit_status = 4
 
 
 class _Handle(Protocol):
@@ -121,8 +127,8 @@ class Job:
         """Runs the job that `define` wires, and returns when it has ended well.
 
         Whatever ends it sooner, an interrupt too, leaves no job on the cluster, as far as that can
-        be reached. Raises JobFailed for a job that failed there, and InputNotReady where it was
-        only written into a jar.
+        be reached. Raises JobFailed for a job that failed there, and NotRun for one that was only
+        written into a jar.
         """
         if self._options.view_as(StandardOptions).runner == runners.LOCAL:
             beam_options.run_pipeline(define, self._options)
@@ -223,8 +229,8 @@ def _in_jar(folder: str) -> str:
     return os.path.join(folder, "jar.json")
 
 
-def _not_run(sent: Sent, jar: str) -> InputNotReady:
-    return InputNotReady(
+def _not_run(sent: Sent, jar: str) -> NotRun:
+    return NotRun(
         f"The job {sent.name} is written into {jar} and has not run, so that its tables are not "
         "there yet, and nothing was published. Give that jar to `spark-submit`, or to `flink run`; "
         "when it has ended well, run this command again: it takes what the job has made."

@@ -17,7 +17,7 @@ from feature_jobs.store.partitions import STAGED
 from feature_jobs.store.versions import PACKAGE_VERSIONS
 from pipelines.running import cluster_jobs, progress, states
 from pipelines.running.beam_options import JobOptions
-from pipelines.running.cluster_jobs import Job, JobFailed
+from pipelines.running.cluster_jobs import Job, JobFailed, NotRun
 from pipelines.running.gates import counts_of as counts_of_table
 from pipelines.running.layout import days_of_job
 from pipelines.running.locks import Locks
@@ -160,7 +160,7 @@ def _ran_from_jar(planned: Sequence[Planned], folder: str) -> str | None:
         if not cluster_jobs.is_in_jar(attempt):
             continue
         errors = worker_notes.refused(attempt)
-        if not errors and worker_notes.are_elsewhere(attempt) and _all_is_there(planned):
+        if not errors and worker_notes.has_begun(attempt) and _all_is_there(planned):
             return attempt
         if errors:
             _trust_no_part(planned, attempt)
@@ -211,7 +211,7 @@ def make(
         if worker_notes.may_be_elsewhere(attempt):
             _wait_for_receipts(planned, attempt)
     except CourierError as error:
-        if not isinstance(error, JobFailed):
+        if not isinstance(error, JobFailed | NotRun):
             _trust_no_part(planned, attempt)
         raise
     finally:

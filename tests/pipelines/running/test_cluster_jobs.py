@@ -16,12 +16,12 @@ import pytest
 from apache_beam.options.pipeline_options import JobServerOptions
 from apache_beam.runners.dataflow.internal import apiclient
 
-from feature_jobs.schemas import CourierError, InputNotReady
+from feature_jobs.schemas import CourierError
 from feature_jobs.store import documents, files, worker_notes
 from pipelines import cli
 from pipelines.running import cluster_jobs
 from pipelines.running.beam_options import pipeline_options
-from pipelines.running.cluster_jobs import Job, JobFailed, Sent, cause, end_left
+from pipelines.running.cluster_jobs import Job, JobFailed, NotRun, Sent, cause, end_left
 from tests.support import stand_in_clusters
 from tests.support.processes import free_port
 from tests.support.stand_in_clusters import FlinkStandIn, Jobs, States
@@ -420,7 +420,7 @@ def test_a_job_that_is_written_into_a_jar_is_told_to_be_still_to_run(
         jobs.set(*jobs.states, States.DONE)
 
     soon(is_running(launcher), end)
-    with pytest.raises(InputNotReady) as told:
+    with pytest.raises(NotRun) as told:
         launcher.run()
     assert told.value.exit_status == 4
     assert "\n" not in str(told.value)

@@ -16,7 +16,6 @@ from feature_jobs.schemas import (
     ITEM_REJECTS,
     CourierError,
     DataContractError,
-    InputNotReady,
     StorageUnavailable,
 )
 from feature_jobs.store import (
@@ -32,7 +31,7 @@ from feature_jobs.store.partitions import Partition
 from feature_jobs.store.threads import Share
 from pipelines.running import cluster_jobs, making, states
 from pipelines.running.beam_options import JobOptions, pipeline_options
-from pipelines.running.cluster_jobs import JobFailed
+from pipelines.running.cluster_jobs import JobFailed, NotRun
 from pipelines.running.layout import Layout
 from pipelines.running.locks import Locks
 from pipelines.running.stage import Stage
@@ -357,7 +356,7 @@ class Jars:
         given = ("--runner=portable", endpoint, "--output_executable_path=/shop/embed.jar")
         options = JobOptions(pipeline_options({}, "embed", given), given, Share())
         before = len(self._jobs.states)
-        with contextlib.suppress(InputNotReady):
+        with contextlib.suppress(NotRun):
             making.make_missing([self.planned], options, lambda _: None, Locks())
         return len(self._jobs.states) - before
 
