@@ -34,6 +34,7 @@ from pipelines.config import Settings
 from pipelines.nightly import Outlook
 from pipelines.planning.day_plan import NightOptions
 from pipelines.running import beam_options, beside, estimates, records
+from pipelines.running.cluster_jobs import NotRun
 from pipelines.running.locks import Busy
 from pipelines.running.states import Night
 from pipelines.stages import EMBED, HISTORIES, ITEMS, Kind
@@ -212,7 +213,7 @@ class _Work:
                     if not before:
                         self._wait(busy)
                     break
-                except (StorageUnavailable, OSError, OperatorError):
+                except (StorageUnavailable, OSError, OperatorError, NotRun):
                     raise  # no other day would fare better
                 except Exception as error:  # noqa: BLE001  # a worker may raise anything
                     if len(together) == 1:
@@ -261,6 +262,7 @@ class _Work:
             not {EMBED, HISTORIES} <= kinds
             or self._options.remake
             or beam_options.is_local(options)
+            or beam_options.is_for_jar(options)
             or (days[-1] - days[0]).days >= len(days)
             or any(records.read_night(layout, ds) for ds in days)
         ):

@@ -131,9 +131,10 @@ def has_begun(staging: str) -> bool:
 
 
 def may_be_elsewhere(staging: str) -> bool:
-    """Returns whether the job's workers were other processes than the launcher's, some or all.
+    """Returns whether workers in other processes than the launcher's may have had elements.
 
-    What tells of them a shared folder may show late.
+    It is so, for what is known, where this process had none. What would tell of others a shared
+    folder may show late.
     """
     return staging not in _begun_here or _are_elsewhere(staging)
 

@@ -10,6 +10,7 @@ has the jar, unseen from here.
 
 import contextlib
 import copy
+import functools
 import os
 import re
 import secrets
@@ -140,8 +141,8 @@ class Job:
         define(root)
         if sent.flink:
             self._handle = _flink_that_answers(sent)
-        with _without_words_of_its_threads():
-            self._send_and_wait(root, sent)
+        _silence_lost_services()
+        self._send_and_wait(root, sent)
         if self._jar:
             documents.write_json(_in_jar(self._folder), {"jar": self._jar})
         _forget(self._folder)
@@ -315,9 +316,9 @@ def _on_dataflow(sent: Sent) -> _Handle:
     return DataflowPipelineResult(runner.dataflow_client.get_job(sent.job_id), runner, options)
 
 
-@contextlib.contextmanager
-def _without_words_of_its_threads() -> Iterator[None]:
-    """Keeps Beam's thread that reads a job's messages from printing a traceback.
+@functools.cache
+def _silence_lost_services() -> None:
+    """Keeps Beam's threads that read what a job tells from printing a traceback, from now on.
 
     Where the job service is lost, the wait for its state ends by the same error, and is told.
     """
@@ -328,10 +329,6 @@ def _without_words_of_its_threads() -> Iterator[None]:
             before(args)
 
     threading.excepthook = hook
-    try:
-        yield
-    finally:
-        threading.excepthook = before
 
 
 # ---- Sending -----------------------------------------------------------------------------------
@@ -351,7 +348,8 @@ def _to_send(name: str, options: PipelineOptions) -> Sent:
     if runner == runners.DATAFLOW:
         return replace(sent, project=cloud.project, region=cloud.region)
     flink = options.view_as(FlinkRunnerOptions).flink_master
-    if flink not in MAGIC_HOST_NAMES and runner in (runners.FLINK, runners.PORTABLE):
+    is_sent = not portable.output_executable_path  # to Flink, instead of written into a jar
+    if is_sent and flink not in MAGIC_HOST_NAMES and runner in (runners.FLINK, runners.PORTABLE):
         sent = replace(sent, flink=FlinkRunner.add_http_scheme(flink))
     if portable.job_endpoint:
         return replace(sent, endpoint=portable.job_endpoint)

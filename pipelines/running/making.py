@@ -7,7 +7,6 @@ import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from feature_jobs.schemas import CourierError, DataContractError, Table
@@ -16,8 +15,8 @@ from feature_jobs.store.documents import parse_json, write_json
 from feature_jobs.store.partitions import STAGED
 from feature_jobs.store.versions import PACKAGE_VERSIONS
 from pipelines.running import cluster_jobs, progress, states
-from pipelines.running.beam_options import JobOptions
-from pipelines.running.cluster_jobs import Job, JobFailed, NotRun
+from pipelines.running.beam_options import JobOptions, is_for_jar
+from pipelines.running.cluster_jobs import Job, JobFailed
 from pipelines.running.gates import counts_of as counts_of_table
 from pipelines.running.layout import days_of_job
 from pipelines.running.locks import Locks
@@ -88,14 +87,14 @@ def _make_or_part(
 ) -> list[tuple[Planned, CourierError]]:  # fmt: skip
     """Makes consecutive days in one job, or where that is refused in two; returns what is refused.
 
-    Days that go on from a refused one are not tried.
+    Days that go on from a refused one are not tried. A job in a jar is the one of all its days.
     """
     try:
         _make(planned, made, options, say, locks)
         return []
     except DataContractError as error:
-        if len(planned) == 1:
-            return [(planned[0], error)]
+        if len(planned) == 1 or is_for_jar(options):
+            return [(one, error) for one in planned]
         say(f"{planned[0].stage.name}: a day is refused, so that days are made apart: {error}")
     middle = len(planned) // 2
     refused = _make_or_part(planned[:middle], made, options, say, locks)
@@ -141,13 +140,21 @@ def _make(
         days = f"ds {first.ds} to {last.ds}"
     say(f"{first.name}: making {names} of {days}")
     name, folder = f"{first.name}-{first.ds}-{first.run_id}", job_folder(planned)
+    begin(planned, made.why)
     ran = _ran_from_jar(planned, folder)
     attempt = ran or os.path.join(folder, secrets.token_hex(4))
     job = Job(name, options.beam, attempt, progress.above_bar(say))
     with progress.watch([one.stage for one in planned], attempt, job):
         run = _nothing_to_run if ran else job.run
-        make(planned, attempt, run, options.share, locks, made.why)
+        make(planned, attempt, run, options.share, locks)
     files.delete_tree(folder)
+
+
+def begin(planned: Sequence[Planned], why: Mapping[str, Sequence[str]]) -> None:
+    """Notes of stages, by `states.begin`, that they are to be made; `why` by their run_ids."""
+    before = Look()
+    for one in planned:
+        states.begin(one.stage, why.get(one.stage.run_id, ()), before)
 
 
 def _ran_from_jar(planned: Sequence[Planned], folder: str) -> str | None:
@@ -159,15 +166,22 @@ def _ran_from_jar(planned: Sequence[Planned], folder: str) -> str | None:
     for attempt in [os.path.join(folder, name) for name in files.list_names(folder)]:
         if not cluster_jobs.is_in_jar(attempt):
             continue
-        errors = worker_notes.refused(attempt)
-        if not errors and worker_notes.has_begun(attempt) and _all_is_there(planned):
+        try:
+            is_made = worker_notes.has_begun(attempt) and _is_made(planned, attempt)
+        except CourierError:
+            _give_up(planned, attempt)
+            raise
+        if is_made:
             return attempt
-        if errors:
-            _trust_no_part(planned, attempt)
-        files.delete_tree(attempt)
-        if errors:
-            raise errors[0]
+        _give_up(planned, attempt)
     return None
+
+
+def _give_up(planned: Sequence[Planned], attempt: str) -> None:
+    """Deletes an attempt whose job was written into a jar, and may go on."""
+    if worker_notes.has_begun(attempt):
+        _reopen_uncounted(planned)
+    files.delete_tree(attempt)
 
 
 def _nothing_to_run(_: Callable[[Any], None]) -> None:
@@ -191,17 +205,12 @@ def make(
     run_pipeline: Callable[[Callable[[Any], None]], None],
     share: threads.Share,
     locks: Locks,
-    why: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> None:
-    """Runs one job for stages of consecutive days below their staging folders; seals its tables.
+    """Runs one job for stages of consecutive days, which are begun; seals its tables.
 
     `attempt` is a folder that no job had before, unless `run_pipeline` runs none since that one has
-    made all. `why` says for what reasons, by run_id. Raises a worker's CourierError word for word;
-    nothing is published in any case.
+    made all. Raises a worker's CourierError word for word; nothing is published in any case.
     """
-    before = Look()
-    for one in planned:
-        states.begin(one.stage, why.get(one.stage.run_id, ()), before)
     kind = type(planned[0])
     try:
         run_job(
@@ -209,10 +218,11 @@ def make(
             planned[0].stage.layout.row_group_bytes,
         )  # fmt: skip
         if worker_notes.may_be_elsewhere(attempt):
-            _wait_for_receipts(planned, attempt)
-    except CourierError as error:
-        if not isinstance(error, JobFailed | NotRun):
-            _trust_no_part(planned, attempt)
+            _is_made(planned, attempt)  # of what lacks then it is told where it is sealed
+    except CourierError:
+        with contextlib.suppress(OSError, CourierError):  # which would hide what the job ended for
+            if worker_notes.refused(attempt) and worker_notes.may_be_elsewhere(attempt):
+                _reopen_uncounted(planned)
         raise
     finally:
         for one in planned:
@@ -224,37 +234,32 @@ def make(
             seal(one, table, look)
 
 
-def _wait_for_receipts(planned: Sequence[Planned], attempt: str) -> None:
-    """Waits for what a job that ended well has told, which a shared folder may show late here.
+def _is_made(planned: Sequence[Planned], attempt: str) -> bool:
+    """Returns whether every part has its receipt, and workers told the rest.
 
-    Raises a worker's CourierError that it shows meanwhile.
+    A shared folder may show that late here: it is waited for. Raises a worker's CourierError that
+    it shows meanwhile.
     """
 
-    def is_over() -> bool:
+    def is_made() -> bool:
         if errors := worker_notes.refused(attempt):
             raise errors[0]
-        return _all_is_there(planned)
+        return all(
+            states.shards_done(one.stage) >= one.stage.shards and one.all_is_told()
+            for one in planned
+        )
 
-    faults.until_shown(is_over)  # of what lacks then it is told where it would be sealed
-
-
-def _all_is_there(planned: Sequence[Planned]) -> bool:
-    """Returns whether every part has its receipt, and workers told the rest, as it is seen here."""
-    return all(
-        states.shards_done(one.stage) >= one.stage.shards and one.all_is_told() for one in planned
-    )
+    return faults.until_shown(is_made)
 
 
-def _trust_no_part(planned: Sequence[Planned], attempt: str) -> None:
+def _reopen_uncounted(planned: Sequence[Planned]) -> None:
     """Lets parts be made again whose rows nobody counts, after a worker refused an element.
 
     Other hosts may have seen that late, and gone on without its rows.
     """
-    with contextlib.suppress(OSError, CourierError):  # which would hide what the job ended for
-        if worker_notes.may_be_elsewhere(attempt):
-            for one in planned:
-                if not one.came_in():
-                    states.reopen(one.stage)
+    for one in planned:
+        if not one.came_in():
+            states.reopen(one.stage)
 
 
 def _discard_copies(one: Planned, folder: str) -> None:

@@ -20,6 +20,8 @@ from feature_jobs.schemas import ITEM_EMBEDDINGS, StorageUnavailable
 from feature_jobs.store import faults, files, partitions
 from pipelines import backfill, nightly
 from pipelines.running import beam_options, beside
+from pipelines.running.cluster_jobs import NotRun
+from pipelines.running.states import Night
 from tests.conftest import Artefacts
 from tests.support.any_order import Catalogue, Log
 from tests.support.ill_disk import watch_disk
@@ -295,6 +297,24 @@ def test_a_day_that_another_run_is_at_is_waited_for_and_those_before_it_are_made
     assert made_first == list(DAYS[:2])
     assert f"another run is at ds {DAYS[2]}: waiting" in shop.told
     assert whole_nights(shop) == list(DAYS)
+
+
+def test_a_job_that_is_written_into_a_jar_is_not_taken_for_a_bad_day(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each try would write another one over it."""
+    asked = list[int]()
+
+    def make_nights(nights: Sequence[Night], *_: object) -> None:
+        asked.append(len(nights))
+        raise NotRun("The job is written into /shop/job.jar and has not run")
+
+    monkeypatch.setattr(nightly, "make_nights", make_nights)
+    monkeypatch.setattr(beside, "running", None)
+    into_jar = ("--runner=portable", "--job_endpoint=x:1", "--output_executable_path=/shop/job.jar")
+    assert shop.run("backfill", *ALL, "--step-days", 3, "--", *into_jar) == NOT_READY
+    assert asked == [3]
+    assert "has not run" in shop.told
 
 
 @pytest.mark.parametrize("is_local", [True, False])

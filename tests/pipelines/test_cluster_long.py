@@ -93,6 +93,8 @@ def test_twenty_thousand_row_groups_make_the_tables_of_a_few(
     few = log_in_row_groups(tmp_path / "few", artefacts, MANY // 4)
     assert courier(few, *command) == 0
     many = log_in_row_groups(tmp_path / "many", artefacts, 1)
+    for of_jobs_before in host.notes.iterdir():
+        of_jobs_before.unlink()
     assert courier(many, *command, "--", *flink.options) == 0
     assert tables(many) == tables(few)
     bundles = noted(host.notes)

@@ -93,11 +93,12 @@ class Bundle:
 
 def watch(step: type[beam.DoFn], folder: str) -> None:
     """Makes a step note in `folder` what its bundles were."""
-    process = vars(step)["process"]
+    start, process, finish = step.start_bundle, vars(step)["process"], step.finish_bundle
     bundles: dict[int, Bundle] = {}  # by step: beside what it keeps itself
 
     def start_bundle(self: Any) -> None:
         bundles[id(self)] = Bundle()
+        start(self)
 
     def watched(self: Any, element: Any) -> Iterator[Any]:
         bundle = bundles[id(self)]
@@ -106,12 +107,13 @@ def watch(step: type[beam.DoFn], folder: str) -> None:
         if bundle.elements == _WARM:
             bundle.grown = -_kept_bytes(self)
 
-    def finish_bundle(self: Any) -> None:
+    def finish_bundle(self: Any) -> Any:
         bundle = bundles.pop(id(self))
         if bundle.elements >= _WARM:
             bundle.grown += _kept_bytes(self)
         with open(Path(folder, f"{step.__name__}-{os.getpid()}.jsonl"), "a") as file:
             file.write(json.dumps(asdict(bundle)) + "\n")
+        return finish(self)
 
     step.start_bundle, step.process, step.finish_bundle = start_bundle, watched, finish_bundle
 

@@ -130,7 +130,10 @@ def test_a_job_is_on_record_from_before_it_is_sent_until_it_is_done(
         seen.extend(launcher.job.news())
         jobs.set(*jobs.states, States.DONE)
 
-    soon(is_running(launcher), end)
+    def is_noted() -> bool:
+        return is_running(launcher)() and documents.read_json(str(launcher.record))["job_id"]
+
+    soon(is_noted, end)
     launcher.run()
     before, during, news = seen
     assert before["job_id"] is None

@@ -3,9 +3,10 @@
 import contextlib
 import datetime as dt
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from feature_jobs.schemas import (
     CourierError,
     DataContractError,
     StorageUnavailable,
+    Table,
 )
 from feature_jobs.store import (
     broadcast,
@@ -34,7 +36,7 @@ from pipelines.running.beam_options import JobOptions, pipeline_options
 from pipelines.running.cluster_jobs import JobFailed, NotRun
 from pipelines.running.layout import Layout
 from pipelines.running.locks import Locks
-from pipelines.running.stage import Stage
+from pipelines.running.stage import Planned, Stage
 from pipelines.running.states import Look
 from pipelines.stages import EMBED
 from tests.support import stand_in_clusters
@@ -50,6 +52,12 @@ def stage_of(root: Path, shards: int = 1) -> JustAStage:
         identities={}, settings={},
     )  # fmt: skip
     return JustAStage(stage)
+
+
+def make(planned: Sequence[Planned], attempt: str, run: Callable, *others: Any) -> None:
+    """Makes stages that are begun for it."""
+    making.begin(planned, {})
+    making.make(planned, attempt, run, *others)
 
 
 AWAY = "gs://b/x could not be reached. Try again."
@@ -78,7 +86,7 @@ def test_of_a_job_that_fails_the_error_that_led_to_it_is_told(tmp_path: Path, ho
             raise StorageUnavailable("gs://b/x [while running 'ParDo(X)']")  # noqa: B904
 
     with pytest.raises(StorageUnavailable) as told:
-        making.make([stage_of(tmp_path)], str(tmp_path), fail, Share(), Locks())
+        make([stage_of(tmp_path)], str(tmp_path), fail, Share(), Locks())
     assert str(told.value) == AWAY
 
 
@@ -91,7 +99,7 @@ def test_of_a_job_that_fails_what_was_left_before_is_told(tmp_path: Path) -> Non
         raise RuntimeError("Beam failed")
 
     with pytest.raises(DataContractError, match="two rows of item 3"):
-        making.make(planned, f"{tmp_path}/attempt", leave, Share(), Locks())
+        make(planned, f"{tmp_path}/attempt", leave, Share(), Locks())
 
 
 def test_a_job_that_fails_for_another_reason_fails_with_that(
@@ -105,7 +113,7 @@ def test_a_job_that_fails_for_another_reason_fails_with_that(
         raise RuntimeError("Beam failed")
 
     with pytest.raises(RuntimeError, match="Beam failed"):
-        making.make([stage_of(tmp_path)], str(tmp_path), fail, Share(), Locks())
+        make([stage_of(tmp_path)], str(tmp_path), fail, Share(), Locks())
 
 
 def begin(attempt: str, elsewhere: bool) -> None:
@@ -132,15 +140,37 @@ def test_parts_whose_rows_nobody_counts_are_not_trusted_after_a_refusal_on_other
 
     def run(_: Callable) -> None:
         begin(f"{tmp_path}/attempt", elsewhere)
+        if not isinstance(error, JobFailed):
+            left = {"kind": type(error).__name__, "message": str(error)}
+            documents.write_json(f"{tmp_path}/attempt/errors/x.json", left)
         for table in planned.stage.tables:
             folder, schema = states.staged_folder(planned.stage, table), table.schema(pa.int64())
             partitions.write_part(folder, table, schema, schema.empty_table(), 0, 1)
         raise error
 
     with pytest.raises(type(error), match=str(error)):
-        making.make([planned], f"{tmp_path}/attempt", run, Share(), Locks())
+        make([planned], f"{tmp_path}/attempt", run, Share(), Locks())
     is_kept = not elsewhere or kind is Counted or isinstance(error, JobFailed)
     assert states.shards_done(planned.stage) == is_kept
+
+
+def test_parts_are_kept_where_the_next_job_could_not_be_sent(tmp_path: Path) -> None:
+    """Nothing is known of its workers then, but they were none."""
+    planned = stage_of(tmp_path, shards=2)
+
+    def run_one_shard(_: Callable) -> None:
+        for table in planned.stage.tables:
+            folder, schema = states.staged_folder(planned.stage, table), table.schema(pa.int64())
+            partitions.write_part(folder, table, schema, schema.empty_table(), 0, 2)
+        raise JobFailed("the cluster was lost")
+
+    def send(_: Callable) -> None:
+        raise CourierError("Flink does not answer")
+
+    for run in (run_one_shard, send):
+        with pytest.raises(CourierError):
+            make([planned], f"{tmp_path}/{run.__name__}", run, Share(), Locks())
+        assert states.shards_done(planned.stage) == 1
 
 
 class WithCopies(JustAStage):
@@ -168,7 +198,7 @@ def test_a_copy_that_cannot_be_deleted_keeps_no_other_and_hides_no_error(
     monkeypatch.setattr(broadcast, "discard", discard)
     planned = [WithCopies(replace(stage_of(tmp_path).stage, ds=ds)) for ds in DAYS[:3]]
     with pytest.raises(RuntimeError, match="Beam failed"):
-        making.make(planned, str(tmp_path), fail, Share(), Locks())
+        make(planned, str(tmp_path), fail, Share(), Locks())
     assert asked == [f"{ds}-{number}" for ds in (DAYS[0], DAYS[2]) for number in range(3)]
 
 
@@ -189,7 +219,7 @@ def test_receipts_that_come_late_from_other_hosts_are_waited_for(
         write()
 
     monkeypatch.setattr(faults.time, "sleep", write)
-    making.make([planned], f"{tmp_path}/attempt", run, Share(), Locks())
+    make([planned], f"{tmp_path}/attempt", run, Share(), Locks())
     assert not late
     assert Look().state(planned.stage).name == states.STAGED
 
@@ -216,7 +246,7 @@ def test_what_a_worker_of_before_writes_late_is_of_no_table_that_was_begun_anew(
         write([states.staged_folder(planned.stage, table) for table in planned.stage.tables])
         write(before)
 
-    making.make([planned], f"{tmp_path}/attempt", run, Share(), Locks())
+    make([planned], f"{tmp_path}/attempt", run, Share(), Locks())
     first, _ = Look().made(planned.stage)
     assert first.manifest["counts"] == {"of before": 0}
     states.reopen(planned.stage)
@@ -236,7 +266,7 @@ def test_receipts_that_do_not_come_are_told(
     monkeypatch.setattr(faults, "LATE_SECONDS", 0.01)
     monkeypatch.setattr(faults.time, "sleep", lambda seconds: waited.append(seconds))
     with pytest.raises(CourierError, match="has 0 of 1 parts although its job ended well"):
-        making.make([stage_of(tmp_path)], f"{tmp_path}/attempt", run, Share(), Locks())
+        make([stage_of(tmp_path)], f"{tmp_path}/attempt", run, Share(), Locks())
     assert bool(waited) == elsewhere
 
 
@@ -311,7 +341,7 @@ def test_workers_are_told_how_large_a_row_group_may_be(tmp_path: Path) -> None:
         raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):
-        making.make([one], str(tmp_path), look, Share(), Locks())
+        make([one], str(tmp_path), look, Share(), Locks())
     assert told[0]["row_group_bytes"] == 7
 
 
@@ -347,7 +377,7 @@ class Jars:
     """Makes a stage whose jobs a job service writes into jars, and does what they would."""
 
     def __init__(self, root: Path, jobs: Jobs):
-        self.planned, self._jobs = stage_of(root, shards=2), jobs
+        self.planned, self._jobs, self.refused = stage_of(root, shards=2), jobs, 0
         jobs.at_run = lambda: jobs.set(list(jobs.states)[-1], States.DONE)
 
     def make(self) -> int:
@@ -357,7 +387,8 @@ class Jars:
         options = JobOptions(pipeline_options({}, "embed", given), given, Share())
         before = len(self._jobs.states)
         with contextlib.suppress(NotRun):
-            making.make_missing([self.planned], options, lambda _: None, Locks())
+            made = making.make_missing([self.planned], options, lambda _: None, Locks())
+            self.refused += len(made.refused)
         return len(self._jobs.states) - before
 
     @property
@@ -371,12 +402,12 @@ class Jars:
         if refused:
             documents.write_json(f"{attempt}/errors/x.json", refused)
         for table in self.planned.stage.tables:
-            folder, schema = (
-                states.staged_folder(self.planned.stage, table),
-                table.schema(pa.int64()),
-            )
             for shard in range(parts):
-                partitions.write_part(folder, table, schema, schema.empty_table(), shard, 2)
+                self.write(table, shard)
+
+    def write(self, table: Table, shard: int) -> None:
+        folder, schema = states.staged_folder(self.planned.stage, table), table.schema(pa.int64())
+        partitions.write_part(folder, table, schema, schema.empty_table(), shard, 2)
 
     @property
     def state(self) -> str:
@@ -402,8 +433,9 @@ def test_what_the_job_in_a_jar_has_made_is_sealed_by_the_next_command_without_a_
 
 @pytest.mark.parametrize("parts", [None, 1])
 def test_a_job_in_a_jar_that_has_not_made_all_gives_way_to_the_next_one(
-    jars: Jars, parts: int | None
+    jars: Jars, parts: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(faults, "LATE_SECONDS", 0.01)  # for which more is waited for
     jars.make()
     first = jars.attempts
     if parts:
@@ -414,6 +446,42 @@ def test_a_job_in_a_jar_that_has_not_made_all_gives_way_to_the_next_one(
     jars.run()
     assert jars.make() == 0
     assert jars.state == states.STAGED
+
+
+def test_what_the_job_in_a_jar_has_made_is_waited_for_where_it_shows_late(
+    jars: Jars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jars.make()
+    jars.run(parts=1)
+    late = list(jars.planned.stage.tables)
+    monkeypatch.setattr(faults.time, "sleep", lambda _: late and jars.write(late.pop(), 1))
+    assert jars.make() == 0
+    assert not late
+    assert jars.state == states.STAGED
+
+
+def test_what_the_job_in_a_jar_has_made_under_other_versions_is_made_again(
+    jars: Jars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jars.make()
+    jars.run()
+    monkeypatch.setattr(states, "PACKAGE_VERSIONS", {"torch": "2"})
+    monkeypatch.setattr(faults, "LATE_SECONDS", 0.01)
+    assert jars.make() == 1
+    jars.run()
+    assert jars.make() == 0
+    assert jars.state == states.STAGED
+
+
+def test_what_a_job_in_a_jar_still_writes_after_it_was_given_up_is_not_trusted(
+    jars: Jars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faults, "LATE_SECONDS", 0.01)
+    jars.make()
+    jars.run(parts=1)
+    before = states.made_in(jars.planned.stage.staging)
+    jars.make()
+    assert states.made_in(jars.planned.stage.staging) != before
 
 
 def test_parts_that_were_there_before_do_not_stand_for_those_of_a_job_in_a_jar(jars: Jars) -> None:
@@ -433,6 +501,13 @@ def test_what_the_job_in_a_jar_was_refused_is_told_once_and_its_parts_are_not_tr
         jars.make()
     assert jars.state == states.ABSENT
     assert jars.make() == 1
+
+
+def test_days_that_break_a_contract_are_told_of_a_jar_as_a_whole(jars: Jars) -> None:
+    jars.make()
+    jars.run(kind="DataContractError", message="a bad row")
+    assert jars.make() == 0
+    assert jars.refused == 1
 
 
 @pytest.mark.parametrize("how", ["cause", "note"])
