@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import apache_beam as beam
-import grpc  # type: ignore[import-untyped]
 from apache_beam.options.pipeline_options import (
     DebugOptions,
     FlinkRunnerOptions,
@@ -325,7 +324,7 @@ def _silence_lost_services() -> None:
     before = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
-        if not isinstance(args.exc_value, grpc.RpcError):
+        if args.exc_type.__module__.partition(".")[0] != "grpc":
             before(args)
 
     threading.excepthook = hook
