@@ -153,7 +153,7 @@ docs: $(READY)
 # sed drops the markers that hold wherever setup.py lets us install: on another Python pip shall
 # fail rather than install nothing.
 pins:
-	uv pip compile setup.py --extra clip --extra dev --universal --python-version 3.11 \
+	uv pip compile setup.py --extra clip --extra timm --extra dev --universal --python-version 3.11 \
 		$(UPGRADE) --no-annotate --custom-compile-command 'make pins' --quiet -o requirements.txt
 	sed -E -e "s/ and \\(sys_platform == 'darwin' or sys_platform == 'linux'\\)//" \
 		-e "s/ ; python_full_version < '3.13'$$//" -e "s/python_full_version < '3.13' and //" \

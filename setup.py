@@ -48,6 +48,8 @@ setup(
     extras_require={
         # The text tower of the CLIP baseline, which nothing else needs.
         "clip": ["transformers>=5.23,<6"],
+        # Encoders with a backbone of timm's; the weights come through the client of its hub.
+        "timm": ["huggingface-hub>=2.4,<3", "timm>=1.0.31,<1.1"],
         "dev": [
             "duckdb",
             "gcp-storage-emulator",
@@ -61,7 +63,8 @@ setup(
             "pytest-xdist",
             "pyyaml",
             "ruff",
-            "transformers",  # as in `clip`, of which `make pins` takes the bounds
+            "timm",  # as in `timm`, of which `make pins` takes the bounds
+            "transformers",  # as in `clip`, likewise
             "xxhash",
         ],
     },

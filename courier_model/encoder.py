@@ -2,32 +2,27 @@
 
 COURIER appendix §4: a torchvision `swin_t` with ImageNet weights whose classification head gives
 way to a randomly initialised `Linear(768, 256)`. Any other torchvision classification model with
-one linear classifier serves as well. Encoders are kept as safetensors + JSON; nothing that is read
-is unpickled into code.
+one linear classifier serves as well, and any image model of timm (`backbones`). Encoders are kept
+as safetensors + JSON; nothing that is read is unpickled into code.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
-import pickle
 import re
-import sys
 import threading
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.torch
 import torch
-import torchvision
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 
+from courier_model import backbones
 from courier_model.images import Preprocessing
 from feature_jobs.schemas import EMBEDDING_DIM, DataContractError, OperatorError
 from feature_jobs.store import files
@@ -37,18 +32,15 @@ from feature_jobs.store.encoder_info import EncoderInfo, read_encoder_info, writ
 PRECISIONS = ("fp32", "bf16")
 
 _WEIGHTS_FILE = "model.safetensors"
-_IMAGENET_CLASSES = 1000
+_WORDS = ("imagenet", "pretrained", "random")
 
 _placing = threading.Lock()
 
-# What torch, safetensors and the file system raise for a file that cannot be read as weights.
-_UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
-
 
 class ImageEncoder(nn.Module):
-    """Embeds images as unit vectors; `backbone` is the torchvision model with its new last layer.
+    """Embeds images as unit vectors; `backbone` is the pretrained model with its new last layer.
 
-    Raises OperatorError when torchvision has no such model, or none that we can use.
+    Raises OperatorError when there is no such model, or none that we can use.
     """
 
     mean: Tensor
@@ -60,11 +52,10 @@ class ImageEncoder(nn.Module):
         self.preprocessing = preprocessing
         self.encoder_id: str | None = None  # known once loaded from a saved encoder
         self.placed_on: torch.device | None = None  # where `embed` has moved it
-        self.backbone: nn.Module = get_model(_known_backbone(backbone_name), weights=None)
-        self.head_name = _head_name(self.backbone, backbone_name)
-        in_features = self.backbone.get_submodule(self.head_name).in_features
-        assert isinstance(in_features, int)
-        head = nn.Linear(in_features, EMBEDDING_DIM)
+        self.timm: dict[str, str] | None = None  # see EncoderInfo
+        network = backbones.find(backbone_name).build(preprocessing.input_size)
+        self.backbone, self.head_name = network.module, network.head
+        head = nn.Linear(network.features, EMBEDDING_DIM)
         # A bias adds the same vector to all embeddings. Where features start out small, it is all
         # that is left of them: with torch's random bias, untrained ShuffleNets have cosines of 1.
         nn.init.zeros_(head.bias)
@@ -97,118 +88,31 @@ def build_encoder(
 ) -> ImageEncoder:
     """Builds a new encoder in eval mode, on the CPU; the same arguments give the same tensors.
 
-    `weights` is "imagenet" (torchvision's IMAGENET1K_V1, downloaded or from torch's cache),
-    "random", or the path of a `.pth` or `.safetensors` file of a torchvision model. The
+    `weights` is "pretrained" (what the backbone's library publishes, downloaded or from its cache:
+    torchvision's IMAGENET1K_V1, also called "imagenet", or the model's own on the Hugging Face hub
+    for one of timm), "random", or the path of a `.pth` or `.safetensors` file of this model. The
     classification head of such weights is dropped; the new one depends on backbone and `seed` only.
-    Mean, std, interpolation and the ratio of resize to crop are those of the ImageNet weights, also
-    where others are loaded; `input_size` (pixels) defaults to theirs.
+    Mean, std, interpolation and the ratio of resize to crop are those of the published weights,
+    also where others are loaded; `input_size` (pixels) defaults to theirs.
 
     Raises OperatorError for an unknown backbone, weights that cannot be had or do not fit, and an
     input size that the backbone does not take.
     """
-    preprocessing = _preprocessing(_imagenet_weights(backbone), input_size)
+    found = backbones.find(backbone)
+    size = found.usual_size if input_size is None else input_size
+    if size < 1:
+        raise OperatorError(
+            f"The input size is {size} pixels; expected 1 or more, such as {found.usual_size}."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = ImageEncoder(backbone, preprocessing).eval()
-    if weights == "imagenet":
-        _load_backbone(encoder, _download(_imagenet_weights(backbone)), "the ImageNet weights")
-    elif weights != "random":
-        _load_backbone(encoder, _read_weights(Path(weights)), weights)
-    _try_input_size(encoder)
+        encoder = ImageEncoder(backbone, found.preprocessing(size)).eval()
+        _try_input_size(encoder, found.usual_size)
+        tensors, encoder.timm = found.weights(weights, size)
+    if tensors is not None:
+        named = "the pretrained weights" if weights in _WORDS else weights
+        _load_backbone(encoder, tensors, named)
     return encoder
-
-
-def _known_backbone(name: str) -> str:
-    known = list_models(module=torchvision.models)
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
-        raise OperatorError(
-            f"The backbone {name!r} is not a classification model of torchvision "
-            f"{torchvision.__version__}. The nearest name is {nearest[0]!r}."
-        )
-    return name
-
-
-def _head_name(backbone: nn.Module, name: str) -> str:
-    """Returns the dotted name of the classifier: the one `Linear` with an output per class."""
-    heads = [
-        path
-        for path, module in backbone.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == _IMAGENET_CLASSES
-    ]
-    if len(heads) != 1:  # squeezenet classifies by a convolution, googlenet has auxiliary heads
-        raise OperatorError(
-            f"The backbone {name!r} has {len(heads)} linear classification layers; exactly one is "
-            "needed, since it gives way to the embedding layer. Take a model such as swin_t, "
-            "resnet50 or shufflenet_v2_x1_0."
-        )
-    return heads[0]
-
-
-def _imagenet_weights(name: str) -> WeightsEnum:
-    """Tells where ImageNet weights are and how their images were prepared; downloads nothing."""
-    known = get_model_weights(_known_backbone(name))
-    if "IMAGENET1K_V1" not in known.__members__:
-        raise OperatorError(
-            f"The backbone {name!r} has no IMAGENET1K_V1 weights in torchvision, which say how its "
-            f"images are prepared (it has {', '.join(known.__members__)}). Take another backbone."
-        )
-    return known["IMAGENET1K_V1"]
-
-
-def _preprocessing(weights: WeightsEnum, input_size: int | None) -> Preprocessing:
-    transforms = weights.transforms()
-    resize, crop = transforms.resize_size[0], transforms.crop_size[0]
-    size = crop if input_size is None else input_size
-    if size < 1:
-        raise OperatorError(f"The input size is {size} pixels; expected 1 or more, such as {crop}.")
-    return Preprocessing(
-        input_size=size,
-        resize_size=round(size * resize / crop),
-        interpolation=transforms.interpolation.value,
-        mean=tuple(transforms.mean),
-        std=tuple(transforms.std),
-    )
-
-
-def _download(weights: WeightsEnum) -> dict[str, Tensor]:
-    """Calls torchvision's own loader: torch's cache first (`TORCH_HOME`), else the network."""
-    try:
-        # weights_only: the hub's default would run whatever code a poisoned cache file holds.
-        return weights.get_state_dict(
-            progress=sys.stderr.isatty(), check_hash=True, weights_only=True
-        )
-    except _UNREADABLE as error:
-        raise OperatorError(
-            f"The ImageNet weights could not be fetched: {error}. On a machine with a connection, "
-            f"fetch {weights.url} and pass the file here with --weights PATH."
-        ) from error
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if path.suffix not in (".pth", ".safetensors"):
-        raise OperatorError(
-            f'The weights are {str(path)!r}; expected "imagenet", "random", or the path of a .pth '
-            "or .safetensors file of a torchvision model."
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        first_line = str(error).partition("\n")[0]
-        raise OperatorError(
-            f"The weights file {path} cannot be read: {first_line} Expected is a state dict of a "
-            "torchvision model and nothing besides tensors, since nothing is unpickled that could "
-            "run code."
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise OperatorError(
-            f"The weights file {path} holds no plain state dict (names -> tensors) but a "
-            f"{type(state).__name__} with other things in it, perhaps a whole training checkpoint. "
-            "Save only the model's state_dict()."
-        )
-    return state
 
 
 def _load_backbone(encoder: ImageEncoder, state: dict[str, Tensor], source: str) -> None:
@@ -221,7 +125,7 @@ def _load_backbone(encoder: ImageEncoder, state: dict[str, Tensor], source: str)
     if misfit:
         raise OperatorError(
             f"{source} does not fit the backbone {encoder.backbone_name!r}: {misfit}. Expected are "
-            "the weights of just this torchvision model, since a partial load leaves layers random."
+            "the weights of just this model, since a partial load leaves layers random."
         )
 
 
@@ -242,16 +146,22 @@ def _load_state(module: nn.Module, state: dict[str, Tensor]) -> str:
     )
 
 
-def _try_input_size(encoder: ImageEncoder) -> None:
-    size = encoder.preprocessing.input_size
+def _try_input_size(encoder: ImageEncoder, usual_size: int) -> None:
+    size, name = encoder.preprocessing.input_size, encoder.backbone_name
     try:
         with torch.inference_mode():
-            encoder(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        default = _imagenet_weights(encoder.backbone_name).transforms().crop_size[0]
+            found = encoder(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        if found.shape != (1, EMBEDDING_DIM):
+            raise TypeError(f"it makes {tuple(found.shape)}")
+    except TypeError as error:
         raise OperatorError(
-            f"The backbone {encoder.backbone_name!r} does not take an input size of {size} pixels: "
-            f"{error}. Its usual one is {default}."
+            f"The backbone {name!r} does not make one vector of features out of one image: {error}."
+            " Take an image model that classifies."
+        ) from error
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise OperatorError(
+            f"The backbone {name!r} does not take an input size of {size} pixels: {error}. Its "
+            f"usual one is {usual_size}."
         ) from error
 
 
@@ -302,6 +212,7 @@ def save_encoder(
         data_start_ds=data_start_ds,
         data_end_ds=data_end_ds,
         weights=weights,
+        timm=encoder.timm,
     )
     folder = os.path.join(folder_root, encoder_id)
     if not files.exists(os.path.join(folder, "encoder.json")):
@@ -314,7 +225,7 @@ def save_encoder(
 
 def origin_of(weights: str) -> str:
     """Returns what encoder.json says of `build_encoder`'s `weights`: no folder of this machine."""
-    return weights if weights in ("imagenet", "random") else os.path.basename(weights)
+    return weights if weights in _WORDS else os.path.basename(weights)
 
 
 def check_name(name: str) -> None:
@@ -368,12 +279,13 @@ def _rebuild(info: EncoderInfo, state: dict[str, Tensor], path: str) -> ImageEnc
         encoder = ImageEncoder(info.backbone, Preprocessing.from_dict(info.preprocessing))
     misfit = _load_state(encoder, state)
     if misfit:
+        made = f", {info.timm['version']}" if info.timm else ""
         raise DataContractError(
-            f"{path} does not fit the backbone {info.backbone!r} of torchvision "
-            f"{torchvision.__version__}: {misfit}. It was made with another torchvision: "
-            "install that version, or make the encoder again."
+            f"{path} does not fit the backbone {info.backbone!r} as "
+            f"{backbones.library_of(info.backbone)} builds it: {misfit}. It was made with another "
+            f"version{made}: install that one, or make the encoder again."
         )
-    encoder.encoder_id = info.encoder_id
+    encoder.encoder_id, encoder.timm = info.encoder_id, info.timm
     return encoder.eval()
 
 

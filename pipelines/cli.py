@@ -8,6 +8,7 @@ command runs.
 import datetime as dt
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -377,12 +378,17 @@ def join(
 
 @cli.command("init-encoder")
 @config_option
-@click.option("--backbone", default="swin_t", help="A torchvision classification model.")
+@click.option(
+    "--backbone",
+    default="swin_t",
+    metavar="NAME|timm:NAME",
+    help="A torchvision classification model, or one of timm's.",
+)
 @click.option(
     "--weights",
     type=PathText(local=True),
     required=True,
-    metavar="imagenet|random|PATH",
+    metavar="pretrained|imagenet|random|PATH",
     help="Where from.",
 )
 @click.option(
@@ -405,7 +411,7 @@ def init_encoder(
     is_there = os.path.exists(config) and os.path.getsize(config)
     settings = _settings(config) if is_there else None
     folder, out = _folders(config, out)
-    name = name or backbone.replace("_", "-")
+    name = name or re.sub("[^a-z0-9]+", "-", backbone.lower())
     click.echo(
         encoders.init_encoder(
             backbone, weights, input_size, seed, name, category, settings, folder, out
@@ -446,11 +452,15 @@ def _folders(config: str, out: str | None) -> tuple[str, str]:
     help="Defaults of what follows.",
 )
 @click.option("--objective", help="courier, an ablation or a baseline.")
-@click.option("--backbone", help="A torchvision classification model.")
+@click.option(
+    "--backbone",
+    metavar="NAME|timm:NAME",
+    help="A torchvision classification model, or one of timm's.",
+)
 @click.option(
     "--weights",
     type=PathText(local=True),
-    metavar="imagenet|random|PATH",
+    metavar="pretrained|imagenet|random|PATH",
     help="Where the backbone begins.",
 )
 @click.option("--input-size", type=click.IntRange(16, 1024), help="Side of the images in pixels.")

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "courier_model.training": {*MODEL, "courier_model"},
 }
 COMMANDS = {"pipelines.reports", "pipelines.artefacts", "pipelines.first_look", "pipelines.demo"}
-HEAVY = {"torch", "torchvision", "transformers", "tensorboard", "faiss", "apache_beam"}
+HEAVY = {"torch", "torchvision", "timm", "transformers", "tensorboard", "faiss", "apache_beam"}
 
 
 def modules_of(package: str) -> dict[str, Path]:

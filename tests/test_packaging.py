@@ -38,7 +38,7 @@ EXTRAS = {
     extra: [Requirement(text) for text in texts]
     for extra, texts in ast.literal_eval(SETUP["extras_require"]).items()
 }
-DEV, CLIP = EXTRAS["dev"], EXTRAS["clip"]
+DEV, CLIP, TIMM = EXTRAS["dev"], EXTRAS["clip"], EXTRAS["timm"]
 PIN_LINES = [
     line for line in read("requirements.txt").splitlines() if line and not line.startswith("#")
 ]
@@ -61,7 +61,9 @@ def test_every_line_of_the_requirements_is_one_exact_pin_from_the_index() -> Non
         assert pin.url is None, name
 
 
-@pytest.mark.parametrize("needed", [*NEEDED, *CLIP], ids=lambda requirement: requirement.name)
+@pytest.mark.parametrize(
+    "needed", [*NEEDED, *CLIP, *TIMM], ids=lambda requirement: requirement.name
+)
 def test_a_pin_satisfies_what_setup_asks_for(needed: Requirement) -> None:
     assert pinned(needed.name) in needed.specifier
     assert {s.operator for s in needed.specifier} == {">=", "<"}  # both ends are stated
@@ -92,16 +94,19 @@ def test_every_package_that_the_code_imports_is_declared() -> None:
     known = {*sys.stdlib_module_names, *PACKAGES}
     found = {name.split(".")[0] for names in IMPORTS.values() for name in names} - known
     assert {"pyarrow", "torch", "click"} <= found
-    declared = {canonicalize_name(needed.name) for needed in (*NEEDED, *CLIP)}
+    declared = {canonicalize_name(needed.name) for needed in (*NEEDED, *CLIP, *TIMM)}
     assert {canonicalize_name(NAMES.get(name, name)) for name in found} <= declared
 
 
-def test_what_is_optional_is_imported_where_a_tower_is_made_and_tested() -> None:
+def test_what_is_optional_is_imported_where_it_is_asked_for_and_tested() -> None:
     assert importers("transformers") == {"courier_model.training.titles"}
-    loaded = loaded_by("import courier_model.training.titles")
+    assert importers("timm", "huggingface_hub") == {"courier_model.backbones"}
+    loaded = loaded_by("import courier_model.training.titles, courier_model.encoder")
     assert "torch" in loaded
-    assert "transformers" not in loaded
-    assert {needed.name for needed in CLIP} == {"transformers"} <= {tool.name for tool in DEV}
+    assert not loaded & {"transformers", "timm", "huggingface_hub"}
+    assert {needed.name for needed in CLIP} == {"transformers"}
+    assert {needed.name for needed in TIMM} == {"huggingface-hub", "timm"}
+    assert {"transformers", "timm"} <= {tool.name for tool in DEV}
 
 
 def test_what_lies_beside_the_code_is_in_the_distribution() -> None:

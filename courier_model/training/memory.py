@@ -3,7 +3,8 @@
 *Cached gradients* (arXiv 2101.06983): embed all images without a graph, take the loss on those
 features alone, then embed again chunk by chunk, each time backpropagating from the features' cached
 gradient. Twice the forward passes, the memory of one chunk, and the gradients of the plain batch.
-*Gradient checkpointing* (arXiv 1604.06174) of the attention blocks, as in COURIER appendix §4.
+*Gradient checkpointing* (arXiv 1604.06174) of the attention blocks, as in COURIER appendix §4, or
+as timm's models do it.
 """
 
 from __future__ import annotations
@@ -25,17 +26,32 @@ T = TypeVar("T")
 def checkpoint_attention(backbone: nn.Module) -> None:
     """Makes Swin's attention blocks recompute their activations in the backward pass.
 
-    Raises OperatorError for a backbone without such blocks.
+    Of timm's models it is what they themselves recompute, mostly whole blocks. Batch statistics in
+    there must be frozen, since the second pass would count them again.
+
+    Raises OperatorError for a backbone without either.
     """
     blocks = [m for m in backbone.modules() if isinstance(m, ShiftedWindowAttention)]
-    if not blocks:
-        raise OperatorError(
-            "Gradient checkpointing is meant for the attention blocks of Swin transformers, and "
-            "this backbone has none. Give --no-checkpoint-attention, or take swin_t."
-        )
     for block in blocks:
         # On the instance: a wrapping module would rename the weights in every saved file.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if not blocks and not _checkpoint_as_timm_does(backbone):
+        raise OperatorError(
+            "Gradient checkpointing is meant for the attention blocks of Swin transformers and for "
+            "models of timm that provide for it, and this backbone is neither. Give "
+            "--no-checkpoint-attention, or take swin_t."
+        )
+
+
+def _checkpoint_as_timm_does(backbone: nn.Module) -> bool:
+    body = getattr(backbone, "body", None)
+    if not hasattr(body, "set_grad_checkpointing"):
+        return False
+    try:
+        body.set_grad_checkpointing()
+    except AssertionError:  # how timm's models say that they do not
+        return False
+    return True
 
 
 def freeze_batch_statistics(module: nn.Module) -> None:

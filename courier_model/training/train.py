@@ -202,8 +202,9 @@ class Training:
         self.encoder.train()
         self.objective.train()
         # One image may have a single value in the last layers, of which torch takes no statistics;
-        # and those of the black one that stands for none are not to be learned.
-        if self.settings.chunk_images or images < 2:
+        # and those of the black one that stands for none are not to be learned. A block that is
+        # computed again would count its batch twice.
+        if self.settings.chunk_images or self.settings.checkpoint_attention or images < 2:
             memory.freeze_batch_statistics(self.encoder)
 
     def _features(self, images: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Tells what an encoder package says of itself, and which items it was made for, without torch."""
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,13 +13,16 @@ import pyarrow.compute as pc
 from feature_jobs.schemas import OperatorError
 from feature_jobs.store.documents import read_json, write_json
 
+TIMM = "timm:"  # begins the names of timm's backbones
+
 
 @dataclass(frozen=True)
 class EncoderInfo:
     """Holds what `encoder.json` says of an encoder package, readable without torch.
 
     `categories` None means that every category is in scope. The data range is that of the training
-    data, both ends inclusive; None for an encoder that was made without any.
+    data, both ends inclusive; None for an encoder that was made without any. `timm` is there for a
+    backbone of timm's: its `version`, and of weights from its hub `hub_id`, `revision`, `licence`.
     """
 
     encoder_id: str
@@ -28,6 +32,7 @@ class EncoderInfo:
     data_start_ds: str | None
     data_end_ds: str | None
     weights: str
+    timm: dict[str, str] | None = None
 
 
 def read_encoder_info(folder: str) -> EncoderInfo:
@@ -46,7 +51,18 @@ def read_encoder_info(folder: str) -> EncoderInfo:
 
 
 def write_encoder_info(folder: str, info: EncoderInfo) -> None:
-    write_json(os.path.join(folder, "encoder.json"), asdict(info))
+    facts = {name: value for name, value in asdict(info).items() if (name, value) != ("timm", None)}
+    write_json(os.path.join(folder, "encoder.json"), facts)
+
+
+def check_timm_is_there(backbone: str) -> None:
+    """Raises OperatorError where `backbone` is of timm, which is not installed; imports nothing."""
+    if backbone.startswith(TIMM) and importlib.util.find_spec("timm") is None:
+        raise OperatorError(
+            f"The backbone {backbone!r} is of the package timm, which is not installed here. It is "
+            "optional, since torchvision's backbones do without. Install it with pip install "
+            "'.[timm]' in COURIER's own folder."
+        )
 
 
 def in_scope(category: pa.ChunkedArray, categories: Sequence[str] | None) -> np.ndarray:

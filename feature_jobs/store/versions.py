@@ -27,7 +27,7 @@ PACKAGE_VERSIONS = {
     "courier": __version__,
     **{
         name: _installed(name)
-        for name in ("apache-beam", "numpy", "pillow", "pyarrow", "torch", "torchvision")
+        for name in ("apache-beam", "numpy", "pillow", "pyarrow", "timm", "torch", "torchvision")
     },
 }
 

@@ -23,6 +23,7 @@ from feature_jobs.schemas import (
 )
 from feature_jobs.schemas import ITEM_FEATURES as FEATURES_TABLE
 from feature_jobs.store import documents, hashing, partitions
+from feature_jobs.store.encoder_info import check_timm_is_there
 from feature_jobs.store.versions import PACKAGE_VERSIONS
 from pipelines.config import Settings
 from pipelines.planning.day_plan import DayPlan
@@ -64,6 +65,7 @@ class PlannedEmbed(Planned):
 
         first, shards = days[0], [day.stage.shards for day in days]
         settings, encoder, before = first.settings, first.pinned.encoder, first.before
+        check_timm_is_there(encoder.backbone)
         look = Look()
         embeddings, rejects = map(look.open, before.tables) if before else (None, None)
         job = embed.EmbedJob(
