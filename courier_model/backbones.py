@@ -228,13 +228,12 @@ class _OfTimm:
             return Weights(self._fitted(_read_weights(path), str(path), input_size), facts)
         return Weights(self._fitted(_read_weights(Path(origin)), origin, input_size), facts)
 
-    def _create(self, input_size: int, **options: Any) -> nn.Module:
+    def _create(self, input_size: int, **options: Any) -> Any:
         import timm
 
         # Those that are fixed to one size are so by this argument, and have no such one otherwise.
         size = {"img_size": input_size} if self._published.fixed_input_size else {}
-        model: nn.Module = timm.create_model(self._model, **size, **options)
-        return model
+        return timm.create_model(self._model, **size, **options)
 
     def _fitted(self, state: dict[str, Tensor], source: str, input_size: int) -> dict[str, Tensor]:
         """Returns `state` as timm loads it, which maps names of original releases to its own.
@@ -249,7 +248,7 @@ class _OfTimm:
             # A file of timm's own, perhaps of other classes or of none.
             state = {name: state[name] if name in names else own[name] for name in own}
         try:
-            model: Any = self._create(
+            model = self._create(
                 input_size, pretrained=True, pretrained_cfg_overlay={"state_dict": state}
             )
             model.reset_classifier(0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +44,10 @@ def checkpoint_attention(backbone: nn.Module) -> None:
 
 
 def _checkpoint_as_timm_does(backbone: nn.Module) -> bool:
-    body = getattr(backbone, "body", None)
-    if not hasattr(body, "set_grad_checkpointing"):
-        return False
+    body: Any = getattr(backbone, "body", None)
     try:
         body.set_grad_checkpointing()
-    except AssertionError:  # how timm's models say that they do not
+    except (AttributeError, AssertionError):  # timm's models assert where they provide for none
         return False
     return True
 

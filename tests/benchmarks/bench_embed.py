@@ -6,7 +6,7 @@
 1. Whole job, from files to tables, against the best arrangement of reading, decoding and forward
    passes: all processes x passes x threads that use each core once are tried, and the passes alone
    printed beside. The job's start-up, measured on one batch, is left out. Then two workers on one
-   host against one.
+   host against one; and passes of timm's swin_t against torchvision's.
 2. What Beam costs: a stub encoder over decoded images, as whole chunks through RunInference and
    through a DoFn of our own, against Beam's documented example of one keyed tensor per element.
 3. Nights of a stub shop: all images new, none changed (the tables' rewrite), one in a hundred
@@ -30,6 +30,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -218,6 +219,31 @@ def one_round(
         for n in (1, min(2, threads.cores()))
     ]
     return found
+
+
+def bench_libraries(rounds: int) -> None:
+    """Compares passes of the same network as timm has it with torchvision's, in turn."""
+    names = ("swin_t", "timm:swin_tiny_patch4_window7_224")
+    pixels = np.random.default_rng(0).integers(0, 256, (2 * BATCH, 3, 224, 224), np.uint8)
+    precision = encoders.choose_precision(CPU)
+    networks = [build_encoder(name, "random") for name in names]
+    for network in networks:
+        encoders.embed(network, pixels[:BATCH], BATCH, CPU, precision)
+    rates = np.array(
+        [
+            [
+                len(pixels) / timed(partial(encoders.embed, n, pixels, BATCH, CPU, precision))
+                for n in networks
+            ]
+            for _ in range(2 * rounds)
+        ]
+    )
+    ratios = rates[:, 1] / rates[:, 0]
+    torchvisions, timms = np.median(rates, axis=0)
+    print(
+        f"  swin_t, passes alone: torchvision {torchvisions:.1f}, timm {timms:.1f} images/s; ratio "
+        f"median {np.median(ratios):.2f} (goal 0.97), {ratios.min():.2f} to {ratios.max():.2f}"
+    )
 
 
 def print_rates(tried: list[Arrangement], rounds: list[dict[str, Any]], images: int) -> None:
@@ -493,6 +519,7 @@ def main() -> None:
         if given.images:
             print(f"Files to tables, {given.backbone}, batch {BATCH}")
             bench_files(Path(name), given)
+            bench_libraries(given.rounds)
         if given.tensors:
             print(f"What Beam costs, {given.tensors:,} decoded images, stub encoder")
             bench_beam(Path(name), given.tensors)

@@ -3,11 +3,11 @@
     python tests/benchmarks/bench_train.py [--quick] [--gpu-paper] [--processes] [--workers 8]
 
 On the device that is there, each figure a ratio within this run: training with its loader against a
-bare step of the same backbone; each distinct image once against every place of the rows; attention
-checkpointing and cached gradients against a plain step, in time and memory; the loader against
-Pillow; on a CPU a process on each core against one on all. --quick leaves swin_t out on a CPU,
---gpu-paper takes the paper's batch on one GPU instead. Peak memory on a CPU is that of a process of
-its own (Linux).
+bare step of the same backbone; swin_t of timm against torchvision's; each distinct image once
+against every place of the rows; attention checkpointing and cached gradients against a plain step,
+in time and memory; the loader against Pillow; on a CPU a process on each core against one on all.
+--quick leaves swin_t out on a CPU, --gpu-paper takes the paper's batch on one GPU instead,
+--libraries that of timm alone. Peak memory on a CPU is that of a process of its own (Linux).
 """
 
 import argparse
@@ -175,6 +175,37 @@ def bench_steps(name: str, run: Training, items: int, rounds: int, steps: int) -
 def all_of(step: Callable[[int], None], sizes: list[int]) -> None:
     for images in sizes:
         step(images)
+
+
+# ---- One network of two libraries --------------------------------------------------------------
+
+TIMMS_SWIN = "timm:swin_tiny_patch4_window7_224"
+
+
+def bench_libraries(images: Path, uris: list[str], top: Path, workers: int | None) -> None:
+    """Compares steps of training, loader included, with timm's swin_t and torchvision's."""
+    print("swin_t of timm, against torchvision's: steps of training (goal 0.97)")
+    rows = make_rows(uris, 64 * SWIN.batch_rows)
+    streams = []
+    for backbone in (SWIN.backbone, TIMMS_SWIN):
+        settings = replace(SWIN, backbone=backbone, workers=workers)
+        run = start_training(settings, rows, images, top)
+        fill_cache(run, len(uris))
+        streams.append((run, iter(batches(run.batches, 0, 10**9, run.workers))))
+        run._train_on(next(streams[-1][1]))
+    steps = 24 if ON_GPU else 2
+    rates = np.array([[rate(*stream, steps) for stream in streams] for _ in range(2 * ROUNDS)])
+    ratios = rates[:, 1] / rates[:, 0]
+    theirs, timms = np.median(rates, axis=0)
+    print(
+        f"  torchvision {theirs:.1f}, timm {timms:.1f} images/s; ratio median "
+        f"{np.median(ratios):.2f}, {ratios.min():.2f} to {ratios.max():.2f}"
+    )
+
+
+def rate(run: Training, stream: Iterator[Batch], steps: int) -> float:
+    seconds, sizes = timed_steps(run, itertools.islice(stream, steps))
+    return sum(sizes) / seconds
 
 
 # ---- Each distinct image once ------------------------------------------------------------------
@@ -435,6 +466,8 @@ def bench_all(top: Path, quick: bool, workers: int | None) -> None:
     if has_swin:
         run = start_training(swin, make_rows(uris, 64 * swin.batch_rows), images, top)
         bench_steps("swin_t at 224 px", run, len(uris), *((3, 24) if ON_GPU else (3, 1)))
+    if has_swin:
+        bench_libraries(images, uris, top, workers)
     print("Each distinct image once, against every place of the same rows: demo preset, 256 rows")
     run = start_training(replace(demo, batch_rows=256), make_rows(uris, 256), images, top)
     bench_distinct(run)
@@ -452,6 +485,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="no swin_t on a CPU")
     parser.add_argument("--gpu-paper", action="store_true", help="the paper's batch alone")
     parser.add_argument("--processes", action="store_true", help="against threads, that alone")
+    parser.add_argument("--libraries", action="store_true", help="timm's swin_t, that alone")
     parser.add_argument("--workers", type=int, help="of the loader [default on a CPU: 0]")
     parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, default=2, help=argparse.SUPPRESS)
@@ -471,7 +505,11 @@ def main() -> None:
     # Alone with two cores a worker would take one from the step itself, as the demo preset says.
     workers = 0 if given.workers is None and not ON_GPU else given.workers
     with tempfile.TemporaryDirectory() as folder:
-        bench_all(Path(folder), given.quick, workers)
+        top = Path(folder)
+        if given.libraries:
+            bench_libraries(top / "images", draw_files(top / "images", 600, 256), top, workers)
+        else:
+            bench_all(top, given.quick, workers)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,50 @@ def test_an_image_that_was_renamed_is_read_but_not_embedded(world: World) -> Non
     assert vectors(world, DAYS[1]) == vectors(world, DAYS[0])
     row = {r["item_id"]: r for r in world.table("item_embeddings", DAYS[1]).to_pylist()}[renamed]
     assert row["image_uri"] == "renamed.png"
+
+
+# ---- Encoders of timm's ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_timm(world: World, capsys: Capture) -> World:
+    """Makes a world whose pinned encoder has a backbone of timm's."""
+    world.pins.clear()
+    options = ("--backbone", "timm:test_convnext", "--weights", "random", "--input-size", "32")
+    assert courier(world, "init-encoder", *options) == 0
+    world.config.write_text(world.config.read_text() + capsys.readouterr().out)
+    return world
+
+
+def embed_alone(world: World) -> int:
+    return main(["embed", "--config", str(world.config), "--ds", str(DAYS[0])])
+
+
+def test_an_encoder_of_timms_embeds_a_night_like_any_other(of_timm: World) -> None:
+    assert embed_alone(of_timm) == 0
+    (folder,) = (of_timm.folder / "encoders").iterdir()
+    assert folder.name.startswith("timm-test-convnext-")
+    encoder = encoders.load_encoder(str(folder))
+    assert manifest(of_timm, "item_embeddings", DAYS[0])["identities"] == {
+        "encoder_id": folder.name
+    }
+    found = vectors(of_timm, DAYS[0])
+    items = [item for item in NORMAL if item in found]
+    assert len(items) > 3
+    pixels = np.stack([decode(of_timm.image(i).read_bytes(), encoder.preprocessing) for i in items])
+    wanted = encoders.embed(encoder, pixels, 4, CPU, "fp32")
+    np.testing.assert_allclose([found[item] for item in items], wanted, atol=1e-2)
+
+
+def test_where_timm_is_missing_its_encoder_is_told_before_the_job_begins(
+    of_timm: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert embed_alone(of_timm) == 2
+    told = paragraph(capsys)
+    assert "'timm:test_convnext' is of the package timm, which is not installed here" in told
+    assert "pip install '.[timm]'" in told
+    assert not published(of_timm)
 
 
 # ---- Rejects ---------------------------------------------------------------------------------

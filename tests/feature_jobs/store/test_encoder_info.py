@@ -1,5 +1,6 @@
 """What an encoder package says of itself survives the file and tells which items are in scope."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,21 @@ def test_what_an_encoder_package_says_survives_the_file(
     info = replace(ENCODER, categories=categories)
     encoder_info.write_encoder_info(str(tmp_path), info)
     assert encoder_info.read_encoder_info(str(tmp_path)) == info
+
+
+def test_only_a_backbone_of_timms_is_told_with_what_is_timms(tmp_path: Path) -> None:
+    encoder_info.write_encoder_info(str(tmp_path), ENCODER)
+    assert "timm" not in documents.read_json(str(tmp_path / "encoder.json"))
+    info = replace(ENCODER, backbone="timm:test_vit", timm={"version": "1.0.31"})
+    encoder_info.write_encoder_info(str(tmp_path), info)
+    assert encoder_info.read_encoder_info(str(tmp_path)) == info
+
+
+def test_timm_is_asked_for_where_a_backbone_is_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    encoder_info.check_timm_is_there("resnet18")
+    with pytest.raises(OperatorError, match=r"'timm:resnet18' .* pip install '\.\[timm\]'"):
+        encoder_info.check_timm_is_there("timm:resnet18")
 
 
 @pytest.mark.parametrize("missing", [None, "encoder_id", "categories", "weights"])

@@ -23,6 +23,16 @@ def test_the_same_versions_are_not_refused() -> None:
     assert versions.refusal(versions.of_process()) is None
 
 
+def test_a_worker_without_the_commands_timm_is_refused_and_both_without_it_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = versions.of_process()
+    monkeypatch.setitem(versions.PACKAGE_VERSIONS, "timm", "missing")
+    refused = str(versions.refusal(told | {"timm": "1.0.31"}))
+    assert "timm missing (the command's: 1.0.31). " in refused
+    assert versions.refusal(versions.of_process()) is None
+
+
 def test_builds_for_other_processors_are_the_same_version(monkeypatch: pytest.MonkeyPatch) -> None:
     told = versions.of_process()
     theirs = versions.PACKAGE_VERSIONS | {"torch": f"{told['torch']}+cu999"}
