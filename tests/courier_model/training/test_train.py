@@ -60,6 +60,41 @@ def test_cached_gradients_of_a_step_are_those_of_the_whole_batch(
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
 
 
+def test_statistics_are_frozen_where_checkpoints_would_take_them_twice(
+    data: TrainingData, tmp_path: Path
+) -> None:
+    moved = []
+    for checkpoints in (True, False):
+        network = "timm:test_efficientnet"
+        settings = replace(TINY, backbone=network, checkpoint_attention=checkpoints)
+        run = Run(tmp_path / str(checkpoints), data, settings)
+        before = run.weights()
+        run.training._train_on(run.training.batches[0])
+        after = run.weights()
+        moved.append(
+            {name.rpartition(".")[2] for name in before if not same(before[name], after[name])}
+        )
+    assert moved[0] == {"weight", "bias"}
+    assert moved[1] == {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+
+
+@pytest.mark.parametrize("chunk_images", [0, 5])
+def test_a_backbone_of_timms_trains_like_any_other(
+    chunk_images: int, data: TrainingData, tmp_path: Path
+) -> None:
+    settings = replace(
+        TINY, backbone="timm:test_vit", chunk_images=chunk_images, checkpoint_attention=True,
+        precision="bf16",
+    )  # fmt: skip
+    run = Run(tmp_path, data, settings)
+    before = run.weights()
+    record = run.go()
+    assert record.step == STEPS
+    assert record.best_weights is not None
+    assert record.best_weights.keys() == before.keys()
+    assert not same(before, record.best_weights)
+
+
 def test_a_step_goes_down_the_gradient_of_the_terms_sum(data: TrainingData, tmp_path: Path) -> None:
     run = Run(tmp_path, data, replace(TINY, weight_decay=0.0))
     before = run.weights()
