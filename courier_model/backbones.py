@@ -296,10 +296,11 @@ def _pretrained_cfg(model: str) -> Any:
     from timm.models import get_arch_pretrained_cfgs
 
     name, _, tag = model.partition(".")
-    if not timm.is_model(name):
+    models = timm.list_models()  # without the old names of some, which timm still builds
+    if name not in models:
         raise OperatorError(
             f"The backbone {TIMM + model!r} is not a model of {library_of(TIMM)}. The nearest "
-            f"name is {TIMM + _nearest(name, timm.list_models())!r}."
+            f"name is {TIMM + _nearest(name, models)!r}."
         )
     known = get_arch_pretrained_cfgs(name)
     if tag and model not in known:

@@ -325,6 +325,7 @@ def test_weights_of_another_model_are_refused_naming_some_keys(tmp_path: Path) -
         ("swin_tiny_patch4_window7", "nearest name is 'timm:swin_tiny_patch4_window7_224'"),
         ("resnet18.a1_in1", "nearest is 'timm:resnet18.a1_in1k'"),
         ("", "not a model of timm"),
+        ("convnext_tiny_in22ft1k", "not a model of timm"),  # an old name, of no known weights
         ("hf-hub:timm/resnet18.a1_in1k", "not a model of timm"),
         ("vit_base_patch16_sapiens2", "expected are 3 colours and a square"),
     ],
