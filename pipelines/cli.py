@@ -472,6 +472,26 @@ def _folders(config: str, out: str | None) -> tuple[str, str]:
     help="Cache gradients, so many images at a time; 0: do not.",
 )
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="Of Adam.")
+@click.option("--warmup-steps", type=click.IntRange(0), help="Steps in which the rate rises to it.")
+@click.option(
+    "--cosine-decay/--no-cosine-decay", default=None, help="Lower the rate to 0 over all epochs."
+)
+@click.option(
+    "--backbone-lr-factor",
+    type=click.FloatRange(0, min_open=True),
+    help="Of all layers but the last: so many times the rate.",
+)
+@click.option(
+    "--freeze-backbone",
+    type=click.IntRange(0),
+    metavar="STEPS",
+    help="Train the last layer alone at first.",
+)
+@click.option(
+    "--ema-decay",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Export an average of the weights, which keeps so much of itself at each step.",
+)
 @click.option("--temperature", type=float, help="Of the loss. [default: the objective's]")
 @click.option(
     "--text-model",

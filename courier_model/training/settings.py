@@ -26,7 +26,7 @@ TEMPERATURES: dict[str, float | None] = {
 }
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # What may change between a run and its continuation without making it another run.
-_FREE = ("epochs", "precision", "checkpoint_attention", "compile", "workers", "cache")
+_FREE = {"epochs", "precision", "checkpoint_attention", "compile", "workers", "cache"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class TrainSettings:
     cached: so many images at a time have activations on the device; with 0 all of a batch have.
     `evaluate_every` is in steps. `workers` processes decode, 0 for the training process itself, by
     default one for each core that is left, at most 8.
+
+    The learning rate rises over `warmup_steps`, and with `cosine_decay` falls to 0 at the run's
+    end; all of the encoder but its last layer has `backbone_lr_factor` times the rate, and does not
+    learn at all for the first `freeze_backbone` steps. An `ema_decay` above 0 evaluates and exports
+    an exponential moving average of the weights.
 
     Raises OperatorError where a value makes no sense.
     """
@@ -51,6 +56,11 @@ class TrainSettings:
     chunk_images: int = 256
     learning_rate: float = 1e-4
     weight_decay: float = 1e-6
+    warmup_steps: int = 0
+    cosine_decay: bool = False
+    backbone_lr_factor: float = 1.0
+    freeze_backbone: int = 0
+    ema_decay: float = 0.0
     temperature: float | None = None
     text_model: str | None = None
     precision: str = "auto"
@@ -79,6 +89,7 @@ class TrainSettings:
                 f"The learning rate is {self.learning_rate}; expected is a number above 0, such as "
                 "1e-4."
             )
+        self._check_schedules()
         if self.temperature is not None and TEMPERATURES[self.objective] is None:
             raise OperatorError(
                 f"The loss of {self.objective!r} has no temperature. Leave --temperature out."
@@ -100,9 +111,36 @@ class TrainSettings:
                 "Hugging Face hub, or the folder of one, for the objective clip alone."
             )
 
+    def _check_schedules(self) -> None:
+        for name in ("warmup_steps", "freeze_backbone"):
+            if getattr(self, name) < 0:
+                raise OperatorError(
+                    f"{_option(name)} is {getattr(self, name)}; expected is a number of steps, or "
+                    "0 for none."
+                )
+        if not 0 < self.backbone_lr_factor < math.inf:
+            raise OperatorError(
+                f"--backbone-lr-factor is {self.backbone_lr_factor}; the learning rate of the "
+                "backbone is multiplied by it, so it must be above 0, such as 0.1. With "
+                "--freeze-backbone N the backbone does not learn at all for N steps."
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise OperatorError(
+                f"--ema-decay is {self.ema_decay}; expected is 0, for no average, or a number "
+                "below 1, such as 0.99 for an average of about the last 100 steps."
+            )
+
     def identity(self) -> dict[str, Any]:
-        """Returns what a checkpoint must agree with, for a run to go on from it."""
-        return {name: value for name, value in asdict(self).items() if name not in _FREE}
+        """Returns what a checkpoint must agree with, for a run to go on from it.
+
+        `epochs` are in it where the learning rate falls to 0 at their end.
+        """
+        free = _FREE - {"epochs"} if self.cosine_decay else _FREE
+        return {name: value for name, value in asdict(self).items() if name not in free}
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 PRESETS = {

@@ -5,9 +5,9 @@ On eight GPUs:   torchrun --nproc-per-node 8 --no-python courier train --preset 
 
 A step is: the distinct images of a batch of rows -> features -> the objective's terms, each divided
 by its number of anchors over all processes -> gradients, summed over all processes -> Adam. Which
-rows a step sees follows from the step, and what it draws at random from seed, step and process: a
-run that is resumed at a step goes on as if it had never stopped. (With several processes
-and batch normalisation that is not frozen, the statistics kept are the first process's.)
+rows a step sees and how fast it learns follow from the step, and what it draws at random from seed,
+step and process: a run that is resumed at a step goes on as if it had never stopped. (With several
+processes and batch normalisation that is not frozen, the statistics kept are the first process's.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from courier_model.encoder import ImageEncoder, build_encoder, choose_precision
 from courier_model.images import Preprocessing
-from courier_model.training import checkpoints, distributed, memory
+from courier_model.training import checkpoints, distributed, memory, schedules
 from courier_model.training.distributed import Process
 from courier_model.training.evaluate import Evaluation
 from courier_model.training.image_cache import ImageCache
@@ -107,9 +107,16 @@ class Training:
         self.precision = choose_training_precision(settings.precision, process.device)
         self.encoder, self.objective = build_modules(settings, process.device)
         self.parameters = [*self.encoder.parameters(), *self.objective.parameters()]
-        self.optimizer = torch.optim.Adam(
-            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
+        self.backbone_parameters = schedules.backbone_parameters(self.encoder)
+        groups = schedules.parameter_groups(settings, self.encoder, self.objective)
+        self.rates = [group["lr"] for group in groups]
+        self.optimizer = torch.optim.Adam(groups, weight_decay=settings.weight_decay)
+        self.model = torch.nn.ModuleList([self.encoder, self.objective])
+        decay = settings.ema_decay
+        self.average = schedules.averaged(self.model, decay) if decay else None
+        # What is evaluated and exported.
+        measured = self.average.module if self.average else self.model
+        self.measured = cast(tuple[ImageEncoder, Objective], tuple(measured.children()))
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=self.precision == "fp16")
         preprocessing = self.encoder.preprocessing
         cache = open_cache(settings, folder, rows.items["image_uri"], data, preprocessing, say)
@@ -121,6 +128,7 @@ class Training:
         free = threads.budget() // process.size - 1  # one for the step itself
         self.workers = min(8, max(0, free)) if settings.workers is None else settings.workers
         self.steps = settings.epochs * self.batches.steps_per_epoch
+        schedules.check_lengths(settings, self.steps)
         self.evaluation = Evaluation(data.held_out, cache, settings.held_out_rows, settings.seed)
         self.record = Record()
 
@@ -182,12 +190,13 @@ class Training:
         device, settings = self.process.device, self.settings
         torch.manual_seed(_seed(settings.seed, batch.step, self.process.rank))
         images = batch.images.shape[1]
-        self._set_training_mode(images)
+        self._set_training_mode(images, batch.step)
+        self._set_rates(batch.step)
         self.optimizer.zero_grad()
         size = self.encoder.preprocessing.input_size
         seen = batch if images else _with_a_black_image(batch, size)
         loss = memory.backward(
-            self._features,
+            partial(self._features, self.encoder),
             seen.images.flatten(0, 1).to(device, non_blocking=True),  # [views * n, 3, S, S]
             settings.chunk_images or None,
             partial(self._loss, places=_places(seen, device), views=len(seen.images)),
@@ -198,22 +207,31 @@ class Training:
             self._step_optimizer(batch.step)
         return loss
 
-    def _set_training_mode(self, images: int) -> None:
+    def _set_training_mode(self, images: int, step: int) -> None:
         self.encoder.train()
         self.objective.train()
+        frozen = step < self.settings.freeze_backbone
+        for parameter in self.backbone_parameters:
+            parameter.requires_grad_(not frozen)
         # One image may have a single value in the last layers, of which torch takes no statistics;
         # and those of the black one that stands for none are not to be learned. A block that is
         # computed again would count its batch twice.
-        if self.settings.chunk_images or self.settings.checkpoint_attention or images < 2:
+        alone = self.settings.chunk_images or self.settings.checkpoint_attention or images < 2
+        if alone or frozen:
             memory.freeze_batch_statistics(self.encoder)
 
-    def _features(self, images: Tensor) -> Tensor:
+    def _set_rates(self, step: int) -> None:
+        factor = schedules.rate_factor(self.settings, step, self.steps)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+
+    def _features(self, encoder: ImageEncoder, images: Tensor) -> Tensor:
         """Computes features in the chosen precision: uint8 `[m, 3, S, S]` -> float32 `[m, 256]`."""
         dtype = _DTYPES.get(self.precision)
         # Depthwise convolutions train 5 times faster in this format on a CPU.
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-            return self.encoder.features(images)
+            return encoder.features(images)
 
     def _loss(self, features: Tensor, places: Places, views: int) -> Loss:
         """Sums the objective's terms, each divided by its anchors over all processes."""
@@ -239,6 +257,8 @@ class Training:
             self._check_finite("norm of the gradients", norm, step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average:
+            self.average.update_parameters(self.model)
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             raise CourierError(
                 f"The gradients overflow 16 bits at every scale since about step {step}; steps "
@@ -297,24 +317,23 @@ class Training:
         if best is None or found["auc"] > best["auc"]:
             self.record.best = found
             # A copy: the next step changes the encoder's own tensors in place.
-            weights = self.encoder.state_dict()
+            weights = self.measured[0].state_dict()
             self.record.best_weights = {k: v.cpu().clone() for k, v in weights.items()}
 
     def _measure(self, name: str, board: Board | None) -> dict[str, Any]:
-        self.encoder.eval()
-        self.objective.eval()
-        distributed.copy_from_first(
-            self.encoder.buffers()
-        )  # batch statistics: those that are saved
+        encoder, objective = self.measured
+        encoder.eval()
+        objective.eval()
+        self._share_statistics()
         torch.manual_seed(_seed(self.settings.seed))
         vectors = self.evaluation.embed(
-            self._features, self.encoder.preprocessing.input_size, self.process
+            partial(self._features, encoder), encoder.preprocessing.input_size, self.process
         )
         largest = float(np.abs(vectors.values).max())
         self._check_finite("largest feature of a held-out image", largest, self.record.step)
         found = asdict(self.evaluation.rank_clicks(vectors))
         found["nearest"] = self.evaluation.nearest(
-            vectors, self.objective, self.settings.batch_rows, self.process.device
+            vectors, objective, self.settings.batch_rows, self.process.device
         )
         return self._note({"step": self.record.step, **found}, name, board)
 
@@ -329,8 +348,13 @@ class Training:
 
     # ---- Checkpoints -------------------------------------------------------------------------
 
+    def _share_statistics(self) -> None:
+        """Gives all processes the batch statistics of the first, which are those that are saved."""
+        for encoder in dict.fromkeys([self.encoder, self.measured[0]]):
+            distributed.copy_from_first(encoder.buffers())
+
     def _save(self) -> None:
-        distributed.copy_from_first(self.encoder.buffers())
+        self._share_statistics()
         if self.process.leads:
             state = {
                 "identity": self.identity,
@@ -340,6 +364,8 @@ class Training:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
             }
+            if self.average:
+                state["average"] = self.average.state_dict()
             checkpoints.save(os.path.join(self.folder, "checkpoints"), self.record.step, state)
         distributed.wait_for_all()
 
@@ -366,6 +392,8 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty where the precision needed none
             self.scaler.load_state_dict(state["scaler"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
         self.record = Record(**state["record"])
         self.say(f"going on from step {self.record.step:,} of {self.steps:,} ({self.folder})")
 
@@ -396,11 +424,14 @@ def check_data(data: TrainingData, rows: TrainingSet) -> None:
 
 
 def check_same_run(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: str) -> None:
-    """Raises OperatorError where a checkpoint in `folder` belongs to another run."""
-    if found == wanted:
+    """Raises OperatorError where a checkpoint in `folder` belongs to another run.
+
+    A setting that it does not know yet, it was made with the default of.
+    """
+    old, new = TrainSettings().identity() | found["settings"], wanted["settings"]
+    if old == new and found["data"] == wanted["data"]:
         return
-    old, new = found["settings"], wanted["settings"]
-    changes = [f"{k} {old.get(k)!r}, now {new[k]!r}" for k in new if old.get(k) != new[k]]
+    changes = [f"{k} {old[k]!r}, now {new[k]!r}" for k in new if k in old and old[k] != new[k]]
     what = "; ".join(changes) or "other training rows or another catalogue"
     raise OperatorError(
         f"{folder} holds a run that was begun with {what}. Its checkpoints cannot be gone on from: "

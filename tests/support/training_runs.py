@@ -48,6 +48,7 @@ def small_encoder(backbone: str, weights: str, input_size: int | None, seed: int
             nn.Conv2d(16, 64, 8), nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten(),
             nn.Dropout(0.2 if "random" in backbone else 0.0), nn.Linear(64, 256),
         )  # fmt: skip
+    encoder.head_name = "8"
     return encoder.eval()
 
 
@@ -106,6 +107,7 @@ class Run:
             "objective": copied(run.objective.state_dict()),
             "optimizer": run.optimizer.state_dict(),
             "scaler": run.scaler.state_dict(),
+            "average": copied(run.average.state_dict()) if run.average else None,
             "record": {k: v for k, v in vars(run.record).items() if k != "seconds"},
         }
 

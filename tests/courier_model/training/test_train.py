@@ -20,7 +20,7 @@ from courier_model.training import train as training_job
 from courier_model.training.distributed import Process
 from courier_model.training.objectives import Courier
 from courier_model.training.rows import TrainingSet
-from courier_model.training.settings import TEMPERATURES
+from courier_model.training.settings import TEMPERATURES, TrainSettings
 from courier_model.training.train import Stopped, TrainingData
 from feature_jobs.schemas import DataContractError
 from tests.support.training_runs import (
@@ -257,12 +257,19 @@ def test_a_disk_too_small_for_the_cache_is_told_and_done_without(
 # ---- Two processes ---------------------------------------------------------------------------
 
 JOINT = replace(TINY, chunk_images=10_000, epochs=1)  # statistics frozen, gradients at once
+SCHEDULED = replace(
+    JOINT, warmup_steps=1, cosine_decay=True, backbone_lr_factor=0.5, freeze_backbone=1,
+    ema_decay=0.5,
+)  # fmt: skip
 
 
-def joint_run(folder: Path, data: TrainingData, process: Process) -> Run:
-    run = Run(folder, data, JOINT, process)
+def joint_run(
+    folder: Path, data: TrainingData, process: Process, settings: TrainSettings = JOINT
+) -> Run:
+    run = Run(folder, data, settings, process)
     # Else Adam's first steps go by the sign of gradients however small, rounding included.
-    run.training.optimizer.param_groups[0]["eps"] = 1e-3
+    for group in run.training.optimizer.param_groups:
+        group["eps"] = 1e-3
     return run
 
 
@@ -286,6 +293,8 @@ def run_process(rank: int, port: int, folder: Path, root: str) -> None:
             told = f"stopped at {stopped.training.record.step}"
         resumed = joint_run(folder / "stopped", data, process)
         resumed.go()
+        scheduled = joint_run(folder / "scheduled", data, process, SCHEDULED)
+        scheduled.go()
         half = joint_run(folder / "half", data, process)
         batch = half.training.batches[0]
         if rank:
@@ -300,6 +309,7 @@ def run_process(rank: int, port: int, folder: Path, root: str) -> None:
             "record": vars(whole.training.record), "told": told,
             "resumed": resumed.weights(), "steps": [at.step for at in resumed.seen],
             "half": (half.weights(), loss),
+            "scheduled": (scheduled.weights(), scheduled.training.record.best_weights),
         },
         folder / f"{rank}.pt",
     )  # fmt: skip
@@ -331,6 +341,12 @@ def test_two_processes_train_the_weights_of_one(
         assert process["told"] == "stopped at 2"
         assert process["steps"] == [3]
         assert same(process["resumed"], process["weights"])
+    scheduled = joint_run(tmp_path / "one scheduled", data, ALONE, SCHEDULED)
+    scheduled.go()
+    assert not same(scheduled.weights(), alone.weights())
+    wanted = scheduled.weights(), scheduled.training.record.best_weights
+    torch.testing.assert_close(one["scheduled"], wanted, rtol=1e-3, atol=1e-5)
+    assert same(one["scheduled"], other["scheduled"])
     # A process without a readable image goes along.
     assert same(one["half"], other["half"])
     assert one["half"][1] > 0

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from courier_model.training import checkpoints as checkpoint_files
 from courier_model.training import train as training_job
 from courier_model.training.progress import Progress
 from courier_model.training.settings import TrainSettings
@@ -21,6 +22,16 @@ from feature_jobs.schemas import DataContractError, OperatorError
 from tests.support.training_runs import STEPS, TINY, Run, checkpoints, same, training_data
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_encoders")
+
+
+SCHEDULES: dict[str, Any] = {"backbone_lr_factor": 0.1, "ema_decay": 0.6}
+# Of TINY, in a checkpoint of before there were schedules.
+OLD_IDENTITY = {
+    "objective": "courier", "backbone": "small", "weights": "random", "input_size": 32,
+    "batch_rows": 8, "chunk_images": 0, "learning_rate": 1e-3, "weight_decay": 1e-6,
+    "temperature": None, "text_model": None, "evaluate_every": 2, "held_out_rows": 20_000,
+    "seed": 0,
+}  # fmt: skip
 
 
 class Killed(Exception):
@@ -46,8 +57,20 @@ def die_at(step: int) -> Callable[[Progress], None]:
         replace(TINY, backbone="small random", objective="masked-self-attention", chunk_images=5),
         replace(TINY, objective="simsiam", precision="bf16"),
         replace(TINY, precision="fp16"),
+        # Steps 3 and 4 are in the midst of each schedule.
+        replace(TINY, **SCHEDULES, cosine_decay=True, warmup_steps=4),
+        replace(TINY, **SCHEDULES, cosine_decay=True, freeze_backbone=5, chunk_images=5),
+        replace(TINY, **SCHEDULES, warmup_steps=5, freeze_backbone=2, objective="simsiam"),
     ],
-    ids=["plain", "random numbers, cached gradients", "bf16, statistics in the objective", "fp16"],
+    ids=[
+        "plain",
+        "random numbers, cached gradients",
+        "bf16, statistics in the objective",
+        "fp16",
+        "warm-up",
+        "frozen, cached gradients",
+        "average of the objective's statistics",
+    ],
 )
 def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
     settings: TrainSettings, data: TrainingData, tmp_path: Path
@@ -220,6 +243,55 @@ def test_a_run_may_be_made_longer(data: TrainingData, tmp_path: Path) -> None:
     longer.go()
     assert longer.seen[0].step == 4
     assert same(longer.state(), whole.state())
+
+
+@pytest.mark.parametrize(
+    ("changes", "others", "told"),
+    [
+        ({"cosine_decay": True, "epochs": 3}, {"epochs": 2}, "epochs 3, now 2"),
+        ({"cosine_decay": True}, {"cosine_decay": False}, "cosine_decay True, now False"),
+        ({}, {"cosine_decay": True, "epochs": 3}, "cosine_decay False, now True"),
+        ({"warmup_steps": 2}, {"warmup_steps": 3}, "warmup_steps 2, now 3"),
+        ({}, {"backbone_lr_factor": 0.1}, "backbone_lr_factor 1.0, now 0.1"),
+        ({"freeze_backbone": 2}, {"freeze_backbone": 0}, "freeze_backbone 2, now 0"),
+        ({}, {"ema_decay": 0.9}, "ema_decay 0.0, now 0.9"),
+    ],
+)
+def test_a_checkpoint_of_another_schedule_is_refused(
+    changes: dict[str, Any],
+    others: dict[str, Any],
+    told: str,
+    data: TrainingData,
+    tmp_path: Path,
+) -> None:
+    settings = replace(TINY, **changes)
+    with pytest.raises(Stopped):
+        Run(tmp_path, data, settings).go(stop_at=1)
+    with pytest.raises(OperatorError) as refused:
+        Run(tmp_path, data, replace(settings, **others)).go()
+    assert f"begun with {told}. " in str(refused.value)
+
+
+def test_a_checkpoint_of_before_there_were_schedules_is_gone_on_from(
+    data: TrainingData, tmp_path: Path
+) -> None:
+    whole, part, last = (Run(tmp_path / name, data) for name in ("whole", "part", "part"))
+    whole.go()
+    with pytest.raises(Stopped):
+        part.go(stop_at=3)
+    folder = str(tmp_path / "part" / "checkpoints")
+    state = checkpoint_files.load_latest(folder, print)
+    assert state is not None
+    names = {"identity", "record", "encoder", "objective", "optimizer", "scaler"}
+    assert set(state) == names
+    assert len(state["optimizer"]["param_groups"]) == 1
+    state["identity"] = {"settings": OLD_IDENTITY, "data": "these"}
+    checkpoint_files.save(folder, 3, state)
+    last.go()
+    assert last.seen[0].step == 4
+    assert same(last.state(), whole.state())
+    with pytest.raises(OperatorError, match=r"ema_decay 0\.0, now 0\.9"):
+        Run(tmp_path / "part", data, replace(TINY, ema_decay=0.9)).go()
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -138,6 +138,9 @@ def test_rows_of_days_made_otherwise_exit_2_naming_days_and_settings(
         (["--objective", "clip"], "--text-model"),
         (["--checkpoint-attention"], "--no-checkpoint-attention"),
         (["--start-ds", str(D)], "--until"),
+        (["--warmup-steps", "9999"], "--warmup-steps is 9,999"),
+        (["--freeze-backbone", "9999"], "--freeze-backbone is 9,999"),
+        (["--ema-decay", "nan"], "--ema-decay is nan"),
     ],
 )
 def test_wrong_options_exit_2_in_one_paragraph(
@@ -154,6 +157,8 @@ def test_wrong_options_exit_2_in_one_paragraph(
     "args",
     [
         ["--epochs", "0"], ["--held-out-days", "0"], ["--learning-rate", "0"], ["--preset", "big"],
+        ["--warmup-steps", "-1"], ["--freeze-backbone", "-1"], ["--backbone-lr-factor", "0"],
+        ["--ema-decay", "1"],
         ["--until", "soon"], ["--seed", "-1"], ["--input-size", "4"], ["--precision", "int8"],
     ],
 )  # fmt: skip
