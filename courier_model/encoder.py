@@ -191,6 +191,7 @@ def save_encoder(
     data_start_ds: str | None,
     data_end_ds: str | None,
     weights: str,
+    lineage: tuple[str, ...] = (),
 ) -> EncoderInfo:
     """Writes an encoder into `<folder_root>/<encoder_id>/`: model.safetensors, then encoder.json.
 
@@ -213,6 +214,7 @@ def save_encoder(
         data_end_ds=data_end_ds,
         weights=weights,
         timm=encoder.timm,
+        lineage=lineage,
     )
     folder = os.path.join(folder_root, encoder_id)
     if not files.exists(os.path.join(folder, "encoder.json")):

@@ -463,6 +463,12 @@ def _folders(config: str, out: str | None) -> tuple[str, str]:
     metavar="pretrained|imagenet|random|PATH",
     help="Where the backbone begins.",
 )
+@click.option(
+    "--init-from",
+    type=PathText(),
+    metavar="FOLDER",
+    help="Or an encoder package to go on from, of the same backbone and scope.",
+)
 @click.option("--input-size", type=click.IntRange(16, 1024), help="Side of the images in pixels.")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over all rows.")
 @click.option("--batch-rows", type=int, help="Rows of a batch, over all processes.")
@@ -524,6 +530,11 @@ def train(
     from courier_model.training.settings import PRESETS
     from pipelines.artefacts import training
 
+    if given["weights"] and given["init_from"]:
+        raise click.UsageError(
+            f"--weights {given['weights']} and --init-from {given['init_from']} both say where the "
+            "encoder begins. Give one of them."
+        )
     wanted = replace(PRESETS[preset], **{k: v for k, v in given.items() if v is not None})
     settings = _settings(config)
     folder, out = _folders(config, out)

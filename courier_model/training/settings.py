@@ -33,7 +33,8 @@ _FREE = {"epochs", "precision", "checkpoint_attention", "compile", "workers", "c
 class TrainSettings:
     """Describes a training run; the defaults are the paper's (COURIER appendix §4).
 
-    `input_size` in pixels and `temperature` default to the backbone's and the objective's own.
+    `init_from`, the folder of a saved encoder, takes the place of `weights`. `input_size` in pixels
+    and `temperature` default to the backbone's and the objective's own.
     `batch_rows` is the global batch, in rows of up to ten images. With `chunk_images` gradients are
     cached: so many images at a time have activations on the device; with 0 all of a batch have.
     `evaluate_every` is in steps. `workers` processes decode, 0 for the training process itself, by
@@ -50,6 +51,7 @@ class TrainSettings:
     objective: str = "courier"
     backbone: str = "swin_t"
     weights: str = "imagenet"
+    init_from: str | None = None
     input_size: int | None = None
     epochs: int = 1
     batch_rows: int = 3072

@@ -25,7 +25,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from courier_model.encoder import ImageEncoder, build_encoder, choose_precision
+from courier_model.encoder import ImageEncoder, build_encoder, choose_precision, load_encoder
 from courier_model.images import Preprocessing
 from courier_model.training import checkpoints, distributed, memory, schedules
 from courier_model.training.distributed import Process
@@ -58,8 +58,8 @@ class Record:
     """Holds what a run has done and found so far, beside its weights; all of it is in a checkpoint.
 
     `measures` are held-out: of a colour histogram (step None), then of the encoder at each
-    evaluated step, 0 being the untrained one. `best` is the one of the trained with the highest
-    AUC, `best_weights` the encoder's state then.
+    evaluated step, 0 being the one that training begins with. `best` is the one of the trained with
+    the highest AUC, `best_weights` the encoder's state then.
     """
 
     step: int = 0
@@ -103,9 +103,10 @@ class Training:
         rows = data.train.with_anchor()
         check_data(data, rows)
         self.settings, self.process, self.folder, self.say = settings, process, folder, say
-        self.identity = {"settings": settings.identity(), "data": data.fingerprint}
         self.precision = choose_training_precision(settings.precision, process.device)
         self.encoder, self.objective = build_modules(settings, process.device)
+        begun_from = {"init_from": self.encoder.encoder_id}  # wherever its folder lies
+        self.identity = {"settings": settings.identity() | begun_from, "data": data.fingerprint}
         self.parameters = [*self.encoder.parameters(), *self.objective.parameters()]
         self.backbone_parameters = schedules.backbone_parameters(self.encoder)
         groups = schedules.parameter_groups(settings, self.encoder, self.objective)
@@ -281,7 +282,7 @@ class Training:
             raise DataContractError(
                 f"Not one of the {self.record.step:,} batches had anything to learn from for the "
                 f"objective {self.settings.objective!r}, with {self.record.counts['bad_images']:,} "
-                "images that could not be read. The encoder would be the untrained one. Check "
+                "images that could not be read. The encoder would stay as it began. Check "
                 "catalogue.image_roots in the settings, and for clip that the catalogue has titles."
             )
 
@@ -309,7 +310,8 @@ class Training:
                 "--held-out-days, or check catalogue.image_roots in the settings."
             )
         self._note({"step": None, **asdict(colours)}, "colour histogram", board)
-        self._measure("untrained", board)
+        begun = "the encoder it started from" if self.settings.init_from else "untrained"
+        self._measure(begun, board)
 
     def _evaluate(self, board: Board | None) -> None:
         found = self._measure(f"step {self.record.step:,}", board)
@@ -452,8 +454,11 @@ def choose_training_precision(wanted: str, device: torch.device) -> str:
 
 
 def build_modules(settings: TrainSettings, device: torch.device) -> tuple[ImageEncoder, Objective]:
-    """Builds the untrained encoder and objective; the same settings give the same weights."""
-    encoder = build_encoder(settings.backbone, settings.weights, settings.input_size, settings.seed)
+    """Builds encoder and objective as they begin; the same settings give the same weights."""
+    weights = "random" if settings.init_from else settings.weights
+    encoder = build_encoder(settings.backbone, weights, settings.input_size, settings.seed)
+    if settings.init_from:
+        encoder = load_earlier(settings.init_from, encoder)
     for part in encoder.modules():
         if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
             # 0.1 lags ten steps behind: short runs from scratch were measured with statistics of
@@ -468,6 +473,28 @@ def build_modules(settings: TrainSettings, device: torch.device) -> tuple[ImageE
         encoder.backbone.compile()
     encoder.to(memory_format=torch.channels_last)
     return encoder.to(device), objective.to(device)
+
+
+def load_earlier(folder: str, like: ImageEncoder) -> ImageEncoder:
+    """Loads the saved encoder that training is to go on from.
+
+    Raises OperatorError where `folder` holds none, or one of another backbone or preprocessing than
+    `like`, and DataContractError where it is damaged.
+    """
+    found = load_encoder(folder)
+    old, new = (
+        {"backbone": one.backbone_name, **asdict(one.preprocessing)} for one in (found, like)
+    )
+    if old != new:
+        changes = [
+            f"{name} {old[name]!r}, now {new[name]!r}" for name in new if old[name] != new[name]
+        ]
+        raise OperatorError(
+            f"The encoder {found.encoder_id} of --init-from was made with {'; '.join(changes)}. "
+            "Its weights are of that network and of images prepared in that way. Give the same "
+            "--backbone and --input-size, or leave --init-from out."
+        )
+    return found
 
 
 def open_cache(

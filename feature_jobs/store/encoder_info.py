@@ -23,6 +23,8 @@ class EncoderInfo:
     `categories` None means that every category is in scope. The data range is that of the training
     data, both ends inclusive; None for an encoder that was made without any. `timm` is there for a
     backbone of timm's: its `version`, and of weights from its hub `hub_id`, `revision`, `licence`.
+    `lineage` has the IDs of the encoders that training went on from, the latest first; the data
+    range includes theirs.
     """
 
     encoder_id: str
@@ -33,6 +35,7 @@ class EncoderInfo:
     data_end_ds: str | None
     weights: str
     timm: dict[str, str] | None = None
+    lineage: tuple[str, ...] = ()
 
 
 def read_encoder_info(folder: str) -> EncoderInfo:
@@ -42,6 +45,7 @@ def read_encoder_info(folder: str) -> EncoderInfo:
         fields = read_json(path)
         categories = fields["categories"]
         fields["categories"] = None if categories is None else tuple(categories)
+        fields["lineage"] = tuple(fields.get("lineage", ()))
         return EncoderInfo(**fields)
     except (FileNotFoundError, NotADirectoryError, TypeError, KeyError) as error:
         raise OperatorError(
@@ -51,7 +55,10 @@ def read_encoder_info(folder: str) -> EncoderInfo:
 
 
 def write_encoder_info(folder: str, info: EncoderInfo) -> None:
-    facts = {name: value for name, value in asdict(info).items() if (name, value) != ("timm", None)}
+    facts = asdict(info)
+    for name in ("timm", "lineage"):
+        if not facts[name]:
+            del facts[name]
     write_json(os.path.join(folder, "encoder.json"), facts)
 
 

@@ -31,7 +31,7 @@ from feature_jobs.schemas import (
     OperatorError,
 )
 from feature_jobs.store import day_names, documents, files, partitions
-from feature_jobs.store.encoder_info import EncoderInfo
+from feature_jobs.store.encoder_info import EncoderInfo, read_encoder_info
 from feature_jobs.store.partitions import Partition
 from feature_jobs.store.versions import PACKAGE_VERSIONS
 from pipelines.artefacts.encoders import encoder_stanza
@@ -67,14 +67,18 @@ def train(
     """Trains on days before `until` and saves the encoder; returns its stanza.
 
     The run has a folder of its own below `folder`/training; the encoder lies below `out`/encoders.
-    Goes on where the same command was stopped. Under torchrun all processes call this alike; all
-    but the first are silent and return None.
+    The stanza holds from `until` on, or from the day after the data of an encoder that it goes on
+    from. Goes on where the same command was stopped. Under torchrun all processes call this alike;
+    all but the first are silent and return None.
     """
     check_name(name)
+    earlier = read_encoder_info(wanted.init_from) if wanted.init_from else None
     run_folder = os.path.join(folder, "training", f"{name}-until-{until}")
     with joined() as process, contextlib.ExitStack() as stack:
         bar = stack.enter_context(contextlib.closing(StepBar(say if process.leads else None)))
         span = find_span(settings, start, until, held_out_days, bar.say)
+        if earlier:
+            check_goes_on(earlier, span, bar.say)
         data, sources = read_data(settings, span)
         if process.leads:
             stack.enter_context(_alone_in(run_folder))
@@ -84,10 +88,10 @@ def train(
             record = run.run(bar.show, stop_asked)
         if not process.leads:
             return None
-        info = _export(run, record, span, out, name)
+        info = _export(run, record, span, earlier, out, name)
         path = os.path.join(out, "encoders", info.encoder_id)
-        documents.write_json(os.path.join(path, "train.json"), _account(run, span, sources))
-        for warning in _disappointments(record):
+        documents.write_json(os.path.join(path, "train.json"), _account(run, span, sources, info))
+        for warning in _disappointments(run, record):
             bar.say(warning)
         best = record.best
         assert best is not None
@@ -95,7 +99,10 @@ def train(
             f"{wanted.objective}, {wanted.backbone}, trained on ds {info.data_start_ds} to "
             f"{info.data_end_ds}, held-out AUC {best['auc']:.4f} at step {best['step']:,}"
         )
-        return encoder_stanza(settings, folder, comment, until, path)
+        assert info.data_end_ds is not None
+        data_end = dt.date.fromisoformat(info.data_end_ds)
+        from_ds = max(until, data_end + dt.timedelta(days=1))
+        return encoder_stanza(settings, folder, comment, from_ds, path)
 
 
 # ---- Which days ------------------------------------------------------------------------------
@@ -165,6 +172,36 @@ def _check_alike(settings: Settings, found: Mapping[dt.date, Partition]) -> None
             "days made differently are not trained on together. Correct the settings, or run "
             f"`courier training-rows --start-ds {first} --end-ds {last}`."
         )
+
+
+def check_goes_on(earlier: EncoderInfo, span: Span, say: Callable[[str], None]) -> None:
+    """Raises OperatorError where an `earlier` encoder has another scope than the rows of `span`.
+
+    Warns where it was made from days that are held out.
+    """
+    if _scope(earlier.categories) != _scope(span.categories):
+        raise OperatorError(
+            f"The encoder {earlier.encoder_id} of --init-from was made for "
+            f"{_named(earlier.categories)}, but the training rows are of "
+            f"{_named(span.categories)}. What it learned elsewhere would be in an encoder that "
+            "does not say so. Go on from an encoder of these categories, or make training rows of "
+            "those of [training] categories that it has."
+        )
+    first = str(next(iter(span.held_out)))
+    if earlier.data_end_ds is not None and earlier.data_end_ds >= first:
+        say(
+            f"WARNING: {earlier.encoder_id}, which training goes on from, was made from data up to "
+            f"ds {earlier.data_end_ds}, and the days held out begin with {first}: it has seen what "
+            "it is measured on, so that the measures are too good. Train until a later day."
+        )
+
+
+def _scope(categories: Sequence[str] | None) -> frozenset[str] | None:
+    return None if categories is None else frozenset(categories)
+
+
+def _named(categories: Sequence[str] | None) -> str:
+    return "all categories" if categories is None else f"the categories {list(categories)}"
 
 
 # ---- Rows and images -------------------------------------------------------------------------
@@ -323,22 +360,31 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 # ---- What is left behind ---------------------------------------------------------------------
 
 
-def _export(run: Training, record: Record, span: Span, out: str, name: str) -> EncoderInfo:
-    """Saves the encoder of the best evaluated step."""
+def _export(
+    run: Training, record: Record, span: Span, earlier: EncoderInfo | None, out: str, name: str
+) -> EncoderInfo:
+    """Saves the encoder of the best evaluated step, which knows what an `earlier` one knew."""
     assert record.best_weights is not None
     run.encoder.load_state_dict(record.best_weights)
-    days = list(span.all)
+    days = [str(ds) for ds in span.all]
+    origin, lineage = origin_of(run.settings.weights), tuple[str, ...]()
+    if earlier:
+        days += [ds for ds in (earlier.data_start_ds, earlier.data_end_ds) if ds is not None]
+        origin, lineage = earlier.encoder_id, (earlier.encoder_id, *earlier.lineage)
     return save_encoder(
         run.encoder.eval(), os.path.join(out, "encoders"), name, span.categories,
-        data_start_ds=str(days[0]), data_end_ds=str(days[-1]),
-        weights=f"{origin_of(run.settings.weights)}, trained for {run.settings.objective}",
+        data_start_ds=min(days), data_end_ds=max(days),
+        weights=f"{origin}, trained for {run.settings.objective}", lineage=lineage,
     )  # fmt: skip
 
 
-def _account(run: Training, span: Span, sources: Mapping[str, Any]) -> dict[str, Any]:
+def _account(
+    run: Training, span: Span, sources: Mapping[str, Any], info: EncoderInfo
+) -> dict[str, Any]:
     """Tells for `train.json` how to make the encoder again, and what it was found to be worth.
 
-    The data range includes the held-out days, since they chose the step that was exported.
+    The data range includes the held-out days, since they chose the step that was exported, but not
+    the days of encoders in the lineage.
     """
     record = run.record
     return {
@@ -350,6 +396,7 @@ def _account(run: Training, span: Span, sources: Mapping[str, Any]) -> dict[str,
             "fingerprint": run.identity["data"],
             **sources,
         },
+        "lineage": list(info.lineage),
         "git_revision": _git_revision(),
         "versions": PACKAGE_VERSIONS,
         "device": run.process.device_name,
@@ -362,11 +409,12 @@ def _account(run: Training, span: Span, sources: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _disappointments(record: Record) -> Iterator[str]:
+def _disappointments(run: Training, record: Record) -> Iterator[str]:
     """Yields what the operator should know before pinning an encoder that is not worth it."""
     assert record.best is not None
+    begun = "the encoder it started from" if run.settings.init_from else "the untrained encoder"
     for measured in record.measures[:2]:
-        name = "a plain colour histogram" if measured["step"] is None else "the untrained encoder"
+        name = "a plain colour histogram" if measured["step"] is None else begun
         if measured["auc"] >= record.best["auc"]:
             yield (
                 f"WARNING: {name} ranks held-out clicks at least as well (AUC "

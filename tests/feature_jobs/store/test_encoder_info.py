@@ -38,6 +38,15 @@ def test_only_a_backbone_of_timms_is_told_with_what_is_timms(tmp_path: Path) -> 
     assert encoder_info.read_encoder_info(str(tmp_path)) == info
 
 
+def test_what_an_encoder_came_from_is_in_the_file_where_there_is_anything(tmp_path: Path) -> None:
+    """So the file of any other encoder is as it was before there were lineages."""
+    encoder_info.write_encoder_info(str(tmp_path), ENCODER)
+    assert "lineage" not in documents.read_json(str(tmp_path / "encoder.json"))
+    info = replace(ENCODER, lineage=("b-0123456789ab", "a-0123456789ab"))
+    encoder_info.write_encoder_info(str(tmp_path), info)
+    assert encoder_info.read_encoder_info(str(tmp_path)) == info
+
+
 def test_timm_is_asked_for_where_a_backbone_is_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     encoder_info.check_timm_is_there("resnet18")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -79,6 +80,7 @@ def test_the_encoder_tells_its_scope_and_its_days(
     assert info.categories == SCOPE
     assert (info.data_start_ds, info.data_end_ds) == (str(DAYS[0]), str(DAYS[2]))
     assert info.weights == "random, trained for courier"
+    assert info.lineage == ()
     assert info.preprocessing["input_size"] == 32
 
 
@@ -153,6 +155,106 @@ def test_an_earlier_day_less_makes_another_encoder(
     shop = copied_until_d(prepared, tmp_path)
     assert train(shop, "--start-ds", str(DAYS[1])) == 0
     assert encoder_id(shop) != encoder_id(trained[0])
+
+
+# ---- Gone on from yesterday's ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gone_on(
+    trained: tuple[World, str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[World, str, list[dict[str, Any]], str]:
+    """Goes on from the trained encoder on days of before its end, and from that one once more.
+
+    Returns the shop, the encoder it began with, the pins of the two made and what was told. No test
+    changes the shop.
+    """
+    world = copied(trained[0].folder, tmp_path_factory.mktemp("gone_on"))
+    parent = str(world.folder / trained[2]["encoder"])
+    printed: list[str] = []
+    told: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("click.echo", lambda text, err=False: (told if err else printed).append(text))
+        options = ("--until", str(DAYS[2]), "--name", "second", "--ema-decay", "0.5")
+        assert train(world, *options, "--init-from", parent) == 0
+        second = str(world.folder / tomllib.loads(printed[0])["pins"][0]["encoder"])
+        assert train(world, "--name", "third", "--init-from", second) == 0
+    pins = [tomllib.loads(text)["pins"][0] for text in printed]
+    return world, parent, pins, "\n".join(told)
+
+
+def test_an_encoder_that_went_on_knows_what_the_earlier_one_knew(
+    gone_on: tuple[World, str, list[dict[str, Any]], str],
+) -> None:
+    world, parent, pins, _ = gone_on
+    second, third = (read_encoder_info(str(world.folder / pin["encoder"])) for pin in pins)
+    first = read_encoder_info(parent)
+    # It was trained on the first two days alone.
+    assert (second.data_start_ds, second.data_end_ds) == (str(DAYS[0]), str(DAYS[2]))
+    assert second.weights == f"{first.encoder_id}, trained for courier"
+    assert second.lineage == (first.encoder_id,)
+    assert third.lineage == (second.encoder_id, first.encoder_id)
+    assert second.categories == first.categories
+    found = json.loads((world.folder / pins[1]["encoder"] / "train.json").read_text())
+    assert found["lineage"] == [second.encoder_id, first.encoder_id]
+    found = json.loads((world.folder / pins[0]["encoder"] / "train.json").read_text())
+    assert (found["data"]["start_ds"], found["data"]["end_ds"]) == (str(DAYS[0]), str(DAYS[1]))
+    assert found["settings"]["ema_decay"] == 0.5
+
+
+def test_its_measures_are_told_to_be_of_what_the_earlier_one_has_seen(
+    gone_on: tuple[World, str, list[dict[str, Any]], str],
+) -> None:
+    told = gone_on[3]
+    assert f"WARNING: {os.path.basename(gone_on[1])}, which training goes on from" in told
+    assert f"up to ds {DAYS[2]}, and the days held out begin with {DAYS[1]}" in told
+    assert "held out, the encoder it started from: auc" in told
+    assert "untrained" not in told
+
+
+def test_a_night_of_a_day_that_only_the_earlier_encoder_knew_is_refused(
+    gone_on: tuple[World, str, list[dict[str, Any]], str], tmp_path: Path, capsys: Capture
+) -> None:
+    world, _, (pin, _), _ = gone_on
+    assert pin["from_ds"] == str(D)  # not the day it was trained until
+    world = copied(world.folder, tmp_path)
+    encoder = str(world.folder / pin["encoder"])
+    world.pin(DAYS[0], encoder, make_codebook(tmp_path / "codebooks", encoder))
+    assert courier(world, "refresh", "--ds", str(DAYS[2])) == 2
+    told = paragraph(capsys)
+    assert f"The pinned encoder was made from data up to ds {DAYS[2]}" in told
+    assert "know their own future" in told
+    assert courier(world, "refresh", "--ds", str(D)) == 0
+
+
+def test_an_encoder_that_does_not_fit_is_not_gone_on_from(
+    trained: tuple[World, str, dict[str, Any]], tmp_path: Path, capsys: Capture
+) -> None:
+    world = copied(trained[0].folder, tmp_path)
+    parent = world.folder / trained[2]["encoder"]
+    new = ("--name", "new", "--init-from")
+
+    def refused(*args: str, status: int = 2) -> str:
+        capsys.readouterr()
+        assert train(world, *args) == status
+        assert not (world.folder / "training" / f"new-until-{D}" / "checkpoints").exists()
+        return paragraph(capsys)
+
+    assert "is no encoder package" in refused(*new, str(tmp_path / "nowhere"))
+    told = refused(*new, str(parent), "--weights", "random")
+    assert f"--weights random and --init-from {parent}" in told
+    told = refused(*new, str(parent), "--backbone", "resnet18")
+    assert "backbone 'shufflenet_v2_x0_5', now 'resnet18'" in told
+    assert "input_size 32, now 64" in refused(*new, str(parent), "--input-size", "64")
+    other = shutil.copytree(parent, tmp_path / "other")
+    for categories, named in ((None, "all categories"), (["dress"], "the categories ['dress']")):
+        facts = json.loads((other / "encoder.json").read_text()) | {"categories": categories}
+        (other / "encoder.json").write_text(json.dumps(facts))
+        told = refused(*new, str(other))
+        assert f"was made for {named}, but the training rows are of the categories ['dress'" in told
+    broken = shutil.copytree(parent, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"half")
+    assert "cannot be read as safetensors" in refused(*new, str(broken), status=1)
 
 
 # ---- Again, and stopped ----------------------------------------------------------------------
