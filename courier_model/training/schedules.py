@@ -8,6 +8,7 @@ which a checkpoint would have to hold beside its step.)
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,20 +56,20 @@ def backbone_parameters(encoder: ImageEncoder) -> list[nn.Parameter]:
 
 
 def parameter_groups(
-    settings: TrainSettings, encoder: ImageEncoder, objective: nn.Module
+    settings: TrainSettings, parameters: Sequence[nn.Parameter], backbone: Sequence[nn.Parameter]
 ) -> list[dict[str, Any]]:
-    """Returns an optimizer's parameter groups with their learning rates before any schedule.
+    """Returns an optimizer's groups of all `parameters`, with their rates before any schedule.
 
-    With a factor of 1 all are one group, as in checkpoints of before there were two.
+    The last group is the `backbone`. With a factor of 1 all are one group, as in checkpoints of
+    before there were two.
     """
-    everything = [*encoder.parameters(), *objective.parameters()]
+    rate = settings.learning_rate
     if settings.backbone_lr_factor == 1:
-        return [{"params": everything, "lr": settings.learning_rate}]
-    backbone = backbone_parameters(encoder)
-    rest = set(everything) - set(backbone)
+        return [{"params": list(parameters), "lr": rate}]
+    slower = set(backbone)
     return [
-        {"params": [p for p in everything if p in rest], "lr": settings.learning_rate},
-        {"params": backbone, "lr": settings.learning_rate * settings.backbone_lr_factor},
+        {"params": [p for p in parameters if p not in slower], "lr": rate},
+        {"params": list(backbone), "lr": rate * settings.backbone_lr_factor},
     ]
 
 

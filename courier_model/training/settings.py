@@ -34,11 +34,11 @@ class TrainSettings:
     """Describes a training run; the defaults are the paper's (COURIER appendix §4).
 
     `init_from`, the folder of a saved encoder, takes the place of `weights`. `input_size` in pixels
-    and `temperature` default to the backbone's and the objective's own.
-    `batch_rows` is the global batch, in rows of up to ten images. With `chunk_images` gradients are
-    cached: so many images at a time have activations on the device; with 0 all of a batch have.
-    `evaluate_every` is in steps. `workers` processes decode, 0 for the training process itself, by
-    default one for each core that is left, at most 8.
+    and `temperature` default to the backbone's and the objective's own. `batch_rows` is the global
+    batch, in rows of up to ten images. With `chunk_images` gradients are cached: so many images at
+    a time have activations on the device; with 0 all of a batch have. `evaluate_every` is in steps.
+    `workers` processes decode, 0 for the training process itself, by default one for each core that
+    is left, at most 8.
 
     The learning rate rises over `warmup_steps`, and with `cosine_decay` falls to 0 at the run's
     end; all of the encoder but its last layer has `backbone_lr_factor` times the rate, and does not
@@ -117,8 +117,8 @@ class TrainSettings:
         for name in ("warmup_steps", "freeze_backbone"):
             if getattr(self, name) < 0:
                 raise OperatorError(
-                    f"{_option(name)} is {getattr(self, name)}; expected is a number of steps, or "
-                    "0 for none."
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; expected is a number of "
+                    "steps, or 0 for none."
                 )
         if not 0 < self.backbone_lr_factor < math.inf:
             raise OperatorError(
@@ -139,10 +139,6 @@ class TrainSettings:
         """
         free = _FREE - {"epochs"} if self.cosine_decay else _FREE
         return {name: value for name, value in asdict(self).items() if name not in free}
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 PRESETS = {

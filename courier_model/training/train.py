@@ -107,12 +107,12 @@ class Training:
         self.encoder, self.objective = build_modules(settings, process.device)
         begun_from = {"init_from": self.encoder.encoder_id}  # wherever its folder lies
         self.identity = {"settings": settings.identity() | begun_from, "data": data.fingerprint}
-        self.parameters = [*self.encoder.parameters(), *self.objective.parameters()]
+        self.model = torch.nn.ModuleList([self.encoder, self.objective])
+        self.parameters = list(self.model.parameters())
         self.backbone_parameters = schedules.backbone_parameters(self.encoder)
-        groups = schedules.parameter_groups(settings, self.encoder, self.objective)
+        groups = schedules.parameter_groups(settings, self.parameters, self.backbone_parameters)
         self.rates = [group["lr"] for group in groups]
         self.optimizer = torch.optim.Adam(groups, weight_decay=settings.weight_decay)
-        self.model = torch.nn.ModuleList([self.encoder, self.objective])
         decay = settings.ema_decay
         self.average = schedules.averaged(self.model, decay) if decay else None
         # What is evaluated and exported.
@@ -165,7 +165,8 @@ class Training:
             record.seconds = clock.seconds()
             rate = clock.images_per_second(batch.images.shape[:2].numel() * self.process.size)
             if board:
-                board.add(record.step, {**_named("loss", loss.terms), "images_per_second": rate})
+                numbers = {"images_per_second": rate, "learning_rate": self._learning_rate()}
+                board.add(record.step, {**_named("loss", loss.terms), **numbers})
             left = clock.seconds_left(self.steps - record.step)
             report(Progress(record.step, self.steps, loss.total, rate, left))
             stop = distributed.any_process(stopped(), self.process.device)
@@ -225,6 +226,10 @@ class Training:
         factor = schedules.rate_factor(self.settings, step, self.steps)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+
+    def _learning_rate(self) -> float:
+        """Returns the last step's, of all but the backbone."""
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def _features(self, encoder: ImageEncoder, images: Tensor) -> Tensor:
         """Computes features in the chosen precision: uint8 `[m, 3, S, S]` -> float32 `[m, 256]`."""
