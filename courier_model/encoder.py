@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 from courier_model import backbones
 from courier_model.images import Preprocessing
+from courier_model.projection import Projection, mean_of
 from feature_jobs.schemas import EMBEDDING_DIM, DataContractError, OperatorError
 from feature_jobs.store import files
 from feature_jobs.store.documents import digest
@@ -45,6 +47,7 @@ class ImageEncoder(nn.Module):
 
     mean: Tensor
     std: Tensor
+    centre: Tensor | None
 
     def __init__(self, backbone_name: str, preprocessing: Preprocessing) -> None:
         super().__init__()
@@ -64,6 +67,7 @@ class ImageEncoder(nn.Module):
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
         self.register_buffer("mean", mean.view(3, 1, 1), persistent=False)
         self.register_buffer("std", std.view(3, 1, 1), persistent=False)
+        self.register_buffer("centre", None)  # [256]; None: nothing is taken off
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeds uint8 RGB `[batch, 3, S, S]`, as `images.decode` gives it: float32 `[batch, 256]`.
@@ -75,12 +79,40 @@ class ImageEncoder(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Returns the embeddings before their L2 norm is taken, which training attends with.
 
-        They are float32 also under autocast, where the backbone runs in the lower precision.
+        They are float32 also under autocast, where the backbone runs in the lower precision. The
+        `centre`, if it has one, is taken off.
         """
         if images.dtype != torch.uint8:  # floats in 0..1 would silently become all but black
             raise TypeError(f"expected uint8 images, found {images.dtype}")
         output: Tensor = self.backbone((images.float() / 255 - self.mean) / self.std)
-        return output.float()
+        return output.float() if self.centre is None else output.float() - self.centre
+
+    @property
+    def head(self) -> nn.Linear:
+        """Returns the embedding layer."""
+        head = self.backbone.get_submodule(self.head_name)
+        assert isinstance(head, nn.Linear)
+        return head
+
+    def leave_out_head(self) -> None:
+        """Makes `features` what the head gets, `[batch, features]`."""
+        self.backbone.set_submodule(self.head_name, nn.Identity())
+        self.centre = None
+
+    def project(self, projection: Projection, centred: bool = True) -> None:
+        """Takes a projection of pooled features for its head, and its centre if it is `centred`.
+
+        `weight` has the shape of the head's.
+        """
+        with torch.no_grad():
+            self.head.weight.copy_(torch.from_numpy(projection.weight))
+            nn.init.zeros_(self.head.bias)
+        self.centre = torch.from_numpy(projection.centre) if centred else None
+
+    def take_off(self, features: npt.NDArray[np.float32]) -> None:
+        """Takes for its centre what the head makes of the mean of pooled `features` [n, c]."""
+        with torch.no_grad():
+            self.centre = self.head(torch.from_numpy(mean_of(features)))
 
 
 def build_encoder(
@@ -279,6 +311,8 @@ def load_encoder(folder: str) -> ImageEncoder:
 def _rebuild(info: EncoderInfo, state: dict[str, Tensor], path: str) -> ImageEncoder:
     with torch.random.fork_rng(devices=[]):  # its initial weights are overwritten
         encoder = ImageEncoder(info.backbone, Preprocessing.from_dict(info.preprocessing))
+    if "centre" in state:
+        encoder.centre = torch.zeros(EMBEDDING_DIM)
     misfit = _load_state(encoder, state)
     if misfit:
         made = f", {info.timm['version']}" if info.timm else ""
@@ -341,6 +375,41 @@ def embed(
     Raises DataContractError when a vector is not finite or not of unit length: it must not be
     published.
     """
+    embeddings = _in_batches(encoder, images, batch_size, device, precision, encoder.forward)
+    _check_unit_norm(embeddings, encoder)
+    return embeddings
+
+
+def pool(
+    encoder: ImageEncoder,
+    images: npt.NDArray[np.uint8],
+    batch_size: int,
+    device: torch.device,
+    precision: str,
+) -> npt.NDArray[np.float32]:
+    """Returns the features of uint8 RGB `[n, 3, S, S]`, as `embed` computes them, without a norm.
+
+    They are float32 `[n, features]` of an encoder whose head is left out. Raises DataContractError
+    where one is not finite.
+    """
+    features = _in_batches(encoder, images, batch_size, device, precision, encoder.features)
+    if not np.isfinite(features).all():
+        raise DataContractError(
+            f"The backbone {encoder.backbone_name!r} gave features that are not finite. Its "
+            "weights are broken or overflow in the chosen precision; nothing can be fitted on "
+            "them. Try precision fp32 in [embed] of the settings."
+        )
+    return features
+
+
+def _in_batches(
+    encoder: ImageEncoder,
+    images: npt.NDArray[np.uint8],
+    batch_size: int,
+    device: torch.device,
+    precision: str,
+    compute: Callable[[Tensor], Tensor],
+) -> npt.NDArray[np.float32]:
     size = encoder.preprocessing.input_size
     if images.dtype != np.uint8 or images.shape[1:] != (3, size, size):
         raise ValueError(
@@ -357,12 +426,11 @@ def embed(
     ):
         # Outputs stay on the device until the end, so that a GPU is not waited for per batch.
         outputs = [
-            _embed_batch(encoder, images[start : start + batch_size], batch_size, device)
+            _compute_batch(compute, images[start : start + batch_size], batch_size, device)
             for start in range(0, len(images), batch_size)
         ]
-        embeddings: npt.NDArray[np.float32] = torch.cat(outputs).cpu().numpy()
-    _check_unit_norm(embeddings, encoder)
-    return embeddings
+        found: npt.NDArray[np.float32] = torch.cat(outputs).cpu().numpy()
+    return found
 
 
 def _place(encoder: ImageEncoder, device: torch.device) -> None:
@@ -376,15 +444,15 @@ def _place(encoder: ImageEncoder, device: torch.device) -> None:
             encoder.placed_on = device
 
 
-def _embed_batch(
-    encoder: ImageEncoder, images: npt.NDArray[np.uint8], batch_size: int, device: torch.device
-) -> Tensor:
+def _compute_batch(
+    compute: Callable[[Tensor], Tensor], images: npt.NDArray[np.uint8], batch_size: int,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
     padded = np.zeros((batch_size, *images.shape[1:]), np.uint8)
     padded[: len(images)] = images
     # Channels last: measured 1.1 to 1.2 times as fast on a CPU for swin_t and ResNets.
     channels_last = torch.from_numpy(padded).to(device, memory_format=torch.channels_last)
-    output: Tensor = encoder(channels_last)
-    return output[: len(images)]
+    return compute(channels_last)[: len(images)]
 
 
 def _check_unit_norm(embeddings: npt.NDArray[np.float32], encoder: ImageEncoder) -> None:

@@ -44,9 +44,10 @@ class Embedder:
     """
 
     def __init__(
-        self, folder: str, batch_size: int, device: str = "auto", precision: str = "auto"
-    ) -> None:
-        self._folder, self._batch_size = folder, batch_size
+        self, folder: str, batch_size: int, device: str = "auto", precision: str = "auto",
+        pooled: bool = False,
+    ) -> None:  # fmt: skip
+        self._folder, self._batch_size, self._pooled = folder, batch_size, pooled
         self._device = encoders.choose_device(device)
         self._precision = encoders.choose_precision(self._device, precision)
         self._lock = threading.Lock()
@@ -62,7 +63,10 @@ class Embedder:
         return 1 if self._device.type == "cuda" else threads.budget()
 
     def embed(self, pixels: np.ndarray) -> np.ndarray:
-        """Embeds uint8 `[n, 3, S, S]` as float32 unit vectors `[n, 256]`, see `encoder.embed`."""
+        """Embeds uint8 `[n, 3, S, S]` as float32 unit vectors `[n, 256]`, see `encoder.embed`.
+
+        Where it is `pooled`, it returns what the encoder's head gets instead, `[n, features]`.
+        """
         return self._own_threads().submit(self._embed, pixels).result()
 
     def _own_threads(self) -> Executor:
@@ -76,9 +80,10 @@ class Embedder:
         with self._lock:
             if self._encoder is None:
                 self._encoder = encoders.load_encoder(self._folder)
-        return encoders.embed(
-            self._encoder, pixels, self._batch_size, self._device, self._precision
-        )
+                if self._pooled:
+                    self._encoder.leave_out_head()
+        compute = encoders.pool if self._pooled else encoders.embed
+        return compute(self._encoder, pixels, self._batch_size, self._device, self._precision)
 
 
 @dataclass
@@ -107,12 +112,14 @@ class _Forward:
             self._start()
 
     def vectors(self) -> np.ndarray:
-        """Returns float32 [images, 256], in the order in which the images were added."""
+        """Returns float32 [images, 256 or features], in the order in which they were added."""
         if self._waiting:
             self._start()
         while self._running:
             self._done.append(self._running.popleft().result())
-        return np.concatenate([np.empty((0, EMBEDDING_DIM), np.float32), *self._done])
+        if not self._done:
+            return np.empty((0, EMBEDDING_DIM), np.float32)
+        return np.concatenate(self._done)
 
     def untold(self) -> float:
         """Returns the seconds of forward passes since this was last asked."""

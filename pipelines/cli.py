@@ -399,22 +399,43 @@ def join(
     "--name", default=None, help="First part of the encoder's id. [default: the backbone]"
 )
 @click.option("--category", multiple=True, help="One in scope; repeat. [default: all]")
+@click.option("--ds", type=Ds(), help="Fit what follows on images of this day's catalogue.")
+@click.option(
+    "--centre/--no-centre",
+    default=None,
+    help="Take off the mean feature before the norm. [default: of pretrained weights]",
+)
+@click.option(
+    "--projection",
+    type=click.Choice(["random", "pca"]),
+    default="random",
+    help="To 256 numbers; pca: the leading directions of the features.",
+)
+@click.option("--whiten", is_flag=True, help="Scale the directions of pca to the same variance.")
+@click.option(
+    "--sample", type=click.IntRange(300), default=20_000, help="About how many images to fit on."
+)
 @out_option
+@beam_argument
 def init_encoder(
-    config: str, backbone: str, weights: str, input_size: int | None, seed: int, name: str | None,
-    category: tuple[str, ...], out: str | None,
+    config: str, name: str | None, category: tuple[str, ...], ds: dt.date | None,
+    centre: bool | None, projection: str, whiten: bool, sample: int, out: str | None,
+    beam_args: Sequence[str], **begun_with: Any,
 ) -> None:  # fmt: skip
     """Make an encoder package without training; prints the pin to append to the settings."""
     from pipelines.artefacts import encoders
+
+    start = encoders.Start(**begun_with)
+    fitting = encoders.choose_fitting(ds, centre, projection, whiten, sample, start.weights, _say)
 
     # `>>` to a new file has made an empty one by now.
     is_there = os.path.exists(config) and os.path.getsize(config)
     settings = _settings(config) if is_there else None
     folder, out = _folders(config, out)
-    name = name or re.sub("[^a-z0-9]+", "-", backbone.lower())
+    name = name or re.sub("[^a-z0-9]+", "-", start.backbone.lower())
     click.echo(
         encoders.init_encoder(
-            backbone, weights, input_size, seed, name, category, settings, folder, out
+            start, name, category, settings, folder, out, _say, fitting, beam_args
         )
     )
 

@@ -120,16 +120,10 @@ def sampling_shares(items: int, clusters: int, points_per_cluster: int) -> tuple
     return min(1.0, clusters * points_per_cluster / max(1.0, items * (1 - held_out))), held_out
 
 
-def _chosen(ids: pa.ChunkedArray, fraction: float, seed: int) -> np.ndarray:
-    """Chooses a `fraction` of the items, the same whatever else there is; bool [n]."""
-    # 2^64 itself has no room in 64 bits, and this is the largest float64 below it.
-    return hashing.hash_ids(ids, seed) < np.uint64(fraction * (2**64 - 2048))
-
-
 def draw_sample(rows: pa.Table, job: SampleJob) -> pa.Table:
     """Returns the catalogue's in-scope rows of `item_embeddings` to fit on, or to hold out."""
-    held_out = _chosen(rows["item_id"], job.held_out, _HELD_OUT_SEED)
-    wanted = held_out | _chosen(rows["item_id"], job.fraction, _SAMPLE_SEED)
+    held_out = hashing.drawn(rows["item_id"], job.held_out, _HELD_OUT_SEED)
+    wanted = held_out | hashing.drawn(rows["item_id"], job.fraction, _SAMPLE_SEED)
     drawn = rows.select(["item_id", "embedding"]).append_column("held_out", pa.array(held_out))
     return drawn.filter(pa.array(wanted & encoder_info.fitted_on(rows, job.categories)))
 
@@ -398,7 +392,7 @@ def stream_embeddings(job: SampleJob) -> Iterator[np.ndarray]:
             rows = ahead.result()
             if following:
                 ahead = reader.submit(partitions.read_parquet, following, _READ)
-            held_out = _chosen(rows["item_id"], job.held_out, _HELD_OUT_SEED)
+            held_out = hashing.drawn(rows["item_id"], job.held_out, _HELD_OUT_SEED)
             kept = np.flatnonzero(encoder_info.fitted_on(rows, job.categories) & ~held_out)
             hashes = hashing.hash_ids(rows["item_id"], _SAMPLE_SEED)[kept]
             order = kept[np.argsort(hashes)]

@@ -86,8 +86,13 @@ def list_column(matrix: np.ndarray, type: pa.DataType) -> pa.Array:
 
 def embedding_matrix(column: pa.ChunkedArray) -> np.ndarray:
     """Returns the list column `embedding` as float32 [n, 256]; read-only where it is no copy."""
+    return matrix(column, EMBEDDING_DIM)
+
+
+def matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    """Returns lists of `width` numbers as float32 [n, width]; read-only where it is no copy."""
     flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return flat.astype(np.float32, copy=False).reshape(-1, EMBEDDING_DIM)
+    return flat.astype(np.float32, copy=False).reshape(-1, width)
 
 
 def lookup(

@@ -98,6 +98,12 @@ def hash_ids(ids: pa.Array | pa.ChunkedArray, seed: int = 0) -> np.ndarray:
     return _hash_strings(encoded.dictionary, seed)[encoded.indices.to_numpy()]
 
 
+def drawn(ids: pa.Array | pa.ChunkedArray, share: float, seed: int) -> np.ndarray:
+    """Draws a `share` of IDs, in [0, 1], the same whatever others there are; bool [n]."""
+    # 2^64 itself has no room in 64 bits, and this is the largest float64 below it.
+    return hash_ids(ids, seed) < np.uint64(share * (2**64 - 2048))
+
+
 def num_shards(rows: int, rows_per_shard: int) -> int:
     """Returns the least power of two with a mean shard of at most `rows_per_shard`; at least 1."""
     return 1 << max(0, -(-rows // rows_per_shard) - 1).bit_length()

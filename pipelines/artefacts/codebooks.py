@@ -4,12 +4,11 @@ What it will do is found out before any of it is done, the memory and the time t
 included. The package appears when all of it is there; nothing else is changed.
 """
 
-import contextlib
 import datetime as dt
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,12 +47,12 @@ from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
     ITEM_FEATURES,
     MAIN,
-    CourierError,
     InputNotReady,
     OperatorError,
 )
 from feature_jobs.store import encoder_info, faults, files, partitions, worker_notes
 from pipelines.artefacts.encoders import stanza
+from pipelines.artefacts.fit_staging import own_staging
 from pipelines.artefacts.free_memory import available_bytes
 from pipelines.config import Settings
 from pipelines.planning.shop_tables import ShopTables
@@ -61,7 +60,7 @@ from pipelines.running import beam_options, cluster_jobs, making
 from pipelines.running.layout import Layout
 
 Say = Callable[[str], None]
-_LABEL, _RUN_ID = r"[a-z][a-z0-9_]*", r"[0-9a-f]{12}"
+_LABEL = r"[a-z][a-z0-9_]*"
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def plan_fit(
     sample = SampleJob(
         embeddings, encoder.categories, fraction, held_out,
         # Not that of an earlier fit, whose workers may live on.
-        settings.layout.fit_folder(ds, secrets.token_hex(6)),
+        settings.layout.fit_folder("fit-codebook", ds, secrets.token_hex(6)),
         old, labels if old else (),
     )  # fmt: skip
     drawn = round(items * (fraction * (1 - held_out) + held_out))
@@ -342,7 +341,7 @@ def fit_codebook(settings: Settings, plan: FitPlan, folder: str, out: str, say: 
     day; `folder` is that of the settings.
     """
     parent = load_codebook(plan.parent_folder) if plan.parent_folder else None
-    with _own_staging(plan.sampling.staging, say):
+    with own_staging(plan.sampling.staging, say):
         say(f"fit-codebook: {describe(plan)}")
         paths = plan.sampling.embeddings.paths
         _run(
@@ -362,41 +361,6 @@ def fit_codebook(settings: Settings, plan: FitPlan, folder: str, out: str, say: 
     next_day = dt.date.fromisoformat(codebook.info.data_end_ds) + dt.timedelta(days=1)
     comment = _comment(plan, codebook.info)
     return stanza(folder, comment, next_day, encoder=plan.encoder_folder, codebook=path)
-
-
-@contextlib.contextmanager
-def _own_staging(staging: str, say: Say) -> Iterator[None]:
-    """Keeps other fits of the day away; leaves nothing, not even of those that were killed."""
-    folder = os.path.dirname(staging)
-    try:
-        with files.lock(folder):
-            for left in _stagings(folder):
-                cluster_jobs.end_left(left, say)
-            _sweep(folder)
-            try:
-                yield
-            except cluster_jobs.JobFailed:
-                raise  # whose message names a file in there; the next fit sweeps it
-            except BaseException:
-                _sweep(folder)
-                raise
-            _sweep(folder)
-    except BlockingIOError as error:
-        raise CourierError(
-            f"Another fit-codebook is at work in {folder}. Two at once would delete each other's "
-            "samples. Wait for it, or stop it."
-        ) from error
-
-
-def _sweep(folder: str) -> None:
-    for staging in _stagings(folder):
-        files.delete_tree(staging)
-
-
-def _stagings(folder: str) -> list[str]:
-    """Returns the folders of fits; in a bucket the lock lies beside them."""
-    names = files.list_names(folder)
-    return [os.path.join(folder, name) for name in names if re.fullmatch(_RUN_ID, name)]
 
 
 def _run(

@@ -6,11 +6,33 @@ Commands that make artefacts print a stanza to be added to the settings, and edi
 import datetime as dt
 import json
 import os
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from courier_model.encoder import build_encoder, origin_of, save_encoder
+from courier_model.encoder import (
+    ImageEncoder,
+    build_encoder,
+    check_name,
+    origin_of,
+    save_encoder,
+)
+from courier_model.projection import principal
+from feature_jobs.inputs import Source
+from feature_jobs.schemas import OperatorError
 from feature_jobs.store import files
+from pipelines.artefacts.fit_staging import own_staging
 from pipelines.config import Settings
+from pipelines.planning.shop_tables import ShopTables
+from pipelines.running import beam_options, cluster_jobs, making
+from pipelines.running.beam_options import JobOptions
+from pipelines.stages import EMBED
+
+if TYPE_CHECKING:
+    from feature_jobs.items.image_features import FeaturesJob
+
+Say = Callable[[str], None]
 
 _ANY_DAY = dt.date(2000, 1, 1)
 
@@ -46,20 +68,166 @@ def encoder_stanza(
     )
 
 
+@dataclass(frozen=True)
+class Start:
+    """Says with what a new encoder begins, see `build_encoder`."""
+
+    backbone: str
+    weights: str
+    input_size: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Says what of a new encoder is fitted on a sample of images of a day's catalogue.
+
+    `centre` takes off the mean of the images' features before the norm. `projection` is "random" or
+    "pca", the leading principal directions, each scaled to the same variance where it is to
+    `whiten`. About `sample` images are looked at.
+    """
+
+    ds: dt.date
+    centre: bool
+    projection: str
+    whiten: bool
+    sample: int
+
+
+def choose_fitting(
+    ds: dt.date | None, centre: bool | None, projection: str, whiten: bool, sample: int,
+    weights: str, say: Say,
+) -> Fitting | None:  # fmt: skip
+    """Returns what is to be fitted, None for nothing; `centre` None: where weights are pretrained.
+
+    Raises OperatorError where the options do not go together.
+    """
+    if whiten and projection != "pca":
+        raise OperatorError(
+            "--whiten scales principal directions, and a random projection has none: say "
+            "--projection pca besides, or leave --whiten out."
+        )
+    if ds is None and (centre or projection == "pca"):
+        option = "--projection pca" if projection == "pca" else "--centre"
+        raise OperatorError(
+            f"{option} is fitted on images of the catalogue: say of which day, with --ds, one that "
+            "lies before those that the encoder is to serve."
+        )
+    if ds is None:
+        if weights != "random" and centre is None:
+            say(
+                "WARNING: the encoder is not centred. What all images have in common stays in its "
+                "embeddings and makes their cosines alike; give --ds, a day whose catalogue is "
+                "there, to take it off, or --no-centre to be silent about it."
+            )
+        return None
+    centred = weights != "random" if centre is None else centre
+    if not centred and projection == "random":
+        raise OperatorError(
+            f"--ds {ds} is the day on whose images centre and projection are fitted, and with "
+            "random weights or --no-centre and a random projection there is neither. Leave --ds "
+            "out, or say --centre or --projection pca."
+        )
+    return Fitting(ds, centred, projection, whiten, sample)
+
+
 def init_encoder(
-    backbone: str, weights: str, input_size: int | None, seed: int, name: str,
-    categories: Sequence[str], settings: Settings | None, folder: str, out: str,
+    start: Start, name: str, categories: Sequence[str], settings: Settings | None, folder: str,
+    out: str, say: Say, fitting: Fitting | None = None, beam_args: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """Makes an encoder package below `out`/encoders without training; returns its stanza.
 
-    `folder` is that of the `settings`, None where there are none yet.
+    `folder` is that of the `settings`, None where there are none yet. What is fitted of it knows
+    the catalogue of the day, so that it serves later ones.
     """
-    encoder = build_encoder(backbone, weights, input_size, seed)
+    check_name(name)
+    encoder = build_encoder(start.backbone, start.weights, start.input_size, start.seed)
+    scope, words, day = tuple(categories) or None, origin_of(start.weights), None
+    from_ds, knows = _ANY_DAY, "made without click data: it may serve any day"
+    if fitting:
+        if settings is None:
+            raise OperatorError(
+                f"There are no settings yet, which say where the catalogue of ds {fitting.ds} is. "
+                "Make them with `courier init`, or leave --ds out."
+            )
+        fitted = _fit(encoder, fitting, scope, settings, beam_args, say)
+        words, day = f"{words}, {fitted}", str(fitting.ds)
+        from_ds = fitting.ds + dt.timedelta(days=1)
+        knows = "made without click data"
     info = save_encoder(
-        encoder, os.path.join(out, "encoders"), name, tuple(categories) or None,
-        data_start_ds=None, data_end_ds=None,
-        weights=origin_of(weights),
+        encoder, os.path.join(out, "encoders"), name, scope, data_start_ds=day, data_end_ds=day,
+        weights=words,
     )  # fmt: skip
     path = os.path.join(out, "encoders", info.encoder_id)
-    comment = f"{backbone}, weights {info.weights}, made without click data: it may serve any day"
-    return encoder_stanza(settings, folder, comment, _ANY_DAY, path)
+    comment = f"{start.backbone}, weights {info.weights}, {knows}"
+    return encoder_stanza(settings, folder, comment, from_ds, path)
+
+
+# ---- Fitting on images -------------------------------------------------------------------------
+
+
+def _fit(
+    encoder: ImageEncoder, fitting: Fitting, categories: tuple[str, ...] | None,
+    settings: Settings, beam_args: Sequence[str], say: Say,
+) -> str:  # fmt: skip
+    """Gives the encoder its centre and projection; returns in words what they were fitted on."""
+    from feature_jobs.items.image_features import read_features
+
+    options = beam_options.job_options(settings, EMBED.name, beam_args)
+    beam_options.check_ready([options])
+    if beam_options.is_for_jar(options):
+        raise OperatorError(
+            "init-encoder goes on with the features that its job computes, and "
+            "--output_executable_path would have that job written into a jar instead of run. Leave "
+            "the option out here, or --ds."
+        )
+    catalogue = ShopTables(settings, fitting.ds, say).catalogue(fitting.ds)
+    staging = settings.layout.fit_folder("init-encoder", fitting.ds, secrets.token_hex(6))
+    with own_staging(staging, say):
+        job = _features_job(encoder, fitting, categories, catalogue, settings, staging)
+        images = min(fitting.sample, catalogue.rows)
+        say(f"init-encoder: looking at about {images:,} images of ds {fitting.ds}")
+        _run(job, catalogue, options, say)
+        features = read_features(job)
+    found = f"{len(features):,} images of ds {fitting.ds}"
+    centre = "centre of " if fitting.centre else ""
+    if fitting.projection == "random":
+        encoder.take_off(features)
+        return f"{centre}{found}"
+    projection = principal(features, len(encoder.head.weight), fitting.whiten)
+    say(f"init-encoder: {projection.explained:.1%} of the features' variance is kept")
+    encoder.project(projection, fitting.centre)
+    whitened = "whitened " if fitting.whiten else ""
+    return f"{whitened}pca and {centre}{found}" if centre else f"{whitened}pca of {found}"
+
+
+def _features_job(
+    encoder: ImageEncoder, fitting: Fitting, categories: tuple[str, ...] | None,
+    catalogue: Source, settings: Settings, staging: str,
+) -> "FeaturesJob":  # fmt: skip
+    from feature_jobs.items.image_features import FeaturesJob
+
+    # As a package, since workers may be elsewhere.
+    info = save_encoder(encoder, staging, "fitted", None, None, None, weights="")
+    return FeaturesJob(
+        encoder_folder=os.path.join(staging, info.encoder_id),
+        preprocessing=encoder.preprocessing,
+        image_roots=settings.catalogue.image_roots,
+        categories=categories,
+        share=min(1.0, fitting.sample / max(1, catalogue.rows)),
+        device=settings.embed.device,
+        precision=settings.embed.precision,
+        batch_size=settings.embed.batch_size,
+        chunk_items=settings.embed.chunk_items,
+        staging=staging,
+    )
+
+
+def _run(job: "FeaturesJob", catalogue: Source, options: JobOptions, say: Say) -> None:
+    from feature_jobs.items.image_features import define_features
+
+    name = f"init-encoder-{os.path.basename(job.staging)}"
+    sent = cluster_jobs.Job(name, options.beam, job.staging, say)
+    making.run_job(
+        lambda root: define_features(root, catalogue, job), job.staging, sent.run, options.share
+    )

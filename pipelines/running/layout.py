@@ -132,10 +132,10 @@ class Layout:
         """Returns the staging folder of a run of a stage."""
         return os.path.join(self.kind_folder(kind), f"ds={ds}", run_id)
 
-    def fit_folder(self, ds: dt.date, run_id: str) -> str:
-        """Returns where a fit of a codebook writes."""
+    def fit_folder(self, command: str, ds: dt.date, run_id: str) -> str:
+        """Returns where a fit by one of our commands writes."""
         top = os.path.join(self.root, "_staging", self.feature_set)
-        return os.path.join(top, "fit-codebook", f"ds={ds}", run_id)
+        return os.path.join(top, command, f"ds={ds}", run_id)
 
     def job_folder(self, kind: Kind, days: Sequence[dt.date], run_ids: Sequence[str]) -> str:
         """Returns the folder of one job for consecutive days; the same job has the same one."""

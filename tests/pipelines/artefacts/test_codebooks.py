@@ -354,32 +354,16 @@ def test_a_fit_killed_at_any_write_of_its_package_leaves_none_that_counts(
 
 def test_two_fits_of_a_feature_set_do_not_meet(night: World, capsys: Capture) -> None:
     settings = night.settings()
-    folder = settings.layout.fit_folder(DAYS[1], "any")
+    folder = settings.layout.fit_folder("fit-codebook", DAYS[1], "any")
     with files.lock(os.path.dirname(folder)):
         message = refused(night, capsys, 1, "--clusters", "8", ds=1)
     assert "Another fit-codebook is at work" in message
 
 
-def test_what_was_said_of_a_failed_job_stays_until_the_next_fit(tmp_path: Path) -> None:
-    one, other = (str(tmp_path / (digit * 12)) for digit in "ab")
-    said = Path(one, "failed.txt")
-
-    def fail() -> None:
-        with codebooks._own_staging(one, print):
-            files.write_bytes(str(said), b"Java's words")
-            raise cluster_jobs.JobFailed(f"all that was said of it is in {said}")
-
-    with pytest.raises(cluster_jobs.JobFailed):
-        fail()
-    assert said.exists()
-    with codebooks._own_staging(other, print):
-        assert not said.parent.exists()
-
-
 def test_the_job_of_a_fit_that_was_killed_is_ended_before_its_samples_go(
     night: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = Path(night.settings().layout.fit_folder(DAYS[1], "0123456789ab"))
+    folder = Path(night.settings().layout.fit_folder("fit-codebook", DAYS[1], "0123456789ab"))
     folder.mkdir(parents=True)
     ended: list[tuple[str, bool]] = []
     monkeypatch.setattr(

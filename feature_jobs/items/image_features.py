@@ -1,0 +1,156 @@
+"""Computes what a backbone makes of a sample of a catalogue's images: its pooled features.
+
+An encoder's projection and its centre are fitted on them.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from apache_beam.utils.shared import Shared
+
+from courier_model.images import Preprocessing
+from courier_model.inference import Embedder, embed_images
+from feature_jobs.inputs import RowGroup, Source, read_rows
+from feature_jobs.schemas import DataContractError
+from feature_jobs.store import arrays, documents, hashing, partitions, worker_notes
+from feature_jobs.store.encoder_info import in_scope
+from feature_jobs.store.faults import until_seen
+from feature_jobs.store.pieces import Piece, read_pieces, write_pieces
+
+_SEED = 7  # of the items' hashes, by which they are drawn
+_READERS = 16
+
+
+@dataclass(frozen=True)
+class FeaturesJob:
+    """Holds all that the workers need to know; a `share` of the items is drawn.
+
+    `categories` None means all. `encoder_folder` holds the encoder whose head is left out.
+    """
+
+    encoder_folder: str
+    preprocessing: Preprocessing
+    image_roots: tuple[str, ...]
+    categories: tuple[str, ...] | None
+    share: float
+    device: str
+    precision: str
+    batch_size: int
+    chunk_items: int
+    staging: str
+
+
+class SampleImages(beam.DoFn):
+    """Turns a row group of a catalogue into chunks of the images to look at."""
+
+    def __init__(self, job: FeaturesJob):
+        self._job, self.staging = job, job.staging
+        self._heartbeat = worker_notes.Heartbeat(job.staging)
+
+    @worker_notes.refusing
+    def process(self, group: RowGroup) -> Iterator[Piece]:
+        job, rows = self._job, read_rows(group, ["item_id", "image_uri", "category"])
+        wanted = hashing.drawn(rows["item_id"], job.share, _SEED)
+        wanted &= in_scope(rows["category"], job.categories)
+        wanted &= pc.is_valid(rows["image_uri"]).to_numpy()
+        images = rows.select(["item_id", "image_uri"]).filter(pa.array(wanted))
+        images = images.append_column("known_sha256", pa.nulls(len(images), pa.string()))
+        name = documents.digest([group.path, group.index])[:16]
+        self._heartbeat.begin(name)
+        self._heartbeat.add(total=len(images))
+        self._heartbeat.write()
+        chunk = np.arange(len(images)) // job.chunk_items
+        for _, piece in write_pieces(os.path.join(job.staging, "images", name), images, chunk):
+            yield piece
+
+
+class ComputeFeatures(beam.DoFn):
+    """Turns a chunk of images into a file of the features of those that are good; yields its name.
+
+    Its columns are item_id and `embedding`, float32 [features].
+    """
+
+    _shared = Shared()  # one backbone per worker process
+
+    def __init__(self, job: FeaturesJob):
+        self._job, self.staging = job, job.staging
+        self._heartbeat = worker_notes.Heartbeat(job.staging)
+
+    @worker_notes.refusing
+    def process(self, piece: Piece) -> Iterator[tuple[int, str]]:
+        job = self._job
+        embedder = self._shared.acquire(self._embedder, job.encoder_folder)
+        name = f"{os.path.basename(piece.path)}-{piece.batch}.parquet"
+        self._heartbeat.begin(name)
+        found = embed_images(
+            read_pieces([piece], pa.table({})), embedder.embed, job.preprocessing,
+            job.image_roots, job.batch_size, self._heartbeat.add, embedder.passes(),
+        )  # fmt: skip
+        self._heartbeat.write()
+        good = found.select(["item_id", "embedding"]).filter(pc.is_valid(found["embedding"]))
+        partitions.write_parquet(os.path.join(job.staging, "features", name), good)
+        yield 0, name
+
+    def _embedder(self) -> Embedder:
+        job = self._job
+        return Embedder(job.encoder_folder, job.batch_size, job.device, job.precision, pooled=True)
+
+
+class ListFeatures(beam.DoFn):
+    """Writes which files of features there are."""
+
+    def __init__(self, staging: str):
+        self.staging = staging
+
+    @worker_notes.refusing
+    def process(self, element: tuple[int, Iterable[str]]) -> None:
+        documents.write_json(_list_path(self.staging), sorted(set(element[1])))
+
+
+def define_features(root: beam.Pipeline, catalogue: Source, job: FeaturesJob) -> None:
+    """Writes the features of a sample of the catalogue's images below `job.staging`."""
+    _ = (
+        root
+        | "CatalogueGroups" >> beam.Create(catalogue.groups())
+        | "SampleImages" >> beam.ParDo(SampleImages(job))
+        | "SpreadChunks" >> beam.Reshuffle()
+        | "ComputeFeatures" >> beam.ParDo(ComputeFeatures(job))
+        | "AllFiles" >> beam.GroupByKey()
+        | "ListFeatures" >> beam.ParDo(ListFeatures(job.staging))
+    )
+
+
+def read_features(job: FeaturesJob) -> np.ndarray:
+    """Reads the features of all sampled images by the hash of their items, float32 [n, features].
+
+    Raises DataContractError where there are none.
+    """
+    path = _list_path(job.staging)
+    try:
+        names = until_seen(path, lambda: documents.read_json(path))
+    except FileNotFoundError as error:
+        raise DataContractError(
+            "Not one of the sampled catalogue items has an image that can be read, so that nothing "
+            "can be fitted on them. Check catalogue.image_roots in the settings, and that the "
+            "catalogue of that day has image addresses and items of the --category given."
+        ) from error
+
+    def read(name: str) -> pa.Table:
+        at = os.path.join(job.staging, "features", name)
+        return until_seen(at, lambda: partitions.read_parquet(at))
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        rows = pa.concat_tables(pool.map(read, names))
+    order = np.argsort(hashing.hash_ids(rows["item_id"], _SEED))
+    width = len(rows["embedding"][0])
+    return arrays.matrix(rows["embedding"], width)[order]
+
+
+def _list_path(staging: str) -> str:
+    return os.path.join(staging, "features.json")
