@@ -114,6 +114,11 @@ class ImageEncoder(nn.Module):
         with torch.no_grad():
             self.centre = self.head(torch.from_numpy(mean_of(features)))
 
+    def move_centre(self, mean: npt.NDArray[np.float32]) -> None:
+        """Takes off a mean of its `features`, float32 [256], besides what it takes off already."""
+        more = torch.from_numpy(mean).to(self.head.weight.device)
+        self.centre = more if self.centre is None else self.centre + more
+
 
 def build_encoder(
     backbone: str, weights: str, input_size: int | None = None, seed: int = 0

@@ -519,6 +519,11 @@ def _folders(config: str, out: str | None) -> tuple[str, str]:
     type=click.FloatRange(0, 1, max_open=True),
     help="Export an average of the weights, which keeps so much of itself at each step.",
 )
+@click.option(
+    "--centre/--no-centre",
+    default=None,
+    help="Take off the mean feature before the norm, where that is better on the held-out days.",
+)
 @click.option("--temperature", type=float, help="Of the loss. [default: the objective's]")
 @click.option(
     "--text-model",

@@ -24,6 +24,7 @@ from courier_model.training.rows import TrainingSet, valid_first
 _BLOCK_IMAGES = 64
 
 Pixels = npt.NDArray[np.uint8]
+Features = Callable[[Tensor], Tensor]  # uint8 [n, 3, S, S] -> float32 [n, 256]
 
 
 @dataclass(frozen=True)
@@ -55,37 +56,13 @@ class Evaluation:
         )
         self._rows = TrainingSet(pv, rows.clicked, clicks, rows.users, rows.items)
 
-    def embed(self, features: Callable[[Tensor], Tensor], size: int, process: Process) -> Vectors:
+    def embed(self, features: Features, size: int, process: Process) -> Vectors:
         """Returns the features of all images, of `size` pixels; each process sees to a share."""
-
-        def of_squares(squares: Pixels) -> np.ndarray:
-            images = torch.from_numpy(np.ascontiguousarray(centre_crop(squares, size)))
-            with torch.no_grad():
-                return features(images.to(process.device)).cpu().numpy()
-
-        return self._vectors(of_squares, process)
+        return embed(self._cache, self._codes, features, size, process)
 
     def colours(self, process: Process) -> Vectors:
         """Returns all images' colour histograms: an encoder worth no more has learned nothing."""
-        return self._vectors(colour_histogram, process)
-
-    def _vectors(self, of_squares: Callable[[Pixels], np.ndarray], process: Process) -> Vectors:
-        found: dict[str, list[np.ndarray]] = {"values": [], "keys": [], "known": []}
-        for at in range(0, len(self._codes), _BLOCK_IMAGES * process.size):
-            # Every process has a block, so that all have the same shapes; most but the last full.
-            block = self._codes[at : at + _BLOCK_IMAGES * process.size]
-            mine = np.array_split(np.arange(len(block)), process.size)[process.rank]
-            squares, keys, known = self._cache.read(block[mine])
-            values = of_squares(squares)
-            # Sums of zeros and one process's numbers; of bools there are none.
-            parts = {"values": values, "keys": keys, "known": known.astype(np.int8)}
-            for name, part in parts.items():
-                whole = np.zeros((len(block), *part.shape[1:]), part.dtype)
-                whole[mine] = part
-                tensor = torch.from_numpy(whole).to(process.device)
-                found[name].append(total(tensor).cpu().numpy())
-        values, keys, known = (np.concatenate(parts) for parts in found.values())
-        return Vectors(values, keys, known.astype(bool))
+        return _vectors(self._cache, self._codes, colour_histogram, process)
 
     def rank_clicks(self, vectors: Vectors) -> HeldOut:
         """Returns AUC and GAUC of clicked over unclicked impressions, by cosine with history."""
@@ -120,3 +97,38 @@ class Evaluation:
             terms = objective(torch.from_numpy(vectors.values)[None].to(device), places)
         term = terms[objective.reconstructs]
         return int(term.hits) / int(term.anchors)
+
+
+def embed(
+    cache: ImageCache, codes: npt.NDArray[np.int64], features: Features, size: int, process: Process
+) -> Vectors:
+    """Returns the features of the images of `codes` [items]; each process sees to a share."""
+
+    def of_squares(squares: Pixels) -> np.ndarray:
+        images = torch.from_numpy(np.ascontiguousarray(centre_crop(squares, size)))
+        with torch.no_grad():
+            return features(images.to(process.device)).cpu().numpy()
+
+    return _vectors(cache, codes, of_squares, process)
+
+
+def _vectors(
+    cache: ImageCache, codes: npt.NDArray[np.int64], of_squares: Callable[[Pixels], np.ndarray],
+    process: Process,
+) -> Vectors:  # fmt: skip
+    found: dict[str, list[np.ndarray]] = {"values": [], "keys": [], "known": []}
+    for at in range(0, len(codes), _BLOCK_IMAGES * process.size):
+        # Every process has a block, so that all have the same shapes; most but the last full.
+        block = codes[at : at + _BLOCK_IMAGES * process.size]
+        mine = np.array_split(np.arange(len(block)), process.size)[process.rank]
+        squares, keys, known = cache.read(block[mine])
+        values = of_squares(squares)
+        # Sums of zeros and one process's numbers; of bools there are none.
+        parts = {"values": values, "keys": keys, "known": known.astype(np.int8)}
+        for name, part in parts.items():
+            whole = np.zeros((len(block), *part.shape[1:]), part.dtype)
+            whole[mine] = part
+            tensor = torch.from_numpy(whole).to(process.device)
+            found[name].append(total(tensor).cpu().numpy())
+    values, keys, known = (np.concatenate(parts) for parts in found.values())
+    return Vectors(values, keys, known.astype(bool))

@@ -21,13 +21,15 @@ from functools import partial
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from courier_model.encoder import ImageEncoder, build_encoder, choose_precision, load_encoder
 from courier_model.images import Preprocessing
-from courier_model.training import checkpoints, distributed, memory, schedules
+from courier_model.projection import mean_of
+from courier_model.training import checkpoints, distributed, evaluate, memory, schedules
 from courier_model.training.distributed import Process
 from courier_model.training.evaluate import Evaluation
 from courier_model.training.image_cache import ImageCache
@@ -40,6 +42,7 @@ from feature_jobs.schemas import CourierError, DataContractError, OperatorError
 from feature_jobs.store import threads
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_CENTRE_IMAGES = 20_000  # at most: the mean of more is the same
 _COUNTS = ("rows", "images", "bad_images", "skipped_batches")
 
 
@@ -132,6 +135,8 @@ class Training:
         schedules.check_lengths(settings, self.steps)
         self.evaluation = Evaluation(data.held_out, cache, settings.held_out_rows, settings.seed)
         self.record = Record()
+        self.centred: dict[str, Any] | None = None  # what `finish` found
+        self._rows, self._cache = rows, cache
 
     def run(self, report: Callable[[Progress], None], stopped: Callable[[], bool]) -> Record:
         """Goes on from the last checkpoint to the end.
@@ -352,6 +357,50 @@ class Training:
         if board and found["step"] is not None:
             board.add(self.record.step, _named("held_out", known))
         return found
+
+    def finish(self) -> None:
+        """Makes `encoder` the best evaluated one, centred where that is wanted and better.
+
+        What was found of that is in `centred`. All processes call it, once the run has ended.
+        """
+        best, weights = self.record.best, self.record.best_weights
+        assert best is not None
+        assert weights is not None
+        self.encoder.load_state_dict(weights)
+        self.encoder.eval()
+        if not self.settings.centre:
+            return
+        size = self.encoder.preprocessing.input_size
+        features = partial(self._features, self.encoder)
+        seen = evaluate.embed(self._cache, self._sample(), features, size, self.process)
+        mean = mean_of(seen.values[seen.known])
+        held_out = self.evaluation.embed(features, size, self.process)
+        found = self.evaluation.rank_clicks(replace(held_out, values=held_out.values - mean))
+        assert found.auc is not None
+        taken = found.auc > best["auc"]
+        if taken:
+            self.encoder.move_centre(mean)
+        self.centred = {
+            "images": int(seen.known.sum()), "auc": found.auc, "gauc": found.gauc, "taken": taken
+        }  # fmt: skip
+        self.say(
+            f"held out, less the mean of {self.centred['images']:,} images: auc {found.auc:.4f}"
+            + ("" if taken else ", which is no more than without: it stays")
+        )
+
+    def _sample(self) -> npt.NDArray[np.int64]:
+        """Returns some of the images that are trained on, by their codes."""
+        codes = np.unique(np.concatenate([self._rows.pv, self._rows.clicks], axis=1))
+        drawn = np.random.default_rng([self.settings.seed, 2]).permutation(codes[codes >= 0])
+        return drawn[:_CENTRE_IMAGES]
+
+    @property
+    def auc(self) -> float:
+        """Returns the held-out AUC of the finished encoder."""
+        assert self.record.best is not None
+        if self.centred and self.centred["taken"]:
+            return float(self.centred["auc"])
+        return float(self.record.best["auc"])
 
     # ---- Checkpoints -------------------------------------------------------------------------
 

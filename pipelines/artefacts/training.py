@@ -21,7 +21,7 @@ from courier_model.encoder import check_name, origin_of, save_encoder
 from courier_model.training.distributed import joined, wait_for_all
 from courier_model.training.rows import build_sets
 from courier_model.training.settings import TrainSettings
-from courier_model.training.train import Record, Stopped, Training, TrainingData
+from courier_model.training.train import Stopped, Training, TrainingData
 from feature_jobs import inputs
 from feature_jobs.schemas import (
     TRAINING_ROWS,
@@ -86,18 +86,18 @@ def train(
         run = Training(wanted, data, run_folder, process, bar.say)
         with stop_requests() as stop_asked:
             record = run.run(bar.show, stop_asked)
+            run.finish()
         if not process.leads:
             return None
-        info = _export(run, record, span, earlier, out, name)
+        info = _export(run, span, earlier, out, name)
         path = os.path.join(out, "encoders", info.encoder_id)
         documents.write_json(os.path.join(path, "train.json"), _account(run, span, sources, info))
-        for warning in _disappointments(run, record):
+        for warning in _disappointments(run):
             bar.say(warning)
-        best = record.best
-        assert best is not None
+        assert record.best is not None
         comment = (
             f"{wanted.objective}, {wanted.backbone}, trained on ds {info.data_start_ds} to "
-            f"{info.data_end_ds}, held-out AUC {best['auc']:.4f} at step {best['step']:,}"
+            f"{info.data_end_ds}, held-out AUC {run.auc:.4f} at step {record.best['step']:,}"
         )
         assert info.data_end_ds is not None
         data_end = dt.date.fromisoformat(info.data_end_ds)
@@ -361,18 +361,16 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
 
 def _export(
-    run: Training, record: Record, span: Span, earlier: EncoderInfo | None, out: str, name: str
+    run: Training, span: Span, earlier: EncoderInfo | None, out: str, name: str
 ) -> EncoderInfo:
-    """Saves the encoder of the best evaluated step, which knows what an `earlier` one knew."""
-    assert record.best_weights is not None
-    run.encoder.load_state_dict(record.best_weights)
+    """Saves the finished encoder, which knows what an `earlier` one knew."""
     days = [str(ds) for ds in span.all]
     origin, lineage = origin_of(run.settings.weights), tuple[str, ...]()
     if earlier:
         days += [ds for ds in (earlier.data_start_ds, earlier.data_end_ds) if ds is not None]
         origin, lineage = earlier.encoder_id, (earlier.encoder_id, *earlier.lineage)
     return save_encoder(
-        run.encoder.eval(), os.path.join(out, "encoders"), name, span.categories,
+        run.encoder, os.path.join(out, "encoders"), name, span.categories,
         data_start_ds=min(days), data_end_ds=max(days),
         weights=f"{origin}, trained for {run.settings.objective}", lineage=lineage,
     )  # fmt: skip
@@ -405,20 +403,20 @@ def _account(
         "counts": record.counts,
         "seconds": round(record.seconds, 1),
         "best": record.best,
+        "centred": run.centred,
         "measures": record.measures,
     }
 
 
-def _disappointments(run: Training, record: Record) -> Iterator[str]:
+def _disappointments(run: Training) -> Iterator[str]:
     """Yields what the operator should know before pinning an encoder that is not worth it."""
-    assert record.best is not None
     begun = "the encoder it started from" if run.settings.init_from else "the untrained encoder"
-    for measured in record.measures[:2]:
+    for measured in run.record.measures[:2]:
         name = "a plain colour histogram" if measured["step"] is None else begun
-        if measured["auc"] >= record.best["auc"]:
+        if measured["auc"] >= run.auc:
             yield (
                 f"WARNING: {name} ranks held-out clicks at least as well (AUC "
-                f"{measured['auc']:.4f}) as the trained encoder ({record.best['auc']:.4f}). More "
+                f"{measured['auc']:.4f}) as the trained encoder ({run.auc:.4f}). More "
                 "days, more epochs or another --learning-rate may help; pinning this one will not."
             )
 

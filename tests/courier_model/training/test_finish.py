@@ -1,0 +1,94 @@
+"""What a run exports is centred where that is wanted, and better on the held-out days."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from courier_model.training.evaluate import embed
+from courier_model.training.train import TrainingData
+from tests.support.training_runs import ALONE, GOOD, TINY, Run, same
+
+pytestmark = pytest.mark.usefixtures("one_thread", "small_encoders")
+CENTRED = replace(TINY, centre=True)
+
+
+@pytest.fixture
+def finished(data: TrainingData, tmp_path: Path) -> Run:
+    run = Run(tmp_path, data, CENTRED)
+    run.go()
+    return run
+
+
+def mean_feature(run: Run) -> np.ndarray:
+    """Returns the mean of what the finished encoder makes of the images trained on."""
+    training = run.training
+    features = partial(training._features, training.encoder)
+    found = embed(training._cache, np.array(GOOD), features, 32, ALONE)
+    return found.values[found.known].mean(axis=0)
+
+
+def finish(run: Run, auc_as_it_comes: float) -> None:
+    assert run.training.record.best is not None
+    run.training.record.best["auc"] = auc_as_it_comes
+    run.training.finish()
+
+
+def test_what_is_exported_is_centred_where_that_is_better(finished: Run) -> None:
+    finish(finished, 0.0)
+    found = finished.training.centred
+    assert found is not None
+    assert found["taken"]
+    assert found["images"] == len(GOOD)
+    np.testing.assert_allclose(mean_feature(finished), 0, atol=1e-5)
+    vectors = finished.training.evaluation.embed(
+        partial(finished.training._features, finished.training.encoder), 32, ALONE
+    )
+    assert finished.training.evaluation.rank_clicks(vectors).auc == pytest.approx(found["auc"])
+    assert finished.training.auc == found["auc"]
+    assert f"less the mean of {len(GOOD)} images: auc {found['auc']:.4f}" in finished.told[-1]
+
+
+def test_it_stays_as_it_comes_where_that_is_as_good(finished: Run) -> None:
+    finish(finished, 1.0)
+    found = finished.training.centred
+    assert found is not None
+    assert not found["taken"]
+    assert finished.training.encoder.centre is None
+    assert finished.training.auc == 1.0
+    assert "no more than without" in finished.told[-1]
+
+
+def test_an_encoder_is_as_it_comes_where_nothing_else_is_wanted(
+    data: TrainingData, tmp_path: Path
+) -> None:
+    run = Run(tmp_path, data, TINY)
+    record = run.go()
+    run.training.finish()
+    assert run.training.centred is None
+    assert same(run.weights(), record.best_weights)
+    assert record.best is not None
+    assert run.training.auc == record.best["auc"]
+
+
+def test_a_centre_that_it_began_with_is_moved(finished: Run) -> None:
+    """As an encoder has it that training goes on from; its weights learn with it."""
+    training = finished.training
+    training.encoder.centre = torch.linspace(-1, 1, 256)
+    training.record.best_weights = finished.weights()
+    before = mean_feature(finished)
+    assert np.abs(before).max() > 0.5
+    finish(finished, 0.0)
+    np.testing.assert_allclose(mean_feature(finished), 0, atol=1e-5)
+
+
+def test_a_run_may_be_centred_that_was_begun_otherwise(data: TrainingData, tmp_path: Path) -> None:
+    """Nothing of its steps depends on that."""
+    Run(tmp_path, data, TINY).go()
+    again = Run(tmp_path, data, CENTRED)
+    again.go()
+    finish(again, 0.0)
+    assert again.training.encoder.centre is not None

@@ -1,0 +1,92 @@
+"""Pooled features of a sample are those of each good image by itself, in an order of their own."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from courier_model.encoder import load_encoder
+from courier_model.images import decode
+from feature_jobs.items.image_features import (
+    ComputeFeatures,
+    FeaturesJob,
+    ListFeatures,
+    SampleImages,
+    read_features,
+)
+from feature_jobs.schemas import DataContractError
+from feature_jobs.store import hashing
+from pipelines.planning.shop_tables import ShopTables
+from tests.support.world import (
+    DAYS,
+    MISSING,
+    UNDECODABLE,
+    World,
+    catalogue_items,
+    make_encoder,
+)
+
+BAD = {MISSING, UNDECODABLE}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path / "shop")
+
+
+@pytest.fixture
+def job(world: World) -> FeaturesJob:
+    folder = make_encoder(world.folder / "encoders")
+    return FeaturesJob(
+        folder, load_encoder(folder).preprocessing, (str(world.folder / "images"),), None, 1.0,
+        "cpu", "fp32", batch_size=4, chunk_items=3, staging=str(world.folder / "staging"),
+    )  # fmt: skip
+
+
+def compute(world: World, job: FeaturesJob) -> np.ndarray:
+    """Returns what the steps make of the first day's catalogue, row group by row group."""
+    source = ShopTables(world.settings(), DAYS[0], print).catalogue(DAYS[0])
+    pieces = [piece for group in source.groups() for piece in SampleImages(job).process(group)]
+    step = ComputeFeatures(job)
+    names = [name for piece in pieces for _, name in step.process(piece)]
+    if names:
+        list(ListFeatures(job.staging).process((0, names)))
+    return read_features(job)
+
+
+def pooled(world: World, job: FeaturesJob, item: int) -> np.ndarray:
+    encoder = load_encoder(job.encoder_folder)
+    encoder.leave_out_head()
+    pixels = decode(world.image(item).read_bytes(), job.preprocessing)
+    with torch.inference_mode():
+        return encoder.features(torch.from_numpy(pixels)[None]).numpy()[0]
+
+
+def test_features_are_those_of_each_good_image(world: World, job: FeaturesJob) -> None:
+    items = np.array([item for item in catalogue_items(DAYS[0]) if item not in BAD])
+    items = items[np.argsort(hashing.hash_ids(pa.array(items), 7))]
+    expected = np.stack([pooled(world, job, item) for item in items.tolist()])
+    found = compute(world, job)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_only_what_is_drawn_and_in_scope_is_looked_at(world: World, job: FeaturesJob) -> None:
+    items = np.array(catalogue_items(DAYS[0]))
+    drawn = items[hashing.drawn(pa.array(items), 0.5, 7)]
+    assert 0 < len(drawn) < len(items)
+    found = compute(world, replace(job, share=0.5, categories=("shirt",)))
+    assert len(found) == sum(
+        item % 2 == 1 and item < 12 for item in drawn.tolist() if item not in BAD
+    )
+
+
+def test_where_nothing_can_be_looked_at_it_is_told(
+    world: World, job: FeaturesJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("feature_jobs.store.faults.LATE_SECONDS", 0.01)
+    with pytest.raises(DataContractError, match="Not one of the sampled catalogue items"):
+        compute(world, replace(job, categories=("hat",)))
