@@ -103,24 +103,30 @@ class ComputeFeatures(beam.DoFn):
 
 
 class ListFeatures(beam.DoFn):
-    """Writes which files of features there are."""
+    """Writes which files of features there are, if any; "" is none."""
 
     def __init__(self, staging: str):
         self.staging = staging
 
     @worker_notes.refusing
     def process(self, element: tuple[int, Iterable[str]]) -> None:
-        documents.write_json(_list_path(self.staging), sorted(set(element[1])))
+        documents.write_json(
+            _list_path(self.staging), sorted({name for name in element[1] if name})
+        )
 
 
 def define_features(root: beam.Pipeline, catalogue: Source, job: FeaturesJob) -> None:
     """Writes the features of a sample of the catalogue's images below `job.staging`."""
-    _ = (
+    computed = (
         root
         | "CatalogueGroups" >> beam.Create(catalogue.groups())
         | "SampleImages" >> beam.ParDo(SampleImages(job))
         | "SpreadChunks" >> beam.Reshuffle()
         | "ComputeFeatures" >> beam.ParDo(ComputeFeatures(job))
+    )
+    _ = (
+        (computed, root | "NoFile" >> beam.Create([(0, "")]))
+        | "Files" >> beam.Flatten()
         | "AllFiles" >> beam.GroupByKey()
         | "ListFeatures" >> beam.ParDo(ListFeatures(job.staging))
     )
@@ -132,21 +138,20 @@ def read_features(job: FeaturesJob) -> np.ndarray:
     Raises DataContractError where there are none.
     """
     path = _list_path(job.staging)
-    try:
-        names = until_seen(path, lambda: documents.read_json(path))
-    except FileNotFoundError as error:
-        raise DataContractError(
-            "Not one of the sampled catalogue items has an image that can be read, so that nothing "
-            "can be fitted on them. Check catalogue.image_roots in the settings, and that the "
-            "catalogue of that day has image addresses and items of the --category given."
-        ) from error
 
     def read(name: str) -> pa.Table:
         at = os.path.join(job.staging, "features", name)
         return until_seen(at, lambda: partitions.read_parquet(at))
 
     with ThreadPoolExecutor(_READERS) as pool:
-        rows = pa.concat_tables(pool.map(read, names))
+        found = list(pool.map(read, until_seen(path, lambda: documents.read_json(path))))
+    if not sum(map(len, found)):
+        raise DataContractError(
+            "Not one of the sampled catalogue items has an image that can be read, so that nothing "
+            "can be fitted on them. Check catalogue.image_roots in the settings, and that the "
+            "catalogue of that day has image addresses and items of the --category given."
+        )
+    rows = pa.concat_tables(found)
     order = np.argsort(hashing.hash_ids(rows["item_id"], _SEED))
     width = len(rows["embedding"][0])
     return arrays.matrix(rows["embedding"], width)[order]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -52,8 +53,7 @@ def compute(world: World, job: FeaturesJob) -> np.ndarray:
     pieces = [piece for group in source.groups() for piece in SampleImages(job).process(group)]
     step = ComputeFeatures(job)
     names = [name for piece in pieces for _, name in step.process(piece)]
-    if names:
-        list(ListFeatures(job.staging).process((0, names)))
+    list(ListFeatures(job.staging).process((0, ["", *names])))
     return read_features(job)
 
 
@@ -84,9 +84,9 @@ def test_only_what_is_drawn_and_in_scope_is_looked_at(world: World, job: Feature
     )
 
 
+@pytest.mark.parametrize("changes", [{"categories": ("hat",)}, {"image_roots": ("/nowhere",)}])
 def test_where_nothing_can_be_looked_at_it_is_told(
-    world: World, job: FeaturesJob, monkeypatch: pytest.MonkeyPatch
+    world: World, job: FeaturesJob, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("feature_jobs.store.faults.LATE_SECONDS", 0.01)
     with pytest.raises(DataContractError, match="Not one of the sampled catalogue items"):
-        compute(world, replace(job, categories=("hat",)))
+        compute(world, replace(job, **changes))
