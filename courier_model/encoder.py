@@ -34,6 +34,7 @@ from feature_jobs.store.encoder_info import EncoderInfo, read_encoder_info, writ
 PRECISIONS = ("fp32", "bf16")
 
 _WEIGHTS_FILE = "model.safetensors"
+PACKAGE = ("encoder.json", _WEIGHTS_FILE)  # the files of a saved encoder
 _WORDS = ("imagenet", "pretrained", "random")
 
 _placing = threading.Lock()
@@ -149,7 +150,7 @@ def build_encoder(
     if tensors is not None:
         named = "the pretrained weights" if weights in _WORDS else weights
         _load_backbone(encoder, tensors, named)
-    return encoder
+    return encoder.eval()  # some of timm's keep, in this mode, what follows from their weights
 
 
 def _load_backbone(encoder: ImageEncoder, state: dict[str, Tensor], source: str) -> None:

@@ -13,7 +13,9 @@ from feature_jobs.schemas import OperatorError
 
 Floats = npt.NDArray[np.float32]
 
-_LEAST_VARIANCE = 1e-10  # of the largest: below it a direction is rounding, and whitening blows up
+# Of the largest variance: below it a direction is rounding of float32 features, of bf16 products
+# even more. Whitening would blow it up; else it does no harm.
+_LEAST_VARIANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ def principal(features: Floats, dimensions: int, whiten: bool = False) -> Projec
     Raises OperatorError where there are not so many `dimensions` in the features.
     """
     mean, variances, directions = _variances(features)
-    found = min(len(features) - 1, int((variances > _LEAST_VARIANCE * variances[0]).sum()))
+    found = min(len(features) - 1, features.shape[1])
+    if whiten:
+        found = min(found, int((variances > _LEAST_VARIANCE * variances[0]).sum()))
     if found < dimensions:
         raise OperatorError(
             f"{len(features):,} images with features of {features.shape[1]:,} numbers vary in "
             f"{max(0, found):,} directions, and {dimensions} are needed. Sample more images, from "
-            "a day with a larger catalogue, or say --projection random."
+            "a day with a larger catalogue, leave --whiten out, or say --projection random."
         )
     weight = directions[:dimensions]
     largest = weight[np.arange(dimensions), np.abs(weight).argmax(axis=1)]
@@ -63,7 +67,7 @@ def _variances(features: Floats) -> tuple[npt.NDArray[np.float64], ...]:
     """Returns the mean [c], and the variances [c], largest first, by directions [c, c] in rows."""
     total = features.sum(axis=0, dtype=np.float64)
     mean = total / max(1, len(features))
-    centred = features - mean.astype(np.float32)
-    covariance = (centred.T @ centred).astype(np.float64) / max(1, len(features) - 1)
+    centred = features - mean  # float64: products of float32 would be as large as small variances
+    covariance = centred.T @ centred / max(1, len(features) - 1)
     variances, directions = np.linalg.eigh(covariance)
     return mean, variances[::-1], directions[:, ::-1].T

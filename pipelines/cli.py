@@ -413,13 +413,15 @@ def join(
 )
 @click.option("--whiten", is_flag=True, help="Scale the directions of pca to the same variance.")
 @click.option(
-    "--sample", type=click.IntRange(300), default=20_000, help="About how many images to fit on."
+    "--sample",
+    type=click.IntRange(300),
+    help="About how many items of the catalogue to draw for that. [default: 20000]",
 )
 @out_option
 @beam_argument
 def init_encoder(
     config: str, name: str | None, category: tuple[str, ...], ds: dt.date | None,
-    centre: bool | None, projection: str, whiten: bool, sample: int, out: str | None,
+    centre: bool | None, projection: str, whiten: bool, sample: int | None, out: str | None,
     beam_args: Sequence[str], **begun_with: Any,
 ) -> None:  # fmt: skip
     """Make an encoder package without training; prints the pin to append to the settings."""

@@ -50,9 +50,9 @@ def rate_factor(settings: TrainSettings, step: int, steps: int) -> float:
 
 
 def backbone_parameters(encoder: ImageEncoder) -> list[nn.Parameter]:
-    """Returns all parameters of the encoder but those of its last layer, the head."""
+    """Returns all parameters that the encoder learns but those of its last layer, the head."""
     head = set(encoder.backbone.get_submodule(encoder.head_name).parameters())
-    return [p for p in encoder.parameters() if p not in head]
+    return [p for p in encoder.parameters() if p not in head and p.requires_grad]
 
 
 def parameter_groups(

@@ -40,6 +40,7 @@ from courier_model.training.rows import Batch, RowBatches, TrainingSet, batches
 from courier_model.training.settings import TrainSettings
 from feature_jobs.schemas import CourierError, DataContractError, OperatorError
 from feature_jobs.store import threads
+from feature_jobs.store.versions import PACKAGE_VERSIONS
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CENTRE_IMAGES = 20_000  # at most: the mean of more is the same
@@ -548,6 +549,8 @@ def load_earlier(folder: str, like: ImageEncoder) -> ImageEncoder:
             "Its weights are of that network and of images prepared in that way. Give the same "
             "--backbone and --input-size, or leave --init-from out."
         )
+    if found.timm:  # what it learns from now on it learns with this one
+        found.timm = {**found.timm, "version": PACKAGE_VERSIONS["timm"]}
     return found
 
 

@@ -4,9 +4,10 @@ An encoder's projection and its centre are fitted on them.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -14,17 +15,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.utils.shared import Shared
 
+from courier_model.encoder import PACKAGE
 from courier_model.images import Preprocessing
 from courier_model.inference import Embedder, embed_images
 from feature_jobs.inputs import RowGroup, Source, read_rows
 from feature_jobs.schemas import DataContractError
-from feature_jobs.store import arrays, documents, hashing, partitions, worker_notes
+from feature_jobs.store import arrays, documents, files, hashing, partitions, worker_notes
 from feature_jobs.store.encoder_info import in_scope
+from feature_jobs.store.every_shard import check_all_came
 from feature_jobs.store.faults import until_seen
 from feature_jobs.store.pieces import Piece, read_pieces, write_pieces
 
 _SEED = 7  # of the items' hashes, by which they are drawn
 _READERS = 16
+_DRAWN, _LOOKED_AT = "drawn", "looked_at"
+
+Named = tuple[str, int]  # a row group or a file, and how many images are of it
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,17 @@ class FeaturesJob:
 
 
 class SampleImages(beam.DoFn):
-    """Turns a row group of a catalogue into chunks of the images to look at."""
+    """Turns a row group of a catalogue into chunks of the images to look at.
+
+    How many there are goes on as output `drawn`.
+    """
 
     def __init__(self, job: FeaturesJob):
         self._job, self.staging = job, job.staging
         self._heartbeat = worker_notes.Heartbeat(job.staging)
 
     @worker_notes.refusing
-    def process(self, group: RowGroup) -> Iterator[Piece]:
+    def process(self, group: RowGroup) -> Iterator[Any]:
         job, rows = self._job, read_rows(group, ["item_id", "image_uri", "category"])
         wanted = hashing.drawn(rows["item_id"], job.share, _SEED)
         wanted &= in_scope(rows["category"], job.categories)
@@ -68,12 +77,14 @@ class SampleImages(beam.DoFn):
         chunk = np.arange(len(images)) // job.chunk_items
         for _, piece in write_pieces(os.path.join(job.staging, "images", name), images, chunk):
             yield piece
+        yield beam.pvalue.TaggedOutput(_DRAWN, (0, (name, len(images))))
 
 
 class ComputeFeatures(beam.DoFn):
-    """Turns a chunk of images into a file of the features of those that are good; yields its name.
+    """Turns a chunk of images into a file of the features of those that are good.
 
-    Its columns are item_id and `embedding`, float32 [features].
+    Its columns are item_id and `embedding`, float32 [features]. Yields its name, with how many
+    images were looked at.
     """
 
     _shared = Shared()  # one backbone per worker process
@@ -83,7 +94,7 @@ class ComputeFeatures(beam.DoFn):
         self._heartbeat = worker_notes.Heartbeat(job.staging)
 
     @worker_notes.refusing
-    def process(self, piece: Piece) -> Iterator[tuple[int, str]]:
+    def process(self, piece: Piece) -> Iterator[tuple[int, Named]]:
         job = self._job
         embedder = self._shared.acquire(self._embedder, job.encoder_folder)
         name = f"{os.path.basename(piece.path)}-{piece.batch}.parquet"
@@ -95,41 +106,52 @@ class ComputeFeatures(beam.DoFn):
         self._heartbeat.write()
         good = found.select(["item_id", "embedding"]).filter(pc.is_valid(found["embedding"]))
         partitions.write_parquet(os.path.join(job.staging, "features", name), good)
-        yield 0, name
+        yield 0, (name, piece.rows)
 
     def _embedder(self) -> Embedder:
         job = self._job
+        for file in PACKAGE:  # it was written for this very job
+            until_seen(path := os.path.join(job.encoder_folder, file), files.open_input(path).close)
         return Embedder(job.encoder_folder, job.batch_size, job.device, job.precision, pooled=True)
 
 
 class ListFeatures(beam.DoFn):
-    """Writes which files of features there are, if any; "" is none."""
+    """Writes which files of features there are, if any, once all drawn images were looked at."""
 
     def __init__(self, staging: str):
         self.staging = staging
 
     @worker_notes.refusing
-    def process(self, element: tuple[int, Iterable[str]]) -> None:
-        documents.write_json(
-            _list_path(self.staging), sorted({name for name in element[1] if name})
-        )
+    def process(self, element: tuple[int, Mapping[str, Iterable[Named]]]) -> None:
+        drawn, looked_at = (dict(element[1][name]) for name in (_DRAWN, _LOOKED_AT))
+        check_all_came("sampled images", sum(looked_at.values()), sum(drawn.values()))
+        documents.write_json(_list_path(self.staging), sorted(looked_at))
 
 
 def define_features(root: beam.Pipeline, catalogue: Source, job: FeaturesJob) -> None:
     """Writes the features of a sample of the catalogue's images below `job.staging`."""
-    computed = (
+    sampled = (
         root
         | "CatalogueGroups" >> beam.Create(catalogue.groups())
-        | "SampleImages" >> beam.ParDo(SampleImages(job))
+        | "SampleImages" >> beam.ParDo(SampleImages(job)).with_outputs(_DRAWN, main="images")
+    )
+    looked_at = (
+        sampled.images
         | "SpreadChunks" >> beam.Reshuffle()
         | "ComputeFeatures" >> beam.ParDo(ComputeFeatures(job))
     )
     _ = (
-        (computed, root | "NoFile" >> beam.Create([(0, "")]))
-        | "Files" >> beam.Flatten()
-        | "AllFiles" >> beam.GroupByKey()
+        {_DRAWN: sampled[_DRAWN], _LOOKED_AT: looked_at}
+        | "AllFiles" >> beam.CoGroupByKey()
         | "ListFeatures" >> beam.ParDo(ListFeatures(job.staging))
     )
+
+
+def is_whole(job: FeaturesJob) -> bool:
+    """Returns whether the job has told that it is done; raises a worker's CourierError."""
+    if errors := worker_notes.refused(job.staging):
+        raise errors[0]
+    return files.exists(_list_path(job.staging))
 
 
 def read_features(job: FeaturesJob) -> np.ndarray:
@@ -144,7 +166,7 @@ def read_features(job: FeaturesJob) -> np.ndarray:
         return until_seen(at, lambda: partitions.read_parquet(at))
 
     with ThreadPoolExecutor(_READERS) as pool:
-        found = list(pool.map(read, until_seen(path, lambda: documents.read_json(path))))
+        found = list(pool.map(read, documents.read_json(path)))
     if not sum(map(len, found)):
         raise DataContractError(
             "Not one of the sampled catalogue items has an image that can be read, so that nothing "

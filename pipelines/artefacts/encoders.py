@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from courier_model.encoder import (
@@ -21,7 +22,7 @@ from courier_model.encoder import (
 from courier_model.projection import principal
 from feature_jobs.inputs import Source
 from feature_jobs.schemas import OperatorError
-from feature_jobs.store import files
+from feature_jobs.store import faults, files, worker_notes
 from pipelines.artefacts.fit_staging import own_staging
 from pipelines.config import Settings
 from pipelines.planning.shop_tables import ShopTables
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
+_SAMPLE = 20_000  # items of a catalogue
 _ANY_DAY = dt.date(2000, 1, 1)
 
 
@@ -95,7 +97,7 @@ class Fitting:
 
 
 def choose_fitting(
-    ds: dt.date | None, centre: bool | None, projection: str, whiten: bool, sample: int,
+    ds: dt.date | None, centre: bool | None, projection: str, whiten: bool, sample: int | None,
     weights: str, say: Say,
 ) -> Fitting | None:  # fmt: skip
     """Returns what is to be fitted, None for nothing; `centre` None: where weights are pretrained.
@@ -113,6 +115,11 @@ def choose_fitting(
             f"{option} is fitted on images of the catalogue: say of which day, with --ds, one that "
             "lies before those that the encoder is to serve."
         )
+    if ds is None and sample:
+        raise OperatorError(
+            f"--sample {sample} is of the images of a day, on which centre and projection are "
+            "fitted: say of which, with --ds, or leave --sample out."
+        )
     if ds is None:
         if weights != "random" and centre is None:
             say(
@@ -128,7 +135,7 @@ def choose_fitting(
             "random weights or --no-centre and a random projection there is neither. Leave --ds "
             "out, or say --centre or --projection pca."
         )
-    return Fitting(ds, centred, projection, whiten, sample)
+    return Fitting(ds, centred, projection, whiten, sample or _SAMPLE)
 
 
 def init_encoder(
@@ -141,16 +148,12 @@ def init_encoder(
     the catalogue of the day, so that it serves later ones.
     """
     check_name(name)
+    read = _open(fitting, settings, beam_args, say) if fitting else None
     encoder = build_encoder(start.backbone, start.weights, start.input_size, start.seed)
     scope, words, day = tuple(categories) or None, origin_of(start.weights), None
     from_ds, knows = _ANY_DAY, "made without click data: it may serve any day"
-    if fitting:
-        if settings is None:
-            raise OperatorError(
-                f"There are no settings yet, which say where the catalogue of ds {fitting.ds} is. "
-                "Make them with `courier init`, or leave --ds out."
-            )
-        fitted = _fit(encoder, fitting, scope, settings, beam_args, say)
+    if fitting and read:
+        fitted = _fit(encoder, fitting, scope, *read, say)
         words, day = f"{words}, {fitted}", str(fitting.ds)
         from_ds = fitting.ds + dt.timedelta(days=1)
         knows = "made without click data"
@@ -168,25 +171,23 @@ def init_encoder(
 
 def _fit(
     encoder: ImageEncoder, fitting: Fitting, categories: tuple[str, ...] | None,
-    settings: Settings, beam_args: Sequence[str], say: Say,
+    settings: Settings, catalogue: Source, options: JobOptions, say: Say,
 ) -> str:  # fmt: skip
     """Gives the encoder its centre and projection; returns in words what they were fitted on."""
     from feature_jobs.items.image_features import read_features
 
-    options = beam_options.job_options(settings, EMBED.name, beam_args)
-    beam_options.check_ready([options])
-    if beam_options.is_for_jar(options):
+    dimensions, features_of_each = encoder.head.weight.shape
+    if fitting.projection == "pca" and features_of_each < dimensions:
         raise OperatorError(
-            "init-encoder goes on with the features that its job computes, and "
-            "--output_executable_path would have that job written into a jar instead of run. Leave "
-            "the option out here, or --ds."
+            f"The backbone {encoder.backbone_name!r} makes {features_of_each} features of an "
+            f"image, which have no {dimensions} directions. Say --projection random, or take a "
+            "larger one."
         )
-    catalogue = ShopTables(settings, fitting.ds, say).catalogue(fitting.ds)
     staging = settings.layout.fit_folder("init-encoder", fitting.ds, secrets.token_hex(6))
     with own_staging(staging, say):
         job = _features_job(encoder, fitting, categories, catalogue, settings, staging)
-        images = min(fitting.sample, catalogue.rows)
-        say(f"init-encoder: looking at about {images:,} images of ds {fitting.ds}")
+        items = min(fitting.sample, catalogue.rows)
+        say(f"init-encoder: looking at images of about {items:,} items of ds {fitting.ds}")
         _run(job, catalogue, options, say)
         features = read_features(job)
     found = f"{len(features):,} images of ds {fitting.ds}"
@@ -199,6 +200,26 @@ def _fit(
     encoder.project(projection, fitting.centre)
     whitened = "whitened " if fitting.whiten else ""
     return f"{whitened}pca and {centre}{found}" if centre else f"{whitened}pca of {found}"
+
+
+def _open(
+    fitting: Fitting, settings: Settings | None, beam_args: Sequence[str], say: Say
+) -> tuple[Settings, Source, JobOptions]:
+    """Opens what a fit reads, before weights are fetched; raises what is wrong with it."""
+    if settings is None:
+        raise OperatorError(
+            f"There are no settings yet, which say where the catalogue of ds {fitting.ds} is. Make "
+            "them with `courier init`, or leave --ds out."
+        )
+    options = beam_options.job_options(settings, EMBED.name, beam_args)
+    beam_options.check_ready([options])
+    if beam_options.is_for_jar(options):
+        raise OperatorError(
+            "init-encoder goes on with the features that its job computes, and "
+            "--output_executable_path would have that job written into a jar instead of run. Leave "
+            "the option out here, or --ds."
+        )
+    return settings, ShopTables(settings, fitting.ds, say).catalogue(fitting.ds), options
 
 
 def _features_job(
@@ -224,10 +245,12 @@ def _features_job(
 
 
 def _run(job: "FeaturesJob", catalogue: Source, options: JobOptions, say: Say) -> None:
-    from feature_jobs.items.image_features import define_features
+    from feature_jobs.items.image_features import define_features, is_whole
 
     name = f"init-encoder-{os.path.basename(job.staging)}"
     sent = cluster_jobs.Job(name, options.beam, job.staging, say)
     making.run_job(
         lambda root: define_features(root, catalogue, job), job.staging, sent.run, options.share
     )
+    if worker_notes.may_be_elsewhere(job.staging):
+        faults.until_shown(partial(is_whole, job))

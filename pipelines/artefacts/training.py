@@ -86,7 +86,7 @@ def train(
         run = Training(wanted, data, run_folder, process, bar.say)
         with stop_requests() as stop_asked:
             record = run.run(bar.show, stop_asked)
-            run.finish()
+        run.finish()
         if not process.leads:
             return None
         info = _export(run, span, earlier, out, name)

@@ -61,6 +61,16 @@ def test_more_dimensions_than_there_are_directions_are_refused(
         principal(drawn(images), dimensions)
 
 
+def test_directions_that_are_rounding_are_not_whitened() -> None:
+    few = (RNG.normal(size=(300, 8)) @ RNG.normal(size=(8, 20))).astype(np.float32)
+    assert principal(few, 12).explained == pytest.approx(1.0)
+    with pytest.raises(OperatorError, match="vary in 8 directions, and 12 are needed"):
+        principal(few, 12, whiten=True)
+    repeated = np.repeat(drawn(10), 30, axis=0)
+    with pytest.raises(OperatorError, match="vary in 9 directions"):
+        principal(repeated, 12, whiten=True)
+
+
 def test_a_mean_is_summed_exactly() -> None:
     features = np.full((100_000, 1), 0.1, np.float32)
     features[0] = 1e6

@@ -16,10 +16,12 @@ from feature_jobs.items.image_features import (
     FeaturesJob,
     ListFeatures,
     SampleImages,
+    is_whole,
     read_features,
 )
 from feature_jobs.schemas import DataContractError
 from feature_jobs.store import hashing
+from feature_jobs.store.pieces import Piece
 from pipelines.planning.shop_tables import ShopTables
 from tests.support.world import (
     DAYS,
@@ -47,14 +49,18 @@ def job(world: World) -> FeaturesJob:
     )  # fmt: skip
 
 
-def compute(world: World, job: FeaturesJob) -> np.ndarray:
+def compute(world: World, job: FeaturesJob, lost: int = 0) -> np.ndarray:
     """Returns what the steps make of the first day's catalogue, row group by row group."""
     source = ShopTables(world.settings(), DAYS[0], print).catalogue(DAYS[0])
-    pieces = [piece for group in source.groups() for piece in SampleImages(job).process(group)]
-    step = ComputeFeatures(job)
-    names = [name for piece in pieces for _, name in step.process(piece)]
-    list(ListFeatures(job.staging).process((0, ["", *names])))
-    return read_features(job)
+    sampled = [found for group in source.groups() for found in SampleImages(job).process(group)]
+    pieces = [found for found in sampled if isinstance(found, Piece)]
+    step, times = ComputeFeatures(job), 2  # as a runner may do
+    made = [named for piece in pieces * times for _, named in step.process(piece)]
+    drawn = [found.value[1] for found in sampled if not isinstance(found, Piece)]
+    list(ListFeatures(job.staging).process((0, {"drawn": drawn, "looked_at": made[lost:]})))
+    if is_whole(job):
+        return read_features(job)
+    raise AssertionError("it has not ended")
 
 
 def pooled(world: World, job: FeaturesJob, item: int) -> np.ndarray:
@@ -72,6 +78,12 @@ def test_features_are_those_of_each_good_image(world: World, job: FeaturesJob) -
     found = compute(world, job)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_chunk_that_is_lost_is_told(world: World, job: FeaturesJob) -> None:
+    chunks = 5  # of three, three, two and three items, but for one without a chunk of its own
+    with pytest.raises(DataContractError, match=r"sampled images: \d+ of 12 came"):
+        compute(world, job, lost=chunks + 1)
 
 
 def test_only_what_is_drawn_and_in_scope_is_looked_at(world: World, job: FeaturesJob) -> None:
