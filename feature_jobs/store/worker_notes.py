@@ -127,19 +127,11 @@ def _told_path(staging: str) -> str:
 
 def has_begun(staging: str) -> bool:
     """Returns whether any worker of the job below `staging` has begun with an element."""
-    return staging in _begun_here or _are_elsewhere(staging)
+    return staging in _begun_here or are_elsewhere(staging)
 
 
-def may_be_elsewhere(staging: str) -> bool:
-    """Returns whether workers in other processes than the launcher's may have had elements.
-
-    It is so, for what is known, where this process had none. What would tell of others a shared
-    folder may show late.
-    """
-    return staging not in _begun_here or _are_elsewhere(staging)
-
-
-def _are_elsewhere(staging: str) -> bool:
+def are_elsewhere(staging: str) -> bool:
+    """Returns whether workers in other processes than the launcher's have begun with an element."""
     return bool(files.list_names(os.path.join(staging, "begun")))
 
 

@@ -373,7 +373,7 @@ def _run(
     for told in ("begun", "usage"):  # of the fit's job before
         files.delete_tree(os.path.join(staging, told))
     making.run_job(define, staging, job.run, options.share)
-    if worker_notes.may_be_elsewhere(staging):
+    if worker_notes.are_elsewhere(staging):
         faults.until_shown(is_whole)
 
 

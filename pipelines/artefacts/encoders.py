@@ -252,5 +252,5 @@ def _run(job: "FeaturesJob", catalogue: Source, options: JobOptions, say: Say) -
     making.run_job(
         lambda root: define_features(root, catalogue, job), job.staging, sent.run, options.share
     )
-    if worker_notes.may_be_elsewhere(job.staging):
+    if worker_notes.are_elsewhere(job.staging):
         faults.until_shown(partial(is_whole, job))

@@ -217,11 +217,11 @@ def make(
             lambda root: kind.wire(root, planned, attempt), attempt, run_pipeline, share,
             planned[0].stage.layout.row_group_bytes,
         )  # fmt: skip
-        if worker_notes.may_be_elsewhere(attempt):
+        if worker_notes.are_elsewhere(attempt):
             _is_made(planned, attempt)  # of what lacks then it is told where it is sealed
     except CourierError:
         with contextlib.suppress(OSError, CourierError):  # which would hide what the job ended for
-            if worker_notes.refused(attempt) and worker_notes.may_be_elsewhere(attempt):
+            if worker_notes.refused(attempt) and worker_notes.are_elsewhere(attempt):
                 _reopen_uncounted(planned)
         raise
     finally:

@@ -325,10 +325,9 @@ def test_the_launcher_knows_that_a_worker_has_begun(
     assert not worker_notes.has_begun(worker.staging)
     elements = worker.process(1)
     assert not worker_notes.has_begun(worker.staging)
-    assert worker_notes.may_be_elsewhere(worker.staging)  # for what is known
     next(elements)
     assert worker_notes.has_begun(worker.staging)
-    assert worker_notes.may_be_elsewhere(worker.staging) == is_elsewhere
+    assert worker_notes.are_elsewhere(worker.staging) == is_elsewhere
     list(worker.process(2))
     assert len(list(tmp_path.glob("begun/*"))) == is_elsewhere
 
