@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import apache_beam as beam
@@ -110,9 +111,13 @@ class ComputeFeatures(beam.DoFn):
 
     def _embedder(self) -> Embedder:
         job = self._job
-        for file in PACKAGE:  # it was written for this very job
-            until_seen(path := os.path.join(job.encoder_folder, file), files.open_input(path).close)
+        for path in [os.path.join(job.encoder_folder, name) for name in PACKAGE]:
+            until_seen(path, partial(_open_once, path))  # it was written for this very job
         return Embedder(job.encoder_folder, job.batch_size, job.device, job.precision, pooled=True)
+
+
+def _open_once(path: str) -> None:
+    files.open_input(path).close()
 
 
 class ListFeatures(beam.DoFn):
@@ -166,7 +171,8 @@ def read_features(job: FeaturesJob) -> np.ndarray:
         return until_seen(at, lambda: partitions.read_parquet(at))
 
     with ThreadPoolExecutor(_READERS) as pool:
-        found = list(pool.map(read, documents.read_json(path)))
+        # A catalogue without a row group has none to list.
+        found = list(pool.map(read, documents.read_json(path) if files.exists(path) else []))
     if not sum(map(len, found)):
         raise DataContractError(
             "Not one of the sampled catalogue items has an image that can be read, so that nothing "

@@ -86,7 +86,7 @@ class Fitting:
 
     `centre` takes off the mean of the images' features before the norm. `projection` is "random" or
     "pca", the leading principal directions, each scaled to the same variance where it is to
-    `whiten`. About `sample` images are looked at.
+    `whiten`. Images of about `sample` items are looked at.
     """
 
     ds: dt.date

@@ -80,6 +80,27 @@ def test_features_are_those_of_each_good_image(world: World, job: FeaturesJob) -
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def test_an_encoder_that_shows_late_is_waited_for(
+    world: World, job: FeaturesJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, hidden = Path(job.encoder_folder), world.folder / "hidden"
+    there.rename(hidden)
+    waited = list[float]()
+
+    def show(seconds: float) -> None:
+        waited.append(seconds)
+        hidden.rename(there)
+
+    monkeypatch.setattr("feature_jobs.store.faults.time.sleep", show)
+    assert len(compute(world, job)) > 0
+    assert len(waited) == 1
+
+
+def test_a_catalogue_without_rows_is_told(job: FeaturesJob) -> None:
+    with pytest.raises(DataContractError, match="Not one of the sampled catalogue items"):
+        read_features(job)
+
+
 def test_a_chunk_that_is_lost_is_told(world: World, job: FeaturesJob) -> None:
     chunks = 5  # of three, three, two and three items, but for one without a chunk of its own
     with pytest.raises(DataContractError, match=r"sampled images: \d+ of 12 came"):
