@@ -79,7 +79,7 @@ def find(name: str) -> Backbone:
     return _OfTorchvision(name)
 
 
-def version_of_library(name: str) -> str:
+def package_of(name: str) -> str:
     """Returns the library that the backbone `name` is of, with its version: torchvision 0.29.1."""
     library = "timm" if name.startswith(TIMM) else "torchvision"
     return f"{library} {PACKAGE_VERSIONS[library]}"
@@ -125,7 +125,7 @@ def _known_to_torchvision(name: str) -> str:
     if name not in known:
         raise OperatorError(
             f"The backbone {name!r} is not a classification model of "
-            f"{version_of_library(name)}. The nearest name is {_nearest(name, known)!r}; models of "
+            f"{package_of(name)}. The nearest name is {_nearest(name, known)!r}; models of "
             "timm are named timm:NAME."
         )
     return name
@@ -204,7 +204,7 @@ class _OfTimm:
             body = self._create(input_size, num_classes=0)
         except _UNFIT as error:
             raise OperatorError(
-                f"{version_of_library(self._name)} cannot build the backbone {self._name!r} for an input "
+                f"{package_of(self._name)} cannot build the backbone {self._name!r} for an input "
                 f"size of {input_size} pixels: {error}. Its usual one is {self.usual_size}."
             ) from error
         features = getattr(body, "head_hidden_size", body.num_features)
@@ -299,7 +299,7 @@ def _pretrained_cfg(model: str) -> Any:
     models = timm.list_models()  # without the old names of some, which timm still builds
     if name not in models:
         raise OperatorError(
-            f"The backbone {TIMM + model!r} is not a model of {version_of_library(TIMM)}. The nearest "
+            f"The backbone {TIMM + model!r} is not a model of {package_of(TIMM)}. The nearest "
             f"name is {TIMM + _nearest(name, models)!r}."
         )
     known = get_arch_pretrained_cfgs(name)
@@ -308,7 +308,7 @@ def _pretrained_cfg(model: str) -> Any:
             f"The nearest is {TIMM + _nearest(model, list(known))!r}" if known else "It has none"
         )
         raise OperatorError(
-            f"{version_of_library(TIMM)} knows no pretrained weights {tag!r} of {TIMM + name!r}. "
+            f"{package_of(TIMM)} knows no pretrained weights {tag!r} of {TIMM + name!r}. "
             f"{there}; without a tag, the name means the default ones."
         )
     found = timm.get_pretrained_cfg(model, allow_unregistered=True)

@@ -324,7 +324,7 @@ def _rebuild(info: EncoderInfo, state: dict[str, Tensor], path: str) -> ImageEnc
         made = f", {info.timm['version']}" if info.timm else ""
         raise DataContractError(
             f"{path} does not fit the backbone {info.backbone!r} as "
-            f"{backbones.version_of_library(info.backbone)} builds it: {misfit}. It was made with another "
+            f"{backbones.package_of(info.backbone)} builds it: {misfit}. It was made with another "
             f"version{made}: install that one, or make the encoder again."
         )
     encoder.encoder_id, encoder.timm = info.encoder_id, info.timm
