@@ -545,9 +545,10 @@ def _folders(config: str, out: str | None) -> tuple[str, str]:
 @click.option("--cache/--no-cache", default=None, help="Keep resized images on disk.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Of weights, order and crops.")
 @out_option
+@click.option("--dry-run", is_flag=True, help="Only say what it would take, by a few timed steps.")
 def train(
     config: str, until: dt.date, start_ds: dt.date | None, held_out_days: int, name: str | None,
-    preset: str, out: str | None, **given: Any,
+    preset: str, out: str | None, dry_run: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Train an encoder on training rows; prints the pin to append to the settings.
 
@@ -568,7 +569,7 @@ def train(
     folder, out = _folders(config, out)
     name = name or wanted.objective
     stanza = training.train(
-        settings, folder, out, wanted, name, start_ds, until, held_out_days, _say
+        settings, folder, out, wanted, name, start_ds, until, held_out_days, dry_run, _say
     )
     if stanza:
         click.echo(stanza)

@@ -1,13 +1,14 @@
 """Measures, while an encoder trains, what it is worth on days that it was not trained on.
 
-The held-out measure asks what SimScores will be asked: how well does the cosine of an impression's
-item with the mean of what its user had clicked before rank clicked over unclicked impressions?
+The held-out measure asks what SimScores will be asked, with histories as long as the night's: how
+well do an impression's cosines with what its user had clicked before rank clicked over unclicked
+impressions? See `courier_model.measures`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +18,9 @@ from torch import Tensor
 from courier_model.measures import HeldOut, colour_histogram, rank_clicks
 from courier_model.training.augment import centre_crop
 from courier_model.training.distributed import Process, total
-from courier_model.training.image_cache import ImageCache
 from courier_model.training.objectives import Objective, Places
-from courier_model.training.rows import TrainingSet, valid_first
+from courier_model.training.rows import Squares, TrainingSet, histories_of, valid_first
+from feature_jobs.impressions.clicks import HistoryLaw
 
 _BLOCK_IMAGES = 64
 
@@ -41,34 +42,42 @@ class Vectors:
 
 
 class Evaluation:
-    """Measures on rows of later days, at most `limit` of them drawn by `seed`, and their images."""
+    """Measures on rows of later days and their images.
 
-    def __init__(self, rows: TrainingSet, cache: ImageCache, limit: int, seed: int) -> None:
-        rows = rows.with_history()
-        chosen = np.random.default_rng([seed, 1]).permutation(len(rows.pv))[:limit]
-        rows = rows.take(np.sort(chosen))
+    The rows are those of users drawn by `seed`, at most `limit`: all of a user's together, since
+    users are told apart and their histories share images. Histories follow `law`, from the rows of
+    all days.
+    """
+
+    def __init__(
+        self, train: TrainingSet, held_out: TrainingSet, law: HistoryLaw, cache: Squares,
+        limit: int, seed: int,
+    ) -> None:  # fmt: skip
+        rows = _drawn(held_out.with_history(), limit, seed)
+        histories = histories_of(rows, [train, held_out], law)
         self._cache = cache
-        shown = np.concatenate([rows.pv, rows.clicks], axis=1)
-        self._codes = np.unique(shown[shown >= 0])
-        # From here on items are places in `_codes`; -1 stays.
-        pv, clicks = (
-            np.where(c >= 0, np.searchsorted(self._codes, c), -1) for c in (rows.pv, rows.clicks)
+        shown = np.concatenate([rows.pv, rows.clicks, histories], axis=1)
+        self.codes = np.unique(shown[shown >= 0])  # of the images that are looked at
+        # From here on items are places in `codes`; -1 stays.
+        pv, clicks, self._histories = (
+            np.where(c >= 0, np.searchsorted(self.codes, c), -1)
+            for c in (rows.pv, rows.clicks, histories)
         )
-        self._rows = TrainingSet(pv, rows.clicked, clicks, rows.users, rows.items)
+        self._rows = replace(rows, pv=pv, clicks=clicks)
 
     def embed(self, features: Features, size: int, process: Process) -> Vectors:
         """Returns the features of all images, of `size` pixels; each process sees to a share."""
-        return embed(self._cache, self._codes, features, size, process)
+        return embed(self._cache, self.codes, features, size, process)
 
     def colours(self, process: Process) -> Vectors:
         """Returns all images' colour histograms: an encoder worth no more has learned nothing."""
-        return _vectors(self._cache, self._codes, colour_histogram, process)
+        return _vectors(self._cache, self.codes, colour_histogram, process)
 
     def rank_clicks(self, vectors: Vectors) -> HeldOut:
-        """Returns AUC and GAUC of clicked over unclicked impressions, by cosine with history."""
+        """Returns AUC and GAUC of clicked over unclicked impressions, by cosines with history."""
         rows = self._rows
         return rank_clicks(
-            vectors.values, vectors.known, rows.pv, rows.clicked, rows.clicks, rows.users
+            vectors.values, vectors.known, rows.pv, rows.clicked, self._histories, rows.users
         )
 
     def nearest(
@@ -99,8 +108,15 @@ class Evaluation:
         return int(term.hits) / int(term.anchors)
 
 
+def _drawn(rows: TrainingSet, limit: int, seed: int) -> TrainingSet:
+    """Returns the rows of users drawn by `seed`, in their order, the last user's cut at `limit`."""
+    users, owner = np.unique(rows.users, return_inverse=True)
+    turn = np.random.default_rng([seed, 1]).permutation(len(users))[owner]
+    return rows.take(np.sort(np.argsort(turn, kind="stable")[:limit]))
+
+
 def embed(
-    cache: ImageCache, codes: npt.NDArray[np.int64], features: Features, size: int, process: Process
+    cache: Squares, codes: npt.NDArray[np.int64], features: Features, size: int, process: Process
 ) -> Vectors:
     """Returns the features of the images of `codes` [items]; each process sees to a share."""
 
@@ -113,7 +129,7 @@ def embed(
 
 
 def _vectors(
-    cache: ImageCache, codes: npt.NDArray[np.int64], of_squares: Callable[[Pixels], np.ndarray],
+    cache: Squares, codes: npt.NDArray[np.int64], of_squares: Callable[[Pixels], np.ndarray],
     process: Process,
 ) -> Vectors:  # fmt: skip
     found: dict[str, list[np.ndarray]] = {"values": [], "keys": [], "known": []}

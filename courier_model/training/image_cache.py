@@ -53,19 +53,19 @@ class ImageCache:
         self._uris = uris
         self._roots = tuple(files.absolute(root) for root in roots)
         self._square = preprocessing.square()
-        self._store = None if folder is None else _Store(folder, len(uris), self._side)
+        self._store = None if folder is None else _Store(folder, len(uris), self.side)
         if self._store is not None:
             identity = {"uris": digest(uris.to_pylist()), "roots": list(self._roots)}
             self._store.begin(identity | {"square": asdict(self._square)})
 
     @property
-    def _side(self) -> int:
+    def side(self) -> int:
         return self._square.input_size
 
     @property
     def bytes_needed(self) -> int:
         """Returns the bytes that the folder takes on disk once every item was asked for."""
-        return len(self._uris) * (3 * self._side**2 + 9)
+        return len(self._uris) * (3 * self.side**2 + 9)
 
     def read(self, codes: Keys) -> tuple[Pixels, Keys, Flags]:
         """Reads the squares and content keys of items, and tells which of the images are good.
@@ -86,7 +86,7 @@ class ImageCache:
         return self._store.read(codes)
 
     def _decode(self, codes: Keys) -> tuple[Pixels, Keys, Flags]:
-        pixels = np.zeros((len(codes), 3, self._side, self._side), np.uint8)
+        pixels = np.zeros((len(codes), 3, self.side, self.side), np.uint8)
         keys, good = np.zeros(len(codes), np.int64), np.zeros(len(codes), bool)
         for place, code in enumerate(codes.tolist()):
             image = read_image(self._uris[code].as_py(), self._roots, self._square)

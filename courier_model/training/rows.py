@@ -15,7 +15,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from courier_model.training.augment import Pixels, centre_crop, random_crop, simclr_view
-from courier_model.training.image_cache import ImageCache
+from feature_jobs.impressions.clicks import HistoryLaw, histories_at, sort_clicks
 from feature_jobs.schemas import (
     ROW_CLICKS,
     ROW_PVS,
@@ -44,6 +44,7 @@ Flags = npt.NDArray[np.bool_]
 _ORDER, _PIXELS = 0, 1
 
 _PIECE = 256  # images
+_ORDER_OF_CLICKS = 8  # parts of a microsecond, one for each click of a row at least
 
 
 # ---- Rows ------------------------------------------------------------------------------------
@@ -57,6 +58,7 @@ class TrainingSet:
     clicked: Flags  # [rows, 5], False where there is no PV
     clicks: Codes  # [rows, 5], newest first
     users: Codes  # [rows], codes of users
+    moments: Codes  # [rows], microseconds
     items: pa.Table  # item_id, image_uri (nullable), title (nullable), sorted by item_id
 
     def __len__(self) -> int:
@@ -73,8 +75,9 @@ class TrainingSet:
     def take(self, keep: Flags | Codes) -> TrainingSet:
         """Returns the rows of a mask bool [rows], or of row numbers."""
         return TrainingSet(
-            self.pv[keep], self.clicked[keep], self.clicks[keep], self.users[keep], self.items
-        )
+            self.pv[keep], self.clicked[keep], self.clicks[keep], self.users[keep],
+            self.moments[keep], self.items,
+        )  # fmt: skip
 
 
 def build_sets(rows: Sequence[pa.Table], catalogue: pa.Table) -> list[TrainingSet]:
@@ -119,6 +122,7 @@ def _build_set(rows: pa.Table, items: pa.Table, user_ids: pa.Array) -> TrainingS
             items["item_id"],
         ),
         users=pc.index_in(rows["user_id"], value_set=user_ids).to_numpy().astype(np.int64),
+        moments=rows["event_time"].cast(pa.int64()).to_numpy(),
         items=items,
     )
 
@@ -154,6 +158,33 @@ def _codes(lists: pa.ChunkedArray, lengths: Codes, width: int, item_ids: pa.Chun
     return codes
 
 
+def histories_of(rows: TrainingSet, seen: Sequence[TrainingSet], law: HistoryLaw) -> Codes:
+    """Returns what each user had clicked before each of `rows`, int64 [rows, history_len].
+
+    A row knows five clicks only. But the user's earlier rows, in the sets `seen`, know those before
+    them: all that they list was clicked before their moments, so that none is from later than the
+    row. Distinct items, newest first, padded with -1; without the clicks of more than five between
+    two rows, and from before the first of `seen`. `law` counts back from the moment of the row that
+    lists a click.
+    """
+    users = np.unique(rows.users)
+    sets = [one.take(np.isin(one.users, users)) for one in seen]
+    clicks = np.concatenate([one.clicks for one in sets])
+    owners, moments = (
+        np.concatenate([getattr(one, name) for one in sets]).repeat(ROW_CLICKS)
+        for name in ("users", "moments")
+    )
+    # In an eighth of a microsecond each, so that a row's clicks keep their order.
+    times = moments * _ORDER_OF_CLICKS - np.tile(np.arange(ROW_CLICKS), len(clicks))
+    there = clicks.ravel() >= 0
+    log = sort_clicks(owners[there], times[there], clicks.ravel()[there])
+    finer = replace(
+        law, window_us=(law.window_us + 1) * _ORDER_OF_CLICKS, lag_us=law.lag_us * _ORDER_OF_CLICKS
+    )
+    places = histories_at(log, rows.users, rows.moments * _ORDER_OF_CLICKS + 1, finer)
+    return np.where(places >= 0, np.append(log.items, -1)[places], -1)
+
+
 # ---- Batches ---------------------------------------------------------------------------------
 
 
@@ -177,6 +208,12 @@ class Batch:
         return replace(self, **tensors)
 
 
+class Squares(Protocol):
+    """Has the images of items, as `ImageCache` has."""
+
+    def read(self, codes: Codes) -> tuple[Pixels, Codes, Flags]: ...
+
+
 class RowBatches(Dataset[Batch]):
     """Makes the batch of each step, for one rank.
 
@@ -190,7 +227,7 @@ class RowBatches(Dataset[Batch]):
     """
 
     def __init__(
-        self, rows: TrainingSet, cache: ImageCache, views: int, augmentation: str, size: int,
+        self, rows: TrainingSet, cache: Squares, views: int, augmentation: str, size: int,
         batch_rows: int, seed: int, rank: int = 0, world: int = 1, titles: bool = False,
     ) -> None:  # fmt: skip
         if augmentation not in AUGMENTATIONS:
@@ -219,19 +256,28 @@ class RowBatches(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         """Returns the batch of a step; raises OSError for faults of the disk."""
+        return self.load(self.rows_of(step), step)
+
+    def rows_of(self, step: int) -> Codes:
+        """Returns the numbers of the rows of a step, int64 `[B]`."""
         epoch, number = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             rng = np.random.default_rng([self._seed, _ORDER, epoch])
             self._order = epoch, rng.permutation(len(self._rows[0]))
         share = self._batch_rows // self._world
         start = number * self._batch_rows + self._rank * share
-        return self.load(self._order[1][start : start + share], step)
+        return self._order[1][start : start + share]
+
+    def items_of(self, rows: Codes) -> Codes:
+        """Returns the distinct items that rows show, sorted codes int64 `[m]`."""
+        pv, _, clicks = (column.numpy()[rows] for column in self._rows)
+        codes = np.unique(np.concatenate([pv, clicks], axis=1))
+        return codes[codes >= 0]
 
     def load(self, rows: Codes, step: int) -> Batch:
         """Loads the batch of the row numbers `rows`, int64 `[B]`; `step` seeds the augmentation."""
         pv, clicked, clicks = (column.numpy()[rows] for column in self._rows)
-        codes = np.unique(np.concatenate([pv, clicks], axis=1))
-        codes = codes[codes >= 0]
+        codes = self.items_of(rows)
         squares, keys, good = self._cache.read(codes)
         # Items of equal key share a place: `first` is the item that stands for each place [n].
         keys, first, places = np.unique(keys[good], return_index=True, return_inverse=True)

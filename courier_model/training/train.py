@@ -28,7 +28,8 @@ from torch import Tensor
 
 from courier_model.encoder import ImageEncoder, build_encoder, choose_precision, load_encoder
 from courier_model.images import Preprocessing
-from courier_model.projection import mean_of
+from courier_model.measures import Estimate, HeldOut
+from courier_model.projection import mean_of, principal
 from courier_model.training import checkpoints, distributed, evaluate, memory, schedules
 from courier_model.training.distributed import Process
 from courier_model.training.evaluate import Evaluation
@@ -36,24 +37,30 @@ from courier_model.training.image_cache import ImageCache
 from courier_model.training.losses import Term
 from courier_model.training.objectives import Objective, Places, build_objective
 from courier_model.training.progress import Board, Clock, Progress
-from courier_model.training.rows import Batch, RowBatches, TrainingSet, batches
+from courier_model.training.rows import Batch, RowBatches, Squares, TrainingSet, batches
 from courier_model.training.settings import TrainSettings
-from feature_jobs.schemas import CourierError, DataContractError, OperatorError
+from feature_jobs.impressions.clicks import HistoryLaw
+from feature_jobs.schemas import EMBEDDING_DIM, CourierError, DataContractError, OperatorError
 from feature_jobs.store import threads
 from feature_jobs.store.versions import PACKAGE_VERSIONS
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CENTRE_IMAGES = 20_000  # at most: the mean of more is the same
+_MEASURES = ("auc", "gauc", "max_auc", "max_gauc")
 _COUNTS = ("rows", "images", "bad_images", "skipped_batches")
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Holds rows of two ranges of days, held-out ones later; `fingerprint` tells their content."""
+    """Holds rows of two ranges of days, held-out ones later; `fingerprint` tells their content.
+
+    By `law` the night makes histories, and so does the held-out measure.
+    """
 
     train: TrainingSet
     held_out: TrainingSet
     image_roots: tuple[str, ...]
+    law: HistoryLaw
     fingerprint: str
 
 
@@ -61,9 +68,10 @@ class TrainingData:
 class Record:
     """Holds what a run has done and found so far, beside its weights; all of it is in a checkpoint.
 
-    `measures` are held-out: of a colour histogram (step None), then of the encoder at each
+    `measures` are held-out: of what training must beat (step None), then of the encoder at each
     evaluated step, 0 being the one that training begins with. `best` is the one of the trained with
-    the highest AUC, `best_weights` the encoder's state then.
+    the highest AUC, `best_weights` the encoder's state then. `errors` are what each user adds to
+    the error of the AUC, float64 [users], by what was measured; of `best` under "best".
     """
 
     step: int = 0
@@ -72,6 +80,7 @@ class Record:
     measures: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
     best_weights: dict[str, Tensor] | None = None
+    errors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Stopped(Exception):
@@ -124,20 +133,30 @@ class Training:
         self.measured = cast(tuple[ImageEncoder, Objective], tuple(measured.children()))
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=self.precision == "fp16")
         preprocessing = self.encoder.preprocessing
-        cache = open_cache(settings, folder, rows.items["image_uri"], data, preprocessing, say)
-        self.batches = RowBatches(
-            rows, cache, self.objective.views, self.objective.augmentation,
-            preprocessing.input_size, settings.batch_rows, settings.seed, process.rank,
-            process.size, self.objective.reads_titles,
-        )  # fmt: skip
+        uris = rows.items["image_uri"]
+        self.rows = rows
+        self.cache = open_cache(settings, folder, uris, data, preprocessing, say)
+        self.batches = self.make_batches(self.cache)
         free = threads.budget() // process.size - 1  # one for the step itself
         self.workers = min(8, max(0, free)) if settings.workers is None else settings.workers
         self.steps = settings.epochs * self.batches.steps_per_epoch
         schedules.check_lengths(settings, self.steps)
-        self.evaluation = Evaluation(data.held_out, cache, settings.held_out_rows, settings.seed)
+        self.evaluation = Evaluation(
+            data.train, data.held_out, data.law, self.cache, settings.held_out_rows, settings.seed
+        )
         self.record = Record()
-        self.centred: dict[str, Any] | None = None  # what `finish` found
-        self._rows, self._cache = rows, cache
+        # What `finish` finds.
+        self.centred: dict[str, Any] | None = None
+        self.ahead: dict[str, dict[str, float | None]] = {}  # of what, and by how much
+
+    def make_batches(self, squares: Squares) -> RowBatches:
+        """Returns the batches of this run's rows, with images from `squares`."""
+        settings, objective, process = self.settings, self.objective, self.process
+        return RowBatches(
+            self.rows, squares, objective.views, objective.augmentation,
+            self.encoder.preprocessing.input_size, settings.batch_rows, settings.seed,
+            process.rank, process.size, objective.reads_titles,
+        )  # fmt: skip
 
     def run(self, report: Callable[[Progress], None], stopped: Callable[[], bool]) -> Record:
         """Goes on from the last checkpoint to the end.
@@ -166,7 +185,7 @@ class Training:
             self._evaluate_baselines(board)
         clock = Clock(record.seconds)
         for batch in batches(self.batches, record.step, self.steps, self.workers):
-            loss = self._train_on(batch)
+            loss = self.train_on(batch)
             record.step += 1
             record.seconds = clock.seconds()
             rate = clock.images_per_second(batch.images.shape[:2].numel() * self.process.size)
@@ -193,7 +212,7 @@ class Training:
 
     # ---- A step ----------------------------------------------------------------------------
 
-    def _train_on(self, batch: Batch) -> Loss:
+    def train_on(self, batch: Batch) -> Loss:
         """Takes an optimizer step, unless no process has an anchor in its part of the batch."""
         device, settings = self.process.device, self.settings
         torch.manual_seed(_seed(settings.seed, batch.step, self.process.rank))
@@ -204,7 +223,7 @@ class Training:
         size = self.encoder.preprocessing.input_size
         seen = batch if images else _with_a_black_image(batch, size)
         loss = memory.backward(
-            partial(self._features, self.encoder),
+            partial(self.compute, self.encoder.features),
             seen.images.flatten(0, 1).to(device, non_blocking=True),  # [views * n, 3, S, S]
             settings.chunk_images or None,
             partial(self._loss, places=_places(seen, device), views=len(seen.images)),
@@ -237,13 +256,13 @@ class Training:
         """Returns the last step's, of all but the backbone."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _features(self, encoder: ImageEncoder, images: Tensor) -> Tensor:
-        """Computes features in the chosen precision: uint8 `[m, 3, S, S]` -> float32 `[m, 256]`."""
+    def compute(self, features: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """Computes `features` in the chosen precision: uint8 `[m, 3, S, S]` -> float32 `[m, d]`."""
         dtype = _DTYPES.get(self.precision)
         # Depthwise convolutions train 5 times faster in this format on a CPU.
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-            return encoder.features(images)
+            return features(images)
 
     def _loss(self, features: Tensor, places: Places, views: int) -> Loss:
         """Sums the objective's terms, each divided by its anchors over all processes."""
@@ -311,27 +330,55 @@ class Training:
     # ---- The held-out measure ----------------------------------------------------------------
 
     def _evaluate_baselines(self, board: Board | None) -> None:
-        """Measures what training must beat: a colour histogram, and the encoder as it begins."""
-        colours = self.evaluation.rank_clicks(self.evaluation.colours(self.process))
-        if colours.auc is None:
+        """Measures what training must beat, the encoder as it begins at last."""
+        found = self.evaluation.rank_clicks(self.evaluation.colours(self.process))
+        if found.auc is None:
             raise DataContractError(
-                f"The held-out days have {colours.impressions:,} impressions with a history and "
-                f"readable images, {colours.clicks:,} of them clicked; both clicked and unclicked "
+                f"The held-out days have {found.impressions:,} impressions with a history and "
+                f"readable images, {found.clicks:,} of them clicked; both clicked and unclicked "
                 "ones are needed to tell a good encoder from a bad one. Hold out more days with "
                 "--held-out-days, or check catalogue.image_roots in the settings."
             )
-        self._note({"step": None, **asdict(colours)}, "colour histogram", board)
-        begun = "the encoder it started from" if self.settings.init_from else "untrained"
+        self._note(found, {"of": "a plain colour histogram", "step": None}, board)
+        begun = "the encoder it started from"
+        if not self.settings.init_from:
+            begun = "the untrained encoder"
+            if self.settings.weights != "random":
+                found = self._rank_principal()
+                self._note(found, {"of": "the pretrained backbone with PCA", "step": None}, board)
         self._measure(begun, board)
 
+    def _rank_principal(self) -> HeldOut:
+        """Measures what the backbone is worth without clicks: its leading principal directions."""
+        settings, process = self.settings, self.process
+        backbone = build_encoder(
+            settings.backbone, settings.weights, settings.input_size, settings.seed
+        )
+        backbone.leave_out_head()
+        backbone.eval().to(memory_format=torch.channels_last).to(process.device)
+        features = partial(self.compute, backbone.features)
+        size = self.encoder.preprocessing.input_size
+        seen, held_out = (
+            evaluate.embed(self.cache, codes, features, size, process)
+            for codes in (self.sample(), self.evaluation.codes)
+        )
+        known = seen.values[seen.known]
+        found = principal(known, min(EMBEDDING_DIM, known.shape[1], len(known) - 1))
+        values = held_out.values @ found.weight.T - found.centre
+        return self.evaluation.rank_clicks(replace(held_out, values=values))
+
     def _evaluate(self, board: Board | None) -> None:
-        found = self._measure(f"step {self.record.step:,}", board)
-        best = self.record.best
-        if best is None or found["auc"] > best["auc"]:
-            self.record.best = found
+        record = self.record
+        of = f"step {record.step:,}"
+        found = self._measure(of, board)
+        errors = record.errors.pop(of)
+        best = record.best
+        # One of an earlier version had another measure.
+        if best is None or "max_auc" not in best or found["auc"] > best["auc"]:
+            record.best, record.errors["best"] = found, errors
             # A copy: the next step changes the encoder's own tensors in place.
             weights = self.measured[0].state_dict()
-            self.record.best_weights = {k: v.cpu().clone() for k, v in weights.items()}
+            record.best_weights = {k: v.cpu().clone() for k, v in weights.items()}
 
     def _measure(self, name: str, board: Board | None) -> dict[str, Any]:
         encoder, objective = self.measured
@@ -340,58 +387,73 @@ class Training:
         self._share_statistics()
         torch.manual_seed(_seed(self.settings.seed))
         vectors = self.evaluation.embed(
-            partial(self._features, encoder), encoder.preprocessing.input_size, self.process
-        )
+            partial(self.compute, encoder.features), encoder.preprocessing.input_size,
+            self.process,
+        )  # fmt: skip
         largest = float(np.abs(vectors.values).max())
         self._check_finite("largest feature of a held-out image", largest, self.record.step)
-        found = asdict(self.evaluation.rank_clicks(vectors))
-        found["nearest"] = self.evaluation.nearest(
+        nearest = self.evaluation.nearest(
             vectors, objective, self.settings.batch_rows, self.process.device
         )
-        return self._note({"step": self.record.step, **found}, name, board)
+        of = {"of": name, "step": self.record.step, "nearest": nearest}
+        return self._note(self.evaluation.rank_clicks(vectors), of, board)
 
-    def _note(self, found: dict[str, Any], name: str, board: Board | None) -> dict[str, Any]:
+    def _note(self, ranked: HeldOut, of: dict[str, Any], board: Board | None) -> dict[str, Any]:
+        assert ranked.auc is not None  # as `_evaluate_baselines` has seen
+        found = {**of, **ranked.numbers()}
         self.record.measures.append(found)
-        numbers = {k: found.get(k) for k in ("auc", "gauc", "nearest")}
-        known = {k: v for k, v in numbers.items() if v is not None}
-        self.say(f"held out, {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in known.items()))
-        if board and found["step"] is not None:
+        self.record.errors[of["of"]] = torch.from_numpy(ranked.auc.errors)
+        self.say(f"held out, {of['of']}: {told(found)}")
+        if board and of["step"] is not None:
+            known = {name: found[name] for name in (*_MEASURES, "nearest") if found[name]}
             board.add(self.record.step, _named("held_out", known))
         return found
 
     def finish(self) -> None:
         """Makes `encoder` the best evaluated one, centred where that is wanted and better.
 
-        What was found of that is in `centred`. All processes call it, once the run has ended.
+        What was found of that is in `centred`, and in `ahead` what was measured before training,
+        and by how much the AUC is above its. All processes call it, once the run has ended.
         """
         best, weights = self.record.best, self.record.best_weights
         assert best is not None
         assert weights is not None
         self.encoder.load_state_dict(weights)
         self.encoder.eval()
-        if not self.settings.centre:
-            return
+        errors = dict(self.record.errors)
+        found = Estimate(best["auc"], errors.pop("best").numpy()) if errors else None
+        if self.settings.centre:
+            found = self._centre(found or Estimate(best["auc"], np.zeros(0)))
+        aucs = {measured.get("of"): measured["auc"] for measured in self.record.measures}
+        for name, before in errors.items():
+            assert found is not None
+            ahead = found - Estimate(aucs[name], before.numpy())
+            self.ahead[name] = {"auc": ahead.value, "auc_se": ahead.standard_error}
+            self.say(f"held out, above {name}: {told(self.ahead[name])}")
+
+    def _centre(self, best: Estimate) -> Estimate:
+        """Takes off the mean of the features where that is better; returns the AUC then."""
         size = self.encoder.preprocessing.input_size
-        features = partial(self._features, self.encoder)
-        seen = evaluate.embed(self._cache, self._sample(), features, size, self.process)
+        features = partial(self.compute, self.encoder.features)
+        seen = evaluate.embed(self.cache, self.sample(), features, size, self.process)
         mean = mean_of(seen.values[seen.known])
         held_out = self.evaluation.embed(features, size, self.process)
         found = self.evaluation.rank_clicks(replace(held_out, values=held_out.values - mean))
         assert found.auc is not None
-        taken = found.auc > best["auc"]
+        taken = found.auc.value > best.value
         if taken:
             self.encoder.move_centre(mean)
-        self.centred = {
-            "images": int(seen.known.sum()), "auc": found.auc, "gauc": found.gauc, "taken": taken
-        }  # fmt: skip
+        images = int(seen.known.sum())
+        self.centred = {"images": images, **found.numbers(), "taken": taken}
         self.say(
-            f"held out, less the mean of {self.centred['images']:,} images: auc {found.auc:.4f}"
+            f"held out, less the mean of {images:,} images: {told(self.centred)}"
             + ("" if taken else ", which is no more than without: it stays")
         )
+        return found.auc if taken else best
 
-    def _sample(self) -> npt.NDArray[np.int64]:
+    def sample(self) -> npt.NDArray[np.int64]:
         """Returns some of the images that are trained on, by their codes."""
-        codes = np.unique(np.concatenate([self._rows.pv, self._rows.clicks], axis=1))
+        codes = np.unique(np.concatenate([self.rows.pv, self.rows.clicks], axis=1))
         drawn = np.random.default_rng([self.settings.seed, 2]).permutation(codes[codes >= 0])
         return drawn[:_CENTRE_IMAGES]
 
@@ -572,6 +634,19 @@ def open_cache(
         )
         return decoding
     return ImageCache(path, uris, data.image_roots, preprocessing)
+
+
+# ---- Words -----------------------------------------------------------------------------------
+
+
+def told(found: Mapping[str, Any]) -> str:
+    """Writes a held-out measure by its names, with standard errors where they are known."""
+    words = [
+        f"{name} {found[name]:.4f}" + (f" ± {error:.4f}" if error else "")
+        for name, error in ((name, found.get(f"{name}_se")) for name in (*_MEASURES, "nearest"))
+        if found.get(name) is not None
+    ]
+    return ", ".join(words)
 
 
 # ---- Seeds and places ------------------------------------------------------------------------

@@ -34,13 +34,17 @@ from feature_jobs.store import day_names, documents, files, partitions
 from feature_jobs.store.encoder_info import EncoderInfo, read_encoder_info
 from feature_jobs.store.partitions import Partition
 from feature_jobs.store.versions import PACKAGE_VERSIONS
+from pipelines.artefacts import training_dry_run
 from pipelines.artefacts.encoders import encoder_stanza
 from pipelines.config import Settings
 from pipelines.planning.made_with import rows_settings
 from pipelines.planning.shop_tables import ShopTables
+from pipelines.planning.yesterday import history_law
 from pipelines.running.progress import StepBar
 
-_COLUMNS = ("user_id", "request_id", "pv_item_ids", "pv_clicked", "click_item_ids")
+_COLUMNS = (
+    "user_id", "request_id", "event_time", "pv_item_ids", "pv_clicked", "click_item_ids"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,12 @@ class Span:
 
 def train(
     settings: Settings, folder: str, out: str, wanted: TrainSettings, name: str,
-    start: dt.date | None, until: dt.date, held_out_days: int, say: Callable[[str], None],
+    start: dt.date | None, until: dt.date, held_out_days: int, dry_run: bool,
+    say: Callable[[str], None],
 ) -> str | None:  # fmt: skip
     """Trains on days before `until` and saves the encoder; returns its stanza.
+
+    With `dry_run` it only says what that would take, and writes nothing.
 
     The run has a folder of its own below `folder`/training; the encoder lies below `out`/encoders.
     The stanza holds from `until` on, or from the day after the data of an encoder that it goes on
@@ -80,6 +87,11 @@ def train(
         if earlier:
             check_goes_on(earlier, span, bar.say)
         data, sources = read_data(settings, span)
+        if dry_run:
+            told = training_dry_run.run(wanted, data, run_folder, process, bar.say)
+            for line in told if process.leads else ():
+                bar.say(line)
+            return None
         if process.leads:
             stack.enter_context(_alone_in(run_folder))
         wait_for_all()
@@ -234,7 +246,10 @@ def read_data(settings: Settings, span: Span) -> tuple[TrainingData, dict[str, A
         **settings.catalogue.rewrite_as_written,
     }
     train, held_out = build_sets(rows, catalogue)
-    data = TrainingData(train, held_out, settings.catalogue.image_roots, documents.digest(sources))
+    data = TrainingData(
+        train, held_out, settings.catalogue.image_roots, history_law(settings),
+        documents.digest(sources),
+    )  # fmt: skip
     return data, sources
 
 
@@ -404,16 +419,16 @@ def _account(
         "seconds": round(record.seconds, 1),
         "best": record.best,
         "centred": run.centred,
+        "ahead": run.ahead,
         "measures": record.measures,
     }
 
 
 def _disappointments(run: Training) -> Iterator[str]:
     """Yields what the operator should know before pinning an encoder that is not worth it."""
-    begun = "the encoder it started from" if run.settings.init_from else "the untrained encoder"
-    for measured in run.record.measures[:2]:
-        name = "a plain colour histogram" if measured["step"] is None else begun
-        if measured["auc"] >= run.auc:
+    for measured in run.record.measures:
+        if not measured["step"] and measured["auc"] >= run.auc:
+            name = measured.get("of", "a baseline")  # a run that an earlier version began
             yield (
                 f"WARNING: {name} ranks held-out clicks at least as well (AUC "
                 f"{measured['auc']:.4f}) as the trained encoder ({run.auc:.4f}). More "

@@ -39,6 +39,7 @@ from courier_model.training.memory import freeze_batch_statistics
 from courier_model.training.rows import Batch, RowBatches, TrainingSet, batches
 from courier_model.training.settings import PRESETS, TrainSettings
 from courier_model.training.train import Training, TrainingData
+from feature_jobs.impressions.clicks import HistoryLaw
 from feature_jobs.store import threads
 from pipelines.demo.garments import COLOURS, PATTERNS, TYPES, draw_item
 
@@ -99,11 +100,13 @@ def as_set(codes: np.ndarray, uris: list[str]) -> TrainingSet:
     clicked = np.zeros((len(codes), 5), bool)
     clicked[:, 0] = True
     items = pa.table({"item_id": np.arange(len(uris)), "image_uri": uris, "title": uris})
-    return TrainingSet(codes[:, :5], clicked, codes[:, 5:], np.arange(len(codes)), items)
+    users, moments = np.arange(len(codes)), np.zeros(len(codes), np.int64)
+    return TrainingSet(codes[:, :5], clicked, codes[:, 5:], users, moments, items)
 
 
 def start_training(settings: TrainSettings, rows: TrainingSet, images: Path, top: Path) -> Training:
-    data = TrainingData(rows, rows, (str(images),), "bench")  # never measured
+    law = HistoryLaw(history_len=5, window_us=1, click_delay_us=0)
+    data = TrainingData(rows, rows, (str(images),), law, "bench")  # never measured
     folder = tempfile.mkdtemp(dir=top)
     return Training(settings, data, folder, Process(0, 1, DEVICE), lambda _: None)
 
@@ -141,7 +144,7 @@ def timed_steps(run: Training, stream: Iterable[Batch]) -> tuple[float, list[int
 
     def go() -> None:
         for batch in stream:
-            run._train_on(batch)
+            run.train_on(batch)
             sizes.append(batch.images.shape[1])
 
     return timed(go), sizes
@@ -156,11 +159,11 @@ def bench_steps(name: str, run: Training, items: int, rounds: int, steps: int) -
     bare = bare_step(run)
     bare(run.settings.batch_rows)
     stream = iter(batches(run.batches, 0, 10**9, run.workers))
-    run._train_on(next(stream))
+    run.train_on(next(stream))
     ours, limit, sizes = [], [], []
     for _ in range(rounds):  # in turn, since shared machines drift
         for batch in itertools.islice(stream, run.workers):  # made while the bare steps went on
-            run._train_on(batch)
+            run.train_on(batch)
         seconds, sizes = timed_steps(run, itertools.islice(stream, steps))
         ours.append(sum(sizes) / seconds)
         limit.append(sum(sizes) / timed(functools.partial(all_of, bare, sizes)))
@@ -192,7 +195,7 @@ def bench_libraries(images: Path, uris: list[str], top: Path, workers: int | Non
         run = start_training(settings, rows, images, top)
         fill_cache(run, len(uris))
         streams.append((run, iter(batches(run.batches, 0, 10**9, run.workers))))
-        run._train_on(next(streams[-1][1]))
+        run.train_on(next(streams[-1][1]))
     steps = 24 if ON_GPU else 2
     rates = np.array([[rate(*stream, steps) for stream in streams] for _ in range(2 * ROUNDS)])
     ratios = rates[:, 1] / rates[:, 0]
@@ -228,10 +231,10 @@ def bench_distinct(run: Training) -> None:
     batch = run.batches[0]
     spread = every_place(batch)
     times: dict[str, list[float]] = {"once": [], "every": []}
-    run._train_on(batch)
+    run.train_on(batch)
     for _ in range(ROUNDS):
-        times["once"].append(timed(lambda: run._train_on(batch)))
-        times["every"].append(timed(lambda: run._train_on(spread)))
+        times["once"].append(timed(lambda: run.train_on(batch)))
+        times["every"].append(timed(lambda: run.train_on(spread)))
     once, every = (median(values) for values in times.values())
     rows, images = len(batch.pv), batch.images.shape[1]
     print(
@@ -278,9 +281,9 @@ def measure(name: str, rows: int) -> None:
         codes = np.arange(10 * rows).reshape(rows, 10)  # as many images as places
         run = start_training(settings, as_set(codes, uris), top / "images", top)
         batch = run.batches[0]
-        run._train_on(run.batches.load(np.array([0]), 0))  # one row, for Adam's state
+        run.train_on(run.batches.load(np.array([0]), 0))  # one row, for Adam's state
         rest = start_peak()
-        seconds = timed(lambda: run._train_on(batch))
+        seconds = timed(lambda: run.train_on(batch))
         found = {"peak": peak() - rest, "seconds": seconds, "images": batch.images.shape[1]}
     print(json.dumps(found))
 
@@ -380,7 +383,7 @@ def paper_steps(run: Training, steps: int = 2) -> str:
     pixels = run.encoder.preprocessing
     run.batches._cache = RandomCache(None, pa.nulls(0, pa.string()), ["."], pixels)
     stream = iter(batches(run.batches, 0, steps + 1, run.workers))
-    run._train_on(next(stream))
+    run.train_on(next(stream))
     start_peak()
     seconds, sizes = timed_steps(run, stream)
     settings = run.settings

@@ -1,12 +1,22 @@
 """The measures say what their definitions say, and what plain loops say."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from courier_model import measures
-from courier_model.measures import HeldOut, auc, colour_histogram, gauc, history_cosine, rank_clicks
+from courier_model.measures import (
+    Estimate,
+    HeldOut,
+    auc,
+    colour_histogram,
+    gauc,
+    history_cosines,
+    rank_clicks,
+)
 
 # ---- Slow twins ----------------------------------------------------------------------------
 
@@ -32,16 +42,19 @@ def slow_gauc(scores: list[float], labels: list[bool], users: list[int]) -> floa
     return total / weight if weight else None
 
 
-def slow_cosine(
+def slow_cosines(
     vectors: np.ndarray, known: np.ndarray, item: int, clicks: np.ndarray
-) -> float | None:
-    """Returns one shown item's cosine with the mean of its row's known unit vectors; None = NaN."""
-    past = [vectors[code].astype(np.float64) for code in clicks if code >= 0 and known[code]]
-    if item < 0 or not known[item] or not past:
-        return None
-    mean = sum(vector / np.sqrt(vector @ vector) for vector in past) / len(past)
+) -> list[float]:
+    """Returns one shown item's cosines with its row's known clicks; none where it has no score."""
+    if item < 0 or not known[item]:
+        return []
     shown = vectors[item].astype(np.float64)
-    return float(shown @ mean / np.sqrt((shown @ shown) * (mean @ mean)))
+    past = [vectors[code].astype(np.float64) for code in clicks if code >= 0 and known[code]]
+    return [float(shown @ one / np.sqrt((shown @ shown) * (one @ one))) for one in past]
+
+
+def value(found: Estimate | None) -> float | None:
+    return None if found is None else found.value
 
 
 def slow_histogram(image: np.ndarray, bins: int) -> np.ndarray:
@@ -69,13 +82,17 @@ def columns(rows: list[tuple[float, bool, int]]) -> tuple[np.ndarray, np.ndarray
     return np.array(scores, np.float64), np.array(labels, bool), np.array(users, np.int64)
 
 
+def near(wanted: float | None) -> object:
+    return wanted if wanted is None else pytest.approx(wanted)
+
+
 @given(rows=IMPRESSIONS)
 def test_auc_and_gauc_are_those_of_plain_loops(rows: list[tuple[float, bool, int]]) -> None:
     scores, labels, users = columns(rows)
     wanted = slow_auc(list(scores), list(labels))
-    assert auc(scores, labels) == (wanted if wanted is None else pytest.approx(wanted))
+    assert value(auc(scores, labels, users)) == near(wanted)
     wanted = slow_gauc(list(scores), list(labels), list(users))
-    assert gauc(scores, labels, users) == (wanted if wanted is None else pytest.approx(wanted))
+    assert value(gauc(scores, labels, users)) == near(wanted)
 
 
 @given(rows=IMPRESSIONS, seed=st.integers(0, 99))
@@ -84,51 +101,118 @@ def test_only_the_ranking_within_a_user_counts(
 ) -> None:
     scores, labels, users = columns(rows)
     order = np.random.default_rng(seed).permutation(len(rows))
-    found = gauc(scores, labels, users)
-    assert gauc(scores[order], labels[order], users[order]) == found
-    assert gauc(np.exp(scores) + users, labels, users) == found  # each user's own scale
-    reverse = gauc(scores, ~labels, users)
+    found = value(gauc(scores, labels, users))
+    assert value(gauc(scores[order], labels[order], users[order])) == found
+    assert value(gauc(np.exp(scores) + users, labels, users)) == found  # each user's own scale
+    reverse = value(gauc(scores, ~labels, users))
     assert reverse == (None if found is None else pytest.approx(1 - found))
+
+
+def auc_of(scores: np.ndarray, labels: np.ndarray) -> float | None:
+    return value(auc(scores, labels, np.zeros(len(scores), np.int64)))
 
 
 def test_auc_has_the_values_of_its_closed_form() -> None:
     labels = np.arange(10) >= 6
-    assert auc(np.arange(10.0), labels) == 1.0
-    assert auc(-np.arange(10.0), labels) == 0.0
-    assert auc(np.ones(10), labels) == 0.5
+    assert auc_of(np.arange(10.0), labels) == 1.0
+    assert auc_of(-np.arange(10.0), labels) == 0.0
+    assert auc_of(np.ones(10), labels) == 0.5
     # One of two clicks leads, the other ties with one of two unclicked: (2 + 1.5) / 4.
-    assert auc(np.array([3.0, 2.0, 2.0, 1.0]), np.array([True, True, False, False])) == 0.875
+    assert auc_of(np.array([3.0, 2.0, 2.0, 1.0]), np.array([True, True, False, False])) == 0.875
 
 
 def test_gauc_weighs_users_by_impressions_and_leaves_out_those_with_one_label() -> None:
     scores = np.array([1.0, 0.0, 0.0, 1.0, 0.5, 0.5, 9.0, -9.0])
     labels = np.array([True, False, True, False, False, False, True, False])
     users = np.array([7, 7, 8, 8, 8, 8, 9, 6])  # AUC 1, AUC 0, and two without one
-    assert gauc(scores, labels, users) == pytest.approx((2 * 1 + 4 * 0) / 6)
-    assert gauc(scores[::-1], labels[::-1], users[::-1]) == pytest.approx(2 / 6)
+    assert value(gauc(scores, labels, users)) == pytest.approx((2 * 1 + 4 * 0) / 6)
+    assert value(gauc(scores[::-1], labels[::-1], users[::-1])) == pytest.approx(2 / 6)
 
 
 @pytest.mark.parametrize("labels", [[], [True, True], [False]])
 def test_one_label_alone_cannot_be_ranked(labels: list[bool]) -> None:
     scores, users = np.arange(float(len(labels))), np.zeros(len(labels), np.int64)
-    assert auc(scores, np.array(labels, bool)) is None
+    assert auc(scores, np.array(labels, bool), users) is None
     assert gauc(scores, np.array(labels, bool), users) is None
 
 
 def test_labels_of_both_kinds_but_none_within_a_user_give_an_auc_and_no_gauc() -> None:
-    scores, labels = np.array([1.0, 0.0]), np.array([True, False])
-    assert auc(scores, labels) == 1.0
-    assert gauc(scores, labels, np.array([1, 2])) is None
+    scores, labels, users = np.array([1.0, 0.0]), np.array([True, False]), np.array([1, 2])
+    assert value(auc(scores, labels, users)) == 1.0
+    assert gauc(scores, labels, users) is None
 
 
+@pytest.mark.parametrize("measure", [auc, gauc])
 @pytest.mark.parametrize(
     ("scores", "labels"), [([np.nan, 1.0], [True, False]), ([0.0, 1.0], [1, 0])]
 )
 def test_scores_or_labels_that_would_be_misread_are_refused(
-    scores: list[float], labels: list[bool]
+    scores: list[float], labels: list[bool], measure: Callable[..., Estimate | None]
 ) -> None:
     with pytest.raises(ValueError, match="dtype bool"):
-        auc(np.array(scores), np.array(labels))
+        measure(np.array(scores), np.array(labels), np.array([1, 2]))
+
+
+# ---- Standard errors -----------------------------------------------------------------------
+
+
+def drawn_users(users: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draws impressions of users who differ in how much they click and in how well it is told."""
+    sizes = rng.integers(2, 30, users)
+    who = np.repeat(np.arange(users), sizes)
+    taste, rate = rng.normal(0.5, 0.7, users)[who], rng.beta(2, 4, users)[who]
+    labels = rng.random(len(who)) < rate
+    scores = taste * labels + rng.normal(0, 0.6, users)[who] + rng.normal(size=len(who))
+    return np.round(scores, 1), labels, who  # rounded: with ties
+
+
+@pytest.mark.parametrize("measure", [auc, gauc])
+def test_standard_errors_are_the_spread_of_measures_of_other_users(
+    measure: Callable[..., Estimate | None],
+) -> None:
+    rng = np.random.default_rng(0)
+    found = [measure(*drawn_users(150, rng)) for _ in range(300)]
+    values = [one.value for one in found if one]
+    errors = [one.standard_error for one in found if one and one.standard_error]
+    assert len(values) == len(errors) == 300
+    # The spread of 300 draws is known to 1 / sqrt(600), a twenty-fifth.
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.15)
+    # As if impressions were independent it would be said to be half of that.
+    scores, labels, _ = drawn_users(150, rng)
+    alone = auc(scores, labels, np.arange(len(labels)))
+    assert alone is not None
+    assert alone.standard_error is not None
+    assert alone.standard_error < 0.8 * np.std(values)
+
+
+@pytest.mark.parametrize("measure", [auc, gauc])
+def test_a_difference_is_known_better_than_what_it_is_of(
+    measure: Callable[..., Estimate | None],
+) -> None:
+    rng = np.random.default_rng(1)
+    differences, errors, alone = [], [], []
+    for _ in range(200):
+        scores, labels, users = drawn_users(100, rng)
+        better = measure(scores + 0.3 * labels + 0.3 * rng.normal(size=len(users)), labels, users)
+        worse = measure(scores, labels, users)
+        assert better
+        assert worse
+        assert better.standard_error
+        difference = better - worse
+        assert difference.value == better.value - worse.value
+        assert (worse - better).standard_error == difference.standard_error
+        differences.append(difference.value)
+        errors.append(difference.standard_error)
+        alone.append(better.standard_error)
+    assert np.mean(errors) == pytest.approx(np.std(differences), rel=0.2)
+    assert np.mean(errors) < 0.5 * np.mean(alone)
+
+
+def test_one_user_alone_has_no_standard_error() -> None:
+    scores, labels = np.array([1.0, 0.0, 2.0]), np.array([True, False, False])
+    found = auc(scores, labels, np.array([4, 4, 4]))
+    assert found is not None
+    assert found.standard_error is None
 
 
 # ---- The held-out measure ------------------------------------------------------------------
@@ -143,8 +227,9 @@ def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> di
     vectors = rng.normal(size=(40, 6)).astype(np.float32) * rng.uniform(0.1, 9, (40, 1))
     vectors = vectors.astype(np.float32)
     vectors[~known] = np.nan  # must not be looked at
-    pv, clicks = rng.integers(-1, 40, (50, 5)), rng.integers(-1, 40, (50, 5))
-    clicks[rng.random((50, 5)) < 0.6] = -1
+    pv, clicks = rng.integers(-1, 40, (50, 5)), rng.integers(-1, 40, (50, 9))
+    clicks[rng.random((50, 9)) < 0.7] = -1
+    clicks[:7] = -1
     return {
         "vectors": vectors,
         "known": known,
@@ -155,16 +240,18 @@ def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> di
     }
 
 
-def test_history_cosine_is_that_of_plain_loops(world: dict[str, np.ndarray]) -> None:
+def test_history_cosines_are_those_of_plain_loops(world: dict[str, np.ndarray]) -> None:
     vectors, known, pv, clicks = (world[name] for name in ("vectors", "known", "pv", "clicks"))
-    found = history_cosine(vectors, known, pv, clicks)
-    wanted = [
-        [slow_cosine(vectors, known, i, c) for i in p] for p, c in zip(pv, clicks, strict=True)
+    mean, largest = history_cosines(vectors, known, pv, clicks)
+    cosines = [
+        [slow_cosines(vectors, known, i, c) for i in p] for p, c in zip(pv, clicks, strict=True)
     ]
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, np.array(wanted, np.float64), atol=1e-6)
+    assert mean.dtype == largest.dtype == np.float32
+    for found, of in ((mean, np.mean), (largest, max)):
+        wanted = [[of(one) if one else np.nan for one in row] for row in cosines]
+        np.testing.assert_allclose(found, np.array(wanted, np.float64), atol=1e-6)
     # Not trivial: some rows without a history, some scores, some NaN within a scored row.
-    scored = ~np.isnan(found)
+    scored = ~np.isnan(mean)
     assert (clicks < 0).all(axis=1).any()
     assert scored.any()
     assert (scored.any(axis=1) & ~scored.all(axis=1)).any()
@@ -172,19 +259,28 @@ def test_history_cosine_is_that_of_plain_loops(world: dict[str, np.ndarray]) -> 
 
 def test_rank_clicks_ranks_every_impression_with_a_score(world: dict[str, np.ndarray]) -> None:
     found = rank_clicks(**world)
-    scores = history_cosine(world["vectors"], world["known"], world["pv"], world["clicks"])
-    rows = [
-        (scores[row, place], bool(world["clicked"][row, place]), int(world["users"][row]))
-        for row in range(50)
-        for place in range(5)
-        if not np.isnan(scores[row, place])
-    ]
-    scores, labels, users = columns(rows)
-    assert 0 < found.impressions == len(rows) < 250
-    assert 0 < found.clicks == sum(labels) < len(rows)
-    assert found.auc == pytest.approx(slow_auc(list(scores), list(labels)))
-    assert found.gauc == pytest.approx(slow_gauc(list(scores), list(labels), list(users)))
-    assert found.auc != found.gauc
+    both = history_cosines(world["vectors"], world["known"], world["pv"], world["clicks"])
+    assert not np.array_equal(*both, equal_nan=True)
+    for scores, of_all, within in zip(
+        both, (found.auc, found.max_auc), (found.gauc, found.max_gauc), strict=True
+    ):
+        rows = [
+            (scores[row, place], bool(world["clicked"][row, place]), int(world["users"][row]))
+            for row in range(50)
+            for place in range(5)
+            if not np.isnan(scores[row, place])
+        ]
+        cells, labels, users = columns(rows)
+        assert 0 < found.impressions == len(rows) < 250
+        assert 0 < found.clicks == sum(labels) < len(rows)
+        assert found.users == len(set(users)) > 1
+        assert value(of_all) == pytest.approx(slow_auc(list(cells), list(labels)))
+        assert value(within) == pytest.approx(slow_gauc(list(cells), list(labels), list(users)))
+    numbers = found.numbers()
+    assert numbers["auc"] == value(found.auc) != numbers["gauc"] != numbers["max_auc"]
+    assert found.gauc is not None
+    assert numbers["gauc_se"] == found.gauc.standard_error
+    assert numbers["impressions"] == found.impressions
 
 
 def test_who_clicks_what_looks_like_their_clicks_is_ranked_perfectly() -> None:
@@ -194,20 +290,24 @@ def test_who_clicks_what_looks_like_their_clicks_is_ranked_perfectly() -> None:
     clicked = np.array([[True, False, False, False, False]] * 2)
     known = np.ones(4, bool)
     users = np.array([5, 6])
-    assert rank_clicks(vectors, known, pv, clicked, clicks, users) == HeldOut(1.0, 1.0, 4, 2)
-    nobody = rank_clicks(vectors, ~known, pv, clicked, clicks, users)
-    assert nobody == HeldOut(None, None, 0, 0)
+    found = rank_clicks(vectors, known, pv, clicked, clicks, users).numbers()
+    assert [found[name] for name in ("auc", "gauc", "max_auc", "max_gauc")] == [1.0] * 4
+    assert (found["impressions"], found["clicks"], found["users"]) == (4, 2, 2)
+    nobody = HeldOut(None, None, None, None, 0, 0, 0)
+    assert rank_clicks(vectors, ~known, pv, clicked, clicks, users) == nobody
     none = rank_clicks(vectors, known, pv[:0], clicked[:0], clicks[:0], users[:0])
-    assert none == HeldOut(None, None, 0, 0)
+    assert none == nobody
+    assert none.numbers()["auc"] is None
 
 
 def test_a_known_item_has_a_score_even_where_the_cosine_is_undefined() -> None:
     vectors = np.array([[0, 0], [1, 0], [-1, 0]], np.float32)
     pv = np.array([[0, 1, -1, -1, -1], [1, -1, -1, -1, -1]])
     clicks = np.array([[1, -1, -1, -1, -1], [1, 2, -1, -1, -1]])
-    found = history_cosine(vectors, np.ones(3, bool), pv, clicks)
-    np.testing.assert_array_equal(found[:, 0], [0, 0])  # a vector of zeros; clicks that cancel out
-    assert found[0, 1] == 1
+    mean, largest = history_cosines(vectors, np.ones(3, bool), pv, clicks)
+    np.testing.assert_array_equal(mean[:, 0], [0, 0])  # a vector of zeros; clicks that cancel out
+    np.testing.assert_array_equal(largest[:, 0], [0, 1])
+    assert mean[0, 1] == 1
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -215,8 +315,9 @@ def test_a_broken_vector_is_refused_and_not_left_out(value: float) -> None:
     vectors, codes = np.ones((2, 3), np.float32), np.full((1, 5), -1)
     vectors[1, 2] = value
     with pytest.raises(ValueError, match="finite"):
-        history_cosine(vectors, np.array([True, True]), codes, codes)
-    assert np.isnan(history_cosine(vectors, np.array([True, False]), codes, codes)).all()
+        history_cosines(vectors, np.array([True, True]), codes, codes)
+    for found in history_cosines(vectors, np.array([True, False]), codes, codes):
+        assert np.isnan(found).all()
 
 
 @pytest.mark.parametrize("code", [-2, 3])
@@ -226,7 +327,7 @@ def test_a_code_that_is_no_item_is_refused(code: int) -> None:
     wrong[1, 4] = code
     for pv, clicks in ((fine, wrong), (wrong, fine)):
         with pytest.raises(ValueError, match="from -1 to 2"):
-            history_cosine(vectors, known, pv, clicks)
+            history_cosines(vectors, known, pv, clicks)
 
 
 # ---- The baseline --------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 Their shop has sixteen items, of which four have no image to show, and rows of them drawn at random.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from courier_model.training.progress import Progress
 from courier_model.training.rows import TrainingSet
 from courier_model.training.settings import TrainSettings
 from courier_model.training.train import Record, Training, TrainingData
+from feature_jobs.impressions.clicks import HistoryLaw
 
 ALONE = Process(0, 1, torch.device("cpu"))
 ITEMS = 16
@@ -30,6 +32,8 @@ TINY = TrainSettings(
     evaluate_every=2, workers=0,
 )  # fmt: skip
 STEPS = 6  # of TINY on the rows below
+DAY_US = 86_400_000_000
+LAW = HistoryLaw(history_len=8, window_us=7 * DAY_US, click_delay_us=0)
 
 
 def small_encoder(backbone: str, weights: str, input_size: int | None, seed: int) -> ImageEncoder:
@@ -52,6 +56,24 @@ def small_encoder(backbone: str, weights: str, input_size: int | None, seed: int
     return encoder.eval()
 
 
+def slow_history(
+    rows: TrainingSet, row: int, seen: Sequence[TrainingSet], law: HistoryLaw
+) -> list[int]:
+    """Walks back over the rows of a row's user, and takes what each lists and none before did."""
+    moment = rows.moments[row]
+    listed = [
+        (one.moments[at], one.clicks[at].tolist())
+        for one in seen
+        for at in range(len(one))
+        if one.users[at] == rows.users[row]
+        and moment - law.window_us <= one.moments[at] <= moment - law.lag_us
+    ]
+    found: dict[int, None] = {}
+    for _, clicks in sorted(listed, key=lambda at: -at[0]):
+        found |= dict.fromkeys(item for item in clicks if item >= 0)
+    return list(found)[: law.history_len]
+
+
 def some_rows(count: int, seed: int, items: tuple[int, ...] = (*GOOD, *BAD)) -> TrainingSet:
     """Draws rows of two to five PVs, the first of them clicked, and one to five clicks."""
     rng = np.random.default_rng(seed)
@@ -67,12 +89,15 @@ def some_rows(count: int, seed: int, items: tuple[int, ...] = (*GOOD, *BAD)) -> 
     table = pa.table(
         {"item_id": list(range(ITEMS)), "image_uri": uris, "title": pa.array(titles, pa.string())}
     )
-    return TrainingSet(pv, clicked, clicks, rng.integers(0, 4, count), table)
+    users, moments = rng.integers(0, 4, count), rng.integers(0, DAY_US, count)
+    return TrainingSet(pv, clicked, clicks, users, moments, table)
 
 
 def training_data(root: str) -> TrainingData:
     """Makes 26 rows to train on: three batches of eight an epoch, and a rest."""
-    return TrainingData(some_rows(26, seed=0), some_rows(12, seed=1), (root,), "these")
+    train, held_out = some_rows(26, seed=0), some_rows(12, seed=1)
+    held_out = replace(held_out, moments=held_out.moments + DAY_US)
+    return TrainingData(train, held_out, (root,), LAW, "these")
 
 
 class Run:

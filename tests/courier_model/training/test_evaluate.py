@@ -12,7 +12,18 @@ from courier_model.training.evaluate import Evaluation
 from courier_model.training.image_cache import ImageCache
 from courier_model.training.objectives import build_objective
 from tests.support import model_oracles
-from tests.support.training_runs import ALONE, BAD, GOOD, MISSING, TINY, small_encoder, some_rows
+from tests.support.training_runs import (
+    ALONE,
+    BAD,
+    DAY_US,
+    GOOD,
+    LAW,
+    MISSING,
+    TINY,
+    slow_history,
+    small_encoder,
+    some_rows,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,12 +33,13 @@ def cosine(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def test_clicks_are_ranked_as_by_loops_over_single_images(image_root: str) -> None:
-    rows = some_rows(12, seed=4)
+    train, rows = some_rows(9, seed=5), some_rows(12, seed=4)
+    rows.moments[:] += DAY_US
     rows.clicks[0] = -1  # no history, so not measured
-    rows.clicks[1] = [MISSING, -1, -1, -1, -1]  # none that can be seen
+    rows.clicks[1], rows.users[1] = [MISSING, -1, -1, -1, -1], 9  # none that can be seen
     encoder = small_encoder(TINY.backbone, "random", 32, seed=0)
     cache = ImageCache(None, rows.items["image_uri"], (image_root,), encoder.preprocessing)
-    evaluation = Evaluation(rows, cache, limit=100, seed=0)
+    evaluation = Evaluation(train, rows, LAW, cache, limit=100, seed=0)
     vectors = evaluation.embed(encoder.features, 32, ALONE)
     found = evaluation.rank_clicks(vectors)
 
@@ -37,24 +49,30 @@ def test_clicks_are_ranked_as_by_loops_over_single_images(image_root: str) -> No
         pixels = torch.from_numpy(decode(content, encoder.preprocessing))[None]
         with torch.no_grad():
             embedding[number] = encoder(pixels)[0].double().numpy()
-    scored = []
-    for pv, clicked, clicks, user in zip(
-        rows.pv, rows.clicked, rows.clicks, rows.users, strict=True
-    ):
-        past = [embedding[item] for item in clicks if item in embedding]
+    scored, lengths = [], []
+    for row, (pv, clicked) in enumerate(zip(rows.pv, rows.clicked, strict=True)):
+        if rows.clicks[row, 0] < 0:
+            continue
+        history = slow_history(rows, row, [train, rows], LAW)
+        past = [embedding[item] for item in history if item in embedding]
+        lengths.append(len(past))
         for item, label in zip(pv, clicked, strict=True):
             if past and item in embedding:
-                scored.append((cosine(embedding[item], np.mean(past, axis=0)), label, user))
-    won = [
-        high > low
-        for high, clicked, _ in scored
-        for low, other, _ in scored
-        if clicked and not other
-    ]
+                cosines = [cosine(embedding[item], one) for one in past]
+                scored.append((np.mean(cosines), round(max(cosines), 6), label))
     assert found.impressions == len(scored) < (rows.pv >= 0).sum()
-    assert found.clicks == sum(label for _, label, _ in scored)
-    # Squares are cut once where `decode` cuts twice: up to a pixel apart.
-    assert found.auc == pytest.approx(np.mean(won), abs=0.02)
+    assert found.clicks == sum(label for _, _, label in scored)
+    assert max(lengths) > 5
+    for place, measured in enumerate((found.auc, found.max_auc)):
+        won = [
+            (high[place] > low[place]) + 0.5 * (high[place] == low[place])
+            for high in scored
+            for low in scored
+            if high[2] and not low[2]
+        ]  # fmt: skip
+        # Squares are cut once where `decode` cuts twice: up to a pixel apart.
+        assert measured is not None
+        assert measured.value == pytest.approx(np.mean(won), abs=0.02)
 
 
 def test_nearest_is_the_share_of_reconstructions_that_find_their_own(image_root: str) -> None:
@@ -63,7 +81,8 @@ def test_nearest_is_the_share_of_reconstructions_that_find_their_own(image_root:
     rows.clicks[2] = [MISSING, 4, 5, -1, -1]  # of which the first must not hide the others
     preprocessing = small_encoder(TINY.backbone, "random", 32, 0).preprocessing
     cache = ImageCache(None, rows.items["image_uri"], (image_root,), preprocessing)
-    evaluation = Evaluation(rows, cache, limit=100, seed=0)
+    none = rows.take(np.zeros(len(rows), bool))
+    evaluation = Evaluation(none, rows, LAW, cache, limit=100, seed=0)
     vectors = evaluation.colours(ALONE)
     values = torch.tensor(vectors.values)
     values = torch.cat([values, torch.zeros(len(values), 256 - values.shape[1])], dim=1)
@@ -93,10 +112,15 @@ def test_nearest_is_the_share_of_reconstructions_that_find_their_own(image_root:
     )
 
 
-def test_held_out_rows_are_at_most_so_many_drawn_by_the_seed(image_root: str) -> None:
-    rows = some_rows(40, seed=3)
+def test_held_out_rows_are_those_of_users_drawn_by_the_seed(image_root: str) -> None:
+    rows = some_rows(60, seed=3)
+    rows = replace(rows, users=np.arange(60) // 4 % 15)
+    none = rows.take(np.zeros(len(rows), bool))
     preprocessing = small_encoder(TINY.backbone, "random", 32, 0).preprocessing
     cache = ImageCache(None, rows.items["image_uri"], (image_root,), preprocessing)
-    chosen = [Evaluation(rows, cache, 10, seed)._rows.users.tolist() for seed in (0, 0, 1)]
+    chosen = [
+        Evaluation(none, rows, LAW, cache, 10, seed)._rows.users.tolist() for seed in (0, 0, 1)
+    ]
     assert len(chosen[0]) == 10
     assert chosen[0] == chosen[1] != chosen[2]
+    assert sorted(map(chosen[0].count, set(chosen[0]))) == [2, 4, 4]  # the last one's are cut

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from courier_model.measures import Estimate
 from courier_model.training.evaluate import embed
+from courier_model.training.settings import TrainSettings
 from courier_model.training.train import TrainingData
 from tests.support.training_runs import ALONE, GOOD, TINY, Run, same
 
@@ -26,9 +28,23 @@ def finished(data: TrainingData, tmp_path: Path) -> Run:
 def mean_feature(run: Run) -> np.ndarray:
     """Returns the mean of what the finished encoder makes of the images trained on."""
     training = run.training
-    features = partial(training._features, training.encoder)
-    found = embed(training._cache, np.array(GOOD), features, 32, ALONE)
+    features = partial(training.compute, training.encoder.features)
+    found = embed(training.cache, np.array(GOOD), features, 32, ALONE)
     return found.values[found.known].mean(axis=0)
+
+
+def auc_of(run: Run) -> Estimate:
+    """Measures the encoder that the run exports."""
+    training = run.training
+    features = partial(training.compute, training.encoder.features)
+    found = training.evaluation.rank_clicks(training.evaluation.embed(features, 32, ALONE)).auc
+    assert found is not None
+    return found
+
+
+def said(run: Run) -> str:
+    """Returns the line about centring, before those about what was measured at first."""
+    return run.told[-1 - len(run.training.ahead)]
 
 
 def finish(run: Run, auc_as_it_comes: float) -> None:
@@ -44,12 +60,11 @@ def test_what_is_exported_is_centred_where_that_is_better(finished: Run) -> None
     assert found["taken"]
     assert found["images"] == len(GOOD)
     np.testing.assert_allclose(mean_feature(finished), 0, atol=1e-5)
-    vectors = finished.training.evaluation.embed(
-        partial(finished.training._features, finished.training.encoder), 32, ALONE
-    )
-    assert finished.training.evaluation.rank_clicks(vectors).auc == pytest.approx(found["auc"])
+    again = auc_of(finished)
+    assert again.value == pytest.approx(found["auc"])
+    assert again.standard_error == pytest.approx(found["auc_se"])
     assert finished.training.auc == found["auc"]
-    assert f"less the mean of {len(GOOD)} images: auc {found['auc']:.4f}" in finished.told[-1]
+    assert f"less the mean of {len(GOOD)} images: auc {found['auc']:.4f}" in said(finished)
 
 
 def test_it_stays_as_it_comes_where_that_is_as_good(finished: Run) -> None:
@@ -59,7 +74,7 @@ def test_it_stays_as_it_comes_where_that_is_as_good(finished: Run) -> None:
     assert not found["taken"]
     assert finished.training.encoder.centre is None
     assert finished.training.auc == 1.0
-    assert "no more than without" in finished.told[-1]
+    assert "no more than without" in said(finished)
 
 
 def test_an_encoder_is_as_it_comes_where_nothing_else_is_wanted(
@@ -92,3 +107,33 @@ def test_a_run_may_be_centred_that_was_begun_otherwise(data: TrainingData, tmp_p
     again.go()
     finish(again, 0.0)
     assert again.training.encoder.centre is not None
+
+
+@pytest.mark.parametrize("settings", [TINY, CENTRED], ids=["as it comes", "centred"])
+def test_what_is_exported_is_told_beside_what_was_measured_first(
+    settings: TrainSettings, data: TrainingData, tmp_path: Path
+) -> None:
+    run = Run(tmp_path, data, settings)
+    record = run.go()
+    run.training.finish()
+    colours = run.training.evaluation.rank_clicks(run.training.evaluation.colours(ALONE)).auc
+    assert colours is not None
+    wanted = auc_of(run) - colours
+    first = run.training.ahead["a plain colour histogram"]
+    assert (first["auc"], first["auc_se"]) == pytest.approx((wanted.value, wanted.standard_error))
+    begun = run.training.ahead["the untrained encoder"]
+    assert begun["auc"] == pytest.approx(run.training.auc - record.measures[1]["auc"])
+    assert run.told[-2:] == [
+        f"held out, above {name}: auc {found['auc']:.4f} ± {found['auc_se']:.4f}"
+        for name, found in run.training.ahead.items()
+    ]
+
+
+def test_a_run_that_an_earlier_version_began_is_told_beside_nothing(finished: Run) -> None:
+    record = finished.training.record
+    record.errors = {}
+    for measured in record.measures:
+        del measured["of"]
+    finished.training.finish()
+    assert finished.training.ahead == {}
+    assert finished.training.centred is not None

@@ -95,7 +95,7 @@ def test_the_factor_slows_the_backbone_and_nothing_else(data: TrainingData, tmp_
         map(id, run.training.parameters)
     )
     before, objective = run.weights(), copied(run.training.objective.state_dict())
-    run.training._train_on(run.training.batches[0])
+    run.training.train_on(run.training.batches[0])
     for name, step in moved(run, before).items():
         rate = TINY.learning_rate * (1 if name.startswith(HEAD) else 0.01)
         assert step <= rate * 1.01, name

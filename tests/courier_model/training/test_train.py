@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, multiprocessing
 
-from courier_model.measures import HeldOut
+from courier_model.measures import Estimate, HeldOut
 from courier_model.training import distributed
 from courier_model.training import train as training_job
 from courier_model.training.distributed import Process
@@ -52,7 +52,7 @@ def test_cached_gradients_of_a_step_are_those_of_the_whole_batch(
         run = Run(tmp_path / str(chunk), data, replace(TINY, chunk_images=chunk))
         batch = run.training.batches[0]
         assert len(batch.keys) > 5
-        losses.append(run.training._train_on(batch).total)
+        losses.append(run.training.train_on(batch).total)
         gradients.append([p.grad for p in run.training.parameters])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for one, other in zip(*gradients, strict=True):
@@ -69,7 +69,7 @@ def test_statistics_are_frozen_where_checkpoints_would_take_them_twice(
         settings = replace(TINY, backbone=network, checkpoint_attention=checkpoints)
         run = Run(tmp_path / str(checkpoints), data, settings)
         before = run.weights()
-        run.training._train_on(run.training.batches[0])
+        run.training.train_on(run.training.batches[0])
         after = run.weights()
         moved.append(
             {name.rpartition(".")[2] for name in before if not same(before[name], after[name])}
@@ -98,7 +98,7 @@ def test_a_backbone_of_timms_trains_like_any_other(
 def test_a_step_goes_down_the_gradient_of_the_terms_sum(data: TrainingData, tmp_path: Path) -> None:
     run = Run(tmp_path, data, replace(TINY, weight_decay=0.0))
     before = run.weights()
-    loss = run.training._train_on(run.training.batches[0])
+    loss = run.training.train_on(run.training.batches[0])
     assert set(loss.terms) == {"pv", "ucs"}
     assert loss.part is not None
     assert loss.total == pytest.approx(sum(loss.terms.values()))
@@ -180,7 +180,7 @@ def test_a_batch_of_one_readable_image_can_be_gone_through(
     """Batch normalisation has no statistics of one value, which one image of 32 pixels comes to."""
     settings = replace(TINY, objective=objective, batch_rows=4, epochs=1)
     run = Run(tmp_path, replace(data, train=of_items(0, MISSING)), settings)
-    run.training._train_on(run.training.batches[0])
+    run.training.train_on(run.training.batches[0])
     counts = run.training.record.counts
     assert (counts["images"], counts["bad_images"]) == (1, 1)
     assert all(torch.isfinite(tensor).all() for tensor in run.weights().values())
@@ -199,10 +199,14 @@ def test_rows_images_and_bad_images_are_counted(data: TrainingData, tmp_path: Pa
 # ---- The encoder that is kept ----------------------------------------------------------------
 
 
+def held_out(auc: float) -> HeldOut:
+    return HeldOut(Estimate(auc, np.zeros(2)), None, None, None, 9, 3, 2)
+
+
 def test_the_encoder_of_the_best_trained_step_is_kept(data: TrainingData, tmp_path: Path) -> None:
     run = Run(tmp_path, data)
     # A histogram, then steps 0, 2, 4 and 6: the untrained one is best of all.
-    script = [HeldOut(auc, None, 9, 3) for auc in (0.5, 0.99, 0.6, 0.8, 0.7)]
+    script = [held_out(auc) for auc in (0.5, 0.99, 0.6, 0.8, 0.7)]
     at_step: dict[int, dict[str, Tensor]] = {}
     with patch.object(run.training.evaluation, "rank_clicks", side_effect=script):
         record = run.go(watch=lambda at: at_step.update({at.step: run.weights()}))
@@ -215,7 +219,7 @@ def test_the_encoder_of_the_best_trained_step_is_kept(data: TrainingData, tmp_pa
 
 def test_the_untrained_encoder_is_never_the_best(data: TrainingData, tmp_path: Path) -> None:
     run = Run(tmp_path, data, replace(TINY, epochs=1, evaluate_every=100))
-    script = [HeldOut(auc, None, 9, 3) for auc in (0.5, 0.99, 0.1)]
+    script = [held_out(auc) for auc in (0.5, 0.99, 0.1)]
     with patch.object(run.training.evaluation, "rank_clicks", side_effect=script):
         record = run.go()
     assert record.best is not None
@@ -302,7 +306,7 @@ def run_process(rank: int, port: int, folder: Path, root: str) -> None:
                 batch, images=batch.images[:, :0], keys=batch.keys[:0], pv=-1 * (batch.pv < 9),
                 clicked=batch.clicked & False, clicks=-1 * (batch.clicks < 9),
             )  # fmt: skip
-        loss = half.training._train_on(batch).total
+        loss = half.training.train_on(batch).total
     torch.save(
         {
             "weights": whole.weights(), "losses": [at.loss for at in whole.seen],

@@ -14,7 +14,16 @@ from courier_model.training.objectives import Places
 from courier_model.training.progress import Progress
 from courier_model.training.train import TrainingData
 from feature_jobs.schemas import CourierError, DataContractError, OperatorError
-from tests.support.training_runs import ALONE, TINY, Run, checkpoints, parameters, same, some_rows
+from tests.support.training_runs import (
+    ALONE,
+    LAW,
+    TINY,
+    Run,
+    checkpoints,
+    parameters,
+    same,
+    some_rows,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_encoders")
 
@@ -40,7 +49,7 @@ def test_rows_that_cannot_teach_are_refused_before_any_image_is_read(
 ) -> None:
     data = TrainingData(
         replace(some_rows(12, seed=0), **train), replace(some_rows(12, seed=1), **held_out),
-        (image_root,), "these",
+        (image_root,), LAW, "these",
     )  # fmt: skip
     with pytest.raises(DataContractError) as refused:
         Run(tmp_path / "run", data)
@@ -53,7 +62,7 @@ def test_no_rows_at_all_are_refused(image_root: str, tmp_path: Path) -> None:
     none = some_rows(0, seed=0)
     for train, held_out in ((none, some_rows(9, 1)), (some_rows(9, 1), none), (none, none)):
         with pytest.raises(DataContractError, match="Train on more days"):
-            Run(tmp_path, TrainingData(train, held_out, (image_root,), "these"))
+            Run(tmp_path, TrainingData(train, held_out, (image_root,), LAW, "these"))
 
 
 @pytest.mark.parametrize("clicked", [True, False])
@@ -193,10 +202,10 @@ def test_in_fp16_a_step_whose_gradients_overflow_is_left_out_and_the_scale_halve
     weight = next(run.training.encoder.parameters())
     hook = weight.register_hook(lambda gradient: gradient * math.inf)
     scale, before = run.training.scaler.get_scale(), run.weights()
-    run.training._train_on(run.training.batches[0])
+    run.training.train_on(run.training.batches[0])
     assert run.training.scaler.get_scale() == scale / 2
     assert same(parameters(run, run.weights()), parameters(run, before))
     hook.remove()
     for step in range(1, 20):  # the first scale is too large for some of them all the same
-        run.training._train_on(run.training.batches[step])
+        run.training.train_on(run.training.batches[step])
     assert not same(parameters(run, run.weights()), parameters(run, before))

@@ -264,7 +264,7 @@ def test_the_same_command_again_trains_nothing_and_prints_the_same(
     trained: tuple[World, str, dict[str, Any]], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world, text, pin = trained
-    monkeypatch.setattr(Training, "_train_on", None)
+    monkeypatch.setattr(Training, "train_on", None)
     before = (world.folder / pin["encoder"] / "train.json").read_bytes()
     assert train(world) == 0
     assert capsys.readouterr().out.rstrip("\n") == text
