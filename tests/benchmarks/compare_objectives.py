@@ -3,9 +3,20 @@
     python tests/benchmarks/compare_objectives.py SHOP_FOLDER --until 2026-01-06 [--seeds 0,1]
 
 SHOP_FOLDER is one that `courier demo` made and `courier training-rows` has been run in; it is only
-read. Everything else is as in `courier train --preset demo`. The step of a run is chosen by the
-held-out AUC that is reported, for all objectives alike, so compare figures, and take none as the
-truth. CLIP reads titles with a small BERT of random weights: no language model is fetched.
+read. Everything is as in `courier train --preset demo` but what options say. `--starts` are where
+the runs begin: `random`, a file of weights, or the folder of an encoder (as `--init-from`), for
+which `--freeze-backbone` may hold; a random backbone is never frozen. On photographs, with
+EfficientNet-Lite0 and the weights of `lite0_weights.py`:
+
+    courier init-encoder --backbone timm:tf_efficientnet_lite0 --weights lite0.safetensors \\
+        --input-size 96 --projection pca --ds 2026-01-05 --name lite0-pca
+    python tests/benchmarks/compare_objectives.py SHOP_FOLDER --until 2026-01-08 \\
+        --held-out-days 2 --backbone timm:tf_efficientnet_lite0 --input-size 96 \\
+        --starts random,encoders/lite0-pca-ID --freeze-backbone 99 --temperature 0.5
+
+The step of a run is chosen by the held-out AUC that is reported, for all objectives alike, so
+compare figures, and take none as the truth. CLIP reads titles with a small BERT of random weights:
+no language model is fetched.
 """
 
 import argparse
@@ -24,15 +35,16 @@ import torch
 
 from courier_model.training.distributed import joined
 from courier_model.training.settings import PRESETS, TEMPERATURES, TrainSettings
-from courier_model.training.train import Record, Training, TrainingData
+from courier_model.training.train import Training, TrainingData
 from pipelines.artefacts.training import find_span, read_data
 from pipelines.config import load_settings
 
-COLUMNS = (
-    "objective", "seed", "untrained AUC", "colour histogram AUC", "best AUC", "best GAUC",
+RUN = ("objective", "start", "seed")
+MEASURED = (
+    "AUC", "GAUC", "max AUC", "above its start", "± start", "above histogram", "± histogram",
     "nearest", "seconds",
 )  # fmt: skip
-MEASURED = COLUMNS[2:]
+COLUMNS = (*RUN, *MEASURED)
 
 Result = dict[str, Any]
 
@@ -40,35 +52,62 @@ Result = dict[str, Any]
 # ---- Runs --------------------------------------------------------------------------------------
 
 
-def run_objective(wanted: TrainSettings, data: TrainingData, folder: Path) -> Result:
+def make_run(wanted: TrainSettings, data: TrainingData, folder: Path) -> Result:
     """Makes one training run; leaves only the images that it decoded in `folder`, for the next."""
     for leftover in ("checkpoints", "tensorboard"):
         shutil.rmtree(folder / leftover, ignore_errors=True)
     with joined() as process:
         run = Training(wanted, data, str(folder), process, lambda _: None)
-        record = run.run(lambda _: None, lambda: False)
-    return {"objective": wanted.objective, "seed": wanted.seed, **figures(record)}
+        run.run(lambda _: None, lambda: False)
+        run.finish()
+    start = os.path.basename(wanted.init_from or wanted.weights)
+    named = dict(zip(RUN, (wanted.objective, start, wanted.seed), strict=True))
+    return named | figures(run)
 
 
-def figures(record: Record) -> Result:
+def figures(run: Training) -> Result:
     """Returns the values of the columns MEASURED."""
-    colours, untrained = record.measures[:2]
-    best = record.best
+    best, (histogram, *_, start) = run.record.best, run.ahead.values()
     assert best is not None
-    found = (untrained["auc"], colours["auc"], best["auc"], best["gauc"], best["nearest"])
-    return dict(zip(MEASURED, (*found, record.seconds), strict=True))
+    exported = run.centred if run.centred and run.centred["taken"] else best
+    found = (
+        exported["auc"], exported["gauc"], exported["max_auc"], start["auc"], start["auc_se"],
+        histogram["auc"], histogram["auc_se"], best["nearest"], run.record.seconds,
+    )  # fmt: skip
+    return dict(zip(MEASURED, found, strict=True))
 
 
 def plan_runs(given: argparse.Namespace, text_model: str) -> list[TrainSettings]:
     """Plans runs seed by seed; raises OperatorError for an objective that there is none of."""
+    same = {
+        name: value
+        for name in ("backbone", "input_size", "batch_rows", "epochs", "learning_rate",
+                     "temperature", "chunk_images", "evaluate_every", "precision")
+        if (value := getattr(given, name)) is not None
+    }  # fmt: skip
     return [
         replace(
-            PRESETS["demo"], objective=objective, seed=seed, batch_rows=given.batch_rows,
-            epochs=given.epochs, text_model=text_model if objective == "clip" else None,
+            PRESETS["demo"], objective=objective, seed=seed, **begun(start, given.freeze_backbone),
+            **{k: v for k, v in same.items() if k != "temperature" or reconstructs(objective)},
+            text_model=text_model if objective == "clip" else None,
         )
         for seed in given.seeds
+        for start in given.starts
         for objective in given.objectives
     ]  # fmt: skip
+
+
+def reconstructs(objective: str) -> bool:
+    """Returns whether the objective is COURIER's or an ablation, by its temperature."""
+    return TEMPERATURES[objective] == TEMPERATURES["courier"]
+
+
+def begun(start: str, freeze_backbone: int) -> dict[str, Any]:
+    """Returns the settings of a run that begins so."""
+    if start == "random":
+        return {"weights": start}
+    name = "init_from" if os.path.isdir(start) else "weights"
+    return {name: start, "freeze_backbone": freeze_backbone}
 
 
 # ---- CLIP's language model -----------------------------------------------------------------------
@@ -115,7 +154,9 @@ def heading(columns: Sequence[str]) -> str:
 
 
 def number(name: str, value: float) -> str:
-    return f"{value:.0f}" if name == "seconds" else f"{value:.4f}"
+    if name == "seconds":
+        return f"{value:.0f}"
+    return f"{value:+.4f}" if name.startswith("above") else f"{value:.4f}"
 
 
 def cell(name: str, value: Any) -> str:
@@ -135,19 +176,19 @@ def mean_and_spread(name: str, values: Sequence[float | None]) -> str:
 
 
 def print_summary(results: Sequence[Result]) -> None:
-    """Prints one line per objective, the best first."""
-    runs: dict[str, list[Result]] = {}
+    """Prints one line per objective and start, the best first."""
+    runs: dict[tuple[str, str], list[Result]] = {}
     for result in results:
-        runs.setdefault(result["objective"], []).append(result)
+        runs.setdefault((result["objective"], result["start"]), []).append(result)
 
-    def auc(name: str) -> float:
-        return -float(np.mean([r["best AUC"] for r in runs[name]]))
+    def auc(which: tuple[str, str]) -> float:
+        return -float(np.mean([r["AUC"] for r in runs[which]]))
 
     print("\nMean over seeds (lowest–highest):\n")
-    print(heading(("objective", "seeds", *MEASURED)))
-    for name in sorted(runs, key=auc):
-        spread = (mean_and_spread(m, [r[m] for r in runs[name]]) for m in MEASURED)
-        print(line((name, str(len(runs[name])), *spread)))
+    print(heading(("objective", "start", "seeds", *MEASURED)))
+    for which in sorted(runs, key=auc):
+        spread = (mean_and_spread(m, [r[m] for r in runs[which]]) for m in MEASURED)
+        print(line((*which, str(len(runs[which])), *spread)))
 
 
 # ---- The script ------------------------------------------------------------------------------
@@ -172,8 +213,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--held-out-days", type=int, default=1)
     parser.add_argument("--seeds", type=listed(int), default=[0, 1])
     parser.add_argument("--objectives", type=listed(str), default=list(TEMPERATURES))
+    parser.add_argument("--starts", type=listed(str), default=["random"])
+    parser.add_argument("--freeze-backbone", type=int, default=0)
+    parser.add_argument("--backbone")
+    parser.add_argument("--input-size", type=int)
     parser.add_argument("--batch-rows", type=int, default=demo.batch_rows)
+    parser.add_argument("--chunk-images", type=int)
     parser.add_argument("--epochs", type=int, default=demo.epochs)
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--temperature", type=float, help="Of COURIER and what is like it.")
+    parser.add_argument("--evaluate-every", type=int)
+    parser.add_argument("--precision")
     return parser.parse_args()
 
 
@@ -192,11 +242,11 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
         make_text_model(data, bert)
     rows = len(data.train.with_anchor())
     steps = given.epochs * (rows // given.batch_rows)
-    print(f"{rows:,} rows, {steps} steps of {given.batch_rows} rows, demo preset\n")
+    print(f"{rows:,} rows, {steps} steps of {given.batch_rows} rows\n")
     print(heading(COLUMNS), flush=True)
     results = []
     for wanted in planned:
-        results.append(run_objective(wanted, data, folder / "run"))
+        results.append(make_run(wanted, data, folder / "run"))
         print(line(cell(name, results[-1][name]) for name in COLUMNS), flush=True)
     print_summary(results)
 
