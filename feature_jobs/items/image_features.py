@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import apache_beam as beam
@@ -82,7 +83,7 @@ class SampleImages(beam.DoFn):
 
 
 class ComputeFeatures(beam.DoFn):
-    """Turns a chunk of images into a file of the features of those that are good.
+    """Turns chunks of images into a file of the features of those that are good.
 
     Its columns are item_id and `embedding`, float32 [features]. Yields its name, with how many
     images were looked at.
@@ -95,19 +96,19 @@ class ComputeFeatures(beam.DoFn):
         self._heartbeat = worker_notes.Heartbeat(job.staging)
 
     @worker_notes.refusing
-    def process(self, piece: Piece) -> Iterator[tuple[int, Named]]:
+    def process(self, pieces: list[Piece]) -> Iterator[tuple[int, Named]]:
         job = self._job
         embedder = self._shared.acquire(self._embedder, job.encoder_folder)
-        name = f"{os.path.basename(piece.path)}-{piece.batch}.parquet"
+        name = f"{documents.digest(sorted(pieces))[:16]}.parquet"
         self._heartbeat.begin(name)
         found = embed_images(
-            read_pieces([piece], pa.table({})), embedder.embed, job.preprocessing,
+            read_pieces(pieces, pa.table({})), embedder.embed, job.preprocessing,
             job.image_roots, job.batch_size, self._heartbeat.add, embedder.passes(),
         )  # fmt: skip
         self._heartbeat.write()
         good = found.select(["item_id", "embedding"]).filter(pc.is_valid(found["embedding"]))
         partitions.write_parquet(os.path.join(job.staging, "features", name), good)
-        yield 0, (name, piece.rows)
+        yield 0, (name, sum(piece.rows for piece in pieces))
 
     def _embedder(self) -> Embedder:
         job = self._job
@@ -143,6 +144,9 @@ def define_features(root: beam.Pipeline, catalogue: Source, job: FeaturesJob) ->
     looked_at = (
         sampled.images
         | "SpreadChunks" >> beam.Reshuffle()
+        # Of a small row group few images are drawn, and the backbone pads what it gets to a batch.
+        | "FillChunks"
+        >> beam.BatchElements(job.chunk_items, job.chunk_items, element_size_fn=attrgetter("rows"))
         | "ComputeFeatures" >> beam.ParDo(ComputeFeatures(job))
     )
     _ = (

@@ -11,11 +11,13 @@ import torch
 
 from courier_model.encoder import load_encoder
 from courier_model.images import decode
+from feature_jobs.items import image_features
 from feature_jobs.items.image_features import (
     ComputeFeatures,
     FeaturesJob,
     ListFeatures,
     SampleImages,
+    define_features,
     is_whole,
     read_features,
 )
@@ -23,6 +25,7 @@ from feature_jobs.schemas import DataContractError
 from feature_jobs.store import hashing
 from feature_jobs.store.pieces import Piece
 from pipelines.planning.shop_tables import ShopTables
+from pipelines.running.beam_options import pipeline_options, run_pipeline
 from tests.support.world import (
     DAYS,
     MISSING,
@@ -50,12 +53,13 @@ def job(world: World) -> FeaturesJob:
 
 
 def compute(world: World, job: FeaturesJob, lost: int = 0) -> np.ndarray:
-    """Returns what the steps make of the first day's catalogue, row group by row group."""
+    """Returns what the steps make of the first day's catalogue, two chunks of images at a time."""
     source = ShopTables(world.settings(), DAYS[0], print).catalogue(DAYS[0])
     sampled = [found for group in source.groups() for found in SampleImages(job).process(group)]
     pieces = [found for found in sampled if isinstance(found, Piece)]
     step, times = ComputeFeatures(job), 2  # as a runner may do
-    made = [named for piece in pieces * times for _, named in step.process(piece)]
+    pairs = [pieces[at : at + 2] for at in range(0, len(pieces), 2)]
+    made = [named for pair in pairs * times for _, named in step.process(pair)]
     drawn = [found.value[1] for found in sampled if not isinstance(found, Piece)]
     list(ListFeatures(job.staging).process((0, {"drawn": drawn, "looked_at": made[lost:]})))
     if is_whole(job):
@@ -102,9 +106,8 @@ def test_a_catalogue_without_rows_is_told(job: FeaturesJob) -> None:
 
 
 def test_a_chunk_that_is_lost_is_told(world: World, job: FeaturesJob) -> None:
-    chunks = 5  # of three, three, two and three items, but for one without a chunk of its own
     with pytest.raises(DataContractError, match=r"sampled images: \d+ of 12 came"):
-        compute(world, job, lost=chunks + 1)
+        compute(world, job, lost=4)  # of the second time, which has three, the last
 
 
 def test_only_what_is_drawn_and_in_scope_is_looked_at(world: World, job: FeaturesJob) -> None:
@@ -123,3 +126,26 @@ def test_where_nothing_can_be_looked_at_it_is_told(
 ) -> None:
     with pytest.raises(DataContractError, match="Not one of the sampled catalogue items"):
         compute(world, replace(job, **changes))
+
+
+def test_images_of_small_row_groups_are_looked_at_together(
+    world: World, job: FeaturesJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The catalogue has row groups of a few items, and all of them fit into one chunk."""
+    seen: list[int] = []
+    plain = image_features.embed_images
+
+    def counted(rows: pa.Table, *args: Any) -> pa.Table:
+        seen.append(len(rows))
+        return plain(rows, *args)
+
+    monkeypatch.setattr(image_features, "embed_images", counted)
+    source = ShopTables(world.settings(), DAYS[0], print).catalogue(DAYS[0])
+    assert len(source.groups()) > 2
+    whole = replace(job, chunk_items=100)
+    run_pipeline(
+        lambda root: define_features(root, source, whole), pipeline_options({}, "embed", [])
+    )
+    assert sum(seen) == 12
+    assert len(seen) == 1
+    assert is_whole(whole)
