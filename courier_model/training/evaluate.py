@@ -40,6 +40,9 @@ class Vectors:
     keys: np.ndarray
     known: np.ndarray
 
+    def take(self, at: npt.NDArray[np.int64]) -> Vectors:
+        return Vectors(self.values[at], self.keys[at], self.known[at])
+
 
 class Evaluation:
     """Measures on rows of later days and their images.

@@ -32,7 +32,7 @@ from courier_model.measures import Estimate, HeldOut
 from courier_model.projection import mean_of, principal
 from courier_model.training import checkpoints, distributed, evaluate, memory, schedules
 from courier_model.training.distributed import Process
-from courier_model.training.evaluate import Evaluation
+from courier_model.training.evaluate import Evaluation, Vectors
 from courier_model.training.image_cache import ImageCache
 from courier_model.training.losses import Term
 from courier_model.training.objectives import Objective, Places, build_objective
@@ -356,12 +356,7 @@ class Training:
         )
         backbone.leave_out_head()
         backbone.eval().to(memory_format=torch.channels_last).to(process.device)
-        features = partial(self.compute, backbone.features)
-        size = self.encoder.preprocessing.input_size
-        seen, held_out = (
-            evaluate.embed(self.cache, codes, features, size, process)
-            for codes in (self.sample(), self.evaluation.codes)
-        )
+        seen, held_out = self._embed_sample(backbone)
         known = seen.values[seen.known]
         found = principal(known, min(EMBEDDING_DIM, known.shape[1], len(known) - 1))
         values = held_out.values @ found.weight.T - found.centre
@@ -433,11 +428,8 @@ class Training:
 
     def _centre(self, best: Estimate) -> Estimate:
         """Takes off the mean of the features where that is better; returns the AUC then."""
-        size = self.encoder.preprocessing.input_size
-        features = partial(self.compute, self.encoder.features)
-        seen = evaluate.embed(self.cache, self.sample(), features, size, self.process)
+        seen, held_out = self._embed_sample(self.encoder)
         mean = mean_of(seen.values[seen.known])
-        held_out = self.evaluation.embed(features, size, self.process)
         found = self.evaluation.rank_clicks(replace(held_out, values=held_out.values - mean))
         assert found.auc is not None
         taken = found.auc.value > best.value
@@ -450,6 +442,16 @@ class Training:
             + ("" if taken else ", which is no more than without: it stays")
         )
         return found.auc if taken else best
+
+    def _embed_sample(self, encoder: ImageEncoder) -> tuple[Vectors, Vectors]:
+        """Returns the features of a sample of the images trained on, and of the held-out ones."""
+        sample, held_out = self.sample(), self.evaluation.codes
+        codes = np.union1d(sample, held_out)  # of a small shop they are much the same
+        features, size = partial(self.compute, encoder.features), encoder.preprocessing.input_size
+        found = evaluate.embed(self.cache, codes, features, size, self.process)
+        return found.take(np.searchsorted(codes, sample)), found.take(
+            np.searchsorted(codes, held_out)
+        )
 
     def sample(self) -> npt.NDArray[np.int64]:
         """Returns some of the images that are trained on, by their codes."""

@@ -40,8 +40,9 @@ from pipelines.artefacts.training import find_span, read_data
 from pipelines.config import load_settings
 
 RUN = ("objective", "start", "seed")
+BASELINES = ("histogram", "PCA", "start")  # of those, what a run was measured beside
 MEASURED = (
-    "AUC", "GAUC", "max AUC", "above its start", "± start", "above histogram", "± histogram",
+    "AUC", "±", "GAUC", "max AUC", *(f"above {b}" for b in BASELINES), *(f"± {b}" for b in BASELINES),
     "nearest", "seconds",
 )  # fmt: skip
 COLUMNS = (*RUN, *MEASURED)
@@ -66,15 +67,19 @@ def make_run(wanted: TrainSettings, data: TrainingData, folder: Path) -> Result:
 
 
 def figures(run: Training) -> Result:
-    """Returns the values of the columns MEASURED."""
-    best, (histogram, *_, start) = run.record.best, run.ahead.values()
+    """Returns the values of the columns MEASURED; PCA stands beside pretrained weights alone."""
+    histogram, *pca, start = run.ahead.values()
+    ahead = dict(zip(BASELINES, (histogram, pca[0] if pca else {}, start), strict=True))
+    best = run.record.best
     assert best is not None
     exported = run.centred if run.centred and run.centred["taken"] else best
-    found = (
-        exported["auc"], exported["gauc"], exported["max_auc"], start["auc"], start["auc_se"],
-        histogram["auc"], histogram["auc_se"], best["nearest"], run.record.seconds,
-    )  # fmt: skip
-    return dict(zip(MEASURED, found, strict=True))
+    return {
+        **{"AUC": exported["auc"], "±": exported["auc_se"]},
+        **{"GAUC": exported["gauc"], "max AUC": exported["max_auc"]},
+        **{f"above {name}": found.get("auc") for name, found in ahead.items()},
+        **{f"± {name}": found.get("auc_se") for name, found in ahead.items()},
+        **{"nearest": best["nearest"], "seconds": run.record.seconds},
+    }
 
 
 def plan_runs(given: argparse.Namespace, text_model: str) -> list[TrainSettings]:
