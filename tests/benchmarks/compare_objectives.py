@@ -42,8 +42,8 @@ from pipelines.config import load_settings
 RUN = ("objective", "start", "seed")
 BASELINES = ("histogram", "PCA", "start")  # of those, what a run was measured beside
 MEASURED = (
-    "AUC", "±", "GAUC", "max AUC", *(f"above {b}" for b in BASELINES), *(f"± {b}" for b in BASELINES),
-    "nearest", "seconds",
+    "AUC", "±", "GAUC", "max AUC", *(f"above {name}" for name in BASELINES),
+    *(f"± {name}" for name in BASELINES), "nearest", "seconds",
 )  # fmt: skip
 COLUMNS = (*RUN, *MEASURED)
 

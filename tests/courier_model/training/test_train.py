@@ -7,6 +7,7 @@ import socket
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -263,8 +264,17 @@ def test_a_disk_too_small_for_the_cache_is_told_and_done_without(
 JOINT = replace(TINY, chunk_images=10_000, epochs=1)  # statistics frozen, gradients at once
 SCHEDULED = replace(
     JOINT, warmup_steps=1, cosine_decay=True, backbone_lr_factor=0.5, freeze_backbone=1,
-    ema_decay=0.5,
+    ema_decay=0.5, centre=True,
 )  # fmt: skip
+
+
+def exported(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns what `finish` makes of a run that has ended: the encoder, and what is told of it."""
+    assert run.training.record.best is not None
+    run.training.record.best["auc"] = 0.0  # so that the centre is taken
+    run.training.finish()
+    assert run.training.centred is not None
+    return run.weights(), {"centred": run.training.centred, "ahead": run.training.ahead}
 
 
 def joint_run(
@@ -314,6 +324,7 @@ def run_process(rank: int, port: int, folder: Path, root: str) -> None:
             "resumed": resumed.weights(), "steps": [at.step for at in resumed.seen],
             "half": (half.weights(), loss),
             "scheduled": (scheduled.weights(), scheduled.training.record.best_weights),
+            "exported": exported(scheduled),
         },
         folder / f"{rank}.pt",
     )  # fmt: skip
@@ -351,6 +362,12 @@ def test_two_processes_train_the_weights_of_one(
     wanted = scheduled.weights(), scheduled.training.record.best_weights
     torch.testing.assert_close(one["scheduled"], wanted, rtol=1e-3, atol=1e-5)
     assert same(one["scheduled"], other["scheduled"])
+    weights, told = exported(scheduled)
+    torch.testing.assert_close(one["exported"][0], weights, rtol=1e-3, atol=1e-5)
+    assert same(one["exported"][0], other["exported"][0])
+    assert one["exported"][1] == other["exported"][1]
+    assert one["exported"][1]["centred"]["images"] == told["centred"]["images"] == len(GOOD)
+    assert one["exported"][1]["ahead"].keys() == told["ahead"].keys()
     # A process without a readable image goes along.
     assert same(one["half"], other["half"])
     assert one["half"][1] > 0

@@ -4,9 +4,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from courier_model.encoder import build_encoder, save_encoder
+from courier_model.encoder import build_encoder, load_encoder, save_encoder
 from courier_model.training.train import Stopped, TrainingData
 from feature_jobs.schemas import CourierError, DataContractError, OperatorError
 from tests.support.training_runs import TINY, Run, same
@@ -17,8 +18,10 @@ BACKBONE = "shufflenet_v2_x0_5"
 SETTINGS = replace(TINY, backbone=BACKBONE, epochs=1, evaluate_every=100)
 
 
-def saved(folder: Path, seed: int = 7, input_size: int = 32) -> str:
+def saved(folder: Path, seed: int = 7, input_size: int = 32, centre: float | None = None) -> str:
     encoder = build_encoder(BACKBONE, "random", input_size, seed)
+    if centre is not None:
+        encoder.move_centre(np.full(256, centre, np.float32))
     info = save_encoder(encoder, str(folder), "earlier", None, None, None, "random")
     return str(folder / info.encoder_id)
 
@@ -56,6 +59,27 @@ def test_a_stopped_run_goes_on_wherever_the_same_encoder_lies_and_with_no_other(
     last.go()
     assert [at.step for at in last.seen] == [2, 3]
     assert same(last.state(), whole.state())
+
+
+def test_a_centre_stays_through_a_stop_and_is_a_part_of_what_is_averaged(
+    data: TrainingData, tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, init_from=saved(tmp_path, centre=0.25), ema_decay=0.5)
+    whole = Run(tmp_path / "whole", data, settings)
+    whole.go()
+    with pytest.raises(Stopped):
+        Run(tmp_path / "part", data, settings).go(stop_at=1)
+    last = Run(tmp_path / "part", data, settings)
+    record = last.go()
+    assert same(last.state(), whole.state())
+    assert record.best_weights is not None
+    last.training.finish()
+    centre = last.training.encoder.centre
+    assert centre is not None
+    assert centre.tolist() == record.best_weights["centre"].tolist() == [0.25] * 256
+    info = save_encoder(last.training.encoder, str(tmp_path), "later", None, None, None, "")
+    again = load_encoder(str(tmp_path / info.encoder_id))
+    assert same(again.state_dict(), last.weights())
 
 
 def refused(
