@@ -19,8 +19,7 @@ from courier_model.measures import HeldOut, colour_histogram, rank_clicks
 from courier_model.training.augment import centre_crop
 from courier_model.training.distributed import Process, total
 from courier_model.training.objectives import Objective, Places
-from courier_model.training.rows import Squares, TrainingSet, histories_of, valid_first
-from feature_jobs.impressions.clicks import HistoryLaw
+from courier_model.training.rows import Codes, Squares, TrainingSet, valid_first
 
 _BLOCK_IMAGES = 64
 
@@ -47,17 +46,10 @@ class Vectors:
 class Evaluation:
     """Measures on rows of later days and their images.
 
-    The rows are those of users drawn by `seed`, at most `limit`: all of a user's together, since
-    users are told apart and their histories share images. Histories follow `law`, from the rows of
-    all days.
+    `histories` int64 [rows, n] are codes of what each row's user had clicked before, -1 = none.
     """
 
-    def __init__(
-        self, train: TrainingSet, held_out: TrainingSet, law: HistoryLaw, cache: Squares,
-        limit: int, seed: int,
-    ) -> None:  # fmt: skip
-        rows = _drawn(held_out.with_history(), limit, seed)
-        histories = histories_of(rows, [train, held_out], law)
+    def __init__(self, rows: TrainingSet, histories: Codes, cache: Squares) -> None:
         self._cache = cache
         shown = np.concatenate([rows.pv, rows.clicks, histories], axis=1)
         self.codes = np.unique(shown[shown >= 0])  # of the images that are looked at
@@ -109,13 +101,6 @@ class Evaluation:
             terms = objective(torch.from_numpy(vectors.values)[None].to(device), places)
         term = terms[objective.reconstructs]
         return int(term.hits) / int(term.anchors)
-
-
-def _drawn(rows: TrainingSet, limit: int, seed: int) -> TrainingSet:
-    """Returns the rows of users drawn by `seed`, in their order, the last user's cut at `limit`."""
-    users, owner = np.unique(rows.users, return_inverse=True)
-    turn = np.random.default_rng([seed, 1]).permutation(len(users))[owner]
-    return rows.take(np.sort(np.argsort(turn, kind="stable")[:limit]))
 
 
 def embed(

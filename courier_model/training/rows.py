@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from courier_model.training.augment import Pixels, centre_crop, random_crop, simclr_view
-from feature_jobs.impressions.clicks import HistoryLaw, histories_at, sort_clicks
 from feature_jobs.schemas import (
     ROW_CLICKS,
     ROW_PVS,
@@ -44,7 +43,6 @@ Flags = npt.NDArray[np.bool_]
 _ORDER, _PIXELS = 0, 1
 
 _PIECE = 256  # images
-_ORDER_OF_CLICKS = 8  # parts of a microsecond, one for each click of a row at least
 
 
 # ---- Rows ------------------------------------------------------------------------------------
@@ -156,33 +154,6 @@ def _codes(lists: pa.ChunkedArray, lengths: Codes, width: int, item_ids: pa.Chun
     codes = np.full((len(lengths), width), -1, np.int64)
     codes[_filled(lengths, width)] = pc.index_in(flat, value_set=item_ids).to_numpy()
     return codes
-
-
-def histories_of(rows: TrainingSet, seen: Sequence[TrainingSet], law: HistoryLaw) -> Codes:
-    """Returns what each user had clicked before each of `rows`, int64 [rows, history_len].
-
-    A row knows five clicks only. But the user's earlier rows, in the sets `seen`, know those before
-    them: all that they list was clicked before their moments, so that none is from later than the
-    row. Distinct items, newest first, padded with -1; without the clicks of more than five between
-    two rows, and from before the first of `seen`. `law` counts back from the moment of the row that
-    lists a click.
-    """
-    users = np.unique(rows.users)
-    sets = [one.take(np.isin(one.users, users)) for one in seen]
-    clicks = np.concatenate([one.clicks for one in sets])
-    owners, moments = (
-        np.concatenate([getattr(one, name) for one in sets]).repeat(ROW_CLICKS)
-        for name in ("users", "moments")
-    )
-    # In an eighth of a microsecond each, so that a row's clicks keep their order.
-    times = moments * _ORDER_OF_CLICKS - np.tile(np.arange(ROW_CLICKS), len(clicks))
-    there = clicks.ravel() >= 0
-    log = sort_clicks(owners[there], times[there], clicks.ravel()[there])
-    finer = replace(
-        law, window_us=(law.window_us + 1) * _ORDER_OF_CLICKS, lag_us=law.lag_us * _ORDER_OF_CLICKS
-    )
-    places = histories_at(log, rows.users, rows.moments * _ORDER_OF_CLICKS + 1, finer)
-    return np.where(places >= 0, np.append(log.items, -1)[places], -1)
 
 
 # ---- Batches ---------------------------------------------------------------------------------

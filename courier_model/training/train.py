@@ -37,9 +37,8 @@ from courier_model.training.image_cache import ImageCache
 from courier_model.training.losses import Term
 from courier_model.training.objectives import Objective, Places, build_objective
 from courier_model.training.progress import Board, Clock, Progress
-from courier_model.training.rows import Batch, RowBatches, Squares, TrainingSet, batches
+from courier_model.training.rows import Batch, Codes, RowBatches, Squares, TrainingSet, batches
 from courier_model.training.settings import TrainSettings
-from feature_jobs.impressions.clicks import HistoryLaw
 from feature_jobs.schemas import EMBEDDING_DIM, CourierError, DataContractError, OperatorError
 from feature_jobs.store import threads
 from feature_jobs.store.versions import PACKAGE_VERSIONS
@@ -54,13 +53,13 @@ _COUNTS = ("rows", "images", "bad_images", "skipped_batches")
 class TrainingData:
     """Holds rows of two ranges of days, held-out ones later; `fingerprint` tells their content.
 
-    By `law` the night makes histories, and so does the held-out measure.
+    `histories` int64 [held-out rows, n] are codes of what their users had clicked before.
     """
 
     train: TrainingSet
     held_out: TrainingSet
+    histories: Codes
     image_roots: tuple[str, ...]
-    law: HistoryLaw
     fingerprint: str
 
 
@@ -141,9 +140,7 @@ class Training:
         self.workers = min(8, max(0, free)) if settings.workers is None else settings.workers
         self.steps = settings.epochs * self.batches.steps_per_epoch
         schedules.check_lengths(settings, self.steps)
-        self.evaluation = Evaluation(
-            data.train, data.held_out, data.law, self.cache, settings.held_out_rows, settings.seed
-        )
+        self.evaluation = Evaluation(data.held_out, data.histories, self.cache)
         self.record = Record()
         # What `finish` finds.
         self.centred: dict[str, Any] | None = None
@@ -527,14 +524,14 @@ def check_data(data: TrainingData, rows: TrainingSet) -> None:
 
     `rows` are those of them that have an anchor.
     """
-    if len(rows) and len(np.unique(rows.users)) > 1 and len(data.held_out.with_history()):
+    if len(rows) and len(np.unique(rows.users)) > 1 and len(data.held_out):
         return
     clicks, histories = data.train.clicked.any(1).sum(), len(data.train.with_history())
     found = (
         f"The training rows hold {len(data.train):,} requests: {clicks:,} with a click, "
         f"{histories:,} with an earlier click of their user, {len(rows):,} with both, of "
-        f"{len(np.unique(rows.users)):,} users; on the held-out days after them "
-        f"{len(data.held_out.with_history()):,} have an earlier click."
+        f"{len(np.unique(rows.users)):,} users; of the held-out days after them "
+        f"{len(data.held_out):,} with an earlier click."
     )
     raise DataContractError(
         f"{found} A clicked image is reconstructed from images that its user had clicked before, "

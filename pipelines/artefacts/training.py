@@ -36,6 +36,7 @@ from feature_jobs.store.partitions import Partition
 from feature_jobs.store.versions import PACKAGE_VERSIONS
 from pipelines.artefacts import training_dry_run
 from pipelines.artefacts.encoders import encoder_stanza
+from pipelines.artefacts.held_out import draw_users, histories_of
 from pipelines.config import Settings
 from pipelines.planning.made_with import rows_settings
 from pipelines.planning.shop_tables import ShopTables
@@ -86,7 +87,7 @@ def train(
         span = find_span(settings, start, until, held_out_days, bar.say)
         if earlier:
             check_goes_on(earlier, span, bar.say)
-        data, sources = read_data(settings, span)
+        data, sources = read_data(settings, span, wanted)
         if dry_run:
             told = training_dry_run.run(wanted, data, run_folder, process, bar.say)
             for line in told if process.leads else ():
@@ -219,8 +220,10 @@ def _named(categories: Sequence[str] | None) -> str:
 # ---- Rows and images -------------------------------------------------------------------------
 
 
-def read_data(settings: Settings, span: Span) -> tuple[TrainingData, dict[str, Any]]:
-    """Reads the rows to train on and the held-out rows, over one table of items.
+def read_data(
+    settings: Settings, span: Span, wanted: TrainSettings
+) -> tuple[TrainingData, dict[str, Any]]:
+    """Reads the rows to train on and, of users drawn, held-out rows, over one table of items.
 
     Returns with them the identities of what was read.
     """
@@ -245,12 +248,11 @@ def read_data(settings: Settings, span: Span) -> tuple[TrainingData, dict[str, A
         "image_roots": settings.catalogue.image_roots,
         **settings.catalogue.rewrite_as_written,
     }
-    train, held_out = build_sets(rows, catalogue)
-    data = TrainingData(
-        train, held_out, settings.catalogue.image_roots, history_law(settings),
-        documents.digest(sources),
-    )  # fmt: skip
-    return data, sources
+    train, later = build_sets(rows, catalogue)
+    held_out = draw_users(later, wanted.held_out_rows, wanted.seed)
+    histories = histories_of(held_out, [train, later], history_law(settings))
+    roots, fingerprint = settings.catalogue.image_roots, documents.digest(sources)
+    return TrainingData(train, held_out, histories, roots, fingerprint), sources
 
 
 def _rows_of(days: Mapping[dt.date, Partition]) -> pa.Table:

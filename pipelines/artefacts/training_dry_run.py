@@ -40,7 +40,7 @@ def _describe(
     settings, rows = run.settings, run.rows
     yield (
         f"train: {len(rows):,} rows to learn from, with {int(rows.clicked.sum()):,} clicked images "
-        f"of {len(data.train):,} rows; {len(data.held_out.with_history()):,} held out"
+        f"of {len(data.train):,} rows; measured on {len(data.held_out):,} later ones"
     )
     needed = run.cache.bytes_needed
     if not cache:

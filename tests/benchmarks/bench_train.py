@@ -39,7 +39,6 @@ from courier_model.training.memory import freeze_batch_statistics
 from courier_model.training.rows import Batch, RowBatches, TrainingSet, batches
 from courier_model.training.settings import PRESETS, TrainSettings
 from courier_model.training.train import Training, TrainingData
-from feature_jobs.impressions.clicks import HistoryLaw
 from feature_jobs.store import threads
 from pipelines.demo.garments import COLOURS, PATTERNS, TYPES, draw_item
 
@@ -105,8 +104,7 @@ def as_set(codes: np.ndarray, uris: list[str]) -> TrainingSet:
 
 
 def start_training(settings: TrainSettings, rows: TrainingSet, images: Path, top: Path) -> Training:
-    law = HistoryLaw(history_len=5, window_us=1, click_delay_us=0)
-    data = TrainingData(rows, rows, (str(images),), law, "bench")  # never measured
+    data = TrainingData(rows, rows, rows.clicks, (str(images),), "bench")  # never measured
     folder = tempfile.mkdtemp(dir=top)
     return Training(settings, data, folder, Process(0, 1, DEVICE), lambda _: None)
 

@@ -202,7 +202,7 @@ def print_summary(results: Sequence[Result]) -> None:
 def read_shop(given: argparse.Namespace) -> TrainingData:
     settings = load_settings(str(given.shop / "courier.toml"))
     span = find_span(settings, None, given.until, given.held_out_days, print)
-    return read_data(settings, span)[0]
+    return read_data(settings, span, PRESETS["demo"])[0]
 
 
 def listed(of: Callable[[str], Any]) -> Callable[[str], list[Any]]:

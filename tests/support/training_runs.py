@@ -20,6 +20,7 @@ from courier_model.training.rows import TrainingSet
 from courier_model.training.settings import TrainSettings
 from courier_model.training.train import Record, Training, TrainingData
 from feature_jobs.impressions.clicks import HistoryLaw
+from pipelines.artefacts.held_out import histories_of
 
 ALONE = Process(0, 1, torch.device("cpu"))
 ITEMS = 16
@@ -97,7 +98,8 @@ def training_data(root: str) -> TrainingData:
     """Makes 26 rows to train on: three batches of eight an epoch, and a rest."""
     train, held_out = some_rows(26, seed=0), some_rows(12, seed=1)
     held_out = replace(held_out, moments=held_out.moments + DAY_US)
-    return TrainingData(train, held_out, (root,), LAW, "these")
+    histories = histories_of(held_out, [train, held_out], LAW)
+    return TrainingData(train, held_out, histories, (root,), "these")
 
 
 class Run:

@@ -11,6 +11,7 @@ from courier_model.images import decode
 from courier_model.training.evaluate import Evaluation
 from courier_model.training.image_cache import ImageCache
 from courier_model.training.objectives import build_objective
+from pipelines.artefacts.held_out import histories_of
 from tests.support import model_oracles
 from tests.support.training_runs import (
     ALONE,
@@ -39,7 +40,8 @@ def test_clicks_are_ranked_as_by_loops_over_single_images(image_root: str) -> No
     rows.clicks[1], rows.users[1] = [MISSING, -1, -1, -1, -1], 9  # none that can be seen
     encoder = small_encoder(TINY.backbone, "random", 32, seed=0)
     cache = ImageCache(None, rows.items["image_uri"], (image_root,), encoder.preprocessing)
-    evaluation = Evaluation(train, rows, LAW, cache, limit=100, seed=0)
+    rows = rows.with_history()
+    evaluation = Evaluation(rows, histories_of(rows, [train, rows], LAW), cache)
     vectors = evaluation.embed(encoder.features, 32, ALONE)
     found = evaluation.rank_clicks(vectors)
 
@@ -51,8 +53,6 @@ def test_clicks_are_ranked_as_by_loops_over_single_images(image_root: str) -> No
             embedding[number] = encoder(pixels)[0].double().numpy()
     scored, lengths = [], []
     for row, (pv, clicked) in enumerate(zip(rows.pv, rows.clicked, strict=True)):
-        if rows.clicks[row, 0] < 0:
-            continue
         history = slow_history(rows, row, [train, rows], LAW)
         past = [embedding[item] for item in history if item in embedding]
         lengths.append(len(past))
@@ -81,8 +81,7 @@ def test_nearest_is_the_share_of_reconstructions_that_find_their_own(image_root:
     rows.clicks[2] = [MISSING, 4, 5, -1, -1]  # of which the first must not hide the others
     preprocessing = small_encoder(TINY.backbone, "random", 32, 0).preprocessing
     cache = ImageCache(None, rows.items["image_uri"], (image_root,), preprocessing)
-    none = rows.take(np.zeros(len(rows), bool))
-    evaluation = Evaluation(none, rows, LAW, cache, limit=100, seed=0)
+    evaluation = Evaluation(rows, rows.clicks, cache)
     vectors = evaluation.colours(ALONE)
     values = torch.tensor(vectors.values)
     values = torch.cat([values, torch.zeros(len(values), 256 - values.shape[1])], dim=1)
@@ -110,17 +109,3 @@ def test_nearest_is_the_share_of_reconstructions_that_find_their_own(image_root:
     assert evaluation.nearest(vectors, build_objective("simsiam", None, None), 9, ALONE.device) is (
         None
     )
-
-
-def test_held_out_rows_are_those_of_users_drawn_by_the_seed(image_root: str) -> None:
-    rows = some_rows(60, seed=3)
-    rows = replace(rows, users=np.arange(60) // 4 % 15)
-    none = rows.take(np.zeros(len(rows), bool))
-    preprocessing = small_encoder(TINY.backbone, "random", 32, 0).preprocessing
-    cache = ImageCache(None, rows.items["image_uri"], (image_root,), preprocessing)
-    chosen = [
-        Evaluation(none, rows, LAW, cache, 10, seed)._rows.users.tolist() for seed in (0, 0, 1)
-    ]
-    assert len(chosen[0]) == 10
-    assert chosen[0] == chosen[1] != chosen[2]
-    assert sorted(map(chosen[0].count, set(chosen[0]))) == [2, 4, 4]  # the last one's are cut

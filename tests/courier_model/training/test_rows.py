@@ -5,7 +5,6 @@ import os
 import pickle
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,9 @@ from courier_model.training.rows import (
     TrainingSet,
     batches,
     build_sets,
-    histories_of,
 )
-from feature_jobs.impressions.clicks import HistoryLaw
 from feature_jobs.schemas import DataContractError, OperatorError
 from feature_jobs.store import files
-from tests.support.training_runs import slow_history, some_rows
 from tests.support.world import picture
 
 SMALL = Preprocessing(32, 36, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -39,14 +35,14 @@ BAD = {MISSING, BROKEN, NO_URI, UNKNOWN}
 
 
 def training_rows(rows: list[dict[str, Any]], ids: pa.DataType = INT64) -> pa.Table:
-    """Makes the table `training_rows` of rows of `pv` (item → clicked), `clicks`, `user`, `at`."""
+    """Makes the table `training_rows` of rows of `pv` (item → clicked), `clicks` and `user`."""
     labels = [list(row["pv"].values()) for row in rows]
     return pa.table(
         {
             "user_id": pa.array([row.get("user", 1) for row in rows], pa.int64()),
             "request_id": pa.array([f"r{n}" for n in range(len(rows))]),
             "chunk": pa.array([0] * len(rows), pa.int32()),
-            "event_time": pa.array([row.get("at", 0) for row in rows], pa.timestamp("us", "UTC")),
+            "event_time": pa.array([7] * len(rows), pa.timestamp("us", "UTC")),
             "pv_item_ids": pa.array([list(row["pv"]) for row in rows], pa.list_(ids)),
             "pv_clicked": pa.array(labels, pa.list_(pa.bool_())),
             "click_item_ids": pa.array([row["clicks"] for row in rows], pa.list_(ids)),
@@ -150,6 +146,7 @@ def test_rows_become_codes_of_one_table_of_items(ids: pa.DataType) -> None:
     assert first.clicked.tolist() == [[True] + [False] * 4, [False] * 5]
     assert first.clicks.tolist() == [[6, 5, -1, -1, -1], [-1] * 5]
     assert first.users.tolist() == [0, 1]
+    assert first.moments.tolist() == [7, 7]
     assert second.pv.tolist() == [[4, 3, 2, 1, 0]]
     assert second.users.tolist() == [1]
     assert third.pv.tolist() == first.pv.tolist()[::-1]
@@ -181,63 +178,6 @@ def test_rows_that_break_the_contract_are_named() -> None:
     table = table.set_column(table.schema.get_field_index("pv_clicked"), "pv_clicked", labels)
     with pytest.raises(DataContractError, match="r1 has 1 pv_item_ids but 2 pv_clicked"):
         build_sets([table], CATALOGUE)
-
-
-# ---- histories -------------------------------------------------------------------------------
-
-
-def test_histories_are_what_earlier_rows_list() -> None:
-    """`at` is in microseconds, so that a click of the next one would be seen."""
-    table = training_rows(
-        [
-            {"user": 1, "at": 100, "pv": {}, "clicks": [5, 4, 3, 2, 1]},
-            {"user": 1, "at": 102, "pv": {}, "clicks": [6, 5, 4, 3, 2]},
-            {
-                "user": 1,
-                "at": 102,
-                "pv": {},
-                "clicks": [6, 5, 4, 3, 2],
-            },  # the request's other chunk
-            {"user": 1, "at": 101, "pv": {}, "clicks": [5, 4, 3, 2, 1]},
-            {"user": 1, "at": 300, "pv": {}, "clicks": [9, 1]},  # 1 was clicked again
-            {"user": 2, "at": 101, "pv": {}, "clicks": [10]},
-            {"user": 3, "at": 300, "pv": {}, "clicks": []},
-        ]
-    )
-    (rows,) = build_sets([table], CATALOGUE)
-    assert rows.moments.tolist() == [100, 102, 102, 101, 300, 101, 300]
-    ids = rows.items["item_id"].to_numpy()
-
-    def histories(**law: int) -> list[list[int]]:
-        law = {"history_len": 8, "window_us": 1000, "click_delay_us": 0} | law
-        found = histories_of(
-            rows, [rows.take([0, 4, 6]), rows.take([1, 2, 3, 5])], HistoryLaw(**law)
-        )
-        assert found.shape == (7, law["history_len"])
-        return [ids[row[row >= 0]].tolist() for row in found]
-
-    whole = [[5, 4, 3, 2, 1], *[[6, 5, 4, 3, 2, 1]] * 2, [5, 4, 3, 2, 1], [9, 1, 6, 5, 4, 3, 2]]
-    assert histories() == [*whole, [10], []]
-    assert histories(history_len=3)[1:5:3] == [[6, 5, 4], [9, 1, 6]]
-    assert histories(window_us=198)[4] == [9, 1, 6, 5, 4, 3, 2]
-    assert histories(window_us=197)[4] == [9, 1]
-    assert histories(lag_us=1)[:4] == [[], *[[5, 4, 3, 2, 1]] * 3]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_histories_are_those_of_plain_loops(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    sets = [some_rows(int(rng.integers(60)), seed), some_rows(40, 100 + seed)]
-    moments = np.split(rng.permutation(100), [60])  # no two of one moment, which would be requests
-    sets = [replace(one, moments=at[: len(one)]) for one, at in zip(sets, moments, strict=True)]
-    law = HistoryLaw(
-        history_len=int(rng.integers(1, 14)), window_us=int(rng.integers(1, 120)),
-        click_delay_us=0, lag_us=int(rng.integers(0, 9)),
-    )  # fmt: skip
-    found = histories_of(sets[1], sets, law)
-    for row, places in enumerate(found):
-        assert places[places >= 0].tolist() == slow_history(sets[1], row, sets, law)
-        assert (np.diff(places < 0) >= 0).all()
 
 
 # ---- one batch -------------------------------------------------------------------------------

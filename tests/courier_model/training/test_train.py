@@ -309,6 +309,7 @@ def run_process(rank: int, port: int, folder: Path, root: str) -> None:
         resumed.go()
         scheduled = joint_run(folder / "scheduled", data, process, SCHEDULED)
         scheduled.go()
+        finished = scheduled.weights(), exported(scheduled)
         half = joint_run(folder / "half", data, process)
         batch = half.training.batches[0]
         if rank:
@@ -323,8 +324,8 @@ def run_process(rank: int, port: int, folder: Path, root: str) -> None:
             "record": vars(whole.training.record), "told": told,
             "resumed": resumed.weights(), "steps": [at.step for at in resumed.seen],
             "half": (half.weights(), loss),
-            "scheduled": (scheduled.weights(), scheduled.training.record.best_weights),
-            "exported": exported(scheduled),
+            "scheduled": (finished[0], scheduled.training.record.best_weights),
+            "exported": finished[1],
         },
         folder / f"{rank}.pt",
     )  # fmt: skip

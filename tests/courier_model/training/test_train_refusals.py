@@ -16,7 +16,6 @@ from courier_model.training.train import TrainingData
 from feature_jobs.schemas import CourierError, DataContractError, OperatorError
 from tests.support.training_runs import (
     ALONE,
-    LAW,
     TINY,
     Run,
     checkpoints,
@@ -35,22 +34,20 @@ NOTHING = np.full((12, 5), -1)
 
 
 @pytest.mark.parametrize(
-    ("train", "held_out", "told"),
+    ("train", "held_out_rows", "told"),
     [
-        ({"clicked": np.zeros((12, 5), bool)}, {}, "0 with a click"),
-        ({"clicks": NOTHING}, {}, "0 with an earlier click of their user"),
-        ({"users": np.zeros(12, int)}, {}, "12 with both, of 1 users"),
-        ({}, {"clicks": NOTHING}, "on the held-out days after them 0 have an earlier click"),
+        ({"clicked": np.zeros((12, 5), bool)}, 12, "0 with a click"),
+        ({"clicks": NOTHING}, 12, "0 with an earlier click of their user"),
+        ({"users": np.zeros(12, int)}, 12, "12 with both, of 1 users"),
+        ({}, 0, "of the held-out days after them 0 with an earlier click"),
     ],
     ids=["no clicks", "no history", "one user", "no held-out history"],
 )
 def test_rows_that_cannot_teach_are_refused_before_any_image_is_read(
-    train: dict[str, Any], held_out: dict[str, Any], told: str, image_root: str, tmp_path: Path
+    train: dict[str, Any], held_out_rows: int, told: str, image_root: str, tmp_path: Path
 ) -> None:
-    data = TrainingData(
-        replace(some_rows(12, seed=0), **train), replace(some_rows(12, seed=1), **held_out),
-        (image_root,), LAW, "these",
-    )  # fmt: skip
+    rows, held_out = replace(some_rows(12, seed=0), **train), some_rows(held_out_rows, seed=1)
+    data = TrainingData(rows, held_out, held_out.clicks, (image_root,), "these")
     with pytest.raises(DataContractError) as refused:
         Run(tmp_path / "run", data)
     assert told in str(refused.value)
@@ -62,7 +59,7 @@ def test_no_rows_at_all_are_refused(image_root: str, tmp_path: Path) -> None:
     none = some_rows(0, seed=0)
     for train, held_out in ((none, some_rows(9, 1)), (some_rows(9, 1), none), (none, none)):
         with pytest.raises(DataContractError, match="Train on more days"):
-            Run(tmp_path, TrainingData(train, held_out, (image_root,), LAW, "these"))
+            Run(tmp_path, TrainingData(train, held_out, held_out.clicks, (image_root,), "these"))
 
 
 @pytest.mark.parametrize("clicked", [True, False])
