@@ -11,12 +11,13 @@ is Obuchowski, Biometrics 53, 1997). Two measures of the same impressions are co
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-_BLOCK_ROWS = 256  # rows scored at once: 256 x 50 x 256 floats are 13 MB
+_BLOCK_FLOATS = 2**22  # of the histories of the rows that are scored at once: 16 MB
 _DECIMALS = 6  # of a cosine: what float32 knows of it
 
 Bools = npt.NDArray[np.bool_]
@@ -66,13 +67,26 @@ class HeldOut:
 
     def numbers(self) -> dict[str, float | int | None]:
         """Returns all of it as numbers by name, `NAME_se` being the standard error of NAME."""
-        found: dict[str, float | int | None] = {}
-        for name, value in vars(self).items():
-            if isinstance(value, Estimate):
-                found |= {name: value.value, f"{name}_se": value.standard_error}
-            else:
-                found[name] = value
-        return found
+        return numbers(vars(self))
+
+    def above(self, other: "HeldOut") -> dict[str, Estimate]:
+        """Returns by how much each measure is above that of `other`, by its name.
+
+        Both are of the same impressions. What cannot be ranked is left out.
+        """
+        pairs = {name: (value, getattr(other, name)) for name, value in vars(self).items()}
+        return {k: one - of for k, (one, of) in pairs.items() if isinstance(one, Estimate)}
+
+
+def numbers(found: Mapping[str, Estimate | int | None]) -> dict[str, float | int | None]:
+    """Returns measures by name as numbers, `NAME_se` being the standard error of NAME."""
+    told: dict[str, float | int | None] = {}
+    for name, value in found.items():
+        if isinstance(value, Estimate):
+            told |= {name: value.value, f"{name}_se": value.standard_error}
+        else:
+            told[name] = value
+    return told
 
 
 # ---- Ranking -------------------------------------------------------------------------------
@@ -182,8 +196,9 @@ def history_cosines(vectors: Floats, known: Bools, pv: Ints, clicks: Ints) -> tu
     units[:-1][known] = _unit(vectors[known])
     known = np.append(known, False)
     mean, largest = np.empty(pv.shape, np.float32), np.empty(pv.shape, np.float32)
-    for at in range(0, len(pv), _BLOCK_ROWS):
-        block = slice(at, at + _BLOCK_ROWS)
+    rows = max(1, _BLOCK_FLOATS // max(1, clicks.shape[1] * units.shape[1]))
+    for at in range(0, len(pv), rows):
+        block = slice(at, at + rows)
         counts = known[clicks[block]][:, None]  # [block, 1, l]
         cosines = units[pv[block]] @ units[clicks[block]].transpose(0, 2, 1)  # [block, p, l]
         # Rounded, so that an item is as near to itself as any other is: a tie, not float32's luck.
@@ -212,12 +227,20 @@ def rank_clicks(
     """
     mean, largest = history_cosines(vectors, known, pv, clicks)
     scored = ~np.isnan(mean)
-    labels = clicked[scored]  # [impressions]
     owners = np.broadcast_to(users[:, None], pv.shape)[scored]
+    return rank_scores(mean[scored], largest[scored], clicked[scored], owners)
+
+
+def rank_scores(mean: Floats, largest: Floats, clicked: Bools, users: Ints) -> HeldOut:
+    """Returns AUC and GAUC of clicked over unclicked impressions, by scores that are there.
+
+    `mean` and `largest` float32 [n] as of `history_cosines`, `clicked` bool [n], `users` int64 [n].
+    Raises ValueError for a NaN among the scores.
+    """
     return HeldOut(
-        auc(mean[scored], labels, owners), gauc(mean[scored], labels, owners),
-        auc(largest[scored], labels, owners), gauc(largest[scored], labels, owners),
-        len(labels), int(labels.sum()), len(np.unique(owners)),
+        auc(mean, clicked, users), gauc(mean, clicked, users),
+        auc(largest, clicked, users), gauc(largest, clicked, users),
+        len(clicked), int(clicked.sum()), len(np.unique(users)),
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from feature_jobs.schemas import (
     cluster_column,
 )
 from feature_jobs.store import files, hashing
-from feature_jobs.store.arrays import in_order, lookup, plain
+from feature_jobs.store.arrays import in_order, lookup, plain, take
 from feature_jobs.store.documents import digest, parse_json, read_json, write_json
 from feature_jobs.store.faults import patiently, until_seen
 
@@ -346,6 +346,35 @@ class Partition:
             return rows
         mine = hashing.shard_of(hashing.hash_ids(rows[key]), shards) == shard
         return rows.filter(pa.array(mine))
+
+    def look_up(self, ids: pa.Array, key: str, columns: Sequence[str]) -> pa.Table:
+        """Returns the rows whose `key` is one of `ids`, distinct and of the key's type.
+
+        The table must be sharded by that key, which is one of `columns`. Of what holds none of
+        them no file is read, and of a row group the keys alone.
+        """
+        part = hashing.shard_of(hashing.hash_ids(ids), len(self.manifest["files"]))
+        found = [plain(self.schema.empty_table().select(list(columns)))]
+        for number in np.unique(part).tolist():
+            wanted = ids.filter(pa.array(part == number))
+            found += _rows_of(self.path(number), wanted, key, list(columns))
+        return pa.concat_tables(found)
+
+
+def _rows_of(path: str, wanted: pa.Array, key: str, columns: list[str]) -> list[pa.Table]:
+    """Returns the rows of a file whose `key` is one of those `wanted`, by row groups."""
+
+    def read() -> list[pa.Table]:
+        found = []
+        with files.open_input(path) as data, pq.ParquetFile(data) as file:
+            for group in range(file.num_row_groups):
+                keys = file.read_row_group(group, [key])[key]
+                at = np.flatnonzero(pc.is_in(keys, value_set=wanted))
+                if len(at):
+                    found.append(take(plain(file.read_row_group(group, columns)), at))
+        return found
+
+    return patiently(path, read)
 
 
 def read_parquet(path: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -15,6 +15,7 @@ from courier_model.measures import (
     colour_histogram,
     gauc,
     history_cosines,
+    numbers,
     rank_clicks,
 )
 
@@ -221,7 +222,7 @@ def test_one_user_alone_has_no_standard_error() -> None:
 @pytest.fixture(params=[4096, 7])
 def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
     """Makes rows with absent and unknown items, in one block or in several."""
-    monkeypatch.setattr(measures, "_BLOCK_ROWS", request.param)
+    monkeypatch.setattr(measures, "_BLOCK_FLOATS", request.param * 9 * 6)
     rng = np.random.default_rng(3)
     known = rng.random(40) < 0.8
     vectors = rng.normal(size=(40, 6)).astype(np.float32) * rng.uniform(0.1, 9, (40, 1))
@@ -281,6 +282,24 @@ def test_rank_clicks_ranks_every_impression_with_a_score(world: dict[str, np.nda
     assert found.gauc is not None
     assert numbers["gauc_se"] == found.gauc.standard_error
     assert numbers["impressions"] == found.impressions
+
+
+def test_one_measure_is_above_another_by_the_differences_of_the_same_impressions(
+    world: dict[str, np.ndarray],
+) -> None:
+    found = rank_clicks(**world)
+    other = rank_clicks(**world | {"vectors": world["vectors"] ** 3})
+    above = found.above(other)
+    assert list(above) == ["auc", "gauc", "max_auc", "max_gauc"]
+    assert found.auc is not None
+    assert other.auc is not None
+    assert above["auc"].value == found.auc.value - other.auc.value != 0
+    assert above["auc"].standard_error == (found.auc - other.auc).standard_error
+    told = numbers(above)
+    assert list(told)[:2] == ["auc", "auc_se"]
+    assert told["auc"] == above["auc"].value
+    nobody = HeldOut(None, None, None, None, 0, 0, 0)
+    assert nobody.above(nobody) == {}
 
 
 def test_who_clicks_what_looks_like_their_clicks_is_ranked_perfectly() -> None:

@@ -450,6 +450,52 @@ def test_a_reader_of_as_many_shards_opens_one_file(
         assert len(opened) == files
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(keys=KEYS, files=SHARDS, data=st.data())
+def test_rows_are_looked_up_by_their_keys_however_many_files_there_are(
+    tmp_path_factory: pytest.TempPathFactory, keys: list, files: int, data: st.DataObject
+) -> None:
+    schema, rows = histories(keys)
+    folder, kind = str(tmp_path_factory.mktemp("table")), rows["user_id"].type
+    partition = write_table(folder, schema, rows, files)
+    wanted = [key for key in keys if data.draw(st.booleans())]
+    unknown = [] if pa.types.is_string(kind) else [2**40]
+    found = partition.look_up(pa.array(wanted + unknown, kind), "user_id", ["item_ids", "user_id"])
+    asked = rows.select(["item_ids", "user_id"])
+    expected = asked.filter(pc.is_in(rows["user_id"], value_set=pa.array(wanted, kind)))
+    assert found.schema == asked.schema
+    assert sorted(found.to_pylist(), key=repr) == sorted(expected.to_pylist(), key=repr)
+
+
+def test_what_holds_none_of_the_keys_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partitions, "_ROW_GROUP_ROWS", 5)
+    schema, rows = histories(list(range(100)))
+    partition = write_table(str(tmp_path), schema, rows, 4)
+    read: list[tuple[int, tuple[str, ...]]] = []
+    real = pq.ParquetFile.read_row_group
+
+    def note(file: pq.ParquetFile, group: int, columns: list[str]) -> pa.Table:
+        read.append((group, tuple(columns)))
+        return real(file, group, columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", note)
+    assert partition.look_up(pa.array([], pa.int64()), "user_id", ["user_id"]).num_rows == 0
+    assert read == []
+    columns = ("user_id", "item_ids")
+    assert partition.look_up(pa.array([17]), "user_id", columns)["user_id"].to_pylist() == [17]
+    (shard,) = hashing.shard_of(hashing.hash_ids(pa.array([17])), 4).tolist()
+    mine = pq.ParquetFile(partition.path(shard))
+    groups = [real(mine, n)["user_id"].to_pylist() for n in range(mine.num_row_groups)]
+    assert len(groups) > 2
+    looked_at = [group for group, of in read if of == ("user_id",)]
+    assert looked_at == list(range(len(groups)))  # keys, of that file alone
+    assert [group for group, of in read if of == columns] == [
+        place for place, keys in enumerate(groups) if 17 in keys
+    ]
+
+
 def test_a_part_without_rows_keeps_the_schema(tmp_path: Path) -> None:
     schema = ITEM_REJECTS.schema(pa.string())
     partitions.write_part(str(tmp_path), ITEM_REJECTS, schema, arrays.empty_rows(schema), 0, 1)
