@@ -3,11 +3,12 @@
     python tests/benchmarks/bench_train.py [--quick] [--gpu-paper] [--processes] [--workers 8]
 
 On the device that is there, each figure a ratio within this run: training with its loader against a
-bare step of the same backbone; swin_t of timm against torchvision's; each distinct image once
-against every place of the rows; attention checkpointing and cached gradients against a plain step,
-in time and memory; the loader against Pillow; on a CPU a process on each core against one on all.
---quick leaves swin_t out on a CPU, --gpu-paper takes the paper's batch on one GPU instead,
---libraries that of timm alone. Peak memory on a CPU is that of a process of its own (Linux).
+bare step of the same backbone, timm's EfficientNet-Lite0 among them; swin_t of timm against
+torchvision's; each distinct image once against every place of the rows; attention checkpointing and
+cached gradients against a plain step, in time and memory; the loader against Pillow; on a CPU a
+process on each core against one on all. --quick leaves swin_t out on a CPU, --gpu-paper takes the
+paper's batch on one GPU instead, --libraries what is of timm alone. Peak memory on a CPU is that of
+a process of its own (Linux).
 """
 
 import argparse
@@ -181,6 +182,9 @@ def all_of(step: Callable[[int], None], sizes: list[int]) -> None:
 # ---- One network of two libraries --------------------------------------------------------------
 
 TIMMS_SWIN = "timm:swin_tiny_patch4_window7_224"
+LITE0 = replace(
+    SWIN, backbone="timm:tf_efficientnet_lite0", input_size=96, batch_rows=64 if ON_GPU else 16
+)
 
 
 def bench_libraries(images: Path, uris: list[str], top: Path, workers: int | None) -> None:
@@ -202,6 +206,13 @@ def bench_libraries(images: Path, uris: list[str], top: Path, workers: int | Non
         f"  torchvision {theirs:.1f}, timm {timms:.1f} images/s; ratio median "
         f"{np.median(ratios):.2f}, {ratios.min():.2f} to {ratios.max():.2f}"
     )
+
+
+def bench_lite0(images: Path, uris: list[str], top: Path, workers: int | None) -> None:
+    print("timm's EfficientNet-Lite0 with its loader, against a bare step (goal 0.85)")
+    settings = replace(LITE0, workers=workers)
+    run = start_training(settings, make_rows(uris, 64 * settings.batch_rows), images, top)
+    bench_steps("lite0 at 96 px", run, len(uris), *((3, 24) if ON_GPU else (7, 2)))
 
 
 def rate(run: Training, stream: Iterator[Batch], steps: int) -> float:
@@ -357,7 +368,7 @@ class RandomCache(ImageCache):
 
     def read(self, codes: Keys) -> tuple[np.ndarray, Keys, np.ndarray]:
         rng = np.random.default_rng(0)
-        squares = rng.integers(0, 256, (64, 3, self._side, self._side), np.uint8)
+        squares = rng.integers(0, 256, (64, 3, self.side, self.side), np.uint8)
         return squares[codes % len(squares)], codes, np.ones(len(codes), bool)
 
 
@@ -467,6 +478,7 @@ def bench_all(top: Path, quick: bool, workers: int | None) -> None:
     if has_swin:
         run = start_training(swin, make_rows(uris, 64 * swin.batch_rows), images, top)
         bench_steps("swin_t at 224 px", run, len(uris), *((3, 24) if ON_GPU else (3, 1)))
+    bench_lite0(images, uris, top, workers)
     if has_swin:
         bench_libraries(images, uris, top, workers)
     print("Each distinct image once, against every place of the same rows: demo preset, 256 rows")
@@ -486,7 +498,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="no swin_t on a CPU")
     parser.add_argument("--gpu-paper", action="store_true", help="the paper's batch alone")
     parser.add_argument("--processes", action="store_true", help="against threads, that alone")
-    parser.add_argument("--libraries", action="store_true", help="timm's swin_t, that alone")
+    parser.add_argument("--libraries", action="store_true", help="what is of timm, that alone")
     parser.add_argument("--workers", type=int, help="of the loader [default on a CPU: 0]")
     parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, default=2, help=argparse.SUPPRESS)
@@ -508,7 +520,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         top = Path(folder)
         if given.libraries:
-            bench_libraries(top / "images", draw_files(top / "images", 600, 256), top, workers)
+            uris = draw_files(top / "images", 600, 256)
+            bench_lite0(top / "images", uris, top, workers)
+            bench_libraries(top / "images", uris, top, workers)
         else:
             bench_all(top, given.quick, workers)
 
