@@ -201,7 +201,7 @@ def print_summary(results: Sequence[Result]) -> None:
 
 def read_shop(given: argparse.Namespace) -> TrainingData:
     settings = load_settings(str(given.shop / "courier.toml"))
-    span = find_span(settings, None, given.until, given.held_out_days, print)
+    span = find_span(settings, given.start_ds, given.until, given.held_out_days, print)
     return read_data(settings, span, PRESETS["demo"])[0]
 
 
@@ -215,6 +215,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("shop", type=Path, metavar="SHOP_FOLDER")
     parser.add_argument("--until", type=dt.date.fromisoformat, required=True)
+    parser.add_argument("--start-ds", type=dt.date.fromisoformat)
     parser.add_argument("--held-out-days", type=int, default=1)
     parser.add_argument("--seeds", type=listed(int), default=[0, 1])
     parser.add_argument("--objectives", type=listed(str), default=list(TEMPERATURES))
