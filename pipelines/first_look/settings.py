@@ -223,7 +223,7 @@ $impressions_columns
 #
 # What to run next, once the problems that `courier init` named are mended:
 #
-#   courier init-encoder --weights imagenet >> courier.toml
+#   courier init-encoder --weights imagenet$centre >> courier.toml
 #   courier embed --ds $fit_ds
 #   courier fit-codebook --ds $fit_ds --clusters $clusters >> courier.toml
 #   courier refresh --ds $refresh_ds
@@ -238,7 +238,7 @@ def settings_text(
     Without impressions, `events`, nights are of items alone. `rewrite` has pairs of an address and
     a folder, "" for one that is not known. What could not be found is a line that says REQUIRED.
     """
-    fit_ds, refresh_ds = _first_nights(items, events)
+    centre_ds, fit_ds, refresh_ds = _first_nights(items, events)
     return _SETTINGS.substitute(
         catalogue_path=_quote(near_template(items.place, folder)),
         image_roots=_image_roots(roots, folder),
@@ -248,6 +248,7 @@ def settings_text(
         without_log="" if events else "# ",
         impressions_path=_impressions_path(events.place if events else None, folder),
         impressions_columns=_columns(events, ImpressionColumns),
+        centre=f" --ds {centre_ds}" if centre_ds else "",
         fit_ds=fit_ds,
         from_ds=fit_ds + dt.timedelta(days=1),  # features know nothing of their own day
         refresh_ds=refresh_ds,
@@ -268,12 +269,18 @@ def near_template(place: Place, folder: str) -> str:
     return near(place.template, day_names.literal(folder))
 
 
-def _first_nights(items: Table, events: Table | None) -> tuple[dt.date, dt.date]:
-    """Chooses a day to fit the codebook on, and a later one to make the first night of."""
+def _first_nights(items: Table, events: Table | None) -> tuple[dt.date | None, dt.date, dt.date]:
+    """Chooses days to centre the encoder and fit the codebook on, and for the first night.
+
+    Each is later than the one before it; there may be no day to centre on.
+    """
     newest, day = (events or items).source.form.ds, dt.timedelta(days=1)
-    if before := [ds for ds in items.place.days or (newest - day,) if ds < newest]:
-        return before[-1], newest
-    return newest, newest + day
+    if not items.place.days:  # one catalogue for all
+        return newest - 2 * day, newest - day, newest
+    before = [ds for ds in items.place.days if ds < newest]
+    if not before:
+        return None, newest, newest + day
+    return before[-2] if len(before) > 1 else None, before[-1], newest
 
 
 def _quote(text: str) -> str:

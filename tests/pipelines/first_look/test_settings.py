@@ -85,11 +85,17 @@ def test_next_commands_fit_on_a_day_before_the_night_they_make(shop: Shop) -> No
     toml = shop.write().look().toml
     commands = re.findall(r"^# {3}(courier .*)$", toml, re.MULTILINE)
     assert commands == [
-        "courier init-encoder --weights imagenet >> courier.toml",
+        "courier init-encoder --weights imagenet --ds 2026-01-05 >> courier.toml",
         "courier embed --ds 2026-01-06",
         "courier fit-codebook --ds 2026-01-06 --clusters 5 >> courier.toml",
         "courier refresh --ds 2026-01-07",
     ]
+
+
+def test_of_two_days_none_is_left_to_centre_an_encoder_on(shop: Shop) -> None:
+    toml = shop.write(DAYS[1:]).look().toml
+    assert "#   courier init-encoder --weights imagenet >> courier.toml\n" in toml
+    assert "#   courier embed --ds 2026-01-06\n" in toml
 
 
 def test_pins_can_be_appended_to_the_file(shop: Shop) -> None:
