@@ -30,23 +30,24 @@ Ints = npt.NDArray[np.int64]
 class Estimate:
     """Holds a measure in [0, 1], or the difference of two in [-1, 1].
 
-    `errors` float64 [users] is what each user, by ascending code, adds to its error.
+    `errors` float64 [users] is what each user, by ascending code, adds to its error; only `ranked`
+    of them took part in it.
     """
 
     value: float
     errors: Doubles
+    ranked: int
 
     @property
     def standard_error(self) -> float | None:
-        """Returns the standard error over users, None where there is one user only."""
-        users = len(self.errors)
-        if users < 2:
+        """Returns the standard error over users, None where one user alone was ranked."""
+        if self.ranked < 2:
             return None
-        return math.sqrt(users / (users - 1) * float((self.errors**2).sum()))
+        return math.sqrt(self.ranked / (self.ranked - 1) * float((self.errors**2).sum()))
 
     def __sub__(self, other: "Estimate") -> "Estimate":
         """Returns the difference of two measures of the same impressions."""
-        return Estimate(self.value - other.value, self.errors - other.errors)
+        return Estimate(self.value - other.value, self.errors - other.errors, self.ranked)
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def auc(scores: npt.NDArray[np.floating], labels: Bools, users: Ints) -> Estimat
     wins = np.where(labels, np.repeat(lower, tied) / others, np.repeat(higher, tied) / clicks) / 2
     parts = (wins - value) / np.where(labels, clicks, others)
     _, owner = np.unique(users, return_inverse=True)
-    return Estimate(value, np.bincount(owner, weights=parts).astype(np.float64))
+    errors = np.bincount(owner, weights=parts).astype(np.float64)
+    return Estimate(value, errors, len(errors))
 
 
 def gauc(scores: npt.NDArray[np.floating], labels: Bools, users: Ints) -> Estimate | None:
@@ -136,7 +138,7 @@ def gauc(scores: npt.NDArray[np.floating], labels: Bools, users: Ints) -> Estima
         return None
     weights = np.where(both, impressions, 0) / impressions[both].sum()
     value = float(np.average(values[both], weights=impressions[both]))
-    return Estimate(value, np.where(both, weights * (values - value), 0.0))
+    return Estimate(value, np.where(both, weights * (values - value), 0.0), int(both.sum()))
 
 
 def _check(scores: npt.NDArray[np.floating], labels: Bools) -> None:

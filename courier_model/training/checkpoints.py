@@ -92,6 +92,11 @@ def load_latest(folder: str, say: Callable[[str], None]) -> dict[str, Any] | Non
     )
 
 
+def are_in(folder: str) -> bool:
+    """Returns whether there is a checkpoint in `folder`, which need not exist."""
+    return bool(_newest_first(folder))
+
+
 def _load(path: str) -> dict[str, Any]:
     """Loads what `save` wrote; of any other file raises _Damaged, saying what was found."""
     _, expected = _parts(path)

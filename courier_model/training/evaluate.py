@@ -7,6 +7,7 @@ impressions? See `courier_model.measures`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -74,6 +75,14 @@ class Evaluation:
         return rank_clicks(
             vectors.values, vectors.known, rows.pv, rows.clicked, self._histories, rows.users
         )
+
+    def ranked(self, vectors: Vectors) -> str:
+        """Returns what tells the impressions that such vectors rank from any others."""
+        rows = self._rows
+        found = hashlib.sha256()
+        for part in (self.codes, rows.pv, rows.clicked, self._histories, rows.users, vectors.known):
+            found.update(np.ascontiguousarray(part).tobytes())
+        return found.hexdigest()[:12]
 
     def nearest(
         self, vectors: Vectors, objective: Objective, batch_rows: int, device: torch.device

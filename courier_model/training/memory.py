@@ -9,7 +9,8 @@ as timm's models do it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,6 +22,19 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 from feature_jobs.schemas import OperatorError
 
 T = TypeVar("T")
+
+
+@contextmanager
+def enough() -> Iterator[None]:
+    """Raises OperatorError for what takes more memory than the device has."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OperatorError(
+            f"The device's memory is too small for this run: {str(error).splitlines()[0]} Encode "
+            "fewer images at a time with --chunk-images, recompute with --checkpoint-attention, or "
+            "give a smaller --batch-rows, --input-size or --backbone."
+        ) from error
 
 
 def checkpoint_attention(backbone: nn.Module) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from courier_model.training import distributed, evaluate
+from courier_model.training import distributed, evaluate, memory
 from courier_model.training.rows import Codes, Flags, Pixels, RowBatches
 from courier_model.training.train import Training
 from feature_jobs.store import usage
@@ -30,8 +30,10 @@ class Rehearsal:
 
     `images` are the distinct items of all rows, held out ones too. A step's time is that of
     `batch_images`; it was tried on `tried_images`, and all else of it estimated. Preparing makes a
-    batch of squares that are decoded already. `memory` is what this process will have resident,
-    workers aside, and `device_memory` what the GPU will have allocated, None without one.
+    batch of squares that are decoded already. `decoding_first` is of images that are looked at
+    before the first step, `decoding` of all others; `embedding` is of all that is measured.
+    `memory` is what this process will have resident, workers aside, and `device_memory` what the
+    GPU will have allocated, None without one.
     """
 
     images: int
@@ -39,8 +41,9 @@ class Rehearsal:
     tried_images: int
     step: float
     preparing: float
+    decoding_first: float
     decoding: float
-    evaluating: float
+    embedding: float
     memory: int
     device_memory: int | None
     steps: int
@@ -53,7 +56,7 @@ class Rehearsal:
         shown = self.steps * self.preparing + self.decoding
         steps = self.steps * self.step
         steps = max(steps, shown / self.workers) if self.workers else steps + shown
-        return steps + self.evaluations * self.evaluating
+        return self.decoding_first + steps + self.embedding
 
 
 def rehearse(run: Training, cached: bool) -> Rehearsal:
@@ -61,6 +64,11 @@ def rehearse(run: Training, cached: bool) -> Rehearsal:
 
     With `cached` its images are decoded once, else whenever they are shown. Raises as steps do.
     """
+    with memory.enough():
+        return _rehearse(run, cached)
+
+
+def _rehearse(run: Training, cached: bool) -> Rehearsal:
     settings, codes = run.settings, run.evaluation.codes
     step = min(settings.freeze_backbone, run.steps - 1)  # those after it take longer
     noise = Noise(run.cache.side)
@@ -74,7 +82,13 @@ def rehearse(run: Training, cached: bool) -> Rehearsal:
         tried = _try(run, batches, rows, step)
     seen = np.union1d(batches.items_of(np.arange(len(run.rows))), codes)
     evaluations = 1 + -(-run.steps // settings.evaluate_every)
-    decoded = len(seen) if cached else run.steps * whole + evaluations * len(codes)
+    sampled = len(np.union1d(run.sample(), codes))
+    first = sampled if run.measures_principal else len(codes)
+    embedded = evaluations * len(codes) + sampled * (run.measures_principal + settings.centre)
+    # Of what processes share, each sees to its part.
+    shared = len(seen) - first if cached else len(codes) + embedded - first
+    decoded = shared / run.process.size + (0 if cached else run.steps * whole)
+    decoding = _per_image(run.cache.read, _spread(seen, _DECODED))
     device = tried.device
     return Rehearsal(
         images=len(seen),
@@ -82,8 +96,9 @@ def rehearse(run: Training, cached: bool) -> Rehearsal:
         tried_images=tried.images,
         step=tried.seconds * whole / tried.images,
         preparing=tried.preparing * whole / tried.images,
-        decoding=decoded * _per_image(run.cache.read, _spread(seen, _DECODED)),
-        evaluating=len(codes) * _per_image(partial(_embed, run, noise), _spread(codes, _EMBEDDED)),
+        decoding_first=decoding * first / run.process.size,
+        decoding=decoding * decoded,
+        embedding=embedded * _per_image(partial(_embed, run, noise), _spread(codes, _EMBEDDED)),
         memory=_at_most(run, tried, tried.host, whole),
         device_memory=_at_most(run, tried, device, whole) if device else None,
         steps=run.steps,

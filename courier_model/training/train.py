@@ -28,7 +28,7 @@ from torch import Tensor
 
 from courier_model.encoder import ImageEncoder, build_encoder, choose_precision, load_encoder
 from courier_model.images import Preprocessing
-from courier_model.measures import Estimate, HeldOut
+from courier_model.measures import Estimate
 from courier_model.projection import mean_of, principal
 from courier_model.training import checkpoints, distributed, evaluate, memory, schedules
 from courier_model.training.distributed import Process
@@ -70,7 +70,9 @@ class Record:
     `measures` are held-out: of what training must beat (step None), then of the encoder at each
     evaluated step, 0 being the one that training begins with. `best` is the one of the trained with
     the highest AUC, `best_weights` the encoder's state then. `errors` are what each user adds to
-    the error of the AUC, float64 [users], by what was measured; of `best` under "best".
+    the error of the AUC, float64 [users], by what was measured; of `best` under "best". Measures
+    can be compared where they are of the same impressions, by `ranked`: an image that was missing
+    may be there after a stop, and the measure of an earlier version was another one.
     """
 
     step: int = 0
@@ -143,6 +145,7 @@ class Training:
         self.evaluation = Evaluation(data.held_out, data.histories, self.cache)
         self.record = Record()
         # What `finish` finds.
+        self.exported: dict[str, Any] = {}  # its measure
         self.centred: dict[str, Any] | None = None
         self.ahead: dict[str, dict[str, float | None]] = {}  # of what, and by how much
 
@@ -162,15 +165,8 @@ class Training:
         that is not finite; OperatorError for a checkpoint of another run or of a later step;
         DataContractError where the held-out rows can tell nothing, or no batch has an anchor.
         """
-        try:
+        with memory.enough():
             return self._run(report, stopped)
-        except torch.OutOfMemoryError as error:
-            raise OperatorError(
-                f"The device's memory is too small for this run: {str(error).splitlines()[0]} "
-                "Encode fewer images at a time with --chunk-images, recompute with "
-                "--checkpoint-attention, or give a smaller --batch-rows, --input-size or "
-                "--backbone."
-            ) from error
 
     def _run(self, report: Callable[[Progress], None], stopped: Callable[[], bool]) -> Record:
         self._resume()
@@ -328,7 +324,8 @@ class Training:
 
     def _evaluate_baselines(self, board: Board | None) -> None:
         """Measures what training must beat, the encoder as it begins at last."""
-        found = self.evaluation.rank_clicks(self.evaluation.colours(self.process))
+        colours = self.evaluation.colours(self.process)
+        found = self.evaluation.rank_clicks(colours)
         if found.auc is None:
             raise DataContractError(
                 f"The held-out days have {found.impressions:,} impressions with a history and "
@@ -336,17 +333,22 @@ class Training:
                 "ones are needed to tell a good encoder from a bad one. Hold out more days with "
                 "--held-out-days, or check catalogue.image_roots in the settings."
             )
-        self._note(found, {"of": "a plain colour histogram", "step": None}, board)
+        self._note(colours, {"of": "a plain colour histogram", "step": None}, board)
         begun = "the encoder it started from"
         if not self.settings.init_from:
             begun = "the untrained encoder"
-            if self.settings.weights != "random":
-                found = self._rank_principal()
-                self._note(found, {"of": "the pretrained backbone with PCA", "step": None}, board)
+            if self.measures_principal:
+                of = {"of": "the pretrained backbone with PCA", "step": None}
+                self._note(self._embed_principal(), of, board)
         self._measure(begun, board)
 
-    def _rank_principal(self) -> HeldOut:
-        """Measures what the backbone is worth without clicks: its leading principal directions."""
+    @property
+    def measures_principal(self) -> bool:
+        """Tells whether the run measures what its backbone is worth by itself."""
+        return not self.settings.init_from and self.settings.weights != "random"
+
+    def _embed_principal(self) -> Vectors:
+        """Returns what the backbone is worth without clicks: its leading principal directions."""
         settings, process = self.settings, self.process
         backbone = build_encoder(
             settings.backbone, settings.weights, settings.input_size, settings.seed
@@ -356,8 +358,7 @@ class Training:
         seen, held_out = self._embed_sample(backbone)
         known = seen.values[seen.known]
         found = principal(known, min(EMBEDDING_DIM, known.shape[1], len(known) - 1))
-        values = held_out.values @ found.weight.T - found.centre
-        return self.evaluation.rank_clicks(replace(held_out, values=values))
+        return replace(held_out, values=held_out.values @ found.weight.T - found.centre)
 
     def _evaluate(self, board: Board | None) -> None:
         record = self.record
@@ -365,8 +366,8 @@ class Training:
         found = self._measure(of, board)
         errors = record.errors.pop(of)
         best = record.best
-        # One of an earlier version had another measure.
-        if best is None or "max_auc" not in best or found["auc"] > best["auc"]:
+        is_other = best is not None and best.get("ranked") != found["ranked"]
+        if best is None or is_other or found["auc"] > best["auc"]:
             record.best, record.errors["best"] = found, errors
             # A copy: the next step changes the encoder's own tensors in place.
             weights = self.measured[0].state_dict()
@@ -388,18 +389,26 @@ class Training:
             vectors, objective, self.settings.batch_rows, self.process.device
         )
         of = {"of": name, "step": self.record.step, "nearest": nearest}
-        return self._note(self.evaluation.rank_clicks(vectors), of, board)
+        return self._note(vectors, of, board)
 
-    def _note(self, ranked: HeldOut, of: dict[str, Any], board: Board | None) -> dict[str, Any]:
-        assert ranked.auc is not None  # as `_evaluate_baselines` has seen
-        found = {**of, **ranked.numbers()}
+    def _note(self, vectors: Vectors, of: dict[str, Any], board: Board | None) -> dict[str, Any]:
+        """Notes the measure of an encoder's `vectors`, or of what it stands beside."""
+        found, auc = self._rank(vectors)
+        found = {**of, **found}
         self.record.measures.append(found)
-        self.record.errors[of["of"]] = torch.from_numpy(ranked.auc.errors)
+        self.record.errors[of["of"]] = torch.from_numpy(auc.errors)
         self.say(f"held out, {of['of']}: {told(found)}")
         if board and of["step"] is not None:
-            known = {name: found[name] for name in (*_MEASURES, "nearest") if found[name]}
+            measured = {name: found[name] for name in (*_MEASURES, "nearest")}
+            known = {name: value for name, value in measured.items() if value is not None}
             board.add(self.record.step, _named("held_out", known))
         return found
+
+    def _rank(self, vectors: Vectors) -> tuple[dict[str, Any], Estimate]:
+        """Returns the held-out measure as numbers, and its AUC."""
+        found = self.evaluation.rank_clicks(vectors)
+        assert found.auc is not None  # as `_evaluate_baselines` has seen
+        return {**found.numbers(), "ranked": self.evaluation.ranked(vectors)}, found.auc
 
     def finish(self) -> None:
         """Makes `encoder` the best evaluated one, centred where that is wanted and better.
@@ -412,33 +421,44 @@ class Training:
         assert weights is not None
         self.encoder.load_state_dict(weights)
         self.encoder.eval()
+        self.exported = best
         errors = dict(self.record.errors)
-        found = Estimate(best["auc"], errors.pop("best").numpy()) if errors else None
+        auc = _estimate(best, errors.pop("best", None))
         if self.settings.centre:
-            found = self._centre(found or Estimate(best["auc"], np.zeros(0)))
-        aucs = {measured.get("of"): measured["auc"] for measured in self.record.measures}
-        for name, before in errors.items():
-            assert found is not None
-            ahead = found - Estimate(aucs[name], before.numpy())
-            self.ahead[name] = {"auc": ahead.value, "auc_se": ahead.standard_error}
-            self.say(f"held out, above {name}: {told(self.ahead[name])}")
+            auc = self._centre()
+        for measured in self.record.measures:
+            if measured["step"]:
+                continue
+            if measured.get("ranked") != self.exported.get("ranked"):
+                self.say(
+                    f"held out, {measured.get('of', 'what stood beside it')} was measured on other "
+                    "impressions, before images, settings or the version changed: not compared"
+                )
+                continue
+            before = _estimate(measured, errors.get(measured["of"])) if errors else None
+            if auc and before:
+                ahead = auc - before
+                by = {"auc": ahead.value, "auc_se": ahead.standard_error}
+                self.ahead[measured["of"]] = by
+                self.say(f"held out, above {measured['of']}: {told(by)}")
 
-    def _centre(self, best: Estimate) -> Estimate:
+    def _centre(self) -> Estimate:
         """Takes off the mean of the features where that is better; returns the AUC then."""
         seen, held_out = self._embed_sample(self.encoder)
         mean = mean_of(seen.values[seen.known])
-        found = self.evaluation.rank_clicks(replace(held_out, values=held_out.values - mean))
-        assert found.auc is not None
-        taken = found.auc.value > best.value
+        plain, auc = self._rank(held_out)
+        found, centred = self._rank(replace(held_out, values=held_out.values - mean))
+        taken = centred.value > auc.value
         if taken:
             self.encoder.move_centre(mean)
+        self.exported = found if taken else {**self.exported, **plain}
         images = int(seen.known.sum())
-        self.centred = {"images": images, **found.numbers(), "taken": taken}
+        self.centred = {"images": images, **found, "taken": taken}
         self.say(
             f"held out, less the mean of {images:,} images: {told(self.centred)}"
             + ("" if taken else ", which is no more than without: it stays")
         )
-        return found.auc if taken else best
+        return centred if taken else auc
 
     def _embed_sample(self, encoder: ImageEncoder) -> tuple[Vectors, Vectors]:
         """Returns the features of a sample of the images trained on, and of the held-out ones."""
@@ -459,10 +479,7 @@ class Training:
     @property
     def auc(self) -> float:
         """Returns the held-out AUC of the finished encoder."""
-        assert self.record.best is not None
-        if self.centred and self.centred["taken"]:
-            return float(self.centred["auc"])
-        return float(self.record.best["auc"])
+        return float(self.exported["auc"])
 
     # ---- Checkpoints -------------------------------------------------------------------------
 
@@ -615,6 +632,11 @@ def load_earlier(folder: str, like: ImageEncoder) -> ImageEncoder:
     return found
 
 
+def images_folder(folder: str) -> str:
+    """Returns where the run in `folder` keeps its image cache."""
+    return os.path.join(folder, "images")
+
+
 def open_cache(
     settings: TrainSettings, folder: str, uris: pa.ChunkedArray, data: TrainingData,
     preprocessing: Preprocessing, say: Callable[[str], None],
@@ -625,7 +647,7 @@ def open_cache(
         return decoding
     os.makedirs(folder, exist_ok=True)
     free = shutil.disk_usage(folder).free
-    path = os.path.join(folder, "images")
+    path = images_folder(folder)
     if decoding.bytes_needed > free and not os.path.isdir(path):
         say(
             f"no image cache: it could take {decoding.bytes_needed / 1e9:,.1f} GB of the "
@@ -641,11 +663,18 @@ def open_cache(
 def told(found: Mapping[str, Any]) -> str:
     """Writes a held-out measure by its names, with standard errors where they are known."""
     words = [
-        f"{name} {found[name]:.4f}" + (f" ± {error:.4f}" if error else "")
+        f"{name} {found[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
         for name, error in ((name, found.get(f"{name}_se")) for name in (*_MEASURES, "nearest"))
         if found.get(name) is not None
     ]
     return ", ".join(words)
+
+
+def _estimate(measured: Mapping[str, Any], errors: Tensor | None) -> Estimate | None:
+    """Returns the AUC of a measure, None where it is not known what users add to its error."""
+    if errors is None:
+        return None
+    return Estimate(measured["auc"], errors.numpy(), len(errors))
 
 
 # ---- Seeds and places ------------------------------------------------------------------------

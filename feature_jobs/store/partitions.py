@@ -46,6 +46,7 @@ _TOLD = {"counts", "histograms", "examples", "work", _MADE_FROM}
 _ROW_GROUP_ROWS = 32_768  # at most: more make no file smaller, and readers hold them at once
 _RECEIPT_READERS = 16
 _PART_READERS = 64
+_TABLE_READERS = 8  # each holds a row group
 _FOLDED_FILE = 8 * 10**6  # bytes, about, of a file of parts that are folded together
 _FOLDED_TABLE = 512 * 10**6  # more is not for one process to read
 
@@ -351,14 +352,19 @@ class Partition:
         """Returns the rows whose `key` is one of `ids`, distinct and of the key's type.
 
         The table must be sharded by that key, which is one of `columns`. Of what holds none of
-        them no file is read, and of a row group the keys alone.
+        them no file is read, and of a row group the keys alone; where there are as many `ids` as
+        row groups, nearly all is read.
         """
         part = hashing.shard_of(hashing.hash_ids(ids), len(self.manifest["files"]))
-        found = [plain(self.schema.empty_table().select(list(columns)))]
-        for number in np.unique(part).tolist():
+
+        def rows_of(number: int) -> list[pa.Table]:
             wanted = ids.filter(pa.array(part == number))
-            found += _rows_of(self.path(number), wanted, key, list(columns))
-        return pa.concat_tables(found)
+            return _rows_of(self.path(number), wanted, key, list(columns))
+
+        nothing = plain(self.schema.empty_table().select(list(columns)))
+        with ThreadPoolExecutor(_TABLE_READERS) as pool:
+            found = list(pool.map(rows_of, np.unique(part).tolist()))
+        return pa.concat_tables([nothing, *(rows for of_file in found for rows in of_file)])
 
 
 def _rows_of(path: str, wanted: pa.Array, key: str, columns: list[str]) -> list[pa.Table]:

@@ -36,7 +36,8 @@ def histories_of(rows: TrainingSet, seen: Sequence[TrainingSet], law: HistoryLaw
 
     Distinct items that the user's rows in the sets `seen` list, newest first, padded with -1. What
     is missed is clicks of more than five between two rows, and those from before the first of
-    `seen`. `law` counts back from the moment of the row that lists a click.
+    `seen`. The window of `law` counts back to the row that lists a click, which may itself be
+    older by as much. The lag has been taken off what a row lists.
     """
     users = np.unique(rows.users)
     sets = [one.take(np.isin(one.users, users)) for one in seen]
@@ -49,6 +50,6 @@ def histories_of(rows: TrainingSet, seen: Sequence[TrainingSet], law: HistoryLaw
     times = moments * _PARTS - np.tile(np.arange(ROW_CLICKS), len(clicks))
     there = clicks.ravel() >= 0
     log = sort_clicks(owners[there], times[there], clicks.ravel()[there])
-    finer = replace(law, window_us=(law.window_us + 1) * _PARTS, lag_us=law.lag_us * _PARTS)
+    finer = replace(law, window_us=(law.window_us + 1) * _PARTS, lag_us=0)
     places = histories_at(log, rows.users, rows.moments * _PARTS + 1, finer)
     return np.where(places >= 0, np.append(log.items, -1)[places], -1)

@@ -429,8 +429,9 @@ def _account(
 def _disappointments(run: Training) -> Iterator[str]:
     """Yields what the operator should know before pinning an encoder that is not worth it."""
     for measured in run.record.measures:
-        if not measured["step"] and measured["auc"] >= run.auc:
-            name = measured.get("of", "a baseline")  # a run that an earlier version began
+        same = measured.get("ranked") == run.exported.get("ranked")
+        if not measured["step"] and same and measured["auc"] >= run.auc:
+            name = measured.get("of", "a baseline")  # a run that an earlier version made
             yield (
                 f"WARNING: {name} ranks held-out clicks at least as well (AUC "
                 f"{measured['auc']:.4f}) as the trained encoder ({run.auc:.4f}). More "

@@ -5,10 +5,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from courier_model.training import checkpoints
 from courier_model.training.distributed import Process
 from courier_model.training.rehearsal import Rehearsal, rehearse
 from courier_model.training.settings import TrainSettings
-from courier_model.training.train import Training, TrainingData
+from courier_model.training.train import Training, TrainingData, images_folder
 from pipelines.running.estimates import duration, size
 
 
@@ -22,8 +23,9 @@ def run(
     """
     run = Training(replace(wanted, cache=False), data, folder, process, say)
     needed, free = run.cache.bytes_needed, _free(folder)
-    found = rehearse(run, wanted.cache and needed <= free)
-    return list(_describe(run, found, data, wanted.cache, folder, free))
+    fits = needed <= free or os.path.isdir(images_folder(folder))
+    found = rehearse(run, wanted.cache and fits)
+    return list(_describe(run, found, data, wanted.cache, fits, folder, free))
 
 
 def _free(folder: str) -> int:
@@ -35,8 +37,9 @@ def _free(folder: str) -> int:
 
 
 def _describe(
-    run: Training, found: Rehearsal, data: TrainingData, cache: bool, folder: str, free: int
-) -> Iterator[str]:
+    run: Training, found: Rehearsal, data: TrainingData, cache: bool, fits: bool, folder: str,
+    free: int,
+) -> Iterator[str]:  # fmt: skip
     settings, rows = run.settings, run.rows
     yield (
         f"train: {len(rows):,} rows to learn from, with {int(rows.clicked.sum()):,} clicked images "
@@ -45,7 +48,7 @@ def _describe(
     needed = run.cache.bytes_needed
     if not cache:
         kept = "no image cache, every epoch decodes again"
-    elif needed <= free:
+    elif fits:
         kept = f"an image cache of up to {size(needed)}, where {size(free)} are free"
     else:
         kept = (
@@ -74,6 +77,9 @@ def _describe(
     yield f"train: {memory}"
     yield (
         f"train: about {duration(found.seconds)} in all: steps "
-        f"{duration(found.steps * found.step)}, decoding {duration(found.decoding)}, evaluations "
-        f"{duration(found.evaluations * found.evaluating)}. Nothing was written."
+        f"{duration(found.steps * found.step)}, decoding "
+        f"{duration(found.decoding_first + found.decoding)}, measuring "
+        f"{duration(found.embedding)}. Nothing was written."
     )
+    if checkpoints.are_in(os.path.join(folder, "checkpoints")):
+        yield f"train: that is from the start; {folder} has checkpoints, from which it goes on"

@@ -194,8 +194,7 @@ def measure(settings: Settings, days: Sequence[dt.date], asked: Asked, say: Say)
     shared = Range(settings, settings.layout, say, options)
     logs = [_log_of(DayPlan(shared, ds), say) for ds in days]
     buckets = hashing.num_shards(sum(log.log.rows for log in logs), asked.impressions)
-    drawn = hashing.hash_ids(pa.array([asked.seed], pa.int64()))
-    bucket = int(hashing.shard_of(drawn, buckets)[0])
+    bucket = asked.seed % buckets
     sampled = [_sample(log, bucket, buckets) for log in logs if log.log.rows]
     scores, notes = _score(settings, sampled, found, say)
     measured = _compare(sampled, {one.name: one.encoder_id for one in found}, scores)
@@ -500,7 +499,8 @@ def _colours(
     They are float32 [items, 64], and bool [items] tells for which of them an image was read. Raises
     InputNotReady where too many cannot be read, for which nobody's impressions are left out.
     """
-    at = np.flatnonzero(wanted)
+    # In an order by chance: of images that are gone, many may be of neighbours.
+    at = np.random.default_rng(0).permutation(np.flatnonzero(wanted))
     say(f"measure: reads {len(at):,} images for the {HISTOGRAM}")
     values, known = np.zeros((len(uris), _CELLS), np.float32), np.zeros(len(uris), bool)
     with ThreadPoolExecutor(_IMAGE_READERS) as pool:

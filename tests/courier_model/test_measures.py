@@ -209,6 +209,20 @@ def test_a_difference_is_known_better_than_what_it_is_of(
     assert np.mean(errors) < 0.5 * np.mean(alone)
 
 
+def test_users_who_cannot_be_ranked_make_gauc_no_surer() -> None:
+    scores = np.array([1.0, 0.0, 0.5, 0.5, 0.5, 1.0, 0.0, 2.0])
+    labels = np.array([True, False, True, True, False, True, True, False])
+    users = np.array([1, 1, 2, 3, 4, 5, 5, 5])  # of whom the first and the last can be ranked
+    found = gauc(scores, labels, users)
+    assert found is not None
+    assert (found.ranked, found.value) == (2, 0.4)
+    apart = np.array([0.4 * (1 - 0.4), 0.6 * (0 - 0.4)])
+    assert found.standard_error == pytest.approx(np.sqrt(2 * (apart**2).sum()))
+    alone = gauc(scores[:5], labels[:5], users[:5])
+    assert alone is not None
+    assert alone.standard_error is None
+
+
 def test_one_user_alone_has_no_standard_error() -> None:
     scores, labels = np.array([1.0, 0.0, 2.0]), np.array([True, False, False])
     found = auc(scores, labels, np.array([4, 4, 4]))

@@ -66,8 +66,7 @@ def slow_history(
         (one.moments[at], one.clicks[at].tolist())
         for one in seen
         for at in range(len(one))
-        if one.users[at] == rows.users[row]
-        and moment - law.window_us <= one.moments[at] <= moment - law.lag_us
+        if one.users[at] == rows.users[row] and moment - law.window_us <= one.moments[at] <= moment
     ]
     found: dict[int, None] = {}
     for _, clicks in sorted(listed, key=lambda at: -at[0]):

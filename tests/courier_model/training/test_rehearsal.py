@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from courier_model.training import rehearsal
+from courier_model.training.distributed import Process
 from courier_model.training.rehearsal import Noise, Rehearsal, rehearse
 from courier_model.training.train import TrainingData
-from tests.support.training_runs import GOOD, ITEMS, STEPS, TINY, Run, copied
+from feature_jobs.schemas import OperatorError
+from tests.support.training_runs import ALONE, GOOD, ITEMS, STEPS, TINY, Run, copied
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_encoders")
 UNCACHED = replace(TINY, cache=False)
+ONE = rehearsal._Tried(4, 2.0, 0.5, rehearsal._Memory(100, 140), None)
 
 
 def test_what_is_counted_is_what_the_run_does(data: TrainingData, tmp_path: Path) -> None:
@@ -30,7 +33,7 @@ def test_what_is_counted_is_what_the_run_does(data: TrainingData, tmp_path: Path
     batch = again.training.batches[0]
     assert batch.images.shape[1] + batch.bad_images == ITEMS - 1
     assert found.batch_images == found.tried_images == ITEMS
-    assert min(found.step, found.preparing, found.decoding, found.evaluating) > 0
+    assert min(found.step, found.preparing, found.decoding_first, found.embedding) > 0
     assert found.memory > 10_000_000
     assert found.device_memory is None
     assert not list(tmp_path.glob("*/images")) + list(tmp_path.glob("images"))
@@ -55,20 +58,61 @@ def test_only_a_few_images_are_decoded_and_all_are_counted_for(
         once = rehearse(training, cached=True)
         always = rehearse(training, cached=False)
     assert read == [4, 4]
-    assert once.decoding == 0.5 * ITEMS
     held_out = len(training.evaluation.codes)
-    shown = STEPS * once.batch_images + once.evaluations * held_out
-    assert always.decoding == 0.5 * shown > once.decoding
+    assert once.decoding_first == always.decoding_first == 0.5 * held_out
+    assert once.decoding_first + once.decoding == 0.5 * ITEMS
+    assert once.embedding == 0.5 * once.evaluations * held_out
+    shown = STEPS * once.batch_images + (1 + once.evaluations) * held_out  # with a histogram
+    assert always.decoding_first + always.decoding == 0.5 * shown
+
+
+def test_a_sample_is_embedded_for_the_pretrained_backbone_and_for_the_centre(
+    data: TrainingData, tmp_path: Path
+) -> None:
+    plain = Run(tmp_path, data, UNCACHED).training
+    pretrained = Run(tmp_path, data, replace(UNCACHED, centre=True)).training
+    pretrained.settings = replace(pretrained.settings, weights="pretrained")
+    with patch.object(rehearsal, "_per_image", return_value=0.5):
+        once, more = rehearse(plain, cached=True), rehearse(pretrained, cached=True)
+    sampled = len(np.union1d(plain.sample(), plain.evaluation.codes))
+    assert more.embedding == once.embedding + 0.5 * 2 * sampled
+    assert more.decoding_first == 0.5 * sampled
+    assert more.decoding_first + more.decoding == 0.5 * ITEMS
+
+
+def test_processes_share_what_is_decoded(data: TrainingData, tmp_path: Path) -> None:
+    training = Run(tmp_path, data, UNCACHED).training
+    with (
+        patch.object(rehearsal, "_per_image", return_value=0.5),
+        patch.object(rehearsal, "_try", return_value=ONE),
+    ):
+        alone = rehearse(training, cached=True)
+        training.process = Process(0, 2, ALONE.device)
+        with patch.object(rehearsal.distributed, "any_process", lambda flag, _: flag):
+            half = rehearse(training, cached=True)
+    assert half.decoding == alone.decoding / 2
+    assert half.decoding_first == alone.decoding_first / 2
+
+
+def test_a_device_that_is_too_small_is_told_as_in_training(
+    data: TrainingData, tmp_path: Path
+) -> None:
+    training = Run(tmp_path, data, UNCACHED).training
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+    with (
+        patch.object(training, "train_on", side_effect=full),
+        pytest.raises(OperatorError, match=r"too small for this run: .*--chunk-images"),
+    ):
+        rehearse(training, cached=True)
 
 
 def test_of_a_large_batch_a_part_is_tried_where_all_would_take_long(
     data: TrainingData, tmp_path: Path
 ) -> None:
     training = Run(tmp_path, data, UNCACHED).training
-    tried = rehearsal._Tried(4, 2.0, 0.5, rehearsal._Memory(100, 140), None)
     with (
         patch.object(rehearsal, "_FIRST_IMAGES", 4),
-        patch.object(rehearsal, "_try", return_value=tried) as steps,
+        patch.object(rehearsal, "_try", return_value=ONE) as steps,
     ):
         found = rehearse(training, cached=True)
         assert [len(call.args[2]) for call in steps.call_args_list] == [1, 8]  # rows
@@ -104,12 +148,13 @@ def test_memory_grows_with_the_images_that_have_activations_at_a_time(
 
 
 @pytest.mark.parametrize(
-    ("workers", "wanted"), [(0, 10 * 2 + 10 * 1 + 40 + 3 * 5), (1, 50 + 15), (4, 20 + 15)]
+    ("workers", "wanted"), [(0, 10 * 2 + 10 * 1 + 40 + 22), (1, 50 + 22), (4, 20 + 22)]
 )
 def test_workers_decode_while_steps_are_made(workers: int, wanted: float) -> None:
     found = Rehearsal(
-        images=1, batch_images=1, tried_images=1, step=2.0, preparing=1.0, decoding=40.0,
-        evaluating=5.0, memory=1, device_memory=None, steps=10, evaluations=3, workers=workers,
+        images=1, batch_images=1, tried_images=1, step=2.0, preparing=1.0, decoding_first=7.0,
+        decoding=40.0, embedding=15.0, memory=1, device_memory=None, steps=10, evaluations=3,
+        workers=workers,
     )  # fmt: skip
     assert found.seconds == wanted
 

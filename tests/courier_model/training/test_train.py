@@ -201,7 +201,7 @@ def test_rows_images_and_bad_images_are_counted(data: TrainingData, tmp_path: Pa
 
 
 def held_out(auc: float) -> HeldOut:
-    return HeldOut(Estimate(auc, np.zeros(2)), None, None, None, 9, 3, 2)
+    return HeldOut(Estimate(auc, np.zeros(2), 2), None, None, None, 9, 3, 2)
 
 
 def test_the_encoder_of_the_best_trained_step_is_kept(data: TrainingData, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from courier_model.training import rehearsal
 from tests.support.commands import Capture
-from tests.support.training_shop import copied_until_d, train
+from tests.support.training_shop import D, copied_until_d, train
 from tests.support.world import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,6 +56,9 @@ def test_what_it_says_is_what_training_does(
         evaluations + 1
     )
     assert held_out > 0
+    assert "checkpoints" not in printed.err
+    assert train(shop, "--dry-run") == 0
+    assert "has checkpoints, from which it goes on" in capsys.readouterr().err
 
 
 class Disk(NamedTuple):
@@ -72,6 +75,10 @@ def test_a_disk_that_is_too_small_for_the_cache_is_told(
     assert "of the 1.0 kB that are free" in capsys.readouterr().err
     assert train(shop, "--dry-run", "--no-cache") == 0
     assert "no image cache, every epoch decodes again" in capsys.readouterr().err
+    (path,) = {shop.folder / "training" / f"tiny-until-{D}" / "images"}
+    path.mkdir(parents=True)
+    assert train(shop, "--dry-run") == 0
+    assert "an image cache of up to" in capsys.readouterr().err
 
 
 def test_what_training_would_refuse_it_refuses(shop: World, capsys: Capture) -> None:
