@@ -325,14 +325,6 @@ class Training:
     def _evaluate_baselines(self, board: Board | None) -> None:
         """Measures what training must beat, the encoder as it begins at last."""
         colours = self.evaluation.colours(self.process)
-        found = self.evaluation.rank_clicks(colours)
-        if found.auc is None:
-            raise DataContractError(
-                f"The held-out days have {found.impressions:,} impressions with a history and "
-                f"readable images, {found.clicks:,} of them clicked; both clicked and unclicked "
-                "ones are needed to tell a good encoder from a bad one. Hold out more days with "
-                "--held-out-days, or check catalogue.image_roots in the settings."
-            )
         self._note(colours, {"of": "a plain colour histogram", "step": None}, board)
         begun = "the encoder it started from"
         if not self.settings.init_from:
@@ -407,7 +399,13 @@ class Training:
     def _rank(self, vectors: Vectors) -> tuple[dict[str, Any], Estimate]:
         """Returns the held-out measure as numbers, and its AUC."""
         found = self.evaluation.rank_clicks(vectors)
-        assert found.auc is not None  # as `_evaluate_baselines` has seen
+        if found.auc is None:
+            raise DataContractError(
+                f"The held-out days have {found.impressions:,} impressions with a history and "
+                f"readable images, {found.clicks:,} of them clicked; both clicked and unclicked "
+                "ones are needed to tell a good encoder from a bad one. Hold out more days with "
+                "--held-out-days, or check catalogue.image_roots in the settings."
+            )
         return {**found.numbers(), "ranked": self.evaluation.ranked(vectors)}, found.auc
 
     def finish(self) -> None:

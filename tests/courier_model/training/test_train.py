@@ -238,7 +238,7 @@ def test_progress_tells_steps_rate_and_time_left(data: TrainingData, tmp_path: P
     assert all(at.images_per_second > 0 for at in run.seen)
     assert run.seen[0].seconds_left > run.seen[-1].seconds_left == 0
     assert [line.partition(":")[0] for line in run.told] == [
-        "held out, colour histogram", "held out, untrained",
+        "held out, a plain colour histogram", "held out, the untrained encoder",
         *(f"held out, step {step}" for step in (2, 4, 6)),
     ]  # fmt: skip
 

@@ -178,7 +178,8 @@ def test_scalars_of_a_killed_run_that_went_on_have_every_step_once(
     found = scalars(tmp_path)
     assert set(found) == {
         "loss/pv", "loss/ucs", "images_per_second", "learning_rate",
-        "held_out/auc", "held_out/gauc", "held_out/nearest",
+        "held_out/auc", "held_out/gauc", "held_out/max_auc", "held_out/max_gauc",
+        "held_out/nearest",
     }  # fmt: skip
     for tag in ("loss/pv", "images_per_second", "learning_rate"):
         assert [at for at, _ in found[tag]] == list(range(1, STEPS + 1))
