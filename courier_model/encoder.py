@@ -1,9 +1,10 @@
 """Builds, identifies, saves and loads the image encoder, and embeds images with it.
 
 COURIER appendix §4: a torchvision `swin_t` with ImageNet weights whose classification head gives
-way to a randomly initialised `Linear(768, 256)`. Any other torchvision classification model with
-one linear classifier serves as well, and any image model of timm (`backbones`). Encoders are kept
-as safetensors + JSON; nothing that is read is unpickled into code.
+way to a randomly initialised `Linear(768, 256)`; `dimension` may take the place of 256. Any other
+torchvision classification model with one linear classifier serves as well, and any image model of
+timm (`backbones`). Encoders are kept as safetensors + JSON; nothing that is read is unpickled into
+code.
 """
 
 from __future__ import annotations
@@ -25,11 +26,16 @@ from torch.nn import functional as F
 
 from courier_model import backbones
 from courier_model.images import Preprocessing
-from courier_model.projection import Projection, mean_of
-from feature_jobs.schemas import EMBEDDING_DIM, DataContractError, OperatorError
+from courier_model.projection import EMBEDDING_DIM, Projection, mean_of
+from feature_jobs.schemas import DataContractError, OperatorError
 from feature_jobs.store import files
 from feature_jobs.store.documents import digest
-from feature_jobs.store.encoder_info import EncoderInfo, read_encoder_info, write_encoder_info
+from feature_jobs.store.encoder_info import (
+    EncoderInfo,
+    read_encoder_info,
+    told,
+    write_encoder_info,
+)
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -43,6 +49,8 @@ _placing = threading.Lock()
 class ImageEncoder(nn.Module):
     """Embeds images as unit vectors; `backbone` is the pretrained model with its new last layer.
 
+    The vectors have D numbers, the `dimension`.
+
     Raises OperatorError when there is no such model, or none that we can use.
     """
 
@@ -50,16 +58,17 @@ class ImageEncoder(nn.Module):
     std: Tensor
     centre: Tensor | None
 
-    def __init__(self, backbone_name: str, preprocessing: Preprocessing) -> None:
+    def __init__(self, backbone_name: str, preprocessing: Preprocessing, dimension: int) -> None:
         super().__init__()
         self.backbone_name = backbone_name
         self.preprocessing = preprocessing
+        self.dimension = dimension
         self.encoder_id: str | None = None  # known once loaded from a saved encoder
         self.placed_on: torch.device | None = None  # where `embed` has moved it
         self.timm: dict[str, str] | None = None  # see EncoderInfo
         network = backbones.find(backbone_name).build(preprocessing.input_size)
         self.backbone, self.head_name = network.module, network.head
-        head = nn.Linear(network.features, EMBEDDING_DIM)
+        head = nn.Linear(network.features, dimension)
         # A bias adds the same vector to all embeddings. Where features start out small, it is all
         # that is left of them: with torch's random bias, untrained ShuffleNets have cosines of 1.
         nn.init.zeros_(head.bias)
@@ -68,10 +77,10 @@ class ImageEncoder(nn.Module):
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
         self.register_buffer("mean", mean.view(3, 1, 1), persistent=False)
         self.register_buffer("std", std.view(3, 1, 1), persistent=False)
-        self.register_buffer("centre", None)  # [256]; None: nothing is taken off
+        self.register_buffer("centre", None)  # [D]; None: nothing is taken off
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeds uint8 RGB `[batch, 3, S, S]`, as `images.decode` gives it: float32 `[batch, 256]`.
+        """Embeds uint8 RGB `[batch, 3, S, S]`, as `images.decode` gives it: float32 `[batch, D]`.
 
         The embeddings are L2-normalised.
         """
@@ -116,20 +125,25 @@ class ImageEncoder(nn.Module):
             self.centre = self.head(torch.from_numpy(mean_of(features)))
 
     def move_centre(self, mean: npt.NDArray[np.float32]) -> None:
-        """Takes off a mean of its `features`, float32 [256], besides what it takes off already."""
+        """Takes off a mean of its `features`, float32 [D], besides what it takes off already."""
         more = torch.from_numpy(mean).to(self.head.weight.device)
         self.centre = more if self.centre is None else self.centre + more
 
 
 def build_encoder(
-    backbone: str, weights: str, input_size: int | None = None, seed: int = 0
+    backbone: str,
+    weights: str,
+    input_size: int | None = None,
+    seed: int = 0,
+    dimension: int = EMBEDDING_DIM,
 ) -> ImageEncoder:
     """Builds a new encoder in eval mode, on the CPU; the same arguments give the same tensors.
 
     `weights` is "pretrained" (what the backbone's library publishes, downloaded or from its cache:
     torchvision's IMAGENET1K_V1, also called "imagenet", or the model's own on the Hugging Face hub
     for one of timm), "random", or the path of a `.pth` or `.safetensors` file of this model. The
-    classification head of such weights is dropped; the new one depends on backbone and `seed` only.
+    classification head of such weights is dropped; the new one, to `dimension` numbers, depends on
+    backbone and `seed` only.
     Mean, std, interpolation and the ratio of resize to crop are those of the published weights,
     also where others are loaded; `input_size` (pixels) defaults to theirs.
 
@@ -144,7 +158,7 @@ def build_encoder(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = ImageEncoder(backbone, found.preprocessing(size)).eval()
+        encoder = ImageEncoder(backbone, found.preprocessing(size), dimension).eval()
         _try_input_size(encoder, found.usual_size)
         tensors, encoder.timm = found.weights(weights, size)
     if tensors is not None:
@@ -189,7 +203,7 @@ def _try_input_size(encoder: ImageEncoder, usual_size: int) -> None:
     try:
         with torch.inference_mode():
             found = encoder(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-        if found.shape != (1, EMBEDDING_DIM):
+        if found.shape != (1, encoder.dimension):
             raise TypeError(f"it makes {tuple(found.shape)}")
     except TypeError as error:
         raise OperatorError(
@@ -204,14 +218,19 @@ def _try_input_size(encoder: ImageEncoder, usual_size: int) -> None:
 
 
 def _encoder_id(
-    name: str, backbone: str, preprocessing: dict[str, object], state: dict[str, Tensor]
+    name: str,
+    backbone: str,
+    preprocessing: dict[str, object],
+    dimension: int,
+    state: dict[str, Tensor],
 ) -> str:
     """Returns `<name>-<12 hex>`, changed by what can change an embedding and by nothing else."""
     tensors = {
         key: [str(tensor.dtype), list(tensor.shape), _sha256(tensor)]
         for key, tensor in state.items()
     }
-    identity = {"backbone": backbone, "preprocessing": preprocessing, "tensors": tensors}
+    made_of = {"backbone": backbone, "preprocessing": preprocessing, **told(dimension)}
+    identity = {**made_of, "tensors": tensors}
     return f"{name}-{digest(identity)[:12]}"
 
 
@@ -242,7 +261,8 @@ def save_encoder(
     check_name(name)
     state = {key: tensor.cpu().contiguous() for key, tensor in encoder.state_dict().items()}
     preprocessing = asdict(encoder.preprocessing)
-    encoder_id = _encoder_id(name, encoder.backbone_name, preprocessing, state)
+    dimension = encoder.dimension
+    encoder_id = _encoder_id(name, encoder.backbone_name, preprocessing, dimension, state)
     info = EncoderInfo(
         encoder_id=encoder_id,
         backbone=encoder.backbone_name,
@@ -253,6 +273,7 @@ def save_encoder(
         weights=weights,
         timm=encoder.timm,
         lineage=lineage,
+        dimension=dimension,
     )
     folder = os.path.join(folder_root, encoder_id)
     if not files.exists(os.path.join(folder, "encoder.json")):
@@ -303,11 +324,12 @@ def load_encoder(folder: str) -> ImageEncoder:
             "damaged. Restore the file from its origin, or make the encoder again."
         ) from error
     name = info.encoder_id.rpartition("-")[0]
-    found = _encoder_id(name, info.backbone, info.preprocessing, state)
+    found = _encoder_id(name, info.backbone, info.preprocessing, info.dimension, state)
     if found != info.encoder_id:
         raise DataContractError(
             f"{path} and encoder.json beside it digest to {found}, but encoder.json says "
-            f"{info.encoder_id}: weights, backbone or preprocessing were changed or damaged. "
+            f"{info.encoder_id}: weights, backbone, preprocessing or dimension were changed or "
+            "damaged. "
             "Its embeddings would not be comparable with those made under that ID. Restore the "
             "folder from its origin, or make the encoder again."
         )
@@ -316,9 +338,10 @@ def load_encoder(folder: str) -> ImageEncoder:
 
 def _rebuild(info: EncoderInfo, state: dict[str, Tensor], path: str) -> ImageEncoder:
     with torch.random.fork_rng(devices=[]):  # its initial weights are overwritten
-        encoder = ImageEncoder(info.backbone, Preprocessing.from_dict(info.preprocessing))
+        preprocessing = Preprocessing.from_dict(info.preprocessing)
+        encoder = ImageEncoder(info.backbone, preprocessing, info.dimension)
     if "centre" in state:
-        encoder.centre = torch.zeros(EMBEDDING_DIM)
+        encoder.centre = torch.zeros(info.dimension)
     misfit = _load_state(encoder, state)
     if misfit:
         made = f", {info.timm['version']}" if info.timm else ""
@@ -372,7 +395,7 @@ def embed(
     device: torch.device,
     precision: str,
 ) -> npt.NDArray[np.float32]:
-    """Embeds uint8 RGB `[n, 3, S, S]` as float32 unit vectors `[n, 256]`, `batch_size` at a time.
+    """Embeds uint8 RGB `[n, 3, S, S]` as float32 unit vectors `[n, D]`, `batch_size` at a time.
 
     Every forward pass has the same shape (the last one is padded with black images, which are
     dropped), so an embedding does not depend on how many other images there are. Moves the encoder
@@ -424,7 +447,7 @@ def _in_batches(
     if encoder.training or precision not in PRECISIONS:
         raise ValueError(f"needs an encoder in eval mode and a precision out of {PRECISIONS}")
     if not len(images):
-        return np.zeros((0, EMBEDDING_DIM), np.float32)
+        return np.zeros((0, encoder.dimension), np.float32)
     _place(encoder, device)
     with (
         torch.inference_mode(),

@@ -24,7 +24,6 @@ import torch
 from courier_model import encoder as encoders
 from courier_model.image_files import Image, Rejected, read_image
 from courier_model.images import Preprocessing
-from feature_jobs.schemas import EMBEDDING_DIM
 from feature_jobs.store import arrays, files, threads
 
 _LOCAL_READERS = 2  # for each thread of the budget: reading waits on the disk, decoding on a core
@@ -63,7 +62,7 @@ class Embedder:
         return 1 if self._device.type == "cuda" else threads.budget()
 
     def embed(self, pixels: np.ndarray) -> np.ndarray:
-        """Embeds uint8 `[n, 3, S, S]` as float32 unit vectors `[n, 256]`, see `encoder.embed`.
+        """Embeds uint8 `[n, 3, S, S]` as float32 unit vectors `[n, D]`, see `encoder.embed`.
 
         Where it is `pooled`, it returns what the encoder's head gets instead, `[n, features]`.
         """
@@ -112,13 +111,13 @@ class _Forward:
             self._start()
 
     def vectors(self) -> np.ndarray:
-        """Returns float32 [images, 256 or features], in the order in which they were added."""
+        """Returns float32 [images, D or features], in the order in which they were added."""
         if self._waiting:
             self._start()
         while self._running:
             self._done.append(self._running.popleft().result())
         if not self._done:
-            return np.empty((0, EMBEDDING_DIM), np.float32)
+            return np.empty((0, 0), np.float32)
         return np.concatenate(self._done)
 
     def untold(self) -> float:
@@ -155,7 +154,7 @@ def embed_images(
     row for each of `rows`, in their order, with these columns besides item_id and image_uri:
 
     - `image_sha256` of the bytes; `stage`, `reason` and `message` of a reject, else null;
-    - `embedding` float32 [256], null for a reject and for the known bytes;
+    - `embedding` float32 [D], null for a reject and for the known bytes;
     - `is_read` bool, `bytes_read` int: of the first row of each address that was read, else 0;
     - `io_seconds`, `decode_seconds`: of the same rows, 0 for rejects (not measured);
     - `is_embedded` bool, `forward_seconds`: of the first row of each digest embedded, else 0.

@@ -13,6 +13,8 @@ from feature_jobs.schemas import OperatorError
 
 Floats = npt.NDArray[np.float32]
 
+EMBEDDING_DIM = 256  # of an encoder of ours, where none is asked for: COURIER appendix §4
+
 # Of the largest variance: below it a direction is rounding of float32 features, of bf16 products
 # even more. Whitening would blow it up; else it does no harm.
 _LEAST_VARIANCE = 1e-6

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_jobs.schemas import (
-    EMBEDDING_DIM,
     HISTORY_ITEM_IDS,
     ITEM_EMBEDDINGS,
     ITEM_FEATURES,
@@ -69,7 +68,7 @@ def check(table: Table, rows: pa.Table, limits: Limits | None = None) -> None:
     """Raises DataContractError where `rows` break the law of `table`.
 
     `limits` are those of the settings and the codebook, by column: the largest of its values, the
-    most places that its lists have, or, of sim_scores, how many they all have.
+    most places that its lists have, or, of sim_scores and embedding, how many they all have.
     """
     for breach in breaches(table, rows, limits):
         bad = np.flatnonzero(breach.rows)
@@ -103,7 +102,7 @@ def name_row(table: Table, rows: pa.Table, at: int) -> str:
 
 
 def check_unit(points: np.ndarray, ids: pa.ChunkedArray) -> None:
-    """Raises DataContractError where `points` float32 [n, 256] are not finite unit vectors.
+    """Raises DataContractError where `points` float32 [n, d] are not finite unit vectors.
 
     The points are those of the items `ids` [n].
     """
@@ -111,8 +110,8 @@ def check_unit(points: np.ndarray, ids: pa.ChunkedArray) -> None:
     if len(bad):
         raise DataContractError(
             f"item_embeddings holds {len(bad):,} rows whose embedding is no finite unit vector of "
-            f"{EMBEDDING_DIM} floats, for example that of item_id {ids[int(bad[0])]}. Distances to "
-            "it mean nothing, and its cluster ID would be arbitrary. Run `courier embed --full` "
+            f"{points.shape[1]} floats, for example that of item_id {ids[int(bad[0])]}. Distances "
+            "to it mean nothing, and its cluster ID would be arbitrary. Run `courier embed --full` "
             "for this ds."
         )
 
@@ -142,12 +141,13 @@ def _training_rows(rows: pa.Table, _: Limits) -> Breaches:
     yield Breach("a chunk is below 0", _numbers(rows["chunk"]) < 0)
 
 
-def _item_embeddings(rows: pa.Table, _: Limits) -> Breaches:
+def _item_embeddings(rows: pa.Table, limits: Limits) -> Breaches:
     # What is broken here may have been so the day before, and carried over.
     vectors = _lists(rows["embedding"])
-    wrong = vectors.sizes != EMBEDDING_DIM
-    yield Breach(f"an embedding has not {EMBEDDING_DIM} floats", wrong, _EMBED_ANEW, fatal=True)
-    wrong = _not_unit(vectors.matrix(EMBEDDING_DIM))
+    dimension = _length(vectors, limits, "embedding")
+    wrong = vectors.sizes != dimension
+    yield Breach(f"an embedding has not {dimension} floats", wrong, _EMBED_ANEW, fatal=True)
+    wrong = _not_unit(vectors.matrix(dimension))
     yield Breach("an embedding is no finite unit vector", wrong, _EMBED_ANEW)
     left = _numbers(pc.is_valid(rows["left_catalogue_ds"]))
     inside = _numbers(rows["in_catalogue"])
@@ -188,9 +188,10 @@ def _item_features(rows: pa.Table, limits: Limits) -> Breaches:
         yield Breach("a second_distance is below centre_distance or not finite", wrong)
     if "embedding" in rows.column_names:
         vectors = _lists(rows["embedding"])
-        wrong = vectors.sizes != EMBEDDING_DIM
-        yield Breach(f"an embedding has not {EMBEDDING_DIM} floats", wrong, fatal=True)
-        points = vectors.matrix(EMBEDDING_DIM)
+        dimension = _length(vectors, limits, "embedding")
+        wrong = vectors.sizes != dimension
+        yield Breach(f"an embedding has not {dimension} floats", wrong, fatal=True)
+        points = vectors.matrix(dimension)
         yield Breach("an embedding is no finite unit vector", _not_unit(points) & has_feature)
         wrong = points.any(axis=1) & ~has_feature
         yield Breach("an item without a feature has an embedding", wrong)
@@ -200,7 +201,7 @@ def _user_simscores(rows: pa.Table, limits: Limits) -> Breaches:
     scores, masks, tiers = (_lists(rows[name]) for name in ("sim_scores", "sim_mask", "simtier"))
     is_muse = pa.types.is_floating(tiers.values.type)
     tier_count = MUSE_TIERS if is_muse else SIM_TIERS
-    length = limits.get("sim_scores", int(scores.sizes.max(initial=0)))
+    length = _length(scores, limits, "sim_scores")
     for what, lists, size in (
         ("sim_scores are not history_len long", scores, length),
         ("sim_mask is not aligned with sim_scores", masks, length),
@@ -278,7 +279,7 @@ def _scores_on_request(
 
 def _top_positions(rows: pa.Table, limits: Limits, real: np.ndarray, past: np.ndarray) -> Breaches:
     lists = _lists(rows[TOP_POSITIONS])
-    most = limits.get(TOP_POSITIONS, int(lists.sizes.max(initial=0)))
+    most = _length(lists, limits, TOP_POSITIONS)
     yield Breach("top_positions are not top_k long", lists.sizes != most, fatal=True)
     places = lists.matrix(most)
     outside = lists.have(_outside(places, 0, past[:, None]))
@@ -390,6 +391,11 @@ def _lists(column: pa.ChunkedArray) -> _Lists:
     return _Lists(_numbers(pc.list_value_length(lists)).astype(np.int64), lists.flatten())
 
 
+def _length(lists: _Lists, limits: Limits, column: str) -> int:
+    """Returns how long lists ought to be: as `limits` say, or else as the longest is."""
+    return limits.get(column, int(lists.sizes.max(initial=0)))
+
+
 def _numbers(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     found: np.ndarray = column.to_numpy(zero_copy_only=False)
     return found
@@ -401,6 +407,6 @@ def _outside(values: np.ndarray, least: float, most: float | np.ndarray) -> np.n
 
 
 def _not_unit(points: np.ndarray) -> np.ndarray:
-    """Tells which of `points` [n, 256] are no finite unit vectors; bool [n]."""
+    """Tells which of `points` [n, d] are no finite unit vectors; bool [n]."""
     square = np.einsum("nd,nd->n", points, points)
     return ~(np.abs(square - 1) < _UNIT_ERROR)  # written so that NaN counts

@@ -12,7 +12,6 @@ from typing import Literal
 
 import pyarrow as pa
 
-EMBEDDING_DIM = 256  # COURIER appendix §4
 ROW_PVS = 5  # of a training row, and
 ROW_CLICKS = 5  # so many clicks: ten images, COURIER appendix §4
 SIM_TIERS = 20  # tiers of width 0.1 over [-1, 1], arXiv 2407.19467
@@ -111,10 +110,12 @@ class Table:
         request_id: pa.DataType | None = None,
         extra: Sequence[pa.Field] = (),
         without: Sequence[str] = (),
+        dimension: int | None = None,
     ) -> pa.Schema:
         """Returns the Arrow schema for a shop's ID types.
 
-        `extra` fields come last, `without` are left out.
+        `extra` fields come last, `without` are left out. What the columns mean tells the
+        `dimension` of embeddings, where it is given.
         """
         ids = {
             _ITEM_ID: item_id,
@@ -128,7 +129,7 @@ class Table:
                 column.name,
                 ids[column.type] if isinstance(column.type, str) else column.type,
                 nullable=column.nullable,
-                metadata={"meaning": column.meaning},
+                metadata={"meaning": column.meaning.replace("[d]", f"[{dimension or 'd'}]")},
             )
             for column in self.columns
             if column.name not in without
@@ -191,7 +192,7 @@ ITEM_EMBEDDINGS = Table(
     shared=False,
     columns=(
         Column("item_id", _ITEM_ID, "the item"),
-        Column("embedding", _FLOATS, f"[{EMBEDDING_DIM}] unit vector"),
+        Column("embedding", _FLOATS, "[d] unit vector"),
         Column("image_uri", _STRING, "as in the catalogue"),
         Column("image_generation", pa.int64(), "object generation; null on a local disk", True),
         Column("image_size", pa.int64(), "bytes"),
@@ -242,7 +243,7 @@ ITEM_FEATURES = Table(
         ),
         Column("encoder_id", _STRING, "the encoder of the embedding"),
         Column("codebook_id", _STRING, "the codebook of the cluster ID"),
-        Column("embedding", _FLOATS, f"[{EMBEDDING_DIM}] the Vector form; zeros without a feature"),
+        Column("embedding", _FLOATS, "[d] the Vector form; zeros without a feature"),
     ),
 )
 

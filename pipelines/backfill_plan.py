@@ -13,7 +13,6 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal
 
-from feature_jobs.items.item_vectors import broadcast_bytes
 from feature_jobs.schemas import CourierError, OperatorError
 from feature_jobs.store import files
 from feature_jobs.store.documents import parse_json
@@ -127,8 +126,8 @@ class Plan:
             settings.backfill.memory_gb * 1e9 / max(1, _BYTES_IN_MEMORY * max(rows, default=0)),
             settings.backfill.disk_gb * 1e9 / max(1.0, written),
         ]
-        if copied := max(map(_items_copied, todo), default=0):
-            copies = settings.simscore.broadcast_limit_gb * 1e9 / broadcast_bytes(copied)
+        if copied := max(map(_bytes_copied, todo), default=0):
+            copies = settings.simscore.broadcast_limit_gb * 1e9 / copied
             fitting.append(copies - max(map(_nights_copied, todo)) + 1)
         return max(1, int(min(fitting)))
 
@@ -163,9 +162,10 @@ class Plan:
         return "\n".join([*lines, *self.estimate.lines()])
 
 
-def _items_copied(day: DayAhead) -> int:
-    """Returns of how many items a job that scores the day makes a copy: each day has its own."""
-    return max((one.items for one in day.computed if isinstance(one, PlannedScores)), default=0)
+def _bytes_copied(day: DayAhead) -> int:
+    """Returns how large a copy of items a job makes that scores the day: each day has its own."""
+    scores = (one for one in day.computed if isinstance(one, PlannedScores))
+    return max((one.copied_bytes for one in scores), default=0)
 
 
 def _nights_copied(day: DayAhead) -> int:

@@ -394,6 +394,13 @@ def join(
 @click.option(
     "--input-size", type=click.IntRange(16, 1024), help="Pixels; default: the backbone's."
 )
+@click.option(
+    "--embedding-dim",
+    type=click.IntRange(64, 1024),
+    default=256,
+    show_default=True,
+    help="Numbers of an embedding.",
+)
 @click.option("--seed", default=0, help="Of the random weights.")
 @click.option(
     "--name", default=None, help="First part of the encoder's id. [default: the backbone]"
@@ -409,7 +416,7 @@ def join(
     "--projection",
     type=click.Choice(["random", "pca"]),
     default="random",
-    help="To 256 numbers; pca: the leading directions of the features.",
+    help="Of the features to an embedding; pca: their leading directions.",
 )
 @click.option("--whiten", is_flag=True, help="Scale the directions of pca to the same variance.")
 @click.option(
@@ -493,6 +500,9 @@ def _folders(config: str, out: str | None) -> tuple[str, str]:
     help="Or an encoder package to go on from, of the same backbone and scope.",
 )
 @click.option("--input-size", type=click.IntRange(16, 1024), help="Side of the images in pixels.")
+@click.option(
+    "--embedding-dim", type=click.IntRange(64, 1024), help="Numbers of an embedding, by fours."
+)
 @click.option("--epochs", type=click.IntRange(1), help="Passes over all rows.")
 @click.option("--batch-rows", type=int, help="Rows of a batch, over all processes.")
 @click.option(

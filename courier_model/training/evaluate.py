@@ -25,7 +25,7 @@ from courier_model.training.rows import Codes, Squares, TrainingSet, valid_first
 _BLOCK_IMAGES = 64
 
 Pixels = npt.NDArray[np.uint8]
-Features = Callable[[Tensor], Tensor]  # uint8 [n, 3, S, S] -> float32 [n, 256]
+Features = Callable[[Tensor], Tensor]  # uint8 [n, 3, S, S] -> float32 [n, D]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Computes the losses of COURIER and of what it is compared with, by pure functions of tensors.
 
 All of them but SimSiam's are one contrastive loss over different anchors and candidates. Axes: `a`
-anchors of this process, `N` candidates of all processes, `D` = 256. Each returns a `Term`, whose
-sum the caller divides by the *global* number of anchors, over all processes.
+anchors of this process, `N` candidates of all processes, `D` numbers of a vector. Each returns a
+`Term`, whose sum the caller divides by the *global* number of anchors, over all processes.
 """
 
 from __future__ import annotations

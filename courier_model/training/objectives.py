@@ -23,7 +23,7 @@ from courier_model.training.reconstruction import (
 )
 from courier_model.training.settings import TEMPERATURES
 from courier_model.training.titles import TextTower
-from feature_jobs.schemas import EMBEDDING_DIM, ROW_CLICKS
+from feature_jobs.schemas import ROW_CLICKS
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Objective(nn.Module):
 
     `views` of each image are encoded, made by the `augmentation` "crop" or "simclr"; `reads_titles`
     asks for titles with the rows; `reconstructs` names the term whose anchors are reconstructions.
+    Features have D numbers, the `dimension` that an objective is built for.
     """
 
     views = 1
@@ -78,6 +79,7 @@ class Courier(Objective):
 
     def __init__(
         self,
+        dimension: int,
         temperature: float,
         reconstruct: bool = True,
         ucs: bool = True,
@@ -88,8 +90,8 @@ class Courier(Objective):
         self.temperature = temperature
         self.ucs = ucs
         self.unclicked_negatives = unclicked_negatives
-        self.projection = _mlp() if projection else nn.Identity()
-        self.attention = CrossAttention() if reconstruct else None
+        self.projection = _mlp(dimension) if projection else nn.Identity()
+        self.attention = CrossAttention(dimension) if reconstruct else None
 
     def forward(self, features: Tensor, rows: Places) -> dict[str, Term]:
         vectors = self.projection(features[0])
@@ -133,10 +135,10 @@ class MaskedPrediction(Objective):
 
     reconstructs = "masked"
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, dimension: int, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
-        self.attention = MaskedSelfAttention(1 + ROW_CLICKS)
+        self.attention = MaskedSelfAttention(dimension, 1 + ROW_CLICKS)
 
     def forward(self, features: Tensor, rows: Places) -> dict[str, Term]:
         sequence = torch.cat([_first_clicked(rows)[:, None], rows.clicks], dim=1)  # [B, 1 + C]
@@ -165,10 +167,10 @@ class SimClr(Objective):
     views = 2
     augmentation = "simclr"
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, dimension: int, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
-        self.head = _mlp()
+        self.head = _mlp(dimension)
 
     def forward(self, features: Tensor, rows: Places) -> dict[str, Term]:
         n = largest(features.shape[1], features.device)
@@ -189,15 +191,17 @@ class SimSiam(Objective):
     views = 2
     augmentation = "simclr"
 
-    def __init__(self) -> None:
+    def __init__(self, dimension: int) -> None:
         super().__init__()
-        self.head = nn.Sequential(_normalised_layer(), nn.ReLU(), _normalised_layer())
-        bottleneck = EMBEDDING_DIM // 4
+        self.head = nn.Sequential(
+            _normalised_layer(dimension), nn.ReLU(), _normalised_layer(dimension)
+        )
+        bottleneck = dimension // 4
         self.predictor = nn.Sequential(
-            nn.Linear(EMBEDDING_DIM, bottleneck, bias=False),
+            nn.Linear(dimension, bottleneck, bias=False),
             nn.BatchNorm1d(bottleneck),
             nn.ReLU(),
-            nn.Linear(bottleneck, EMBEDDING_DIM),
+            nn.Linear(bottleneck, dimension),
         )
 
     def forward(self, features: Tensor, rows: Places) -> dict[str, Term]:
@@ -217,10 +221,10 @@ class Clip(Objective):
 
     reads_titles = True
 
-    def __init__(self, temperature: float, text_model: str) -> None:
+    def __init__(self, dimension: int, temperature: float, text_model: str) -> None:
         super().__init__()
         self.temperature = temperature
-        self.text = TextTower(text_model)
+        self.text = TextTower(text_model, dimension)
 
     def forward(self, features: Tensor, rows: Places) -> dict[str, Term]:
         assert rows.titles is not None
@@ -252,36 +256,37 @@ _COURIER: Mapping[str, Mapping[str, bool]] = {
 }
 
 
-def build_objective(name: str, temperature: float | None, text_model: str | None) -> Objective:
+def build_objective(
+    name: str, dimension: int, temperature: float | None, text_model: str | None
+) -> Objective:
     """Builds the objective `name`, a key of TEMPERATURES, whose value is the default `temperature`.
 
-    `text_model` is CLIP's. The modules are initialised from torch's global random numbers.
+    It is for features of so many `dimension`s; `text_model` is CLIP's. The modules are initialised
+    from torch's global random numbers.
     """
     chosen = temperature or TEMPERATURES[name] or 0.0  # SimSiam's loss has none
     if name in _COURIER:
-        return Courier(chosen, **_COURIER[name])
+        return Courier(dimension, chosen, **_COURIER[name])
     others: Mapping[str, Callable[[], Objective]] = {
-        "masked-self-attention": lambda: MaskedPrediction(chosen),
-        "simclr": lambda: SimClr(chosen),
-        "simsiam": SimSiam,
-        "clip": lambda: Clip(chosen, str(text_model)),
+        "masked-self-attention": lambda: MaskedPrediction(dimension, chosen),
+        "simclr": lambda: SimClr(dimension, chosen),
+        "simsiam": lambda: SimSiam(dimension),
+        "clip": lambda: Clip(dimension, chosen, str(text_model)),
     }
     return others[name]()
 
 
-def _mlp() -> nn.Sequential:
+def _mlp(dimension: int) -> nn.Sequential:
     """Builds the projection head of SimCLR: one hidden layer."""
     return nn.Sequential(
-        nn.Linear(EMBEDDING_DIM, EMBEDDING_DIM),
+        nn.Linear(dimension, dimension),
         nn.ReLU(),
-        nn.Linear(EMBEDDING_DIM, EMBEDDING_DIM),
+        nn.Linear(dimension, dimension),
     )
 
 
-def _normalised_layer() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(EMBEDDING_DIM, EMBEDDING_DIM, bias=False), nn.BatchNorm1d(EMBEDDING_DIM)
-    )
+def _normalised_layer(dimension: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dimension, dimension, bias=False), nn.BatchNorm1d(dimension))
 
 
 def _at(vectors: Tensor, places: Tensor) -> Tensor:

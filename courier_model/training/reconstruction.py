@@ -1,8 +1,8 @@
 """Reconstructs an image from the images that the user clicked before.
 
-Axes: `B` rows, `P` PV items per row, `C` clicks per row, newest first, `D` = 256. Masked places are
-never attended to; what a row without any valid click gives is meaningless and for the caller to
-leave out.
+Axes: `B` rows, `P` PV items per row, `C` clicks per row, newest first, `D` numbers of a vector, a
+multiple of the heads. Masked places are never attended to; what a row without any valid click gives
+is meaningless and for the caller to leave out.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from feature_jobs.schemas import EMBEDDING_DIM
-
-HEADS = 4
+from courier_model.training.settings import HEADS
 
 
 class CrossAttention(nn.Module):
@@ -32,10 +30,10 @@ class CrossAttention(nn.Module):
     attention down for the same reason.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dimension: int) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(EMBEDDING_DIM, HEADS, batch_first=True)
-        nn.init.eye_(self.attention.in_proj_weight.data[2 * EMBEDDING_DIM :])  # q, k, then v
+        self.attention = nn.MultiheadAttention(dimension, HEADS, batch_first=True)
+        nn.init.eye_(self.attention.in_proj_weight.data[2 * dimension :])  # q, k, then v
         nn.init.eye_(self.attention.out_proj.weight)
 
     def forward(self, items: Tensor, clicks: Tensor, valid: Tensor) -> Tensor:
@@ -69,11 +67,11 @@ class MaskedSelfAttention(nn.Module):
     learned vector stands in for the masked place, and learned ones tell the places apart.
     """
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, dimension: int, places: int) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(EMBEDDING_DIM, HEADS, batch_first=True)
-        self.mask = nn.Parameter(torch.zeros(EMBEDDING_DIM))
-        self.positions = nn.Parameter(torch.zeros(places, EMBEDDING_DIM))
+        self.attention = nn.MultiheadAttention(dimension, HEADS, batch_first=True)
+        self.mask = nn.Parameter(torch.zeros(dimension))
+        self.positions = nn.Parameter(torch.zeros(places, dimension))
         nn.init.normal_(self.mask, std=0.02)
         nn.init.normal_(self.positions, std=0.02)
 

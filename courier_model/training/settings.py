@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from courier_model.projection import EMBEDDING_DIM
 from feature_jobs.schemas import OperatorError
 
 # The temperature of each objective's loss, by COURIER appendix §4; None where it has none.
@@ -24,6 +25,8 @@ TEMPERATURES: dict[str, float | None] = {
     "simsiam": None,
     "clip": 0.1,
 }
+HEADS = 4  # of attention
+_DIMENSIONS = range(64, 1025)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # What may change between a run and its continuation without making it another run.
 _FREE = {"epochs", "precision", "checkpoint_attention", "compile", "workers", "cache", "centre"}
@@ -33,8 +36,9 @@ _FREE = {"epochs", "precision", "checkpoint_attention", "compile", "workers", "c
 class TrainSettings:
     """Describes a training run; the defaults are the paper's (COURIER appendix §4).
 
-    `init_from`, the folder of a saved encoder, takes the place of `weights`. `input_size` in pixels
-    and `temperature` default to the backbone's and the objective's own. `batch_rows` is the global
+    `init_from`, the folder of a saved encoder, takes the place of `weights`. An embedding has
+    `embedding_dim` numbers, 64 to 1,024 and a multiple of 4. `input_size` in pixels and
+    `temperature` default to the backbone's and the objective's own. `batch_rows` is the global
     batch, in rows of up to ten images. With `chunk_images` gradients are cached: so many images at
     a time have activations on the device; with 0 all of a batch have. `evaluate_every` is in steps.
     `workers` processes decode, 0 for the training process itself, by default one for each core that
@@ -54,6 +58,7 @@ class TrainSettings:
     weights: str = "imagenet"
     init_from: str | None = None
     input_size: int | None = None
+    embedding_dim: int = EMBEDDING_DIM
     epochs: int = 1
     batch_rows: int = 3072
     chunk_images: int = 256
@@ -92,6 +97,12 @@ class TrainSettings:
             raise OperatorError(
                 f"The learning rate is {self.learning_rate}; expected is a number above 0, such as "
                 "1e-4."
+            )
+        if self.embedding_dim not in _DIMENSIONS or self.embedding_dim % HEADS:
+            raise OperatorError(
+                f"--embedding-dim is {self.embedding_dim}; expected is a number from "
+                f"{_DIMENSIONS[0]} to {_DIMENSIONS[-1]:,} that {HEADS} divides, since each of the "
+                f"{HEADS} heads of attention takes an equal part of a vector. The paper's is 256."
             )
         self._check_schedules()
         if self.temperature is not None and TEMPERATURES[self.objective] is None:

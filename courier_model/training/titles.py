@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from feature_jobs.schemas import EMBEDDING_DIM, OperatorError
+from feature_jobs.schemas import OperatorError
 
 # Of a title, the tokens that set an item apart come early; BERT's cost grows with the rest.
 MAX_TOKENS = 64
@@ -37,7 +37,7 @@ class TextTower(nn.Module):
     has weights in other files than safetensors, or is no BERT-like encoder.
     """
 
-    def __init__(self, name_or_path: str, dim: int = EMBEDDING_DIM) -> None:
+    def __init__(self, name_or_path: str, dim: int) -> None:
         super().__init__()
         self.tokenizer, self.model = _load(name_or_path)
         self.head = nn.Linear(self.model.config.hidden_size, dim)

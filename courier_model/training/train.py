@@ -39,7 +39,7 @@ from courier_model.training.objectives import Objective, Places, build_objective
 from courier_model.training.progress import Board, Clock, Progress
 from courier_model.training.rows import Batch, Codes, RowBatches, Squares, TrainingSet, batches
 from courier_model.training.settings import TrainSettings
-from feature_jobs.schemas import EMBEDDING_DIM, CourierError, DataContractError, OperatorError
+from feature_jobs.schemas import CourierError, DataContractError, OperatorError
 from feature_jobs.store import threads
 from feature_jobs.store.versions import PACKAGE_VERSIONS
 
@@ -349,7 +349,7 @@ class Training:
         backbone.eval().to(memory_format=torch.channels_last).to(process.device)
         seen, held_out = self._embed_sample(backbone)
         known = seen.values[seen.known]
-        found = principal(known, min(EMBEDDING_DIM, known.shape[1], len(known) - 1))
+        found = principal(known, min(settings.embedding_dim, known.shape[1], len(known) - 1))
         return replace(held_out, values=held_out.values @ found.weight.T - found.centre)
 
     def _evaluate(self, board: Board | None) -> None:
@@ -587,7 +587,9 @@ def choose_training_precision(wanted: str, device: torch.device) -> str:
 def build_modules(settings: TrainSettings, device: torch.device) -> tuple[ImageEncoder, Objective]:
     """Builds encoder and objective as they begin; the same settings give the same weights."""
     weights = "random" if settings.init_from else settings.weights
-    encoder = build_encoder(settings.backbone, weights, settings.input_size, settings.seed)
+    encoder = build_encoder(
+        settings.backbone, weights, settings.input_size, settings.seed, settings.embedding_dim
+    )
     if settings.init_from:
         encoder = load_earlier(settings.init_from, encoder)
     for part in encoder.modules():
@@ -599,7 +601,9 @@ def build_modules(settings: TrainSettings, device: torch.device) -> tuple[ImageE
         memory.checkpoint_attention(encoder.backbone)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        objective = build_objective(settings.objective, settings.temperature, settings.text_model)
+        objective = build_objective(
+            settings.objective, settings.embedding_dim, settings.temperature, settings.text_model
+        )
     if settings.compile:
         encoder.backbone.compile()
     encoder.to(memory_format=torch.channels_last)
@@ -609,12 +613,13 @@ def build_modules(settings: TrainSettings, device: torch.device) -> tuple[ImageE
 def load_earlier(folder: str, like: ImageEncoder) -> ImageEncoder:
     """Loads the saved encoder that training is to go on from.
 
-    Raises OperatorError where `folder` holds none, or one of another backbone or preprocessing than
-    `like`, and DataContractError where it is damaged.
+    Raises OperatorError where `folder` holds none, or one of another backbone, dimension or
+    preprocessing than `like`, and DataContractError where it is damaged.
     """
     found = load_encoder(folder)
     old, new = (
-        {"backbone": one.backbone_name, **asdict(one.preprocessing)} for one in (found, like)
+        {"backbone": one.backbone_name, "dimension": one.dimension, **asdict(one.preprocessing)}
+        for one in (found, like)
     )
     if old != new:
         changes = [
@@ -623,7 +628,7 @@ def load_earlier(folder: str, like: ImageEncoder) -> ImageEncoder:
         raise OperatorError(
             f"The encoder {found.encoder_id} of --init-from was made with {'; '.join(changes)}. "
             "Its weights are of that network and of images prepared in that way. Give the same "
-            "--backbone and --input-size, or leave --init-from out."
+            "--backbone, --embedding-dim and --input-size, or leave --init-from out."
         )
     if found.timm:  # what it learns from now on it learns with this one
         found.timm = {**found.timm, "version": PACKAGE_VERSIONS["timm"]}

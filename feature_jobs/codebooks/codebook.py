@@ -1,6 +1,6 @@
 """Keeps codebooks: cluster centres, the numbers that stand for them, and the life of those numbers.
 
-A package is a folder `<codebook_id>/` with `<label>-centres.npy` float32 [clusters, 256] and
+A package is a folder `<codebook_id>/` with `<label>-centres.npy` float32 [clusters, d] and
 `<label>-numbers.npy` int32 [clusters] for each resolution, `codebook.json`, and `crosswalk.parquet`
 where the codebook has a parent. A number's meaning never changes within a lineage, and a retired
 number is not given to another cluster, so that a CTR model's ID embeddings stay valid.
@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pyarrow as pa
 
-from feature_jobs.schemas import EMBEDDING_DIM, MAIN, DataContractError, OperatorError
+from feature_jobs.schemas import MAIN, DataContractError, OperatorError
 from feature_jobs.store import broadcast, documents, files, partitions
+from feature_jobs.store.encoder_info import UNTOLD_DIMENSION, told
 
 _QUANTILES = (0.05, 0.5, 0.95)
 _SAME = 0.25  # of a number's items or of a centre's: with fewer in common, they are not the same
@@ -66,7 +67,7 @@ class CodebookInfo:
     which neither is the other's ancestor, even equal numbers mean nothing. `mode` and `algorithm`
     are those of `Fit`; the sample's fingerprint is the exclusive or of the hashes of its item IDs.
     The data range is that of the embeddings it knows of, inclusive. `left_out` has the `max_id` of
-    labels that only ancestors have.
+    labels that only ancestors have. `dimension` is that of its encoder.
     """
 
     codebook_id: str
@@ -83,6 +84,7 @@ class CodebookInfo:
     data_end_ds: str
     left_out: Mapping[str, int]
     resolutions: tuple[Resolution, ...]
+    dimension: int = UNTOLD_DIMENSION
 
     def resolution(self, label: str) -> Resolution:
         """Returns the resolution of a label; raises KeyError where the codebook has no such one."""
@@ -110,7 +112,7 @@ class CodebookInfo:
 
 @dataclass(frozen=True)
 class Codebook:
-    """Holds, by label, centres float32 [clusters, 256] and their numbers int32 [clusters].
+    """Holds, by label, centres float32 [clusters, d] and their numbers int32 [clusters].
 
     The numbers are in 1..max_id.
     """
@@ -155,7 +157,10 @@ def save_codebook(root: str, codebook: Codebook, crosswalk: pa.Table | None = No
             files.write_bytes(os.path.join(folder, f"{label}-{kind}.npy"), data.getvalue())
     if crosswalk is not None:
         partitions.write_parquet(os.path.join(folder, "crosswalk.parquet"), crosswalk)
-    documents.write_json(os.path.join(folder, "codebook.json"), asdict(codebook.info))
+    facts = asdict(codebook.info)
+    del facts["dimension"]
+    facts |= told(codebook.info.dimension)
+    documents.write_json(os.path.join(folder, "codebook.json"), facts)
     return folder
 
 
@@ -197,7 +202,8 @@ def load_codebook(folder: str) -> Codebook:
     numbers = {label: arrays[f"{label}-numbers.npy"] for label in info.labels}
     found = codebook_id(info.codebook_id.rsplit("-", 1)[0], centres, numbers, info.made_of)
     fits = all(
-        centres[r.label].shape == (r.clusters, EMBEDDING_DIM) and numbers[r.label].max() <= r.max_id
+        centres[r.label].shape == (r.clusters, info.dimension)
+        and numbers[r.label].max() <= r.max_id
         for r in info.resolutions
     )
     if found != info.codebook_id or not fits:

@@ -184,9 +184,9 @@ class CountMoves(beam.DoFn):
         rows = rows.filter(pa.array(encoder_info.fitted_on(rows, job.categories)))
         counts = read_pieces(pieces, self._no_rows)
         shown = _impressions_of(rows["item_id"], counts)
-        points = arrays.embedding_matrix(rows["embedding"])
-        laws.check_unit(points, rows["item_id"])
         codebook = shared_search(self._new, job.codebook_folder)
+        points = arrays.embedding_matrix(rows["embedding"], codebook.codebook.info.dimension)
+        laws.check_unit(points, rows["item_id"])
         old = self._old_numbers(shard, rows["item_id"], points)
         parts = [
             count_moves(old[label], codebook.assign(label, points)[0], shown, label)

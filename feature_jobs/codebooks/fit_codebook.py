@@ -31,7 +31,7 @@ from feature_jobs.codebooks.codebook import (
 )
 from feature_jobs.codebooks.kmeans import SinglePass, count_distinct, first_centres, lloyd
 from feature_jobs.codebooks.nearest import CentreSearch
-from feature_jobs.schemas import EMBEDDING_DIM, OperatorError, cluster_column
+from feature_jobs.schemas import OperatorError, cluster_column
 from feature_jobs.store import arrays, encoder_info, files, hashing, partitions, worker_notes
 from feature_jobs.store.every_shard import check_all_came
 
@@ -70,12 +70,13 @@ class Fit:
 class SampleJob:
     """Holds all that the workers that draw a sample need to know.
 
-    `fraction` of the in-scope catalogue items is drawn, and `held_out` of them kept apart;
-    `categories` None means all. `old` are `item_features` that tell the parent's numbers of the
-    items, of `old_labels`; None where they are not asked for.
+    `embeddings` have vectors of so many `dimension`s. `fraction` of the in-scope catalogue items is
+    drawn, and `held_out` of them kept apart; `categories` None means all. `old` are `item_features`
+    that tell the parent's numbers of the items, of `old_labels`; None where they are not asked for.
     """
 
     embeddings: partitions.Partition
+    dimension: int
     categories: tuple[str, ...] | None
     fraction: float
     held_out: float
@@ -88,7 +89,7 @@ class SampleJob:
 class Sample:
     """Holds the sampled points, and those held out from the fit.
 
-    `points` float32 [n, 256] stand by the hash of their items' IDs; `held_out` is float32 [h, 256].
+    `points` float32 [n, d] stand by the hash of their items' IDs; `held_out` is float32 [h, d].
     The fingerprint is the exclusive or of the points' item hashes, hex. `old` are the parent's
     numbers of the points by label, int32 [n], 0 = none.
     """
@@ -146,9 +147,9 @@ def check_distinct(points: np.ndarray, clusters: int) -> None:
 def starting_centres(
     points: np.ndarray, anchors: np.ndarray, members: np.ndarray, clusters: int, seed: int
 ) -> np.ndarray:
-    """Returns first centres float32 [clusters, 256] of a fit that continues another one.
+    """Returns first centres float32 [clusters, d] of a fit that continues another one.
 
-    `anchors` float32 [old, 256] stand for the old clusters, `members` int64 [old] are their items
+    `anchors` float32 [old, d] stand for the old clusters, `members` int64 [old] are their items
     in the sample. The largest come first; where they are too few, or have no items, random points
     take their place.
     """
@@ -162,7 +163,7 @@ def starting_centres(
 def member_means(
     points: np.ndarray, old: np.ndarray, numbers: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the mean point, float32 [k, 256], and the members, int64 [k], of `numbers` int32 [k].
+    """Returns the mean point, float32 [k, d], and the members, int64 [k], of `numbers` int32 [k].
 
     `old` int32 [n] are the points' numbers. One without members has the mean 0.
     """
@@ -170,10 +171,10 @@ def member_means(
     at = np.minimum(np.searchsorted(numbers, old, sorter=order), len(numbers) - 1)
     place = np.where(numbers[order[at]] == old, order[at], len(numbers))  # [n]; last one = none
     members = np.bincount(place, minlength=len(numbers) + 1)
-    sums = np.zeros((len(numbers) + 1, EMBEDDING_DIM))
+    sums = np.zeros((len(numbers) + 1, points.shape[1]))
     blocks = max(1, len(points) // _BLOCK_ROWS)
     for rows in np.array_split(np.argsort(place, kind="stable"), blocks):
-        # Rows of one number are neighbours: one sum for each run of them, [runs, 256].
+        # Rows of one number are neighbours: one sum for each run of them, [runs, d].
         starts = np.flatnonzero(np.diff(place[rows], prepend=-1))
         if len(starts):
             sums[place[rows[starts]]] += np.add.reduceat(points[rows], starts, dtype=np.float64)
@@ -192,7 +193,7 @@ def make_codebook(
     """Fits all resolutions and numbers their centres.
 
     `parent` is continued, or in mode `fresh` only its numbers are not used again. `stream` has all
-    in-scope embeddings float32 [any, 256], which only single-pass clustering reads.
+    in-scope embeddings float32 [any, d], which only single-pass clustering reads.
     Raises OperatorError where there are fewer distinct points than clusters.
     """
     check_distinct(sample.points, max(fit.clusters.values()))
@@ -222,6 +223,7 @@ def make_codebook(
         data_end_ds=max(ds, known.data_end_ds) if known else ds,
         left_out=max_ids,
         resolutions=tuple(resolutions),
+        dimension=sample.points.shape[1],
     )
     identity = codebook_id(fit.name, centres, numbers, info.made_of)
     return Codebook(replace(info, codebook_id=identity), centres, numbers)
@@ -232,7 +234,7 @@ def _continue(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Returns, by label, the parent's numbers of the sample's points, and the first centres.
 
-    The numbers are int32 [n], the centres float32 [clusters, 256]; both are empty where no
+    The numbers are int32 [n], the centres float32 [clusters, d]; both are empty where no
     resolution is continued.
     """
     if parent is None or fit.mode == "fresh":
@@ -320,7 +322,8 @@ class SamplePart(beam.DoFn):
         job = self._job
         paths = job.embeddings.paths
         sample = draw_sample(partitions.read_parquet(paths[part], _READ), job)
-        laws.check_unit(arrays.embedding_matrix(sample["embedding"]), sample["item_id"])
+        points = arrays.embedding_matrix(sample["embedding"], job.dimension)
+        laws.check_unit(points, sample["item_id"])
         if job.old:
             numbers = partitions.cluster_numbers(
                 job.old, part, len(paths), sample["item_id"], job.old_labels
@@ -365,10 +368,11 @@ def read_sample(job: SampleJob) -> Sample:
     order = np.lexsort((hashes, held_out))  # the points first, then what is held out
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
-    matrix = np.empty((len(order), EMBEDDING_DIM), np.float32)
+    matrix = np.empty((len(order), job.dimension), np.float32)
     at = 0
     for path in paths:
-        part = arrays.embedding_matrix(partitions.read_parquet(path, ["embedding"])["embedding"])
+        rows = partitions.read_parquet(path, ["embedding"])
+        part = arrays.embedding_matrix(rows["embedding"], job.dimension)
         matrix[place[at : at + len(part)]] = part
         at += len(part)
     fitted = order[: int((~held_out).sum())]
@@ -396,6 +400,6 @@ def stream_embeddings(job: SampleJob) -> Iterator[np.ndarray]:
             kept = np.flatnonzero(encoder_info.fitted_on(rows, job.categories) & ~held_out)
             hashes = hashing.hash_ids(rows["item_id"], _SAMPLE_SEED)[kept]
             order = kept[np.argsort(hashes)]
-            points = arrays.embedding_matrix(rows["embedding"])[order]
+            points = arrays.embedding_matrix(rows["embedding"], job.dimension)[order]
             laws.check_unit(points, rows["item_id"].take(pa.array(order)))
             yield points

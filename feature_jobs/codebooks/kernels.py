@@ -17,7 +17,8 @@ from torch import Tensor
 
 Array = Any  # numpy's or torch's; what is done with them, both understand
 
-_MOST_COLUMNS = 512  # of codes: more than there are, which the bounds of sums are made for
+_DIMENSIONS_TRIED = (16, 64, 255, 256, 2048)  # of vectors whose products must be right
+_TOGETHER = 16  # columns: of bytes, products take multiples of so many
 # Rows and centres that are multiplied to find the fastest kernel: few first, as some product may be
 # fifty times as slow as another.
 _TRIED = {"cpu": ((32, 64), (128, 256)), "cuda": ((8192, 2048),)}
@@ -29,8 +30,8 @@ class Kernel:
     """Describes a product of codes [n, columns] and [k, columns]: scores [n, k].
 
     Codes lie in -`levels`..`levels`, whole numbers where these are more than one. Of a vector's
-    bias, `bias_columns` carry a part each. Adding up loses at most `sums` of the product of the
-    vectors' lengths, and rounding a score at most half of `rounding` of it.
+    bias, `bias_columns` carry a part each. Adding up loses for each column at most `sums` of the
+    product of the vectors' lengths, and rounding a score at most half of `rounding` of it.
 
     Scores are compared as `ordered`, a type of the same size that is quick to compare; among those
     that are at least 0 the order is the same.
@@ -49,6 +50,11 @@ class Kernel:
     @property
     def whole(self) -> bool:
         return self.levels > 1
+
+    def columns(self, dimension: int) -> int:
+        """Returns how many columns the codes of vectors have; those after the bias are zeros."""
+        needed = dimension + self.bias_columns
+        return -(-needed // _TOGETHER) * _TOGETHER if self.whole else needed
 
     def rounded(self, values: Tensor) -> Tensor:
         """Returns the codes of `values`, in the type of these; they lie in ±levels."""
@@ -106,8 +112,8 @@ def _multiply_bytes(codes: Tensor, centres: Tensor, out: Tensor) -> object:
 
 
 # Sums of float32 in any order, twice what IEEE arithmetic loses: Arm's products of bfloat16 are not
-# IEEE's.
-_SUMS = _MOST_COLUMNS * 2.0**-23
+# IEEE's. Sums of bytes are whole, and below 2^26 for 2,048 columns.
+_SUMS = 2.0**-23
 FLOAT32 = Kernel(
     "float32", torch.float32, torch.float32, torch.float32, 1, 2, _SUMS, 0.0, _multiply
 )
@@ -135,8 +141,12 @@ def is_right(kernel: Kernel, device: str = "cpu") -> bool:
 
     Processors without VNNI may add two products of int8 in 16 bits, which overflow.
     """
+    return all(_is_right(kernel, kernel.columns(d), device) for d in _DIMENSIONS_TRIED)
+
+
+def _is_right(kernel: Kernel, columns: int, device: str) -> bool:
     rng = torch.Generator().manual_seed(0)
-    codes = torch.rand(32, 272, generator=rng, dtype=torch.float64) * 2 - 1
+    codes = torch.rand(32, columns, generator=rng, dtype=torch.float64) * 2 - 1
     codes[:2] = torch.tensor([[1.0], [-1.0]])  # the greatest products of all
     codes[2] = 1 - 2.0**-12  # what fewer bits would round up, each time
     codes = kernel.rounded(codes * kernel.levels)
@@ -144,28 +154,29 @@ def is_right(kernel: Kernel, device: str = "cpu") -> bool:
     scores = torch.empty(32, 32, dtype=kernel.scores, device=device)
     kernel.multiply(few, few, scores)
     exact, length = codes @ codes.T, codes.norm(dim=1)
-    error = kernel.sums * length[:, None] * length + kernel.rounding / 2 * exact.abs()
+    error = kernel.sums * columns * length[:, None] * length + kernel.rounding / 2 * exact.abs()
     return bool(((scores.cpu().double() - exact).abs() <= error).all())
 
 
 @functools.cache
-def fastest(device: str) -> Kernel:
-    """Returns the kernel whose products take the least time on `device`.
+def fastest(device: str, dimension: int) -> Kernel:
+    """Returns the kernel whose products of such vectors take the least time on `device`.
 
     It is measured in the thread that asks first, which torch must not spread over several.
     """
     kernels = present(device)
     for rows, centres in _TRIED[device]:
-        seconds = {kernel.name: _seconds(kernel, rows, centres, device) for kernel in kernels}
+        seconds = {
+            k.name: _seconds(k, rows, centres, k.columns(dimension), device) for k in kernels
+        }
         least = min(seconds.values())
         kernels = [k for k in kernels if seconds[k.name] <= _FAR_BEHIND * least]
     return min(kernels, key=lambda kernel: seconds[kernel.name])
 
 
-def _seconds(kernel: Kernel, rows: int, centres: int, device: str) -> float:
+def _seconds(kernel: Kernel, rows: int, centres: int, columns: int, device: str) -> float:
     """Returns the seconds of a product: on a CPU this thread's own, as others may want it too."""
     clock = time.thread_time if device == "cpu" else time.perf_counter
-    columns = 256 + kernel.bias_columns
     few, many = (torch.ones(n, columns, dtype=kernel.codes, device=device) for n in (rows, centres))
     scores = torch.empty(rows, centres, dtype=kernel.scores, device=device)
     seconds = []

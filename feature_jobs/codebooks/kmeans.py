@@ -1,6 +1,6 @@
 """Computes cluster centres: by Lloyd's k-means, with faiss, or in one pass over a stream.
 
-Points are float32 [n, 256], centres float32 [clusters, 256]. Here is also what a fit asks before
+Points are float32 [n, d], centres float32 [clusters, d]. Here is also what a fit asks before
 it starts: how many distinct points there are, and what memory and time it will take.
 """
 
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from feature_jobs.codebooks.nearest import CentreSearch
-from feature_jobs.schemas import EMBEDDING_DIM
 from feature_jobs.store import threads
 
 _ITERATIONS = 25  # of Lloyd's
@@ -21,10 +20,10 @@ _FIRST_ITERATIONS = 10  # before a single pass, which ends as well with them as 
 # Of a single pass, per cluster: a first epoch of 32 ends 0.5% worse than one of 16.
 _EPOCH_ROWS = 16
 # How far, of a coordinate, the halves of a split cluster move apart; faiss's own.
-_APART = np.where(np.arange(EMBEDDING_DIM) % 2, 1, -1).astype(np.float32) / 1024
+_APART = np.float32(1 / 1024)
 
-_BLOCK = 4096  # points hashed at once: 4 MiB
-_ADDED = 1024  # points added to sums at once
+_BLOCK = 4096 * 256  # numbers of points hashed at once: 4 MiB
+_ADDED = 1024 * 256  # numbers of points added to sums at once
 _SEARCH_BYTES = 256 << 20  # the most that a search holds for a moment, where centres are crowded
 
 
@@ -35,21 +34,21 @@ def lloyd(
     start: np.ndarray | None = None,
     iterations: int = _ITERATIONS,
 ) -> np.ndarray:
-    """Finds centres float32 [clusters, 256] of `points` float32 [n, 256] by Lloyd's k-means.
+    """Finds centres float32 [clusters, d] of `points` float32 [n, d] by Lloyd's k-means.
 
     There are at least as many points as clusters. The first centres are `start` float32
-    [clusters, 256], or rows chosen by `seed`. A cluster that runs empty is given half of a large
+    [clusters, d], or rows chosen by `seed`. A cluster that runs empty is given half of a large
     one. The same seed gives the same centres on the same class of hardware with the same number of
     threads.
     """
     faiss.omp_set_num_threads(threads.budget())
     kmeans = faiss.Kmeans(
-        EMBEDDING_DIM, clusters, niter=iterations, seed=seed, gpu=faiss.get_num_gpus() > 0,
+        points.shape[1], clusters, niter=iterations, seed=seed, gpu=faiss.get_num_gpus() > 0,
         min_points_per_centroid=1, max_points_per_centroid=len(points),
     )  # fmt: skip
     first = None if start is None else np.ascontiguousarray(start, np.float32)
     kmeans.train(np.ascontiguousarray(points, np.float32), init_centroids=first)
-    return np.array(kmeans.centroids).reshape(clusters, EMBEDDING_DIM)
+    return np.array(kmeans.centroids).reshape(clusters, points.shape[1])
 
 
 # ---- The single pass -----------------------------------------------------------------------
@@ -61,7 +60,7 @@ def first_centres(sample: np.ndarray, clusters: int, seed: int) -> np.ndarray:
 
 
 class _Sums:
-    """Holds the sum [K, 256], number and squared distances [K] of each centre's points; float64."""
+    """Holds the sum [K, d], number and squared distances [K] of each centre's points; float64."""
 
     def __init__(self, total: np.ndarray, count: np.ndarray):
         self.total, self.count, self.spread = total, count, np.zeros(len(count))
@@ -69,9 +68,10 @@ class _Sums:
     def add(self, rows: np.ndarray, search: CentreSearch) -> None:
         found = search.nearest(rows)
         totals = torch.from_numpy(self.total)
-        for at in range(0, len(rows), _ADDED):  # a block in float64 stays in the cache
-            block = torch.from_numpy(rows[at : at + _ADDED]).double()
-            totals.index_add_(0, torch.from_numpy(found.place[at : at + _ADDED]), block)
+        step = max(1, _ADDED // rows.shape[1])  # a block in float64 stays in the cache
+        for at in range(0, len(rows), step):
+            block = torch.from_numpy(rows[at : at + step]).double()
+            totals.index_add_(0, torch.from_numpy(found.place[at : at + step]), block)
         np.add.at(self.count, found.place, 1)
         np.add.at(self.spread, found.place, found.distance.astype(np.float64) ** 2)
 
@@ -102,7 +102,7 @@ class SinglePass:
     long as the one before. Within an epoch points go to the nearest of the *frozen* centres; at its
     end each centre becomes the mean of its points, whose coordinates shrink towards 0 by the
     epoch's threshold: `soft_threshold`, then 1/√2 of it, and so on. With 0, which is right for
-    dense unit vectors, this is mini-batch k-means. Memory is O(K · 256) whatever the stream.
+    dense unit vectors, this is mini-batch k-means. Memory is O(K · d) whatever the stream.
 
     What METHOD leaves open, decided by experiment (mean squared distances):
     - A centre that got no point stays where it is until the next epoch begins; then it takes half
@@ -119,7 +119,7 @@ class SinglePass:
     def __init__(
         self, start: np.ndarray, soft_threshold: float = 0.0, epoch_rows: int | None = None
     ):
-        """Begins at `start` float32 [K, 256]: `first_centres`, or the centres of an earlier fit."""
+        """Begins at `start` float32 [K, d]: `first_centres`, or the centres of an earlier fit."""
         self._epoch_rows = self._left = epoch_rows or _EPOCH_ROWS * len(start)
         self._threshold = soft_threshold
         count = np.full(len(start), self._epoch_rows / 2 / len(start))
@@ -127,7 +127,7 @@ class SinglePass:
         self._begin_epoch(start)
 
     def add(self, rows: np.ndarray) -> None:
-        """Takes the next points of the stream, float32 [n, 256]."""
+        """Takes the next points of the stream, float32 [n, d]."""
         while len(rows):
             if not self._left:
                 self._next_epoch()
@@ -137,7 +137,7 @@ class SinglePass:
             rows = rest
 
     def centres(self) -> np.ndarray:
-        """Returns the centres of the stream so far, float32 [K, 256]; more points may follow."""
+        """Returns the centres of the stream so far, float32 [K, d]; more points may follow."""
         points = self._before.joined(self._now) if self._left else self._now
         return points.centres(self._frozen, self._threshold)
 
@@ -152,8 +152,9 @@ class SinglePass:
         widest = np.argsort(-self._now.spread, kind="stable")[: len(lonely)]
         widest = widest[self._now.spread[widest] > 0]
         lonely = lonely[: len(widest)]
-        centres[lonely] = centres[widest] * (1 + _APART)
-        centres[widest] *= 1 - _APART
+        apart = np.where(np.arange(centres.shape[1]) % 2, _APART, -_APART)
+        centres[lonely] = centres[widest] * (1 + apart)
+        centres[widest] *= 1 - apart
         self._now.split(widest, into=lonely)
         self._before = self._now
         self._epoch_rows *= 2
@@ -166,19 +167,25 @@ class SinglePass:
 
 
 def count_distinct(points: np.ndarray) -> int:
-    """Counts the rows of `points` float32 [n, 256] that differ from all before; +0 equals -0.
+    """Counts the rows of `points` float32 [n, d] that differ from all before; +0 equals -0.
 
     Rows are told apart by 64 bits of hash, 9 bytes a row in all: that two of them agree by chance
     has the probability n² / 2^65, 1 in 4,000 for 100 million.
     """
-    odd = np.random.default_rng(0).integers(1 << 63, size=EMBEDDING_DIM // 2, dtype=np.uint64) | 1
+    half = -(-points.shape[1] // 2)
+    odd = np.random.default_rng(0).integers(1 << 63, size=half, dtype=np.uint64) | 1
     hashes = np.empty(len(points), np.uint64)
-    for at in range(0, len(points), _BLOCK):
-        words = (points[at : at + _BLOCK] + np.float32(0)).view(np.uint64)  # [block, 128]
+    step = max(1, _BLOCK // points.shape[1])
+    room = np.empty((step, 2 * half), np.float32)
+    for at in range(0, len(points), step):
+        block = room[: len(points) - at]
+        np.add(points[at : at + step], np.float32(0), out=block[:, : points.shape[1]])
+        block[:, points.shape[1] :] = 0  # beside the last of an odd number
+        words = block.view(np.uint64)  # [block, half]
         # Low bits of round numbers are zeros, which a product keeps: fill them from the high ones.
         words *= odd[0]
         words ^= words >> np.uint64(32)
-        hashes[at : at + _BLOCK] = words @ odd
+        hashes[at : at + step] = words @ odd
     hashes.sort()
     return int(np.count_nonzero(hashes[1:] != hashes[:-1])) + bool(len(hashes))
 
@@ -194,61 +201,65 @@ class Estimate:
     seconds: float
 
 
-def estimate(algorithm: str, sample: int, rows: int, clusters: Sequence[int]) -> Estimate:
+def estimate(
+    algorithm: str, sample: int, rows: int, clusters: Sequence[int], dimension: int
+) -> Estimate:
     """Estimates a fit of `sample` points by "lloyd", or of `rows` after a sample by "single-pass".
 
-    `clusters` are the resolutions, all fitted to the same points. The sample is counted in; what
-    reads and checks it is not.
+    `clusters` are the resolutions, all fitted to the same points, which have so many numbers. The
+    sample is counted in; what reads and checks it is not.
     """
     if algorithm == "lloyd":
-        return _estimate_lloyd(sample, clusters)
-    return _estimate_single_pass(sample, rows, clusters)
+        return _estimate_lloyd(sample, clusters, dimension)
+    return _estimate_single_pass(sample, rows, clusters, dimension)
 
 
 def _estimate_lloyd(
-    points: int, clusters: Sequence[int], iterations: int = _ITERATIONS
+    points: int, clusters: Sequence[int], dimension: int, iterations: int = _ITERATIONS
 ) -> Estimate:
     """Estimates `lloyd` of so many points for each of `clusters` in turn, the points counted in."""
-    working = max(_lloyd_bytes(points, k) for k in clusters)
+    working = max(_lloyd_bytes(points, k, dimension) for k in clusters)
     seconds = (
         iterations
         * _products(points, clusters)
         * _seconds_per_product(
-            lambda some, centres: lloyd(some, len(centres), 0, centres, iterations=1)
+            lambda some, centres: lloyd(some, len(centres), 0, centres, iterations=1), dimension
         )
     )
-    return Estimate(4 * EMBEDDING_DIM * points + working, seconds)
+    return Estimate(4 * dimension * points + working, seconds)
 
 
-def _estimate_single_pass(sample: int, rows: int, clusters: Sequence[int]) -> Estimate:
+def _estimate_single_pass(
+    sample: int, rows: int, clusters: Sequence[int], dimension: int
+) -> Estimate:
     """Estimates `first_centres` of the sample for each of `clusters`, then all passes together.
 
     The passes go on side by side.
     """
-    first = _estimate_lloyd(sample, clusters, _FIRST_ITERATIONS)
+    first = _estimate_lloyd(sample, clusters, dimension, _FIRST_ITERATIONS)
     seconds = _products(rows, clusters) * _seconds_per_product(
-        lambda some, centres: SinglePass(centres).add(some)
+        lambda some, centres: SinglePass(centres).add(some), dimension
     )
-    passes = 4 * EMBEDDING_DIM * sample + sum(map(_pass_bytes, clusters)) + _SEARCH_BYTES
+    passes = 4 * dimension * sample + _pass_bytes(sum(clusters), dimension) + _SEARCH_BYTES
     return Estimate(max(first.bytes, passes), first.seconds + seconds)
 
 
-def _lloyd_bytes(points: int, clusters: int) -> int:
+def _lloyd_bytes(points: int, clusters: int, dimension: int) -> int:
     """Returns the bytes that `lloyd` takes beside its points.
 
     Faiss holds two numbers for each point, three copies of the centres, and a block of products.
     With the points, this is 0 to 20% above measured peaks.
     """
     products = 4 * min(points, 4096) * min(clusters, 1024)
-    return 16 * points + 3 * 4 * EMBEDDING_DIM * clusters + products + (8 << 20)
+    return 16 * points + 3 * 4 * dimension * clusters + products + (8 << 20)
 
 
-def _pass_bytes(clusters: int) -> int:
-    """Returns the bytes that a single pass takes beside its sample.
+def _pass_bytes(clusters: int, dimension: int) -> int:
+    """Returns the bytes that single passes of so many clusters in all take beside their sample.
 
-    It has float64 sums of three epochs and two temporaries, and three copies of the centres.
+    They have float64 sums of three epochs and two temporaries, and three copies of the centres.
     """
-    return (5 * 8 + 3 * 4) * EMBEDDING_DIM * clusters
+    return (5 * 8 + 3 * 4) * dimension * clusters
 
 
 def _products(points: int, clusters: Sequence[int]) -> float:
@@ -260,12 +271,13 @@ def _products(points: int, clusters: Sequence[int]) -> float:
     return sum(float(points) * (k + 400) for k in clusters)
 
 
-def _seconds_per_product(work: Callable[[np.ndarray, np.ndarray], object]) -> float:
+def _seconds_per_product(work: Callable[[np.ndarray, np.ndarray], object], dimension: int) -> float:
     """Times `work` on 4,096 points and 1,024 centres; the least of 3 times, as the first warms up.
 
     Points lie about their centres as embeddings of images do, at squared distances of 0.4.
     """
-    unit = np.random.default_rng(0).standard_normal((4096, EMBEDDING_DIM), np.float32) / 16
+    unit = np.random.default_rng(0).standard_normal((4096, dimension), np.float32)
+    unit /= np.sqrt(np.float32(dimension))
     centres = unit[:1024]
     points = 0.75 * np.tile(centres, (4, 1)) + 0.6 * unit
     seconds = []

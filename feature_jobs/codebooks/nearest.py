@@ -29,12 +29,15 @@ _GROUPS = 128  # of a tile's centres; a group's scores are looked at when its be
 # Sizes are not fitted to a machine's caches: steps of half the size stay in more of them and take
 # a tenth longer, as two threads wait for each other at the beginning of each.
 _TILE = 2048  # centres multiplied at once at most, a multiple of _GROUPS
-_ROWS, _ROWS_GPU = 4096, 8192  # searched at once, by one thread
+# Searched at once, by one thread, of so many columns or fewer: of more columns fewer rows, so that
+# a block has no more numbers.
+_ROWS, _ROWS_GPU, _COLUMNS = 4096, 8192, 256
 _LEAST_ROWS = 32  # CUDA multiplies no fewer than 17
 # Pairs of row and centre: so many times the rows of a block are kept at most, and measured at once.
 _RANKED, _MEASURED, _MEASURED_GPU = 64, 512, 4096
 # What float32 loses at most of a row's length, and float64 of a squared distance in whatever order
-# it is added up; with room to spare.
+# it is added up; with room to spare for 2,048 columns, of which each loses its own share of a row's
+# length, and 2^-53 of a sum of squares.
 _LENGTH_ERROR, _ANY_ORDER, _UNDERFLOW = 1e-5, 1e-12, 1e-30
 
 Distance = Callable[[Array, Array], Array]  # rows, centres → squares
@@ -59,32 +62,37 @@ class _Room:
     Fresh memory costs more than what is done in it.
     """
 
-    def __init__(self, rows: int, tile: int, columns: int, kernel: Kernel, device: str):
+    def __init__(self, rows: int, dimension: int, tile: int, kernel: Kernel, device: str):
         make = functools.partial(torch.empty, device=device)
-        self.moved, self.rounded = make(rows, 256), make(rows, 256)
-        self.codes = make(rows, columns, dtype=kernel.codes)
+        self.moved, self.rounded = make(rows, dimension), make(rows, dimension)
+        self.codes = make(rows, kernel.columns(dimension), dtype=kernel.codes).zero_()
         self.scores = make(rows * tile, dtype=kernel.scores)
         self.tops = make(rows, _GROUPS, dtype=kernel.ordered)
 
 
 class CentreSearch:
-    """Finds the nearest of `centres`, float32 [K, 256] of any layout, finite. COURIER appendix §1.
+    """Finds the nearest of `centres`, float32 [K, d] of any layout, finite. COURIER appendix §1.
 
     The nearest is that of float64 arithmetic, and of centres equally near the first, for rows up to
     10^10 times as long as the centres. What a row gets depends on no other row. Uses an NVIDIA GPU
     where there is one, else the process's budget of threads, which all searches share; several
     threads may search at once. `kernel` screens, by default the one that is fastest here. Holds up
-    to 1,032 bytes per centre beside the centres.
+    to 4 (d + 2) bytes per centre beside the centres; d is 2,048 at most.
     """
 
     def __init__(self, centres: np.ndarray, kernel: Kernel | None = None):
         gpu = torch.cuda.is_available()
         self._device = "cuda" if gpu else "cpu"
-        self._rows, self._measured = (_ROWS_GPU, _MEASURED_GPU) if gpu else (_ROWS, _MEASURED)
+        self._dimension = centres.shape[1]
+        at_once = (_ROWS_GPU, _MEASURED_GPU) if gpu else (_ROWS, _MEASURED)
+        self._rows, self._measured = (
+            max(1, rows * _COLUMNS // max(_COLUMNS, self._dimension)) for rows in at_once
+        )
         # One thread per block: within a block they would wait for each other at every step.
         self._workers = 1 if gpu else threads.budget()
         # Measured in such a thread, as it will be used.
-        self._kernel = kernel or _pool(1).submit(kernels.fastest, self._device).result()
+        fastest = functools.partial(kernels.fastest, self._device, self._dimension)
+        self._kernel = kernel or _pool(1).submit(fastest).result()
         exact = np.require(centres, np.float32, ["C", "W"])  # no copy of a codebook's own
         middle = exact.mean(axis=0, dtype=np.float64).astype(np.float32)
         self._centres = _array(torch.from_numpy(exact).to(self._device))
@@ -94,7 +102,7 @@ class CentreSearch:
         self._set_codes(exact.astype(np.float64) - middle)
 
     def nearest(self, rows: np.ndarray, second: bool = False) -> Nearest:
-        """Finds the nearest centre of each of `rows`, float32 [n, 256].
+        """Finds the nearest centre of each of `rows`, float32 [n, d].
 
         A row that is not finite gets place 0 and distance nan. The `second` distances take up to a
         third of the time more.
@@ -107,8 +115,7 @@ class CentreSearch:
         @torch.inference_mode()  # whose many small steps take less time to begin
         @np.errstate(all="ignore")  # rows that are not finite, as torch does
         def work(_: int) -> None:
-            columns = self._codes.shape[1]
-            room = _Room(size, self._tile, columns, self._kernel, self._device)
+            room = _Room(size, self._dimension, self._tile, self._kernel, self._device)
             for at in starts:
                 block = torch.as_tensor(np.require(rows[at : at + size], np.float32, ["C", "W"]))
                 parts = self._search(_array(block.to(self._device)), room, second)
@@ -122,7 +129,7 @@ class CentreSearch:
         return found
 
     def _set_codes(self, moved: np.ndarray) -> None:
-        """Rounds the centres, float64 [K, 256] about their middle, to codes [K.., columns]."""
+        """Rounds the centres, float64 [K, d] about their middle, to codes [K.., columns]."""
         kernel = self._kernel
         # argmin |x - c|² = argmax x·c - |c|²/2, wherever the origin is, or the zero of scores: [K]
         bias = -0.5 * np.einsum("kd,kd->k", moved, moved)
@@ -144,8 +151,9 @@ class CentreSearch:
         # In steps: the longest centre and the largest bias, and what rounding takes of them.
         self._longest, self._vector_loss = _longest(vectors), _longest(vectors - codes)
         self._largest, self._bias_loss = float(biases.abs().max()), float(rest.abs().max())
-        padding = (0, 0, 0, -self._count % _GROUPS)
-        few = torch.nn.functional.pad(torch.cat(columns, dim=1).to(kernel.codes), padding)
+        few = torch.cat(columns, dim=1).to(kernel.codes)
+        padding = (0, kernel.columns(self._dimension) - few.shape[1], 0, -self._count % _GROUPS)
+        few = torch.nn.functional.pad(few, padding)
         self._codes = few.to(self._device)
 
     def _search(self, rows: Array, room: _Room, second: bool) -> tuple[Array, Array, Array]:
@@ -162,7 +170,7 @@ class CentreSearch:
     def _encode(self, rows: Array, room: _Room) -> tuple[Tensor, Array]:
         """Returns rows as codes [_LEAST_ROWS.., columns], and the error of their scores [n]."""
         # Each row has a step of its own, which changes nothing in the order of its scores: [n, 1]
-        kernel, n, xp = self._kernel, len(rows), library(rows)
+        kernel, n, d, xp = self._kernel, len(rows), self._dimension, library(rows)
         moved, rounded = room.moved[:n], room.rounded[:n]
         codes = room.codes[: max(n, _LEAST_ROWS)]
         codes[n:] = 0
@@ -171,9 +179,9 @@ class CentreSearch:
         step.clamp_(min=max(self._unit, 1e-15)).div_(kernel.levels)
         moved.div_(step)
         bias = step.reciprocal_().mul_(self._unit)
-        kernel.encode(moved, codes[:n, :256], rounded)
+        kernel.encode(moved, codes[:n, :d], rounded)
         biases = kernel.rounded(bias)
-        codes[:n, 256:] = biases
+        codes[:n, d : d + kernel.bias_columns] = biases
         # |x·c - x'·c'| ≤ |x - x'| |c| + |x'| |c - c'|, where x' and c' are the rounded ones; so for
         # the biases; and what adding up loses: [n]
         length = _length(_array(rounded))
@@ -181,7 +189,8 @@ class CentreSearch:
         lost_bias, bias = _array((bias - biases).abs_())[:, 0], _array(biases)[:, 0]
         error = lost * self._longest + length * self._vector_loss
         error += lost_bias * self._largest + bias * self._bias_loss
-        error += kernel.sums * (length * self._longest + bias * self._largest)
+        sums = kernel.sums * kernel.columns(d)
+        error += sums * (length * self._longest + bias * self._largest)
         # A little more, for what rounding did to the error itself.
         return codes, error * 1.01 + (1 if kernel.whole else _UNDERFLOW)
 
@@ -285,7 +294,7 @@ class CodebookSearch:
     ) -> tuple[np.ndarray, Nearest]:
         """Returns the number of the nearest centre of each row, int32 [n], and how near it is.
 
-        The `rows` are float32 [n, 256].
+        The `rows` are float32 [n, d].
         """
         found = self._searches[label].nearest(rows, second)
         return np.asarray(self.codebook.numbers[label])[found.place], found
@@ -328,7 +337,7 @@ def _longest(vectors: Tensor) -> float:
 
 
 def _squared_distance(rows: Array, centres: Array) -> Array:
-    """Returns squared distances, float64 [n], of `rows` to `centres`, float32 [n, 256].
+    """Returns squared distances, float64 [n], of `rows` to `centres`, float32 [n, d].
 
     They have the same bits on every machine: all is done element by element, and added up in the
     order that stands here, halves onto halves, where a library's sum would choose one by the
@@ -336,9 +345,10 @@ def _squared_distance(rows: Array, centres: Array) -> Array:
     """
     sums = _difference(rows, centres)
     sums *= sums
-    while sums.shape[1] > 1:  # [n, 256], [n, 128], …
-        half = sums.shape[1] // 2
-        sums = sums[:, :half] + sums[:, half:]
+    # [n, d], [n, d / 2], …; of an odd number the middle one stays for the next step.
+    while (half := -(-sums.shape[1] // 2)) < sums.shape[1]:
+        sums, more = sums[:, :half], sums[:, half:]
+        sums[:, : more.shape[1]] += more
     return sums[:, 0]
 
 

@@ -2,21 +2,21 @@
 
 A score is a function of its two vectors alone. Their components are whole multiples of 2^-26
 (`item_vectors.whole_steps`), so that each product of two is one of 2^-52; and no sum of some such
-products reaches 2, by Cauchy-Schwarz, since vectors are 1 long up to a thousandth. float64 holds
-all of these numbers: nothing is rounded, and whichever order or kernel a product of matrices takes,
-which depends on its shape and on the CPU, its bits are the same.
+products reaches 2, by Cauchy-Schwarz, since vectors are 1 long up to a thousandth, in however many
+dimensions. float64 holds all of these numbers: nothing is rounded, and whichever order or kernel a
+product of matrices takes, which depends on its shape and on the CPU, its bits are the same.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from feature_jobs.schemas import EMBEDDING_DIM, MUSE_TIERS, SIM_TIERS, Tiers
+from feature_jobs.schemas import MUSE_TIERS, SIM_TIERS, Tiers
 
 _RUN_ROWS = 16  # with one history are scored at once, at most
-# Gathered at once, 2.25 MiB: fewer stay closer to the processor, but then two threads of a worker
-# wait for each other at the start of every step.
-_VECTORS_AT_ONCE = 768
+# Of vectors gathered at once, 2.25 MiB: fewer stay closer to the processor, but then two threads of
+# a worker wait for each other at the start of every step.
+_NUMBERS_AT_ONCE = 768 * 256
 _PLACES_AT_ONCE = 64  # of histories; for larger products BLAS starts threads that wait in turns
 _MEAN_STEPS = 2.0**30  # to 1, of scores that are added up
 _MUSE_EDGES = (np.arange(-10, 11) / 10).astype(np.float32)  # the upper ones of tiers 0 to 20
@@ -27,7 +27,7 @@ def sim_scores(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Takes the cosine of each impression with each item of its history: COURIER appendix §1 eq. 1.
 
-    `vectors` float32 [v, 256] of unit rows, multiples of 2^-26; `impression` int64 [n] and
+    `vectors` float32 [v, d] of unit rows, multiples of 2^-26; `impression` int64 [n] and
     `histories` int64 [h, L] are rows of it, -1 = none. `history_of` int64 [n], ascending, says
     which history an impression has: neighbours with the same one share the reading of its vectors.
     Returns scores float32 [n, L] in [-1, 1], 0 where either is none, and the mask int8 [n, L] of
@@ -62,17 +62,17 @@ def _scores_of_runs(vectors: np.ndarray, shown: np.ndarray, clicked: np.ndarray)
     Both are rows of `vectors`; scores of -1 are arbitrary.
     """
     wanted = np.concatenate([shown, clicked], axis=1)
-    (runs, width), r = wanted.shape, shown.shape[1]
-    at_once = max(1, _VECTORS_AT_ONCE // width)
+    (runs, width), r, dimension = wanted.shape, shown.shape[1], vectors.shape[1]
+    at_once = max(1, _NUMBERS_AT_ONCE // dimension // width)
     # Memory that is kept: fresh one for each step would take a tenth of the time.
-    narrow = np.empty((at_once * width, EMBEDDING_DIM), vectors.dtype)
-    wide = np.empty((at_once * width, EMBEDDING_DIM))
+    narrow = np.empty((at_once * width, dimension), vectors.dtype)
+    wide = np.empty((at_once * width, dimension))
     scores = np.empty((runs, r, width - r), np.float32)
     for at in range(0, runs, at_once):
         rows = wanted[at : at + at_once].reshape(-1)
         np.take(vectors, rows, axis=0, mode="clip", out=narrow[: len(rows)])
         np.copyto(wide[: len(rows)], narrow[: len(rows)])
-        both = wide[: len(rows)].reshape(-1, width, EMBEDDING_DIM)
+        both = wide[: len(rows)].reshape(-1, width, dimension)
         left, right = both[:, :r], both[:, r:].transpose(0, 2, 1)
         for first in range(0, width - r, _PLACES_AT_ONCE):
             places = slice(first, first + _PLACES_AT_ONCE)

@@ -77,15 +77,17 @@ class EmbedJob:
 
     `days` are in a row. `previous_*` is the latest partition before the first, if any. `reuse` says
     whether the embeddings there are those that would be made now, `same_roots` whether an address
-    meant the same file then, `full` that all images are to be embedded again. `chunks` is the
-    folder of chunk files, which other runs with the same encoder share. `done` are the parts that
-    were made before the job: (number of the day, table, shard).
+    meant the same file then, `full` that all images are to be embedded again. Vectors
+    have the encoder's `dimension`. `chunks` is the folder of chunk files, which other runs with the
+    same encoder share. `done` are the parts that were made before the job: (number of the day,
+    table, shard).
     """
 
     days: tuple[EmbedDay, ...]
     embeddings_schema: pa.Schema
     rejects_schema: pa.Schema
     encoder_folder: str
+    dimension: int
     preprocessing: Preprocessing
     image_roots: tuple[str, ...]
     device: str
@@ -540,7 +542,7 @@ class WriteDay(beam.DoFn):
         folder = os.path.join(of_day.staging, table.name)
         partitions.write_part(
             folder, table, schema, rows, shard, of_day.shards, counts, work,
-            made_from=made_from(pieces), examples=examples,
+            {"embedding": job.dimension}, made_from(pieces), examples=examples,
         )  # fmt: skip
 
 

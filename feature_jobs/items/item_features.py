@@ -77,11 +77,11 @@ def features_of(
     )
     scope = encoder_info.in_scope(category, categories)
     n, rows = len(category), np.flatnonzero(scope[: len(embedded)])
-    points = arrays.embedding_matrix(embedded["embedding"])[rows]
+    info = search.codebook.info
+    points = arrays.embedding_matrix(embedded["embedding"], info.dimension)[rows]
     laws.check_unit(points, embedded["item_id"].take(pa.array(rows)))
     inside = np.ones(n, bool)
     inside[: len(embedded)] = embedded["in_catalogue"].to_numpy()
-    info = search.codebook.info
     return pa.table(
         {
             "item_id": pa.chunked_array(embedded["item_id"].chunks + rejected["item_id"].chunks),
@@ -250,10 +250,11 @@ class AssignShard(beam.DoFn):
         folder, second = job.codebook_folder, "second_distance" in job.schema.names
         search = self._held[folder] = shared_search(self._loaded[folder], folder)
         rows = features_of(embedded, rejected, search, job.categories, second)
-        found = search.codebook.info.resolutions
+        info = search.codebook.info
+        highest = {cluster_column(one.label): one.max_id for one in info.resolutions}
         partitions.write_part(
             _parts(job), ITEM_FEATURES, job.schema, rows, shard, job.shards, count_features(rows),
-            limits={cluster_column(one.label): one.max_id for one in found},
+            limits=highest | {"embedding": info.dimension},
         )  # fmt: skip
 
 

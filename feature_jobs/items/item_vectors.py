@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_jobs.schemas import EMBEDDING_DIM, MAIN, cluster_column
+from feature_jobs.schemas import MAIN, cluster_column
 from feature_jobs.store import arrays, broadcast, hashing, partitions
 
 _STEPS = np.float32(2.0**26)  # to 1; a float32 of 1/4 and more is a whole number of them anyway
-_ITEM_BYTES = 4 * EMBEDDING_DIM + 64  # of the machine's copy, with the item's ID
+_ITEM_BYTES = 64  # of the machine's copy beside the vector, with the item's ID
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,15 @@ class ItemTables:
 
     `previous_features` are those of the day before, None for none, whose cluster IDs may be
     `of_another_lineage`. `labels` are the further resolutions whose cluster IDs are asked for. With
-    an `embedding_dtype` of "float16" the vectors are those of a store of half floats.
+    an `embedding_dtype` of "float16" the vectors are those of a store of half floats. They have
+    `dimension` numbers.
     """
 
     features: partitions.Partition
     embeddings: partitions.Partition
     previous_features: partitions.Partition | None
     of_another_lineage: bool
+    dimension: int
     labels: tuple[str, ...] = ()
     embedding_dtype: Literal["float32", "float16"] = "float32"
 
@@ -53,7 +55,7 @@ class ItemVectors:
 
     `item_ids` are int64 or large strings. `starts` int64 [2^b + 1] say where the hashes with each
     of the leading b bits begin.
-    `vector_row` int64 [n] is the item's row in `vectors` float32 [v, 256], in `whole_steps`, -1 for
+    `vector_row` int64 [n] is the item's row in `vectors` float32 [v, d], in `whole_steps`, -1 for
     an item that scores 0. `old_cluster_ids` int32 [n] are those of the day before: 0 for none, -1
     for one of another lineage. `further_ids` are cluster IDs int32 [n] by label of a resolution,
     beside the main one.
@@ -136,7 +138,7 @@ def bucket_starts(hashes: np.ndarray) -> np.ndarray:
 
 
 def items_of_shard(items: ItemTables, shard: int) -> tuple[pa.Table, np.ndarray]:
-    """Returns a shard's items by hash and the vectors float32 [v, 256] of those that score.
+    """Returns a shard's items by hash and the vectors float32 [v, d] of those that score.
 
     The vectors are in `whole_steps`. The columns are item_id, hash, cluster_id and those of further
     resolutions, old_cluster_id and row; `row` is an item's place among the vectors or -1.
@@ -154,14 +156,14 @@ def items_of_shard(items: ItemTables, shard: int) -> tuple[pa.Table, np.ndarray]
     )
     row = np.full(len(features), -1, np.int64)
     row[scores] = np.arange(int(scores.sum()))
-    matrix = arrays.embedding_matrix(embedded["embedding"])[at.to_numpy()]
+    matrix = arrays.embedding_matrix(embedded["embedding"], items.dimension)[at.to_numpy()]
     matrix = whole_steps(matrix.astype(items.embedding_dtype).astype(np.float32, copy=False))
     old = pa.array(_old_clusters(items, shard, features["item_id"]), pa.int32())
     return features.append_column("old_cluster_id", old).append_column("row", pa.array(row)), matrix
 
 
 def whole_steps(vectors: np.ndarray) -> np.ndarray:
-    """Rounds the components of `vectors` float32 [v, 256] to multiples of 2^-26; float32 [v, 256].
+    """Rounds the components of `vectors` float32 [v, d] to multiples of 2^-26; float32 [v, d].
 
     Products of such vectors are exact: see `scores`.
     """
@@ -187,7 +189,9 @@ def open_item_vectors(items: ItemTables, key: str) -> ItemVectors:
     The first process that needs it makes it while the others wait.
     """
     folder, _ = broadcast.shared_folder(
-        key, partial(_build_item_vectors, items), broadcast_bytes(items.features.rows)
+        key,
+        partial(_build_item_vectors, items),
+        broadcast_bytes(items.features.rows, items.dimension),
     )
     names = ("hashes", "starts", "cluster_ids", "old_cluster_ids", "vector_row", "vectors")
     arrays = {
@@ -215,9 +219,9 @@ def _open_ids(folder: str, count: int) -> pa.Array:
     return pa.LargeStringArray.from_buffers(count, ends, text)
 
 
-def broadcast_bytes(items: int) -> int:
+def broadcast_bytes(items: int, dimension: int) -> int:
     """Estimates the bytes of disk that the machine's copy of so many items takes."""
-    return items * _ITEM_BYTES
+    return items * (4 * dimension + _ITEM_BYTES)
 
 
 def _build_item_vectors(items: ItemTables, folder: str) -> None:
@@ -231,7 +235,7 @@ def _build_item_vectors(items: ItemTables, folder: str) -> None:
         "cluster_ids": ("<i4", (n,)),
         "old_cluster_ids": ("<i4", (n,)),
         "vector_row": ("<i8", (n,)),
-        "vectors": ("<f4", (max(1, items.embeddings.rows), EMBEDDING_DIM)),
+        "vectors": ("<f4", (max(1, items.embeddings.rows), items.dimension)),
         **{_further(label): ("<i4", (n,)) for label in items.labels},
     }
     with contextlib.ExitStack() as files:
@@ -320,7 +324,7 @@ def answer(wanted: pa.ChunkedArray, found: pa.Table, matrix: np.ndarray) -> pa.T
     )
     row = found["row"].take(at).to_numpy()
     scores = row >= 0
-    offsets = np.concatenate([[0], np.cumsum(scores * EMBEDDING_DIM)]).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(scores * matrix.shape[1])]).astype(np.int32)
     lists = pa.ListArray.from_arrays(
         pa.array(offsets), pa.array(matrix[row[scores]].reshape(-1)), mask=pa.array(~scores)
     )
@@ -341,7 +345,9 @@ def items_of_answers(answers: pa.Table) -> ItemVectors:
     order = np.argsort(hashes)
     answers = answers.take(pa.array(order))
     scores = pc.is_valid(answers["embedding"]).to_numpy(zero_copy_only=False)
-    matrix = arrays.embedding_matrix(answers["embedding"])  # a null has no values
+    # Vectors of one night are equally long, and a null has no values.
+    dimension = pc.max(pc.list_value_length(answers["embedding"])).as_py() or 1
+    matrix = arrays.matrix(answers["embedding"], dimension)
     row = np.where(scores, np.cumsum(scores) - 1, -1)
     kind = pa.int64() if pa.types.is_int64(answers["item_id"].type) else pa.large_string()
     further = {k: answers[cluster_column(k)].to_numpy() for k in _further_labels(answers)}
@@ -352,7 +358,7 @@ def items_of_answers(answers: pa.Table) -> ItemVectors:
         answers["cluster_id"].to_numpy(),
         answers["old_cluster_id"].to_numpy(),
         row,
-        matrix if len(matrix) else np.zeros((1, EMBEDDING_DIM), np.float32),
+        matrix if len(matrix) else np.zeros((1, dimension), np.float32),
         further,
     )
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.lib.stride_tricks import sliding_window_view
 
-from feature_jobs.schemas import EMBEDDING_DIM
+from feature_jobs.schemas import DataContractError
 
 _ROWS_AT_ONCE = 1024  # compared, so that they stay in the cache
 _MOST_VALUES = 2**31 - 1  # of the lists of one Arrow array
@@ -84,9 +84,20 @@ def list_column(matrix: np.ndarray, type: pa.DataType) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, values, type=type)
 
 
-def embedding_matrix(column: pa.ChunkedArray) -> np.ndarray:
-    """Returns the list column `embedding` as float32 [n, 256]; read-only where it is no copy."""
-    return matrix(column, EMBEDDING_DIM)
+def embedding_matrix(column: pa.ChunkedArray, dimension: int) -> np.ndarray:
+    """Returns the list column `embedding` as float32 [n, dimension]; read-only where it is no copy.
+
+    Nulls are left out. Raises DataContractError where the vectors are not so long.
+    """
+    sizes = pc.unique(pc.list_value_length(column).drop_null()).to_pylist()
+    if sizes not in ([], [dimension]):
+        raise DataContractError(
+            f"Of {len(column):,} embeddings some have {', '.join(map(str, sorted(sizes)[:5]))} "
+            f"numbers, where the encoder and the codebook have {dimension}. Vectors of two lengths "
+            "have no distance. Embed the day again with the encoder that is pinned, `courier embed "
+            "--full`, and pin a codebook that was fitted on its embeddings."
+        )
+    return matrix(column, dimension)
 
 
 def matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,27 @@ from feature_jobs.schemas import OperatorError
 from feature_jobs.store.documents import read_json, write_json
 
 TIMM = "timm:"  # begins the names of timm's backbones
+# Of encoders, codebooks and tables whose records do not tell it: once there was no other.
+UNTOLD_DIMENSION = 256
+_DIMENSIONS = range(16, 2049)
+
+
+def told(dimension: int) -> dict[str, int]:
+    """Returns what a record says of a dimension; nothing of the usual one, as it always was."""
+    return {} if dimension == UNTOLD_DIMENSION else {"dimension": dimension}
+
+
+def dimension_of(record: Mapping[str, Any]) -> int:
+    """Returns the dimension of which a record says what is `told`."""
+    return int(record.get("dimension", UNTOLD_DIMENSION))
+
+
+def weight(dimension: int) -> int:
+    """Returns for how many rows one with a vector counts where tables are cut into shards.
+
+    So the memory that a shard takes does not grow with the dimension.
+    """
+    return max(1, dimension // UNTOLD_DIMENSION)
 
 
 @dataclass(frozen=True)
@@ -24,7 +45,7 @@ class EncoderInfo:
     data, both ends inclusive; None for an encoder that was made without any. `timm` is there for a
     backbone of timm's: its `version`, and of weights from its hub `hub_id`, `revision`, `licence`.
     `lineage` has the IDs of the encoders that training went on from, the latest first; the data
-    range includes theirs.
+    range includes theirs. `dimension` is how many numbers an embedding has, 16 to 2,048.
     """
 
     encoder_id: str
@@ -36,22 +57,31 @@ class EncoderInfo:
     weights: str
     timm: dict[str, str] | None = None
     lineage: tuple[str, ...] = ()
+    dimension: int = UNTOLD_DIMENSION
 
 
 def read_encoder_info(folder: str) -> EncoderInfo:
-    """Raises OperatorError where `folder` is no encoder package."""
+    """Raises OperatorError where `folder` is no encoder package, or its dimension is impossible."""
     path = os.path.join(folder, "encoder.json")
     try:
         fields = read_json(path)
         categories = fields["categories"]
         fields["categories"] = None if categories is None else tuple(categories)
         fields["lineage"] = tuple(fields.get("lineage", ()))
-        return EncoderInfo(**fields)
+        info = EncoderInfo(**fields)
     except (FileNotFoundError, NotADirectoryError, TypeError, KeyError) as error:
         raise OperatorError(
             f"{folder!r} is no encoder package: {path} is missing or lacks a field ({error!r}). "
             "Point at a folder made by `courier init-encoder`."
         ) from error
+    if info.dimension not in _DIMENSIONS:
+        raise OperatorError(
+            f"{path} says that embeddings have a dimension of {info.dimension!r}; expected is a "
+            f"whole number from {_DIMENSIONS[0]} to {_DIMENSIONS[-1]:,}. Tables of anything else "
+            "would be searched with bounds that do not hold. Restore the file from its origin, or "
+            "make the encoder again."
+        )
+    return info
 
 
 def write_encoder_info(folder: str, info: EncoderInfo) -> None:
@@ -59,7 +89,8 @@ def write_encoder_info(folder: str, info: EncoderInfo) -> None:
     for name in ("timm", "lineage"):
         if not facts[name]:
             del facts[name]
-    write_json(os.path.join(folder, "encoder.json"), facts)
+    del facts["dimension"]
+    write_json(os.path.join(folder, "encoder.json"), facts | told(info.dimension))
 
 
 def check_timm_is_there(backbone: str) -> None:

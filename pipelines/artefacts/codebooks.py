@@ -141,7 +141,7 @@ def plan_fit(
         _check_alike(old, embeddings)
     labels = tuple(k for k in fit.clusters if parent and k in parent.labels)
     sample = SampleJob(
-        embeddings, encoder.categories, fraction, held_out,
+        embeddings, encoder.dimension, encoder.categories, fraction, held_out,
         # Not that of an earlier fit, whose workers may live on.
         settings.layout.fit_folder("fit-codebook", ds, secrets.token_hex(6)),
         old, labels if old else (),
@@ -151,7 +151,9 @@ def plan_fit(
     plan = FitPlan(
         fit, ds, encoder_folder, encoder, parent_folder, parent, sample, items,
         impressions=_impressions(settings, ds, embeddings, say) if parent else None,
-        estimate=estimate(fit.algorithm, drawn, rows, list(fit.clusters.values())),
+        estimate=estimate(
+            fit.algorithm, drawn, rows, list(fit.clusters.values()), encoder.dimension
+        ),
         options=beam_options.job_options(settings, "fit-codebook", beam_args),
     )  # fmt: skip
     _check_memory(plan)

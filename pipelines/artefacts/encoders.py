@@ -77,6 +77,7 @@ class Start:
     backbone: str
     weights: str
     input_size: int | None
+    embedding_dim: int
     seed: int
 
 
@@ -149,7 +150,9 @@ def init_encoder(
     """
     check_name(name)
     read = _open(fitting, settings, beam_args, say) if fitting else None
-    encoder = build_encoder(start.backbone, start.weights, start.input_size, start.seed)
+    encoder = build_encoder(
+        start.backbone, start.weights, start.input_size, start.seed, start.embedding_dim
+    )
     scope, words, day = tuple(categories) or None, origin_of(start.weights), None
     from_ds, knows = _ANY_DAY, "made without click data: it may serve any day"
     if fitting and read:
@@ -180,8 +183,8 @@ def _fit(
     if fitting.projection == "pca" and features_of_each < dimensions:
         raise OperatorError(
             f"The backbone {encoder.backbone_name!r} makes {features_of_each} features of an "
-            f"image, which have no {dimensions} directions. Say --projection random, or take a "
-            "larger one."
+            f"image, which have no {dimensions} directions. Say --projection random, take a "
+            "larger one, or ask for fewer with --embedding-dim."
         )
     staging = settings.layout.fit_folder("init-encoder", fitting.ds, secrets.token_hex(6))
     with own_staging(staging, say):
@@ -195,7 +198,7 @@ def _fit(
     if fitting.projection == "random":
         encoder.take_off(features)
         return f"{centre}{found}"
-    projection = principal(features, len(encoder.head.weight), fitting.whiten)
+    projection = principal(features, encoder.dimension, fitting.whiten)
     say(f"init-encoder: {projection.explained:.1%} of the features' variance is kept")
     encoder.project(projection, fitting.centre)
     whitened = "whitened " if fitting.whiten else ""

@@ -42,6 +42,7 @@ from feature_jobs.schemas import (
 )
 from feature_jobs.schemas import TRAINING_ROWS as ROWS_TABLE
 from feature_jobs.store import documents, hashing
+from feature_jobs.store.encoder_info import dimension_of, weight
 from pipelines.config import Settings
 from pipelines.planning.day_plan import NO_IDS, DayPlan
 from pipelines.planning.items import PlannedFeatures
@@ -197,9 +198,9 @@ class PlannedScores(Planned):
         return self.schema.empty_table().select(IMPRESSION_COLUMNS)
 
     @property
-    def items(self) -> int:
-        """Returns how many items a copy of the largest of its nights has."""
-        return max((night.items for night in self.nights), default=0)
+    def copied_bytes(self) -> int:
+        """Returns about how many bytes a worker's copy of the largest of its nights takes."""
+        return max((night.copied_bytes for night in self.nights), default=0)
 
     def as_worker_knows_it(self, look: Look, folder: str) -> SimscoreDay:
         """Returns the day as the workers of the job of a `folder` know it.
@@ -245,6 +246,7 @@ def _as_worker_knows_it(
             embeddings.slim(),
             before and before.slim(),
             is_other,
+            dimension_of(embeddings.manifest["settings"]),
             score_form(settings).labels,
             settings.simscore.embedding_dtype,
         ),
@@ -355,7 +357,7 @@ def _night_of_ds(embedded: Planned, features: PlannedFeatures) -> ItemNight:
     before = features.compared_with
     return ItemNight(
         always(features.stage.ds), own, embeddings, {}, before.tables[0] if before else None,
-        embedded.stage.input_rows,
+        broadcast_bytes(embedded.stage.input_rows, dimension_of(embedded.stage.settings)),
     )  # fmt: skip
 
 
@@ -401,7 +403,9 @@ def _plan_scores(
     stage = day.stage(
         SIMSCORE,
         shards=hashing.num_shards(
-            log.log.rows * max(1, settings.history_len // _USUAL_LENGTH),
+            log.log.rows
+            * max(1, settings.history_len // _USUAL_LENGTH)
+            * weight(day.pinned.encoder.dimension),
             settings.rows_per_shard,
         ),
         inputs={
@@ -420,7 +424,7 @@ def _plan_scores(
     )
     if log.before.is_gone and not has_history:
         _refuse_if_to_be_made(day, stage)
-    by = embeddings_by(day, max((night.items for night in nights), default=0), len(nights))
+    by = embeddings_by(day, max((night.copied_bytes for night in nights), default=0), len(nights))
     return PlannedScores(stage, log, has_history, by, nights, schema)
 
 
@@ -437,8 +441,8 @@ def _refuse_if_to_be_made(day: DayPlan, stage: Stage) -> None:
     )
 
 
-def embeddings_by(day: DayPlan, items: int, nights: int = 1) -> str:
-    """Chooses how the embeddings of so many items, in each of a day's nights, reach impressions.
+def embeddings_by(day: DayPlan, copied_bytes: int, nights: int = 1) -> str:
+    """Chooses how embeddings reach impressions, of which copies of each night take so many bytes.
 
     Of several days in one job each day adds a copy of its own.
     """
@@ -447,7 +451,7 @@ def embeddings_by(day: DayPlan, items: int, nights: int = 1) -> str:
         return asked
     limit = day.settings.simscore.broadcast_limit_gb * 1e9
     copies = day.range.days + nights - 1
-    return BROADCAST if broadcast_bytes(items) * copies <= limit else SHUFFLE
+    return BROADCAST if copied_bytes * copies <= limit else SHUFFLE
 
 
 # ---- TRAINING-ROWS ---------------------------------------------------------------------------

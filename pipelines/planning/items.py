@@ -19,11 +19,12 @@ from feature_jobs.schemas import (
     ITEM_REJECTS,
     MAIN,
     DataContractError,
+    OperatorError,
     cluster_field,
 )
 from feature_jobs.schemas import ITEM_FEATURES as FEATURES_TABLE
 from feature_jobs.store import documents, hashing, partitions
-from feature_jobs.store.encoder_info import check_timm_is_there
+from feature_jobs.store.encoder_info import check_timm_is_there, dimension_of, told, weight
 from feature_jobs.store.versions import PACKAGE_VERSIONS
 from pipelines.config import Settings
 from pipelines.planning.day_plan import DayPlan
@@ -75,9 +76,10 @@ class PlannedEmbed(Planned):
                 )
                 for day in days
             ),
-            embeddings_schema=ITEM_EMBEDDINGS.schema(first.item_id),
+            embeddings_schema=ITEM_EMBEDDINGS.schema(first.item_id, dimension=encoder.dimension),
             rejects_schema=ITEM_REJECTS.schema(first.item_id),
             encoder_folder=first.pinned.pin.encoder,
+            dimension=encoder.dimension,
             preprocessing=Preprocessing.from_dict(encoder.preprocessing),
             device=settings.embed.device,
             precision=settings.embed.precision,
@@ -131,6 +133,7 @@ class PlannedEmbed(Planned):
 
 def plan_embed(day: DayPlan) -> PlannedEmbed:
     item_id = _same_item_id_type(day)
+    _check_dimension(day)
     return day.settled(EMBED, _goes_on_from(day), partial(_plan_embed, day, item_id))
 
 
@@ -162,7 +165,9 @@ def _plan_embed(day: DayPlan, item_id: pa.DataType, before: Earlier | None) -> P
     stage = day.stage(
         EMBED,
         "asked for (--full)" if day.options.full else "",
-        shards=hashing.num_shards(catalogue.rows, settings.rows_per_shard),
+        shards=hashing.num_shards(
+            catalogue.rows * weight(pinned.encoder.dimension), settings.rows_per_shard
+        ),
         inputs={
             "catalogue": catalogue.identity(),
             "previous": before.as_input() if before else None,
@@ -174,6 +179,7 @@ def _plan_embed(day: DayPlan, item_id: pa.DataType, before: Earlier | None) -> P
             "batch_size": settings.embed.batch_size,
             "window_days": settings.window_days,
             **_precision(settings),
+            **told(pinned.encoder.dimension),
         },
         before=before.tables if before else (),
         input_rows=catalogue.rows,
@@ -204,6 +210,21 @@ def _same_item_id_type(day: DayPlan) -> pa.DataType:
             "feature_set."
         )
     return item_id
+
+
+def _check_dimension(day: DayPlan) -> None:
+    """Raises OperatorError where the feature set has embeddings of another dimension."""
+    encoder, other = day.pinned.encoder, day.yesterdays.nearest(EMBED, day.ds)
+    found = dimension_of(other.settings) if other else encoder.dimension
+    if other and found != encoder.dimension:
+        raise OperatorError(
+            f"The encoder that is pinned for ds {day.ds}, {encoder.encoder_id}, makes embeddings "
+            f"of {encoder.dimension:,} dimensions, but those of ds {other.ds} in the feature set "
+            f"{day.settings.feature_set!r} have {found:,}, of {other.identities['encoder_id']}. "
+            "Whoever reads a range of its days would get vectors of two lengths. Give the settings "
+            "a new feature_set, in which the new encoder begins and the old tables stay, or pin an "
+            f"encoder of {found:,} dimensions."
+        )
 
 
 # ---- ITEM-FEATURES ---------------------------------------------------------------------------
@@ -302,6 +323,7 @@ def _plan_features(day: DayPlan, embedded: Planned, before: Earlier | None) -> P
         day.item_id_type(),
         extra=[cluster_field(label) for label in labels],
         without=[name for name, asked in wanted.items() if not asked],
+        dimension=codebook.dimension,
     )
     stage = day.stage(
         ITEM_FEATURES,
@@ -318,6 +340,7 @@ def _plan_features(day: DayPlan, embedded: Planned, before: Earlier | None) -> P
             "max_id": {r.label: r.max_id for r in codebook.resolutions},
             "ancestors": codebook.ancestors,
             "categories": day.pinned.encoder.categories,
+            **told(codebook.dimension),
         },
         notes=day.pinned.overlap("codebook", codebook.data_end_ds),
     )

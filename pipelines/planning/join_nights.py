@@ -13,10 +13,11 @@ from feature_jobs import inputs
 from feature_jobs.impressions import layouts
 from feature_jobs.impressions.ctr_join import JoinNight
 from feature_jobs.impressions.snapshots import Snapshot, after_its_day, always, night_at
-from feature_jobs.items.item_vectors import ItemTables
+from feature_jobs.items.item_vectors import ItemTables, broadcast_bytes
 from feature_jobs.schemas import ITEM_EMBEDDINGS, USER_HISTORIES, InputNotReady, Table
 from feature_jobs.schemas import ITEM_FEATURES as FEATURES_TABLE
 from feature_jobs.store import documents
+from feature_jobs.store.encoder_info import dimension_of
 from feature_jobs.store.partitions import Partition
 from pipelines.config import Settings
 from pipelines.running import records
@@ -76,6 +77,16 @@ class NightThere:
         """Returns the highest cluster number by label."""
         return dict(self.features.manifest["settings"]["max_id"])
 
+    @property
+    def dimension(self) -> int:
+        """Returns the dimension of its embeddings."""
+        return dimension_of(self.embeddings.manifest["settings"])
+
+    @property
+    def copied_bytes(self) -> int:
+        """Returns about how many bytes a worker's copy of its items takes."""
+        return broadcast_bytes(self.features.rows, self.dimension)
+
     def as_input(self) -> dict[str, Any]:
         """Returns what the id of a run changes with that takes features of it."""
         tables = {"item_features": self.features, "item_embeddings": self.embeddings}
@@ -101,7 +112,7 @@ class NightThere:
         return JoinNight(
             self.snapshot,
             int(self.created.timestamp() * 1_000_000) if self.created else None,
-            ItemTables(*tables, None, False, tuple(labels), embedding_dtype),
+            ItemTables(*tables, None, False, self.dimension, tuple(labels), embedding_dtype),
             self.histories.slim() if self.histories else None,
             self.key(folder),
         )

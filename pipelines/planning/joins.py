@@ -40,6 +40,7 @@ from feature_jobs.schemas import (
     score_field,
 )
 from feature_jobs.store import day_names, files, hashing
+from feature_jobs.store.encoder_info import weight
 from feature_jobs.store.partitions import Partition
 from pipelines.config import Settings, key_of
 from pipelines.planning.day_plan import NO_IDS, DayPlan, NightOptions, Range
@@ -140,7 +141,8 @@ class PlannedJoin(Planned):
         rows, settings = max(day.samples.rows for day in days), first.settings
         # A shard of a table that samples meet is no larger than a part of it.
         met = [len(table.paths) for day in days for table in day._tables_by_user()]
-        shards = max([hashing.num_shards(rows, settings.rows_per_shard), *met])
+        widest = max((night.dimension for day in days for night in day.nights), default=0)
+        shards = max([hashing.num_shards(rows * weight(widest), settings.rows_per_shard), *met])
         histories, log = None, list[Source]()
         if logs:
             histories = histories_job(logs, [shards], folder)
@@ -421,7 +423,7 @@ class _OpenDay:
             },
         )
         day.range.say(f"join of ds {day.ds}: published scores are {told}")
-        by = embeddings_by(day, max((night.features.rows for night in self.nights), default=0))
+        by = embeddings_by(day, max((night.copied_bytes for night in self.nights), default=0))
         planned = PlannedJoin(
             stage, day.settings, asked, samples, day.history_day(), self.nights, clusters, ids,
             schema, self.log, self._hands_on(), scores, told, by,

@@ -58,12 +58,14 @@ class PinnedArtefacts:
                 "fit-codebook` for an earlier day, and add the stanza that it prints."
             )
         info = self._read(codebooks.read_codebook_info, self.pin.codebook)
-        if info.encoder_id != self.encoder.encoder_id:
+        mine, theirs = self.encoder, info
+        if (mine.encoder_id, mine.dimension) != (theirs.encoder_id, theirs.dimension):
             raise OperatorError(
                 f"The pin from {self.pin.from_ds} mixes two encoders: its encoder is "
-                f"{self.encoder.encoder_id}, but its codebook {info.codebook_id} was fitted on "
-                f"embeddings of {info.encoder_id}. Distances between the two mean nothing. Pin the "
-                "codebook's own encoder, or fit a codebook on the new embeddings."
+                f"{mine.encoder_id}, of {mine.dimension:,} dimensions, but its codebook "
+                f"{info.codebook_id} was fitted on embeddings of {info.encoder_id}, of "
+                f"{theirs.dimension:,}. Distances between the two mean nothing. Pin the codebook's "
+                "own encoder, or fit a codebook on the new embeddings."
             )
         return info
 

@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from feature_jobs.impressions.snapshots import Snapshot, after_its_day
+from feature_jobs.items.item_vectors import broadcast_bytes
 from feature_jobs.schemas import ITEM_EMBEDDINGS, InputNotReady
 from feature_jobs.schemas import ITEM_FEATURES as FEATURES_TABLE
 from feature_jobs.store import files
+from feature_jobs.store.encoder_info import dimension_of
 from feature_jobs.store.partitions import MANIFEST, Partition
 from pipelines.config import Settings
 from pipelines.planning.yesterday import Earlier, Yesterdays
@@ -31,8 +33,9 @@ class ItemNight:
     """Names the tables of a night that impressions are scored with.
 
     `run_ids` are those of the tables, as the scores name them; `compared` are the features that
-    those of the night are compared with, None for none. `items` is about how many it has, `labels`
-    are the resolutions of its codebook. One that `is_gone` was taken away since.
+    those of the night are compared with, None for none. A worker's copy of its items takes about
+    `copied_bytes`; `labels` are the resolutions of its codebook. One that `is_gone` was taken away
+    since.
     """
 
     snapshot: Snapshot
@@ -40,7 +43,7 @@ class ItemNight:
     embeddings: Reference
     run_ids: Mapping[str, str]
     compared: Reference | None = None
-    items: int = 0
+    copied_bytes: int = 0
     codebook_id: str = ""
     labels: tuple[str, ...] = ()
     is_gone: bool = False
@@ -176,7 +179,7 @@ class _Finder:
             embeddings,
             {FEATURES_TABLE.name: features.run_id, ITEM_EMBEDDINGS.name: embedded.run_id},
             compared.tables[0] if compared else None,
-            items,
+            broadcast_bytes(items, dimension_of(embedded.settings)),
             features.identities["codebook_id"],
             tuple(features.settings["max_id"]),
         )

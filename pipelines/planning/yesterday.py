@@ -150,6 +150,12 @@ class Yesterdays:
             return published
         return _of_planned(self.planned[kind.name, newest])
 
+    def nearest(self, kind: Kind, ds: dt.date) -> Earlier | None:
+        """Returns the newest stage before ds, or else the first published from ds on."""
+        days = self.look.begun_days(self.layout, kind.tables[0])
+        later = (self.at(kind, day) for day in days if day >= ds)
+        return self.before(kind, ds) or next(filter(None, later), None)
+
     def at(self, kind: Kind, ds: dt.date) -> Earlier | None:
         """Returns the stage of a day, planned or published, None for neither."""
         if planned := self.planned.get((kind.name, ds)):

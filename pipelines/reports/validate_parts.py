@@ -50,6 +50,7 @@ from feature_jobs.schemas import (
     scores_schema,
 )
 from feature_jobs.store import files, hashing
+from feature_jobs.store.encoder_info import dimension_of
 from feature_jobs.store.partitions import Partition
 
 BROKEN, REFUSED, NOT_READY = "broken", "refused", "not ready"
@@ -137,8 +138,10 @@ class Published:
         """Returns the limits of `laws.check` that the manifest tells."""
         if self.is_laid_out:
             return {}
+        if self.table is ITEM_EMBEDDINGS:
+            return {"embedding": dimension_of(self.settings)}
         if self.table is ITEM_FEATURES:
-            return _highest(self.settings)
+            return _highest(self.settings) | {"embedding": dimension_of(self.settings)}
         lists = {
             USER_HISTORIES.name: {"item_ids": "history_len"},
             USER_SIMSCORES.name: {"sim_scores": "history_len", TOP_POSITIONS: "top_k"},

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from feature_jobs import schemas
-from feature_jobs.schemas import EMBEDDING_DIM, DataContractError, Table
+from feature_jobs.schemas import DataContractError, Table
 from feature_jobs.store import files
 from feature_jobs.store.documents import parse_json
+from feature_jobs.store.encoder_info import dimension_of
 from pipelines.config import Prices, Settings
 from pipelines.running.layout import Layout, date_of
 from pipelines.running.stage import Planned, Stage
@@ -330,12 +331,13 @@ class _Sizes:
     def of_stage(self, stage: Stage) -> float:
         """Returns about how many bytes the tables of a stage have."""
         rows = _rows_that_size(stage.kind, stage.inputs, _rows_of_day(stage))
-        return sum(self._bytes_of_row(table) for table in stage.tables) * rows
+        dimension = dimension_of(stage.settings)
+        return sum(self._bytes_of_row(table, dimension) for table in stage.tables) * rows
 
-    def _bytes_of_row(self, table: Table) -> float:
+    def _bytes_of_row(self, table: Table, dimension: int) -> float:
         if table.name not in self._of_row:
             published = self._of_newest(table)
-            guess = _guess(table, self._settings) if published is None else published
+            guess = _guess(table, self._settings, dimension) if published is None else published
             self._of_row[table.name] = guess
         return self._of_row[table.name]
 
@@ -365,9 +367,9 @@ def _rows_that_size(kind: Kind, inputs: Mapping[str, Any], rows: int) -> int:
     return rows
 
 
-def _guess(table: Table, settings: Settings) -> float:
+def _guess(table: Table, settings: Settings, dimension: int) -> float:
     """Returns the bytes for a row that came in, by the columns and what they took in the demo."""
-    embedding, length = 4 * EMBEDDING_DIM, settings.history_len
+    embedding, length = 4 * dimension, settings.history_len
     columns = settings.simscore.columns
     of_history = 4 * sum(name.startswith("history_") for name in columns)
     sizes = {

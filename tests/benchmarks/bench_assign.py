@@ -1,12 +1,14 @@
 """Measures how fast every item finds its nearest centre, beside faiss and the bare product.
 
     python tests/benchmarks/bench_assign.py [--clusters 1000,16384,65536] [--threads 2]
+        [--dimensions 64,768]
 
 `make bench` runs it. Items are unit vectors about styles, styles about categories, in noise whose
 spectrum falls off; centres are those of one step of k-means. All take turns in one process; rates
 are medians. "Parquet" reads item_embeddings and writes IDs and distances, the rest have all in
 memory; products choose nothing, and "nothing" reads and writes alone, so they are limits. Wrong are
-IDs that are not the nearest in float64.
+IDs that are not the nearest in float64. With --dimensions only this is measured: bytes of vectors a
+second, beside those of 256 dimensions.
 """
 
 import argparse
@@ -41,10 +43,10 @@ def unit(rows: np.ndarray) -> np.ndarray:
 class Shop:
     """Draws items of a catalogue with a quarter as many styles as there are clusters."""
 
-    def __init__(self, clusters: int):
-        self._rng = np.random.default_rng(0)
-        basis = np.linalg.qr(self._rng.normal(size=(DIM, DIM)))[0]
-        falling = np.arange(1, DIM + 1) ** -0.5
+    def __init__(self, clusters: int, dimension: int = DIM):
+        self._rng, self._dimension = np.random.default_rng(0), dimension
+        basis = np.linalg.qr(self._rng.normal(size=(dimension, dimension)))[0]
+        falling = np.arange(1, dimension + 1) ** -0.5
         self._shape = (falling[:, None] / np.linalg.norm(falling) * basis).astype(np.float32)
         categories = unit(self._noise(200))
         styles = max(clusters // 4, 200)
@@ -52,7 +54,7 @@ class Shop:
         self._styles = unit(categories[of] + 0.7 * self._noise(styles))
 
     def _noise(self, count: int) -> np.ndarray:
-        return self._rng.standard_normal((count, DIM), np.float32) @ self._shape
+        return self._rng.standard_normal((count, self._dimension), np.float32) @ self._shape
 
     def items(self, count: int) -> np.ndarray:
         of = self._rng.integers(0, len(self._styles), count)
@@ -77,7 +79,7 @@ def by_courier(centres: np.ndarray) -> Find:
 
 
 def by_faiss(centres: np.ndarray) -> Find:
-    index = faiss.IndexFlatL2(DIM)
+    index = faiss.IndexFlatL2(centres.shape[1])
     index.add(centres)
 
     def find(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -103,10 +105,10 @@ def by_nothing(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.zeros(len(rows), np.int64), rows[:, 0]
 
 
-def through_parquet(find: Find, path: Path) -> Callable[[], object]:
+def through_parquet(find: Find, path: Path, dimension: int = DIM) -> Callable[[], object]:
     def run() -> None:
         rows = partitions.read_parquet(str(path), ["item_id", "embedding"])
-        place, distance = find(arrays.embedding_matrix(rows["embedding"]))
+        place, distance = find(arrays.embedding_matrix(rows["embedding"], dimension))
         columns = {
             "item_id": rows["item_id"],
             "cluster_id": place.astype(np.int32) + 1,
@@ -175,13 +177,34 @@ def wrong(find: Find, rows: np.ndarray, centres: np.ndarray) -> int:
     return count
 
 
-def bench(clusters: int, repeats: int, folder: Path) -> None:
-    shop = Shop(clusters)
-    centres, rows = shop.centres(clusters), shop.items(WORK // max(clusters, 4096))
-    path = folder / f"{clusters}.parquet"
+def write_items(path: Path, rows: np.ndarray) -> Path:
     embedding = arrays.list_column(rows, pa.list_(pa.float32()))
     items = pa.table({"item_id": np.arange(len(rows)), "embedding": embedding})
     partitions.write_parquet(str(path), items)
+    return path
+
+
+def bench_dimensions(dimensions: list[int], clusters: int, repeats: int, folder: Path) -> None:
+    """Prints bytes of vectors a second of each dimension, beside those of 256; all take turns."""
+    runs, sizes = dict[str, Callable[[], object]](), dict[str, int]()
+    for dimension in (DIM, *dimensions):
+        shop = Shop(clusters, dimension)
+        find, rows = by_courier(shop.centres(clusters)), shop.items(WORK // clusters)
+        path = write_items(folder / f"{dimension}.parquet", rows)
+        runs[f"{dimension}, in memory"] = lambda find=find, rows=rows: find(rows)
+        runs[f"{dimension}, Parquet"] = through_parquet(find, path, dimension)
+        sizes |= dict.fromkeys(list(runs)[-2:], rows.nbytes)
+    rates = {name: sizes[name] / clock for name, (clock, _) in medians(runs, repeats).items()}
+    print(f"\nK = {clusters:,}, {WORK // clusters:,} items\n{'':26}{'MB/s':>12}{'/ 256':>9}")
+    for name, rate in rates.items():
+        usual = rates[f"{DIM}, {name.partition(', ')[2]}"]
+        print(f"{name:26}{rate / 1e6:12,.1f}{rate / usual:9.2f}", flush=True)
+
+
+def bench(clusters: int, repeats: int, folder: Path) -> None:
+    shop = Shop(clusters)
+    centres, rows = shop.centres(clusters), shop.items(WORK // max(clusters, 4096))
+    path = write_items(folder / f"{clusters}.parquet", rows)
     finds = {"courier": by_courier(centres), "faiss": by_faiss(centres), "numpy": by_numpy(centres)}
     runs: dict[str, Callable[[], object]] = {}
     for name, find in finds.items():
@@ -220,17 +243,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Items to their nearest centres.")
     parser.add_argument("--clusters", default="1000,16384,65536")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dimensions", help="to measure beside 256, as in 64,768")
     parser.add_argument("--threads", type=int, default=min(2, threads.cores()))
     given = parser.parse_args()
     threads.limit(given.threads)
     torch.set_num_threads(given.threads)
     faiss.omp_set_num_threads(given.threads)
     CentreSearch(np.eye(2, DIM, dtype=np.float32))  # so that the kernel is chosen as jobs do
-    kernel = kernels.fastest("cuda" if torch.cuda.is_available() else "cpu").name
+    kernel = kernels.fastest("cuda" if torch.cuda.is_available() else "cpu", DIM).name
     print(f"{nights.head()}, {given.threads} threads, screening in {kernel}")
     with tempfile.TemporaryDirectory() as folder:
         for clusters in map(int, given.clusters.split(",")):
-            bench(clusters, given.repeats, Path(folder))
+            if given.dimensions:
+                dimensions = [int(n) for n in given.dimensions.split(",")]
+                bench_dimensions(dimensions, clusters, given.repeats, Path(folder))
+            else:
+                bench(clusters, given.repeats, Path(folder))
+    if given.dimensions:
+        return
     if torch.cuda.is_available():
         bench_gpu()
 

@@ -51,8 +51,9 @@ from courier_model import image_files, inference
 from courier_model.encoder import ImageEncoder, build_encoder, save_encoder
 from courier_model.images import Preprocessing, decode
 from courier_model.inference import embed_images
+from courier_model.projection import EMBEDDING_DIM
 from feature_jobs.items import embed, embed_plan, embed_walk
-from feature_jobs.schemas import EMBEDDING_DIM, ITEM_EMBEDDINGS, ITEM_REJECTS
+from feature_jobs.schemas import ITEM_EMBEDDINGS, ITEM_REJECTS
 from feature_jobs.store import threads
 from feature_jobs.store.files import FileInfo
 from feature_jobs.store.pieces import Piece, write_pieces
@@ -371,7 +372,8 @@ def stub_job(top: Path) -> embed.EmbedJob:
     kind = pa.int64()
     return embed.EmbedJob(
         days=(), embeddings_schema=ITEM_EMBEDDINGS.schema(kind),
-        rejects_schema=ITEM_REJECTS.schema(kind), encoder_folder="", preprocessing=PREPROCESSING,
+        rejects_schema=ITEM_REJECTS.schema(kind), encoder_folder="", dimension=EMBEDDING_DIM,
+        preprocessing=PREPROCESSING,
         image_roots=("/",), device="cpu", precision="auto", batch_size=256,
         chunk_items=CHUNK, window_days=30,
         previous_embeddings=None, previous_rejects=None, reuse=False, same_roots=False, full=False,

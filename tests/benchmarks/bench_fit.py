@@ -1,10 +1,12 @@
 """Measures what fitting centres costs, and how good they are. `make bench` runs it.
 
     python tests/benchmarks/bench_fit.py [--points 65536] [--rows 100000 2000000] [--clusters 512]
+        [--dimensions 64 768]
 
 Beside a bare `faiss.Kmeans` of the same sample: all that a fit does with it. Beside Lloyd
 of 256 rows per cluster: a single pass over a Parquet dataset on disk, in a process of its own.
-Points are a mixture on the unit sphere, of kinds that are often or seldom and wide or narrow.
+Points are a mixture on the unit sphere, of kinds that are often or seldom and wide or narrow. With
+--dimensions only this is measured: bytes of points a second, beside those of 256 dimensions.
 """
 
 import argparse
@@ -30,26 +32,27 @@ from feature_jobs.codebooks.kmeans import SinglePass, estimate, first_centres, l
 from feature_jobs.codebooks.nearest import CentreSearch
 from feature_jobs.store import arrays
 
-KINDS, NOISE = 2000, 0.6
+DIM, KINDS, NOISE = 256, 2000, 0.6
 SHARD, BATCH = 131_072, 16_384  # rows of a file; read at once
 FIRST, SAMPLE, SCORED = 32, 256, 200_000  # rows: per cluster, per cluster, to measure distances of
 
 
 class Mixture:
-    """Draws rows float32 [n, 256] of unit length."""
+    """Draws rows float32 [n, dimension] of unit length."""
 
-    def __init__(self, seed: int):
-        self._rng = np.random.default_rng(seed)
-        slope = np.arange(1, 257, dtype=np.float32) ** -0.5  # the first directions matter most
+    def __init__(self, seed: int, dimension: int = DIM):
+        self._rng, self._dimension = np.random.default_rng(seed), dimension
+        # The first directions matter most.
+        slope = np.arange(1, dimension + 1, dtype=np.float32) ** -0.5
         self._middles = unit(self._normal(KINDS) * slope)
-        widths = self._rng.uniform(0.2, 1.8, (KINDS, 256)).astype(np.float32) * slope
+        widths = self._rng.uniform(0.2, 1.8, (KINDS, dimension)).astype(np.float32) * slope
         sizes = self._rng.uniform(0.3, 1.7, (KINDS, 1)).astype(np.float32)
         self._widths = NOISE * sizes * unit(widths)
-        self._turn = np.linalg.qr(self._normal(256))[0]
+        self._turn = np.linalg.qr(self._normal(dimension))[0]
         self._chance = 1 / np.arange(1, KINDS + 1) / (1 / np.arange(1, KINDS + 1)).sum()
 
     def _normal(self, count: int) -> np.ndarray:
-        return self._rng.standard_normal((count, 256), np.float32)
+        return self._rng.standard_normal((count, self._dimension), np.float32)
 
     def rows(self, count: int) -> np.ndarray:
         kind = self._rng.choice(KINDS, count, p=self._chance)
@@ -71,7 +74,7 @@ def objective(points: np.ndarray, centres: np.ndarray) -> float:
 
 def bare_fit(points: np.ndarray, clusters: int) -> np.ndarray:
     kmeans = faiss.Kmeans(
-        256, clusters, niter=25, seed=1, gpu=faiss.get_num_gpus() > 0,
+        points.shape[1], clusters, niter=25, seed=1, gpu=faiss.get_num_gpus() > 0,
         min_points_per_centroid=1, max_points_per_centroid=len(points),
     )  # fmt: skip
     kmeans.train(points)
@@ -94,7 +97,7 @@ def bench_lloyd(points: int) -> None:
     print(f"{'estimate s':>12}")
     for clusters in (256, 1024, 4096):
         rows = Mixture(1).rows(min(points, SAMPLE * clusters))
-        expected = estimate("lloyd", len(rows), 0, [clusters]).seconds
+        expected = estimate("lloyd", len(rows), 0, [clusters], DIM).seconds
         seconds: dict[str, list[float]] = {"bare": [], "ours": []}
         centres = {}
         for _ in range(2 if clusters < 4096 else 1):
@@ -122,7 +125,7 @@ def write_dataset(folder: Path, rows: int) -> None:
 def stream(folder: Path) -> Iterator[np.ndarray]:
     for path in sorted(folder.glob("*.parquet")):
         for batch in pq.ParquetFile(path).iter_batches(BATCH, columns=["embedding"]):
-            yield arrays.embedding_matrix(pa.chunked_array([batch["embedding"]]))
+            yield arrays.embedding_matrix(pa.chunked_array([batch["embedding"]]), DIM)
 
 
 def every(folder: Path, rows: int, wanted: int) -> np.ndarray:
@@ -167,7 +170,27 @@ def bench_single_pass(rows_list: list[int], clusters: int) -> None:
         )
 
 
-# ---- (c) On a GPU ------------------------------------------------------------------------------
+# ---- (c) Other dimensions ------------------------------------------------------------------------
+
+
+def bench_dimensions(dimensions: list[int], points: int, clusters: int) -> None:
+    """Prints bytes of points a second, beside those of 256 dimensions: of a fit, and of a pass."""
+    print(f"{points:,} points, {clusters:,} clusters\n{'':26}{'MB/s':>10}{'/ 256':>8}")
+    usual: dict[str, float] = {}
+    for dimension in (DIM, *dimensions):
+        rows = Mixture(1, dimension).rows(points)
+        fits = {
+            "Lloyd": lambda rows=rows: whole_fit(rows, clusters),
+            "a single pass": lambda rows=rows: SinglePass(rows[:clusters].copy()).add(rows),
+        }
+        for name, fit in fits.items():
+            seconds = min(nights.timed(fit) for _ in range(2))
+            rate = rows.nbytes / seconds
+            ratio = rate / usual.setdefault(name, rate)
+            print(f"{f'{dimension}, {name}':26}{rate / 1e6:10,.1f}{ratio:8.2f}", flush=True)
+
+
+# ---- (d) On a GPU ------------------------------------------------------------------------------
 
 
 def bench_gpu(rows: int = 10_000_000, clusters: int = 100_000) -> None:
@@ -191,12 +214,16 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=65_536, help="at most, for Lloyd")
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 2_000_000])
     parser.add_argument("--clusters", type=int, default=512, help="of the single pass")
+    parser.add_argument("--dimensions", type=int, nargs="+", help="to measure beside 256")
     parser.add_argument("--pass-over", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.pass_over:
         pass_over(options.pass_over, options.rows[0], options.clusters)
         return
     print(nights.head())
+    if options.dimensions:
+        bench_dimensions(options.dimensions, options.points, options.clusters)
+        return
     bench_lloyd(options.points)
     bench_single_pass(options.rows, options.clusters)
     if torch.cuda.is_available():

@@ -2,9 +2,11 @@
 
     python tests/benchmarks/bench_simscore.py [--items 1000000] [--impressions 1000000]
         [--mode multi_threading] [--shuffle 50000] [--memory 1000000,10000000]
+        [--dimensions 64,768]
 
 `make bench` runs it. Histories of 50 items are logged, each with five impressions of its user;
-vectors have 256 floats.
+vectors have 256 floats. With --dimensions only the job is measured, at these too: bytes of vectors
+that are scored in a second, beside those of 256 dimensions.
 
 1. The job on two cores, Parquet to Parquet, with its start-up left out: the same night of five
    users, in which a machine's copy of the embeddings is made.
@@ -141,20 +143,20 @@ class Shop:
         return self.top / "features" / "production" / table / f"ds={DAY}"
 
 
-def unit_vectors(items: int) -> np.ndarray:
-    """Draws the embedding of every item, by its ID; float32 [items, 256]."""
-    vectors = np.random.default_rng(0).standard_normal((items, DIM), np.float32)
+def unit_vectors(items: int, dimension: int = DIM) -> np.ndarray:
+    """Draws the embedding of every item, by its ID; float32 [items, dimension]."""
+    vectors = np.random.default_rng(0).standard_normal((items, dimension), np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors
 
 
-def make_shop(top: Path, items: int) -> Shop:
+def make_shop(top: Path, items: int, dimension: int = DIM) -> Shop:
     """Makes settings, a catalogue, and item tables of two days: most nights know the one before."""
-    shop, vectors = Shop(top), unit_vectors(items)
+    shop, vectors = Shop(top), unit_vectors(items, dimension)
     (top / "catalogue").mkdir()
     rows = {"item_id": np.arange(items), "image_uri": ["x"] * items, "category": ["a"] * items}
     pq.write_table(pa.table(rows), top / "catalogue" / "0.parquet", row_group_size=65_536)
-    encoder = build_encoder("shufflenet_v2_x0_5", "random", input_size=32)
+    encoder = build_encoder("shufflenet_v2_x0_5", "random", input_size=32, dimension=dimension)
     info = save_encoder(encoder, str(top), "bench", None, None, None, "random")
     book = save_codebook(str(top), book_by_hand(vectors[:CENTRES], info.encoder_id))
     write_settings(shop, info.encoder_id, os.path.basename(book))
@@ -183,6 +185,7 @@ def book_by_hand(centres: np.ndarray, encoder_id: str) -> Codebook:
     info = CodebookInfo(
         codebook_id("bench", *arrays, (encoder_id, None, made_before)), encoder_id, (), "fresh",
         "by hand", 0, 0.0, count, 0, "", made_before, made_before, {}, (main,),
+        centres.shape[1],
     )  # fmt: skip
     return Codebook(info, *arrays)
 
@@ -207,7 +210,7 @@ def write_shard(
 ) -> None:
     """Writes the parts of one shard, as EMBED leaves them: its `items` embedded, none rejected."""
     embeddings, rejects = stage.tables
-    schema, n = embeddings.schema(pa.int64()), len(items)
+    schema, n = embeddings.schema(pa.int64(), dimension=vectors.shape[1]), len(items)
     columns = {name: pa.nulls(n, schema.field(name).type) for name in schema.names}
     columns |= {
         "item_id": pa.array(items),
@@ -580,7 +583,7 @@ def bench_counting(shop: Shop, rate: float) -> None:
     ids = pa.concat_arrays(
         [rows["item_id"].combine_chunks(), rows["history"].combine_chunks().flatten()]
     )
-    items = ask_all(ItemTables(*published, None, False), pc.unique(ids))
+    items = ask_all(ItemTables(*published, None, False, DIM), pc.unique(ids))
     counting = simscore.count_impressions
     with mock.patch.object(simscore, "count_impressions", wraps=counting) as called:
         simscore.score_impressions(rows, items, ScoreForm(HISTORY))
@@ -590,6 +593,21 @@ def bench_counting(shop: Shop, rate: float) -> None:
         f"  gates' counting: {seconds * 1e6:.2f} core-us an impression, {share:.1%} of the job",
         flush=True,
     )
+
+
+# ---- Other dimensions ----------------------------------------------------------------------------
+
+
+def bench_dimensions(dimensions: list[int], given: argparse.Namespace) -> None:
+    """Prints the bytes of vectors that the job scores in a second, each with a shop of its own."""
+    usual = None
+    for dimension in (DIM, *dimensions):
+        with tempfile.TemporaryDirectory() as name:
+            shop = make_shop(Path(name), given.items, dimension)
+            rate = bench_job(shop, given.items, given.impressions, given.mode)
+        size = rate * (HISTORY + 1) * 4 * dimension
+        usual = usual or size
+        print(f"  D = {dimension}: {size / 1e6:,.0f} MB/s, {size / usual:.2f} of 256", flush=True)
 
 
 # ---- All of it ---------------------------------------------------------------------------------
@@ -617,6 +635,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=nights.MODES, default="multi_threading")
     parser.add_argument("--shuffle", type=int, default=50_000, help="impressions; 0 for none")
     parser.add_argument("--memory", help="numbers of impressions, as in 1000000,10000000")
+    parser.add_argument("--dimensions", help="to measure beside 256, as in 64,768")
     parser.add_argument("--yardstick", choices=YARDSTICKS, help=argparse.SUPPRESS)
     parser.add_argument("--shop", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -630,6 +649,9 @@ def main() -> None:
         f"impressions, {PER_USER} per user",
         flush=True,
     )
+    if given.dimensions:
+        bench_dimensions([int(n) for n in given.dimensions.split(",")], given)
+        return
     with tempfile.TemporaryDirectory() as name:
         bench_all(Path(name), given)
 

@@ -435,6 +435,31 @@ def test_the_encoder_id_depends_on_weights_and_preprocessing_alone(tmp_path: Pat
     assert len(ids) == 4
 
 
+@pytest.mark.parametrize("dimension", [64, 100, 1024])
+def test_an_encoder_has_the_dimension_that_it_is_built_with(dimension: int, tmp_path: Path) -> None:
+    encoder = build_encoder(SMALL, "random", 32, dimension=dimension)
+    info = save(encoder, tmp_path)
+    assert info.dimension == dimension
+    images = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
+    loaded = load_encoder(str(tmp_path / info.encoder_id))
+    found = embed(loaded, images, 2, torch.device("cpu"), "fp32")
+    assert found.shape == (3, dimension)
+    np.testing.assert_array_equal(found, embed(encoder, images, 2, torch.device("cpu"), "fp32"))
+    assert embed(loaded, images[:0], 2, torch.device("cpu"), "fp32").shape == (0, dimension)
+
+
+def test_an_encoder_that_says_another_dimension_than_it_has_is_refused(tmp_path: Path) -> None:
+    info = save(build_encoder(SMALL, "random", 32, dimension=64), tmp_path)
+    path = tmp_path / info.encoder_id / "encoder.json"
+    facts = json.loads(path.read_text())
+    for said in ({"dimension": 128}, {}):
+        del facts["dimension"]
+        path.write_text(json.dumps(facts | said))
+        with pytest.raises(DataContractError, match="preprocessing or dimension were changed"):
+            load_encoder(str(path.parent))
+        facts["dimension"] = 64
+
+
 def test_saving_again_changes_nothing(tmp_path: Path) -> None:
     info = save(small(), tmp_path)
     before = [(p, p.stat().st_mtime_ns) for p in sorted(tmp_path.rglob("*"))]

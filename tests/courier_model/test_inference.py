@@ -23,7 +23,8 @@ from courier_model import encoder as encoders
 from courier_model import image_files, inference
 from courier_model.images import Preprocessing, decode
 from courier_model.inference import Embedder, embed_images, results_schema
-from feature_jobs.schemas import EMBEDDING_DIM, StorageUnavailable
+from courier_model.projection import EMBEDDING_DIM
+from feature_jobs.schemas import StorageUnavailable
 from feature_jobs.store import files, threads
 from tests.conftest import Artefacts
 from tests.support.world import CPU, picture

@@ -269,8 +269,20 @@ def test_all_breaches_are_told_until_one_is_fatal() -> None:
         "left_catalogue_ds and in_catalogue disagree", "an image_size is below 0",
     ]  # fmt: skip
     short = {**several, "embedding": UNIT[1:]}
-    *_, last = laws.breaches(table, rows_of(table.name, short), LIMITS)
+    *_, last = laws.breaches(table, rows_of(table.name, short), {"embedding": 256})
     assert (last.what, last.fatal) == ("an embedding has not 256 floats", True)
+
+
+@pytest.mark.parametrize("name", ["item_embeddings", "item_features"])
+def test_embeddings_are_as_long_as_the_limits_say_or_else_all_alike(name: str) -> None:
+    table, good = schemas.TABLES[name], GOOD[name]
+    narrow = {**good, "embedding": unit_rows(1, dimension=64)[0].tolist()}
+    laws.check(table, rows_of(name, narrow), {**LIMITS, "embedding": 64})
+    laws.check(table, rows_of(name, narrow))
+    with pytest.raises(DataContractError, match="an embedding has not 256 floats"):
+        laws.check(table, rows_of(name, narrow), {**LIMITS, "embedding": 256})
+    with pytest.raises(DataContractError, match="an embedding has not 256 floats"):
+        laws.check(table, rows_of(name, good, {**another(table, narrow)}))
 
 
 @pytest.mark.parametrize(("name", "change", "told"), BROKEN)

@@ -164,7 +164,7 @@ def test_item_features_equal_the_loop_over_items(
         assert (row["cluster_id"], row["cluster_coarse"]) == (expected, coarse)
         assert row["centre_distance"] == pytest.approx(distance, abs=1e-5)
         assert row["second_distance"] == pytest.approx(second, abs=1e-5)
-        vector = vectors[item] if expected else np.zeros(256, "f4")
+        vector = vectors[item] if expected else np.zeros_like(codebook.centres["main"][0])
         np.testing.assert_array_equal(np.array(row["embedding"], "f4"), vector)
     without = {refreshed.item(OUT_OF_SCOPE), refreshed.item(WITHOUT_CATEGORY)}
     assert {r["cluster_id"] for r in rows if r["item_id"] in without} == {0}

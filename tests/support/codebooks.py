@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from courier_model.projection import EMBEDDING_DIM
 from feature_jobs.codebooks.codebook import (
     Codebook,
     CodebookInfo,
@@ -12,12 +13,11 @@ from feature_jobs.codebooks.codebook import (
     health_of,
     retired_numbers,
 )
-from feature_jobs.schemas import EMBEDDING_DIM
 
 
-def unit_rows(count: int, seed: int = 0) -> np.ndarray:
-    """Draws random directions; float32 [count, 256]."""
-    rows = np.random.default_rng(seed).normal(size=(count, EMBEDDING_DIM)).astype(np.float32)
+def unit_rows(count: int, seed: int = 0, dimension: int = EMBEDDING_DIM) -> np.ndarray:
+    """Draws random directions; float32 [count, dimension]."""
+    rows = np.random.default_rng(seed).normal(size=(count, dimension)).astype(np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
@@ -42,6 +42,6 @@ def by_hand(
     )  # fmt: skip
     info = CodebookInfo(
         identity, encoder_id, (), "fresh", "by hand", 0, 0.0, 4, 0, "", data_ds, data_ds, {},
-        resolutions,
+        resolutions, next(iter(centres.values())).shape[1],
     )  # fmt: skip
     return Codebook(info, centres, numbers)

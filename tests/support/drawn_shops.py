@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from courier_model.inference import Embedder
-from feature_jobs.schemas import EMBEDDING_DIM, TIMESTAMP
+from courier_model.projection import EMBEDDING_DIM
+from feature_jobs.schemas import TIMESTAMP
 from pipelines.cli import main
 from pipelines.config import Settings, load_settings
 from tests.support.world import DAY_US, SCOPE, make_encoder

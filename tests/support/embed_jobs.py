@@ -23,11 +23,12 @@ from apache_beam.pvalue import TaggedOutput
 from courier_model import inference
 from courier_model.image_files import Image, Rejected
 from courier_model.images import Preprocessing
+from courier_model.projection import EMBEDDING_DIM
 from feature_jobs import inputs
 from feature_jobs.inputs import CATALOGUE_COLUMNS
 from feature_jobs.items import embed, embed_plan
 from feature_jobs.items.embed import EmbedDay, EmbedJob
-from feature_jobs.schemas import EMBEDDING_DIM, ITEM_EMBEDDINGS, ITEM_REJECTS
+from feature_jobs.schemas import ITEM_EMBEDDINGS, ITEM_REJECTS
 from feature_jobs.store import partitions, worker_notes
 from feature_jobs.store.files import FileInfo
 
@@ -204,7 +205,7 @@ class Shop:
             ),
             embeddings_schema=ITEM_EMBEDDINGS.schema(kind),
             rejects_schema=ITEM_REJECTS.schema(kind),
-            encoder_folder="", preprocessing=PREPROCESSING,
+            encoder_folder="", dimension=EMBEDDING_DIM, preprocessing=PREPROCESSING,
             image_roots=("/",), device="cpu", precision="auto", batch_size=4, chunk_items=3,
             window_days=self.window_days,
             previous_embeddings=found and found[0], previous_rejects=found and found[1],

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from courier_model.inference import results_schema
+from courier_model.projection import EMBEDDING_DIM
 from feature_jobs.items.embed_plan import VERSION_COLUMNS
-from feature_jobs.schemas import EMBEDDING_DIM, ITEM_EMBEDDINGS, ITEM_REJECTS, TIMESTAMP
+from feature_jobs.schemas import ITEM_EMBEDDINGS, ITEM_REJECTS, TIMESTAMP
 from feature_jobs.store import arrays
 
 DAY = dt.date(2026, 3, 10)

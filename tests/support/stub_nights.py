@@ -20,9 +20,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from courier_model.projection import EMBEDDING_DIM
 from feature_jobs import schemas
 from feature_jobs.inputs import Source
-from feature_jobs.schemas import EMBEDDING_DIM, SIM_TIERS, Table
+from feature_jobs.schemas import SIM_TIERS, Table
 from feature_jobs.store import partitions
 from pipelines.planning.impressions import PlannedHistories, PlannedScores
 from pipelines.planning.items import PlannedEmbed, PlannedFeatures
@@ -278,7 +279,7 @@ def _bytes_of(path: str) -> bytes:
 def _schema(planned: Planned, table: Table) -> pa.Schema:
     if table is schemas.ITEM_FEATURES or table is schemas.USER_SIMSCORES:
         return planned.schema  # type: ignore[attr-defined]
-    return table.schema(pa.int64(), pa.int64())
+    return table.schema(pa.int64(), pa.int64(), dimension=EMBEDDING_DIM)
 
 
 def _embed(job: _Job, planned: PlannedEmbed) -> None:

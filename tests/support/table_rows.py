@@ -19,7 +19,7 @@ SHARDS = st.integers(0, 5).map(lambda bits: 1 << bits)
 
 
 def embeddings(items: int) -> tuple[pa.Schema, pa.Table]:
-    schema = ITEM_EMBEDDINGS.schema(pa.int64())
+    schema = ITEM_EMBEDDINGS.schema(pa.int64(), dimension=256)
     vectors = unit_rows(items)
     columns = {
         "item_id": np.arange(items)[::-1],

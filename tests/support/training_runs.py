@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from courier_model.encoder import ImageEncoder, build_encoder
+from courier_model.projection import EMBEDDING_DIM
 from courier_model.training.distributed import Process
 from courier_model.training.progress import Progress
 from courier_model.training.rows import TrainingSet
@@ -37,21 +38,23 @@ DAY_US = 86_400_000_000
 LAW = HistoryLaw(history_len=8, window_us=7 * DAY_US, click_delay_us=0)
 
 
-def small_encoder(backbone: str, weights: str, input_size: int | None, seed: int) -> ImageEncoder:
+def small_encoder(
+    backbone: str, weights: str, input_size: int | None, seed: int, dimension: int = EMBEDDING_DIM
+) -> ImageEncoder:
     """Builds an encoder of few tensors, or the plain `backbone` unless "small" is one of its words.
 
     Torchvision's have hundreds of tensors: at this size, saving them is all that takes time. As in
     those, the last layers see one value an image.
     """
     if "small" not in backbone.split():
-        return build_encoder(backbone, weights, input_size, seed)
-    encoder = build_encoder("shufflenet_v2_x0_5", weights, input_size, seed)
+        return build_encoder(backbone, weights, input_size, seed, dimension)
+    encoder = build_encoder("shufflenet_v2_x0_5", weights, input_size, seed, dimension)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder.backbone = nn.Sequential(
             nn.Conv2d(3, 16, 4, 4), nn.BatchNorm2d(16), nn.ReLU(),
             nn.Conv2d(16, 64, 8), nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten(),
-            nn.Dropout(0.2 if "random" in backbone else 0.0), nn.Linear(64, 256),
+            nn.Dropout(0.2 if "random" in backbone else 0.0), nn.Linear(64, dimension),
         )  # fmt: skip
     encoder.head_name = "8"
     return encoder.eval()

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 
 from courier_model.encoder import build_encoder, embed, load_encoder, save_encoder
 from courier_model.images import decode
+from courier_model.projection import EMBEDDING_DIM
 from feature_jobs.codebooks.codebook import save_codebook
 from feature_jobs.schemas import TABLES
 from pipelines.config import Settings, load_settings
@@ -244,10 +245,11 @@ def draw_impressions(day: dt.date, seed: int, count: int = 150) -> list[dict[str
 
 
 def make_encoder(
-    folder: Path, seed: int = 0, categories: tuple[str, ...] | None = SCOPE, name: str = "tiny"
-) -> str:
+    folder: Path, seed: int = 0, categories: tuple[str, ...] | None = SCOPE, name: str = "tiny",
+    dimension: int = EMBEDDING_DIM,
+) -> str:  # fmt: skip
     """Makes a small encoder package with random weights; returns its folder."""
-    encoder = build_encoder("shufflenet_v2_x0_5", "random", input_size=32, seed=seed)
+    encoder = build_encoder("shufflenet_v2_x0_5", "random", 32, seed, dimension)
     info = save_encoder(
         encoder, str(folder), name, categories, data_start_ds=None, data_end_ds=None,
         weights="random",

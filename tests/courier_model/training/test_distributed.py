@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, multiprocessing, nn
 
+from courier_model.projection import EMBEDDING_DIM
 from courier_model.training import distributed, memory, objectives
 from courier_model.training.distributed import Process
 from courier_model.training.objectives import Places, build_objective
-from feature_jobs.schemas import EMBEDDING_DIM
 from tests.support.model_oracles import normal, random_places
 
 ROWS = 6
@@ -34,9 +34,9 @@ class Case:
 class Titles(nn.Module):
     """Stands for a language model: each title has the vector of its length."""
 
-    def __init__(self, _name: str) -> None:
+    def __init__(self, _name: str, dimension: int) -> None:
         super().__init__()
-        self.table = nn.Parameter(normal(9, EMBEDDING_DIM, seed=8))
+        self.table = nn.Parameter(normal(9, dimension, seed=8))
 
     def forward(self, titles: list[str]) -> Tensor:
         return self.table[[len(title) for title in titles]]
@@ -84,7 +84,7 @@ def step(case: Case, process: Process) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]), patch.object(objectives, "TextTower", Titles):
         torch.manual_seed(0)
         encoder = nn.Linear(PIXELS, EMBEDDING_DIM)
-        objective = build_objective(case.objective, None, "titles")
+        objective = build_objective(case.objective, EMBEDDING_DIM, None, "titles")
     places, shown = part_of(case.places, process)
     images = normal(objective.views, len(case.places.keys), PIXELS, seed=5)[:, shown]
     counts: dict[str, tuple[int, int]] = {}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from courier_model.images import decode
+from courier_model.projection import EMBEDDING_DIM
 from courier_model.training.evaluate import Evaluation
 from courier_model.training.image_cache import ImageCache
 from courier_model.training.objectives import build_objective
@@ -86,7 +87,7 @@ def test_nearest_is_the_share_of_reconstructions_that_find_their_own(image_root:
     values = torch.tensor(vectors.values)
     values = torch.cat([values, torch.zeros(len(values), 256 - values.shape[1])], dim=1)
     vectors = replace(vectors, values=values.numpy())
-    objective = build_objective("no-reconstruction", None, None)
+    objective = build_objective("no-reconstruction", EMBEDDING_DIM, None, None)
     found = evaluation.nearest(vectors, objective, 100, ALONE.device)
 
     codes = np.unique(np.concatenate([rows.pv, rows.clicks], axis=1))
@@ -106,6 +107,5 @@ def test_nearest_is_the_share_of_reconstructions_that_find_their_own(image_root:
     )
     assert 0 < min(wanted.hits) <= max(wanted.hits) < wanted.anchors
     assert found in [pytest.approx(hits / wanted.anchors) for hits in wanted.hits]
-    assert evaluation.nearest(vectors, build_objective("simsiam", None, None), 9, ALONE.device) is (
-        None
-    )
+    simsiam = build_objective("simsiam", EMBEDDING_DIM, None, None)
+    assert evaluation.nearest(vectors, simsiam, 9, ALONE.device) is None

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torchvision.models import resnet18, swin_transformer
 from torchvision.models.swin_transformer import SwinTransformer
 
+from courier_model.projection import EMBEDDING_DIM
 from courier_model.training import memory
 from courier_model.training.memory import backward, checkpoint_attention, freeze_batch_statistics
 from courier_model.training.objectives import Objective, build_objective
-from feature_jobs.schemas import EMBEDDING_DIM, OperatorError
+from feature_jobs.schemas import OperatorError
 from tests.support.model_oracles import normal, random_places
 
 IMAGES = 11
@@ -46,7 +47,7 @@ class Step:
     def __init__(self, encoder: nn.Module, dtype: torch.dtype | None = None) -> None:
         self.encoder, self.dtype = encoder, dtype
         torch.manual_seed(1)
-        self.objective: Objective = build_objective("courier", None, None)
+        self.objective: Objective = build_objective("courier", EMBEDDING_DIM, None, None)
         self.images = normal(IMAGES, 3, 16, 16, seed=2)
         self.places = random_places(6, IMAGES, seed=3)
         self.calls: list[tuple[int, bool]] = []  # how many images, with a graph?

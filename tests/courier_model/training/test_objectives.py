@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from courier_model.projection import EMBEDDING_DIM
 from courier_model.training.losses import Term
 from courier_model.training.objectives import Objective, Places, build_objective
 from courier_model.training.settings import TEMPERATURES
-from feature_jobs.schemas import EMBEDDING_DIM
 from tests.support import model_oracles as oracles
 from tests.support.model_oracles import listed, normal, random_places
 
@@ -42,7 +42,9 @@ def build(bert: Path) -> Callable[[str], Objective]:
     def build(name: str) -> Objective:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            objective = build_objective(name, None, str(bert) if name == "clip" else None)
+            objective = build_objective(
+                name, EMBEDDING_DIM, None, str(bert) if name == "clip" else None
+            )
         for seed, (key, parameter) in enumerate(objective.named_parameters()):
             if "attention" in key and not key.startswith("text."):
                 parameter.data = normal(*parameter.shape, seed=seed) / 8
@@ -322,7 +324,7 @@ def test_temperatures_are_those_of_the_paper_unless_another_is_given(
     found = {name: getattr(build(name), "temperature", None) for name in TEMPERATURES}
     assert found == {**wanted, "simsiam": None}
     for name in wanted.keys() - {"clip"}:
-        assert build_objective(name, 0.5, None).temperature == 0.5
+        assert build_objective(name, EMBEDDING_DIM, 0.5, None).temperature == 0.5
 
 
 @pytest.mark.parametrize("name", TEMPERATURES)
@@ -340,6 +342,16 @@ def test_every_objective_gives_finite_gradients_to_all_that_it_trains(
     for key, parameter in objective.named_parameters():
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
+
+
+@pytest.mark.parametrize("name", sorted(TEMPERATURES.keys() - {"clip"}))
+@pytest.mark.parametrize("dimension", [64, 772])
+def test_every_objective_takes_features_of_any_dimension(name: str, dimension: int) -> None:
+    objective = build_objective(name, dimension, None, None)
+    features = normal(objective.views, IMAGES, dimension, seed=0).requires_grad_()
+    total(objective(features, a_world(0))).backward()
+    assert features.grad.isfinite().all()
+    assert features.grad.flatten(1).any(1).all()
 
 
 def test_evaluation_finds_the_terms_of_training(build: Callable[[str], Objective]) -> None:

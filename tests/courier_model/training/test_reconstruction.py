@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from courier_model.projection import EMBEDDING_DIM
 from courier_model.training.reconstruction import (
     CrossAttention,
     MaskedSelfAttention,
     mean_of_clicks,
 )
-from feature_jobs.schemas import EMBEDDING_DIM
 from tests.support import model_oracles as oracles
 from tests.support.model_oracles import normal
 
@@ -32,7 +32,11 @@ def random_weights(module: Any) -> Any:
 
 @pytest.fixture(scope="module", params=["attention", "mean"])
 def reconstruct(request: pytest.FixtureRequest) -> Reconstruct:
-    return random_weights(CrossAttention()) if request.param == "attention" else mean_of_clicks
+    return (
+        random_weights(CrossAttention(EMBEDDING_DIM))
+        if request.param == "attention"
+        else mean_of_clicks
+    )
 
 
 @pytest.fixture
@@ -62,7 +66,7 @@ def test_a_reconstruction_is_the_formula(
 
 
 def test_attention_has_the_four_heads_and_the_biases_of_the_paper() -> None:
-    attention = CrossAttention().attention
+    attention = CrossAttention(EMBEDDING_DIM).attention
     assert attention.num_heads == 4
     assert {name: tuple(p.shape) for name, p in attention.named_parameters()} == {
         "in_proj_weight": (768, 256),
@@ -93,7 +97,7 @@ def test_the_order_of_the_clicks_does_not_count(
 
 
 def test_attention_depends_on_the_item_and_the_mean_does_not(items: Tensor, clicks: Tensor) -> None:
-    one, other = random_weights(CrossAttention())(items, clicks, VALID)[2]
+    one, other = random_weights(CrossAttention(EMBEDDING_DIM))(items, clicks, VALID)[2]
     assert not torch.allclose(one, other, atol=1e-2)
     one, other = mean_of_clicks(items, clicks, VALID)[2]
     assert torch.equal(one, other)
@@ -115,7 +119,7 @@ def test_rows_without_a_click_are_finite_forwards_and_backwards(
 
 
 def test_evaluation_reconstructs_as_training_does(items: Tensor, clicks: Tensor) -> None:
-    attention = random_weights(CrossAttention())
+    attention = random_weights(CrossAttention(EMBEDDING_DIM))
     wanted = attention(items, clicks, VALID)
     with torch.no_grad():  # torch takes other kernels then
         found = attention.eval()(items, clicks, VALID)
@@ -128,7 +132,7 @@ MASKED = torch.tensor([0, 0, 3, 2])
 
 
 def test_a_masked_place_is_predicted_from_the_rest_as_the_formula_says(clicks: Tensor) -> None:
-    module = random_weights(MaskedSelfAttention(4))
+    module = random_weights(MaskedSelfAttention(EMBEDDING_DIM, 4))
     found = module(clicks, VALID, MASKED)
     attend = oracles.Attention(module.attention)
     for row in range(1, 4):
@@ -140,7 +144,7 @@ def test_a_masked_place_is_predicted_from_the_rest_as_the_formula_says(clicks: T
 
 
 def test_a_prediction_does_not_know_its_target_nor_what_is_not_there(clicks: Tensor) -> None:
-    module = random_weights(MaskedSelfAttention(4))
+    module = random_weights(MaskedSelfAttention(EMBEDDING_DIM, 4))
     clicks.requires_grad_()
     found = module(clicks, VALID, MASKED)
     assert found.isfinite().all()
@@ -153,7 +157,7 @@ def test_a_prediction_does_not_know_its_target_nor_what_is_not_there(clicks: Ten
 
 
 def test_evaluation_predicts_as_training_does(clicks: Tensor) -> None:
-    module = random_weights(MaskedSelfAttention(4))
+    module = random_weights(MaskedSelfAttention(EMBEDDING_DIM, 4))
     wanted = module(clicks, VALID, MASKED)
     with torch.no_grad():  # torch takes other kernels then
         found = module.eval()(clicks, VALID, MASKED)
@@ -162,7 +166,7 @@ def test_evaluation_predicts_as_training_does(clicks: Tensor) -> None:
 
 
 def test_a_prediction_knows_the_places(clicks: Tensor) -> None:
-    module = random_weights(MaskedSelfAttention(4))
+    module = random_weights(MaskedSelfAttention(EMBEDDING_DIM, 4))
     whole = torch.ones(4, 4).bool()
     one = module(clicks, whole, torch.zeros(4).long())
     other = module(clicks[:, [0, 3, 2, 1]], whole, torch.zeros(4).long())

@@ -16,8 +16,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from courier_model.projection import EMBEDDING_DIM
 from courier_model.training.titles import MAX_TOKENS, TextTower
-from feature_jobs.schemas import EMBEDDING_DIM, OperatorError
+from feature_jobs.schemas import OperatorError
 
 # A title's place in its batch, and what it is padded to, change how its products are added up.
 ROUNDING = {"rtol": 0.0, "atol": 1e-5}
@@ -33,7 +34,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def tower(bert: Path) -> TextTower:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        return TextTower(str(bert))
+        return TextTower(str(bert), EMBEDDING_DIM)
 
 
 def copy(folder: Path, to: Path, without: str = "") -> Path:
@@ -47,7 +48,7 @@ def copy(folder: Path, to: Path, without: str = "") -> Path:
 def refusal(name: str, *told: str) -> None:
     """The model is refused in one paragraph that names it and the cause."""
     with pytest.raises(OperatorError) as refused:
-        TextTower(name)
+        TextTower(name, EMBEDDING_DIM)
     message = str(refused.value)
     assert "\n" not in message
     for words in (name, *told):
@@ -110,7 +111,7 @@ def test_the_weights_are_those_of_the_folder_and_the_head_is_of_torchs_seed(bert
     towers = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        towers.append(TextTower(str(bert)))
+        towers.append(TextTower(str(bert), EMBEDDING_DIM))
     loaded = towers[0].model.state_dict()
     assert len(loaded) > 10
     assert all(torch.equal(saved[name], tensor) for name, tensor in loaded.items())
@@ -145,7 +146,9 @@ def test_no_title_gives_no_vector_and_gradients_of_zero(tower: TextTower) -> Non
 def test_weights_in_half_precision_are_trained_in_float32(bert: Path, tmp_path: Path) -> None:
     half = copy(bert, tmp_path / "half", without="model.safetensors")
     BertModel.from_pretrained(bert).bfloat16().save_pretrained(half)
-    assert {str(p.dtype) for p in TextTower(str(half)).parameters()} == {"torch.float32"}
+    assert {str(p.dtype) for p in TextTower(str(half), EMBEDDING_DIM).parameters()} == {
+        "torch.float32"
+    }
 
 
 # ---- Refused ---------------------------------------------------------------------------------
@@ -156,7 +159,7 @@ def test_without_transformers_the_refusal_says_how_to_install_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(OperatorError, match=r"pip install '\.\[clip\]'"):
-        TextTower(str(bert))
+        TextTower(str(bert), EMBEDDING_DIM)
 
 
 def test_a_name_without_a_model_is_refused(tmp_path: Path) -> None:
@@ -194,7 +197,7 @@ def test_a_model_without_some_of_its_weights_is_refused(bert: Path, tmp_path: Pa
     kept = {name: tensor for name, tensor in weights.items() if "pooler" not in name}
     assert len(kept) < len(weights)
     save_file(kept, masked / "model.safetensors", {"format": "pt"})
-    assert TextTower(str(masked))  # a pooler is not needed
+    assert TextTower(str(masked), EMBEDDING_DIM)  # a pooler is not needed
     kept.pop("encoder.layer.0.output.dense.weight")
     save_file(kept, masked / "model.safetensors", {"format": "pt"})
     refusal(str(masked), "lacks 1 of its weights", "encoder.layer.0.output.dense.weight")

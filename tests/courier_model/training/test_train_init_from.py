@@ -100,6 +100,10 @@ def test_an_encoder_of_another_network_is_refused_naming_both(
     told = refused(data, tmp_path, saved(tmp_path), OperatorError, input_size=64)
     assert "input_size 32, now 64" in told
     assert "backbone '" not in told
+    told = refused(data, tmp_path, saved(tmp_path), OperatorError, embedding_dim=64)
+    assert "dimension 256, now 64" in told
+    assert "Give the same --backbone, --embedding-dim and --input-size" in told
+    assert "backbone '" not in told
 
 
 def test_a_folder_without_a_whole_encoder_is_refused(data: TrainingData, tmp_path: Path) -> None:

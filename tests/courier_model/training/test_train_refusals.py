@@ -104,6 +104,9 @@ def test_fewer_rows_than_a_batch_are_refused(data: TrainingData, tmp_path: Path)
         ({"batch_rows": 0}, "A batch of 0 rows"),
         ({"objective": "clip"}, "needs a text model"),
         ({"text_model": "bert"}, "reads no titles"),
+        ({"embedding_dim": 63}, "--embedding-dim is 63; expected is a number from 64 to 1,024"),
+        ({"embedding_dim": 1028}, "--embedding-dim is 1028"),
+        ({"embedding_dim": 102}, "that 4 divides, since each of the 4 heads"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], told: str) -> None:

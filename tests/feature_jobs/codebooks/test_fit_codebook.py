@@ -45,7 +45,7 @@ def embeddings(points: np.ndarray) -> pa.Table:
 
 def job(fraction: float = 1.0, held_out: float = 0.0, **fields: object) -> SampleJob:
     nowhere = partitions.Partition("", {"files": []})
-    return SampleJob(nowhere, None, fraction, held_out, "", **fields)  # type: ignore[arg-type]
+    return SampleJob(nowhere, 256, None, fraction, held_out, "", **fields)  # type: ignore[arg-type]
 
 
 def drawn(rows: pa.Table, wanted: SampleJob, held_out: bool = False) -> list[int]:

@@ -26,7 +26,7 @@ def test_a_torch_without_products_of_bytes_has_the_other_kernels(
     names = [kernel.name for kernel in kernels.present()]
     assert "float32" in names
     assert "int8" not in names
-    assert kernels.fastest.__wrapped__("cpu").name in names
+    assert kernels.fastest.__wrapped__("cpu", 256).name in names
 
 
 def test_a_gpu_has_no_product_of_bfloat16_since_it_may_add_up_in_bfloat16(
@@ -46,7 +46,7 @@ def test_a_slow_product_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "_int_mm", slow)
     assert INT8 in kernels.present()
-    assert kernels.fastest.__wrapped__("cpu") != INT8
+    assert kernels.fastest.__wrapped__("cpu", 256) != INT8
 
 
 def test_products_that_overflow_or_lose_more_than_is_stated_are_wrong() -> None:
@@ -104,10 +104,10 @@ def test_a_row_that_wants_nothing_gets_a_limit_that_nothing_reaches(kernel: Kern
 
 
 def test_the_choice_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = kernels.fastest("cpu")
+    chosen = kernels.fastest("cpu", 256)
 
     def refuse(*_: Any) -> float:
         raise AssertionError("measured again")
 
     monkeypatch.setattr(kernels, "_seconds", refuse)
-    assert kernels.fastest("cpu") is chosen
+    assert kernels.fastest("cpu", 256) is chosen

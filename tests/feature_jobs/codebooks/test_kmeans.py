@@ -11,6 +11,7 @@ from feature_jobs.codebooks import kmeans
 from feature_jobs.codebooks.kmeans import SinglePass, count_distinct, estimate, first_centres, lloyd
 from feature_jobs.codebooks.nearest import CentreSearch
 from tests.support import processes
+from tests.support.codebooks import unit_rows
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -174,6 +175,29 @@ def test_distinct_rows_are_counted_as_by_sorting_them(cells: list[tuple[int, flo
     assert count_distinct(points) == len(np.unique(points, axis=0))
 
 
+@pytest.mark.parametrize("dimension", [16, 17, 64, 2047])
+def test_distinct_rows_of_any_dimension_are_counted(dimension: int) -> None:
+    points = np.tile(np.eye(dimension, dtype=np.float32), (1 + 10_000 // dimension, 1))
+    assert count_distinct(points) == dimension
+    points[-1, -1] = 3  # the last column of an odd number counts too
+    assert count_distinct(points) == dimension + 1
+
+
+@pytest.mark.parametrize("dimension", [64, 767])
+def test_lloyds_and_the_single_pass_take_any_dimension(dimension: int) -> None:
+    kinds = unit_rows(8, seed=5, dimension=dimension)
+    points = kinds.repeat(400, axis=0) + 0.02 * unit_rows(3200, dimension=dimension)
+    points = np.random.default_rng(0).permutation(points.astype(np.float32))
+    start = kinds + np.float32(0.1) * unit_rows(8, seed=6, dimension=dimension)
+    assert objective(points, start) > 0.005
+    single = SinglePass(start, epoch_rows=200)
+    for at in range(0, len(points), 900):
+        single.add(points[at : at + 900])
+    for centres in (lloyd(points, 8, 1, start), single.centres()):
+        assert (centres.shape, centres.dtype) == ((8, dimension), np.float32)
+        assert objective(points, centres) == pytest.approx(0.02**2, rel=0.05)
+
+
 def test_distinct_rows_of_round_numbers_and_of_several_blocks_are_counted() -> None:
     assert count_distinct(np.zeros((0, 256), np.float32)) == 0
     signs = np.random.default_rng(0).choice(np.float32([-1, 1]), (10_000, 256))
@@ -182,18 +206,20 @@ def test_distinct_rows_of_round_numbers_and_of_several_blocks_are_counted() -> N
 
 
 def test_estimates_grow_with_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kmeans, "_seconds_per_product", lambda _: 1e-9)
-    small = estimate("lloyd", 100_000, 0, [1000])
-    large = estimate("lloyd", 1_000_000, 0, [1000])
+    monkeypatch.setattr(kmeans, "_seconds_per_product", lambda *_: 1e-9)
+    small = estimate("lloyd", 100_000, 0, [1000], 256)
+    large = estimate("lloyd", 1_000_000, 0, [1000], 256)
     assert 8 < large.bytes / small.bytes < 11
     assert large.seconds == pytest.approx(10 * small.seconds)
-    several = estimate("lloyd", 100_000, 0, [1000, 1000, 16_000])
+    wide = estimate("lloyd", 100_000, 0, [1000], 2048)
+    assert wide.bytes - small.bytes == 4 * (2048 - 256) * (100_000 + 3 * 1000)
+    several = estimate("lloyd", 100_000, 0, [1000, 1000, 16_000], 256)
     assert small.bytes < several.bytes < small.bytes + (64 << 20)
     assert several.seconds > 5 * small.seconds
-    short, long = (estimate("single-pass", 32_000, rows, [1000]) for rows in (10**6, 10**8))
+    short, long = (estimate("single-pass", 32_000, rows, [1000], 256) for rows in (10**6, 10**8))
     assert short.bytes == long.bytes
     assert long.seconds > 20 * short.seconds
-    both = estimate("single-pass", 32_000, 10**6, [1000, 10_000])
+    both = estimate("single-pass", 32_000, 10**6, [1000, 10_000], 256)
     assert both.bytes > long.bytes + 10_000 * 256 * 40
 
 
@@ -224,6 +250,6 @@ print(peak() - before)
 def test_memory_is_what_was_estimated(algorithm: str, slack: int) -> None:
     process = processes.start(MEASURE, algorithm, 12_000, 8000)
     measured = int(process.communicate(timeout=60)[0])
-    expected = estimate(algorithm, 12_000, 12_000, [8000]).bytes
+    expected = estimate(algorithm, 12_000, 12_000, [8000], 256).bytes
     assert 4 * 256 * 12_000 < measured <= 1.1 * expected
     assert expected < 1.5 * measured + slack

@@ -17,20 +17,20 @@ from feature_jobs.codebooks.kernels import Kernel
 from feature_jobs.codebooks.nearest import CentreSearch
 from feature_jobs.store import threads
 from tests.support import oracles
+from tests.support.codebooks import unit_rows
 
 KERNELS = kernels.present()  # every one that this machine runs, fast or not
 EACH_KERNEL = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 
 
-def unit_rows(count: int, seed: int = 0) -> np.ndarray:
-    rows = np.random.default_rng(seed).normal(size=(count, 256)).astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+DIMENSIONS = [16, 17, 64, 255, 257, 768, 2047, 2048]
 
 
-def crowded(count: int, seed: int, spread: float = 0.5) -> np.ndarray:
+def crowded(count: int, seed: int, spread: float = 0.5, dimension: int = 256) -> np.ndarray:
     """Returns unit rows about ten directions, so that many are nearly as near as the nearest."""
-    around = unit_rows(10, seed=99)[np.random.default_rng(seed).integers(0, 10, count)]
-    rows = around + spread * unit_rows(count, seed)
+    kinds = np.random.default_rng(seed).integers(0, 10, count)
+    around = unit_rows(10, seed=99, dimension=dimension)[kinds]
+    rows = around + spread * unit_rows(count, seed, dimension)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
@@ -74,6 +74,43 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("clusters", [2, 7, 128, 129, 1000])
 def test_the_nearest_is_that_of_the_plain_loop_in_float64(clusters: int) -> None:
     check(crowded(40, seed=1), crowded(clusters, seed=2))
+
+
+@pytest.mark.parametrize("dimension", DIMENSIONS)
+def test_vectors_may_have_any_number_of_dimensions(dimension: int) -> None:
+    rows, centres = crowded(30, 1, dimension=dimension), crowded(300, 2, dimension=dimension)
+    check(rows, centres)
+    check(30 * rows + 5, (centres + 5).astype(np.float32))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(16, 2048), st.integers(0, 2**32 - 1), st.sampled_from([1e-4, 0.05, 1.0]))
+def test_no_dimension_is_an_exception(dimension: int, seed: int, spread: float) -> None:
+    rows, centres = (crowded(n, seed + n, spread, dimension) for n in (6, 140))
+    check(rows, centres)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dimension", [64, 257, 2048])
+def test_tiles_and_blocks_of_wide_and_narrow_vectors_change_nothing(dimension: int) -> None:
+    check(crowded(70, 1, dimension=dimension), crowded(600, 2, dimension=dimension))
+
+
+def test_blocks_of_wide_vectors_have_no_more_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, search_block = list[tuple[int, int]](), CentreSearch._search
+
+    def note(self: CentreSearch, rows: Any, *given: Any) -> Any:
+        sizes.append(rows.shape)
+        return search_block(self, rows, *given)
+
+    monkeypatch.setattr(CentreSearch, "_search", note)
+    monkeypatch.setattr(module, "_ROWS", 512)
+    for dimension in (64, 256, 768, 2048):
+        rows = unit_rows(1500, dimension=dimension)
+        CentreSearch(rows[:9]).nearest(rows)
+    assert {d: max(n for n, found in sizes if found == d) for _, d in sizes} == {
+        64: 512, 256: 512, 768: 170, 2048: 64,
+    }  # fmt: skip
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -150,22 +187,24 @@ def test_centres_that_float32_products_cannot_tell_apart_are_told_apart() -> Non
     assert (plain != CentreSearch(centres).nearest(rows).place).mean() > 0.1  # not trivial
 
 
-def between_codes(kernel: Kernel) -> np.ndarray:
-    """Returns two sets of values of which rounding swaps the means: float32 [2, 256].
+def between_codes(kernel: Kernel, dimension: int = 256) -> np.ndarray:
+    """Returns two sets of values of which rounding swaps the means: float32 [2, dimension].
 
     The greater mean is rounded down throughout, half of the lesser set up. Codes reach to 1.
     """
     step = 1 / 127 if kernel.whole else 2.0**-8
-    fractions = np.stack([np.full(256, 0.49), np.tile([0.51, 0.45], 128)])
+    fractions = np.stack([np.full(dimension, 0.49), np.tile([0.51, 0.45], dimension // 2)])
     return ((round(0.75 / step) + fractions) * step).astype(np.float32)
 
 
 @EACH_KERNEL
-def test_centres_whose_order_rounding_swaps_are_told_apart(kernel: Kernel) -> None:
-    pair = between_codes(kernel)
+@pytest.mark.parametrize("dimension", [16, 256, 2048])
+def test_centres_whose_order_rounding_swaps_are_told_apart(kernel: Kernel, dimension: int) -> None:
+    pair = between_codes(kernel, dimension)
     pair[:, 0] = 1  # as far as codes reach
     centres = np.concatenate([pair, -pair])
-    rows = np.full((1, 256), 100, np.float32)  # along the error, which makes it as large as can be
+    # Along the error, which makes it as large as can be.
+    rows = np.full((1, dimension), 100, np.float32)
     check(rows, centres)
     assert CentreSearch(centres, kernel).nearest(rows).place.tolist() == [0]
 
@@ -228,13 +267,15 @@ def written_out(row: np.ndarray, centre: np.ndarray) -> np.float32:
     """Returns the distance by the sum that the module promises: halves onto halves, in float64."""
     squares = [(float(x) - float(c)) ** 2 for x, c in zip(row, centre, strict=True)]
     while len(squares) > 1:
-        half = len(squares) // 2
-        squares = [squares[at] + squares[half + at] for at in range(half)]
+        half = -(-len(squares) // 2)
+        more = [*squares[half:], 0.0][:half]  # of an odd number the middle one stays
+        squares = [one + other for one, other in zip(squares, more, strict=False)]
     return np.float32(np.sqrt(squares[0]))
 
 
-def test_distances_have_the_bits_of_the_sum_that_is_written_out() -> None:
-    rows, centres = crowded(60, seed=1), crowded(300, seed=2)
+@pytest.mark.parametrize("dimension", [16, 255, 256, 768])
+def test_distances_have_the_bits_of_the_sum_that_is_written_out(dimension: int) -> None:
+    rows, centres = crowded(60, 1, dimension=dimension), crowded(200, 2, dimension=dimension)
     found = CentreSearch(centres).nearest(rows, second=True)
     rest = [np.delete(centres, place, axis=0) for place in found.place]
     expected = [written_out(row, centres[at]) for row, at in zip(rows, found.place, strict=True)]

@@ -41,7 +41,7 @@ def test_scores_equal_the_loop_however_rows_share_histories(
         for i, k in zip(shown, of, strict=True)
     ]
     monkeypatch.setattr(scores_module, "_RUN_ROWS", run_rows)
-    monkeypatch.setattr(scores_module, "_VECTORS_AT_ONCE", at_once)
+    monkeypatch.setattr(scores_module, "_NUMBERS_AT_ONCE", at_once * 256)
     monkeypatch.setattr(scores_module, "_PLACES_AT_ONCE", places)
     scores, mask = sim_scores(vectors, shown, past, of)
     np.testing.assert_allclose(scores, [s for s, _ in expected], atol=1e-6)
@@ -187,14 +187,14 @@ print(*(pool["architecture"] for pool in pools if pool["internal_api"] == "openb
 World = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-@pytest.fixture(scope="module")
-def world() -> World:
+@pytest.fixture(scope="module", params=[256])
+def world(request: pytest.FixtureRequest) -> World:
     """Draws vectors, impressions, histories, and which of these each impression has.
 
     The vectors are longer than 1 by what embeddings may be, with components of all sizes.
     """
-    rng, items, length = np.random.default_rng(4), 200, 50
-    vectors = rng.normal(size=(items, 256)) * rng.lognormal(0, 2, (items, 256))
+    rng, items, length, d = np.random.default_rng(4), 200, 50, request.param
+    vectors = rng.normal(size=(items, d)) * rng.lognormal(0, 2, (items, d))
     vectors *= 1.0009 / np.linalg.norm(vectors, axis=1, keepdims=True)
     of = np.arange(40).repeat(rng.integers(1, 20, 40))
     shown, past = rng.integers(-1, items, len(of)), rng.integers(-1, items, (40, length))
@@ -206,6 +206,7 @@ def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
     return one.dtype == other.dtype and one.tobytes() == other.tobytes()
 
 
+@pytest.mark.parametrize("world", [17, 256, 2048], indirect=True)
 def test_scores_are_exact_sums_rounded_once(world: World) -> None:
     vectors, shown, past, of = world
     scores, mask = sim_scores(*world)
@@ -218,6 +219,7 @@ def test_scores_are_exact_sums_rounded_once(world: World) -> None:
                 assert scores[row, place] == np.float32(np.clip(exact / 2**52, -1, 1))
 
 
+@pytest.mark.parametrize("world", [256, 2048], indirect=True)
 @pytest.mark.parametrize("at_a_time", [1, 3, 64])
 def test_company_and_place_leave_the_bits_of_a_score_alone(world: World, at_a_time: int) -> None:
     vectors, shown, past, of = world

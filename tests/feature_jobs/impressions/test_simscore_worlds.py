@@ -120,7 +120,7 @@ def write_items(folder: Path, drawn: list[tuple], shards: int, day: int = 0) -> 
         partitions.Partition(str(folder / name), {"files": partitions.receipts(str(folder / name))})
         for name in ("features", "embeddings")
     ]
-    return ItemTables(found[0], found[1], None, False, ("fine",))
+    return ItemTables(found[0], found[1], None, False, 256, ("fine",))
 
 
 def snapshot(folder: Path, items: ItemTables, of: Snapshot) -> ItemSnapshot:

@@ -26,7 +26,7 @@ ITEMS, SHARDS = 400, 4
 NIGHTS = {
     name: ItemTables(
         partitions.Partition("", {"files": [{"name": str(n)} for n in range(SHARDS)]}),
-        partitions.Partition("", {"files": []}), None, False,
+        partitions.Partition("", {"files": []}), None, False, 256,
     )
     for name in ("monday", "tuesday")
 }  # fmt: skip
@@ -97,7 +97,7 @@ def test_each_asker_is_told_of_its_items_of_each_night(
             assert (told.cluster[known] == ids[known] + 1000 * (night == "tuesday")).all()
             scores = known & (ids % 5 > 0)
             assert ((told.vector >= 0) == scores).all()
-            mine = found.vectors[told.vector[scores]]
+            mine = found.vectors[told.vector[scores]].reshape(-1, VECTORS.shape[1])
             np.testing.assert_array_equal(mine, VECTORS[ids[scores]])
     files = len(list(tmp_path.rglob("answered-*")))
     assert files == {1: 15, 10_000: 11, 2**30: 8}[at_once]

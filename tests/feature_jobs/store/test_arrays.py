@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feature_jobs.schemas import EMBEDDING_DIM
+from courier_model.projection import EMBEDDING_DIM
+from feature_jobs.schemas import DataContractError
 from feature_jobs.store import arrays
 from feature_jobs.store.arrays import (
     differ_from_before,
@@ -73,12 +74,25 @@ def test_embeddings_survive_as_a_column_however_it_is_chunked_and_sliced(rows: i
     column = list_column(matrix, FLOATS)
     whole = pa.chunked_array([column.slice(0, rows // 2), column.slice(rows // 2)], FLOATS)
     for found, expected in (
-        (embedding_matrix(whole), matrix),
-        (embedding_matrix(whole.slice(1)), matrix[1:]),
-        (embedding_matrix(pa.chunked_array([column.slice(rows // 2)])), matrix[rows // 2 :]),
+        (embedding_matrix(whole, EMBEDDING_DIM), matrix),
+        (embedding_matrix(whole.slice(1), EMBEDDING_DIM), matrix[1:]),
+        (
+            embedding_matrix(pa.chunked_array([column.slice(rows // 2)]), EMBEDDING_DIM),
+            matrix[rows // 2 :],
+        ),
     ):
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, expected)
+
+
+def test_embeddings_of_another_length_are_refused_and_nulls_left_out() -> None:
+    vectors = [[1.0, 2.0], None, [3.0, 4.0]]
+    column = pa.chunked_array([vectors, []], FLOATS)
+    assert embedding_matrix(column, 2).tolist() == [[1, 2], [3, 4]]
+    # As many numbers as two of four would have.
+    for wrong in (column, pa.chunked_array([[[1.0, 2.0, 3.0], [4.0]]], FLOATS)):
+        with pytest.raises(DataContractError, match=r"some have .* numbers, where .* have 4"):
+            embedding_matrix(wrong, 4)
 
 
 @pytest.mark.parametrize(

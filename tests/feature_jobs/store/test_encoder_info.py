@@ -47,6 +47,33 @@ def test_what_an_encoder_came_from_is_in_the_file_where_there_is_anything(tmp_pa
     assert encoder_info.read_encoder_info(str(tmp_path)) == info
 
 
+@pytest.mark.parametrize("dimension", [16, 64, 256, 2048])
+def test_a_dimension_is_in_the_file_where_it_is_not_the_usual_one(
+    tmp_path: Path, dimension: int
+) -> None:
+    """So the file of any other encoder is as it was before there were dimensions."""
+    info = replace(ENCODER, dimension=dimension)
+    encoder_info.write_encoder_info(str(tmp_path), info)
+    facts = documents.read_json(str(tmp_path / "encoder.json"))
+    assert ("dimension" in facts) == (dimension != 256)
+    assert encoder_info.dimension_of(facts) == dimension
+    assert encoder_info.read_encoder_info(str(tmp_path)) == info
+
+
+@pytest.mark.parametrize("dimension", [0, 15, 2049, 64.5, "64", None])
+def test_an_impossible_dimension_is_refused(tmp_path: Path, dimension: object) -> None:
+    path = str(tmp_path / "encoder.json")
+    encoder_info.write_encoder_info(str(tmp_path), ENCODER)
+    documents.write_json(path, {**documents.read_json(path), "dimension": dimension})
+    with pytest.raises(OperatorError, match="whole number from 16 to 2,048"):
+        encoder_info.read_encoder_info(str(tmp_path))
+
+
+def test_a_row_weighs_as_much_as_its_vector() -> None:
+    weights = {d: encoder_info.weight(d) for d in (16, 64, 256, 511, 768, 2048)}
+    assert weights == {16: 1, 64: 1, 256: 1, 511: 1, 768: 3, 2048: 8}
+
+
 def test_timm_is_asked_for_where_a_backbone_is_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     encoder_info.check_timm_is_there("resnet18")

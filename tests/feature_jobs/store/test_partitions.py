@@ -375,11 +375,11 @@ def test_lists_of_floats_have_no_dictionary_and_ids_have_one(part: str) -> None:
 def test_pyarrow_pandas_and_duckdb_read_the_same_rows_with_a_plain_path(part: str) -> None:
     _, rows = embeddings(300)
     rows = rows.sort_by("item_id")
-    expected = arrays.embedding_matrix(rows["embedding"])
+    expected = arrays.embedding_matrix(rows["embedding"], 256)
 
     arrow = pq.read_table(part)
     assert arrow.column_names == rows.column_names
-    np.testing.assert_array_equal(arrays.embedding_matrix(arrow["embedding"]), expected)
+    np.testing.assert_array_equal(arrays.embedding_matrix(arrow["embedding"], 256), expected)
 
     frame = pd.read_parquet(part)
     assert frame["item_id"].tolist() == list(range(300))

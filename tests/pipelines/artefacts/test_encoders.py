@@ -95,6 +95,19 @@ def test_principal_directions_of_the_sample_become_the_head(shop: World, capsys:
     assert (np.abs(of_all.mean(axis=0)[:20]) < 0.1 * np.sqrt(variances)).all()
 
 
+def test_as_many_directions_are_taken_as_are_asked_for(shop: World, capsys: Capture) -> None:
+    pca = (*FITTED, "--projection", "pca", "--centre")
+    stanza, _ = made(shop, capsys, *pca, "--embedding-dim", "64")
+    folder = str(folder_of(shop, stanza))
+    narrow, usual = (
+        load_encoder(folder),
+        load_encoder(str(folder_of(shop, made(shop, capsys, *pca)[0]))),
+    )
+    assert read_encoder_info(folder).dimension == 64
+    assert torch.equal(narrow.head.weight, usual.head.weight[:64])
+    assert "has no such" not in refused(shop, capsys, 2, *pca, "--embedding-dim", "1025")
+
+
 def test_directions_that_are_rounding_are_not_whitened(shop: World, capsys: Capture) -> None:
     """An untrained network tells images apart by fewer than it has."""
     message = refused(shop, capsys, 2, *FITTED, "--projection", "pca", "--whiten")

@@ -17,7 +17,6 @@ import pytest
 
 from feature_jobs.codebooks.codebook import read_codebook_info, save_codebook
 from feature_jobs.impressions.snapshots import after_its_day
-from feature_jobs.items.item_vectors import broadcast_bytes
 from feature_jobs.schemas import TABLES
 from feature_jobs.store.documents import read_json
 from pipelines.backfill_plan import Asked, plan_backfill
@@ -157,8 +156,7 @@ def test_a_full_step_of_a_backfill_has_its_copies_within_the_limit(shop: Previou
     """Of two days, each of three nights, four nights are copied."""
     assert shop.refresh(*DAYS[:3]) == 0
     settings, both = shop.settings, tuple(DAYS[3:5])
-    items = max(one.items for one in scores_ahead(settings, both))
-    limit = 4.5 * broadcast_bytes(items) / 1e9
+    limit = 4.5 * max(one.copied_bytes for one in scores_ahead(settings, both)) / 1e9
     simscore = settings.simscore.model_copy(update={"broadcast_limit_gb": limit})
     settings = settings.model_copy(update={"simscore": simscore})
     assert plan_backfill(settings, Asked(both)).step_days == 2
@@ -352,7 +350,7 @@ def test_a_resolution_that_an_older_night_lacks_is_told_with_the_day_from_which_
     shop: Previous, artefacts: Artefacts, tmp_path: Path
 ) -> None:
     info, labels = read_codebook_info(artefacts.codebook), ("main", "fine")
-    centres = dict.fromkeys(labels, np.eye(2, 8, dtype=np.float32))
+    centres = dict.fromkeys(labels, np.eye(2, 256, dtype=np.float32))
     made = by_hand(centres, dict.fromkeys(labels, np.array([1, 2])), info.encoder_id)
     codebook = save_codebook(str(tmp_path), made)
     pin = f"[[pins]]\nfrom_ds = {DAYS[2]}\nencoder = '{artefacts.encoder}'\n"
