@@ -371,8 +371,8 @@ def read_sample(job: SampleJob) -> Sample:
     matrix = np.empty((len(order), job.dimension), np.float32)
     at = 0
     for path in paths:
-        rows = partitions.read_parquet(path, ["embedding"])
-        part = arrays.embedding_matrix(rows["embedding"], job.dimension)
+        column = partitions.read_parquet(path, ["embedding"])["embedding"]
+        part = arrays.embedding_matrix(column, job.dimension)
         matrix[place[at : at + len(part)]] = part
         at += len(part)
     fitted = order[: int((~held_out).sum())]

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from courier_model.training.settings import TrainSettings
 from feature_jobs.store import files
 from feature_jobs.store.partitions import MANIFEST, SUCCESS
 from pipelines.artefacts import training
@@ -227,7 +228,7 @@ def test_items_that_no_snapshot_knows_are_masked(shop: World) -> None:
     assert make_rows(shop, DAYS[1], DAYS[2]) == 0
     settings = shop.settings()
     span = training.find_span(settings, DAYS[1], D, 1, lambda _: None)
-    data, sources = training.read_data(settings, span)
+    data, sources = training.read_data(settings, span, TrainSettings())
     ids, uris = (data.train.items[name].to_pylist() for name in ("item_id", "image_uri"))
     known = dict(zip(ids, uris, strict=True))
     assert known[UNKNOWN] is None

@@ -302,6 +302,7 @@ def pin_packages(shop: Shop, *names: str) -> None:
         write_encoder_info(str(shop.folder / f"e-{name}"), info)
         codebook = {field.name: None for field in dataclasses.fields(CodebookInfo)}
         codebook |= {"encoder_id": f"e-{name}", "resolutions": [], "ancestors": []}
+        del codebook["dimension"]  # as of one of 256
         write_json(str(shop.folder / f"c-{name}/codebook.json"), codebook)
 
 
