@@ -41,6 +41,7 @@ from tests.support.six_days import (
     six_days,
     whole_nights,
 )
+from tests.support.sleeping import instead_of_sleep
 from tests.support.stub_nights import UNKNOWN_FROM
 from tests.support.world import make_codebook, make_encoder
 
@@ -292,7 +293,7 @@ def test_a_day_that_another_run_is_at_is_waited_for_and_those_before_it_are_made
         made_first.extend(whole_nights(shop))
         lock.__exit__(None, None, None)
 
-    monkeypatch.setattr(backfill.time, "sleep", pause)
+    instead_of_sleep(monkeypatch, backfill, pause)
     assert shop.run("backfill", *ALL) == DONE
     assert made_first == list(DAYS[:2])
     assert f"another run is at ds {DAYS[2]}: waiting" in shop.told

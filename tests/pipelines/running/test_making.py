@@ -40,6 +40,7 @@ from pipelines.running.stage import Planned, Stage
 from pipelines.running.states import Look
 from pipelines.stages import EMBED
 from tests.support import stand_in_clusters
+from tests.support.sleeping import instead_of_sleep
 from tests.support.small_nights import JustAStage
 from tests.support.stand_in_clusters import Jobs, States
 from tests.support.table_rows import embeddings
@@ -218,7 +219,7 @@ def test_receipts_that_come_late_from_other_hosts_are_waited_for(
         begin(f"{tmp_path}/attempt", elsewhere=True)
         write()
 
-    monkeypatch.setattr(faults.time, "sleep", write)
+    instead_of_sleep(monkeypatch, faults, write)
     make([planned], f"{tmp_path}/attempt", run, Share(), Locks())
     assert not late
     assert Look().state(planned.stage).name == states.STAGED
@@ -264,7 +265,7 @@ def test_receipts_that_do_not_come_are_told(
         begin(f"{tmp_path}/attempt", elsewhere)
 
     monkeypatch.setattr(faults, "LATE_SECONDS", 0.01)
-    monkeypatch.setattr(faults.time, "sleep", lambda seconds: waited.append(seconds))
+    instead_of_sleep(monkeypatch, faults, waited.append)
     with pytest.raises(CourierError, match="has 0 of 1 parts although its job ended well"):
         make([stage_of(tmp_path)], f"{tmp_path}/attempt", run, Share(), Locks())
     assert bool(waited) == elsewhere
@@ -454,7 +455,7 @@ def test_what_the_job_in_a_jar_has_made_is_waited_for_where_it_shows_late(
     jars.make()
     jars.run(parts=1)
     late = list(jars.planned.stage.tables)
-    monkeypatch.setattr(faults.time, "sleep", lambda _: late and jars.write(late.pop(), 1))
+    instead_of_sleep(monkeypatch, faults, lambda _: late and jars.write(late.pop(), 1))
     assert jars.make() == 0
     assert not late
     assert jars.state == states.STAGED
