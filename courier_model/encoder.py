@@ -32,6 +32,8 @@ from feature_jobs.store import files
 from feature_jobs.store.documents import digest
 from feature_jobs.store.encoder_info import (
     EncoderInfo,
+    check_name,
+    check_same_scope,
     read_encoder_info,
     told,
     write_encoder_info,
@@ -280,32 +282,13 @@ def save_encoder(
         files.write_bytes(os.path.join(folder, _WEIGHTS_FILE), safetensors.torch.save(state))
         write_encoder_info(folder, info)
     saved = read_encoder_info(folder)
-    _check_same_scope(saved, info, folder)
+    check_same_scope(saved, info, folder)
     return saved
 
 
 def origin_of(weights: str) -> str:
     """Returns what encoder.json says of `build_encoder`'s `weights`: no folder of this machine."""
     return weights if weights in _WORDS else os.path.basename(weights)
-
-
-def check_name(name: str) -> None:
-    """Raises OperatorError for a name that no encoder can have."""
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
-        raise OperatorError(
-            f"The encoder's name is {name!r}; expected small letters, digits and hyphens, not "
-            "beginning with a hyphen, since it becomes a folder name and part of the encoder_id."
-        )
-
-
-def _check_same_scope(saved: EncoderInfo, wanted: EncoderInfo, folder: str) -> None:
-    for field in ("categories", "data_start_ds", "data_end_ds"):
-        found, expected = getattr(saved, field), getattr(wanted, field)
-        if found != expected:
-            raise OperatorError(
-                f"These weights are already saved as {folder} with {field} = {found!r}, now given "
-                f"as {expected!r}. One encoder_id cannot mean both; save under another name."
-            )
 
 
 def load_encoder(folder: str) -> ImageEncoder:
@@ -315,6 +298,12 @@ def load_encoder(folder: str) -> ImageEncoder:
     damaged or do not belong together.
     """
     info = read_encoder_info(folder)
+    if info.vectors is not None:
+        raise OperatorError(
+            f"The encoder {info.encoder_id} gives out vectors that the shop has, and COURIER cannot "
+            "run what made them: there are no weights to embed an image with or to train on from. "
+            "Name an encoder that was made by `courier train` or `courier init-encoder`."
+        )
     path = os.path.join(folder, _WEIGHTS_FILE)
     try:
         state = safetensors.torch.load(files.read_bytes(path))

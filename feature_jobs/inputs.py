@@ -9,6 +9,7 @@ of the years 1 to 9999, and a click a bool.
 import contextlib
 import datetime as dt
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,14 +30,17 @@ from feature_jobs.store.faults import patiently
 from feature_jobs.store.files import FileInfo
 
 _FOOTER_READERS = 16
+_BUFFER_BYTES = 8 << 20
 CATALOGUE_COLUMNS = ("item_id", "image_uri", "category")
 PARQUET_ENDINGS = (".parquet", ".parq", ".pq")
 IMPRESSION_COLUMNS = ("user_id", "item_id", "event_time", "clicked")
 SAMPLE_COLUMNS = IMPRESSION_COLUMNS[:3]
+VECTOR_COLUMNS = ("item_id", "vector")
 _REQUIRED = {
-    "catalogue": CATALOGUE_COLUMNS, "impressions": IMPRESSION_COLUMNS, "samples": SAMPLE_COLUMNS
+    "catalogue": CATALOGUE_COLUMNS, "impressions": IMPRESSION_COLUMNS, "samples": SAMPLE_COLUMNS,
+    "vectors": VECTOR_COLUMNS,
 }  # fmt: skip
-_NULLABLE = ("image_uri", "category", "title", "click_time", "request_id", "history")
+_NULLABLE = ("image_uri", "category", "title", "click_time", "request_id", "history", "vector")
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 # The years 1 to 9999, which Python can print, less a day, so that no time zone leaves them.
 _FIRST_SECOND, _LAST_SECOND = -62_135_510_400, 253_402_214_400
@@ -166,10 +170,18 @@ def list_files(
 
 
 def _setting(table: str, key: str) -> str:
-    """Names what an operator says of a table: by a setting, or of samples by an option."""
+    """Names what an operator says of a table: by a setting, or of some by an option."""
     options = {
-        "path": "--samples", "columns": "--user-id, --item-id or --time",
-        "input_timezone": "Say which it is: --timezone UTC, for example.", "carry": "the samples",
+        "samples": {
+            "path": "--samples", "columns": "--user-id, --item-id or --time",
+            "input_timezone": "Say which it is: --timezone UTC, for example.",
+            "carry": "the samples",
+        },
+        "vectors": {
+            "path": "--path of `courier register-vectors`",
+            "columns": "--item or --vector of `courier register-vectors`",
+            "carry": "the table of vectors",
+        },
     }  # fmt: skip
     settings = {
         "path": f"[{table}] path in the settings",
@@ -178,7 +190,7 @@ def _setting(table: str, key: str) -> str:
         '"UTC".',
         "carry": f"carry under [{table}] in the settings",
     }
-    return (options if table == "samples" else settings)[key]
+    return options.get(table, settings)[key]
 
 
 def find_days(template: str) -> list[dt.date]:
@@ -291,12 +303,14 @@ def open_source(
     named: Iterable[str] = (),
     closed: bool = False,
     rewrite: addresses.Pairs = (),
+    optional: Iterable[str] = (),
 ) -> Source:
     """Finds and checks one input partition by its footers alone.
 
-    `named` are optional columns that the settings name, and which therefore must be there. Of a day
-    on which the shop was `closed` nothing is waited for. `rewrite` tells where images are whose
-    addresses are in the web; it changes no identity, since the places that it names may move.
+    `named` are columns that the settings name, and which therefore must be there; those that are
+    `optional` need not be. Of a day on which the shop was `closed` nothing is waited for. `rewrite`
+    tells where images are whose addresses are in the web; it changes no identity, since the places
+    that it names may move.
 
     Raises InputNotReady (no partition; no row and no `_SUCCESS`), DataContractError (unreadable
     file, missing column, wrong type, files that differ) or OperatorError (naive times without
@@ -311,7 +325,8 @@ def open_source(
             "is all. An empty day is published only when it is marked as whole: write the "
             "_SUCCESS, or wait for the rows."
         )
-    required = tuple(dict.fromkeys([*_REQUIRED[table], *named]))
+    needed = [name for name in _REQUIRED[table] if name not in optional]
+    required = tuple(dict.fromkeys([*needed, *named]))
     found = [
         check_schema(table, path, schema, columns, required, carry, input_timezone)
         for path, (_, schema) in zip(paths, footers, strict=True)
@@ -530,6 +545,7 @@ _EXPECTED = {
     "image_uri": "string", "category": "string", "title": "string",
     "event_time": "a timestamp", "click_time": "a timestamp", "clicked": "bool, or int 0 and 1",
     "impression_id": _ID, "request_id": _ID, "history": f"a list of {_ID}",
+    "vector": "a list of floats, or bytes",
 }  # fmt: skip
 
 
@@ -540,6 +556,7 @@ def _type_fits(ours: str, found: pa.DataType) -> bool:
         "bool, or int 0 and 1": lambda t: pa.types.is_boolean(t) or pa.types.is_integer(t),
         _ID: lambda t: id_type(t) is not None,
         f"a list of {_ID}": lambda t: _is_list(t) and id_type(t.value_type) is not None,
+        "a list of floats, or bytes": lambda t: is_float_list(t) or is_bytes(t),
     }
     return bool(kinds[_EXPECTED[ours]](plain_type(found))) and _can_be_plain(found)
 
@@ -604,6 +621,18 @@ def _is_string(plain: pa.DataType) -> bool:
 
 def _is_list(plain: pa.DataType) -> bool:
     return bool(pa.types.is_list(plain) or pa.types.is_large_list(plain))
+
+
+def is_float_list(plain: pa.DataType) -> bool:
+    """Tells whether a plain type is of lists of floats, all of one length or not."""
+    is_list = _is_list(plain) or pa.types.is_fixed_size_list(plain)
+    return is_list and bool(pa.types.is_floating(plain.value_type))
+
+
+def is_bytes(plain: pa.DataType) -> bool:
+    """Tells whether a plain type is of bytes, as many in each row or not."""
+    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+    return any(is_kind(plain) for is_kind in kinds)
 
 
 def id_type(found: pa.DataType) -> pa.DataType | None:
@@ -677,6 +706,64 @@ def read_rows(group: RowGroup, wanted: Sequence[str], carry: Sequence[str] = ())
     return pa.table(found | {name: rows[name] for name in carry})
 
 
+def read_in_batches(group: RowGroup, wanted: Sequence[str], size: int) -> Iterator[pa.Table]:
+    """Yields the rows of one row group as `read_rows` gives them, at most `size` of them at a time.
+
+    A row group of vectors may be larger than memory.
+    """
+    form = group.form
+    theirs = [form.columns[name] for name in wanted]
+    batches = _Batches(group, theirs, size)
+    try:
+        while (rows := patiently(group.path, batches.read)) is not None:
+            yield pa.table(
+                {
+                    name: _normalise(form, group.path, name, rows[column])
+                    for name, column in zip(wanted, theirs, strict=True)
+                }
+            )
+    except _UNREADABLE as error:
+        raise unreadable(group.path, error) from error
+    finally:
+        batches.close()
+
+
+class _Batches:
+    """Reads one batch of a row group after the other; after a fault, again from where it was."""
+
+    def __init__(self, group: RowGroup, columns: list[str], size: int):
+        self._group, self._columns, self._size = group, columns, size
+        self._done, self._open = 0, contextlib.ExitStack()
+        self._batches: Iterator[pa.RecordBatch] | None = None
+
+    def read(self) -> pa.Table | None:
+        """Returns the next rows in plain types, None after the last ones."""
+        try:
+            if self._batches is None:
+                self._batches = itertools.islice(self._begin(), self._done, None)
+            batch = next(self._batches, None)
+        except OSError:
+            self.close()
+            raise
+        if batch is None:
+            return None
+        self._done += 1
+        rows = pa.Table.from_batches([batch])
+        return pa.table({n: rows[n].cast(plain_type(rows[n].type)) for n in self._columns})
+
+    def close(self) -> None:
+        self._batches = None
+        self._open.close()
+
+    def _begin(self) -> Iterator[pa.RecordBatch]:
+        data = self._open.enter_context(files.open_input(self._group.path))
+        # Without a buffer, all pages of a column are read at once.
+        file = self._open.enter_context(
+            pq.ParquetFile(data, arrow_extensions_enabled=False, buffer_size=_BUFFER_BYTES)
+        )
+        return file.iter_batches(self._size, [self._group.index], self._columns)
+
+
 def _read_plain(group: RowGroup, columns: list[str]) -> pa.Table:
     """Reads some columns of the shop's, in plain types."""
     with files.open_input(group.path) as data:
@@ -737,6 +824,8 @@ def _normalise(form: Form, path: str, name: str, column: pa.ChunkedArray) -> pa.
         return to_utc(known, form.input_timezone)
     if name == "clicked":
         return _to_bool(form, path, column)
+    if name == "vector":
+        return column
     return column.cast(pa.list_(id_type(column.type.value_type)))
 
 

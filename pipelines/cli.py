@@ -449,6 +449,50 @@ def init_encoder(
     )
 
 
+@cli.command("register-vectors")
+@config_option
+@click.option("--name", required=True, help="First part of the encoder's id.")
+@click.option(
+    "--path",
+    required=True,
+    metavar="TEMPLATE",
+    help="The table's files, with {ds} for the day; without, one snapshot.",
+)
+@click.option("--vector", required=True, metavar="COLUMN", help="The vectors.")
+@click.option("--item", default="item_id", show_default=True, metavar="COLUMN", help="Item IDs.")
+@click.option(
+    "--bytes", "as_bytes", is_flag=True, help="Vectors are bytes: float32, little-endian."
+)
+@click.option("--category", "--scope", multiple=True, help="One in scope; repeat. [default: all]")
+@click.option("--ds", type=Ds(), help="The day whose vectors to look at. [default: the newest]")
+@click.option("--centre", is_flag=True, help="Take off the mean of a sample, before the norm.")
+@click.option(
+    "--trained-on",
+    nargs=2,
+    type=Ds(),
+    metavar="START END",
+    help="Days of this shop's clicks that their maker was trained on.",
+)
+@click.option("--trained-elsewhere", is_flag=True, help="It knows nothing of this shop's clicks.")
+@click.option("--require-success", is_flag=True, help="Wait for a _SUCCESS beside the files.")
+@out_option
+def register_vectors(
+    config: str, name: str, path: str, vector: str, item: str, as_bytes: bool,
+    category: tuple[str, ...], ds: dt.date | None, centre: bool,
+    trained_on: tuple[dt.date, dt.date] | None, trained_elsewhere: bool, require_success: bool,
+    out: str | None,
+) -> None:  # fmt: skip
+    """Register vectors that the shop has as an encoder; prints the pin to append."""
+    from feature_jobs.store.encoder_info import VectorSource
+    from pipelines.artefacts import vectors
+
+    days = vectors.choose_training(trained_on, trained_elsewhere)
+    source = VectorSource(path, item, vector, as_bytes, require_success)
+    wanted = vectors.Registration(name, source, category, days, ds, centre)
+    folder, out = _folders(config, out)
+    click.echo(vectors.register_vectors(wanted, _settings(config), folder, out, _say))
+
+
 def _folders(config: str, out: str | None) -> tuple[str, str]:
     """Returns the folder of the settings, and the one where packages go."""
     from feature_jobs.store import files

@@ -22,6 +22,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     model_validator,
@@ -155,12 +156,13 @@ class Catalogue(_Section):
     """Tells where the catalogue and its images lie.
 
     `path` has {ds}, or the day in another spelling (`day_names`), or is one snapshot for all days;
-    images lie below one of `image_roots`. Of an image_uri that begins with the first text of a pair
+    images lie below one of `image_roots`, of which a shop without images has none: image_uri may be
+    absent then. Of an image_uri that begins with the first text of a pair
     of `rewrite`, which ends in "/", the file lies below the second, a folder.
     """
 
     path: Template
-    image_roots: Annotated[tuple[FullPath, ...], Field(min_length=1)]
+    image_roots: tuple[FullPath, ...] = ()
     rewrite: tuple[tuple[Prefix, FullPath], ...] = ()
     require_success: bool = False
     columns: CatalogueColumns = CatalogueColumns()
@@ -536,6 +538,19 @@ class Settings(_Section):
     costs: Prices = Prices()
     beam: dict[str, Any] = {}
     pins: tuple[Pin, ...] = ()
+    _shop: str = PrivateAttr(default=".")
+
+    def model_post_init(self, context: Any) -> None:
+        """Notes the folder where the shop's relative paths begin."""
+        self._shop = (context or {}).get("base", ".")
+
+    def full_template(self, typed: str) -> str:
+        """Returns the full template of a table of the shop's, typed as in the settings.
+
+        Raises OperatorError for one that cannot be read.
+        """
+        folder = day_names.literal(files.absolute(".", self._shop))
+        return files.absolute(files.expanded(typed), folder)
 
     @property
     def night(self) -> tuple[Kind, ...]:

@@ -131,11 +131,14 @@ def is_waiting(items: pa.Table, rejects: pa.Table, ds: dt.date) -> np.ndarray:
 
     Their address is the same, and their `next_ds` later.
     """
-    before = rejects.select(["image_uri", "next_ds"]).take(row_of(items, rejects))
-    addresses = (pc.fill_null(rows["image_uri"], "") for rows in (before, items))
-    same = pc.equal(*addresses)
-    later = pc.greater(before["next_ds"], pa.scalar(ds, pa.date32()))
-    return pc.fill_null(pc.and_(same, later), False).to_numpy()
+    before = rejects["image_uri"].take(row_of(items, rejects))
+    same = pc.equal(*(pc.fill_null(uris, "") for uris in (before, items["image_uri"])))
+    return same.to_numpy() & (next_tries(items, rejects) > np.datetime64(ds, "D"))
+
+
+def next_tries(items: pa.Table, rejects: pa.Table) -> np.ndarray:
+    """Returns when each item that was rejected is tried again, datetime64[D] [n], else NaT."""
+    return rejects["next_ds"].take(row_of(items, rejects)).to_numpy()
 
 
 def next_ds(ds: dt.date, attempts: np.ndarray) -> np.ndarray:

@@ -29,7 +29,8 @@ from feature_jobs.store import arrays, partitions
 RESULT_ROW = "result_row"  # stands in the place of the vector
 _REASON = ("stage", "reason", "message")
 _NO_ADDRESS = "unsupported_uri"  # nothing was looked for
-_NOT_FETCHED = pa.array(["missing", "forbidden"])
+NO_VECTOR = "no_vector"  # the reason of an item of which a table of vectors has none
+_NOT_FETCHED = pa.array(["missing", "forbidden", NO_VECTOR])
 _SECONDS = ("io_seconds", "decode_seconds", "forward_seconds")
 
 

@@ -1,7 +1,9 @@
 """Tells what an encoder package says of itself, and which items it was made for, without torch."""
 
 import importlib.util
+import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,13 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_jobs.schemas import OperatorError
+from feature_jobs.schemas import DataContractError, OperatorError
+from feature_jobs.store import files
 from feature_jobs.store.documents import read_json, write_json
 
 TIMM = "timm:"  # begins the names of timm's backbones
 # Of encoders, codebooks and tables whose records do not tell it: once there was no other.
 UNTOLD_DIMENSION = 256
-_DIMENSIONS = range(16, 2049)
+DIMENSIONS = range(16, 2049)
 
 
 def told(dimension: int) -> dict[str, int]:
@@ -37,6 +40,29 @@ def weight(dimension: int) -> int:
     return max(1, dimension // UNTOLD_DIMENSION)
 
 
+VECTORS = "vectors"  # in the place of a backbone, of an encoder that others run
+CENTRE = "centre.npy"  # in its package, where it has a centre; float32 [dimension]
+
+
+@dataclass(frozen=True)
+class VectorSource:
+    """Says where a shop's own vectors lie, which an encoder of the kind `vectors` gives out.
+
+    `path` is a template (`day_names`), as it was typed: a relative one begins where the shop's
+    other paths do. `item` and `vector` name columns; with `as_bytes` a vector is float32,
+    little-endian. With `trained_elsewhere` what made them knows nothing of the shop's clicks, as
+    was declared; else the data range says what it knows. With `centred` the package has a CENTRE.
+    """
+
+    path: str
+    item: str
+    vector: str
+    as_bytes: bool = False
+    require_success: bool = False
+    trained_elsewhere: bool = False
+    centred: bool = False
+
+
 @dataclass(frozen=True)
 class EncoderInfo:
     """Holds what `encoder.json` says of an encoder package, readable without torch.
@@ -45,7 +71,8 @@ class EncoderInfo:
     data, both ends inclusive; None for an encoder that was made without any. `timm` is there for a
     backbone of timm's: its `version`, and of weights from its hub `hub_id`, `revision`, `licence`.
     `lineage` has the IDs of the encoders that training went on from, the latest first; the data
-    range includes theirs. `dimension` is how many numbers an embedding has, 16 to 2,048.
+    range includes theirs. `dimension` is how many numbers an embedding has, 16 to 2,048. An
+    encoder with `vectors` has no images to embed, and neither weights nor preprocessing.
     """
 
     encoder_id: str
@@ -58,6 +85,7 @@ class EncoderInfo:
     timm: dict[str, str] | None = None
     lineage: tuple[str, ...] = ()
     dimension: int = UNTOLD_DIMENSION
+    vectors: VectorSource | None = None
 
 
 def read_encoder_info(folder: str) -> EncoderInfo:
@@ -68,29 +96,69 @@ def read_encoder_info(folder: str) -> EncoderInfo:
         categories = fields["categories"]
         fields["categories"] = None if categories is None else tuple(categories)
         fields["lineage"] = tuple(fields.get("lineage", ()))
+        fields["vectors"] = VectorSource(**fields["vectors"]) if "vectors" in fields else None
         info = EncoderInfo(**fields)
     except (FileNotFoundError, NotADirectoryError, TypeError, KeyError) as error:
         raise OperatorError(
             f"{folder!r} is no encoder package: {path} is missing or lacks a field ({error!r}). "
-            "Point at a folder made by `courier init-encoder`."
+            "Point at a folder made by `courier init-encoder`, `courier train` or `courier "
+            "register-vectors`."
         ) from error
-    if info.dimension not in _DIMENSIONS:
+    if info.dimension not in DIMENSIONS:
         raise OperatorError(
             f"{path} says that embeddings have a dimension of {info.dimension!r}; expected is a "
-            f"whole number from {_DIMENSIONS[0]} to {_DIMENSIONS[-1]:,}. Tables of anything else "
+            f"whole number from {DIMENSIONS[0]} to {DIMENSIONS[-1]:,}. Tables of anything else "
             "would be searched with bounds that do not hold. Restore the file from its origin, or "
             "make the encoder again."
         )
     return info
 
 
+def read_centre(folder: str) -> np.ndarray:
+    """Returns the centre of an encoder of the kind `vectors`, float32 [dimension].
+
+    Raises DataContractError where its package has none that can be read.
+    """
+    path = os.path.join(folder, CENTRE)
+    data = files.read_if_there(path)
+    try:
+        found = np.load(io.BytesIO(data or b""), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise DataContractError(
+            f"{path} is missing or damaged ({error}), and encoder.json beside it says that it is "
+            "taken off every vector. Embeddings without it would lie elsewhere than the codebook's "
+            "centres. Restore the file from its origin, or register the vectors again."
+        ) from error
+    return np.asarray(found, np.float32)
+
+
 def write_encoder_info(folder: str, info: EncoderInfo) -> None:
     facts = asdict(info)
-    for name in ("timm", "lineage"):
+    for name in ("timm", "lineage", "vectors"):
         if not facts[name]:
             del facts[name]
     del facts["dimension"]
     write_json(os.path.join(folder, "encoder.json"), facts | told(info.dimension))
+
+
+def check_name(name: str) -> None:
+    """Raises OperatorError for a name that no encoder can have."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
+        raise OperatorError(
+            f"The encoder's name is {name!r}; expected small letters, digits and hyphens, not "
+            "beginning with a hyphen, since it becomes a folder name and part of the encoder_id."
+        )
+
+
+def check_same_scope(saved: EncoderInfo, wanted: EncoderInfo, folder: str) -> None:
+    """Raises OperatorError where an encoder that is `saved` has another scope or other dates."""
+    for field in ("categories", "data_start_ds", "data_end_ds"):
+        found, expected = getattr(saved, field), getattr(wanted, field)
+        if found != expected:
+            raise OperatorError(
+                f"This encoder is already saved as {folder} with {field} = {found!r}, now given "
+                f"as {expected!r}. One encoder_id cannot mean both; save under another name."
+            )
 
 
 def check_timm_is_there(backbone: str) -> None:

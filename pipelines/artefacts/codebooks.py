@@ -51,9 +51,9 @@ from feature_jobs.schemas import (
     OperatorError,
 )
 from feature_jobs.store import encoder_info, faults, files, partitions, worker_notes
-from pipelines.artefacts.encoders import stanza
 from pipelines.artefacts.fit_staging import own_staging
 from pipelines.artefacts.free_memory import available_bytes
+from pipelines.artefacts.stanzas import stanza
 from pipelines.config import Settings
 from pipelines.planning.shop_tables import ShopTables
 from pipelines.running import beam_options, cluster_jobs, making

@@ -1,10 +1,6 @@
-"""Makes encoders for `courier init-encoder`, and the `[[pins]]` stanzas of all new artefacts.
-
-Commands that make artefacts print a stanza to be added to the settings, and edit nothing.
-"""
+"""Makes encoders for `courier init-encoder`."""
 
 import datetime as dt
-import json
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -15,15 +11,16 @@ from typing import TYPE_CHECKING
 from courier_model.encoder import (
     ImageEncoder,
     build_encoder,
-    check_name,
     origin_of,
     save_encoder,
 )
 from courier_model.projection import principal
 from feature_jobs.inputs import Source
 from feature_jobs.schemas import OperatorError
-from feature_jobs.store import faults, files, worker_notes
+from feature_jobs.store import faults, worker_notes
+from feature_jobs.store.encoder_info import check_name
 from pipelines.artefacts.fit_staging import own_staging
+from pipelines.artefacts.stanzas import ANY_DAY, encoder_stanza
 from pipelines.config import Settings
 from pipelines.planning.shop_tables import ShopTables
 from pipelines.running import beam_options, cluster_jobs, making
@@ -36,38 +33,6 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 _SAMPLE = 20_000  # items of a catalogue
-_ANY_DAY = dt.date(2000, 1, 1)
-
-
-def stanza(folder: str, comment: str, from_ds: dt.date, **artefacts: str) -> str:
-    """Writes a `[[pins]]` stanza; local paths are relative to `folder`, that of the settings."""
-    lines = [f"# {comment}", "[[pins]]", f'from_ds = "{from_ds}"']
-    for name, path in artefacts.items():
-        near = path if files.is_remote(path) else os.path.relpath(path, folder)
-        lines.append(f"{name} = {json.dumps(near)}")
-    return "\n".join(lines)
-
-
-def encoder_stanza(
-    settings: Settings | None, folder: str, comment: str, from_ds: dt.date, encoder: str
-) -> str:
-    """Writes the stanza of a new encoder, which has no codebook yet.
-
-    Where nights have a codebook already, a pin without one would end them: it says in comments then
-    how the encoder gets its own, so that appending it does no harm.
-    """
-    if settings is None or not any(pin.codebook for pin in settings.pins):
-        return stanza(folder, comment, from_ds, encoder=encoder)
-    path = encoder if files.is_remote(encoder) else os.path.relpath(encoder)
-    return "\n".join(
-        [
-            f"# {comment}",
-            "# It takes the place of the pinned encoder once it has a codebook of its own, made on",
-            "# a day before it is to serve:",
-            f"#   courier embed --encoder {path} --ds DAY",
-            f"#   courier fit-codebook --encoder {path} --ds DAY --clusters N >> courier.toml",
-        ]
-    )
 
 
 @dataclass(frozen=True)
@@ -154,7 +119,7 @@ def init_encoder(
         start.backbone, start.weights, start.input_size, start.seed, start.embedding_dim
     )
     scope, words, day = tuple(categories) or None, origin_of(start.weights), None
-    from_ds, knows = _ANY_DAY, "made without click data: it may serve any day"
+    from_ds, knows = ANY_DAY, "made without click data: it may serve any day"
     if fitting and read:
         fitted = _fit(encoder, fitting, scope, *read, say)
         words, day = f"{words}, {fitted}", str(fitting.ds)

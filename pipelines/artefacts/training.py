@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from courier_model.encoder import check_name, origin_of, save_encoder
+from courier_model.encoder import origin_of, save_encoder
 from courier_model.training.distributed import joined, wait_for_all
 from courier_model.training.rows import build_sets
 from courier_model.training.settings import TrainSettings
@@ -31,12 +31,12 @@ from feature_jobs.schemas import (
     OperatorError,
 )
 from feature_jobs.store import day_names, documents, files, partitions
-from feature_jobs.store.encoder_info import EncoderInfo, read_encoder_info
+from feature_jobs.store.encoder_info import EncoderInfo, check_name, read_encoder_info
 from feature_jobs.store.partitions import Partition
 from feature_jobs.store.versions import PACKAGE_VERSIONS
 from pipelines.artefacts import training_dry_run
-from pipelines.artefacts.encoders import encoder_stanza
 from pipelines.artefacts.held_out import draw_users, histories_of
+from pipelines.artefacts.stanzas import encoder_stanza
 from pipelines.config import Settings
 from pipelines.planning.made_with import rows_settings
 from pipelines.planning.shop_tables import ShopTables

@@ -10,11 +10,10 @@ import pyarrow as pa
 
 from feature_jobs import inputs
 from feature_jobs.impressions.histories import HistoryDay
-from feature_jobs.inputs import Source
-from feature_jobs.schemas import DataContractError, InputNotReady
+from feature_jobs.schemas import DataContractError
 from pipelines.config import Settings
 from pipelines.planning.pinned import PinnedArtefacts
-from pipelines.planning.shop_tables import ShopTables
+from pipelines.planning.shop_tables import Found, ShopTables
 from pipelines.planning.yesterday import Before, Yesterdays, befores
 from pipelines.running.layout import Layout
 from pipelines.running.stage import Planned, Stage
@@ -65,7 +64,7 @@ class Range:
     say: Callable[[str], None]
     options: NightOptions
     days: int = 1
-    sources: dict[str, Source | InputNotReady] = field(default_factory=dict)
+    sources: Found = field(default_factory=dict)
     artefacts: dict[str, Any] = field(default_factory=dict)
     planned: dict[tuple[str, dt.date], Planned] = field(default_factory=dict)
     changed: dict[tuple[str, dt.date], frozenset[dt.date]] = field(default_factory=dict)
@@ -104,6 +103,8 @@ class DayPlan:
             _ = self.pinned.encoder
         if "catalogue" in uses:
             self.shop.catalogue(self.ds)
+            if self.pinned.encoder.vectors:
+                self.shop.vectors(self.ds, self.pinned.encoder)
         if "impressions" in uses:
             self.shop.impressions(self.ds)
             self.shop.user_id_type(pa.int64())

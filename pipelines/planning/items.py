@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from feature_jobs.codebooks import codebook as codebooks
 from feature_jobs.inputs import Source
+from feature_jobs.items.vector_table import VectorTable
 from feature_jobs.schemas import (
     ITEM_EMBEDDINGS,
     ITEM_REJECTS,
@@ -24,7 +25,14 @@ from feature_jobs.schemas import (
 )
 from feature_jobs.schemas import ITEM_FEATURES as FEATURES_TABLE
 from feature_jobs.store import documents, hashing, partitions
-from feature_jobs.store.encoder_info import check_timm_is_there, dimension_of, told, weight
+from feature_jobs.store.encoder_info import (
+    EncoderInfo,
+    check_timm_is_there,
+    dimension_of,
+    read_centre,
+    told,
+    weight,
+)
 from feature_jobs.store.versions import PACKAGE_VERSIONS
 from pipelines.config import Settings
 from pipelines.planning.day_plan import DayPlan
@@ -35,12 +43,17 @@ from pipelines.running.stage import Planned, Stage
 from pipelines.running.states import Look, made_in, staged_folder
 from pipelines.stages import EMBED, ITEM_FEATURES
 
+DECLARED = "encoder_declared"  # the note of what vectors of the shop's own know, by its word
+
 # ---- EMBED -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PlannedEmbed(Planned):
-    """Holds what EMBED must know of a day."""
+    """Holds what EMBED must know of a day.
+
+    Where the encoder gives out `vectors` of the shop's own, they are taken and no image is read.
+    """
 
     stage: Stage
     settings: Settings
@@ -49,18 +62,24 @@ class PlannedEmbed(Planned):
     item_id: pa.DataType
     before: Earlier | None
     full: bool
+    vectors: VectorTable | None = None
 
     @property
     def id_types(self) -> tuple[pa.DataType, ...]:
         return (self.item_id,)
 
     def continues(self, earlier: Planned) -> bool:
+        if self.vectors:  # of which each day has its own, or all the same
+            return False
         same = earlier.stage.identities == self.stage.identities
         goes_on = self.before is not None and self.before.run_id == earlier.stage.run_id
         return same and goes_on and earlier.id_types == self.id_types
 
     @classmethod
     def wire(cls, root: Any, days: Sequence["PlannedEmbed"], folder: str) -> None:
+        if days[0].vectors:
+            (day,) = days
+            return day._wire_vectors(root, folder)
         from courier_model.images import Preprocessing
         from feature_jobs.items import embed
 
@@ -92,11 +111,38 @@ class PlannedEmbed(Planned):
             reuse=first.is_reusable,
             full=first.full,
             same_roots=before is not None
-            and before.settings["image_roots"] == first.stage.settings["image_roots"],
+            and before.settings.get("image_roots") == first.stage.settings["image_roots"],
             staging=folder,
             chunks=os.path.join(os.path.dirname(job_of(folder)), first._chunk_folder(max(shards))),
         )
         embed.define_embed(root, job)
+
+    def _wire_vectors(self, root: Any, folder: str) -> None:
+        """Defines the job that takes the vectors of the day."""
+        from feature_jobs.items import take_vectors
+
+        encoder, look, before = self.pinned.encoder, Look(), self.before
+        assert encoder.vectors is not None
+        assert self.vectors is not None
+        embeddings, rejects = map(look.open, before.tables) if before else (None, None)
+        job = take_vectors.TakeJob(
+            ds=self.stage.ds,
+            shards=self.stage.shards,
+            embeddings_schema=ITEM_EMBEDDINGS.schema(self.item_id, dimension=encoder.dimension),
+            rejects_schema=ITEM_REJECTS.schema(self.item_id),
+            dimension=encoder.dimension,
+            centre=read_centre(self.pinned.pin.encoder) if encoder.vectors.centred else None,
+            window_days=self.settings.window_days,
+            previous_embeddings=embeddings,
+            previous_rejects=rejects,
+            reuse=self.is_reusable,
+            staging=made_in(self.stage.staging),
+            folder=folder,
+        )
+        take_vectors.define_take_vectors(root, job, self.catalogue, self.vectors)
+
+    def came_in(self) -> dict[str, int]:
+        return {"vectors_read": self.vectors.source.rows} if self.vectors else {}
 
     @property
     def is_reusable(self) -> bool:
@@ -104,11 +150,15 @@ class PlannedEmbed(Planned):
         if self.before is None:
             return False
         wanted, made = _precision(self.settings), self.before.settings
+        if self.vectors:
+            wanted = {}
         same = self.before.identities["encoder_id"] == self.pinned.encoder.encoder_id
         return same and wanted.items() <= made.items()
 
     @property
     def images(self) -> int:
+        if self.vectors:
+            return 0
         told = self.catalogue.image_uris
         return self.catalogue.rows if told is None else told
 
@@ -162,34 +212,68 @@ def _goes_on_from(day: DayPlan) -> Iterator[Earlier | None]:
 
 def _plan_embed(day: DayPlan, item_id: pa.DataType, before: Earlier | None) -> PlannedEmbed:
     settings, catalogue, pinned = day.settings, day.shop.catalogue(day.ds), day.pinned
+    encoder = pinned.encoder
+    vectors = day.shop.vectors(day.ds, encoder) if encoder.vectors else None
+    if not vectors:
+        _check_has_images(day)
     stage = day.stage(
         EMBED,
         "asked for (--full)" if day.options.full else "",
         shards=hashing.num_shards(
-            catalogue.rows * weight(pinned.encoder.dimension), settings.rows_per_shard
+            catalogue.rows * weight(encoder.dimension), settings.rows_per_shard
         ),
         inputs={
             "catalogue": catalogue.identity(),
+            **({"vectors": vectors.source.identity()} if vectors else {}),
             "previous": before.as_input() if before else None,
         },
-        identities={"encoder_id": pinned.encoder.encoder_id},
+        identities={"encoder_id": encoder.encoder_id},
         settings={
-            "image_roots": [root.written for root in settings.catalogue.image_roots],
-            **settings.catalogue.rewrite_as_written,
-            "batch_size": settings.embed.batch_size,
+            **({} if vectors else _of_images(settings)),
             "window_days": settings.window_days,
-            **_precision(settings),
-            **told(pinned.encoder.dimension),
+            **told(encoder.dimension),
         },
         before=before.tables if before else (),
         input_rows=catalogue.rows,
         notes={
             **({"full": True} if day.options.full else {}),
             "one_snapshot_for_all_days": day.shop.has_one_catalogue,
-            **pinned.overlap("encoder", pinned.encoder.data_end_ds),
+            **pinned.overlap("encoder", encoder.data_end_ds),
+            **_declared(encoder),
         },
     )
-    return PlannedEmbed(stage, settings, pinned, catalogue, item_id, before, day.options.full)
+    full = day.options.full
+    return PlannedEmbed(stage, settings, pinned, catalogue, item_id, before, full, vectors)
+
+
+def _of_images(settings: Settings) -> dict[str, Any]:
+    """Returns what a run that embeds images is known by."""
+    return {
+        "image_roots": [root.written for root in settings.catalogue.image_roots],
+        **settings.catalogue.rewrite_as_written,
+        "batch_size": settings.embed.batch_size,
+        **_precision(settings),
+    }
+
+
+def _declared(encoder: EncoderInfo) -> dict[str, str]:
+    """Returns what a manifest says of vectors of the shop's own: of what, by their word."""
+    if encoder.vectors is None:
+        return {}
+    if encoder.vectors.trained_elsewhere:
+        return {DECLARED: "trained elsewhere, on nothing of this shop's clicks"}
+    return {DECLARED: f"trained on ds {encoder.data_start_ds} to {encoder.data_end_ds}"}
+
+
+def _check_has_images(day: DayPlan) -> None:
+    """Raises OperatorError where images are to be embedded of a shop that has none."""
+    if not day.settings.catalogue.image_roots:
+        raise OperatorError(
+            f"The encoder that is pinned for ds {day.ds}, {day.pinned.encoder.encoder_id}, embeds "
+            "images, and the settings name no catalogue.image_roots below which they lie. Name "
+            "them; or where the shop has vectors instead of images, register these with `courier "
+            "register-vectors` and pin that encoder."
+        )
 
 
 def _precision(settings: Settings) -> dict[str, str]:

@@ -13,8 +13,9 @@ from zoneinfo import ZoneInfo
 from feature_jobs import inputs
 from feature_jobs.schemas import InputNotReady
 from feature_jobs.store import day_names
+from feature_jobs.store.encoder_info import EncoderInfo
 from feature_jobs.store.files import FileInfo
-from pipelines.config import Catalogue, Impressions, Settings
+from pipelines.config import Settings
 from pipelines.planning.pinned import PinnedArtefacts
 from pipelines.planning.shop_tables import ShopTables
 from pipelines.running.estimates import duration
@@ -24,7 +25,7 @@ POLL_SECONDS = 30.0
 TELL_SECONDS = 600.0  # what is still waited for is told so often,
 _NAMED = 3  # and of so many tables by name
 
-Table = tuple[str, dt.date]  # "catalogue" or "impressions", of a day
+Table = tuple[str, dt.date]  # "catalogue", "vectors" or "impressions", of a day
 
 
 def wait_for_inputs(
@@ -107,9 +108,22 @@ def _tables(settings: Settings, days: Sequence[dt.date], kinds: Collection[Kind]
     for ds in days:
         if "catalogue" in used:
             found.append(("catalogue", days[0] if one_snapshot else ds))
+            if _encoder(settings, ds).vectors:
+                found.append(("vectors", ds))
         if "impressions" in used:
             found.append(("impressions", ds))
     return list(dict.fromkeys(found))
+
+
+def _encoder(settings: Settings, ds: dt.date) -> EncoderInfo:
+    return PinnedArtefacts(settings, ds).encoder
+
+
+def _ask_for_it(name: str) -> str:
+    """Says how a table is waited for until it has a `_SUCCESS`."""
+    if name == "vectors":
+        return "register them with --require-success"
+    return f"set require_success under [{name}] in the settings"
 
 
 class _Waiting:
@@ -127,19 +141,32 @@ class _Waiting:
         return {table: why for table, why in found if why}
 
     def _why_missing(self, name: str, ds: dt.date) -> str:
-        section, shop = self._section(name), ShopTables(self._settings, ds, self._say)
-        closed = ds in self._settings.closed_days
+        shop = ShopTables(self._settings, ds, self._say)
+        closed = ds in self._settings.closed_days and name != "vectors"
+        path, require_success = self._place(name, ds)
         try:
-            found = inputs.list_files(name, section.path, ds, section.require_success, closed)
-            if found and not section.require_success and (why := self._why_moving(name, ds, found)):
+            found = inputs.list_files(name, path, ds, require_success, closed)
+            if found and not require_success and (why := self._why_moving(name, ds, found)):
                 return why
-            _ = shop.catalogue(ds) if name == "catalogue" else shop.impressions(ds)
+            match name:
+                case "catalogue":
+                    shop.catalogue(ds)
+                case "vectors":
+                    shop.vectors(ds, _encoder(self._settings, ds))
+                case _:
+                    shop.impressions(ds)
         except InputNotReady as error:
             return str(error)
         return ""
 
-    def _section(self, name: str) -> Catalogue | Impressions:
-        return self._settings.catalogue if name == "catalogue" else self._settings.log
+    def _place(self, name: str, ds: dt.date) -> tuple[str, bool]:
+        """Returns the template of a table, and whether a `_SUCCESS` says that it is whole."""
+        if name == "vectors":
+            of = _encoder(self._settings, ds).vectors
+            assert of is not None
+            return self._settings.full_template(of.path), of.require_success
+        section = self._settings.catalogue if name == "catalogue" else self._settings.log
+        return section.path, section.require_success
 
     def _why_moving(self, name: str, ds: dt.date, found: Sequence[FileInfo]) -> str:
         """Returns why files may not be whole yet; empty where they have stood still for so long."""
@@ -158,8 +185,8 @@ class _Waiting:
             f"The {name} table of ds {ds} may still be written: {newest.path} and the files beside "
             f"it have stood still for {duration(now - still_since)}, and count as whole after "
             f"settle_minutes = {settle:g}. A table that is read before it is whole lacks rows. Run "
-            f"the command again later; or where its writer leaves a _SUCCESS, set require_success "
-            f"under [{name}] in the settings, and nothing is waited for but that."
+            f"the command again later; or where its writer leaves a _SUCCESS, {_ask_for_it(name)}, "
+            "and nothing is waited for but that."
         )
 
     # -- Telling --
@@ -187,7 +214,7 @@ class _Waiting:
     def _names(self, tables: Sequence[Table]) -> str:
         """Names tables with the places where they are looked for, the first few of them."""
         told = [
-            f"{name} of ds {ds} ({day_names.name_of(self._section(name).path, ds)})"
+            f"{name} of ds {ds} ({day_names.name_of(self._place(name, ds)[0], ds)})"
             for name, ds in tables[:_NAMED]
         ]
         more = f" and {len(tables) - _NAMED:,} more" if len(tables) > _NAMED else ""

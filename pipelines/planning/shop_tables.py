@@ -8,16 +8,21 @@ import difflib
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_jobs import inputs
 from feature_jobs.inputs import Source
+from feature_jobs.items.vector_table import VectorTable, open_vectors
 from feature_jobs.schemas import InputNotReady, OperatorError
 from feature_jobs.store import day_names
+from feature_jobs.store.encoder_info import EncoderInfo
 from pipelines.config import Settings
 
+T = TypeVar("T", Source, VectorTable)
+Found = dict[str, Source | VectorTable | InputNotReady]  # tables, or why one is not there, by name
 _CLICK_DAYS = 2  # so long after the end of its log is a click looked for where histories begin
 
 
@@ -32,10 +37,10 @@ class ShopTables:
         settings: Settings,
         ds: dt.date,
         say: Callable[[str], None],
-        found: dict[str, Source | InputNotReady] | None = None,
+        found: Found | None = None,
     ):
         self._settings, self._ds, self._say = settings, ds, say
-        self._found = {} if found is None else found
+        self._found: Found = {} if found is None else found
         self._opened: dict[str, Source] = {}
 
     def catalogue(self, ds: dt.date) -> Source:
@@ -49,6 +54,7 @@ class ShopTables:
             named=section.columns.model_fields_set,
             closed=not self.has_one_catalogue and ds in self._settings.closed_days,
             rewrite=section.image_uri_pairs,
+            optional=() if section.image_roots else ("image_uri",),
         )  # fmt: skip
         if self.has_one_catalogue:
             check_one_snapshot(section.path, found)
@@ -58,6 +64,15 @@ class ShopTables:
     def has_one_catalogue(self) -> bool:
         """Tells whether one snapshot of the catalogue serves all days."""
         return not day_names.has_day(self._settings.catalogue.path)
+
+    def vectors(self, ds: dt.date, encoder: EncoderInfo) -> VectorTable:
+        """Opens the vectors that an encoder gives out for ds; one snapshot serves all days."""
+        assert encoder.vectors is not None, encoder.encoder_id
+        template = self._settings.full_template(encoder.vectors.path)
+        key = f"vectors {encoder.encoder_id} {day_names.name_of(template, ds)}"
+        of = encoder.vectors
+        table = self._once(key, lambda: open_vectors(of, template, ds, encoder.dimension))
+        return table.of_day(ds)
 
     def impressions(self, ds: dt.date) -> Source:
         section = self._settings.log
@@ -127,7 +142,7 @@ class ShopTables:
                 missing.append(str(day))
         return found, missing
 
-    def _once(self, key: str, open_it: Callable[[], Source]) -> Source:
+    def _once(self, key: str, open_it: Callable[[], T]) -> T:
         if key not in self._found:
             try:
                 self._found[key] = open_it()
@@ -136,8 +151,8 @@ class ShopTables:
         found = self._found[key]
         if isinstance(found, InputNotReady):
             raise found.with_traceback(None)
-        self._opened[key] = found
-        return found
+        self._opened[key] = found.source if isinstance(found, VectorTable) else found
+        return cast(T, found)
 
 
 def days_that_count(settings: Settings) -> int:

@@ -43,6 +43,7 @@ from pipelines.config import Settings
 from pipelines.nightly import plan_day
 from pipelines.planning.day_plan import DayPlan, NightOptions, Range
 from pipelines.planning.impressions import PlannedScores, histories_job, score_form
+from pipelines.planning.items import DECLARED
 from pipelines.planning.pinned import PinnedArtefacts
 from pipelines.planning.snapshots import ItemNight
 from pipelines.running.states import PUBLISHED, Look
@@ -556,8 +557,9 @@ def _audit_artefacts(day: DayPlan, scores: PlannedScores, look: Look, report: Re
             report.tell(UNVERIFIED, f"{told} {why}")
             continue
         encoder, codebook = pinned.encoder, pinned.codebook
+        word = " (by what was declared of its vectors)" if encoder.vectors else ""
         ends = {
-            f"encoder {encoder.encoder_id}": encoder.data_end_ds,
+            f"encoder {encoder.encoder_id}{word}": encoder.data_end_ds,
             f"codebook {codebook.codebook_id}": codebook.data_end_ds,
         }
         made |= ends
@@ -607,7 +609,13 @@ def _audit_embeddings(
     late = pc.sum(pc.greater_equal(times.cast(pa.int64()), end_us)).as_py() or 0
     if embeddings.manifest["notes"].get("one_snapshot_for_all_days"):
         report.tell(UNVERIFIED, f"one catalogue serves all days: it may hold what came after {ds}")
-    if times.null_count:
+    if declared := embeddings.manifest["notes"].get(DECLARED):
+        report.tell(
+            UNVERIFIED,
+            f"the vectors of {len(rows):,} items are the shop's own, declared as {declared}: what "
+            "they know was not seen",
+        )
+    elif times.null_count:
         report.tell(
             UNVERIFIED,
             f"when the images of {times.null_count:,} of {len(rows):,} items were written is not "

@@ -106,6 +106,7 @@ def _embed(counts: Numbers, work: Numbers) -> str:
     done = _nonzero(
         (work.get("images_unchanged", 0), "as they were"),
         (work.get("images_reused", 0), "reused by bytes"),
+        (work.get("vectors_taken", 0), "vectors taken"),
     )
     rejected = {k.removeprefix("rejected_"): n for k, n in counts.items() if "rejected_" in k}
     reasons = _nonzero(*((n, reason.replace("_", " ")) for reason, n in rejected.items()))
@@ -115,6 +116,8 @@ def _embed(counts: Numbers, work: Numbers) -> str:
     told = [_of(items, [*done, *places])]
     if reasons:
         told.append(f"{counts['item_rejects_rows']:,} rejected: {', '.join(reasons)}")
+    if ignored := counts.get("vectors_ignored"):
+        told.append(f"{ignored:,} vectors of other items left")
     if read := work.get("bytes_read"):
         told.append(f"read {_size(read)}")
     return "; ".join(told)

@@ -168,10 +168,11 @@ def _embed(evidence: Evidence, _: Gates) -> Iterator[_Seen]:
     counts, rejects = evidence.counts(ITEM_EMBEDDINGS), evidence.made[ITEM_REJECTS.name]["rows"]
     examples = evidence.made[ITEM_EMBEDDINGS.name].get("examples", {})
     items, without = counts["catalogue_items"], counts.get("items_without_uri")
-    rejected = examples.get("rejected", ())
+    rejected, are_taken = examples.get("rejected", ()), "vectors_read" in counts
     yield _share("image_coverage", items - rejects, items, "catalogue items have an embedding")
     yield _lost_addresses(counts, evidence.before(ITEM_EMBEDDINGS))
-    unread = f"catalogue items with an address have no readable image ({reasons(counts)})"
+    what = "have no usable vector" if are_taken else "with an address have no readable image"
+    unread = f"catalogue items {what} ({reasons(counts)})"
     named = None if without is None else items - without
     unreadable = None if without is None else rejects - without
     found = _share("rejects", unreadable, named, unread, rejected)
@@ -222,7 +223,8 @@ def _outage(evidence: Evidence, counts: Mapping[str, int], examples: Sequence[in
         return _Seen("outage", "", None, "no day before is published: the gate rejects judges all")
     lost = counts.get("items_not_fetched")
     least = 0 if lost is None or lost >= _LEAST_LOST else _LEAST_ROWS
-    what = "images that were there last time, or are new, could not be fetched"
+    things = "vectors" if "vectors_read" in counts else "images"
+    what = f"{things} that were there last time, or are new, could not be fetched"
     return _share("outage", lost, counts.get("items_tried"), what, examples, least)
 
 
@@ -515,10 +517,10 @@ _ACCEPT_NEW = (
 CAUSES: dict[str, str] = {
     "image_coverage": "an export without its image addresses; " + _AGAIN,
     "lost_addresses": "an export to which the image addresses are not joined yet; " + _AGAIN,
-    "rejects": "an image export that is late or incomplete, or files that are no pictures; look at "
-    "the reasons, mend the images and run the command again",
-    "outage": "a mount or a bucket that is gone, an image export that is late, permissions; mend "
-    "that and run the command again: nothing was noted against these images",
+    "rejects": "an export of images or vectors that is late or incomplete, or files that are no "
+    "pictures; look at the reasons, mend them and run the command again",
+    "outage": "a mount or a bucket that is gone, an export of images or vectors that is late, "
+    "permissions; mend that and run the command again: nothing was noted against these items",
     "item_rows": "a catalogue that is cut short, doubled, or another shop's, or whose IDs or "
     "categories are written anew; " + _AGAIN,
     "churn": "a new codebook, whose numbers stand for other items: " + _ACCEPT_NEW + "; without a "

@@ -212,6 +212,13 @@ def check_laws(kind: Kind, ds: dt.date, input_rows: int, made: Made, settings: S
 
 def _refuse_no_image(counts: Mapping[str, int], settings: Settings) -> None:
     catalogue, rejects = counts["catalogue_items"], counts[f"{ITEM_REJECTS.name}_rows"]
+    if catalogue and rejects == catalogue and "vectors_read" in counts:
+        raise DataContractError(
+            f"Not one of the {catalogue:,} catalogue items has a usable vector, of "
+            f"{counts['vectors_read']:,} that were read ({gates.reasons(counts)}). The table would "
+            "be empty of embeddings. Check that the table of vectors is that of this shop's items, "
+            "by the same IDs, and of this day."
+        )
     if catalogue and rejects == catalogue:
         raise DataContractError(
             f"Not one of the {catalogue:,} catalogue images can be read ({gates.reasons(counts)}). "

@@ -87,7 +87,8 @@ def plan_runs(given: argparse.Namespace, text_model: str) -> list[TrainSettings]
     same = {
         name: value
         for name in ("backbone", "input_size", "batch_rows", "epochs", "learning_rate",
-                     "temperature", "chunk_images", "evaluate_every", "precision")
+                     "warmup_steps", "backbone_lr_factor", "temperature", "chunk_images",
+                     "evaluate_every", "precision")
         if (value := getattr(given, name)) is not None
     }  # fmt: skip
     return [
@@ -227,6 +228,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunk-images", type=int)
     parser.add_argument("--epochs", type=int, default=demo.epochs)
     parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--warmup-steps", type=int)
+    parser.add_argument("--backbone-lr-factor", type=float)
     parser.add_argument("--temperature", type=float, help="Of COURIER and what is like it.")
     parser.add_argument("--evaluate-every", type=int)
     parser.add_argument("--precision")

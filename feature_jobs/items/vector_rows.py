@@ -1,0 +1,299 @@
+"""Turns a shop's own vectors into embeddings: what each item has, and what is wrong with it.
+
+Everything here is pure and knows no files. What an item has is known by the sha256 of its vector's
+bytes as float32, as an image is by that of its file.
+"""
+
+import datetime as dt
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_jobs.inputs import CATALOGUE_COLUMNS, is_bytes
+from feature_jobs.items import embed_plan
+from feature_jobs.items.embed_plan import REJECTED, TO_READ, UNCHANGED, WAITING
+from feature_jobs.items.embed_walk import NO_VECTOR, RESULT_ROW, Tables, WalkedDay
+from feature_jobs.schemas import TIMESTAMP
+from feature_jobs.store import arrays
+
+WRONG_LENGTH, NOT_FINITE, ZERO, AMBIGUOUS = "wrong_length", "not_finite", "zero", "ambiguous"
+REASONS = (NO_VECTOR, WRONG_LENGTH, NOT_FINITE, ZERO, AMBIGUOUS)
+_UNIT = 1e-6  # so far from 1 a length may be that is left as it is
+_BLOCK = 16_384  # rows that are brought to length 1 at a time
+_FLOAT_BYTES = 4
+
+
+# ---- As they were read -------------------------------------------------------------------------
+
+
+def rows_schema(item_id: pa.DataType, dimension: int) -> pa.Schema:
+    """Returns the schema of `checked`: a row has a vector, or the reason why it has none."""
+    return pa.schema(
+        [
+            ("item_id", item_id),
+            ("vector", pa.binary(_FLOAT_BYTES * dimension)),
+            ("reason", pa.string()),
+            ("message", pa.string()),
+        ]
+    )
+
+
+def checked(rows: pa.Table, dimension: int) -> pa.Table:
+    """Returns `rows` (item_id, vector) in the columns of `rows_schema`, row by row.
+
+    Vectors are lists of floats, or bytes of float32, little-endian; they become float32 as bytes.
+    """
+    column = rows["vector"].combine_chunks()
+    sizes = _sizes(column)
+    fits = np.flatnonzero(sizes == dimension)
+    vectors = _as_floats(column if fits.size == len(rows) else column.take(pa.array(fits)))
+    low, high = (of(vectors, axis=1, initial=0.0) for of in (np.min, np.max))
+    finite = np.isfinite(low) & np.isfinite(high)
+    is_zero = finite & (low == 0) & (high == 0)
+    reason = np.full(len(rows), WRONG_LENGTH, object)
+    reason[sizes == -1] = NO_VECTOR
+    reason[fits] = None
+    reason[fits[~finite]] = NOT_FINITE
+    reason[fits[is_zero]] = ZERO
+    good = fits[finite & ~is_zero]
+    if good.size < fits.size:
+        vectors = vectors[finite & ~is_zero]
+    return pa.table(
+        {
+            "item_id": rows["item_id"],
+            "vector": _spread(_as_bytes(vectors, dimension), good, len(rows)),
+            "reason": pa.array(reason, pa.string()),
+            "message": pa.array(_messages(reason, sizes, dimension), pa.string()),
+        }
+    )
+
+
+def sizes_of(rows: pa.Table) -> np.ndarray:
+    """Returns how many numbers each vector of `rows` has; below 0 for none; int64 [n]."""
+    return _sizes(rows["vector"].combine_chunks())
+
+
+def _sizes(column: pa.Array) -> np.ndarray:
+    """Returns how many numbers each row has, int64 [n]; -1 for a null, -2 for half a number."""
+    if is_bytes(column.type):
+        found = pc.fill_null(pc.binary_length(column), -_FLOAT_BYTES).cast(pa.int64()).to_numpy()
+        return np.where(found % _FLOAT_BYTES, -2, found // _FLOAT_BYTES)
+    lengths = pc.list_value_length(column).cast(pa.int64())
+    return pc.fill_null(lengths, -1).to_numpy(zero_copy_only=False)
+
+
+def _as_floats(column: pa.Array) -> np.ndarray:
+    """Returns vectors of one length as float32 [n, d]; a null among their numbers is no number."""
+    n = len(column)
+    if is_bytes(column.type):
+        width = len(column[0].as_py()) if n else _FLOAT_BYTES
+        fixed = column.cast(pa.binary(width))
+        start = fixed.offset * width
+        return np.frombuffer(fixed.buffers()[1], "<f4", n * width // 4, start).reshape(n, -1)
+    values = column.flatten().cast(pa.float32(), safe=False)
+    found = values.to_numpy(zero_copy_only=False)
+    return found.reshape(n, -1) if n else found.reshape(0, 1)
+
+
+def _as_bytes(vectors: np.ndarray, dimension: int) -> pa.Array:
+    """Returns float32 [n, d] as bytes of one width; nothing is copied that lies in one piece."""
+    data = pa.py_buffer(np.ascontiguousarray(vectors, "<f4"))
+    return pa.Array.from_buffers(pa.binary(_FLOAT_BYTES * dimension), len(vectors), [None, data])
+
+
+def _spread(values: pa.Array, places: np.ndarray, n: int) -> pa.Array:
+    """Returns n rows with `values` at their `places`, ascending, and nulls between them."""
+    if len(values) == n:
+        return values
+    at = np.zeros(n, np.int64)
+    at[places] = np.arange(len(places))
+    missing = np.ones(n, bool)
+    missing[places] = False
+    return values.take(pa.array(at, mask=missing))
+
+
+def _messages(reason: np.ndarray, sizes: np.ndarray, dimension: int) -> np.ndarray:
+    told = np.full(len(reason), None, object)
+    told[reason == NO_VECTOR] = "its vector is null"
+    told[reason == NOT_FINITE] = "some of its numbers are infinite, too large for float32, or none"
+    told[reason == ZERO] = "all its numbers are 0, which has no direction"
+    for at in np.flatnonzero(reason == WRONG_LENGTH):
+        found = f"{sizes[at]:,} numbers" if sizes[at] >= 0 else "bytes that are no whole float32"
+        told[at] = f"it has {found}, where the encoder has {dimension:,}"
+    return told
+
+
+# ---- One of each item --------------------------------------------------------------------------
+
+
+def one_of_each(vectors: pa.Table) -> pa.Table:
+    """Returns the rows of `checked` with each item once, in the order of items.
+
+    An item that has two different ones is rejected: which of them counts cannot be told.
+    """
+    vectors = arrays.in_order(vectors, ["item_id"]).combine_chunks()
+    ids = vectors["item_id"]
+    if len(ids) < 2:
+        return vectors
+    repeats = pc.equal(ids[1:], ids[:-1]).to_numpy()
+    if not repeats.any():
+        return vectors
+    again = np.flatnonzero(repeats) + 1
+    differ = again[_differ(vectors["vector"], again)]
+    first = np.flatnonzero(np.concatenate([[True], ~repeats]))
+    group = np.searchsorted(first, differ, side="right") - 1
+    is_ambiguous = np.zeros(len(first), bool)
+    is_ambiguous[group] = True
+    found, bad = vectors.take(pa.array(first)), pa.array(is_ambiguous)
+    nothing = pa.scalar(None, found["vector"].type)
+    told = {
+        "vector": pc.if_else(bad, nothing, found["vector"]),
+        "reason": pc.if_else(bad, AMBIGUOUS, found["reason"]),
+        "message": pc.if_else(bad, "it stands there twice or more, differently", found["message"]),
+    }
+    return pa.table({"item_id": found["item_id"], **told})
+
+
+def _differ(vectors: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
+    """Tells which of some rows differ from the one before them; bool [n]."""
+    one, two = (vectors.take(pa.array(at)) for at in (rows - 1, rows))
+    same = pc.fill_null(pc.equal(one, two), False)
+    both_null = pc.and_(pc.is_null(one), pc.is_null(two))
+    return pc.invert(pc.or_(same, both_null)).to_numpy()
+
+
+# ---- As embeddings -----------------------------------------------------------------------------
+
+
+def as_embeddings(
+    vectors: pa.ChunkedArray, dimension: int, centre: np.ndarray | None
+) -> np.ndarray:
+    """Returns vectors, none null, less the `centre` float32 [d], at length 1; float32 [n, d].
+
+    One that has the length 1 stays as it is, so that our own embeddings come out as they went in.
+    One that is the centre itself has no direction, and becomes zeros.
+    """
+    raw = matrix_of(vectors, dimension)
+    found = np.empty_like(raw)
+    for at in range(0, len(raw), _BLOCK):
+        block = raw[at : at + _BLOCK].astype(np.float64)
+        if centre is not None:
+            block -= centre
+        length = np.sqrt(np.einsum("ij,ij->i", block, block))
+        length[np.abs(length - 1) < _UNIT] = 1.0
+        length[length == 0] = 1.0
+        found[at : at + _BLOCK] = block / length[:, None]
+    return found
+
+
+def matrix_of(vectors: pa.ChunkedArray, dimension: int) -> np.ndarray:
+    """Returns vectors as `checked` gives them, none null, as float32 [n, d]; no value is copied."""
+    column = vectors.combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # of none, combined
+        column = column.type.wrap_array(pa.array([], column.type))
+    start = column.offset * _FLOAT_BYTES * dimension
+    data = column.buffers()[1]
+    count = len(column) * dimension
+    flat = np.frombuffer(data, "<f4", count, start) if count else np.zeros(0, np.float32)
+    return flat.reshape(-1, dimension)
+
+
+def digests(vectors: pa.ChunkedArray) -> pa.Array:
+    """Returns the sha256 of each vector's bytes, hex, as `image_sha256` has it; null for null."""
+    found = [v and hashlib.sha256(v).hexdigest() for v in vectors.to_pylist()]
+    return pa.array(found, pa.string())
+
+
+# ---- A day -------------------------------------------------------------------------------------
+
+
+def take_day(
+    catalogue: pa.Table, before: Tables, vectors: pa.Table, ds: dt.date, window_days: int,
+    reuse: bool, centre: np.ndarray | None, dimension: int,
+) -> tuple[WalkedDay, pa.Table]:  # fmt: skip
+    """Returns what becomes of the items of a shard, and the vectors that its rows point at.
+
+    `vectors` has the columns of `checked`, rows of other items too. `reuse` says whether the
+    embeddings of `before` are of the same encoder: former items keep theirs then, and a reject
+    waits as one of images does, as long as nothing better stands there.
+    """
+    items = embed_plan.items_of_shard(catalogue, before.embeddings, ds, window_days)
+    mine = pc.is_in(vectors["item_id"], value_set=items["item_id"].combine_chunks())
+    found = one_of_each(vectors.filter(mine))
+    found, embedded = _with_embeddings(found, centre, dimension)
+    at = embed_plan.row_of(items, found)
+    mine = found.drop_columns(["item_id", "vector"]).take(at)
+    plan = _plan(items, mine, before, ds, reuse, dimension)
+    is_taken = pc.equal(plan["state"], TO_READ)
+    outcomes = {
+        name: pc.if_else(is_taken, mine[name], pa.scalar(None, mine[name].type))
+        for name in ("image_sha256", RESULT_ROW)
+    }
+    names = [*embed_plan.VERSION_COLUMNS, "stage", "reason", "message"]
+    nothing = {name: pa.nulls(len(plan), plan[name].type) for name in names[3:]}
+    versions = {name: plan[name] for name in embed_plan.VERSION_COLUMNS}
+    return (
+        WalkedDay(ds, before, plan, pa.table({**outcomes, **versions, **nothing})),
+        pa.table({"embedding": arrays.list_column(embedded, pa.list_(pa.float32()))}),
+    )
+
+
+def _with_embeddings(
+    found: pa.Table, centre: np.ndarray | None, dimension: int
+) -> tuple[pa.Table, np.ndarray]:
+    """Returns the rows with digest and `result_row`, and the embeddings that this points at."""
+    good = np.flatnonzero(found["reason"].is_null().to_numpy())
+    embedded = as_embeddings(found["vector"].take(pa.array(good)), dimension, centre)
+    is_centre = ~embedded.any(axis=1)
+    if is_centre.any():
+        bad = np.zeros(len(found), bool)
+        bad[good[is_centre]] = True
+        told = {"reason": ZERO, "message": "it is the centre, less which it has no direction"}
+        for name, text in told.items():
+            column = pc.if_else(pa.array(bad), text, found[name])
+            found = found.set_column(found.column_names.index(name), name, column)
+    rows = _spread(pa.array(np.arange(len(good), dtype=np.int32)), good, len(found))
+    found = found.append_column("image_sha256", digests(found["vector"]))
+    return found.append_column(RESULT_ROW, rows), embedded
+
+
+def _plan(
+    items: pa.Table, mine: pa.Table, before: Tables, ds: dt.date, reuse: bool, dimension: int
+) -> pa.Table:
+    """Returns `items` with their state, versions and reasons, as `embed_plan.plan` does."""
+    n, inside = len(items), items["in_catalogue"].to_numpy()
+    missing = mine["image_sha256"].is_null().to_numpy() & mine["reason"].is_null().to_numpy()
+    reason = pc.if_else(pa.array(missing), NO_VECTOR, mine["reason"])
+    nothing = "the table of vectors has no row of it"
+    message = pc.if_else(pa.array(missing), nothing, mine["message"])
+    is_bad = reason.is_valid().to_numpy()
+    tried = embed_plan.next_tries(items, before.rejects)
+    waits = is_bad & inside & reuse & (tried > np.datetime64(ds, "D"))
+    state = np.full(n, TO_READ, object)
+    state[is_bad] = REJECTED
+    state[~inside & reuse] = UNCHANGED
+    state[waits] = WAITING
+    unread = pc.is_in(reason, value_set=pa.array([NO_VECTOR]))
+    stage = pc.if_else(unread, "read", pc.if_else(pa.array(is_bad), "decode", None))
+    added = {
+        "image_generation": pa.nulls(n, pa.int64()),
+        "image_size": pa.array(np.full(n, _FLOAT_BYTES * dimension)),
+        "image_mtime": pa.nulls(n, TIMESTAMP),
+        "stage": stage,
+        "reason": reason,
+        "message": message,
+        "state": pa.array(state, pa.string()),
+    }
+    for name, column in added.items():
+        items = items.append_column(name, column)
+    return items
+
+
+def with_addresses(catalogue: pa.Table) -> pa.Table:
+    """Returns a catalogue with the columns of one; image_uri is null where it has none."""
+    if "image_uri" not in catalogue.column_names:
+        nothing = pa.nulls(len(catalogue), pa.string())
+        catalogue = catalogue.append_column("image_uri", nothing)
+    return catalogue.select(CATALOGUE_COLUMNS)
