@@ -300,9 +300,9 @@ def load_encoder(folder: str) -> ImageEncoder:
     info = read_encoder_info(folder)
     if info.vectors is not None:
         raise OperatorError(
-            f"The encoder {info.encoder_id} gives out vectors that the shop has, and COURIER cannot "
-            "run what made them: there are no weights to embed an image with or to train on from. "
-            "Name an encoder that was made by `courier train` or `courier init-encoder`."
+            f"The encoder {info.encoder_id} gives out vectors that the shop has, and COURIER "
+            "cannot run what made them: there are no weights to embed an image with, or to train "
+            "on from. Name an encoder that was made by `courier train` or `courier init-encoder`."
         )
     path = os.path.join(folder, _WEIGHTS_FILE)
     try:

@@ -549,6 +549,11 @@ class Settings(_Section):
 
         Raises OperatorError for one that cannot be read.
         """
+        try:
+            if day_names.has_day(typed):
+                day_names.DayNames(typed)
+        except ValueError as error:
+            raise OperatorError(f"The path {typed!r} {error}. Correct it.") from error
         folder = day_names.literal(files.absolute(".", self._shop))
         return files.absolute(files.expanded(typed), folder)
 

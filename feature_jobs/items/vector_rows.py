@@ -86,15 +86,21 @@ def _sizes(column: pa.Array) -> np.ndarray:
 
 def _as_floats(column: pa.Array) -> np.ndarray:
     """Returns vectors of one length as float32 [n, d]; a null among their numbers is no number."""
-    n = len(column)
+    if not len(column):
+        return np.zeros((0, 1), np.float32)
     if is_bytes(column.type):
-        width = len(column[0].as_py()) if n else _FLOAT_BYTES
-        fixed = column.cast(pa.binary(width))
-        start = fixed.offset * width
-        return np.frombuffer(fixed.buffers()[1], "<f4", n * width // 4, start).reshape(n, -1)
+        fixed = column.cast(pa.binary(len(column[0].as_py())))
+        return _of_fixed(fixed)
     values = column.flatten().cast(pa.float32(), safe=False)
-    found = values.to_numpy(zero_copy_only=False)
-    return found.reshape(n, -1) if n else found.reshape(0, 1)
+    return values.to_numpy(zero_copy_only=False).reshape(len(column), -1)
+
+
+def _of_fixed(column: pa.FixedSizeBinaryArray) -> np.ndarray:
+    """Returns bytes of one width, none null, as float32 [n, width / 4]; no value is copied."""
+    width = column.type.byte_width
+    count, start = len(column) * width // _FLOAT_BYTES, column.offset * width
+    flat = np.frombuffer(column.buffers()[1], "<f4", count, start) if count else np.zeros(0, "<f4")
+    return flat.reshape(-1, width // _FLOAT_BYTES)
 
 
 def _as_bytes(vectors: np.ndarray, dimension: int) -> pa.Array:
@@ -190,14 +196,7 @@ def as_embeddings(
 
 def matrix_of(vectors: pa.ChunkedArray, dimension: int) -> np.ndarray:
     """Returns vectors as `checked` gives them, none null, as float32 [n, d]; no value is copied."""
-    column = vectors.combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # of none, combined
-        column = column.type.wrap_array(pa.array([], column.type))
-    start = column.offset * _FLOAT_BYTES * dimension
-    data = column.buffers()[1]
-    count = len(column) * dimension
-    flat = np.frombuffer(data, "<f4", count, start) if count else np.zeros(0, np.float32)
-    return flat.reshape(-1, dimension)
+    return _of_fixed(vectors.combine_chunks()).reshape(-1, dimension)
 
 
 def digests(vectors: pa.ChunkedArray) -> pa.Array:

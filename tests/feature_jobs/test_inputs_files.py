@@ -7,7 +7,9 @@ import errno
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -523,3 +525,46 @@ def test_a_flipped_bit_in_a_footer_is_refused_in_our_words_or_does_no_harm(tmp_p
     assert len(refused) > 20
     assert len(set(refused)) > 5
     assert not any("\n" in message for message in refused)
+
+
+def test_a_row_group_in_batches_is_read_on_after_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, numbers = str(tmp_path / "many.parquet"), np.arange(40 * 16, dtype=np.float32)
+    vectors = pa.FixedSizeListArray.from_arrays(numbers, 16)
+    rows = pa.table({"sku": pa.array(range(40), pa.int32()), "clip": vectors})
+    pq.write_table(rows, path, row_group_size=40, data_page_size=64)
+    form = inputs.Form("vectors", DS, {"item_id": "sku", "vector": "clip"})
+    faults_at, real = [0, 1, 3], inputs._Batches.read
+
+    def read(batches: Any) -> Any:
+        if faults_at and batches._done == faults_at[0]:
+            faults_at.pop(0)
+            batches.close()
+            raise OSError(errno.EIO, "Input/output error", path)
+        return real(batches)
+
+    monkeypatch.setattr(inputs._Batches, "read", read)
+    monkeypatch.setattr(faults, "FIRST_WAIT_SECONDS", 0.001)
+    group = inputs.RowGroup(path, 0, form)
+    batches = list(inputs.read_in_batches(group, inputs.VECTOR_COLUMNS, 7))
+    assert faults_at == []
+    assert [len(batch) for batch in batches] == [7] * 5 + [5]
+    found = pa.concat_tables(batches)
+    assert found["item_id"].to_pylist() == list(range(40))
+    assert found["item_id"].type == pa.int64()
+    assert found["vector"].combine_chunks().flatten().to_numpy().tolist() == numbers.tolist()
+
+
+def test_damaged_pages_of_a_batch_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.parquet"
+    vectors = pa.FixedSizeListArray.from_arrays(np.zeros(4096 * 16, np.float32) + 1, 16)
+    rows = pa.table({"sku": range(4096), "clip": vectors})
+    pq.write_table(rows, path, use_dictionary=False, compression="zstd")
+    data = bytearray(path.read_bytes())
+    at = pq.read_metadata(path).row_group(0).column(1).data_page_offset
+    data[at + 40 : at + 240] = bytes(200)
+    path.write_bytes(data)
+    form = inputs.Form("vectors", DS, {"item_id": "sku", "vector": "clip"})
+    with pytest.raises(DataContractError, match="cannot be read as Parquet"):
+        list(inputs.read_in_batches(inputs.RowGroup(str(path), 0, form), ["item_id", "vector"], 9))

@@ -3,24 +3,42 @@
 What other tests ask of nights by plain loops is asked here of nights without an image read.
 """
 
+import copy
+import datetime as dt
 import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import Artefacts
+from feature_jobs.codebooks.codebook import load_codebook, save_codebook
+from pipelines.cli import main
+from tests.conftest import Artefacts, pinned
 from tests.pipelines import test_join, test_nights
+from tests.support.codebooks import by_hand
 from tests.support.commands import (
     Capture,
     counts,
     courier,
     embed_work,
     manifest,
+    paragraph,
+    published,
+    refresh,
 )
 from tests.support.vector_shop import (
     CHANGES_ON_DAY_3,
+    make_codebook,
     make_vector_shop,
+    register,
+    vector_of,
     vectors_of_day,
+    write_vectors,
 )
 from tests.support.world import (
     DAYS,
@@ -30,7 +48,9 @@ from tests.support.world import (
     UNDECODABLE,
     World,
     catalogue_items,
+    make_encoder,
 )
+from tests.support.world import make_codebook as make_image_codebook
 
 SHOPS = [(64, "lists", "string"), (256, "lists", "int"), (768, "bytes", "int")]
 
@@ -131,3 +151,252 @@ def test_nights_are_valid_and_know_no_future(refreshed: World, capsys: Capture) 
     assert "(by what was declared of its vectors)" in told
     noted = manifest(refreshed, "item_embeddings", DAYS[2])["notes"]["encoder_declared"]
     assert noted == "trained elsewhere, on nothing of this shop's clicks"
+
+
+# ---- Everything a shop may do wrong ------------------------------------------------------------
+
+D = 32
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> World:
+    """Makes a shop of vectors whose first night is made."""
+    world = make_vector_shop(tmp_path / "shop", D, "lists")
+    assert refresh(world, DAYS[0]) == 0
+    return world
+
+
+def write(world: World, day: dt.date, rows: dict[int, Any], **more: Any) -> None:
+    write_vectors(world, day, list(rows.items()), **more)
+
+
+def test_a_day_without_vectors_is_waited_for(shop: World, capsys: Capture) -> None:
+    before = published(shop)
+    shutil.rmtree(shop.folder / "vectors" / f"ds={DAYS[1]}")
+    for command in ("refresh", "embed"):
+        assert courier(shop, command, "--ds", str(DAYS[1])) == 4
+        assert f"vectors table has no partition for ds {DAYS[1]} yet" in paragraph(capsys)
+    assert courier(shop, "refresh", "--ds", str(DAYS[1]), "--wait", "1s") == 4
+    assert f"vectors of ds {DAYS[1]} ({shop.folder}/vectors/" in paragraph(capsys)
+    assert published(shop) == before
+    write(shop, DAYS[1], vectors_of_day(DAYS[1], D))
+    shop.extra_settings = "settle_minutes = 60.0"
+    for path in (shop.folder / "catalogue" / f"ds={DAYS[1]}").iterdir():
+        os.utime(path, (10**9, 10**9))
+    assert courier(shop, "refresh", "--ds", str(DAYS[1]), "--wait", "1s") == 4
+    message = paragraph(capsys)
+    assert f"The vectors table of ds {DAYS[1]} may still be written" in message
+    assert "register them with --require-success" in message
+    shop.extra_settings = "settle_minutes = 0.0"
+    assert courier(shop, "refresh", "--ds", str(DAYS[1]), "--wait", "1s") == 0
+
+
+def test_an_outage_of_vectors_refuses_the_night_and_a_mended_table_makes_it(
+    shop: World, capsys: Capture
+) -> None:
+    before, good = published(shop), vectors_of_day(DAYS[1], D)
+    write(shop, DAYS[1], {n: good[n] for n in (3, 4, 5, 6, UNDECODABLE, 12, 13)})
+    assert refresh(shop, DAYS[1]) == 3
+    message = paragraph(capsys)
+    assert "4 of 10 vectors that were there last time, or are new, could not be fetched" in message
+    assert published(shop) == before
+    write(shop, DAYS[1], good)
+    assert refresh(shop, DAYS[1]) == 0
+
+
+def test_vectors_of_two_lengths_are_rejected_and_too_many_refuse_the_night(
+    shop: World, capsys: Capture
+) -> None:
+    good = vectors_of_day(DAYS[1], D)
+    write(shop, DAYS[1], {**good, 3: good[3][:-2], 4: good[4][:-2]}, form="list")
+    assert courier(shop, "embed", "--ds", str(DAYS[1])) == 0
+    rejects = {r["item_id"]: r for r in shop.table("item_rejects", DAYS[1]).to_pylist()}
+    assert rejects[3]["reason"] == "wrong_length"
+    assert rejects[3]["message"] == "it has 30 numbers, where the encoder has 32"
+    before = published(shop)
+    write(shop, DAYS[1], {n: v[:-2] for n, v in good.items()}, form="list")
+    assert courier(shop, "embed", "--ds", str(DAYS[1])) == 1
+    assert "Not one of the 12 catalogue items has a usable vector" in paragraph(capsys)
+    write(shop, DAYS[1], {n: v[:-2] for n, v in good.items()}, form="fixed")
+    assert courier(shop, "embed", "--ds", str(DAYS[1])) == 1
+    assert "have 30 numbers each, but 32 were registered" in paragraph(capsys)
+    assert published(shop) == before
+
+
+def test_an_item_with_two_vectors_is_rejected_and_twice_the_same_is_one(shop: World) -> None:
+    good = vectors_of_day(DAYS[1], D)
+    rows = [*good.items(), (3, good[3]), (4, good[5])]
+    write_vectors(shop, DAYS[1], rows)
+    assert courier(shop, "embed", "--ds", str(DAYS[1])) == 0
+    rejects = {r["item_id"]: r["reason"] for r in shop.table("item_rejects", DAYS[1]).to_pylist()}
+    assert rejects == {MISSING: "no_vector", UNDECODABLE: "not_finite", 4: "ambiguous"}
+    assert counts(shop, "item_embeddings", DAYS[1])["rejected_ambiguous"] == 1
+
+
+def test_ids_of_another_type_are_refused_before_a_job_begins(shop: World, capsys: Capture) -> None:
+    before = published(shop)
+    folder = shop.folder / "vectors" / f"ds={DAYS[1]}"
+    for path in folder.iterdir():
+        rows = pq.read_table(path, partitioning=None)
+        pq.write_table(rows.set_column(0, "item_id", rows["item_id"].cast(pa.string())), path)
+    assert refresh(shop, DAYS[1]) == 1
+    message = paragraph(capsys)
+    assert "item_id is int64 in the catalogue table" in message
+    assert "string in the vectors table" in message
+    assert "CAST(item_id AS BIGINT)" in message
+    assert published(shop) == before
+
+
+def test_a_codebook_of_another_dimension_and_a_pin_that_changes_it_are_refused(
+    shop: World, tmp_path: Path, capsys: Capture
+) -> None:
+    before = published(shop)
+    other = make_vector_shop(tmp_path / "other", 48, "lists")
+    theirs = other.settings().pin_for(DAYS[0])
+    mine = shop.settings().pin_for(DAYS[0])
+    pins = shop.pins[:]
+    shop.pin(DAYS[1], str(mine.encoder), theirs.codebook)
+    assert refresh(shop, DAYS[1]) == 2
+    assert "mixes two encoders" in paragraph(capsys)
+    shop.pins = pins
+    shutil.copytree(other.folder / "vectors", shop.folder / "wide")
+    wide = register(shop, "--path", "wide/ds={ds}/*.parquet", "--name", "wide")
+    shop.pin(DAYS[1], wide, make_codebook(tmp_path / "wide", wide, 48))
+    capsys.readouterr()
+    assert refresh(shop, DAYS[1]) == 2
+    assert "a new feature_set" in paragraph(capsys)
+    assert published(shop) == before
+
+
+def test_vectors_that_know_the_day_are_refused(shop: World, capsys: Capture) -> None:
+    before = published(shop)
+    knows = register(shop, "--name", "late", "--trained-on", "2026-02-01", str(DAYS[1]))
+    shop.pin(DAYS[1], knows, make_codebook(shop.folder / "late", knows, D))
+    capsys.readouterr()
+    assert refresh(shop, DAYS[1]) == 2
+    assert f"was made from data up to ds {DAYS[1]}" in paragraph(capsys)
+    assert published(shop) == before
+
+
+# ---- One encoder after another -----------------------------------------------------------------
+
+
+def test_a_candidate_of_vectors_is_embedded_beside_the_nights_and_measured(
+    shop: World, capsys: Capture
+) -> None:
+    for day in DAYS[1:3]:
+        assert refresh(shop, day) == 0
+    scope = ["--category", "dress", "--category", "shirt"]
+    centred = register(shop, "--name", "centred", "--centre", "--ds", str(DAYS[0]), *scope)
+    assert courier(shop, "embed", "--encoder", centred, "--ds", str(DAYS[2])) == 0
+    capsys.readouterr()
+    pinned = shop.settings().pin_for(DAYS[2]).encoder
+    both = ("--encoder", str(pinned), "--encoder", centred)
+    assert courier(shop, "measure", "--ds", str(DAYS[2]), *both) == 0
+    assert os.path.basename(centred) in capsys.readouterr().out
+
+
+def test_an_encoder_of_images_is_followed_by_vectors_of_its_length(tmp_path: Path) -> None:
+    """Former items get a vector of the new one where there is one, and else go."""
+    world = make_vector_shop(tmp_path / "shop", 256, "lists")
+    vectors, folder = world.settings().pin_for(DAYS[0]), tmp_path / "images"
+    world.pins.clear()
+    encoder = make_encoder(folder)
+    world.pin(DAYS[0], encoder, make_image_codebook(folder, encoder))
+    world.pin(DAYS[1], str(vectors.encoder), vectors.codebook)
+    world.write_images(DAYS[0])
+    assert refresh(world, DAYS[0]) == 0
+    accepted = ("--accept", "churn", "--accept", "score_drift", "--reason", "another encoder")
+    assert refresh(world, DAYS[1], *accepted) == 0
+    found = test_nights.vectors_of(world, DAYS[1])
+    assert set(found) == {*catalogue_items(DAYS[1]), LEAVES_ON_DAY_2} - {MISSING, UNDECODABLE}
+    late = vector_of(LEAVES_ON_DAY_2, DAYS[1], 256).astype(np.float64)
+    np.testing.assert_allclose(found[LEAVES_ON_DAY_2], late / np.linalg.norm(late), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def artefacts_of_images(tmp_path_factory: pytest.TempPathFactory) -> Artefacts:
+    folder = tmp_path_factory.mktemp("of-images")
+    encoder = make_encoder(folder)
+    return Artefacts(encoder, make_image_codebook(folder, encoder))
+
+
+def test_our_own_embeddings_as_vectors_give_the_same_ids_and_scores(
+    tmp_path: Path, artefacts_of_images: Artefacts
+) -> None:
+    world = pinned(World(tmp_path / "shop"), artefacts_of_images)
+    for day in DAYS[:2]:
+        world.write_images(day)
+        assert refresh(world, day) == 0
+        rows = world.table("item_embeddings", day).select(["item_id", "embedding"])
+        (world.folder / "vectors" / f"ds={day}").mkdir(parents=True)
+        rows = rows.rename_columns(["item_id", "clip"])
+        pq.write_table(rows, world.folder / "vectors" / f"ds={day}" / "0.parquet")
+    encoder = register(world, "--category", "dress", "--category", "shirt")
+    book = load_codebook(artefacts_of_images.codebook)
+    same = save_codebook(
+        str(tmp_path / "same"), by_hand(book.centres, book.numbers, os.path.basename(encoder))
+    )
+    own = copy.deepcopy(world)
+    own.pins.clear()
+    own.pin(DAYS[0], encoder, same)
+    own.settings()
+    text = own.config.read_text().replace('feature_set = "test"', 'feature_set = "own"')
+    own.config.write_text(text)
+    for day in DAYS[:2]:
+        assert main(["refresh", "--config", str(own.config), "--ds", str(day)]) == 0
+        for table in ("item_features", "user_simscores"):
+            key = "item_id" if table == "item_features" else "impression_id"
+            theirs, ours = (
+                pq.read_table(world.root / name / table / f"ds={day}", partitioning=None)
+                .sort_by(key).drop_columns(["encoder_id", "codebook_id"])
+                for name in ("test", "own")
+            )  # fmt: skip
+            assert ours.equals(theirs)
+
+
+def test_a_shop_without_images_needs_no_addresses(tmp_path: Path, capsys: Capture) -> None:
+    world = make_vector_shop(tmp_path / "shop", D, "lists")
+    shutil.rmtree(world.folder / "images")
+    for day in DAYS[:2]:
+        for path in (world.folder / "catalogue" / f"ds={day}").glob("*.parquet"):
+            rows = pq.read_table(path, partitioning=None).drop_columns("image_uri")
+            pq.write_table(rows, path)
+    assert refresh(world, DAYS[0]) == 1  # the settings say that there are images
+    assert "lacks the column 'image_uri'" in paragraph(capsys)
+    world.settings()
+    text = world.config.read_text().replace('image_roots = ["images"]\n', "")
+    world.config.write_text(text)
+    for day in DAYS[:2]:
+        assert main(["refresh", "--config", str(world.config), "--ds", str(day)]) == 0
+    assert set(world.table("item_embeddings", DAYS[1])["image_uri"].to_pylist()) == {""}
+    assert main(["validate", "--config", str(world.config), "--ds", str(DAYS[1])]) == 0
+    # An encoder of images has nothing to embed there.
+    world.config.write_text(text.partition("[[pins]]")[0])
+    encoder = make_encoder(tmp_path / "encoders", dimension=D)
+    with world.config.open("a") as file:
+        file.write(f"[[pins]]\nfrom_ds = {DAYS[0]}\nencoder = '{encoder}'\n")
+    capsys.readouterr()
+    assert main(["embed", "--config", str(world.config), "--ds", str(DAYS[2])]) == 2
+    assert "name no catalogue.image_roots" in paragraph(capsys)
+
+
+def test_one_snapshot_serves_all_days(tmp_path: Path) -> None:
+    world = make_vector_shop(tmp_path / "shop", D, "lists")
+    (world.folder / "vectors" / f"ds={DAYS[1]}").rename(world.folder / "snapshot")
+    folder = register(world, "--path", "snapshot/*.parquet", "--name", "once")
+    world.pins.clear()
+    world.pin(DAYS[0], folder, make_codebook(tmp_path / "once", folder, D))
+    days = ("--start-ds", str(DAYS[0]), "--end-ds", str(DAYS[1]))
+    assert courier(world, "refresh", *days) == 0
+    versions = {manifest(world, "item_embeddings", day)["inputs"]["vectors"]["digest"]
+                for day in DAYS[:2]}  # fmt: skip
+    assert len(versions) == 1
+
+
+def test_the_rejects_of_a_night_and_what_was_left_are_told(shop: World, capsys: Capture) -> None:
+    capsys.readouterr()
+    assert refresh(shop, DAYS[1]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "12 items and 1 former ones: 10 as they were, 1 vectors taken" in told
+    assert "2 rejected: 1 no vector, 1 not finite; 1 vectors of other items left" in told
