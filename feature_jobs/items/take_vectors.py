@@ -163,7 +163,9 @@ def _by_shard(
 ) -> Iterator[tuple[int, Piece]]:
     shard = hashing.shard_of(hashing.hash_ids(rows["item_id"]), job.shards)
     name = documents.digest([group.path, group.index, number])[:16]
-    yield from write_pieces(job.path(step, name), rows, shard)
+    # Vectors hardly get smaller by compression.
+    compression = "lz4" if step == _CATALOGUE else None
+    yield from write_pieces(job.path(step, name), rows, shard, compression)
 
 
 class TakeShard(beam.DoFn):
@@ -182,19 +184,14 @@ class TakeShard(beam.DoFn):
         rows = read_pieces(vectors, schema.empty_table())
         nothing = arrays.empty_rows(job.embeddings_schema).select(CATALOGUE_COLUMNS)
         before = job.before(shard)
-        day, embedded = vector_rows.take_day(
+        day, taken = vector_rows.take_day(
             read_pieces(catalogue, nothing), before, rows, job.ds, job.window_days, job.reuse,
             job.centre, job.dimension,
         )  # fmt: skip
         tables = day.tables
         kept = tables.embeddings.filter(pc.is_null(tables.embeddings[embed_walk.RESULT_ROW]))
-        uris = tables.embeddings.column_names.index("image_uri")
-        embeddings = embed_walk.with_vectors(
-            tables.embeddings.set_column(
-                uris, "image_uri", pc.fill_null(tables.embeddings["image_uri"], "")
-            ),
-            embedded,
-            job.vectors_before(shard, kept["item_id"]),
+        embeddings = vector_rows.with_embeddings(
+            _with_some_address(tables.embeddings), taken, job.vectors_before(shard, kept["item_id"])
         )
         counts, work = _counts(day, rows), _work(day, rows)
         examples = {
@@ -214,6 +211,12 @@ class TakeShard(beam.DoFn):
             job.table_folder(table), table, schema, rows, shard, job.shards, counts, work,
             {"embedding": job.dimension}, examples=examples,
         )  # fmt: skip
+
+
+def _with_some_address(rows: pa.Table) -> pa.Table:
+    """Returns rows whose image_uri is nowhere null, as the table asks for; "" is no address."""
+    at = rows.column_names.index("image_uri")
+    return rows.set_column(at, "image_uri", pc.fill_null(rows["image_uri"], ""))
 
 
 def _counts(day: WalkedDay, rows: pa.Table) -> dict[str, int]:

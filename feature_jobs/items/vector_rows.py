@@ -6,6 +6,7 @@ bytes as float32, as an image is by that of its file.
 
 import datetime as dt
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +21,9 @@ from feature_jobs.store import arrays
 
 WRONG_LENGTH, NOT_FINITE, ZERO, AMBIGUOUS = "wrong_length", "not_finite", "zero", "ambiguous"
 REASONS = (NO_VECTOR, WRONG_LENGTH, NOT_FINITE, ZERO, AMBIGUOUS)
-_UNIT = 1e-6  # so far from 1 a length may be that is left as it is
-_BLOCK = 16_384  # rows that are brought to length 1 at a time
+_UNIT = 1e-5  # so far from 1 a length may be that is left as it is
+_SMALL, _LARGE = 1e-15, 1e15  # between which squares are exact enough in float32
+_BLOCK = 4_096  # rows that are brought to length 1 at a time, while they are in a cache
 _FLOAT_BYTES = 4
 
 
@@ -134,25 +136,30 @@ def _messages(reason: np.ndarray, sizes: np.ndarray, dimension: int) -> np.ndarr
 # ---- One of each item --------------------------------------------------------------------------
 
 
-def one_of_each(vectors: pa.Table) -> pa.Table:
-    """Returns the rows of `checked` with each item once, in the order of items.
+def one_of_each(vectors: pa.Table, items: pa.ChunkedArray | None = None) -> pa.Table:
+    """Returns the rows of `checked` with each item once, in the order of items; of `items` alone.
 
     An item that has two different ones is rejected: which of them counts cannot be told.
     """
-    vectors = arrays.in_order(vectors, ["item_id"]).combine_chunks()
     ids = vectors["item_id"]
-    if len(ids) < 2:
-        return vectors
-    repeats = pc.equal(ids[1:], ids[:-1]).to_numpy()
-    if not repeats.any():
-        return vectors
+    order = pc.sort_indices(ids).to_numpy()
+    if items is not None:
+        is_mine = pc.is_in(ids, value_set=items.combine_chunks()).to_numpy()
+        order = order[is_mine[order]]
+    found = vectors.take(pa.array(order)).combine_chunks()  # vectors move once
+    ids = found["item_id"]
+    repeats = pc.equal(ids[1:], ids[:-1]).to_numpy() if len(ids) > 1 else np.zeros(0, bool)
+    return _without_repeats(found, repeats) if repeats.any() else found
+
+
+def _without_repeats(rows: pa.Table, repeats: np.ndarray) -> pa.Table:
+    """Returns rows in the order of items, each item once; `repeats` tells of all but the first."""
     again = np.flatnonzero(repeats) + 1
-    differ = again[_differ(vectors["vector"], again)]
+    differ = again[_differ(rows["vector"], again)]
     first = np.flatnonzero(np.concatenate([[True], ~repeats]))
-    group = np.searchsorted(first, differ, side="right") - 1
     is_ambiguous = np.zeros(len(first), bool)
-    is_ambiguous[group] = True
-    found, bad = vectors.take(pa.array(first)), pa.array(is_ambiguous)
+    is_ambiguous[np.searchsorted(first, differ, side="right") - 1] = True
+    found, bad = rows.take(pa.array(first)), pa.array(is_ambiguous)
     nothing = pa.scalar(None, found["vector"].type)
     told = {
         "vector": pc.if_else(bad, nothing, found["vector"]),
@@ -173,36 +180,70 @@ def _differ(vectors: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
 # ---- As embeddings -----------------------------------------------------------------------------
 
 
-def as_embeddings(
-    vectors: pa.ChunkedArray, dimension: int, centre: np.ndarray | None
-) -> np.ndarray:
-    """Returns vectors, none null, less the `centre` float32 [d], at length 1; float32 [n, d].
+@dataclass(frozen=True)
+class Taken:
+    """Holds the vectors of some items, float32 [n, d], and what is known of them.
 
-    One that has the length 1 stays as it is, so that our own embeddings come out as they went in.
-    One that is the centre itself has no direction, and becomes zeros.
+    A row of `lengths` float32 [n] is that of a vector less the `centre` float32 [d], if any; 0
+    where there is no vector, or none that is left of it.
     """
-    raw = matrix_of(vectors, dimension)
-    found = np.empty_like(raw)
-    for at in range(0, len(raw), _BLOCK):
-        block = raw[at : at + _BLOCK].astype(np.float64)
-        if centre is not None:
-            block -= centre
-        length = np.sqrt(np.einsum("ij,ij->i", block, block))
-        length[np.abs(length - 1) < _UNIT] = 1.0
-        length[length == 0] = 1.0
-        found[at : at + _BLOCK] = block / length[:, None]
+
+    vectors: np.ndarray
+    lengths: np.ndarray
+    centre: np.ndarray | None
+
+    @classmethod
+    def of(cls, rows: pa.Table, dimension: int, centre: np.ndarray | None) -> "Taken":
+        """Takes rows as `checked` gives them."""
+        vectors = matrix_of(rows["vector"], dimension)
+        lengths = np.zeros(len(vectors), np.float32)
+        for at in _blocks(np.flatnonzero(rows["vector"].is_valid().to_numpy())):
+            lengths[at] = _lengths(_less(vectors[at], centre))
+        return cls(vectors, lengths, centre)
+
+    def write_embeddings(self, rows: np.ndarray, into: np.ndarray, places: np.ndarray) -> None:
+        """Writes the vectors in some rows `into` some places of a matrix, each at length 1.
+
+        One that has that length stays as it is, so that our own embeddings come out as they went
+        in.
+        """
+        for at, to in zip(_blocks(rows), _blocks(places), strict=True):
+            lengths = self.lengths[at].astype(np.float64)
+            lengths[np.abs(lengths - 1) < _UNIT] = 1.0
+            into[to] = _less(self.vectors[at], self.centre) / lengths[:, None]
+
+
+def _blocks(rows: np.ndarray) -> list[np.ndarray]:
+    return [rows[at : at + _BLOCK] for at in range(0, len(rows), _BLOCK)]
+
+
+def _less(vectors: np.ndarray, centre: np.ndarray | None) -> np.ndarray:
+    return vectors if centre is None else vectors - centre
+
+
+def _lengths(vectors: np.ndarray) -> np.ndarray:
+    """Returns the length of each vector; in double precision where squares leave float32's."""
+    found = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
+    odd = np.flatnonzero(~((found > _SMALL) & (found < _LARGE)))
+    exact = vectors[odd].astype(np.float64)
+    found[odd] = np.sqrt(np.einsum("ij,ij->i", exact, exact))
     return found
 
 
 def matrix_of(vectors: pa.ChunkedArray, dimension: int) -> np.ndarray:
-    """Returns vectors as `checked` gives them, none null, as float32 [n, d]; no value is copied."""
+    """Returns vectors as `checked` gives them as float32 [n, d]; no value is copied.
+
+    Rows of nulls hold anything.
+    """
     return _of_fixed(vectors.combine_chunks()).reshape(-1, dimension)
 
 
 def digests(vectors: pa.ChunkedArray) -> pa.Array:
     """Returns the sha256 of each vector's bytes, hex, as `image_sha256` has it; null for null."""
-    found = [v and hashlib.sha256(v).hexdigest() for v in vectors.to_pylist()]
-    return pa.array(found, pa.string())
+    column = vectors.combine_chunks()
+    rows = _of_fixed(column).view(np.uint8)
+    found = [hashlib.sha256(row).hexdigest() for row in rows]
+    return pc.if_else(column.is_valid(), pa.array(found, pa.string()), pa.scalar(None, pa.string()))
 
 
 # ---- A day -------------------------------------------------------------------------------------
@@ -211,7 +252,7 @@ def digests(vectors: pa.ChunkedArray) -> pa.Array:
 def take_day(
     catalogue: pa.Table, before: Tables, vectors: pa.Table, ds: dt.date, window_days: int,
     reuse: bool, centre: np.ndarray | None, dimension: int,
-) -> tuple[WalkedDay, pa.Table]:  # fmt: skip
+) -> tuple[WalkedDay, Taken]:  # fmt: skip
     """Returns what becomes of the items of a shard, and the vectors that its rows point at.
 
     `vectors` has the columns of `checked`, rows of other items too. `reuse` says whether the
@@ -219,11 +260,9 @@ def take_day(
     waits as one of images does, as long as nothing better stands there.
     """
     items = embed_plan.items_of_shard(catalogue, before.embeddings, ds, window_days)
-    mine = pc.is_in(vectors["item_id"], value_set=items["item_id"].combine_chunks())
-    found = one_of_each(vectors.filter(mine))
-    found, embedded = _with_embeddings(found, centre, dimension)
-    at = embed_plan.row_of(items, found)
-    mine = found.drop_columns(["item_id", "vector"]).take(at)
+    found = one_of_each(vectors, items["item_id"])
+    taken = Taken.of(found, dimension, centre)
+    mine = _known_of(found, taken).take(embed_plan.row_of(items, found))
     plan = _plan(items, mine, before, ds, reuse, dimension)
     is_taken = pc.equal(plan["state"], TO_READ)
     outcomes = {
@@ -233,29 +272,40 @@ def take_day(
     names = [*embed_plan.VERSION_COLUMNS, "stage", "reason", "message"]
     nothing = {name: pa.nulls(len(plan), plan[name].type) for name in names[3:]}
     versions = {name: plan[name] for name in embed_plan.VERSION_COLUMNS}
-    return (
-        WalkedDay(ds, before, plan, pa.table({**outcomes, **versions, **nothing})),
-        pa.table({"embedding": arrays.list_column(embedded, pa.list_(pa.float32()))}),
+    walked = WalkedDay(ds, before, plan, pa.table({**outcomes, **versions, **nothing}))
+    return walked, taken
+
+
+def with_embeddings(rows: pa.Table, taken: Taken, before: pa.Table) -> pa.Table:
+    """Returns rows of `item_embeddings` in the order of their items, each with its `embedding`.
+
+    It is of the vector that `result_row` points at, or without one as it was `before`.
+    """
+    rows = arrays.in_order(rows, ["item_id"])
+    at, dimension = rows[RESULT_ROW], taken.vectors.shape[1]
+    is_new = at.is_valid().to_numpy()
+    found = np.empty((len(rows), dimension), np.float32)
+    taken.write_embeddings(at.drop_null().to_numpy(), found, np.flatnonzero(is_new))
+    if not is_new.all():
+        old = rows.filter(pa.array(~is_new))
+        kept = before["embedding"].take(embed_plan.row_of(old, before))
+        found[~is_new] = arrays.embedding_matrix(kept, dimension)
+    column = arrays.list_column(found, pa.list_(pa.float32()))
+    return rows.drop_columns(RESULT_ROW).append_column("embedding", column)
+
+
+def _known_of(found: pa.Table, taken: Taken) -> pa.Table:
+    """Returns of each row its digest, its row, and what is wrong with it."""
+    is_centre = found["vector"].is_valid().to_numpy() & (taken.lengths == 0)
+    told = {"reason": ZERO, "message": "it is the centre, less which it has no direction"}
+    bad = pa.array(is_centre)
+    return pa.table(
+        {
+            "image_sha256": digests(found["vector"]),
+            RESULT_ROW: pa.array(np.arange(len(found), dtype=np.int32)),
+            **{name: pc.if_else(bad, text, found[name]) for name, text in told.items()},
+        }
     )
-
-
-def _with_embeddings(
-    found: pa.Table, centre: np.ndarray | None, dimension: int
-) -> tuple[pa.Table, np.ndarray]:
-    """Returns the rows with digest and `result_row`, and the embeddings that this points at."""
-    good = np.flatnonzero(found["reason"].is_null().to_numpy())
-    embedded = as_embeddings(found["vector"].take(pa.array(good)), dimension, centre)
-    is_centre = ~embedded.any(axis=1)
-    if is_centre.any():
-        bad = np.zeros(len(found), bool)
-        bad[good[is_centre]] = True
-        told = {"reason": ZERO, "message": "it is the centre, less which it has no direction"}
-        for name, text in told.items():
-            column = pc.if_else(pa.array(bad), text, found[name])
-            found = found.set_column(found.column_names.index(name), name, column)
-    rows = _spread(pa.array(np.arange(len(good), dtype=np.int32)), good, len(found))
-    found = found.append_column("image_sha256", digests(found["vector"]))
-    return found.append_column(RESULT_ROW, rows), embedded
 
 
 def _plan(

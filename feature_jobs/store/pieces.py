@@ -29,7 +29,9 @@ class Piece(NamedTuple):
     rows: int
 
 
-def write_pieces(path: str, rows: pa.Table, keys: np.ndarray) -> Iterator[tuple[int, Piece]]:
+def write_pieces(
+    path: str, rows: pa.Table, keys: np.ndarray, compression: str | None = "lz4"
+) -> Iterator[tuple[int, Piece]]:
     """Writes `rows` to one file, in a piece for each distinct one of `keys` int [n].
 
     Yields each key with its piece. Rows of one key keep their order. The file is called
@@ -45,7 +47,7 @@ def write_pieces(path: str, rows: pa.Table, keys: np.ndarray) -> Iterator[tuple[
     starts = np.flatnonzero(np.diff(keys, prepend=-1))
     sink = pa.BufferOutputStream()
     # The histories of neighbours repeat: lz4 makes a fifth of them at the speed of a network.
-    options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
+    options = pa.ipc.IpcWriteOptions(compression=compression, use_threads=False)
     with pa.ipc.new_file(sink, rows.schema, options=options) as writer:
         sizes = np.diff(starts, append=len(keys))
         for start, size in zip(starts, sizes, strict=True):

@@ -1,0 +1,122 @@
+"""Measures nights that take a shop's own vectors: all new, and 1% changed.
+
+    python tests/benchmarks/bench_vectors.py [--items 1000000] [--dimension 512] [--rounds 3]
+
+One night after the other by the command's own functions, with two workers of the local engine,
+beside what reads and writes the same bytes with pyarrow alone: a table of vectors of the day, and
+the Parquet files of `item_embeddings`, as many and written alike. The night does more: it joins the
+catalogue, digests and normalises each vector, and checks what it writes. The goal is 0.8 of
+pyarrow's rate. Of the second night 0.1% of the items are former ones, so that vectors of the day
+before are read too.
+"""
+
+import argparse
+import datetime as dt
+import logging
+import shutil
+import statistics
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from feature_jobs.store import partitions
+from feature_jobs.store.encoder_info import VectorSource
+from pipelines.artefacts import vectors
+from pipelines.artefacts.vectors import Registration
+from pipelines.config import load_settings
+from pipelines.stages import EMBED
+from tests.benchmarks import nights
+
+DAYS = (dt.date(2026, 1, 5), dt.date(2026, 1, 6))
+FILES, GROUP_ROWS = 8, 32_768
+
+
+def write_shop(top: Path, items: int, dimension: int) -> Path:
+    """Writes two days of a catalogue and their vectors; returns the settings' path."""
+    rng = np.random.default_rng(0)
+    found = rng.standard_normal((items, dimension), np.float32)
+    ids = np.arange(items)
+    for number, day in enumerate(DAYS):
+        left = items // 1000 * number
+        if number:
+            changed = rng.choice(items, items // 100, replace=False)
+            found[changed] = rng.standard_normal((len(changed), dimension), np.float32)
+        catalogue = {"item_id": ids[left:], "category": ["a"] * (items - left)}
+        (top / "catalogue" / str(day)).mkdir(parents=True)
+        pq.write_table(pa.table(catalogue), top / "catalogue" / str(day) / "0.parquet")
+        (top / "vectors" / str(day)).mkdir(parents=True)
+        for n in range(FILES):
+            some = slice(n * items // FILES, (n + 1) * items // FILES)
+            lists = pa.FixedSizeListArray.from_arrays(found[some].ravel(), dimension)
+            path = top / "vectors" / str(day) / f"{n}.parquet"
+            rows = pa.table({"item_id": ids[some], "embedding": lists})
+            pq.write_table(
+                rows, path, row_group_size=GROUP_ROWS, use_dictionary=False, compression="zstd"
+            )
+    config = top / "courier.toml"
+    config.write_text('root = "features"\ntables = "items"\n[catalogue]\npath = "catalogue/{ds}"\n')
+    source = VectorSource("vectors/{ds}", "item_id", "embedding")
+    wanted = Registration("clip", source, (), None, DAYS[0], False)
+    stanza = vectors.register_vectors(
+        wanted, load_settings(str(config)), str(top), str(top), lambda _: None
+    )
+    with config.open("a") as file:
+        file.write(stanza)
+    return config
+
+
+def with_pyarrow(top: Path, day: dt.date, into: Path, files: int) -> None:
+    """Reads the vectors of a day and writes them as `item_embeddings` are written."""
+    into.mkdir()
+    rows = pq.read_table(top / "vectors" / str(day), partitioning=None)
+    lists = rows["embedding"].cast(pa.list_(pa.float32()))
+    rows = rows.set_column(1, "embedding", lists)
+    for n in range(files):
+        start = n * len(rows) // files
+        part = rows.slice(start, (n + 1) * len(rows) // files - start)
+        partitions.write_parquet(str(into / f"{n}.parquet"), part)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--items", type=int, default=1_000_000)
+    parser.add_argument("--dimension", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--mode", choices=nights.MODES, default="multi_processing")
+    given = parser.parse_args()
+    logging.disable(logging.WARNING)
+    print(nights.head())
+    size = given.items * given.dimension * 4 / 1e9
+    print(f"{given.items:,} vectors of {given.dimension}, {size:.2f} GB; night / pyarrow")
+    with tempfile.TemporaryDirectory() as name:
+        top = Path(name)
+        config = write_shop(top, given.items, given.dimension)
+        found: dict[str, list[tuple[float, float]]] = {"all new": [], "1% changed": []}
+        for _ in range(given.rounds):
+            shutil.rmtree(top / "features", ignore_errors=True)
+            for what, day in zip(found, DAYS, strict=True):
+                made = nights.run_stage(config, day, EMBED.name, nights.local(given.mode))
+                took, peak = made["seconds"], made["peak_bytes"] / 1e9
+                made_here = top / "features/production/item_embeddings" / f"ds={day}"
+                parts = len(list(made_here.glob("*.parquet")))
+                bare = nights.timed(partial(with_pyarrow, top, day, top / "bare", parts))
+                shutil.rmtree(top / "bare")
+                found[what].append((took, bare))
+                told = f"night {took:.1f} s, {peak:.1f} GB a process; pyarrow {bare:.1f} s"
+                print(f"  {what}: {told}", flush=True)
+        for what, times in found.items():
+            ratios = [bare / took for took, bare in times]
+            took = statistics.median(took for took, _ in times)
+            print(
+                f"{what}: {took:.1f} s, {given.items / took:,.0f} items/s; of pyarrow's rate "
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), goal "
+                "0.8"
+            )
+
+
+if __name__ == "__main__":
+    main()
