@@ -141,6 +141,25 @@ def _candidates(folder: str) -> list[str]:
     return [path for path in dict.fromkeys(around) if os.path.basename(path)]
 
 
+def any_readable(items: Table, images: Images) -> bool:
+    """Tells whether one of the sampled images can be read and decoded."""
+    results = (read_image(uri, images.roots, _PREPROCESSING) for uri in _in_files(items, images))
+    return any(not isinstance(result, Rejected) for result in results)
+
+
+def folders_of(items: Table, images: Images) -> set[str]:
+    """Returns the folders in which the sampled images lie."""
+    uris = _in_files(items, images)
+    return {os.path.dirname(files.absolute(uri, images.roots[0])) for uri in uris}
+
+
+def _in_files(items: Table, images: Images) -> list[str]:
+    """Returns the sampled URIs that may be those of files."""
+    wanted = images.roots and items.has("image_uri")
+    uris = images.uris(_sample(items)) if wanted else []
+    return [uri for uri in uris if uri and not _is_address(uri)]
+
+
 # ---- Looking -------------------------------------------------------------------------------
 
 

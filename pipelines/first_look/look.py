@@ -2,7 +2,8 @@
 
 What the night would refuse is found here by the night's own checks, all of it at once instead of
 one refusal after another. The look is bounded: footers and some rows of the newest day, the item
-IDs of a catalogue of moderate size, and 64 images. Nothing but the settings is written.
+IDs of a catalogue of moderate size and of tables of vectors beside it, and 64 images. Nothing but
+the settings is written.
 """
 
 import datetime as dt
@@ -19,8 +20,14 @@ from feature_jobs import inputs
 from feature_jobs.schemas import DataContractError, OperatorError
 from feature_jobs.store import files
 from pipelines.config import Catalogue, Gates, Impressions, Settings
-from pipelines.first_look.images import Images, about_images, find_images
-from pipelines.first_look.settings import near_template, settings_text
+from pipelines.first_look.images import (
+    Images,
+    about_images,
+    any_readable,
+    find_images,
+    folders_of,
+)
+from pipelines.first_look.settings import first_nights, near_template, settings_text
 from pipelines.first_look.tables import (
     Finding,
     Place,
@@ -31,10 +38,16 @@ from pipelines.first_look.tables import (
     read_column,
     settled_place,
 )
+from pipelines.first_look.vectors import about_vectors, find_vectors, registering
 from pipelines.planning.pinned import PinnedArtefacts
 
 _CATALOGUE_ROWS = 2_000_000  # up to here all item IDs are read: a second or two
 _HOUR_US = 3_600_000_000
+_NO_IMAGES = Finding(
+    "note",
+    "images: none were found, and vectors of the items were: the settings are those of a shop "
+    "without images. Where it has some, give the folder that they lie in as --images.",
+)
 _LATE_SHARE = 0.05  # more events before their day are no late ones: it is the wrong time zone
 
 
@@ -64,12 +77,20 @@ def look(
         places.append(find_place("impressions", impressions))
     items, events = _both(map(open_table, places, _days_to_look_at(places)))
     images = find_images(items, roots)
+    vectors = find_vectors(items, events, folders_of(items, images))
+    commands = registering(vectors, first_nights(items, events)[0], folder)
+    register = next(iter(commands.values()), None)
+    has_images = bool(roots) or register is None or any_readable(items, images)
+    if not has_images:
+        items, images = items.without("image_uri"), Images(())
     findings = (
         *_about_places(places, folder, ()),
         *_about_tables(items, events, Gates(), "UTC"),
-        *about_images(items, images, folder, Gates()),
+        *(about_images(items, images, folder, Gates()) if has_images else [_NO_IMAGES]),
+        *about_vectors(vectors, commands, folder),
     )
-    return FirstLook(findings, settings_text(items, events, images.roots, images.rewrite, folder))
+    toml = settings_text(items, events, images.roots, images.rewrite, folder, register, has_images)
+    return FirstLook(findings, toml)
 
 
 def look_again(settings: Settings, folder: str) -> tuple[Finding, ...]:
@@ -85,10 +106,11 @@ def look_again(settings: Settings, folder: str) -> tuple[Finding, ...]:
         places.append(settled_place("impressions", settings.impressions.path))
     items, events = _both(map(open_table, places, _days_to_look_at(places), sections))
     images = Images(settings.catalogue.image_roots, settings.catalogue.rewrite)
+    of_images = about_images(items, images, folder, settings.gates) if images.roots else ()
     return (
         *_about_places(places, folder, settings.closed_days),
         *_about_tables(items, events, settings.gates, settings.day_timezone),
-        *about_images(items, images, folder, settings.gates),
+        *of_images,
         *_about_pins(settings),
     )
 
@@ -205,7 +227,7 @@ def _about_tables(
 
 def _about_columns(table: Table) -> Iterator[Finding]:
     name = table.place.table
-    for fault in table.faults:
+    for fault in table.faults.values():
         yield Finding("problem", fault)
     guessed = {ours: theirs for ours, theirs in table.columns.items() if ours != theirs}
     if table.guessed and guessed:

@@ -58,7 +58,7 @@ $tables
 # One row per item: one snapshot per day, or one for all days.
 path = $catalogue_path
 # Local images are read below these folders alone; a relative image_uri begins at the first.
-# A gs:// image_uri is read wherever it lies.
+# A gs:// image_uri is read wherever it lies. [] says that there are no images.
 $image_roots
 # Of an image_uri that begins with the first text of a pair, as in [["https://cdn.shop.example/",
 # "gs://shop-images/"]], the file lies below the second, a folder. The first pair that fits is
@@ -223,36 +223,59 @@ $impressions_columns
 #
 # What to run next, once the problems that `courier init` named are mended:
 #
-#   courier init-encoder --weights imagenet$centre >> courier.toml
+#   $make_encoder >> courier.toml
 #   courier embed --ds $fit_ds
 #   courier fit-codebook --ds $fit_ds --clusters $clusters >> courier.toml
 #   courier refresh --ds $refresh_ds
-""")
+$of_vectors""")
+_INSTEAD = """\
+#
+# The shop has vectors of its items. To use them instead of images, begin with
+#
+#   {register} >> courier.toml
+"""
+_TRAINED = """\
+#
+# Where the vectors were trained on this shop's clicks, the days of those are to be told: by
+# --trained-on START END, instead of --trained-elsewhere.
+"""
 
 
 def settings_text(
-    items: Table, events: Table | None, roots: Sequence[str], rewrite: Pairs, folder: str
+    items: Table,
+    events: Table | None,
+    roots: Sequence[str],
+    rewrite: Pairs,
+    folder: str,
+    register: str | None,
+    has_images: bool,
 ) -> str:
     """Writes the text of a settings file in `folder` for two tables, with images below `roots`.
 
     Without impressions, `events`, nights are of items alone. `rewrite` has pairs of an address and
-    a folder, "" for one that is not known. What could not be found is a line that says REQUIRED.
+    a folder, "" for one that is not known. `register` is the command that makes an encoder of the
+    shop's vectors: the first one to run, unless the shop `has_images`. What could not be found is a
+    line that says REQUIRED.
     """
-    centre_ds, fit_ds, refresh_ds = _first_nights(items, events)
+    centre_ds, fit_ds, refresh_ds = first_nights(items, events)
+    centre = f" --ds {centre_ds}" if centre_ds else ""
+    of_images = f"courier init-encoder --weights imagenet{centre}"
+    instead = _INSTEAD.format(register=register) if has_images else ""
     return _SETTINGS.substitute(
         catalogue_path=_quote(near_template(items.place, folder)),
-        image_roots=_image_roots(roots, folder),
+        image_roots=_image_roots(roots, folder) if has_images else "image_roots = []",
         rewrite=_rewrite(rewrite, folder),
         catalogue_columns=_columns(items, CatalogueColumns),
         tables='# tables = "all"' if events else 'tables = "items"',
         without_log="" if events else "# ",
         impressions_path=_impressions_path(events.place if events else None, folder),
         impressions_columns=_columns(events, ImpressionColumns),
-        centre=f" --ds {centre_ds}" if centre_ds else "",
+        make_encoder=of_images if has_images else register,
         fit_ds=fit_ds,
         from_ds=fit_ds + dt.timedelta(days=1),  # features know nothing of their own day
         refresh_ds=refresh_ds,
         clusters=max(1, min(1000, items.source.rows // 20)),
+        of_vectors=instead + _TRAINED if register else "",
     )
 
 
@@ -269,7 +292,7 @@ def near_template(place: Place, folder: str) -> str:
     return near(place.template, day_names.literal(folder))
 
 
-def _first_nights(items: Table, events: Table | None) -> tuple[dt.date | None, dt.date, dt.date]:
+def first_nights(items: Table, events: Table | None) -> tuple[dt.date | None, dt.date, dt.date]:
     """Chooses days to centre the encoder and fit the codebook on, and for the first night.
 
     Each is later than the one before it; there may be no day to centre on.
@@ -289,8 +312,9 @@ def _quote(text: str) -> str:
 
 
 def _image_roots(roots: Sequence[str], folder: str) -> str:
-    missing = "" if roots else "  # REQUIRED: the folder that image_uri are relative to"
-    return f"image_roots = [{', '.join(_quote(near(root, folder)) for root in roots)}]{missing}"
+    if not roots:  # an empty list would say that there are no images
+        return 'image_roots = [""]  # REQUIRED: the folder that image_uri are relative to'
+    return f"image_roots = [{', '.join(_quote(near(root, folder)) for root in roots)}]"
 
 
 def _rewrite(pairs: Pairs, folder: str) -> str:

@@ -10,13 +10,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from feature_jobs import inputs
 from feature_jobs.schemas import CourierError, DataContractError, OperatorError
@@ -46,8 +47,12 @@ _SYNONYMS: Mapping[str, Mapping[str, str]] = {
         "request_id": "requestid req_id search_id pageview_id pv_id",
         "history": "click_history user_history",
     },
+    "vectors": {"item_id": f"{_ITEM_IDS} id"},
 }
-_REQUIRED = {"catalogue": inputs.CATALOGUE_COLUMNS, "impressions": inputs.IMPRESSION_COLUMNS}
+_REQUIRED = {
+    "catalogue": inputs.CATALOGUE_COLUMNS, "impressions": inputs.IMPRESSION_COLUMNS,
+    "vectors": ("item_id",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,16 +84,23 @@ class Table:
 
     `columns` maps our names to the shop's, `guessed` or as in settings, for those that were found
     or are needed; `source` has those of them that can be used. `faults` is what the night would
-    refuse. `rows` is a sample in our form, where times without a zone are taken for UTC unless
-    settings say otherwise.
+    refuse, by our name of the column, or "" where several are at odds. `rows` is a sample in our
+    form, where times without a zone are taken for UTC unless settings say otherwise.
     """
 
     place: Place
     source: inputs.Source
     columns: Mapping[str, str]
     guessed: bool
-    faults: tuple[str, ...]
+    faults: Mapping[str, str]
     rows: pa.Table
+
+    def without(self, ours: str) -> "Table":
+        """Returns the table as that of a shop that needs no such column."""
+        columns, faults = (
+            {n: of[n] for n in of if n != ours} for of in (self.columns, self.faults)
+        )
+        return replace(self, columns=columns, faults=faults)
 
     def has(self, ours: str) -> bool:
         return len(self.rows) > 0 and ours in self.rows.column_names
@@ -108,7 +120,14 @@ def fault_of(check: Callable[[], object]) -> str | None:
 
 def find_place(table: str, typed: str) -> Place:
     """Finds where a table lies, from a path as people type it; raises OperatorError if nowhere."""
-    template = _as_template(table, files.expanded(typed))
+    return place_of(table, _as_template(table, files.expanded(typed)))
+
+
+def place_of(table: str, template: str) -> Place:
+    """Finds the days of a table at a full template; where it has none, what in its paths is a day.
+
+    Raises OperatorError where there is no file.
+    """
     if day_names.has_day(template):
         return Place(table, template, _days_of(table, template))
     pattern, found = _files_at(table, template)
@@ -264,40 +283,54 @@ def open_table(place: Place, ds: dt.date, section: Catalogue | Impressions | Non
     """Reads the footers and a sample of the rows of one day, by settings where there are some."""
     wait = section is not None and section.require_success
     paths = inputs.find_files(place.table, place.template, ds, wait)
-    with ThreadPoolExecutor() as pool:
-        footers = list(pool.map(inputs.read_footer, paths))
+    footers = read_footers(paths)
     schema = footers[0][1] if footers else pa.schema([])
-    columns = _named(section, schema) if section else _guess_columns(place.table, paths[0], schema)
+    columns = _named(section, schema) if section else guess_columns(place.table, paths[0], schema)
     zone: str | None = None
     carry: tuple[str, ...] = ()
     if isinstance(section, Impressions):
         zone, carry = section.input_timezone, section.carry
-    usable, faults = _check_columns(place.table, columns, paths, footers, carry, zone)
-    source = inputs.Source(
-        inputs.Form(place.table, ds, usable, input_timezone=zone or "UTC"),
+    usable, faults = check_columns(place.table, columns, paths, footers, carry, zone)
+    form = inputs.Form(place.table, ds, usable, input_timezone=zone or "UTC")
+    source = source_of(form, paths, footers)
+    rows, in_rows = _sample_rows(source)
+    return Table(place, source, columns, section is None, faults | in_rows, rows)
+
+
+def read_footers(paths: Sequence[str]) -> list[tuple[pq.FileMetaData, pa.Schema]]:
+    """Reads footers at once; raises DataContractError where a file is no Parquet."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(inputs.read_footer, paths))
+
+
+def source_of(form: inputs.Form, paths: Sequence[str], footers: Sequence) -> inputs.Source:
+    """Describes files, the columns of whose `form` were checked, as far as a look needs it."""
+    return inputs.Source(
+        form,
         tuple(paths),
         tuple(inputs.group_rows(metadata) for metadata, _ in footers),
         sum(metadata.num_rows for metadata, _ in footers),
         checksums=(),
-        item_id=inputs.same_id_type("item_id", usable, paths, footers),
+        item_id=inputs.same_id_type("item_id", form.columns, paths, footers),
         user_id=None,
         impression_id=None,
         request_id=None,
         carried=(),
     )
-    rows, in_rows = _sample_rows(source)
-    return Table(place, source, columns, section is None, (*faults, *in_rows), rows)
 
 
-def _check_columns(
+def check_columns(
     table: str,
     columns: Mapping[str, str],
     paths: Sequence[str],
     footers: Sequence,
-    carry: Sequence[str],
-    zone: str | None,
-) -> tuple[dict[str, str], list[str]]:
-    """Finds the columns that can be used in all files, and what the night would refuse."""
+    carry: Sequence[str] = (),
+    zone: str | None = None,
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Finds the columns that can be used in all files, and what the night would refuse.
+
+    That is told by our name of the column, or "" where several are at odds.
+    """
 
     def check(
         checked: Mapping[str, str], required: Sequence[str], zone: str | None, carry: Sequence[str]
@@ -308,15 +341,15 @@ def _check_columns(
         ]
         inputs.check_alike(table, paths, footers, found, carry)
 
-    usable, faults = {}, []
+    usable, faults = {}, {}
     for ours, theirs in columns.items():
         # Each alone, so that all faults are told at once. Times without a zone are told below.
         if fault := fault_of(partial(check, {ours: theirs}, [ours], "UTC", ())):
-            faults.append(fault)
+            faults[ours] = fault
         else:
             usable[ours] = theirs
     if fault := fault_of(partial(check, usable, [], zone, carry)):
-        faults.append(fault)
+        faults[""] = fault
     return usable, faults
 
 
@@ -324,11 +357,14 @@ def _named(section: Catalogue | Impressions, schema: pa.Schema) -> dict[str, str
     """Returns the columns of settings, without those that are not there and may be absent."""
     names = section.columns.model_dump()
     table = "catalogue" if isinstance(section, Catalogue) else "impressions"
-    needed = {*_REQUIRED[table], *section.columns.model_fields_set}
+    needed = set(_REQUIRED[table])
+    if isinstance(section, Catalogue) and not section.image_roots:
+        needed.remove("image_uri")
+    needed |= section.columns.model_fields_set
     return {o: theirs for o, theirs in names.items() if o in needed or theirs in schema.names}
 
 
-def _guess_columns(table: str, path: str, schema: pa.Schema) -> dict[str, str]:
+def guess_columns(table: str, path: str, schema: pa.Schema) -> dict[str, str]:
     """Maps our names to the shop's: the same name, else the first synonym of a fitting type.
 
     A required column is guessed by its name alone where no type fits, and else keeps our name.
@@ -348,11 +384,11 @@ def _guess_columns(table: str, path: str, schema: pa.Schema) -> dict[str, str]:
 # ---- Rows ----------------------------------------------------------------------------------
 
 
-def _sample_rows(source: inputs.Source) -> tuple[pa.Table, list[str]]:
+def _sample_rows(source: inputs.Source) -> tuple[pa.Table, dict[str, str]]:
     """Reads row groups spread over the day, in our form, and what the night would refuse there."""
     if not source.rows:
-        return pa.table({}), []
-    groups, columns, faults = source.groups(), {}, []
+        return pa.table({}), {}
+    groups, columns, faults = source.groups(), {}, {}
     wanted = max(1, min(len(groups), _ROWS * len(groups) // source.rows))
     chosen = [groups[at] for at in np.linspace(0, len(groups) - 1, wanted).astype(int)]
     for name in source.form.columns:
@@ -361,7 +397,7 @@ def _sample_rows(source: inputs.Source) -> tuple[pa.Table, list[str]]:
         try:
             columns[name] = read_column(chosen, name)
         except DataContractError as error:
-            faults.append(str(error))
+            faults[name] = str(error)
     return pa.table(columns), faults
 
 

@@ -32,7 +32,7 @@ def test_relative_images_that_lie_nowhere_near_are_a_problem(tmp_path: Path) -> 
     shop = Shop(tmp_path / "a/shop").write()
     first = shop.look()
     assert "are below none of the folders around the catalogue" in only_problem(first)
-    assert "image_roots = []  # REQUIRED" in first.toml
+    assert 'image_roots = [""]  # REQUIRED' in first.toml
     with pytest.raises(OperatorError, match="image_roots"):
         shop.settings(first)
     assert problems(shop.look(str(far))) == []
