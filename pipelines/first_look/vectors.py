@@ -18,8 +18,10 @@ import pyarrow.compute as pc
 
 from feature_jobs import inputs
 from feature_jobs.inputs import Source
+from feature_jobs.items import vector_rows
 from feature_jobs.schemas import DataContractError
 from feature_jobs.store import day_names, files
+from feature_jobs.store.encoder_info import DIMENSIONS
 from feature_jobs.store.protocol import is_hidden
 from pipelines.first_look.settings import near_template
 from pipelines.first_look.tables import (
@@ -37,8 +39,6 @@ from pipelines.first_look.tables import (
 _ROWS = 64  # of a column are looked at: a row group of vectors may be larger than memory
 _IDS = 2_000_000  # up to here all of a table's item IDs are read
 _TABLES = 32  # at most are looked at
-_DIMENSIONS = range(16, 2049)
-_FLOAT_BYTES = 4
 # The folder of a partition: Hive's key=value, or a day or a part of one.
 _PARTITION = re.compile(r"\w+=.*|\d[\d_.-]*")
 _DAY = re.compile(r"(?:19|20)\d\d([-_.]?)\d\d\1\d\d")
@@ -61,7 +61,7 @@ class Column:
 
     @property
     def has_vectors(self) -> bool:
-        return self.dimension in _DIMENSIONS and 2 * self.strays < self.rows - self.nulls
+        return self.dimension in DIMENSIONS and 2 * self.strays < self.rows - self.nulls
 
 
 @dataclass(frozen=True)
@@ -240,24 +240,22 @@ def _look_at(source: Source, names: Sequence[str]) -> tuple[tuple[Column, ...], 
     return tuple(columns), tuple(faults)
 
 
-def _first_rows(source: Source, name: str) -> pa.ChunkedArray:
+def _first_rows(source: Source, name: str) -> pa.Table:
+    """Reads the first rows of a column, as `vector`."""
     form = replace(source.form, columns={"vector": name})
     sizes = chain.from_iterable(source.row_groups)
     filled = next(g for g, rows in zip(source.groups(), sizes, strict=True) if rows)
-    batches = inputs.read_in_batches(replace(filled, form=form), ["vector"], _ROWS)
-    return next(batches)["vector"]
+    return next(inputs.read_in_batches(replace(filled, form=form), ["vector"], _ROWS))
 
 
-def _column(name: str, rows: pa.ChunkedArray) -> Column:
-    as_bytes = inputs.is_bytes(rows.type)
-    lengths = pc.binary_length(rows) if as_bytes else pc.list_value_length(rows)
-    counts = Counter(lengths.drop_null().to_pylist())
-    (length, count), *_ = counts.most_common(1) or [(0, 0)]
-    if as_bytes:  # of one length, and whole floats: anything else is no vector
-        fits = len(counts) == 1 and length % _FLOAT_BYTES == 0
-        length = length // _FLOAT_BYTES if fits else 0
-    strays = counts.total() - count
-    return Column(name, as_bytes, length, len(rows), rows.null_count, strays)
+def _column(name: str, rows: pa.Table) -> Column:
+    as_bytes, nulls = inputs.is_bytes(rows["vector"].type), rows["vector"].null_count
+    sizes = vector_rows.sizes_of(rows)
+    sizes = sizes[sizes != -1]  # of nulls
+    (usual, count), *_ = Counter(sizes.tolist()).most_common(1) or [(0, 0)]
+    strays = len(sizes) - count
+    dimension = 0 if as_bytes and strays else usual  # bytes of many lengths are something else
+    return Column(name, as_bytes, dimension, len(rows), nulls, strays)
 
 
 # ---- Telling -------------------------------------------------------------------------------
@@ -316,8 +314,8 @@ def _fault_of(column: Column) -> str | None:
         return f"is null in all {column.rows:,} rows looked at, and was left aside."
     if 2 * column.strays >= values:
         return "has lists of many lengths: they are no vectors, and were left aside."
-    least, most = _DIMENSIONS[0], _DIMENSIONS[-1]
-    if column.dimension not in _DIMENSIONS:
+    least, most = DIMENSIONS[0], DIMENSIONS[-1]
+    if column.dimension not in DIMENSIONS:
         return (
             f"has lists of {column.dimension:,} floats. Vectors of {least} to {most:,} are taken, "
             "so that it was left aside."

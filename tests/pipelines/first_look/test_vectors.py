@@ -2,15 +2,17 @@
 
 import datetime as dt
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from feature_jobs.store import day_names, files
+from feature_jobs.store.encoder_info import read_encoder_info
+from pipelines import config
 from pipelines.cli import main
 from pipelines.first_look import vectors
 from pipelines.first_look.look import FirstLook, look
@@ -46,7 +48,8 @@ def in_bytes(rows: int = ITEMS, dimension: int = DIMENSION) -> pa.Array:
 def beside(shop: Shop, days: tuple[str, ...] = DAYS, **columns: Any) -> Shop:
     """Writes the shop, and a table of vectors of these columns beside its catalogue."""
     shop.write()
-    table = {"item_id": pa.array(range(ITEMS))} | columns
+    found = {"item_id": pa.array(range(ITEMS))} | columns
+    table = {name: column for name, column in found.items() if column is not None}
     for ds in days:
         write(shop.folder / f"vectors/dt={ds}/part-0.parquet", table)
     return shop
@@ -399,4 +402,35 @@ def test_settings_of_a_shop_without_images_are_looked_at_again(
     assert settings.catalogue.image_roots == ()
     assert main(["init", "--check", str(tmp_path / "courier.toml")]) == 0
     assert "problem" not in capsys.readouterr().out
-    assert pq.read_schema(next(tmp_path.glob("catalogue/*/*"))).names == ["item_id", "category"]
+
+
+# ---- The command -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("of_catalogue", "of_table"),
+    [
+        ({"image_uri": None}, {"embedding": lists()}),
+        ({}, {"item_id": None, "sku": pa.array(range(ITEMS)), "Clip (B/32)": in_bytes()}),
+        ({"image_uri": None, "a-vector": lists()}, {}),
+    ],
+)
+def test_what_is_proposed_makes_a_pin(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    of_catalogue: dict[str, Any],
+    of_table: dict[str, Any],
+) -> None:
+    shop = beside(Shop(tmp_path, catalogue(**of_catalogue)), **of_table)
+    first = shop.look()
+    shop.settings(first)
+    monkeypatch.chdir(tmp_path)
+    (command,) = proposed(first)
+    assert main(shlex.split(command)[1:]) == 0
+    with open("courier.toml", "a") as file:
+        file.write(capsys.readouterr().out)
+    assert main(["init", "--check"]) == 0
+    (pin,) = config.load_settings("courier.toml").pins
+    assert str(pin.from_ds) == DAYS[1]  # the day to fit a codebook on
+    assert read_encoder_info(pin.encoder).dimension == DIMENSION
