@@ -757,9 +757,10 @@ class _Batches:
 
     def _begin(self) -> Iterator[pa.RecordBatch]:
         data = self._open.enter_context(files.open_input(self._group.path))
-        # Without a buffer, all pages of a column are read at once.
+        # Without a buffer, or read ahead, all pages of a column are read at once.
+        options = {"pre_buffer": False, "buffer_size": _BUFFER_BYTES}
         file = self._open.enter_context(
-            pq.ParquetFile(data, arrow_extensions_enabled=False, buffer_size=_BUFFER_BYTES)
+            pq.ParquetFile(data, arrow_extensions_enabled=False, **options)
         )
         return file.iter_batches(self._size, [self._group.index], self._columns)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from feature_jobs.store import day_names, files
+from feature_jobs.store import day_names, files, usage
 from feature_jobs.store.encoder_info import read_encoder_info
 from pipelines import config
 from pipelines.cli import main
@@ -205,20 +205,14 @@ def test_of_a_large_table_no_column_is_read_as_a_whole(
     assert "which items they are of was not looked at" in text
 
 
-def test_of_vectors_only_the_first_rows_are_read(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-    batches = vectors.inputs.read_in_batches
-
-    def counted(*args: Any) -> Any:
-        for rows in batches(*args):
-            asked.append(len(rows))
-            yield rows
-
-    monkeypatch.setattr(vectors.inputs, "read_in_batches", counted)
-    assert len(proposed(beside(shop, embedding=lists()).look())) == 1
-    assert asked == [64]
+def test_of_a_large_row_group_only_the_first_pages_are_read(shop: Shop) -> None:
+    rows, path = 16_000, shop.write().folder / "vectors.parquet"
+    flat = pa.array(numbers(rows, 512).ravel())
+    table = {"item_id": pa.array(range(rows)), "v": pa.FixedSizeListArray.from_arrays(flat, 512)}
+    write(path, table, row_group_size=rows)
+    usage.take()
+    assert len(proposed(shop.look())) == 1
+    assert usage.take().bytes_read < path.stat().st_size / 2
 
 
 def test_the_newest_day_that_the_catalogue_knows_is_looked_at(shop: Shop) -> None:
