@@ -90,11 +90,10 @@ class Vectors:
 
 
 def find_vectors(items: Table, events: Table | None, images: Collection[str]) -> list[Vectors]:
-    """Finds vectors in the catalogue, and in tables beside it: in Parquet files, and in folders of
-    them or of their partitions, that lie where the catalogue does or in the folder above.
+    """Finds vectors of the catalogue's items: in its own columns, and in tables beside it.
 
-    The other columns of such a table are an item ID and what else there may be; IDs are those of
-    the catalogue's items. Folders of `images`, which may have millions of files, are not listed.
+    Such a table is a Parquet file, or a folder of them or of their partitions, in the folder of the
+    catalogue or the one above. Folders of `images` are not listed: they may have millions of files.
     """
     tables = [items, events] if events else [items]
     known = [path for table in tables for path in table.source.paths]
