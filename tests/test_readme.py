@@ -66,6 +66,25 @@ def test_the_readmes_steps_make_a_whole_night_with_the_rows_that_it_shows(
     assert set(shown) <= set(told.splitlines())
 
 
+def test_its_own_embeddings_as_vectors_make_the_same_night_once_more(
+    shop: tuple[Path, str], warm_python: str
+) -> None:
+    folder, page = shop[0], (ROOT / "pipelines" / "docs" / "vectors.md").read_text()
+    steps = next(b for b in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "own.toml" in b)
+    assert len(steps.splitlines()) == 5
+    told = run(steps, folder, warm_python)
+    assert "as they were" in told
+    for table, key in (("item_features", "item_id"), ("user_simscores", "impression_id")):
+        ours, theirs = (
+            pq.read_table(folder / "features" / name / table / "ds=2026-01-07", partitioning=None)
+            .sort_by(key)
+            .drop_columns(["encoder_id", "codebook_id"])
+            for name in ("own", "demo")
+        )
+        assert len(ours) > 500
+        assert ours.equals(theirs)
+
+
 def test_the_readmes_snippet_gives_each_impression_its_scores_with_and_without_an_id(
     shop: tuple[Path, str], warm_python: str
 ) -> None:
