@@ -53,7 +53,7 @@ from feature_jobs.schemas import (
 from feature_jobs.store import encoder_info, faults, files, partitions, worker_notes
 from pipelines.artefacts.fit_staging import own_staging
 from pipelines.artefacts.free_memory import available_bytes
-from pipelines.artefacts.stanzas import stanza
+from pipelines.artefacts.stanzas import whole_stanza
 from pipelines.config import Settings
 from pipelines.planning.shop_tables import ShopTables
 from pipelines.running import beam_options, cluster_jobs, making
@@ -362,7 +362,7 @@ def fit_codebook(settings: Settings, plan: FitPlan, folder: str, out: str, say: 
         say(f"  crosswalk: {os.path.join(path, 'crosswalk.parquet')}, {table.num_rows:,} rows")
     next_day = dt.date.fromisoformat(codebook.info.data_end_ds) + dt.timedelta(days=1)
     comment = _comment(plan, codebook.info)
-    return stanza(folder, comment, next_day, encoder=plan.encoder_folder, codebook=path)
+    return whole_stanza(settings, folder, comment, next_day, plan.encoder_folder, path)
 
 
 def _run(

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import shutil
+import tomllib
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -247,3 +248,23 @@ def test_embeddings_of_another_length_than_the_manifest_says_are_broken(
     assert courier(shop, "validate", "--ds", str(DAYS[1])) == 1
     told = capsys.readouterr().out
     assert told.count(f"an embedding has not {dimension + 1} floats") == len(TABLES)
+
+
+def test_the_pin_of_a_candidate_of_another_dimension_is_printed_as_a_comment(
+    usual: World, tmp_path: Path, capsys: Capture
+) -> None:
+    encoder, _ = narrow(tmp_path / "narrow")
+    assert refresh(usual, DAYS[0]) == 0
+    assert courier(usual, "embed", "--ds", str(DAYS[0]), "--encoder", encoder) == 0
+    capsys.readouterr()
+    fit = ("fit-codebook", "--ds", str(DAYS[0]), "--encoder", encoder, "--clusters", "4", "--mode", "warm")
+    assert courier(usual, *fit) == 0
+    printed = capsys.readouterr().out
+    assert tomllib.loads(printed) == {}
+    assert "Embeddings of 64 numbers do not go on from those of 256" in printed
+    pin = printed.splitlines()[3:]
+    assert set(tomllib.loads("\n".join(line[2:] for line in pin))["pins"][0]) == {
+        "from_ds", "encoder", "codebook"
+    }  # fmt: skip
+    usual.pins.append(printed)
+    assert refresh(usual, DAYS[1]) == 0
