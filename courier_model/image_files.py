@@ -57,7 +57,7 @@ def locate(uri: str | None, roots: Sequence[str]) -> str:
     """
     if uri and uri.startswith("gs://"):
         return uri
-    if not uri or "://" in uri or "\0" in uri:
+    if not uri or not roots or "://" in uri or "\0" in uri:
         raise BadImage("unsupported_uri", f"{str(uri)[:100]!r} is no path below the image roots")
     path = os.path.join(roots[0], uri)
     remote = files.is_remote(path)

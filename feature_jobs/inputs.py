@@ -910,6 +910,31 @@ def check_unique(item_ids: pa.ChunkedArray, ds: dt.date) -> None:
         )
 
 
+def check_one_snapshot(setting: str, template: str, table: Source) -> None:
+    """Raises OperatorError where what a `template` matches for one snapshot is of several days.
+
+    Files of several days that share no item may be one: a table by the day of an item's creation.
+    """
+    by_day: dict[dt.date, list[RowGroup]] = {}
+    for group in table.groups():
+        if seen := day_names.find_day(group.path):
+            by_day.setdefault(seen[0], []).append(group)
+    if len(by_day) < 2:
+        return
+    one, other = sorted(by_day)[-2:]
+    ids = read_rows(by_day[one][0], ["item_id"])["item_id"].combine_chunks()
+    if any(
+        pc.any(pc.is_in(read_rows(group, ["item_id"])["item_id"], value_set=ids)).as_py()
+        for group in by_day[other]
+    ):
+        raise OperatorError(
+            f"{setting}, {template!r}, names no day, and so means one snapshot for all "
+            f"days, but it matches files of {len(by_day)} days, such as {one} and {other}, which "
+            "hold the same items. Which of them counts cannot be told. Write {ds} where the day "
+            "stands in the path, or name the one snapshot that is meant."
+        )
+
+
 # ---- Days ----------------------------------------------------------------------------------
 
 

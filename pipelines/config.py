@@ -178,6 +178,15 @@ class Catalogue(_Section):
                 )
         return self
 
+    def check_has_images(self) -> None:
+        """Raises OperatorError for a shop that names no images, which are about to be read."""
+        if not self.image_roots:
+            raise OperatorError(
+                "Images are to be read, and the settings name no catalogue.image_roots below which "
+                "they lie. Name them; or where the shop has vectors instead of images, register "
+                "these with `courier register-vectors` and pin that encoder."
+            )
+
     @property
     def image_uri_pairs(self) -> tuple[tuple[str, str], ...]:
         """Returns `rewrite` as pairs of prefixes of image_uri."""

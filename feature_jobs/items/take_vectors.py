@@ -47,7 +47,8 @@ class TakeJob:
 
     The tables have `shards`, and lie below `staging` with their receipts and nothing else; pieces
     lie below `folder`. `centre` float32 [dimension] is taken off each vector; None for none.
-    `reuse` says whether the `previous_*` tables, if any, are of the same encoder.
+    `reuse` says whether the `previous_*` tables, if any, are of the same encoder, and `full` that
+    no reject waits. `done` are the shards whose parts were made before the job.
     """
 
     ds: dt.date
@@ -60,8 +61,10 @@ class TakeJob:
     previous_embeddings: partitions.Partition | None
     previous_rejects: partitions.Partition | None
     reuse: bool
+    full: bool
     staging: str
     folder: str
+    done: frozenset[int] = frozenset()
 
     def slim(self) -> "TakeJob":
         """Returns the job with what workers need of it."""
@@ -69,6 +72,7 @@ class TakeJob:
             self,
             previous_embeddings=self.previous_embeddings and self.previous_embeddings.slim(),
             previous_rejects=self.previous_rejects and self.previous_rejects.slim(),
+            done=self.find_done(),
         )
 
     def path(self, step: str, name: str) -> str:
@@ -81,11 +85,10 @@ class TakeJob:
     def item_id(self) -> pa.DataType:
         return self.embeddings_schema.field("item_id").type
 
-    def is_done(self, shard: int) -> bool:
-        """Tells whether both parts of a shard are made, as an earlier run may have."""
-        return all(
-            shard in partitions.finished(self.table_folder(table), self.shards) for table in _TABLES
-        )
+    def find_done(self) -> frozenset[int]:
+        """Looks for the shards both of whose parts are made already."""
+        folders = map(self.table_folder, _TABLES)
+        return frozenset.intersection(*(partitions.finished(f, self.shards) for f in folders))
 
     def before(self, shard: int) -> Tables:
         """Returns the tables before ds of a shard, empty without any."""
@@ -149,13 +152,20 @@ class ReadVectors(beam.DoFn):
             found = vector_rows.checked(rows, job.dimension)
             self._heartbeat.add(total=len(rows), done=len(rows))
             yield from _by_shard(job, _VECTORS, group, number, found)
-        if files.stat(group.path).version != version:
+        if _version_of(group.path) != version:
             raise DataContractError(
-                f"{group.path} was written anew while it was read, so that vectors of two versions "
-                "of it would lie in one table. Nothing was published. Run the command again once "
-                "the table is whole; where its writer leaves a _SUCCESS, register the vectors with "
-                "--require-success, and nights wait for it."
+                f"{group.path} was written anew, or taken away, while it was read, so that vectors "
+                "of two versions of it would lie in one table. Nothing was published. Run the "
+                "command again once the table is whole; where its writer leaves a _SUCCESS, "
+                "register the vectors with --require-success, and nights wait for it."
             )
+
+
+def _version_of(path: str) -> object:
+    try:
+        return files.stat(path).version
+    except FileNotFoundError:
+        return None
 
 
 def _by_shard(
@@ -177,7 +187,7 @@ class TakeShard(beam.DoFn):
     @worker_notes.refusing
     def process(self, element: tuple[int, Mapping[str, Iterable[Piece | bytes]]]) -> None:
         job, (shard, given) = self._job, element
-        if job.is_done(shard):
+        if shard in job.done:
             return
         catalogue, vectors = (list(given[name]) for name in (_CATALOGUE, _VECTORS))
         schema = vector_rows.rows_schema(job.item_id, job.dimension)
@@ -186,7 +196,7 @@ class TakeShard(beam.DoFn):
         before = job.before(shard)
         day, taken = vector_rows.take_day(
             read_pieces(catalogue, nothing), before, rows, job.ds, job.window_days, job.reuse,
-            job.centre, job.dimension,
+            job.full, job.centre, job.dimension,
         )  # fmt: skip
         tables = day.tables
         kept = tables.embeddings.filter(pc.is_null(tables.embeddings[embed_walk.RESULT_ROW]))

@@ -154,6 +154,9 @@ def one_of_each(vectors: pa.Table, items: pa.ChunkedArray | None = None) -> pa.T
 
 def _without_repeats(rows: pa.Table, repeats: np.ndarray) -> pa.Table:
     """Returns rows in the order of items, each item once; `repeats` tells of all but the first."""
+    # Of rows without a vector the reason is that of the first, wherever it came from.
+    by_reason = [("item_id", "ascending"), ("reason", "ascending"), ("message", "ascending")]
+    rows = rows.take(pc.sort_indices(rows, by_reason)).combine_chunks()
     again = np.flatnonzero(repeats) + 1
     differ = again[_differ(rows["vector"], again)]
     first = np.flatnonzero(np.concatenate([[True], ~repeats]))
@@ -184,7 +187,7 @@ def _differ(vectors: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
 class Taken:
     """Holds the vectors of some items, float32 [n, d], and what is known of them.
 
-    A row of `lengths` float32 [n] is that of a vector less the `centre` float32 [d], if any; 0
+    A row of `lengths` float64 [n] is that of a vector less the `centre` float32 [d], if any; 0
     where there is no vector, or none that is left of it.
     """
 
@@ -196,9 +199,9 @@ class Taken:
     def of(cls, rows: pa.Table, dimension: int, centre: np.ndarray | None) -> "Taken":
         """Takes rows as `checked` gives them."""
         vectors = matrix_of(rows["vector"], dimension)
-        lengths = np.zeros(len(vectors), np.float32)
+        lengths = np.zeros(len(vectors))
         for at in _blocks(np.flatnonzero(rows["vector"].is_valid().to_numpy())):
-            lengths[at] = _lengths(_less(vectors[at], centre))
+            lengths[at] = _lengths(vectors[at], centre)
         return cls(vectors, lengths, centre)
 
     def write_embeddings(self, rows: np.ndarray, into: np.ndarray, places: np.ndarray) -> None:
@@ -208,9 +211,14 @@ class Taken:
         in.
         """
         for at, to in zip(_blocks(rows), _blocks(places), strict=True):
-            lengths = self.lengths[at].astype(np.float64)
+            lengths = self.lengths[at]
             lengths[np.abs(lengths - 1) < _UNIT] = 1.0
-            into[to] = _less(self.vectors[at], self.centre) / lengths[:, None]
+            with np.errstate(over="ignore", invalid="ignore"):
+                less = _less(self.vectors[at], self.centre)
+                into[to] = less / lengths[:, None].astype(np.float32)
+            odd = np.flatnonzero(_are_odd(lengths))
+            exact = _less(self.vectors[at[odd]].astype(np.float64), self.centre)
+            into[to[odd]] = exact / lengths[odd, None]
 
 
 def _blocks(rows: np.ndarray) -> list[np.ndarray]:
@@ -221,13 +229,23 @@ def _less(vectors: np.ndarray, centre: np.ndarray | None) -> np.ndarray:
     return vectors if centre is None else vectors - centre
 
 
-def _lengths(vectors: np.ndarray) -> np.ndarray:
-    """Returns the length of each vector; in double precision where squares leave float32's."""
-    found = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
-    odd = np.flatnonzero(~((found > _SMALL) & (found < _LARGE)))
-    exact = vectors[odd].astype(np.float64)
+def _lengths(vectors: np.ndarray, centre: np.ndarray | None) -> np.ndarray:
+    """Returns the length of each vector less the centre; float64 [n]."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        less = _less(vectors, centre)
+        found = np.sqrt(np.einsum("ij,ij->i", less, less)).astype(np.float64)
+    odd = np.flatnonzero(_are_odd(found))
+    exact = _less(vectors[odd].astype(np.float64), centre)
     found[odd] = np.sqrt(np.einsum("ij,ij->i", exact, exact))
     return found
+
+
+def _are_odd(lengths: np.ndarray) -> np.ndarray:
+    """Tells which vectors are computed with in double precision; bool [n].
+
+    Their squares leave what float32 holds, or they themselves do, less the centre.
+    """
+    return ~((lengths > _SMALL) & (lengths < _LARGE))
 
 
 def matrix_of(vectors: pa.ChunkedArray, dimension: int) -> np.ndarray:
@@ -251,19 +269,20 @@ def digests(vectors: pa.ChunkedArray) -> pa.Array:
 
 def take_day(
     catalogue: pa.Table, before: Tables, vectors: pa.Table, ds: dt.date, window_days: int,
-    reuse: bool, centre: np.ndarray | None, dimension: int,
+    reuse: bool, full: bool, centre: np.ndarray | None, dimension: int,
 ) -> tuple[WalkedDay, Taken]:  # fmt: skip
     """Returns what becomes of the items of a shard, and the vectors that its rows point at.
 
     `vectors` has the columns of `checked`, rows of other items too. `reuse` says whether the
     embeddings of `before` are of the same encoder: former items keep theirs then, and a reject
-    waits as one of images does, as long as nothing better stands there.
+    waits as one of images does, as long as nothing better stands there and not all is made in
+    `full`.
     """
     items = embed_plan.items_of_shard(catalogue, before.embeddings, ds, window_days)
     found = one_of_each(vectors, items["item_id"])
     taken = Taken.of(found, dimension, centre)
     mine = _known_of(found, taken).take(embed_plan.row_of(items, found))
-    plan = _plan(items, mine, before, ds, reuse, dimension)
+    plan = _plan(items, mine, before, ds, reuse, reuse and not full, dimension)
     is_taken = pc.equal(plan["state"], TO_READ)
     outcomes = {
         name: pc.if_else(is_taken, mine[name], pa.scalar(None, mine[name].type))
@@ -309,8 +328,9 @@ def _known_of(found: pa.Table, taken: Taken) -> pa.Table:
 
 
 def _plan(
-    items: pa.Table, mine: pa.Table, before: Tables, ds: dt.date, reuse: bool, dimension: int
-) -> pa.Table:
+    items: pa.Table, mine: pa.Table, before: Tables, ds: dt.date, reuse: bool, may_wait: bool,
+    dimension: int,
+) -> pa.Table:  # fmt: skip
     """Returns `items` with their state, versions and reasons, as `embed_plan.plan` does."""
     n, inside = len(items), items["in_catalogue"].to_numpy()
     missing = mine["image_sha256"].is_null().to_numpy() & mine["reason"].is_null().to_numpy()
@@ -319,7 +339,7 @@ def _plan(
     message = pc.if_else(pa.array(missing), nothing, mine["message"])
     is_bad = reason.is_valid().to_numpy()
     tried = embed_plan.next_tries(items, before.rejects)
-    waits = is_bad & inside & reuse & (tried > np.datetime64(ds, "D"))
+    waits = is_bad & inside & may_wait & (tried > np.datetime64(ds, "D"))
     state = np.full(n, TO_READ, object)
     state[is_bad] = REJECTED
     state[~inside & reuse] = UNCHANGED

@@ -8,7 +8,8 @@ import pyarrow as pa
 
 from feature_jobs import inputs
 from feature_jobs.inputs import Source
-from feature_jobs.schemas import DataContractError, OperatorError
+from feature_jobs.schemas import DataContractError, InputNotReady, OperatorError
+from feature_jobs.store import day_names
 from feature_jobs.store.encoder_info import VectorSource
 
 _FLOAT_BYTES = 4
@@ -38,21 +39,31 @@ class VectorTable:
 
 
 def open_vectors(
-    of: VectorSource, template: str, ds: dt.date, dimension: int | None = None
-) -> VectorTable:
+    of: VectorSource, template: str, ds: dt.date, dimension: int | None = None,
+    closed: bool = False,
+) -> VectorTable:  # fmt: skip
     """Finds and checks the vectors of ds; `template` is the full path of those `of` an encoder.
 
-    Without a `dimension` vectors may be of any length.
+    Without a `dimension` vectors may be of any length. Of a day on which the shop was `closed`
+    none are waited for.
 
     Raises InputNotReady, DataContractError and OperatorError as `open_source` does, and where the
     vectors are not of the type or the length that was registered.
     """
-    found = inputs.list_files("vectors", template, ds, of.require_success)
+    found = inputs.list_files("vectors", template, ds, of.require_success, closed)
     versions = {file.path: file.version for file in found}
     columns = {"item_id": of.item, "vector": of.vector}
     source = inputs.open_source(
-        "vectors", template, ds, columns, (of.vector,), require_success=of.require_success
-    )
+        "vectors", template, ds, columns, (of.vector,), require_success=of.require_success,
+        closed=closed,
+    )  # fmt: skip
+    if not versions.keys() >= {*source.paths}:
+        raise InputNotReady(
+            f"The vectors of ds {ds} are being written just now: a file came between two looks at "
+            f"{template}. Run the command again when the table is whole."
+        )
+    if not day_names.has_day(template):
+        inputs.check_one_snapshot("the --path of `courier register-vectors`", template, source)
     table = VectorTable(source, versions)
     _check_kind(of, table)
     if dimension is not None and table.width not in (None, dimension):

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from feature_jobs.schemas import DataContractError, OperatorError
 from feature_jobs.store import files
-from feature_jobs.store.documents import read_json, write_json
+from feature_jobs.store.documents import digest, read_json, write_json
 
 TIMM = "timm:"  # begins the names of timm's backbones
 # Of encoders, codebooks and tables whose records do not tell it: once there was no other.
@@ -50,8 +50,9 @@ class VectorSource:
 
     `path` is a template (`day_names`), as it was typed: a relative one begins where the shop's
     other paths do. `item` and `vector` name columns; with `as_bytes` a vector is float32,
-    little-endian. With `trained_elsewhere` what made them knows nothing of the shop's clicks, as
-    was declared; else the data range says what it knows. With `centred` the package has a CENTRE.
+    little-endian. What made them was `trained_on` the clicks of the shop's days from the first to
+    the second, or None: on nothing of the shop, as was declared. With `centred` the package has a
+    CENTRE.
     """
 
     path: str
@@ -59,8 +60,14 @@ class VectorSource:
     vector: str
     as_bytes: bool = False
     require_success: bool = False
-    trained_elsewhere: bool = False
+    trained_on: tuple[str, str] | None = None
     centred: bool = False
+
+    def encoder_id(self, name: str, dimension: int, centre: np.ndarray | None) -> str:
+        """Returns the ID of an encoder of this name, by all that its numbers follow from."""
+        decides = [self.path, self.item, self.vector, self.as_bytes, dimension]
+        data = "" if centre is None else centre.astype("<f4").tobytes().hex()
+        return f"{name}-{digest([VECTORS, decides, data])[:12]}"
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ def read_encoder_info(folder: str) -> EncoderInfo:
         categories = fields["categories"]
         fields["categories"] = None if categories is None else tuple(categories)
         fields["lineage"] = tuple(fields.get("lineage", ()))
-        fields["vectors"] = VectorSource(**fields["vectors"]) if "vectors" in fields else None
+        fields["vectors"] = _source_of(fields["vectors"]) if "vectors" in fields else None
         info = EncoderInfo(**fields)
     except (FileNotFoundError, NotADirectoryError, TypeError, KeyError) as error:
         raise OperatorError(
@@ -114,22 +121,39 @@ def read_encoder_info(folder: str) -> EncoderInfo:
     return info
 
 
-def read_centre(folder: str) -> np.ndarray:
-    """Returns the centre of an encoder of the kind `vectors`, float32 [dimension].
+def _source_of(fields: Mapping[str, Any]) -> VectorSource:
+    first_last = fields.get("trained_on")
+    return VectorSource(**{**fields, "trained_on": first_last and tuple(first_last)})
 
-    Raises DataContractError where its package has none that can be read.
+
+def read_centre(folder: str, info: EncoderInfo) -> np.ndarray | None:
+    """Returns the centre of an encoder of the kind `vectors`, float32 [dimension]; None for none.
+
+    Raises DataContractError where its package is not what its ID says.
     """
-    path = os.path.join(folder, CENTRE)
-    data = files.read_if_there(path)
-    try:
-        found = np.load(io.BytesIO(data or b""), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    assert info.vectors is not None
+    path, centre = os.path.join(folder, CENTRE), None
+    if info.vectors.centred:
+        data = files.read_if_there(path)
+        try:
+            centre = np.asarray(np.load(io.BytesIO(data or b""), allow_pickle=False), np.float32)
+        except (ValueError, EOFError, OSError) as error:
+            raise DataContractError(
+                f"{path} is missing or damaged ({error}), and encoder.json beside it says that it "
+                "is taken off every vector. Embeddings without it would lie elsewhere than the "
+                "codebook's centres. Restore the file from its origin, or register the vectors "
+                "again."
+            ) from error
+    name = info.encoder_id.rpartition("-")[0]
+    found = info.vectors.encoder_id(name, info.dimension, centre)
+    if found != info.encoder_id:
         raise DataContractError(
-            f"{path} is missing or damaged ({error}), and encoder.json beside it says that it is "
-            "taken off every vector. Embeddings without it would lie elsewhere than the codebook's "
-            "centres. Restore the file from its origin, or register the vectors again."
-        ) from error
-    return np.asarray(found, np.float32)
+            f"The package {folder} digests to {found}, but its encoder.json says "
+            f"{info.encoder_id}: path, columns, dimension or centre were changed or damaged. Its "
+            "vectors would be taken for those made under that ID. Restore the folder from its "
+            "origin, or register the vectors again."
+        )
+    return centre
 
 
 def write_encoder_info(folder: str, info: EncoderInfo) -> None:
@@ -152,8 +176,11 @@ def check_name(name: str) -> None:
 
 def check_same_scope(saved: EncoderInfo, wanted: EncoderInfo, folder: str) -> None:
     """Raises OperatorError where an encoder that is `saved` has another scope or other dates."""
-    for field in ("categories", "data_start_ds", "data_end_ds"):
-        found, expected = getattr(saved, field), getattr(wanted, field)
+    for field in ("categories", "data_start_ds", "data_end_ds", "trained_on"):
+        found, expected = (
+            getattr(one.vectors if field == "trained_on" else one, field, None)
+            for one in (saved, wanted)
+        )
         if found != expected:
             raise OperatorError(
                 f"This encoder is already saved as {folder} with {field} = {found!r}, now given "

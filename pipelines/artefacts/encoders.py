@@ -179,6 +179,7 @@ def _open(
             f"There are no settings yet, which say where the catalogue of ds {fitting.ds} is. Make "
             "them with `courier init`, or leave --ds out."
         )
+    settings.catalogue.check_has_images()
     options = beam_options.job_options(settings, EMBED.name, beam_args)
     beam_options.check_ready([options])
     if beam_options.is_for_jar(options):

@@ -239,6 +239,7 @@ def read_data(
     item_ids = pc.unique(
         pa.chunked_array(shown, rows[0].schema.field("pv_item_ids").type.value_type)
     )
+    settings.catalogue.check_has_images()
     catalogue, catalogues = read_catalogue(settings, list(span.all), item_ids)
     sources = {
         "training_rows": {str(ds): part.manifest["version"] for ds, part in span.all.items()},

@@ -9,7 +9,7 @@ import datetime as dt
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from feature_jobs.inputs import RowGroup
 from feature_jobs.items import vector_rows
 from feature_jobs.items.vector_table import VectorTable, open_vectors
 from feature_jobs.schemas import DataContractError, InputNotReady, OperatorError
-from feature_jobs.store import day_names, documents, files
+from feature_jobs.store import day_names, files
 from feature_jobs.store.encoder_info import (
     CENTRE,
     DIMENSIONS,
@@ -37,10 +37,9 @@ from pipelines.config import Settings
 
 Say = Callable[[str], None]
 
-_SAMPLE = 100_000  # vectors that a registration looks at, and that a centre is the mean of,
+_SAMPLE = 20_000  # vectors that a registration looks at, and that a centre is the mean of,
 _GROUPS = 64  # of so many row groups at most, spread over the table
 _BATCH = 4_096
-_NOT_OF_THE_NUMBERS = ("require_success", "trained_elsewhere")
 
 
 @dataclass(frozen=True)
@@ -89,23 +88,35 @@ def register_vectors(
     """
     check_name(wanted.name)
     template = settings.full_template(wanted.source.path)
-    ds = wanted.ds or _newest_day(template, wanted.source.path)
+    ds = wanted.ds or _newest_day(template, wanted)
     table = open_vectors(wanted.source, template, ds)
-    dimension = _dimension(table)
-    sample = _look(table, dimension, ds, say)
+    if not table.source.rows:
+        raise InputNotReady(
+            f"The vectors of ds {ds} are an empty table, marked as whole. The registration reads "
+            "some, to know how many numbers they have. Name a day that has vectors with --ds."
+        )
+    rows = list(_some_rows(table))
+    dimension = _dimension(table, rows)
+    sample = _look(table, rows, dimension, ds, say)
     centre = _centre_of(sample, dimension) if wanted.centre else None
     info = _info(wanted, dimension, centre, ds)
     package = os.path.join(out, "encoders", info.encoder_id)
-    if not files.exists(os.path.join(package, "encoder.json")):
-        if centre is not None:
-            files.write_bytes(os.path.join(package, CENTRE), _npy(centre))
-        write_encoder_info(package, info)
-    check_same_scope(read_encoder_info(package), info, package)
+    if files.exists(os.path.join(package, "encoder.json")):
+        check_same_scope(read_encoder_info(package), info, package)
+    if centre is not None:
+        files.write_bytes(os.path.join(package, CENTRE), _npy(centre))
+    write_encoder_info(package, info)  # again too: to wait for a _SUCCESS changes no number
     return encoder_stanza(settings, folder, _comment(info), _serves_from(info), package)
 
 
-def _newest_day(template: str, typed: str) -> dt.date:
+def _newest_day(template: str, wanted: Registration) -> dt.date:
     """Returns the newest day of which vectors are there; any day, for one snapshot."""
+    typed = wanted.source.path
+    if not day_names.has_day(template) and wanted.centre:
+        raise OperatorError(
+            f"--centre is the mean of a day's vectors, and {typed!r} names no day. Say with --ds "
+            "of which day this snapshot is, so that nights know what the centre knows."
+        )
     if not day_names.has_day(template):
         return ANY_DAY
     days = inputs.find_days(template)
@@ -121,17 +132,13 @@ def _newest_day(template: str, typed: str) -> dt.date:
 def _info(
     wanted: Registration, dimension: int, centre: np.ndarray | None, ds: dt.date
 ) -> EncoderInfo:
-    source = replace(
-        wanted.source, trained_elsewhere=wanted.trained_on is None, centred=centre is not None
-    )
-    decides = {k: v for k, v in asdict(source).items() if k not in _NOT_OF_THE_NUMBERS}
-    data = "" if centre is None else centre.tobytes().hex()
-    digest = documents.digest([VECTORS, decides, dimension, data])[:12]
     days = [str(day) for day in wanted.trained_on or ()]
-    if centre is not None and ds != ANY_DAY:
+    trained_on = (days[0], days[1]) if days else None
+    source = replace(wanted.source, trained_on=trained_on, centred=centre is not None)
+    if centre is not None:
         days.append(str(ds))
     return EncoderInfo(
-        encoder_id=f"{wanted.name}-{digest}",
+        encoder_id=source.encoder_id(wanted.name, dimension, centre),
         backbone=VECTORS,
         preprocessing={},
         categories=wanted.categories or None,
@@ -146,7 +153,7 @@ def _info(
 def _comment(info: EncoderInfo) -> str:
     source = info.vectors
     assert source is not None
-    knows = "trained elsewhere" if source.trained_elsewhere else "trained on this shop's clicks"
+    knows = "trained on this shop's clicks" if source.trained_on else "trained elsewhere"
     if info.data_end_ds:
         knows += f", knows ds {info.data_start_ds} to {info.data_end_ds}"
     centred = ", less their mean" if source.centred else ""
@@ -168,9 +175,9 @@ def _npy(centre: np.ndarray) -> bytes:
 # ---- Looking at vectors ------------------------------------------------------------------------
 
 
-def _dimension(table: VectorTable) -> int:
-    """Returns how many numbers the vectors have: by their type, else as most of the first ones."""
-    dimension = table.width or _most_frequent(table)
+def _dimension(table: VectorTable, rows: Sequence[pa.Table]) -> int:
+    """Returns how many numbers the vectors have: by their type, else as most of some `rows`."""
+    dimension = table.width or _most_frequent(table, rows)
     if dimension not in DIMENSIONS:
         raise DataContractError(
             f"The vectors in {table.source.paths[0]} have {dimension:,} numbers; COURIER takes "
@@ -181,25 +188,26 @@ def _dimension(table: VectorTable) -> int:
     return dimension
 
 
-def _most_frequent(table: VectorTable) -> int:
-    found = [vector_rows.sizes_of(rows) for rows in _some_rows(table, 1)]
-    sizes = np.concatenate([np.zeros(0, np.int64), *found])
+def _most_frequent(table: VectorTable, rows: Sequence[pa.Table]) -> int:
+    sizes = np.concatenate([vector_rows.sizes_of(some) for some in rows])
     sizes = sizes[sizes >= 0]
     if not sizes.size:
         raise DataContractError(
-            f"The first rows of {table.source.paths[0]} have no vector at all: the column "
-            f"{table.source.form.columns['vector']!r} holds none there. Name another column by "
-            "--vector, or fill it where the table is written."
+            f"Of the rows that were looked at, in {table.source.paths[0]} and beside it, none has "
+            f"a vector: the column {table.source.form.columns['vector']!r} is null there. Name "
+            "another column by --vector, or fill it where the table is written."
         )
     return int(np.bincount(sizes).argmax())
 
 
-def _look(table: VectorTable, dimension: int, ds: dt.date, say: Say) -> list[pa.Table]:
-    """Returns a sample of the vectors as they were looked at, and tells what was seen.
+def _look(
+    table: VectorTable, rows: Sequence[pa.Table], dimension: int, ds: dt.date, say: Say
+) -> list[pa.Table]:
+    """Returns some `rows` as they were looked at, and tells what was seen.
 
     Raises DataContractError where none of them can be used.
     """
-    found = [vector_rows.checked(rows, dimension) for rows in _some_rows(table, _GROUPS)]
+    found = [vector_rows.checked(some, dimension) for some in rows]
     reasons = pa.chunked_array([chunk for rows in found for chunk in rows["reason"].chunks])
     bad = pc.value_counts(reasons.drop_null()).to_pylist()
     told = ", ".join(f"{one['values'].replace('_', ' ')} {one['counts']:,}" for one in bad)
@@ -215,10 +223,10 @@ def _look(table: VectorTable, dimension: int, ds: dt.date, say: Say) -> list[pa.
     return found
 
 
-def _some_rows(table: VectorTable, groups: int) -> Iterator[pa.Table]:
+def _some_rows(table: VectorTable) -> Iterator[pa.Table]:
     """Yields the first rows of some row groups that are spread over the table."""
     there = table.source.groups()
-    places = np.unique(np.linspace(0, len(there) - 1, groups).astype(int)) if there else ()
+    places = np.unique(np.linspace(0, len(there) - 1, _GROUPS).astype(int))
     for at in places:
         yield from _first_rows(there[at], _SAMPLE // len(places))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from feature_jobs.codebooks import codebook as codebooks
@@ -24,7 +25,7 @@ from feature_jobs.schemas import (
     cluster_field,
 )
 from feature_jobs.schemas import ITEM_FEATURES as FEATURES_TABLE
-from feature_jobs.store import documents, hashing, partitions
+from feature_jobs.store import day_names, documents, hashing, partitions
 from feature_jobs.store.encoder_info import (
     EncoderInfo,
     check_timm_is_there,
@@ -43,6 +44,7 @@ from pipelines.running.stage import Planned, Stage
 from pipelines.running.states import Look, made_in, staged_folder
 from pipelines.stages import EMBED, ITEM_FEATURES
 
+ONE_SNAPSHOT_OF_VECTORS = "one_snapshot_of_vectors_for_all_days"  # a note
 DECLARED = "encoder_declared"  # the note of what vectors of the shop's own know, by its word
 
 # ---- EMBED -----------------------------------------------------------------------------------
@@ -63,6 +65,7 @@ class PlannedEmbed(Planned):
     before: Earlier | None
     full: bool
     vectors: VectorTable | None = None
+    centre: np.ndarray | None = None
 
     @property
     def id_types(self) -> tuple[pa.DataType, ...]:
@@ -122,7 +125,6 @@ class PlannedEmbed(Planned):
         from feature_jobs.items import take_vectors
 
         encoder, look, before = self.pinned.encoder, Look(), self.before
-        assert encoder.vectors is not None
         assert self.vectors is not None
         embeddings, rejects = map(look.open, before.tables) if before else (None, None)
         job = take_vectors.TakeJob(
@@ -131,11 +133,12 @@ class PlannedEmbed(Planned):
             embeddings_schema=ITEM_EMBEDDINGS.schema(self.item_id, dimension=encoder.dimension),
             rejects_schema=ITEM_REJECTS.schema(self.item_id),
             dimension=encoder.dimension,
-            centre=read_centre(self.pinned.pin.encoder) if encoder.vectors.centred else None,
+            centre=self.centre,
             window_days=self.settings.window_days,
             previous_embeddings=embeddings,
             previous_rejects=rejects,
             reuse=self.is_reusable,
+            full=self.full,
             staging=made_in(self.stage.staging),
             folder=folder,
         )
@@ -149,9 +152,8 @@ class PlannedEmbed(Planned):
         """Returns whether the embeddings of the day before are those that would be made now."""
         if self.before is None:
             return False
-        wanted, made = _precision(self.settings), self.before.settings
-        if self.vectors:
-            wanted = {}
+        wanted = {} if self.vectors else _precision(self.settings)
+        made = self.before.settings
         same = self.before.identities["encoder_id"] == self.pinned.encoder.encoder_id
         return same and wanted.items() <= made.items()
 
@@ -214,14 +216,14 @@ def _plan_embed(day: DayPlan, item_id: pa.DataType, before: Earlier | None) -> P
     settings, catalogue, pinned = day.settings, day.shop.catalogue(day.ds), day.pinned
     encoder = pinned.encoder
     vectors = day.shop.vectors(day.ds, encoder) if encoder.vectors else None
+    centre = read_centre(pinned.pin.encoder, encoder) if vectors else None
     if not vectors:
-        _check_has_images(day)
+        settings.catalogue.check_has_images()
+    rows = max(catalogue.rows, vectors.source.rows) if vectors else catalogue.rows
     stage = day.stage(
         EMBED,
         "asked for (--full)" if day.options.full else "",
-        shards=hashing.num_shards(
-            catalogue.rows * weight(encoder.dimension), settings.rows_per_shard
-        ),
+        shards=hashing.num_shards(rows * weight(encoder.dimension), settings.rows_per_shard),
         inputs={
             "catalogue": catalogue.identity(),
             **({"vectors": vectors.source.identity()} if vectors else {}),
@@ -243,7 +245,7 @@ def _plan_embed(day: DayPlan, item_id: pa.DataType, before: Earlier | None) -> P
         },
     )
     full = day.options.full
-    return PlannedEmbed(stage, settings, pinned, catalogue, item_id, before, full, vectors)
+    return PlannedEmbed(stage, settings, pinned, catalogue, item_id, before, full, vectors, centre)
 
 
 def _of_images(settings: Settings) -> dict[str, Any]:
@@ -256,24 +258,15 @@ def _of_images(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _declared(encoder: EncoderInfo) -> dict[str, str]:
-    """Returns what a manifest says of vectors of the shop's own: of what, by their word."""
-    if encoder.vectors is None:
+def _declared(encoder: EncoderInfo) -> dict[str, Any]:
+    """Returns what a manifest says of vectors of the shop's own: what they know, by their word."""
+    source = encoder.vectors
+    if source is None:
         return {}
-    if encoder.vectors.trained_elsewhere:
-        return {DECLARED: "trained elsewhere, on nothing of this shop's clicks"}
-    return {DECLARED: f"trained on ds {encoder.data_start_ds} to {encoder.data_end_ds}"}
-
-
-def _check_has_images(day: DayPlan) -> None:
-    """Raises OperatorError where images are to be embedded of a shop that has none."""
-    if not day.settings.catalogue.image_roots:
-        raise OperatorError(
-            f"The encoder that is pinned for ds {day.ds}, {day.pinned.encoder.encoder_id}, embeds "
-            "images, and the settings name no catalogue.image_roots below which they lie. Name "
-            "them; or where the shop has vectors instead of images, register these with `courier "
-            "register-vectors` and pin that encoder."
-        )
+    word = "trained elsewhere, on nothing of this shop's clicks"
+    if source.trained_on:
+        word = f"trained on ds {source.trained_on[0]} to {source.trained_on[1]}"
+    return {DECLARED: word, ONE_SNAPSHOT_OF_VECTORS: not day_names.has_day(source.path)}
 
 
 def _precision(settings: Settings) -> dict[str, str]:

@@ -108,8 +108,9 @@ def _tables(settings: Settings, days: Sequence[dt.date], kinds: Collection[Kind]
     for ds in days:
         if "catalogue" in used:
             found.append(("catalogue", days[0] if one_snapshot else ds))
-            if _encoder(settings, ds).vectors:
-                found.append(("vectors", ds))
+            source = _encoder(settings, ds).vectors
+            if source is not None:
+                found.append(("vectors", ds if day_names.has_day(source.path) else days[0]))
         if "impressions" in used:
             found.append(("impressions", ds))
     return list(dict.fromkeys(found))
@@ -142,8 +143,8 @@ class _Waiting:
 
     def _why_missing(self, name: str, ds: dt.date) -> str:
         shop = ShopTables(self._settings, ds, self._say)
-        closed = ds in self._settings.closed_days and name != "vectors"
         path, require_success = self._place(name, ds)
+        closed = day_names.has_day(path) and ds in self._settings.closed_days
         try:
             found = inputs.list_files(name, path, ds, require_success, closed)
             if found and not require_success and (why := self._why_moving(name, ds, found)):

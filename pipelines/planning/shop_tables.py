@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from feature_jobs import inputs
 from feature_jobs.inputs import Source
@@ -57,7 +56,7 @@ class ShopTables:
             optional=() if section.image_roots else ("image_uri",),
         )  # fmt: skip
         if self.has_one_catalogue:
-            check_one_snapshot(section.path, found)
+            inputs.check_one_snapshot("[catalogue] path", section.path, found)
         return found
 
     @property
@@ -71,7 +70,8 @@ class ShopTables:
         template = self._settings.full_template(encoder.vectors.path)
         key = f"vectors {encoder.encoder_id} {day_names.name_of(template, ds)}"
         of = encoder.vectors
-        table = self._once(key, lambda: open_vectors(of, template, ds, encoder.dimension))
+        closed = day_names.has_day(template) and ds in self._settings.closed_days
+        table = self._once(key, lambda: open_vectors(of, template, ds, encoder.dimension, closed))
         return table.of_day(ds)
 
     def impressions(self, ds: dt.date) -> Source:
@@ -163,28 +163,3 @@ def days_that_count(settings: Settings) -> int:
     """
     delay_days = math.ceil(settings.log.click_delay_seconds / 86_400)
     return settings.window_days + settings.late_days + delay_days + _CLICK_DAYS
-
-
-def check_one_snapshot(template: str, catalogue: Source) -> None:
-    """Raises OperatorError where what `template` matches for one snapshot is that of several days.
-
-    Files of several days that share no item may be one: a table by the day of an item's creation.
-    """
-    by_day: dict[dt.date, list[inputs.RowGroup]] = {}
-    for group in catalogue.groups():
-        if seen := day_names.find_day(group.path):
-            by_day.setdefault(seen[0], []).append(group)
-    if len(by_day) < 2:
-        return
-    one, other = sorted(by_day)[-2:]
-    ids = inputs.read_rows(by_day[one][0], ["item_id"])["item_id"].combine_chunks()
-    if any(
-        pc.any(pc.is_in(inputs.read_rows(group, ["item_id"])["item_id"], value_set=ids)).as_py()
-        for group in by_day[other]
-    ):
-        raise OperatorError(
-            f"[catalogue] path = {template!r} names no day, and so means one snapshot for all "
-            f"days, but it matches files of {len(by_day)} days, such as {one} and {other}, which "
-            "hold the same items. Which of them counts cannot be told. Write {ds} where the day "
-            "stands in the path, or name the one snapshot that is meant."
-        )

@@ -43,7 +43,7 @@ from pipelines.config import Settings
 from pipelines.nightly import plan_day
 from pipelines.planning.day_plan import DayPlan, NightOptions, Range
 from pipelines.planning.impressions import PlannedScores, histories_job, score_form
-from pipelines.planning.items import DECLARED
+from pipelines.planning.items import DECLARED, ONE_SNAPSHOT_OF_VECTORS
 from pipelines.planning.pinned import PinnedArtefacts
 from pipelines.planning.snapshots import ItemNight
 from pipelines.running.states import PUBLISHED, Look
@@ -615,6 +615,9 @@ def _audit_embeddings(
             f"the vectors of {len(rows):,} items are the shop's own, declared as {declared}: what "
             "they know was not seen",
         )
+        if embeddings.manifest["notes"].get(ONE_SNAPSHOT_OF_VECTORS):
+            told = "one snapshot of vectors serves all days: it may know what came after"
+            report.tell(UNVERIFIED, f"{told} {ds}")
     elif times.null_count:
         report.tell(
             UNVERIFIED,

@@ -4,11 +4,12 @@ What it costs follows what it prints: of earlier days nothing is read but their 
 shown are planned anew, to see what is stale, for which the inputs of each are looked at.
 """
 
+import contextlib
 import datetime as dt
 import os
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -30,6 +31,7 @@ from feature_jobs.store import files
 from feature_jobs.store.documents import read_json
 from pipelines.backfill_plan import stale_days
 from pipelines.config import Settings
+from pipelines.planning.pinned import PinnedArtefacts
 from pipelines.running import announcing, records, states
 from pipelines.running.layout import Layout, date_of
 from pipelines.running.states import NEVER_MADE, Look
@@ -170,17 +172,32 @@ def _next(settings: Settings, last: str | None) -> dict[str, Any] | None:
         return None
     ds = dt.date.fromisoformat(last) + _ONE_DAY
     used, waits = set[str]().union(*(kind.uses for kind in settings.night)), []
-    for name, section in (("catalogue", settings.catalogue), ("impressions", settings.impressions)):
-        if section is None or name not in used:
-            continue
+    for name, (template, require_success) in _inputs_of(settings, ds, used).items():
         closed = ds in settings.closed_days
         try:
-            inputs.find_files(name, section.path, ds, section.require_success, closed)
+            inputs.find_files(name, template, ds, require_success, closed)
         except InputNotReady:
             waits.append(name)
         except (DataContractError, OperatorError):  # which `courier refresh` will tell
             waits.append(f"{name} (refused as they are)")
     return {"ds": str(ds), "waits_for": waits}
+
+
+def _inputs_of(
+    settings: Settings, ds: dt.date, used: Collection[str]
+) -> dict[str, tuple[str, bool]]:
+    """Returns the template of each table that a night reads, and whether it needs a _SUCCESS."""
+    sections = {"catalogue": settings.catalogue, "impressions": settings.impressions}
+    found = {
+        name: (section.path, section.require_success)
+        for name, section in sections.items()
+        if section is not None and name in used
+    }
+    with contextlib.suppress(OperatorError):  # of a pin, which `courier refresh` will tell
+        source = PinnedArtefacts(settings, ds).encoder.vectors
+        if source is not None:
+            found["vectors"] = settings.full_template(source.path), source.require_success
+    return found
 
 
 def _staged(settings: Settings, kind: Kind) -> list[dict[str, Any]]:

@@ -205,12 +205,12 @@ def check_laws(kind: Kind, ds: dt.date, input_rows: int, made: Made, settings: S
     try:
         gates.check_laws(kind, input_rows, counts)
         if kind is EMBED:
-            _refuse_no_image(counts[EMBED], settings)
+            _refuse_none_usable(counts[EMBED], settings)
     except DataContractError as error:
         raise DataContractError(f"ds {ds}: {error}") from error
 
 
-def _refuse_no_image(counts: Mapping[str, int], settings: Settings) -> None:
+def _refuse_none_usable(counts: Mapping[str, int], settings: Settings) -> None:
     catalogue, rejects = counts["catalogue_items"], counts[f"{ITEM_REJECTS.name}_rows"]
     if catalogue and rejects == catalogue and "vectors_read" in counts:
         raise DataContractError(

@@ -24,6 +24,7 @@ from tests.conftest import Artefacts
 from tests.support.buckets import move, upload
 from tests.support.commands import make_night
 from tests.support.small_nights import is_whole_night
+from tests.support.vector_shop import make_vector_shop
 from tests.support.world import (
     DAYS,
     LEAVES_ON_DAY_2,
@@ -243,3 +244,26 @@ def unreachable(below: str) -> Callable:
         return call(path, *args)
 
     return fail
+
+
+def test_vectors_in_a_bucket_are_registered_and_taken(
+    tmp_path: Path, near_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_vector_shop(tmp_path / "shop", 32, "lists")
+    here = world.settings()
+    make(here, DAYS[0])
+    upload(world.folder / "vectors", f"{near_bucket}/clip")
+    text = world.config.read_text().partition("[[pins]]")[0]
+    text = text.replace('root = "features"', f'root = "{near_bucket}/features"')
+    world.config.write_text(text)
+    declared = ("--path", f"{near_bucket}/clip/ds={{ds}}/*.parquet", "--trained-elsewhere")
+    named = ("--name", "clip", "--vector", "clip", "--out", near_bucket)
+    assert main(["register-vectors", "--config", str(world.config), *named, *declared]) == 0
+    (encoder,) = files.list_names(f"{near_bucket}/encoders")
+    pin = f"[[pins]]\nfrom_ds = {DAYS[0]}\nencoder = '{near_bucket}/encoders/{encoder}'\n"
+    world.config.write_text(text + pin)
+    assert main(["embed", "--config", str(world.config), "--ds", str(DAYS[0])]) == 0
+    there = load_settings(str(world.config))
+    mine, theirs = (published(one, "item_embeddings", DAYS[0]) for one in (here, there))
+    assert rows_of(theirs).equals(rows_of(mine))
+    assert mine.rows > 0

@@ -5,6 +5,7 @@ What other tests ask of nights by plain loops is asked here of nights without an
 
 import copy
 import datetime as dt
+import json
 import math
 import os
 import shutil
@@ -378,10 +379,10 @@ def test_a_shop_without_images_needs_no_addresses(tmp_path: Path, capsys: Captur
         file.write(f"[[pins]]\nfrom_ds = {DAYS[0]}\nencoder = '{encoder}'\n")
     capsys.readouterr()
     assert main(["embed", "--config", str(world.config), "--ds", str(DAYS[2])]) == 2
-    assert "name no catalogue.image_roots" in paragraph(capsys)
+    assert "the settings name no catalogue.image_roots" in paragraph(capsys)
 
 
-def test_one_snapshot_serves_all_days(tmp_path: Path) -> None:
+def test_one_snapshot_serves_all_days(tmp_path: Path, capsys: Capture) -> None:
     world = make_vector_shop(tmp_path / "shop", D, "lists")
     (world.folder / "vectors" / f"ds={DAYS[1]}").rename(world.folder / "snapshot")
     folder = register(world, "--path", "snapshot/*.parquet", "--name", "once")
@@ -389,9 +390,15 @@ def test_one_snapshot_serves_all_days(tmp_path: Path) -> None:
     world.pin(DAYS[0], folder, make_codebook(tmp_path / "once", folder, D))
     days = ("--start-ds", str(DAYS[0]), "--end-ds", str(DAYS[1]))
     assert courier(world, "refresh", *days) == 0
-    versions = {manifest(world, "item_embeddings", day)["inputs"]["vectors"]["digest"]
-                for day in DAYS[:2]}  # fmt: skip
-    assert len(versions) == 1
+    for day in DAYS[:2]:
+        made = manifest(world, "item_embeddings", day)
+        assert made["notes"]["one_snapshot_of_vectors_for_all_days"]
+        late = slow_unit(vector_of(LEAVES_ON_DAY_2, DAYS[1], D))  # as the snapshot has it
+        found = test_nights.vectors_of(world, day)[LEAVES_ON_DAY_2]
+        np.testing.assert_allclose(found, late, atol=1e-6)
+    capsys.readouterr()
+    assert courier(world, "audit", "--ds", str(DAYS[1])) == 0
+    assert "one snapshot of vectors serves all days" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_rejects_of_a_night_and_what_was_left_are_told(shop: World, capsys: Capture) -> None:
@@ -400,3 +407,92 @@ def test_the_rejects_of_a_night_and_what_was_left_are_told(shop: World, capsys: 
     told = " ".join(capsys.readouterr().out.split())
     assert "12 items and 1 former ones: 10 as they were, 1 vectors taken" in told
     assert "2 rejected: 1 no vector, 1 not finite; 1 vectors of other items left" in told
+
+
+def test_vectors_are_followed_by_an_encoder_of_images_of_their_length(tmp_path: Path) -> None:
+    world = make_vector_shop(tmp_path / "shop", 256, "lists")
+    encoder = make_encoder(tmp_path / "images")
+    world.pin(DAYS[1], encoder, make_image_codebook(tmp_path / "images", encoder))
+    assert refresh(world, DAYS[0]) == 0
+    world.write_images(DAYS[1])
+    accepted = ("--accept", "churn", "--accept", "score_drift", "--reason", "another encoder")
+    assert refresh(world, DAYS[1], *accepted) == 0
+    rejects = {r["item_id"]: r for r in world.table("item_rejects", DAYS[1]).to_pylist()}
+    assert {item: r["reason"] for item, r in rejects.items()} == {
+        MISSING: "missing", UNDECODABLE: "not_an_image"
+    }  # fmt: skip
+    assert embed_work(world, DAYS[1])["images_unchanged"] == 0
+
+
+def test_a_candidate_of_vectors_becomes_the_encoder_without_a_gap(shop: World) -> None:
+    scope = ["--category", "dress", "--category", "shirt"]
+    centred = register(shop, "--name", "centred", "--centre", "--ds", str(DAYS[0]), *scope)
+    assert courier(shop, "embed", "--encoder", centred, "--ds", str(DAYS[1])) == 0
+    assert refresh(shop, DAYS[1]) == 0
+    shop.pin(DAYS[2], centred, make_codebook(shop.folder / "centred", centred, D))
+    accepted = ("--accept", "churn", "--accept", "score_drift", "--reason", "another encoder")
+    assert refresh(shop, DAYS[2], *accepted) == 0
+    work = embed_work(shop, DAYS[2])
+    assert work["vectors_taken"] == 1  # the one that changed: the others are the candidate's
+    former = shop.table("item_embeddings", DAYS[2]).to_pylist()
+    assert LEAVES_ON_DAY_2 in {r["item_id"] for r in former if not r["in_catalogue"]}
+
+
+def test_a_backfill_makes_what_nights_make_and_full_tries_rejects_anew(
+    shop: World, tmp_path: Path
+) -> None:
+    for day in DAYS[1:3]:
+        assert refresh(shop, day) == 0
+    other = make_vector_shop(tmp_path / "other" / "shop", D, "lists")
+    days = ("--start-ds", str(DAYS[0]), "--end-ds", str(DAYS[2]))
+    assert courier(other, "backfill", *days, "--step-days", "2") == 0
+    for day in DAYS[:3]:
+        for table in ("item_embeddings", "item_rejects", "user_simscores"):
+            assert other.table(table, day).equals(shop.table(table, day)), (table, day)
+    (waits, *_) = shop.table("item_rejects", DAYS[2]).to_pylist()
+    assert waits["last_ds"] == DAYS[1]
+    assert courier(shop, "embed", "--ds", str(DAYS[2]), "--full") == 0
+    (tried, *_) = shop.table("item_rejects", DAYS[2]).to_pylist()
+    assert tried["last_ds"] == DAYS[2]
+
+
+def test_of_a_closed_day_no_vectors_are_waited_for(shop: World) -> None:
+    shop.extra_settings = f'closed_days = ["{DAYS[1]}"]'
+    for table in ("catalogue", "impressions", "vectors"):
+        shutil.rmtree(shop.folder / table / f"ds={DAYS[1]}")
+    assert refresh(shop, DAYS[1]) == 0
+    rows = shop.table("item_embeddings", DAYS[1]).to_pylist()
+    assert rows
+    assert not any(row["in_catalogue"] for row in rows)
+
+
+def test_more_vectors_than_items_are_cut_into_more_shards(tmp_path: Path) -> None:
+    world = make_vector_shop(tmp_path / "shop", D, "lists")
+    others = {n: vector_of(n, DAYS[0], D) for n in range(1000, 1100)}
+    write_vectors(world, DAYS[0], [*vectors_of_day(DAYS[0], D).items(), *others.items()])
+    assert courier(world, "embed", "--ds", str(DAYS[0])) == 0
+    assert counts(world, "item_embeddings", DAYS[0])["vectors_ignored"] == 101
+    assert len(manifest(world, "item_embeddings", DAYS[0])["files"]) > 1
+
+
+def test_status_tells_that_the_next_night_waits_for_vectors(shop: World, capsys: Capture) -> None:
+    shutil.rmtree(shop.folder / "vectors" / f"ds={DAYS[1]}")
+    capsys.readouterr()
+    assert courier(shop, "status", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["next"]["waits_for"] == ["vectors"]
+
+
+def test_the_colour_histogram_is_left_out_where_there_are_no_images(
+    shop: World, capsys: Capture
+) -> None:
+    assert refresh(shop, DAYS[1]) == 0
+    shop.settings()
+    text = shop.config.read_text().replace('image_roots = ["images"]', "image_roots = []")
+    shop.config.write_text(text)
+    capsys.readouterr()
+    assert main(["measure", "--config", str(shop.config), "--ds", str(DAYS[1])]) == 0
+    assert "histogram: 9 of 9 images could not be read" in capsys.readouterr().out
+    fitted = ("--weights", "random", "--backbone", "shufflenet_v2_x0_5", "--centre")
+    told = ("--config", str(shop.config), "--ds", str(DAYS[1]))
+    assert main(["init-encoder", *told, *fitted]) == 2
+    assert "name no catalogue.image_roots" in paragraph(capsys)

@@ -109,7 +109,7 @@ def test_a_file_that_is_written_while_it_is_read_is_refused(
     with monkeypatch.context() as patch:
         patch.setattr(take_vectors, "read_in_batches", read)
         assert embed(world) == 1
-    assert "1.parquet was written anew while it was read" in paragraph(capsys)
+    assert "1.parquet was written anew, or taken away, while it was read" in paragraph(capsys)
     assert published(world) == {}
     assert embed(world) == 0
 

@@ -104,7 +104,11 @@ def test_an_item_that_stands_there_twice_has_one_vector_or_none() -> None:
 
 
 def test_the_order_of_rows_changes_nothing() -> None:
-    rows = read(*[(int(i), GOOD[int(i) % 3]) for i in RNG.integers(0, 6, 30)])
+    bad = [None, np.zeros(D, np.float32), GOOD[0][:3], GOOD[0][:4]]
+    rows = read(
+        *[(int(i), GOOD[int(i) % 3]) for i in RNG.integers(0, 6, 30)],
+        *[(int(i), bad[int(k)]) for i, k in RNG.integers((4, 0), (8, 4), (12, 2))],
+    )
     expected = one_of_each(rows)
     for seed in range(5):
         order = np.random.default_rng(seed).permutation(len(rows))
@@ -122,7 +126,7 @@ def as_embeddings(rows: pa.Table, centre: np.ndarray | None = None) -> np.ndarra
     return found
 
 
-@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1.0, 1e18])
+@pytest.mark.parametrize("scale", [1e-42, 1e-38, 1e-20, 1.0, 1e18, 3e37])
 def test_embeddings_have_the_direction_and_the_length_1(scale: float) -> None:
     given = (GOOD / 3 * np.float32(scale)).astype(np.float32)
     found = as_embeddings(read(*enumerate(given)))
@@ -148,6 +152,15 @@ def test_the_centre_is_taken_off_before_the_norm() -> None:
     assert not found[8].any()
 
 
+def test_what_leaves_float32_less_the_centre_is_computed_in_double_precision() -> None:
+    centre, huge = np.full(D, -3e38, np.float32), np.full(D, 3e38, np.float32)
+    huge[0] = 0
+    found = as_embeddings(read((0, huge), (1, GOOD[0])), centre)
+    for mine, vector in zip(found, (huge, GOOD[0]), strict=True):
+        less = vector.astype(np.float64) - centre.astype(np.float64)
+        np.testing.assert_allclose(mine, less / np.linalg.norm(less), atol=1e-6)
+
+
 def test_many_rows_are_as_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vector_rows, "_BLOCK", 3)
     in_blocks = as_embeddings(read(*enumerate(GOOD)))
@@ -160,7 +173,7 @@ def test_many_rows_are_as_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def day_of(
     items: list[int], vectors: pa.Table, before: Tables | None = None, reuse: bool = True,
-    ds: dt.date = DS, centre: np.ndarray | None = None,
+    ds: dt.date = DS, centre: np.ndarray | None = None, full: bool = False,
 ) -> tuple[WalkedDay, Taken]:  # fmt: skip
     catalogue = pa.table(
         {
@@ -169,7 +182,8 @@ def day_of(
             "category": pa.array(["dress"] * len(items)),
         }
     )
-    return take_day(catalogue, before or nothing(), vectors, ds, 2, reuse, centre, D)
+    before = before or nothing()
+    return take_day(catalogue, before, vectors, ds, 2, reuse, full, centre, D)
 
 
 def nothing() -> Tables:
@@ -228,6 +242,8 @@ def test_a_reject_waits_while_nothing_better_is_there_and_is_taken_at_once_when_
         tried.append((reject["attempts"], (reject["last_ds"] - DS).days))
         assert reject["first_ds"] == DS
     assert tried == [(1, 0), (2, 1), (2, 1), (3, 3), (3, 3)]
+    anew, _ = day_of([1, 2], bad, day, ds=DS + dt.timedelta(days=4), full=True)
+    assert anew.tables.rejects["attempts"].to_pylist() == [4]  # tried, although it waits
     walked, found = day_of([1, 2], good, day, ds=DS + dt.timedelta(days=5))
     assert set(embedded(walked, found)) == {1, 2}
     assert len(walked.tables.rejects) == 0

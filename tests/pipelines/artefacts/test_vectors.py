@@ -55,7 +55,7 @@ def test_it_prints_a_pin_and_tells_what_it_saw(world: World, capsys: Capture) ->
     info = read_encoder_info(folder)
     assert (info.dimension, info.backbone, info.data_end_ds) == (32, "vectors", None)
     assert info.vectors is not None
-    assert info.vectors.trained_elsewhere
+    assert info.vectors.trained_on is None
 
 
 def test_the_same_registration_is_the_same_encoder_and_another_is_another(world: World) -> None:
@@ -73,8 +73,29 @@ def test_the_same_registration_is_the_same_encoder_and_another_is_another(world:
     path = ("--path", "vectors/ds={ds}/*.parquet")
     assert main((*again, *path, "--trained-elsewhere", "--ds", str(DAYS[0]))) == 0
     assert (first / "encoder.json").read_text() == facts
-    others = {register(world, *more) for more in (["--centre"], ["--path", "vectors/*/*.parquet"])}
+    others = {register(world, *more) for more in (["--centre"], ["--path", "vectors/ds={ds}"])}
     assert len({str(first), *others}) == 3
+
+
+def test_to_wait_for_a_success_from_now_on_is_the_same_encoder(world: World) -> None:
+    folder = Path(register(world))
+    again = (
+        "register-vectors",
+        "--config",
+        str(world.config),
+        "--name",
+        "clip",
+        "--vector",
+        "clip",
+    )
+    for day in DAYS[:2]:
+        (world.folder / "vectors" / f"ds={day}" / "_SUCCESS").touch()
+    path = ("--path", "vectors/ds={ds}/*.parquet", "--trained-elsewhere", "--require-success")
+    assert main((*again, *path)) == 0
+    assert [one.name for one in (world.folder / "encoders").iterdir()] == [folder.name]
+    info = read_encoder_info(str(folder))
+    assert info.vectors is not None
+    assert info.vectors.require_success
 
 
 def test_one_id_cannot_mean_two_declarations(world: World, capsys: Capture) -> None:
@@ -103,7 +124,9 @@ def test_a_centre_is_the_mean_of_the_vectors_and_knows_their_day(
 ) -> None:
     folder = register(world, "--centre", "--ds", str(DAYS[0]))
     good = [v for v in vectors_of_day(DAYS[0], D).values() if np.isfinite(v).all()]
-    np.testing.assert_allclose(read_centre(folder), np.mean(good, axis=0), rtol=1e-5)
+    centre = read_centre(folder, read_encoder_info(folder))
+    assert centre is not None
+    np.testing.assert_allclose(centre, np.mean(good, axis=0), rtol=1e-5)
     (pin,) = tomllib.loads(capsys.readouterr().out)["pins"]
     assert pin["from_ds"] == str(DAYS[1])
     assert read_encoder_info(folder).data_end_ds == str(DAYS[0])
@@ -145,7 +168,24 @@ def test_names_columns_and_paths_that_are_none(world: World, capsys: Capture) ->
         world, capsys, 4, "--path", "vectors/{ds}.parquet"
     )
     assert "no partition" in refused(world, capsys, 4, "--path", "vectors/clip/*.parquet")
+    several = refused(world, capsys, 2, "--path", "vectors/*/*.parquet")
+    assert "matches files of 2 days" in several
+    assert "Write {ds} where the day stands in the path" in several
     assert "{dsx}" in refused(world, capsys, 2, "--path", "vectors/{dsx}/*.parquet")
+
+
+def test_a_snapshots_centre_needs_its_day_and_an_empty_day_tells_nothing(
+    world: World, capsys: Capture
+) -> None:
+    once = ("--path", f"vectors/ds={DAYS[0]}")
+    asked = refused(world, capsys, 2, *once, "--centre", "--trained-elsewhere")
+    assert "Say with --ds of which day this snapshot is" in asked
+    folder = world.folder / "vectors" / f"ds={DAYS[1]}"
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "_SUCCESS").touch()
+    asked = refused(world, capsys, 4, "--trained-elsewhere", "--ds", str(DAYS[1]))
+    assert "are an empty table, marked as whole" in asked
 
 
 def test_vectors_that_are_too_short_or_all_unusable(world: World, capsys: Capture) -> None:
@@ -160,7 +200,7 @@ def test_vectors_that_are_too_short_or_all_unusable(world: World, capsys: Captur
     column = as_column([*[None] * (len(rows) - 1), np.ones(D, np.float32)], "list")
     rows = rows.set_column(1, "clip", column).slice(0, len(rows) - 1)
     pq.write_table(rows, world.folder / "vectors" / f"ds={DAYS[1]}" / "0.parquet")
-    assert "have no vector at all" in refused(world, capsys, 1)
+    assert "none has a vector: the column 'clip' is null there" in refused(world, capsys, 1)
 
 
 def test_nothing_else_takes_it_for_an_encoder_of_images(world: World) -> None:
@@ -177,6 +217,9 @@ def test_a_damaged_centre_is_told(world: World, capsys: Capture) -> None:
     capsys.readouterr()
     assert main(["embed", "--config", str(world.config), "--ds", str(DAYS[1])]) == 1
     assert "centre.npy is missing or damaged" in paragraph(capsys)
+    np.save(folder / "centre.npy", np.zeros(D, np.float32))
+    assert main(["embed", "--config", str(world.config), "--ds", str(DAYS[1])]) == 1
+    assert "path, columns, dimension or centre were changed or damaged" in paragraph(capsys)
     facts = json.loads((folder / "encoder.json").read_text())
     facts["dimension"] = 9
     (folder / "encoder.json").write_text(json.dumps(facts))
