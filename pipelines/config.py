@@ -162,7 +162,7 @@ class Catalogue(_Section):
     """
 
     path: Template
-    image_roots: tuple[FullPath, ...] = ()
+    image_roots: tuple[FullPath, ...]
     rewrite: tuple[tuple[Prefix, FullPath], ...] = ()
     require_success: bool = False
     columns: CatalogueColumns = CatalogueColumns()

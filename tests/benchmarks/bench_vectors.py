@@ -58,7 +58,10 @@ def write_shop(top: Path, items: int, dimension: int) -> Path:
                 rows, path, row_group_size=GROUP_ROWS, use_dictionary=False, compression="zstd"
             )
     config = top / "courier.toml"
-    config.write_text('root = "features"\ntables = "items"\n[catalogue]\npath = "catalogue/{ds}"\n')
+    config.write_text(
+        'root = "features"\ntables = "items"\n'
+        '[catalogue]\npath = "catalogue/{ds}"\nimage_roots = []\n'
+    )
     source = VectorSource("vectors/{ds}", "item_id", "embedding")
     wanted = Registration("clip", source, (), None, DAYS[0], False)
     stanza = vectors.register_vectors(

@@ -466,7 +466,7 @@ def test_a_value_of_a_wrong_type_or_range_is_named(
 
 
 def test_every_problem_is_told_at_once(folder: Path) -> None:
-    message = refusal(folder, 'window_days = "7"\n[catalogue]\npath = "c"\nimage_roots = []\n')
+    message = refusal(folder, 'window_days = "7"\n[catalogue]\npath = "c"\n')
     for key in ("'root' is missing", "'window_days'", "image_roots"):
         assert key in message
 
