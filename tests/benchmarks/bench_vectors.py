@@ -19,6 +19,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import nights
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,7 +30,6 @@ from pipelines.artefacts import vectors
 from pipelines.artefacts.vectors import Registration
 from pipelines.config import load_settings
 from pipelines.stages import EMBED
-from tests.benchmarks import nights
 
 DAYS = (dt.date(2026, 1, 5), dt.date(2026, 1, 6))
 FILES, GROUP_ROWS = 8, 32_768
