@@ -201,7 +201,7 @@ class Taken:
         vectors = matrix_of(rows["vector"], dimension)
         lengths = np.zeros(len(vectors))
         for at in _blocks(np.flatnonzero(rows["vector"].is_valid().to_numpy())):
-            lengths[at] = _lengths(vectors[at], centre)
+            lengths[at] = _lengths(vectors[_in_a_row(at)], centre)
         return cls(vectors, lengths, centre)
 
     def write_embeddings(self, rows: np.ndarray, into: np.ndarray, places: np.ndarray) -> None:
@@ -214,8 +214,8 @@ class Taken:
             lengths = self.lengths[at]
             lengths[np.abs(lengths - 1) < _UNIT] = 1.0
             with np.errstate(over="ignore", invalid="ignore"):
-                less = _less(self.vectors[at], self.centre)
-                into[to] = less / lengths[:, None].astype(np.float32)
+                less = _less(self.vectors[_in_a_row(at)], self.centre)
+                into[_in_a_row(to)] = less / lengths[:, None].astype(np.float32)
             odd = np.flatnonzero(_are_odd(lengths))
             exact = _less(self.vectors[at[odd]].astype(np.float64), self.centre)
             into[to[odd]] = exact / lengths[odd, None]
@@ -223,6 +223,12 @@ class Taken:
 
 def _blocks(rows: np.ndarray) -> list[np.ndarray]:
     return [rows[at : at + _BLOCK] for at in range(0, len(rows), _BLOCK)]
+
+
+def _in_a_row(rows: np.ndarray) -> np.ndarray | slice:
+    """Returns ascending `rows`, as a slice where none is left out: what it takes is no copy."""
+    is_whole = len(rows) and rows[-1] - rows[0] == len(rows) - 1
+    return slice(rows[0], rows[-1] + 1) if is_whole else rows
 
 
 def _less(vectors: np.ndarray, centre: np.ndarray | None) -> np.ndarray:

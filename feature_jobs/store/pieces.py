@@ -18,6 +18,7 @@ from feature_jobs.store.arrays import plain, take
 from feature_jobs.store.faults import until_seen
 from feature_jobs.store.partitions import MadeFrom
 
+_HEAD_BYTES = 1_024  # of each column of each batch, at most: its places, and what fills them up
 _READERS = 32  # a remote store takes tens of milliseconds for each file
 
 
@@ -43,20 +44,36 @@ def write_pieces(
     if (keys[1:] < keys[:-1]).any():
         order = np.argsort(keys, kind="stable")
         rows, keys = take(rows, order), keys[order]
-    rows = rows.combine_chunks()
+    if any(column.num_chunks > 1 for column in rows.columns):  # combining copies a single one too
+        rows = rows.combine_chunks()
     starts = np.flatnonzero(np.diff(keys, prepend=-1))
-    sink = pa.BufferOutputStream()
-    # The histories of neighbours repeat: lz4 makes a fifth of them at the speed of a network.
-    options = pa.ipc.IpcWriteOptions(compression=compression, use_threads=False)
-    with pa.ipc.new_file(sink, rows.schema, options=options) as writer:
-        sizes = np.diff(starts, append=len(keys))
-        for start, size in zip(starts, sizes, strict=True):
-            writer.write_table(rows.slice(start, size))
-    data = sink.getvalue()
+    sizes = np.diff(starts, append=len(keys))
+    data = _as_file(rows, starts, sizes, compression)
     name = f"{path}-{hashlib.sha256(data).hexdigest()[:16]}.arrow"
     files.write_bytes(name, data)
     for number, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         yield int(keys[start]), Piece(name, number, int(size))
+
+
+def _as_file(
+    rows: pa.Table, starts: np.ndarray, sizes: np.ndarray, compression: str | None
+) -> pa.Buffer:
+    """Returns the bytes of an Arrow file with a record batch of `sizes` rows from each of `starts`.
+
+    What is not compressed is written to where it fits: a buffer that grows is copied again and
+    again, and of vectors that takes longer than anything else.
+    """
+    # The histories of neighbours repeat: lz4 makes a fifth of them at the speed of a network.
+    options = pa.ipc.IpcWriteOptions(compression=compression, use_threads=False)
+    room = None
+    if compression is None:
+        heads = _HEAD_BYTES * (len(sizes) + 2) * (rows.num_columns + 1)
+        room = pa.allocate_buffer(rows.nbytes + heads)
+    sink = pa.BufferOutputStream() if room is None else pa.FixedSizeBufferWriter(room)
+    with pa.ipc.new_file(sink, rows.schema, options=options) as writer:
+        for start, size in zip(starts, sizes, strict=True):
+            writer.write_table(rows.slice(start, size))
+    return sink.getvalue() if room is None else room.slice(0, sink.tell())
 
 
 def write_piece(path: str, rows: pa.Table) -> Piece | None:
