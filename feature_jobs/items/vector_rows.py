@@ -348,7 +348,10 @@ def _plan(
     waits = is_bad & inside & may_wait & (tried > np.datetime64(ds, "D"))
     state = np.full(n, TO_READ, object)
     state[is_bad] = REJECTED
-    state[~inside & reuse] = UNCHANGED
+    # A former item keeps its embedding. Where its vector still stands here, that is not read.
+    then = before.embeddings["image_sha256"].take(items["previous_row"])
+    is_here = pc.fill_null(pc.equal(then, mine["image_sha256"]), False).to_numpy()
+    state[~inside & reuse & ~(is_here & ~is_bad)] = UNCHANGED
     state[waits] = WAITING
     unread = pc.is_in(reason, value_set=pa.array([NO_VECTOR]))
     stage = pc.if_else(unread, "read", pc.if_else(pa.array(is_bad), "decode", None))

@@ -4,10 +4,9 @@
 
 One night after the other, with two workers of the local engine, its start-up left out: that is a
 night of 1,000 vectors. Beside it is what reads and writes the same bytes with pyarrow alone: the
-table of vectors of the day, and the Parquet files of `item_embeddings`, as many and written alike. The night does more: it joins the
-catalogue, digests and normalises each vector, and checks what it writes. The goal is 0.8 of
-pyarrow's rate. Of the second night 0.1% of the items are former ones, so that vectors of the day
-before are read too.
+table of vectors of the day, and the Parquet files of `item_embeddings`, as many and written alike.
+The night does more: it joins the catalogue, digests and normalises each vector, and checks what it
+writes. The goal is 0.8 of pyarrow's rate. Of the second night 0.1% of the items are former ones.
 """
 
 import argparse

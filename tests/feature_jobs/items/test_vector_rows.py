@@ -261,6 +261,19 @@ def test_a_former_item_keeps_its_row_whatever_stands_there_now() -> None:
     assert rows[1]["result_row"] is not None
 
 
+def test_a_former_item_whose_vector_still_stands_there_is_taken_from_there() -> None:
+    vectors = read((1, GOOD[1]), (2, GOOD[2]))
+    first, _ = day_of([1, 2], vectors)
+    after, found = day_of([1], vectors, published(first), ds=DS + dt.timedelta(days=1))
+    rows = {row["item_id"]: row for row in after.tables.embeddings.to_pylist()}
+    assert rows[2]["result_row"] is not None
+    assert (rows[2]["in_catalogue"], rows[2]["left_catalogue_ds"]) == (
+        False,
+        DS + dt.timedelta(days=1),
+    )
+    assert set(embedded(after, found)) == {1, 2}
+
+
 def test_after_another_encoder_former_items_are_taken_where_they_have_a_vector() -> None:
     first, _ = day_of([1, 2, 3], read((1, GOOD[1]), (2, GOOD[2]), (3, GOOD[3])))
     after, found = day_of(
