@@ -244,7 +244,7 @@ def test_an_artefact_of_data_between_a_night_and_its_scores_is_a_leak(
 ) -> None:
     """Scores of the last day are made with the nights of the first and the third."""
     codebook = SimpleNamespace(codebook_id="c", data_end_ds=str(DAYS[1]))
-    encoder = SimpleNamespace(encoder_id="e", data_end_ds="2026-02-27")
+    encoder = SimpleNamespace(encoder_id="e", data_end_ds="2026-02-27", vectors=None)
     pinned = SimpleNamespace(encoder=encoder, codebook=codebook, identities=dict)
     monkeypatch.setattr(audits, "PinnedArtefacts", lambda *_: pinned)
     monkeypatch.setattr(audits, "_audit_embeddings", lambda *_: None)
