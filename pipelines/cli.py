@@ -460,10 +460,8 @@ def init_encoder(
 )
 @click.option("--vector", required=True, metavar="COLUMN", help="The vectors.")
 @click.option("--item", default="item_id", show_default=True, metavar="COLUMN", help="Item IDs.")
-@click.option(
-    "--bytes", "as_bytes", is_flag=True, help="Vectors are bytes: float32, little-endian."
-)
-@click.option("--category", "--scope", multiple=True, help="One in scope; repeat. [default: all]")
+@click.option("--as-bytes", is_flag=True, help="Vectors are bytes: float32, little-endian.")
+@click.option("--category", multiple=True, help="One in scope; repeat. [default: all]")
 @click.option("--ds", type=Ds(), help="The day whose vectors to look at. [default: the newest]")
 @click.option("--centre", is_flag=True, help="Take off the mean of a sample, before the norm.")
 @click.option(

@@ -85,5 +85,5 @@ def _check_kind(of: VectorSource, table: VectorTable) -> None:
             raise OperatorError(
                 f"The column {of.vector!r} of the vectors table holds {found} in "
                 f"{table.source.paths[0]}. Bytes are taken for float32, little-endian, only where "
-                f"that is said: register the vectors {told} --bytes."
+                f"that is said: register the vectors {told} --as-bytes."
             )

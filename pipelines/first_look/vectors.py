@@ -277,7 +277,7 @@ def _command(vectors: Vectors, column: Column, centre_ds: dt.date | None, folder
     if vectors.item != "item_id":
         words += ["--item", vectors.item]
     if column.as_bytes:
-        words += ["--bytes"]
+        words += ["--as-bytes"]
     if centre_ds and (not days or centre_ds in days):
         words += ["--ds", str(centre_ds), "--centre"]
     return shlex.join([*words, "--trained-elsewhere"])

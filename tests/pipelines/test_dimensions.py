@@ -257,18 +257,8 @@ def test_the_pin_of_a_candidate_of_another_dimension_is_printed_as_a_comment(
     assert refresh(usual, DAYS[0]) == 0
     assert courier(usual, "embed", "--ds", str(DAYS[0]), "--encoder", encoder) == 0
     capsys.readouterr()
-    fit = (
-        "fit-codebook",
-        "--ds",
-        str(DAYS[0]),
-        "--encoder",
-        encoder,
-        "--clusters",
-        "4",
-        "--mode",
-        "warm",
-    )
-    assert courier(usual, *fit) == 0
+    fit = ("fit-codebook", "--ds", str(DAYS[0]), "--encoder", encoder, "--clusters", "4")
+    assert courier(usual, *fit, "--mode", "fresh") == 0
     printed = capsys.readouterr().out
     assert tomllib.loads(printed) == {}
     assert "Embeddings of 64 numbers do not go on from those of 256" in printed

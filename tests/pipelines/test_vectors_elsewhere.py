@@ -30,7 +30,7 @@ from tests.support.world import DAYS, LEAVES_ON_DAY_2, World, make_codebook, mak
 from tests.test_imports import ROOT
 
 PAGE = (ROOT / "pipelines/docs/vectors.md").read_text()
-OPENING, EXPORTS = "Vectors elsewhere", "Vectors from there"
+OPENING, EXPORTS = "Vectors, there and back", "Vectors from there"
 DAY = DAYS[1]
 ITEM = 2
 READERS = ROOT / ".venv-readers"

@@ -114,7 +114,7 @@ def make_vector_shop(folder: Path, dimension: int, form: str, ids: str = "int") 
         of_day = LISTS[number] if form == "lists" else form
         write_vectors(world, day, list(vectors_of_day(day, dimension).items()), of_day)
     scope = [word for category in SCOPE for word in ("--category", category)]
-    encoder = register(world, *scope, *(["--bytes"] if form == "bytes" else []))
+    encoder = register(world, *scope, *(["--as-bytes"] if form == "bytes" else []))
     artefacts = Artefacts(encoder, make_codebook(folder / "codebooks", encoder, dimension))
     world.pin(DAYS[0], artefacts.encoder, artefacts.codebook)
     return world

@@ -76,7 +76,7 @@ def test_bytes_are_taken_for_numbers_only_where_that_is_said(
 ) -> None:
     template = write(tmp_path, "bytes" if are_bytes else "list")
     said = "with" if are_bytes else "without"
-    with pytest.raises(OperatorError, match=f"register the vectors {said} --bytes"):
+    with pytest.raises(OperatorError, match=f"register the vectors {said} --as-bytes"):
         open_vectors(source(not are_bytes), template, DS)
 
 

@@ -163,7 +163,7 @@ def test_bytes_of_one_length_are_taken_for_vectors_and_said_to_be_bytes(
 ) -> None:
     first = beside(shop, blob=in_bytes().cast(kind)).look()
     (command,) = proposed(first)
-    assert f"--vector blob --bytes {CENTRED}" in command
+    assert f"--vector blob --as-bytes {CENTRED}" in command
     assert "have bytes, taken for vectors of 32 numbers in 'blob'" in told(first)[0]
 
 
