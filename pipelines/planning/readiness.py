@@ -8,6 +8,7 @@ the settings, or in a table that is there, is told at once.
 import datetime as dt
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 from zoneinfo import ZoneInfo
 
 from feature_jobs import inputs
@@ -49,11 +50,12 @@ def wait_for_inputs(
     """
     if wait is None and deadline is None:
         return
-    waiting = _Waiting(settings, say)
+    known = dict[str, Any]()  # encoders by folder, read once
+    waiting = _Waiting(settings, say, known)
     end = _end(settings, waiting.since, wait, deadline)
     for ds in days:
         _check_pins(settings, ds, kinds, allow_overlap)
-    wanted = _tables(settings, days, kinds)
+    wanted = _tables(settings, days, kinds, known)
     while missing := waiting.look(wanted):
         waiting.tell(missing, end)
         if (left := end - time.time()) <= 0:
@@ -100,7 +102,9 @@ def _check_pins(
         pinned.overlap("codebook", pinned.codebook.data_end_ds)
 
 
-def _tables(settings: Settings, days: Sequence[dt.date], kinds: Collection[Kind]) -> list[Table]:
+def _tables(
+    settings: Settings, days: Sequence[dt.date], kinds: Collection[Kind], known: dict[str, Any]
+) -> list[Table]:
     """Returns the tables that are read; one snapshot for all days is that of the first."""
     used = set[str]().union(*(kind.uses for kind in kinds))
     one_snapshot = not day_names.has_day(settings.catalogue.path)
@@ -108,16 +112,12 @@ def _tables(settings: Settings, days: Sequence[dt.date], kinds: Collection[Kind]
     for ds in days:
         if "catalogue" in used:
             found.append(("catalogue", days[0] if one_snapshot else ds))
-            source = _encoder(settings, ds).vectors
+            source = PinnedArtefacts(settings, ds, known=known).encoder.vectors
             if source is not None:
                 found.append(("vectors", ds if day_names.has_day(source.path) else days[0]))
         if "impressions" in used:
             found.append(("impressions", ds))
     return list(dict.fromkeys(found))
-
-
-def _encoder(settings: Settings, ds: dt.date) -> EncoderInfo:
-    return PinnedArtefacts(settings, ds).encoder
 
 
 def _ask_for_it(name: str) -> str:
@@ -130,8 +130,8 @@ def _ask_for_it(name: str) -> str:
 class _Waiting:
     """Looks at tables again and again, and tells what is missing; it began at `since`."""
 
-    def __init__(self, settings: Settings, say: Callable[[str], None]):
-        self._settings, self._say = settings, say
+    def __init__(self, settings: Settings, say: Callable[[str], None], known: dict[str, Any]):
+        self._settings, self._say, self._known = settings, say, known
         self.since = time.time()
         self._seen: dict[Table, tuple[object, float]] = {}  # the files of a table, and since when
         self._told: tuple[list[Table], float] | None = None
@@ -153,17 +153,20 @@ class _Waiting:
                 case "catalogue":
                     shop.catalogue(ds)
                 case "vectors":
-                    shop.vectors(ds, _encoder(self._settings, ds))
+                    shop.vectors(ds, self._encoder(ds))
                 case _:
                     shop.impressions(ds)
         except InputNotReady as error:
             return str(error)
         return ""
 
+    def _encoder(self, ds: dt.date) -> EncoderInfo:
+        return PinnedArtefacts(self._settings, ds, known=self._known).encoder
+
     def _place(self, name: str, ds: dt.date) -> tuple[str, bool]:
         """Returns the template of a table, and whether a `_SUCCESS` says that it is whole."""
         if name == "vectors":
-            of = _encoder(self._settings, ds).vectors
+            of = self._encoder(ds).vectors
             assert of is not None
             return self._settings.full_template(of.path), of.require_success
         section = self._settings.catalogue if name == "catalogue" else self._settings.log

@@ -30,6 +30,12 @@ def world(tmp_path: Path) -> World:
     return world
 
 
+def given_again(world: World) -> list[str]:
+    """Returns the command of `register`."""
+    named = ["--name", "clip", "--vector", "clip", "--path", "vectors/ds={ds}/*.parquet"]
+    return ["register-vectors", "--config", str(world.config), *named, "--trained-elsewhere"]
+
+
 def refused(world: World, capsys: Capture, status: int, *args: str) -> str:
     """Registers wrongly; returns what was told, once nothing was written."""
     world.settings()
@@ -61,17 +67,7 @@ def test_it_prints_a_pin_and_tells_what_it_saw(world: World, capsys: Capture) ->
 def test_the_same_registration_is_the_same_encoder_and_another_is_another(world: World) -> None:
     first = Path(register(world))
     facts = (first / "encoder.json").read_text()
-    again = (
-        "register-vectors",
-        "--config",
-        str(world.config),
-        "--name",
-        "clip",
-        "--vector",
-        "clip",
-    )
-    path = ("--path", "vectors/ds={ds}/*.parquet")
-    assert main((*again, *path, "--trained-elsewhere", "--ds", str(DAYS[0]))) == 0
+    assert main((*given_again(world), "--ds", str(DAYS[0]))) == 0
     assert (first / "encoder.json").read_text() == facts
     others = {register(world, *more) for more in (["--centre"], ["--path", "vectors/ds={ds}"])}
     assert len({str(first), *others}) == 3
@@ -79,19 +75,9 @@ def test_the_same_registration_is_the_same_encoder_and_another_is_another(world:
 
 def test_to_wait_for_a_success_from_now_on_is_the_same_encoder(world: World) -> None:
     folder = Path(register(world))
-    again = (
-        "register-vectors",
-        "--config",
-        str(world.config),
-        "--name",
-        "clip",
-        "--vector",
-        "clip",
-    )
     for day in DAYS[:2]:
         (world.folder / "vectors" / f"ds={day}" / "_SUCCESS").touch()
-    path = ("--path", "vectors/ds={ds}/*.parquet", "--trained-elsewhere", "--require-success")
-    assert main((*again, *path)) == 0
+    assert main((*given_again(world), "--require-success")) == 0
     assert [one.name for one in (world.folder / "encoders").iterdir()] == [folder.name]
     info = read_encoder_info(str(folder))
     assert info.vectors is not None
