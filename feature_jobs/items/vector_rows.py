@@ -6,6 +6,7 @@ bytes as float32, as an image is by that of its file.
 
 import datetime as dt
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +48,7 @@ def checked(rows: pa.Table, dimension: int) -> pa.Table:
 
     Vectors are lists of floats, or bytes of float32, little-endian; they become float32 as bytes.
     """
-    column = rows["vector"].combine_chunks()
+    column = arrays.whole(rows["vector"])
     sizes = _sizes(column)
     fits = np.flatnonzero(sizes == dimension)
     vectors = _as_floats(column if fits.size == len(rows) else column.take(pa.array(fits)))
@@ -74,7 +75,7 @@ def checked(rows: pa.Table, dimension: int) -> pa.Table:
 
 def sizes_of(rows: pa.Table) -> np.ndarray:
     """Returns how many numbers each vector of `rows` has; below 0 for none; int64 [n]."""
-    return _sizes(rows["vector"].combine_chunks())
+    return _sizes(arrays.whole(rows["vector"]))
 
 
 def _sizes(column: pa.Array) -> np.ndarray:
@@ -136,48 +137,36 @@ def _messages(reason: np.ndarray, sizes: np.ndarray, dimension: int) -> np.ndarr
 # ---- One of each item --------------------------------------------------------------------------
 
 
-def one_of_each(vectors: pa.Table, items: pa.ChunkedArray | None = None) -> pa.Table:
-    """Returns the rows of `checked` with each item once, in the order of items; of `items` alone.
+def one_of_each(found: pa.Table) -> pa.Table:
+    """Returns rows as `described` gives them with each item once, in the order of items.
 
-    An item that has two different ones is rejected: which of them counts cannot be told.
+    An item that has two different vectors is rejected: which of them counts cannot be told.
     """
-    ids = vectors["item_id"]
-    order = pc.sort_indices(ids).to_numpy()
-    if items is not None:
-        is_mine = pc.is_in(ids, value_set=items.combine_chunks()).to_numpy()
-        order = order[is_mine[order]]
-    found = vectors.take(pa.array(order)).combine_chunks()  # vectors move once
-    ids = found["item_id"]
-    repeats = pc.equal(ids[1:], ids[:-1]).to_numpy() if len(ids) > 1 else np.zeros(0, bool)
-    return _without_repeats(found, repeats) if repeats.any() else found
-
-
-def _without_repeats(rows: pa.Table, repeats: np.ndarray) -> pa.Table:
-    """Returns rows in the order of items, each item once; `repeats` tells of all but the first."""
     # Of rows without a vector the reason is that of the first, wherever it came from.
-    by_reason = [("item_id", "ascending"), ("reason", "ascending"), ("message", "ascending")]
-    rows = rows.take(pc.sort_indices(rows, by_reason)).combine_chunks()
-    again = np.flatnonzero(repeats) + 1
-    differ = again[_differ(rows["vector"], again)]
-    first = np.flatnonzero(np.concatenate([[True], ~repeats]))
+    found = found.sort_by([(name, "ascending") for name in ("item_id", "reason", "message")])
+    ids = found["item_id"]
+    is_first = np.ones(len(found), bool)
+    if len(found) > 1:
+        is_first[1:] = pc.not_equal(ids[1:], ids[:-1]).to_numpy()
+    if is_first.all():
+        return found
+    first, again = np.flatnonzero(is_first), np.flatnonzero(~is_first)
+    differ = again[_differ(found["image_sha256"], again)]
     is_ambiguous = np.zeros(len(first), bool)
     is_ambiguous[np.searchsorted(first, differ, side="right") - 1] = True
-    found, bad = rows.take(pa.array(first)), pa.array(is_ambiguous)
-    nothing = pa.scalar(None, found["vector"].type)
+    found, bad = found.take(pa.array(first)), pa.array(is_ambiguous)
     told = {
-        "vector": pc.if_else(bad, nothing, found["vector"]),
+        "image_sha256": pc.if_else(bad, pa.scalar(None, pa.string()), found["image_sha256"]),
         "reason": pc.if_else(bad, AMBIGUOUS, found["reason"]),
         "message": pc.if_else(bad, "it stands there twice or more, differently", found["message"]),
     }
-    return pa.table({"item_id": found["item_id"], **told})
+    return pa.table({"item_id": found["item_id"], **told, RESULT_ROW: found[RESULT_ROW]})
 
 
-def _differ(vectors: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
-    """Tells which of some rows differ from the one before them; bool [n]."""
-    one, two = (vectors.take(pa.array(at)) for at in (rows - 1, rows))
-    same = pc.fill_null(pc.equal(one, two), False)
-    both_null = pc.and_(pc.is_null(one), pc.is_null(two))
-    return pc.invert(pc.or_(same, both_null)).to_numpy()
+def _differ(values: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
+    """Tells which of some rows differ from the one before them, where two nulls are equal."""
+    one, two = (pc.fill_null(values.take(pa.array(at)), "") for at in (rows - 1, rows))
+    return pc.not_equal(one, two).to_numpy()
 
 
 # ---- As embeddings -----------------------------------------------------------------------------
@@ -185,24 +174,36 @@ def _differ(vectors: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Taken:
-    """Holds the vectors of some items, float32 [n, d], and what is known of them.
+    """Holds vectors as they were read, in `parts` float32 [m, d], and what is known of them.
 
-    A row of `lengths` float64 [n] is that of a vector less the `centre` float32 [d], if any; 0
-    where there is no vector, or none that is left of it.
+    Rows are numbered through all parts. `lengths` float64 [n] are those of the vectors less the
+    `centre` float32 [d], if any: 0 where there is no vector, or none that is left of it, and of
+    rows that were not asked for. `digests` object [n] are the sha256 of their bytes, hex, or None.
     """
 
-    vectors: np.ndarray
+    parts: Sequence[np.ndarray]
     lengths: np.ndarray
+    digests: np.ndarray
     centre: np.ndarray | None
+    dimension: int
 
     @classmethod
-    def of(cls, rows: pa.Table, dimension: int, centre: np.ndarray | None) -> "Taken":
-        """Takes rows as `checked` gives them."""
-        vectors = matrix_of(rows["vector"], dimension)
-        lengths = np.zeros(len(vectors))
-        for at in _blocks(np.flatnonzero(rows["vector"].is_valid().to_numpy())):
-            lengths[at] = _lengths(vectors[_in_a_row(at)], centre)
-        return cls(vectors, lengths, centre)
+    def of(
+        cls, vectors: pa.ChunkedArray, dimension: int, centre: np.ndarray | None,
+        rows: np.ndarray,
+    ) -> "Taken":  # fmt: skip
+        """Takes vectors as `checked` gives them, of which those in some `rows` will be asked for.
+
+        No value is copied.
+        """
+        n = len(vectors)
+        parts = [_of_fixed(chunk).reshape(-1, dimension) for chunk in vectors.chunks]
+        found = cls(parts, np.zeros(n), np.full(n, None, object), centre, dimension)
+        rows = rows[vectors.is_valid().to_numpy()[rows]]
+        for at, some in found._in_blocks(rows):
+            found.lengths[rows[at]] = _lengths(some, centre)
+            found.digests[rows[at]] = [hashlib.sha256(v).hexdigest() for v in some.view(np.uint8)]
+        return found
 
     def write_embeddings(self, rows: np.ndarray, into: np.ndarray, places: np.ndarray) -> None:
         """Writes the vectors in some rows `into` some places of a matrix, each at length 1.
@@ -210,19 +211,28 @@ class Taken:
         One that has that length stays as it is, so that our own embeddings come out as they went
         in.
         """
-        for at, to in zip(_blocks(rows), _blocks(places), strict=True):
-            lengths = self.lengths[at]
+        for at, vectors in self._in_blocks(rows):
+            lengths = self.lengths[rows[at]]
             lengths[np.abs(lengths - 1) < _UNIT] = 1.0
             with np.errstate(over="ignore", invalid="ignore"):
-                less = _less(self.vectors[_in_a_row(at)], self.centre)
-                into[_in_a_row(to)] = less / lengths[:, None].astype(np.float32)
+                less = _less(vectors, self.centre) / lengths[:, None].astype(np.float32)
             odd = np.flatnonzero(_are_odd(lengths))
-            exact = _less(self.vectors[at[odd]].astype(np.float64), self.centre)
-            into[to[odd]] = exact / lengths[odd, None]
+            exact = _less(vectors[odd].astype(np.float64), self.centre)
+            less[odd] = exact / lengths[odd, None]
+            into[places[at]] = less
 
+    def _in_blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields places in `rows`, and the vectors of the rows there, float32 [m, d].
 
-def _blocks(rows: np.ndarray) -> list[np.ndarray]:
-    return [rows[at : at + _BLOCK] for at in range(0, len(rows), _BLOCK)]
+        That is in the order of the vectors, and so few at a time that they stay in a cache.
+        """
+        starts = np.cumsum([0, *map(len, self.parts)])
+        order = np.argsort(rows, kind="stable")
+        in_parts = np.split(order, np.searchsorted(rows, starts[1:-1], sorter=order))
+        for part, start, some in zip(self.parts, starts[:-1], in_parts, strict=False):
+            for first in range(0, len(some), _BLOCK):
+                at = some[first : first + _BLOCK]
+                yield at, part[_in_a_row(rows[at] - start)]
 
 
 def _in_a_row(rows: np.ndarray) -> np.ndarray | slice:
@@ -255,19 +265,8 @@ def _are_odd(lengths: np.ndarray) -> np.ndarray:
 
 
 def matrix_of(vectors: pa.ChunkedArray, dimension: int) -> np.ndarray:
-    """Returns vectors as `checked` gives them as float32 [n, d]; no value is copied.
-
-    Rows of nulls hold anything.
-    """
-    return _of_fixed(vectors.combine_chunks()).reshape(-1, dimension)
-
-
-def digests(vectors: pa.ChunkedArray) -> pa.Array:
-    """Returns the sha256 of each vector's bytes, hex, as `image_sha256` has it; null for null."""
-    column = vectors.combine_chunks()
-    rows = _of_fixed(column).view(np.uint8)
-    found = [hashlib.sha256(row).hexdigest() for row in rows]
-    return pc.if_else(column.is_valid(), pa.array(found, pa.string()), pa.scalar(None, pa.string()))
+    """Returns vectors as `checked` gives them as float32 [n, d]; rows of nulls hold anything."""
+    return _of_fixed(arrays.whole(vectors)).reshape(-1, dimension)
 
 
 # ---- A day -------------------------------------------------------------------------------------
@@ -285,9 +284,11 @@ def take_day(
     `full`.
     """
     items = embed_plan.items_of_shard(catalogue, before.embeddings, ds, window_days)
-    found = one_of_each(vectors, items["item_id"])
-    taken = Taken.of(found, dimension, centre)
-    mine = _known_of(found, taken).take(embed_plan.row_of(items, found))
+    is_mine = pc.is_in(vectors["item_id"], value_set=arrays.whole(items["item_id"])).to_numpy()
+    rows = np.flatnonzero(is_mine)
+    taken = Taken.of(vectors["vector"], dimension, centre, rows)
+    found = one_of_each(described(vectors, taken, rows))
+    mine = _without_the_centre(found, taken).take(embed_plan.row_of(items, found))
     plan = _plan(items, mine, before, ds, reuse, reuse and not full, dimension)
     is_taken = pc.equal(plan["state"], TO_READ)
     outcomes = {
@@ -307,7 +308,7 @@ def with_embeddings(rows: pa.Table, taken: Taken, before: pa.Table) -> pa.Table:
     It is of the vector that `result_row` points at, or without one as it was `before`.
     """
     rows = arrays.in_order(rows, ["item_id"])
-    at, dimension = rows[RESULT_ROW], taken.vectors.shape[1]
+    at, dimension = rows[RESULT_ROW], taken.dimension
     is_new = at.is_valid().to_numpy()
     found = np.empty((len(rows), dimension), np.float32)
     taken.write_embeddings(at.drop_null().to_numpy(), found, np.flatnonzero(is_new))
@@ -319,18 +320,23 @@ def with_embeddings(rows: pa.Table, taken: Taken, before: pa.Table) -> pa.Table:
     return rows.drop_columns(RESULT_ROW).append_column("embedding", column)
 
 
-def _known_of(found: pa.Table, taken: Taken) -> pa.Table:
-    """Returns of each row its digest, its row, and what is wrong with it."""
-    is_centre = found["vector"].is_valid().to_numpy() & (taken.lengths == 0)
+def described(vectors: pa.Table, taken: Taken, rows: np.ndarray) -> pa.Table:
+    """Returns of some rows of `checked` all but the vectors: those are known by digest and row."""
+    few = vectors.select(["item_id", "reason", "message"]).take(pa.array(rows))
+    digests = pa.array(taken.digests[rows], pa.string())
+    places = pa.array(rows, pa.int32())
+    return few.append_column("image_sha256", digests).append_column(RESULT_ROW, places)
+
+
+def _without_the_centre(found: pa.Table, taken: Taken) -> pa.Table:
+    """Returns `found`, in which a vector of which the centre leaves nothing is one that is zero."""
+    has_vector = found["image_sha256"].is_valid().to_numpy()
+    bad = pa.array(has_vector & (taken.lengths[found[RESULT_ROW].to_numpy()] == 0))
     told = {"reason": ZERO, "message": "it is the centre, less which it has no direction"}
-    bad = pa.array(is_centre)
-    return pa.table(
-        {
-            "image_sha256": digests(found["vector"]),
-            RESULT_ROW: pa.array(np.arange(len(found), dtype=np.int32)),
-            **{name: pc.if_else(bad, text, found[name]) for name, text in told.items()},
-        }
-    )
+    for name, text in told.items():
+        at = found.column_names.index(name)
+        found = found.set_column(at, name, pc.if_else(bad, text, found[name]))
+    return found
 
 
 def _plan(

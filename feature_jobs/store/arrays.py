@@ -76,6 +76,11 @@ def _within(sizes: np.ndarray) -> np.ndarray:
 # ---- Rows ----------------------------------------------------------------------------------
 
 
+def whole(column: pa.ChunkedArray) -> pa.Array:
+    """Returns a column as one array: its only chunk as it is, which combining would copy."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
 def list_column(matrix: np.ndarray, type: pa.DataType) -> pa.Array:
     """Returns the rows of `matrix` [n, m] as a list column of `type`; no value is copied."""
     n, m = matrix.shape
@@ -102,7 +107,7 @@ def embedding_matrix(column: pa.ChunkedArray, dimension: int) -> np.ndarray:
 
 def matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
     """Returns lists of `width` numbers as float32 [n, width]; read-only where it is no copy."""
-    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    flat = whole(column).flatten().to_numpy(zero_copy_only=False)
     return flat.astype(np.float32, copy=False).reshape(-1, width)
 
 
@@ -139,8 +144,7 @@ def take(rows: pa.Table, at: np.ndarray | pa.Array) -> pa.Table:
 
 
 def _taken(column: pa.ChunkedArray, places: pa.Array) -> pa.Array | pa.ChunkedArray:
-    # Combining copies even a single chunk.
-    lists = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    lists = whole(column)
     if not isinstance(lists, pa.ListArray) or lists.null_count or places.null_count:
         return column.take(places)
     size, longest = pc.min_max(lists.value_lengths()).as_py().values()

@@ -30,7 +30,7 @@ from feature_jobs.schemas import (
     Table,
     cluster_column,
 )
-from feature_jobs.store import files, hashing
+from feature_jobs.store import files, hashing, memory_files
 from feature_jobs.store.arrays import in_order, lookup, plain, take
 from feature_jobs.store.documents import digest, parse_json, read_json, write_json
 from feature_jobs.store.faults import patiently, until_seen
@@ -201,12 +201,13 @@ def _encoded(rows: pa.Table, length: int) -> tuple[pa.Buffer, int]:
     """Returns a Parquet file of row groups of `length` rows, and the bytes of the largest group."""
     flat = [f.name for f in rows.schema if not pa.types.is_nested(f.type)]
     # In memory first: a writer that is interrupted at its file complains when it is thrown away.
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        rows, sink, compression="zstd", row_group_size=length, use_dictionary=flat,
-        write_statistics=flat,
+    data = memory_files.written(
+        rows.nbytes,
+        lambda sink: pq.write_table(
+            rows, sink, compression="zstd", row_group_size=length, use_dictionary=flat,
+            write_statistics=flat,
+        ),
     )  # fmt: skip
-    data = sink.getvalue()
     footer = pq.read_metadata(pa.BufferReader(data))
     groups = [footer.row_group(n).total_byte_size for n in range(footer.num_row_groups)]
     return data, max(groups, default=0)

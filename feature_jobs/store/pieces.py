@@ -13,12 +13,11 @@ from typing import IO, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from feature_jobs.store import documents, files
+from feature_jobs.store import documents, files, memory_files
 from feature_jobs.store.arrays import plain, take
 from feature_jobs.store.faults import until_seen
 from feature_jobs.store.partitions import MadeFrom
 
-_HEAD_BYTES = 1_024  # of each column of each batch, at most: its places, and what fills them up
 _READERS = 32  # a remote store takes tens of milliseconds for each file
 
 
@@ -58,22 +57,16 @@ def write_pieces(
 def _as_file(
     rows: pa.Table, starts: np.ndarray, sizes: np.ndarray, compression: str | None
 ) -> pa.Buffer:
-    """Returns the bytes of an Arrow file with a record batch of `sizes` rows from each of `starts`.
-
-    What is not compressed is written to where it fits: a buffer that grows is copied again and
-    again, and of vectors that takes longer than anything else.
-    """
+    """Returns the bytes of an Arrow file: a record batch of `sizes` rows from each of `starts`."""
     # The histories of neighbours repeat: lz4 makes a fifth of them at the speed of a network.
     options = pa.ipc.IpcWriteOptions(compression=compression, use_threads=False)
-    room = None
-    if compression is None:
-        heads = _HEAD_BYTES * (len(sizes) + 2) * (rows.num_columns + 1)
-        room = pa.allocate_buffer(rows.nbytes + heads)
-    sink = pa.BufferOutputStream() if room is None else pa.FixedSizeBufferWriter(room)
-    with pa.ipc.new_file(sink, rows.schema, options=options) as writer:
-        for start, size in zip(starts, sizes, strict=True):
-            writer.write_table(rows.slice(start, size))
-    return sink.getvalue() if room is None else room.slice(0, sink.tell())
+
+    def write(sink: pa.NativeFile) -> None:
+        with pa.ipc.new_file(sink, rows.schema, options=options) as writer:
+            for start, size in zip(starts, sizes, strict=True):
+                writer.write_table(rows.slice(start, size))
+
+    return memory_files.written(rows.nbytes, write)
 
 
 def write_piece(path: str, rows: pa.Table) -> Piece | None:

@@ -23,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from feature_jobs.store import partitions
 from feature_jobs.store.encoder_info import VectorSource
 from pipelines.artefacts import vectors
 from pipelines.artefacts.vectors import Registration
@@ -80,7 +79,10 @@ def with_pyarrow(top: Path, day: dt.date, into: Path, files: int) -> None:
     for n in range(files):
         start = n * len(rows) // files
         part = rows.slice(start, (n + 1) * len(rows) // files - start)
-        partitions.write_parquet(str(into / f"{n}.parquet"), part)
+        pq.write_table(
+            part, into / f"{n}.parquet", row_group_size=GROUP_ROWS, use_dictionary=False,
+            compression="zstd", write_statistics=["item_id"],
+        )  # fmt: skip
 
 
 def main() -> None:
