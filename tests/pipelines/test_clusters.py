@@ -19,6 +19,7 @@ from tests.support import cluster_packages, clusters, standing_clusters
 from tests.support.commands import Capture, courier, published, published_below
 from tests.support.processes import ROOT, ended, is_alive
 from tests.support.training_shop import SECTION
+from tests.support.vector_shop import make_vector_shop
 from tests.support.world import CLUSTERS, DAYS, World
 
 pytestmark = pytest.mark.clusters
@@ -95,6 +96,19 @@ def test_every_stage_has_the_bytes_of_the_local_engine(
             path for path in files | found[stage] if files.get(path) != found[stage].get(path)
         ]
         assert differing == [], stage
+
+
+def test_nights_that_take_vectors_have_the_bytes_of_the_local_engine(
+    tmp_path: Path, engine: tuple[str, list[str]]
+) -> None:
+    shop = make_vector_shop(tmp_path / "shop", 64, "lists", "string")
+    made = []
+    for options in ([], ["--", *engine[1]]):
+        shutil.rmtree(shop.root, ignore_errors=True)
+        assert courier(shop, "refresh", *RANGE, *options) == 0
+        made.append(published(shop))
+    assert len(made[0]) > 15
+    assert made[0] == made[1]
 
 
 # ---- Starting and ending -----------------------------------------------------------------------
