@@ -101,13 +101,12 @@ class TakeJob:
             embeddings, self._read(self.previous_rejects, rejects, shard, rejects.column_names)
         )
 
-    def vectors_before(self, shard: int, items: pa.ChunkedArray) -> pa.Table:
-        """Returns item_id and embedding of some items of a shard before ds."""
-        nothing = self.embeddings_schema.empty_table()
+    def vectors_before(self, items: pa.ChunkedArray) -> pa.Table:
+        """Returns item_id and embedding before ds of some items, as far as they have one."""
         columns = ["item_id", "embedding"]
-        partition = self.previous_embeddings if len(items) else None
-        rows = self._read(partition, nothing, shard, columns)
-        return rows.filter(pc.is_in(rows["item_id"], value_set=items.combine_chunks()))
+        if self.previous_embeddings is None or not len(items):
+            return arrays.plain(self.embeddings_schema.empty_table().select(columns))
+        return self.previous_embeddings.look_up(arrays.whole(items), "item_id", columns)
 
     def _read(
         self, partition: partitions.Partition | None, nothing: pa.Table, shard: int,
@@ -173,9 +172,11 @@ def _by_shard(
 ) -> Iterator[tuple[int, Piece]]:
     shard = hashing.shard_of(hashing.hash_ids(rows["item_id"]), job.shards)
     name = documents.digest([group.path, group.index, number])[:16]
-    # Vectors hardly get smaller by compression.
-    compression = "lz4" if step == _CATALOGUE else None
-    yield from write_pieces(job.path(step, name), rows, shard, compression)
+    if step == _CATALOGUE:
+        yield from write_pieces(job.path(step, name), rows, shard)
+    else:  # vectors hardly get smaller by compression
+        known_by = [name for name in rows.column_names if name != "vector"]
+        yield from write_pieces(job.path(step, name), rows, shard, None, known_by)
 
 
 class TakeShard(beam.DoFn):
@@ -201,7 +202,7 @@ class TakeShard(beam.DoFn):
         tables = day.tables
         kept = tables.embeddings.filter(pc.is_null(tables.embeddings[embed_walk.RESULT_ROW]))
         embeddings = vector_rows.with_embeddings(
-            _with_some_address(tables.embeddings), taken, job.vectors_before(shard, kept["item_id"])
+            _with_some_address(tables.embeddings), taken, job.vectors_before(kept["item_id"])
         )
         counts, work = _counts(day, rows), _work(day, rows)
         examples = {

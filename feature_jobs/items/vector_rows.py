@@ -32,13 +32,17 @@ _FLOAT_BYTES = 4
 
 
 def rows_schema(item_id: pa.DataType, dimension: int) -> pa.Schema:
-    """Returns the schema of `checked`: a row has a vector, or the reason why it has none."""
+    """Returns the schema of `checked`: a row has a vector, or the reason why it has none.
+
+    The others tell all that there is to know of a vector, whose digest is that of its bytes, hex.
+    """
     return pa.schema(
         [
             ("item_id", item_id),
             ("vector", pa.binary(_FLOAT_BYTES * dimension)),
             ("reason", pa.string()),
             ("message", pa.string()),
+            ("image_sha256", pa.string()),
         ]
     )
 
@@ -63,12 +67,15 @@ def checked(rows: pa.Table, dimension: int) -> pa.Table:
     good = fits[finite & ~is_zero]
     if good.size < fits.size:
         vectors = vectors[finite & ~is_zero]
+    digests = np.full(len(rows), None, object)
+    digests[good] = [hashlib.sha256(row).hexdigest() for row in _byte_rows(vectors)]
     return pa.table(
         {
             "item_id": rows["item_id"],
             "vector": _spread(_as_bytes(vectors, dimension), good, len(rows)),
             "reason": pa.array(reason, pa.string()),
             "message": pa.array(_messages(reason, sizes, dimension), pa.string()),
+            "image_sha256": pa.array(digests, pa.string()),
         }
     )
 
@@ -106,9 +113,14 @@ def _of_fixed(column: pa.FixedSizeBinaryArray) -> np.ndarray:
     return flat.reshape(-1, width // _FLOAT_BYTES)
 
 
+def _byte_rows(vectors: np.ndarray) -> np.ndarray:
+    """Returns float32 [n, d] as bytes, little-endian; nothing is copied that lies in one piece."""
+    return np.ascontiguousarray(vectors, "<f4").view(np.uint8)
+
+
 def _as_bytes(vectors: np.ndarray, dimension: int) -> pa.Array:
-    """Returns float32 [n, d] as bytes of one width; nothing is copied that lies in one piece."""
-    data = pa.py_buffer(np.ascontiguousarray(vectors, "<f4"))
+    """Returns float32 [n, d] as bytes of one width."""
+    data = pa.py_buffer(_byte_rows(vectors))
     return pa.Array.from_buffers(pa.binary(_FLOAT_BYTES * dimension), len(vectors), [None, data])
 
 
@@ -178,12 +190,11 @@ class Taken:
 
     Rows are numbered through all parts. `lengths` float64 [n] are those of the vectors less the
     `centre` float32 [d], if any: 0 where there is no vector, or none that is left of it, and of
-    rows that were not asked for. `digests` object [n] are the sha256 of their bytes, hex, or None.
+    rows that were not asked for.
     """
 
     parts: Sequence[np.ndarray]
     lengths: np.ndarray
-    digests: np.ndarray
     centre: np.ndarray | None
     dimension: int
 
@@ -196,13 +207,11 @@ class Taken:
 
         No value is copied.
         """
-        n = len(vectors)
         parts = [_of_fixed(chunk).reshape(-1, dimension) for chunk in vectors.chunks]
-        found = cls(parts, np.zeros(n), np.full(n, None, object), centre, dimension)
+        found = cls(parts, np.zeros(len(vectors)), centre, dimension)
         rows = rows[vectors.is_valid().to_numpy()[rows]]
         for at, some in found._in_blocks(rows):
             found.lengths[rows[at]] = _lengths(some, centre)
-            found.digests[rows[at]] = [hashlib.sha256(v).hexdigest() for v in some.view(np.uint8)]
         return found
 
     def write_embeddings(self, rows: np.ndarray, into: np.ndarray, places: np.ndarray) -> None:
@@ -287,7 +296,7 @@ def take_day(
     is_mine = pc.is_in(vectors["item_id"], value_set=arrays.whole(items["item_id"])).to_numpy()
     rows = np.flatnonzero(is_mine)
     taken = Taken.of(vectors["vector"], dimension, centre, rows)
-    found = one_of_each(described(vectors, taken, rows))
+    found = one_of_each(described(vectors, rows))
     mine = _without_the_centre(found, taken).take(embed_plan.row_of(items, found))
     plan = _plan(items, mine, before, ds, reuse, reuse and not full, dimension)
     is_taken = pc.equal(plan["state"], TO_READ)
@@ -320,12 +329,10 @@ def with_embeddings(rows: pa.Table, taken: Taken, before: pa.Table) -> pa.Table:
     return rows.drop_columns(RESULT_ROW).append_column("embedding", column)
 
 
-def described(vectors: pa.Table, taken: Taken, rows: np.ndarray) -> pa.Table:
-    """Returns of some rows of `checked` all but the vectors: those are known by digest and row."""
-    few = vectors.select(["item_id", "reason", "message"]).take(pa.array(rows))
-    digests = pa.array(taken.digests[rows], pa.string())
-    places = pa.array(rows, pa.int32())
-    return few.append_column("image_sha256", digests).append_column(RESULT_ROW, places)
+def described(vectors: pa.Table, rows: np.ndarray) -> pa.Table:
+    """Returns some rows of `checked` with their places in the place of their vectors."""
+    few = vectors.drop_columns("vector").take(pa.array(rows))
+    return few.append_column(RESULT_ROW, pa.array(rows, pa.int32()))
 
 
 def _without_the_centre(found: pa.Table, taken: Taken) -> pa.Table:

@@ -30,13 +30,15 @@ class Piece(NamedTuple):
 
 
 def write_pieces(
-    path: str, rows: pa.Table, keys: np.ndarray, compression: str | None = "lz4"
-) -> Iterator[tuple[int, Piece]]:
+    path: str, rows: pa.Table, keys: np.ndarray, compression: str | None = "lz4",
+    known_by: Sequence[str] = (),
+) -> Iterator[tuple[int, Piece]]:  # fmt: skip
     """Writes `rows` to one file, in a piece for each distinct one of `keys` int [n].
 
     Yields each key with its piece. Rows of one key keep their order. The file is called
     `<path>-<digest of its content>.arrow`: a second attempt that finds other rows must not change
-    those that the first one's references stand for.
+    those that the first one's references stand for. Where rows are `known_by` some columns, which
+    tell all others, the digest is of these alone, and the file is written as it comes.
     """
     if not len(rows):
         return
@@ -47,26 +49,40 @@ def write_pieces(
         rows = rows.combine_chunks()
     starts = np.flatnonzero(np.diff(keys, prepend=-1))
     sizes = np.diff(starts, append=len(keys))
-    data = _as_file(rows, starts, sizes, compression)
-    name = f"{path}-{hashlib.sha256(data).hexdigest()[:16]}.arrow"
-    files.write_bytes(name, data)
+    if known_by:
+        name = _name(path, _in_memory(rows.select(known_by), starts, sizes, None))
+        with files.atomic_writer(name) as file:
+            _write(file, rows, starts, sizes, compression)
+    else:
+        data = _in_memory(rows, starts, sizes, compression)
+        name = _name(path, data)
+        files.write_bytes(name, data)
     for number, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         yield int(keys[start]), Piece(name, number, int(size))
 
 
-def _as_file(
+def _name(path: str, content: pa.Buffer) -> str:
+    return f"{path}-{hashlib.sha256(content).hexdigest()[:16]}.arrow"
+
+
+def _in_memory(
     rows: pa.Table, starts: np.ndarray, sizes: np.ndarray, compression: str | None
 ) -> pa.Buffer:
-    """Returns the bytes of an Arrow file: a record batch of `sizes` rows from each of `starts`."""
+    return memory_files.written(
+        rows.nbytes, lambda sink: _write(sink, rows, starts, sizes, compression)
+    )
+
+
+def _write(
+    sink: pa.NativeFile | IO[bytes], rows: pa.Table, starts: np.ndarray, sizes: np.ndarray,
+    compression: str | None,
+) -> None:  # fmt: skip
+    """Writes an Arrow file: a record batch of `sizes` rows from each of `starts`."""
     # The histories of neighbours repeat: lz4 makes a fifth of them at the speed of a network.
     options = pa.ipc.IpcWriteOptions(compression=compression, use_threads=False)
-
-    def write(sink: pa.NativeFile) -> None:
-        with pa.ipc.new_file(sink, rows.schema, options=options) as writer:
-            for start, size in zip(starts, sizes, strict=True):
-                writer.write_table(rows.slice(start, size))
-
-    return memory_files.written(rows.nbytes, write)
+    with pa.ipc.new_file(sink, rows.schema, options=options) as writer:
+        for start, size in zip(starts, sizes, strict=True):
+            writer.write_table(rows.slice(start, size))
 
 
 def write_piece(path: str, rows: pa.Table) -> Piece | None:

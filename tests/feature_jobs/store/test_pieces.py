@@ -208,3 +208,19 @@ def test_what_a_part_is_made_from_goes_by_the_rows_and_not_by_where_they_lie(
     assert made_from(other) != found
     assert made_from(pieces[:1]) != found
     assert made_from([]).rows == 0
+
+
+def test_a_file_that_is_known_by_some_columns_is_named_by_them_alone(tmp_path: Path) -> None:
+    keys, columns = np.array([1, 0, 1, 1, 0]), numbered(5).column_names
+    rows = numbered(5).append_column("bulk", pa.array([f"{n}" * 9 for n in range(5)]))
+
+    def write(rows: pa.Table, keys: np.ndarray) -> dict[int, Piece]:
+        return dict(write_pieces(str(tmp_path / "x"), rows, keys, None, columns))
+
+    found = write(rows, keys)
+    for key, piece in found.items():
+        assert read_pieces([piece], rows).equals(rows.filter(pa.array(keys == key)))
+    longer = rows.append_column("more", pa.nulls(5, pa.int8()))
+    assert write(longer, keys) == found  # the same rows, whatever lies beside
+    assert {p.path for p in write(rows, 1 - keys).values()} != {p.path for p in found.values()}
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
