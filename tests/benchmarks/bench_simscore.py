@@ -199,7 +199,7 @@ def publish_items(shop: Shop, day: dt.date, vectors: np.ndarray) -> None:
         for shard in range(stage.shards):
             write_shard(parts, vectors, np.flatnonzero(of == shard), shard, stage)
     states.begin(stage, (), Look())  # begins the staging folder, which is sealed below
-    shutil.copytree(parts, stage.staging, copy_function=os.link, dirs_exist_ok=True)
+    shutil.copytree(parts, states.made_in(stage.staging), copy_function=os.link)
     for table in stage.tables:
         making.seal(night.planned[0], table, Look())
     make_nights([night], [], lambda _: None)
