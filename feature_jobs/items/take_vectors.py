@@ -175,7 +175,7 @@ def _by_shard(
     if step == _CATALOGUE:
         yield from write_pieces(job.path(step, name), rows, shard)
     else:  # vectors hardly get smaller by compression
-        known_by = [name for name in rows.column_names if name != "vector"]
+        known_by = [column for column in rows.column_names if column != "vector"]
         yield from write_pieces(job.path(step, name), rows, shard, None, known_by)
 
 

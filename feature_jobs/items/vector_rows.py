@@ -34,7 +34,7 @@ _FLOAT_BYTES = 4
 def rows_schema(item_id: pa.DataType, dimension: int) -> pa.Schema:
     """Returns the schema of `checked`: a row has a vector, or the reason why it has none.
 
-    The others tell all that there is to know of a vector, whose digest is that of its bytes, hex.
+    The columns beside `vector` tell which one it is: `image_sha256` is the digest of its bytes.
     """
     return pa.schema(
         [
@@ -106,7 +106,10 @@ def _as_floats(column: pa.Array) -> np.ndarray:
 
 
 def _of_fixed(column: pa.FixedSizeBinaryArray) -> np.ndarray:
-    """Returns bytes of one width, none null, as float32 [n, width / 4]; no value is copied."""
+    """Returns bytes of one width as float32 [n, width / 4]; no value is copied.
+
+    Rows of nulls hold anything.
+    """
     width = column.type.byte_width
     count, start = len(column) * width // _FLOAT_BYTES, column.offset * width
     flat = np.frombuffer(column.buffers()[1], "<f4", count, start) if count else np.zeros(0, "<f4")

@@ -12,14 +12,16 @@ def written(size: int, write: Callable[[pa.NativeFile], object]) -> pa.Buffer:
 
     A buffer that grows is copied again and again, which of vectors takes longer than to encode
     them. So there is room for twice the rows at once: what is not used of it takes no memory. What
-    does not fit is written anew to a buffer that grows.
+    does not fit is written anew to a buffer that grows: `write` may be called twice, and does
+    nothing but write.
     """
     room = pa.allocate_buffer(2 * size + _HEADS)
     sink = pa.FixedSizeBufferWriter(room)
     try:
         write(sink)
         return room.slice(0, sink.tell())
-    except OSError:  # it is full
+    except OSError:  # as when it is full
+        del sink, room
         growing = pa.BufferOutputStream()
         write(growing)
         return growing.getvalue()

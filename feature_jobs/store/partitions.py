@@ -9,13 +9,13 @@ may lie in its folder.
 """
 
 import hashlib
+import itertools
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -236,7 +236,7 @@ def sum_histograms(parts: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
     total: dict[str, list[int]] = {}
     for part in parts:
         for name, bins in part["histograms"].items():
-            pairs = zip_longest(total.get(name, ()), bins, fillvalue=0)
+            pairs = itertools.zip_longest(total.get(name, ()), bins, fillvalue=0)
             total[name] = [one + other for one, other in pairs]
     return dict(sorted(total.items()))
 
@@ -362,10 +362,11 @@ class Partition:
             wanted = ids.filter(pa.array(part == number))
             return _rows_of(self.path(number), wanted, key, list(columns))
 
-        nothing = plain(self.schema.empty_table().select(list(columns)))
         with ThreadPoolExecutor(_TABLE_READERS) as pool:
-            found = list(pool.map(rows_of, np.unique(part).tolist()))
-        return pa.concat_tables([nothing, *(rows for of_file in found for rows in of_file)])
+            found = [*itertools.chain(*pool.map(rows_of, np.unique(part).tolist()))]
+        if not found:
+            return plain(self.schema.empty_table().select(list(columns)))
+        return pa.concat_tables(found)
 
 
 def _rows_of(path: str, wanted: pa.Array, key: str, columns: list[str]) -> list[pa.Table]:

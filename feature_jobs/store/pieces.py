@@ -38,7 +38,7 @@ def write_pieces(
     Yields each key with its piece. Rows of one key keep their order. The file is called
     `<path>-<digest of its content>.arrow`: a second attempt that finds other rows must not change
     those that the first one's references stand for. Where rows are `known_by` some columns, which
-    tell all others, the digest is of these alone, and the file is written as it comes.
+    tell all others, the digest is of these alone.
     """
     if not len(rows):
         return
@@ -49,40 +49,27 @@ def write_pieces(
         rows = rows.combine_chunks()
     starts = np.flatnonzero(np.diff(keys, prepend=-1))
     sizes = np.diff(starts, append=len(keys))
-    if known_by:
-        name = _name(path, _in_memory(rows.select(known_by), starts, sizes, None))
-        with files.atomic_writer(name) as file:
-            _write(file, rows, starts, sizes, compression)
-    else:
-        data = _in_memory(rows, starts, sizes, compression)
-        name = _name(path, data)
-        files.write_bytes(name, data)
+    data = _as_file(rows, starts, sizes, compression)
+    telling = _as_file(rows.select(known_by), starts, sizes, None) if known_by else data
+    name = f"{path}-{hashlib.sha256(telling).hexdigest()[:16]}.arrow"
+    files.write_bytes(name, data)
     for number, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         yield int(keys[start]), Piece(name, number, int(size))
 
 
-def _name(path: str, content: pa.Buffer) -> str:
-    return f"{path}-{hashlib.sha256(content).hexdigest()[:16]}.arrow"
-
-
-def _in_memory(
+def _as_file(
     rows: pa.Table, starts: np.ndarray, sizes: np.ndarray, compression: str | None
 ) -> pa.Buffer:
-    return memory_files.written(
-        rows.nbytes, lambda sink: _write(sink, rows, starts, sizes, compression)
-    )
-
-
-def _write(
-    sink: pa.NativeFile | IO[bytes], rows: pa.Table, starts: np.ndarray, sizes: np.ndarray,
-    compression: str | None,
-) -> None:  # fmt: skip
-    """Writes an Arrow file: a record batch of `sizes` rows from each of `starts`."""
+    """Returns the bytes of an Arrow file: a record batch of `sizes` rows from each of `starts`."""
     # The histories of neighbours repeat: lz4 makes a fifth of them at the speed of a network.
     options = pa.ipc.IpcWriteOptions(compression=compression, use_threads=False)
-    with pa.ipc.new_file(sink, rows.schema, options=options) as writer:
-        for start, size in zip(starts, sizes, strict=True):
-            writer.write_table(rows.slice(start, size))
+
+    def write(sink: pa.NativeFile) -> None:
+        with pa.ipc.new_file(sink, rows.schema, options=options) as writer:
+            for start, size in zip(starts, sizes, strict=True):
+                writer.write_table(rows.slice(start, size))
+
+    return memory_files.written(rows.nbytes, write)
 
 
 def write_piece(path: str, rows: pa.Table) -> Piece | None:

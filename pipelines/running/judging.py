@@ -262,6 +262,6 @@ def why_large(items: int, total: int, limit: float, picture: "SamePicture") -> s
         f"same picture, byte for byte (sha256 {picture.sha256}, for example item "
         f"{picture.item_id!r}): a placeholder, and no fault of the encoder. Leave the image_uri of "
         "such items null in the catalogue: they get cluster ID 0 then, and count for the gate "
-        "image_coverage alone. Of vectors of your own it is the vector that is the same: leave the "
-        "rows of such items out"
+        "image_coverage alone. Where it is a vector of your own: leave such rows out, accept the "
+        "gate outage once, and raise the limit of rejects, which those items are then"
     )

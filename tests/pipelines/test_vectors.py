@@ -468,11 +468,17 @@ def test_of_a_closed_day_no_vectors_are_waited_for(shop: World) -> None:
 
 def test_more_vectors_than_items_are_cut_into_more_shards(tmp_path: Path) -> None:
     world = make_vector_shop(tmp_path / "shop", D, "lists")
-    others = {n: vector_of(n, DAYS[0], D) for n in range(1000, 1100)}
-    write_vectors(world, DAYS[0], [*vectors_of_day(DAYS[0], D).items(), *others.items()])
-    assert courier(world, "embed", "--ds", str(DAYS[0])) == 0
-    assert counts(world, "item_embeddings", DAYS[0])["vectors_ignored"] == 101
-    assert len(manifest(world, "item_embeddings", DAYS[0])["files"]) > 1
+    former, shards = [], []
+    for day, more in zip(DAYS, (100, 0, 100), strict=False):
+        others = {n: vector_of(n, day, D) for n in range(1000, 1000 + more)}
+        write_vectors(world, day, [*vectors_of_day(day, D).items(), *others.items()])
+        assert courier(world, "embed", "--ds", str(day)) == 0
+        assert counts(world, "item_embeddings", day)["vectors_ignored"] >= more
+        shards.append(len(manifest(world, "item_embeddings", day)["files"]))
+        former.append(test_nights.vectors_of(world, day)[world.item(LEAVES_ON_DAY_2)])
+    assert shards[0] == shards[2] > shards[1]
+    for found in former[1:]:  # it keeps what it had, in whichever part that was
+        np.testing.assert_array_equal(found, former[0])
 
 
 def test_status_tells_that_the_next_night_waits_for_vectors(shop: World, capsys: Capture) -> None:
