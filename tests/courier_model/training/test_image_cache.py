@@ -175,7 +175,7 @@ def test_processes_that_race_see_whole_images_only(root: str, tmp_path: Path) ->
     context = multiprocessing.get_context("fork")
     failed = context.Queue()
     arguments = [(str(tmp_path / "cache"), root, seed, failed) for seed in range(4)]
-    processes = [context.Process(target=read_often, args=a) for a in arguments]
+    processes = [context.Process(target=read_often, args=a, daemon=True) for a in arguments]
     for process in processes:
         process.start()
     assert [failed.get(timeout=60) for _ in processes] == [False] * 4
