@@ -71,6 +71,7 @@ def tell(staging: str, share: threads.Share, row_group_bytes: int) -> None:
 
 _launched: set[str] = set()  # the staging folders of this process's own jobs
 _begun_here: set[str] = set()  # those of which it had elements
+_sent_away: set[str] = set()  # those of which a cluster has the elements
 _kept_to: set[str] = set()  # those of any process that told this one
 
 
@@ -127,11 +128,23 @@ def _told_path(staging: str) -> str:
 
 def has_begun(staging: str) -> bool:
     """Returns whether any worker of the job below `staging` has begun with an element."""
-    return staging in _begun_here or are_elsewhere(staging)
+    return staging in _begun_here or _have_begun_elsewhere(staging)
+
+
+def note_sent_away(staging: str) -> None:
+    """Notes that the workers of the job below `staging` are a cluster's."""
+    _sent_away.add(staging)
 
 
 def are_elsewhere(staging: str) -> bool:
-    """Returns whether workers in other processes than the launcher's have begun with an element."""
+    """Returns whether workers in other processes than the launcher's have elements of the job.
+
+    That those of a cluster have begun, a shared folder may show only after the job has ended.
+    """
+    return staging in _sent_away or _have_begun_elsewhere(staging)
+
+
+def _have_begun_elsewhere(staging: str) -> bool:
     return bool(files.list_names(os.path.join(staging, "begun")))
 
 

@@ -133,6 +133,7 @@ class Job:
         if self._options.view_as(StandardOptions).runner == runners.LOCAL:
             beam_options.run_pipeline(define, self._options)
             return
+        worker_notes.note_sent_away(self._folder)
         options = copy.deepcopy(self._options)  # Beam forgets the runner while it runs a job
         sent = _to_send(self._name, options)
         _add_experiments(options, self._folder)

@@ -332,6 +332,17 @@ def test_the_launcher_knows_that_a_worker_has_begun(
     assert len(list(tmp_path.glob("begun/*"))) == is_elsewhere
 
 
+def test_workers_of_a_cluster_are_elsewhere_before_a_folder_shows_that_they_have_begun(
+    tmp_path: Path,
+) -> None:
+    staging = str(tmp_path / "job")
+    assert not worker_notes.are_elsewhere(staging)
+    worker_notes.note_sent_away(staging)
+    assert worker_notes.are_elsewhere(staging)
+    assert not worker_notes.has_begun(staging)
+    assert not worker_notes.are_elsewhere(f"{staging}-of-another")
+
+
 def test_a_worker_in_the_launchers_process_tells_nothing_that_the_launcher_measures_itself(
     tmp_path: Path,
 ) -> None:
