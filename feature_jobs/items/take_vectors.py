@@ -30,6 +30,7 @@ from feature_jobs.inputs import (
 )
 from feature_jobs.items import embed_walk, vector_rows
 from feature_jobs.items.embed_walk import Tables, WalkedDay
+from feature_jobs.items.vector_rows import Taken
 from feature_jobs.items.vector_table import VectorTable
 from feature_jobs.schemas import ITEM_EMBEDDINGS, ITEM_REJECTS, DataContractError, Table
 from feature_jobs.store import arrays, documents, files, hashing, partitions, worker_notes
@@ -148,7 +149,7 @@ class ReadVectors(beam.DoFn):
         size = max(1, _BATCH_BYTES // (4 * job.dimension))
         self._heartbeat.begin(f"read {group.path} {group.index}")
         for number, rows in enumerate(read_in_batches(group, VECTOR_COLUMNS, size)):
-            found = vector_rows.checked(rows, job.dimension)
+            found = vector_rows.checked(rows, job.dimension, job.centre)
             self._heartbeat.add(total=len(rows), done=len(rows))
             yield from _by_shard(job, _VECTORS, group, number, found)
         if _version_of(group.path) != version:
@@ -195,15 +196,16 @@ class TakeShard(beam.DoFn):
         rows = read_pieces(vectors, schema.empty_table())
         nothing = arrays.empty_rows(job.embeddings_schema).select(CATALOGUE_COLUMNS)
         before = job.before(shard)
-        day, taken = vector_rows.take_day(
+        day = vector_rows.take_day(
             read_pieces(catalogue, nothing), before, rows, job.ds, job.window_days, job.reuse,
-            job.full, job.centre, job.dimension,
+            job.full, job.dimension,
         )  # fmt: skip
         tables = day.tables
         kept = tables.embeddings.filter(pc.is_null(tables.embeddings[embed_walk.RESULT_ROW]))
         embeddings = vector_rows.with_embeddings(
-            _with_some_address(tables.embeddings), taken, job.vectors_before(kept["item_id"])
-        )
+            _with_some_address(tables.embeddings), Taken.of(rows, job.dimension, job.centre),
+            job.vectors_before(kept["item_id"]),
+        )  # fmt: skip
         counts, work = _counts(day, rows), _work(day, rows)
         examples = {
             "rejected": tables.rejects["item_id"][: partitions.EXAMPLES].to_pylist(),

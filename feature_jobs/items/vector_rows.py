@@ -35,11 +35,13 @@ def rows_schema(item_id: pa.DataType, dimension: int) -> pa.Schema:
     """Returns the schema of `checked`: a row has a vector, or the reason why it has none.
 
     The columns beside `vector` tell which one it is: `image_sha256` is the digest of its bytes.
+    `length` is that of the vector less the centre.
     """
     return pa.schema(
         [
             ("item_id", item_id),
             ("vector", pa.binary(_FLOAT_BYTES * dimension)),
+            ("length", pa.float64()),
             ("reason", pa.string()),
             ("message", pa.string()),
             ("image_sha256", pa.string()),
@@ -47,37 +49,39 @@ def rows_schema(item_id: pa.DataType, dimension: int) -> pa.Schema:
     )
 
 
-def checked(rows: pa.Table, dimension: int) -> pa.Table:
+def checked(rows: pa.Table, dimension: int, centre: np.ndarray | None = None) -> pa.Table:
     """Returns `rows` (item_id, vector) in the columns of `rows_schema`, row by row.
 
     Vectors are lists of floats, or bytes of float32, little-endian; they become float32 as bytes.
+    One that is the `centre` float32 [dimension], if any, is as useless as one of zeros.
     """
     column = arrays.whole(rows["vector"])
     sizes = _sizes(column)
     fits = np.flatnonzero(sizes == dimension)
     vectors = _as_floats(column if fits.size == len(rows) else column.take(pa.array(fits)))
-    low, high = (of(vectors, axis=1, initial=0.0) for of in (np.min, np.max))
-    finite = np.isfinite(low) & np.isfinite(high)
-    is_zero = finite & (low == 0) & (high == 0)
+    lengths, is_zero = _lengths(vectors, centre), _are_zero(vectors)
+    is_centre = ~is_zero & (lengths == 0)
     reason = np.full(len(rows), WRONG_LENGTH, object)
     reason[sizes == -1] = NO_VECTOR
     reason[fits] = None
-    reason[fits[~finite]] = NOT_FINITE
-    reason[fits[is_zero]] = ZERO
-    good = fits[finite & ~is_zero]
+    reason[fits[~np.isfinite(lengths)]] = NOT_FINITE
+    reason[fits[is_zero | is_centre]] = ZERO
+    message = _messages(reason, sizes, dimension)
+    message[fits[is_centre]] = "it is the centre, less which it has no direction"
+    is_good = np.isfinite(lengths) & ~is_zero & ~is_centre
+    good = fits[is_good]
     if good.size < fits.size:
-        vectors = vectors[finite & ~is_zero]
-    digests = np.full(len(rows), None, object)
-    digests[good] = [hashlib.sha256(row).hexdigest() for row in _byte_rows(vectors)]
-    return pa.table(
-        {
-            "item_id": rows["item_id"],
-            "vector": _spread(_as_bytes(vectors, dimension), good, len(rows)),
-            "reason": pa.array(reason, pa.string()),
-            "message": pa.array(_messages(reason, sizes, dimension), pa.string()),
-            "image_sha256": pa.array(digests, pa.string()),
-        }
-    )
+        vectors, lengths = vectors[is_good], lengths[is_good]
+    digests = [hashlib.sha256(row).hexdigest() for row in _byte_rows(vectors)]
+    found = {
+        "vector": _as_bytes(vectors, dimension),
+        "length": pa.array(lengths),
+        "image_sha256": pa.array(digests, pa.string()),
+    }
+    told = {"reason": pa.array(reason, pa.string()), "message": pa.array(message, pa.string())}
+    columns = {name: _spread(values, good, len(rows)) for name, values in found.items()} | told
+    schema = rows_schema(rows["item_id"].type, dimension)
+    return pa.table({"item_id": rows["item_id"]} | columns).select(schema.names)
 
 
 def sizes_of(rows: pa.Table) -> np.ndarray:
@@ -192,8 +196,7 @@ class Taken:
     """Holds vectors as they were read, in `parts` float32 [m, d], and what is known of them.
 
     Rows are numbered through all parts. `lengths` float64 [n] are those of the vectors less the
-    `centre` float32 [d], if any: 0 where there is no vector, or none that is left of it, and of
-    rows that were not asked for.
+    `centre` float32 [d], if any.
     """
 
     parts: Sequence[np.ndarray]
@@ -202,20 +205,10 @@ class Taken:
     dimension: int
 
     @classmethod
-    def of(
-        cls, vectors: pa.ChunkedArray, dimension: int, centre: np.ndarray | None,
-        rows: np.ndarray,
-    ) -> "Taken":  # fmt: skip
-        """Takes vectors as `checked` gives them, of which those in some `rows` will be asked for.
-
-        No value is copied.
-        """
-        parts = [_of_fixed(chunk).reshape(-1, dimension) for chunk in vectors.chunks]
-        found = cls(parts, np.zeros(len(vectors)), centre, dimension)
-        rows = rows[vectors.is_valid().to_numpy()[rows]]
-        for at, some in found._in_blocks(rows):
-            found.lengths[rows[at]] = _lengths(some, centre)
-        return found
+    def of(cls, rows: pa.Table, dimension: int, centre: np.ndarray | None) -> "Taken":
+        """Takes rows as `checked` gives them; no vector is copied."""
+        parts = [_of_fixed(chunk).reshape(-1, dimension) for chunk in rows["vector"].chunks]
+        return cls(parts, rows["length"].to_numpy(), centre, dimension)
 
     def write_embeddings(self, rows: np.ndarray, into: np.ndarray, places: np.ndarray) -> None:
         """Writes the vectors in some rows `into` some places of a matrix, each at length 1.
@@ -258,13 +251,22 @@ def _less(vectors: np.ndarray, centre: np.ndarray | None) -> np.ndarray:
 
 
 def _lengths(vectors: np.ndarray, centre: np.ndarray | None) -> np.ndarray:
-    """Returns the length of each vector less the centre; float64 [n]."""
+    """Returns the length of each vector less the centre; float64 [n], finite where it is."""
+    found = np.empty(len(vectors))
     with np.errstate(over="ignore", invalid="ignore"):
-        less = _less(vectors, centre)
-        found = np.sqrt(np.einsum("ij,ij->i", less, less)).astype(np.float64)
+        for first in range(0, len(vectors), _BLOCK):
+            less = _less(vectors[first : first + _BLOCK], centre)
+            found[first : first + _BLOCK] = np.sqrt(np.einsum("ij,ij->i", less, less))
     odd = np.flatnonzero(_are_odd(found))
     exact = _less(vectors[odd].astype(np.float64), centre)
     found[odd] = np.sqrt(np.einsum("ij,ij->i", exact, exact))
+    return found
+
+
+def _are_zero(vectors: np.ndarray) -> np.ndarray:
+    """Tells which vectors have zeros alone; bool [n]."""
+    found = vectors[:, 0] == 0
+    found[found] = ~vectors[found].any(axis=1)
     return found
 
 
@@ -286,9 +288,9 @@ def matrix_of(vectors: pa.ChunkedArray, dimension: int) -> np.ndarray:
 
 def take_day(
     catalogue: pa.Table, before: Tables, vectors: pa.Table, ds: dt.date, window_days: int,
-    reuse: bool, full: bool, centre: np.ndarray | None, dimension: int,
-) -> tuple[WalkedDay, Taken]:  # fmt: skip
-    """Returns what becomes of the items of a shard, and the vectors that its rows point at.
+    reuse: bool, full: bool, dimension: int,
+) -> WalkedDay:  # fmt: skip
+    """Returns what becomes of the items of a shard; its rows point at those of `vectors`.
 
     `vectors` has the columns of `checked`, rows of other items too. `reuse` says whether the
     embeddings of `before` are of the same encoder: former items keep theirs then, and a reject
@@ -297,10 +299,8 @@ def take_day(
     """
     items = embed_plan.items_of_shard(catalogue, before.embeddings, ds, window_days)
     is_mine = pc.is_in(vectors["item_id"], value_set=arrays.whole(items["item_id"])).to_numpy()
-    rows = np.flatnonzero(is_mine)
-    taken = Taken.of(vectors["vector"], dimension, centre, rows)
-    found = one_of_each(described(vectors, rows))
-    mine = _without_the_centre(found, taken).take(embed_plan.row_of(items, found))
+    found = one_of_each(described(vectors, np.flatnonzero(is_mine)))
+    mine = found.take(embed_plan.row_of(items, found))
     plan = _plan(items, mine, before, ds, reuse, reuse and not full, dimension)
     is_taken = pc.equal(plan["state"], TO_READ)
     outcomes = {
@@ -310,8 +310,7 @@ def take_day(
     names = [*embed_plan.VERSION_COLUMNS, "stage", "reason", "message"]
     nothing = {name: pa.nulls(len(plan), plan[name].type) for name in names[3:]}
     versions = {name: plan[name] for name in embed_plan.VERSION_COLUMNS}
-    walked = WalkedDay(ds, before, plan, pa.table({**outcomes, **versions, **nothing}))
-    return walked, taken
+    return WalkedDay(ds, before, plan, pa.table({**outcomes, **versions, **nothing}))
 
 
 def with_embeddings(rows: pa.Table, taken: Taken, before: pa.Table) -> pa.Table:
@@ -334,19 +333,8 @@ def with_embeddings(rows: pa.Table, taken: Taken, before: pa.Table) -> pa.Table:
 
 def described(vectors: pa.Table, rows: np.ndarray) -> pa.Table:
     """Returns some rows of `checked` with their places in the place of their vectors."""
-    few = vectors.drop_columns("vector").take(pa.array(rows))
+    few = vectors.drop_columns(["vector", "length"]).take(pa.array(rows))
     return few.append_column(RESULT_ROW, pa.array(rows, pa.int32()))
-
-
-def _without_the_centre(found: pa.Table, taken: Taken) -> pa.Table:
-    """Returns `found`, in which a vector of which the centre leaves nothing is one that is zero."""
-    has_vector = found["image_sha256"].is_valid().to_numpy()
-    bad = pa.array(has_vector & (taken.lengths[found[RESULT_ROW].to_numpy()] == 0))
-    told = {"reason": ZERO, "message": "it is the centre, less which it has no direction"}
-    for name, text in told.items():
-        at = found.column_names.index(name)
-        found = found.set_column(at, name, pc.if_else(bad, text, found[name]))
-    return found
 
 
 def _plan(

@@ -28,8 +28,8 @@ def rows_of(*rows: tuple[int, Any], form: str = "list") -> pa.Table:
     return pa.table({"item_id": pa.array(ids, pa.int64()), "vector": as_column([*vectors], form)})
 
 
-def read(*rows: tuple[int, Any], form: str = "list") -> pa.Table:
-    return checked(rows_of(*rows, form=form), D)
+def read(*rows: tuple[int, Any], form: str = "list", centre: np.ndarray | None = None) -> pa.Table:
+    return checked(rows_of(*rows, form=form), D, centre)
 
 
 # ---- As they were read -------------------------------------------------------------------------
@@ -76,6 +76,19 @@ def test_a_null_among_the_numbers_is_no_number_and_float64_may_be_too_large() ->
     rows = pa.table({"item_id": [1, 2, 3, 4], "vector": pa.array(vectors, kind)})
     found = checked(rows, D)["reason"].to_pylist()
     assert found == ["not_finite", "not_finite", None, "zero"]
+
+
+def test_vectors_of_zeros_and_the_centre_itself_are_told_apart() -> None:
+    zero, begins = np.zeros(D, np.float32), GOOD[0] * (np.arange(D) > 0)
+    rows = [(1, zero), (2, GOOD[0]), (3, begins), (4, -zero), (5, GOOD[1])]
+    found = read(*rows, centre=GOOD[1]).to_pylist()
+    assert [row["reason"] for row in found] == ["zero", None, None, "zero", "zero"]
+    assert [(row["message"] or "").split(",")[0] for row in found] == [
+        "all its numbers are 0", "", "", "all its numbers are 0", "it is the centre"
+    ]  # fmt: skip
+    lengths = [row["length"] for row in found]
+    assert lengths[1] == pytest.approx(np.linalg.norm(GOOD[0] - GOOD[1]), rel=1e-6)
+    assert lengths[0] is lengths[4] is None
 
 
 def test_bytes_that_are_no_whole_numbers_are_told() -> None:
@@ -129,10 +142,9 @@ def test_the_order_of_rows_changes_nothing() -> None:
 
 
 def as_embeddings(rows: pa.Table, centre: np.ndarray | None = None) -> np.ndarray:
-    taken = Taken.of(rows["vector"], D, centre, np.arange(len(rows)))
     found = np.zeros((len(rows), D), np.float32)
-    rows_of = np.flatnonzero(taken.lengths)
-    taken.write_embeddings(rows_of, found, rows_of)
+    usable = np.flatnonzero(rows["reason"].is_null())
+    Taken.of(rows, D, centre).write_embeddings(usable, found, usable)
     return found
 
 
@@ -154,7 +166,7 @@ def test_one_of_length_1_stays_as_it_is_to_the_bit() -> None:
 
 def test_the_centre_is_taken_off_before_the_norm() -> None:
     centre = GOOD.mean(axis=0)
-    found = as_embeddings(read(*enumerate(GOOD), (8, centre)), centre)
+    found = as_embeddings(read(*enumerate(GOOD), (8, centre), centre=centre), centre)
     less = GOOD.astype(np.float64) - centre
     np.testing.assert_allclose(
         found[:8], less / np.linalg.norm(less, axis=1, keepdims=True), atol=1e-6
@@ -165,7 +177,7 @@ def test_the_centre_is_taken_off_before_the_norm() -> None:
 def test_what_leaves_float32_less_the_centre_is_computed_in_double_precision() -> None:
     centre, huge = np.full(D, -3e38, np.float32), np.full(D, 3e38, np.float32)
     huge[0] = 0
-    found = as_embeddings(read((0, huge), (1, GOOD[0])), centre)
+    found = as_embeddings(read((0, huge), (1, GOOD[0]), centre=centre), centre)
     for mine, vector in zip(found, (huge, GOOD[0]), strict=True):
         less = vector.astype(np.float64) - centre.astype(np.float64)
         np.testing.assert_allclose(mine, less / np.linalg.norm(less), atol=1e-6)
@@ -186,8 +198,8 @@ def test_many_rows_are_as_each_of_them(sizes: list[int], monkeypatch: pytest.Mon
 
 def day_of(
     items: list[int], vectors: pa.Table, before: Tables | None = None, reuse: bool = True,
-    ds: dt.date = DS, centre: np.ndarray | None = None, full: bool = False,
-) -> tuple[WalkedDay, Taken]:  # fmt: skip
+    ds: dt.date = DS, full: bool = False,
+) -> WalkedDay:  # fmt: skip
     catalogue = pa.table(
         {
             "item_id": pa.array(items, pa.int64()),
@@ -196,7 +208,7 @@ def day_of(
         }
     )
     before = before or nothing()
-    return take_day(catalogue, before, vectors, ds, 2, reuse, full, centre, D)
+    return take_day(catalogue, before, vectors, ds, 2, reuse, full, D)
 
 
 def nothing() -> Tables:
@@ -211,18 +223,19 @@ def published(day: WalkedDay) -> Tables:
     )
 
 
-def embedded(day: WalkedDay, taken: Taken) -> dict[int, list[float]]:
+def embedded(day: WalkedDay, vectors: pa.Table) -> dict[int, list[float]]:
     before = arrays.empty_rows(EMBEDDINGS).select(["item_id", "embedding"])
+    taken = Taken.of(vectors, D, None)
     rows = vector_rows.with_embeddings(day.tables.embeddings, taken, before)
     return dict(zip(rows["item_id"].to_pylist(), rows["embedding"].to_pylist(), strict=True))
 
 
 def test_items_with_a_vector_are_embedded_and_the_others_rejected_with_their_reason() -> None:
     vectors = read((4, GOOD[4]), (1, GOOD[1]), (2, None), (9, GOOD[0]), (5, GOOD[5]), (5, GOOD[6]))
-    day, found = day_of([1, 2, 3, 4, 5], vectors)
-    assert set(embedded(day, found)) == {1, 4}
+    day = day_of([1, 2, 3, 4, 5], vectors)
+    assert set(embedded(day, vectors)) == {1, 4}
     np.testing.assert_allclose(
-        embedded(day, found)[4], GOOD[4] / np.linalg.norm(GOOD[4]), atol=1e-6
+        embedded(day, vectors)[4], GOOD[4] / np.linalg.norm(GOOD[4]), atol=1e-6
     )
     rejects = {r["item_id"]: (r["stage"], r["reason"]) for r in day.tables.rejects.to_pylist()}
     assert rejects == {
@@ -237,8 +250,9 @@ def test_items_with_a_vector_are_embedded_and_the_others_rejected_with_their_rea
 
 
 def test_a_vector_that_is_the_centre_is_rejected() -> None:
-    day, found = day_of([1, 2], read((1, GOOD[1]), (2, GOOD[2])), centre=GOOD[2])
-    assert set(embedded(day, found)) == {1}
+    vectors = read((1, GOOD[1]), (2, GOOD[2]), centre=GOOD[2])
+    day = day_of([1, 2], vectors)
+    assert set(embedded(day, vectors)) == {1}
     (reject,) = day.tables.rejects.to_pylist()
     assert (reject["item_id"], reject["reason"]) == (2, "zero")
     assert "it is the centre" in reject["message"]
@@ -249,22 +263,22 @@ def test_a_reject_waits_while_nothing_better_is_there_and_is_taken_at_once_when_
     tried = []
     day = nothing()
     for number in range(5):
-        walked, _ = day_of([1, 2], bad, day, ds=DS + dt.timedelta(days=number))
+        walked = day_of([1, 2], bad, day, ds=DS + dt.timedelta(days=number))
         day = published(walked)
         (reject,) = day.rejects.to_pylist()
         tried.append((reject["attempts"], (reject["last_ds"] - DS).days))
         assert reject["first_ds"] == DS
     assert tried == [(1, 0), (2, 1), (2, 1), (3, 3), (3, 3)]
-    anew, _ = day_of([1, 2], bad, day, ds=DS + dt.timedelta(days=4), full=True)
+    anew = day_of([1, 2], bad, day, ds=DS + dt.timedelta(days=4), full=True)
     assert anew.tables.rejects["attempts"].to_pylist() == [4]  # tried, although it waits
-    walked, found = day_of([1, 2], good, day, ds=DS + dt.timedelta(days=5))
-    assert set(embedded(walked, found)) == {1, 2}
+    walked = day_of([1, 2], good, day, ds=DS + dt.timedelta(days=5))
+    assert set(embedded(walked, good)) == {1, 2}
     assert len(walked.tables.rejects) == 0
 
 
 def test_a_former_item_keeps_its_row_whatever_stands_there_now() -> None:
-    first, _ = day_of([1, 2], read((1, GOOD[1]), (2, GOOD[2])))
-    after, _ = day_of(
+    first = day_of([1, 2], read((1, GOOD[1]), (2, GOOD[2])))
+    after = day_of(
         [1], read((1, GOOD[3]), (2, GOOD[4])), published(first), ds=DS + dt.timedelta(days=1)
     )
     rows = {row["item_id"]: row for row in after.tables.embeddings.to_pylist()}
@@ -276,22 +290,22 @@ def test_a_former_item_keeps_its_row_whatever_stands_there_now() -> None:
 
 def test_a_former_item_whose_vector_still_stands_there_is_taken_from_there() -> None:
     vectors = read((1, GOOD[1]), (2, GOOD[2]))
-    first, _ = day_of([1, 2], vectors)
-    after, found = day_of([1], vectors, published(first), ds=DS + dt.timedelta(days=1))
+    first = day_of([1, 2], vectors)
+    after = day_of([1], vectors, published(first), ds=DS + dt.timedelta(days=1))
     rows = {row["item_id"]: row for row in after.tables.embeddings.to_pylist()}
     assert rows[2]["result_row"] is not None
     assert (rows[2]["in_catalogue"], rows[2]["left_catalogue_ds"]) == (
         False,
         DS + dt.timedelta(days=1),
     )
-    assert set(embedded(after, found)) == {1, 2}
+    assert set(embedded(after, vectors)) == {1, 2}
 
 
 def test_after_another_encoder_former_items_are_taken_where_they_have_a_vector() -> None:
-    first, _ = day_of([1, 2, 3], read((1, GOOD[1]), (2, GOOD[2]), (3, GOOD[3])))
-    after, found = day_of(
-        [1], read((1, GOOD[4]), (2, GOOD[5])), published(first), reuse=False,
-        ds=DS + dt.timedelta(days=1),
+    first = day_of([1, 2, 3], read((1, GOOD[1]), (2, GOOD[2]), (3, GOOD[3])))
+    vectors = read((1, GOOD[4]), (2, GOOD[5]))
+    after = day_of(
+        [1], vectors, published(first), reuse=False, ds=DS + dt.timedelta(days=1)
     )  # fmt: skip
-    assert set(embedded(after, found)) == {1, 2}
+    assert set(embedded(after, vectors)) == {1, 2}
     assert len(after.tables.rejects) == 0

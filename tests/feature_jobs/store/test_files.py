@@ -6,10 +6,11 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from feature_jobs.schemas import OperatorError, StorageUnavailable
-from feature_jobs.store import faults, files
+from feature_jobs.store import faults, files, usage
 from tests.support.ill_disk import watch_disk
 from tests.support.processes import killed, start
 from tests.support.store_calls import CALLS
@@ -48,6 +49,25 @@ def test_a_files_version_changes_with_its_time(tmp_path: Path) -> None:
     os.utime(path, ns=(0, 5_000_000))
     assert files.stat(str(path)).mtime_us == 5_000
     assert files.stat(str(path)).version != before.version
+
+
+# ---- reading by pyarrow ----------------------------------------------------------------------
+
+
+def test_pyarrow_reads_into_its_own_memory_and_finds_what_python_finds(tmp_path: Path) -> None:
+    path = str(tmp_path / "file")
+    files.write_bytes(path, bytes(range(256)) * 4_096)
+    usage.take()
+    with files.open_input(path) as file, pa.PythonFile(file, "r") as theirs:
+        before = pa.total_allocated_bytes()
+        theirs.seek(100)
+        middle = theirs.read_buffer(1 << 19)
+        assert pa.total_allocated_bytes() - before == 1 << 19  # no bytes of Python's
+        rest = theirs.read_buffer(1 << 21)
+        assert theirs.read_buffer(10).size == 0
+        file.seek(100)
+        assert middle.to_pybytes() + rest.to_pybytes() == file.read()
+    assert usage.take().bytes_read >= 2 * ((1 << 20) - 100)
 
 
 # ---- links, moves, deletions -----------------------------------------------------------------
