@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-_BLOCK_FLOATS = 2**22  # of the histories of the rows that are scored at once: 16 MB
+_BLOCK_FLOATS = 2**22  # of the histories of the rows that are scored at once: 48 MB
 _DECIMALS = 6  # of a cosine: what float32 knows of it
 
 Bools = npt.NDArray[np.bool_]
@@ -202,8 +202,10 @@ def history_cosines(vectors: Floats, known: Bools, pv: Ints, clicks: Ints) -> tu
     for at in range(0, len(pv), rows):
         block = slice(at, at + rows)
         counts = known[clicks[block]][:, None]  # [block, 1, l]
-        cosines = units[pv[block]] @ units[clicks[block]].transpose(0, 2, 1)  # [block, p, l]
-        # Rounded, so that an item is as near to itself as any other is: a tie, not float32's luck.
+        shown, past = (units[codes[block]].astype(np.float64) for codes in (pv, clicks))
+        cosines = shown @ past.transpose(0, 2, 1)  # [block, p, l]
+        # In double precision, and rounded: an item is as near to itself as any other is, and rows
+        # of the same clicks tie whatever their order, which float32 would leave to luck.
         np.clip(np.round(cosines, _DECIMALS), -1.0, 1.0, out=cosines)
         # Unknown clicks have a cosine of 0, which adds nothing to the sum.
         mean[block] = cosines.sum(axis=2) / np.maximum(1, counts.sum(axis=2))

@@ -272,6 +272,17 @@ def test_history_cosines_are_those_of_plain_loops(world: dict[str, np.ndarray]) 
     assert (scored.any(axis=1) & ~scored.all(axis=1)).any()
 
 
+def test_rows_of_the_same_clicks_tie_whatever_their_order() -> None:
+    rng = np.random.default_rng(4)
+    vectors = rng.normal(1, 0.3, (60, 256)).astype(np.float32)  # much alike, as of a poor encoder
+    pv, clicks = rng.integers(0, 60, (200, 2)), rng.integers(-1, 60, (200, 50))
+    mean, largest = history_cosines(vectors, np.ones(60, bool), pv, clicks)
+    for order in (rng.permuted(clicks, axis=1), clicks[:, ::-1]):
+        again = history_cosines(vectors, np.ones(60, bool), pv[:, ::-1], order)
+        np.testing.assert_array_equal(again[0][:, ::-1], mean)
+        np.testing.assert_array_equal(again[1][:, ::-1], largest)
+
+
 def test_rank_clicks_ranks_every_impression_with_a_score(world: dict[str, np.ndarray]) -> None:
     found = rank_clicks(**world)
     both = history_cosines(world["vectors"], world["known"], world["pv"], world["clicks"])
