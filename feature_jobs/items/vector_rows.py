@@ -255,12 +255,15 @@ def _lengths(vectors: np.ndarray, centre: np.ndarray | None) -> np.ndarray:
     found = np.empty(len(vectors))
     with np.errstate(over="ignore", invalid="ignore"):
         for first in range(0, len(vectors), _BLOCK):
-            less = _less(vectors[first : first + _BLOCK], centre)
-            found[first : first + _BLOCK] = np.sqrt(np.einsum("ij,ij->i", less, less))
-    odd = np.flatnonzero(_are_odd(found))
-    exact = _less(vectors[odd].astype(np.float64), centre)
-    found[odd] = np.sqrt(np.einsum("ij,ij->i", exact, exact))
+            block = slice(first, first + _BLOCK)
+            found[block] = _norms(_less(vectors[block], centre))
+            odd = first + np.flatnonzero(_are_odd(found[block]))
+            found[odd] = _norms(_less(vectors[odd].astype(np.float64), centre))
     return found
+
+
+def _norms(vectors: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
 
 
 def _are_zero(vectors: np.ndarray) -> np.ndarray:

@@ -86,6 +86,9 @@ def test_vectors_of_zeros_and_the_centre_itself_are_told_apart() -> None:
     assert [(row["message"] or "").split(",")[0] for row in found] == [
         "all its numbers are 0", "", "", "all its numbers are 0", "it is the centre"
     ]  # fmt: skip
+    for nothing in (None, zero):  # where zeros are no centre, and where they are
+        (told,) = read((1, zero), centre=nothing)["message"].to_pylist()
+        assert told.startswith("all its numbers are 0")
     lengths = [row["length"] for row in found]
     assert lengths[1] == pytest.approx(np.linalg.norm(GOOD[0] - GOOD[1]), rel=1e-6)
     assert lengths[0] is lengths[4] is None
@@ -123,6 +126,17 @@ def test_an_item_that_stands_there_twice_has_one_vector_or_none() -> None:
     assert found[5]["image_sha256"] == digest(GOOD[0])
     assert found[5]["result_row"] in (0, 2)
     assert found[1]["image_sha256"] is None
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [(None, "no_vector"), (GOOD[0][:7], "wrong_length"), (GOOD[2] * np.nan, "not_finite"),
+     (GOOD[0], "ambiguous"), (GOOD[1], "zero")],
+)  # fmt: skip
+def test_the_centre_beside_another_row_of_its_item_is_no_vector(other: Any, reason: str) -> None:
+    for rows in ([(1, GOOD[1]), (1, other)], [(1, other), (1, GOOD[1])]):
+        (found,) = one_of_each(known(read(*rows, centre=GOOD[1]))).to_pylist()
+        assert (found["reason"], found["image_sha256"]) == (reason, None)
 
 
 def test_the_order_of_rows_changes_nothing() -> None:
