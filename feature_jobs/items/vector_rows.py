@@ -60,15 +60,15 @@ def checked(rows: pa.Table, dimension: int, centre: np.ndarray | None = None) ->
     fits = np.flatnonzero(sizes == dimension)
     vectors = _as_floats(column if fits.size == len(rows) else column.take(pa.array(fits)))
     lengths, is_zero = _lengths(vectors, centre), _are_zero(vectors)
-    is_centre = ~is_zero & (lengths == 0)
+    finite, is_centre = np.isfinite(lengths), ~is_zero & (lengths == 0)
     reason = np.full(len(rows), WRONG_LENGTH, object)
     reason[sizes == -1] = NO_VECTOR
     reason[fits] = None
-    reason[fits[~np.isfinite(lengths)]] = NOT_FINITE
+    reason[fits[~finite]] = NOT_FINITE
     reason[fits[is_zero | is_centre]] = ZERO
     message = _messages(reason, sizes, dimension)
     message[fits[is_centre]] = "it is the centre, less which it has no direction"
-    is_good = np.isfinite(lengths) & ~is_zero & ~is_centre
+    is_good = finite & ~is_zero & ~is_centre
     good = fits[is_good]
     if good.size < fits.size:
         vectors, lengths = vectors[is_good], lengths[is_good]
